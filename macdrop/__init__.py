@@ -1,0 +1,33 @@
+"""MacDrop: massive weights curriculum dropout (arXiv 2410.01866), the method alone.
+
+Names are loaded on first use, so that `import macdrop` costs nothing and never imports Ray, DeepSpeed, PEFT or lm-eval.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOME = {
+    "MacDrop": "hooks",
+    "MacDropCallback": "callback",
+    "MacDropConfig": "config",
+    "MassiveWeights": "scan",
+    "attacked": "attack",
+    "find_ffns": "families",
+    "find_massive_weights": "scan",
+    "load_model": "load",
+    "load_tokenizer": "load",
+    "probability": "schedules",
+    "prove": "scan",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'macdrop' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"macdrop.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
