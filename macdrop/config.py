@@ -1,0 +1,64 @@
+"""The settings of one MacDrop fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from macdrop.errors import ConfigError
+from macdrop.schedules import check_schedule, probability
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MacDropConfig:
+    """How many rows are dropped, how often, and how that decays (paper, section 5).
+
+    k: massive rows taken, per matrix (0 = MacDrop off).
+    p0: drop probability of one entry at the start, within [0, 1] (0 = MacDrop off).
+    schedule: a name of `macdrop.schedules.SCHEDULES`.
+    alpha: decay rate per optimizer step; needed by `exp`, refused by the others.
+    seed: keys the mask generator together with the micro-step; 0 to 2**63 - 1.
+
+    Raises `ConfigError` for a value outside of these. k above the size of the FFN is refused where the model is known.
+    """
+
+    k: int = 5
+    p0: float = 0.8
+    schedule: str = "step"
+    alpha: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not _integer(self.k) or self.k < 0:
+            raise ConfigError(f"k is {self.k!r}; the number of massive rows must be a whole number, 0 (off) or more.")
+        number = isinstance(self.p0, (int, float)) and not isinstance(self.p0, bool)
+        if not (number and math.isfinite(self.p0) and 0 <= self.p0 <= 1):
+            raise ConfigError(f"p0 is {self.p0!r}; the drop probability must be a number from 0 (off) to 1.")
+        check_schedule(self.schedule, self.alpha)
+        if not _integer(self.seed) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**63 - 1.")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any entry can ever be dropped."""
+        return self.k > 0 and self.p0 > 0
+
+    def canonical(self) -> MacDropConfig:
+        """This config, or the one that stands for all disabled ones: they train the same plain adapter."""
+        return self if self.enabled else MacDropConfig(k=0, p0=0.0)
+
+    def probability(self, step: int, total_steps: int, epoch: int, total_epochs: int) -> float:
+        """Drop probability at optimizer step `step` of `total_steps`, epoch `epoch` of `total_epochs`, all from 1."""
+        return probability(
+            self.schedule,
+            p0=self.p0,
+            step=step,
+            total_steps=total_steps,
+            epoch=epoch,
+            total_epochs=total_epochs,
+            alpha=self.alpha,
+        )
