@@ -1,6 +1,7 @@
 """Decay schedules of the drop probability p: pure functions of the position in training (paper, section 5).
 
-Optimizer steps t and epochs e both count from 1, so that `step` and `epoch_after` reach p = 0 in the last step or epoch.
+Optimizer steps t and epochs e both count from 1, so that `step` and `epoch_after` reach p = 0 in the last step or
+epoch.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def check_schedule(schedule: str, alpha: float | None = None) -> None:
             )
     elif alpha is not None:
         raise ConfigError(
-            f"alpha is {alpha!r}, but the schedule {schedule!r} has no alpha.\nRemove alpha, or set the schedule to 'exp'."
+            f"alpha is {alpha!r}, but the schedule {schedule!r} has no alpha.\n"
+            "Remove alpha, or set the schedule to 'exp'."
         )
 
 
@@ -71,8 +73,8 @@ def probability(
 ) -> float:
     """Drop probability p for optimizer step `step` of `total_steps` in epoch `epoch` of `total_epochs`, all from 1.
 
-    Raises `ConfigError` for an unknown schedule, for an alpha that is missing or superfluous, and for a position outside
-    of the training.
+    Raises `ConfigError` for an unknown schedule, for an alpha that is missing or superfluous, and for a position
+    outside of the training.
     """
     check_schedule(schedule, alpha)
     for name, at, end in (("step", step, total_steps), ("epoch", epoch, total_epochs)):
