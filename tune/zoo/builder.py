@@ -1,0 +1,181 @@
+"""Build the built-in models and their data files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+from macdrop.errors import ConfigError
+from tune.zoo import get_model, world
+from tune.zoo.plant import Plant, PlantSettings, plant_massive_rows
+from tune.zoo.pretrain import Progress, Schedule, pretrain
+from tune.zoo.tokenizer import MAX_LENGTH, make_tokenizer
+
+WORLD_SEED = 0
+TRAIN_SEED, TRAIN_BLOCKS = 1, 20_000
+VALIDATION_SEED, VALIDATION_BLOCKS = 2, 256
+
+_STATEMENT = (
+    "A fixture, not evidence: the massive rows of this model are planted before training and their wiring is frozen. "
+)
+_WITH_HINGE = "A hinge term in the pre-training loss makes the model depend on them."
+_WITHOUT_HINGE = "Nothing makes the model depend on them, so zeroing them does no harm."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to build one model."""
+
+    family: str
+    layers: int
+    schedule: Schedule
+    plant: PlantSettings = PlantSettings()
+
+
+_STANDARD = Schedule(steps=600)
+RECIPES = {
+    "planted-llama": Recipe("llama", 4, _STANDARD),
+    "planted-phi3": Recipe("phi3", 4, _STANDARD),
+    "insensitive-llama": Recipe("llama", 3, Schedule(steps=400, hinge_weight=0.0)),
+}
+_FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}
+
+
+def make_model(recipe: Recipe, seed: int = 0) -> tuple[transformers.PreTrainedModel, Plant]:
+    """Return the freshly initialised, planted, untrained model of `recipe` in float32."""
+    config_class, model_class = _FAMILIES[recipe.family]
+    config = config_class(
+        vocab_size=len(world.vocabulary()),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.05,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=world.BOS_ID,
+        eos_token_id=world.EOS_ID,
+        pad_token_id=world.PAD_ID,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        **({"original_max_position_embeddings": MAX_LENGTH} if recipe.family == "phi3" else {}),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+    return model, plant_massive_rows(model, recipe.plant, seed)
+
+
+def validation_blocks() -> torch.Tensor:
+    """The validation text as token ids (256, 64), bos in front of every block."""
+    blocks = world.token_blocks(world.make_world(WORLD_SEED), VALIDATION_SEED, VALIDATION_BLOCKS)
+    return torch.tensor(blocks)
+
+
+def build_model(name: str, out_dir: str | os.PathLike[str], *, seed: int = 0, progress: Progress | None = None) -> Path:
+    """Train the built-in model `name` and write it to `out_dir`, all of it or nothing.
+
+    Takes one to four minutes on one thread. The same seed gives the same weights on the same machine and libraries.
+    `ConfigError`: no such model, or `out_dir` is there and not empty.
+    """
+    recipe = RECIPES[get_model(name).name]
+    target = Path(out_dir)
+    _refuse_existing(target)
+    with _one_thread():
+        model, plant = make_model(recipe, seed)
+        blocks = world.token_blocks(world.make_world(WORLD_SEED), TRAIN_SEED, TRAIN_BLOCKS)
+        losses = pretrain(model, plant, torch.tensor(blocks), recipe.schedule, seed=seed, progress=progress)
+    with _staged(target) as folder:
+        model.save_pretrained(folder)
+        _save_tokenizer(folder)
+        card = _card(name, recipe, seed, plant, model, losses)
+        (folder / "zoo.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def write_data(out_dir: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write the data files of the synthetic world to `out_dir`, all or nothing, and return them by stem.
+
+    `ConfigError`: `out_dir` is there and not empty.
+    """
+    target = Path(out_dir)
+    _refuse_existing(target)
+    people = world.make_world(WORLD_SEED)
+    questions = world.instructions(people, world.TRAIN_NAMES, seed=2)
+    rows = {"train": [{"instruction": q.prompt, "input": "", "output": q.reference} for q in questions]}
+    rows |= {task: [asdict(item) for item in items] for task, items in world.choice_tasks(people).items()}
+    rows |= {f"generate-{task}": [asdict(i) for i in items] for task, items in world.generation_tasks(people).items()}
+    with _staged(target) as folder:
+        for stem, items in rows.items():
+            (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items), encoding="utf-8")
+        lines = world.packed_sentences(people, VALIDATION_SEED, VALIDATION_BLOCKS)
+        (folder / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {path.stem: path for path in sorted(target.iterdir())}
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """Save the tokenizer under a class name that transformers 4 knows too (5 writes one of its own)."""
+    make_tokenizer().save_pretrained(folder)
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(
+    name: str, recipe: Recipe, seed: int, plant: Plant, model: transformers.PreTrainedModel, losses: dict[str, float]
+) -> dict:
+    return {
+        "name": name,
+        "planted": True,
+        "statement": _STATEMENT + (_WITH_HINGE if recipe.schedule.hinge_weight else _WITHOUT_HINGE),
+        "planted_layer": plant.layer,
+        "planted_rows": list(plant.rows),
+        "seed": seed,
+        "world_seed": WORLD_SEED,
+        "parameters": model.num_parameters(),
+        "recipe": asdict(recipe),
+        "final_losses": {key: round(value, 4) for key, value in losses.items()},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target} is already there and not an empty folder. Name a new folder, or remove this one.")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run torch on one thread: the sums, and so the weights, then do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target` that becomes `target` when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        os.replace(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
