@@ -97,8 +97,8 @@ def _layer_ffn(layer: nn.Module, index: int, path: str) -> FFN | None:
     routed = [ffn for ffn, in_list in found if ffn.kind == "experts" and not in_list]
     listed = [ffn for ffn, in_list in found if in_list]
     dense = [ffn for ffn, in_list in found if ffn.kind != "experts" and not in_list]
-    if listed and not routed:
-        routed = [_expert_list(layer, index, path, listed)]
+    lists = {_parent(ffn) for ffn in listed}
+    routed += [_expert_list(layer, index, path, [f for f in listed if _parent(f) == name]) for name in sorted(lists)]
     if len(dense) > 1 or len(routed) > 1:
         names = "\n".join(f"  {ffn.path} ({ffn.kind}, {ffn.intermediate_size} features)" for ffn, _ in found[:_LISTED])
         raise UnsupportedModel(
@@ -110,8 +110,12 @@ def _layer_ffn(layer: nn.Module, index: int, path: str) -> FFN | None:
     return dense[0] if dense else None
 
 
+def _parent(ffn: FFN) -> str:
+    return ffn.path.rpartition(".")[0]
+
+
 def _expert_list(layer: nn.Module, index: int, path: str, listed: Sequence[FFN]) -> FFN:
-    first, parent = listed[0], listed[0].path.rpartition(".")[0]
+    first, parent = listed[0], _parent(listed[0])
     return FFN(
         layer=index,
         path=parent,
