@@ -45,7 +45,10 @@ FAMILIES = {
     ),
     "gpt_oss": (
         "GptOssConfig",
-        {**_GATED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 3},
+        {
+            **_GATED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "layer_types": ["full_attention"] * LAYERS,
+        },
         "model.layers.1.mlp.experts",
     ),
 }  # fmt: skip

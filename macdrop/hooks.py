@@ -1,0 +1,212 @@
+"""MacDrop: drops entries of the frozen massive rows during each training step (paper, section 5).
+
+One Bernoulli(1 - p) mask of shape (k, d) a micro-step, entry by entry, shared by W_gate and W_up, without rescaling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from macdrop.config import MacDropConfig
+from macdrop.errors import ConfigError, NoMassiveWeights, TrainingInvariantError
+from macdrop.families import FFN, find_ffn
+from macdrop.masking import EditedRows, OutputMask
+
+if TYPE_CHECKING:
+    from macdrop.scan import MassiveWeights
+
+
+def keep_mask(seed: int, micro_step: int, p: float, shape: tuple[int, ...]) -> torch.Tensor:
+    """Boolean mask, true with probability 1 - p, on the CPU: a function of its arguments on every rank and device."""
+    digest = hashlib.blake2b(f"macdrop:{seed}:{micro_step}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(shape, generator=generator) >= p
+
+
+class MacDrop:
+    """Massive weights curriculum dropout on one model.
+
+    model: a causal language model with a PEFT adapter (or bare), its base weights loaded and frozen; under DeepSpeed
+        the engine's ``module``. Rows are read once, at `attach`.
+    weights: what `find_massive_weights` found for this base.
+    config: k, p0, schedule and seed; when it is not `enabled`, every call here does nothing.
+
+    Around the forward and backward pass of ONE micro-batch::
+
+        drop = MacDrop(model, weights, config)
+        drop.attach()
+        with drop.micro_step(p, index):
+            model(**batch).loss.backward()
+        drop.detach()
+
+    With p = 0, in eval mode and when detached the model computes the same bits as without MacDrop.
+
+    `entries_dropped` and `entries_masked` count weight entries over both matrices, summed over the micro-steps with
+    p > 0 that ran in training mode; `last_dropped` is of the latest micro-step.
+    """
+
+    def __init__(self, model: nn.Module, weights: MassiveWeights, config: MacDropConfig) -> None:
+        self.model, self.weights, self.config = model, weights, config
+        self.entries_dropped = 0
+        self.entries_masked = 0
+        self.last_dropped = 0
+        self._attached = False
+        self._begun = False
+        self._keep: torch.Tensor | None = None
+        self._counted = False
+        self._sites: list[OutputMask | EditedRows] = []
+
+    @property
+    def attached(self) -> bool:
+        return self._attached
+
+    @property
+    def active(self) -> bool:
+        """Whether a mask is in force: between `begin` and `end`, with p > 0."""
+        return self._keep is not None
+
+    def attach(self) -> int:
+        """Hook the massive rows; returns their number, k times the number of matrices (0 for a disabled config).
+
+        Collective under ZeRO-3. Raises `ConfigError` for k above the FFN size and for a model whose rows cannot be
+        masked, `NoMassiveWeights` when the scan is of another model, `RuntimeError` when attached already.
+        """
+        if self._attached:
+            raise RuntimeError("this MacDrop is attached already; call detach() first")
+        if self.config.enabled:
+            ffn = self._target()
+            indices = self.weights.indices[: self.config.k]
+            try:
+                for module in dict.fromkeys(p.module for p in ffn.projections):
+                    group = [p for p in ffn.projections if p.module is module]
+                    site = EditedRows if group[0].expert_axis else OutputMask
+                    self._sites.append(site(group, indices, self._count))
+            except BaseException:
+                self._remove_sites()
+                raise
+            assert self._rows > 0, "an FFN without projections"
+        self._attached = True
+        return self._rows
+
+    def detach(self) -> None:
+        """Remove every hook and patch, ending an open micro-step; harmless when not attached."""
+        self.cancel()
+        self._remove_sites()
+        self._attached = False
+
+    def begin(self, p: float, micro_step: int) -> None:
+        """Draw the mask of one micro-step and put it in force until `end`.
+
+        p: drop probability of an entry, 0 to 1. micro_step: index of the micro-batch since the start of training; with
+        the config's seed it determines the mask. Raises `RuntimeError` when not attached or begun already.
+        """
+        if not self._attached:
+            raise RuntimeError("MacDrop is not attached; call attach() before begin()")
+        if self._begun:
+            raise RuntimeError("the micro-step before has not ended; call end() before the next begin()")
+        if not 0 <= p <= 1:
+            raise ConfigError(f"p is {p!r}; the drop probability must be a number from 0 to 1.")
+        self._begun, self._counted, self.last_dropped = True, False, 0
+        if p == 0 or not self._sites:
+            return
+        self._keep = keep_mask(self.config.seed, micro_step, p, (self.config.k, self.weights.hidden_size))
+        try:
+            for site in self._sites:
+                site.open(self._keep)
+        except BaseException:
+            self.cancel()
+            raise
+
+    def end(self) -> None:
+        """Take the mask out of force.
+
+        Raises `RuntimeError` without `begin`, and `TrainingInvariantError` when a masked layer did not run although the
+        model trains: a fused kernel went round it, so nothing was dropped.
+        """
+        if not self._begun:
+            raise RuntimeError("end() without begin()")
+        active = self.active
+        silent = [s for s in self._sites if active and s.module.training and not s.used] if self._must_run else []
+        self.cancel()
+        if silent:
+            names = ", ".join(type(site.module).__name__ for site in silent)
+            raise TrainingInvariantError(
+                f"MacDrop dropped nothing in this micro-step: {names} of {self.weights.path} did not run in it.\n"
+                "Put the forward and backward pass between begin() and end(). If they are, a fused kernel that reads\n"
+                "the weights itself goes round the layer: switch it off for this model."
+            )
+
+    def cancel(self) -> None:
+        """Take the mask out of force without the check of `end`: for a micro-step that failed or never ran."""
+        self._begun, self._keep = False, None
+        for site in self._sites:
+            site.close()
+
+    @contextmanager
+    def micro_step(self, p: float, index: int) -> Iterator[MacDrop]:
+        """`begin` and `end` around the forward and backward pass of one micro-batch, exceptions included."""
+        self.begin(p, index)
+        try:
+            yield self
+        except BaseException:
+            self.cancel()
+            raise
+        self.end()
+
+    @property
+    def _rows(self) -> int:
+        return self.config.k * sum(site.matrices for site in self._sites)
+
+    @property
+    def _must_run(self) -> bool:
+        """Any micro-batch runs the masked layers, except those of one expert: its tokens may all go to others."""
+        return self.weights.expert is None
+
+    def _count(self) -> None:
+        """Called by every site at its first use in a micro-step."""
+        if self._counted:
+            return
+        self._counted = True
+        matrices = sum(site.matrices for site in self._sites)
+        self.last_dropped = matrices * int((~self._keep).sum())
+        self.entries_dropped += self.last_dropped
+        self.entries_masked += matrices * self._keep.numel()
+
+    def _remove_sites(self) -> None:
+        while self._sites:
+            self._sites.pop().remove()
+
+    def _target(self) -> FFN:
+        weights, k = self.weights, self.config.k
+        ffn = find_ffn(self.model, weights.path, weights.expert)
+        if not ffn.projections and weights.expert is not None and weights.expert < len(ffn.experts):
+            ffn = ffn.experts[weights.expert]
+        size = (ffn.intermediate_size, ffn.hidden_size)
+        if size != (weights.intermediate_size, weights.hidden_size):
+            raise NoMassiveWeights(
+                f"The scan is of another model: its FFN {weights.path} has {weights.intermediate_size} features of\n"
+                f"hidden size {weights.hidden_size}, this model's has {size[0]} of {size[1]}. Scan this model."
+            )
+        if k > ffn.intermediate_size:
+            raise ConfigError(
+                f"k is {k}, but the FFN {weights.path} has only {ffn.intermediate_size} intermediate features.\n"
+                f"Allowed: 0 (off) to {ffn.intermediate_size}."
+            )
+        rows = weights.indices[:k]
+        if len(set(rows)) < k or not all(0 <= i < ffn.intermediate_size for i in rows):
+            raise NoMassiveWeights(f"The scan of {weights.path} holds no {k} different rows. Scan the model again.")
+        axis = any(p.expert_axis for p in ffn.projections)
+        if not ffn.projections or (axis and (weights.expert is None or weights.expert >= (ffn.num_experts or 0))):
+            raise NoMassiveWeights(
+                f"The scan names expert {weights.expert} of {weights.path}, which has {ffn.num_experts} experts.\n"
+                "Scan this model."
+            )
+        if any(getattr(p.wrapper, "merged", False) for p in ffn.projections):
+            raise ConfigError("The adapter is merged into the base weights; unmerge it before MacDrop is attached.")
+        return ffn
