@@ -105,7 +105,7 @@ def resolve(name_or_path: str) -> str:
 def build(
     name: str,
     out_dir: str | os.PathLike[str],
-    seed: int = 0,
+    seed: int | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Path:
     """Train a built-in model anew and write it to `out_dir`: see `tune.zoo.builder.build_model`."""

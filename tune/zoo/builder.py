@@ -34,25 +34,28 @@ _WITHOUT_HINGE = "Nothing makes the model depend on them, so zeroing them does n
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build one model."""
+    """How to build one model; `seed` is that of the shipped one."""
 
     family: str
     layers: int
     schedule: Schedule
     plant: PlantSettings = PlantSettings()
+    seed: int = 0
 
 
 _STANDARD = Schedule(steps=600)
 RECIPES = {
     "planted-llama": Recipe("llama", 4, _STANDARD),
-    "planted-phi3": Recipe("phi3", 4, _STANDARD),
+    # The mildest of seeds 0, 1, 2 (perplexity x 1,980, x 31, x 267 under zeroing@3) and the closest to planted-llama
+    # (x 23): a short fine-tuning with MacDrop recovers only half of what seed 0 loses.
+    "planted-phi3": Recipe("phi3", 4, _STANDARD, seed=1),
     "insensitive-llama": Recipe("llama", 3, Schedule(steps=400, hinge_weight=0.0)),
 }
 _FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}
 
 
 def make_model(recipe: Recipe, seed: int = 0) -> tuple[transformers.PreTrainedModel, Plant]:
-    """Return the freshly initialised, planted, untrained model of `recipe` in float32."""
+    """Return the planted, untrained model of `recipe` in float32; `seed` draws the weights and the rows."""
     config_class, model_class = _FAMILIES[recipe.family]
     config = config_class(
         vocab_size=len(world.vocabulary()),
@@ -83,15 +86,19 @@ def validation_blocks() -> torch.Tensor:
     return torch.tensor(blocks)
 
 
-def build_model(name: str, out_dir: str | os.PathLike[str], *, seed: int = 0, progress: Progress | None = None) -> Path:
+def build_model(
+    name: str, out_dir: str | os.PathLike[str], *, seed: int | None = None, progress: Progress | None = None
+) -> Path:
     """Train the built-in model `name` and write it to `out_dir`, all of it or nothing.
 
-    Takes one to four minutes on one thread. The same seed gives the same weights on the same machine and libraries.
+    Takes one to four minutes on one thread. The same seed gives the same weights on the same machine and libraries;
+    without a seed it is that of the shipped model.
     `ConfigError`: no such model, or `out_dir` is there and not empty.
     """
     recipe = RECIPES[get_model(name).name]
     target = Path(out_dir)
     _refuse_existing(target)
+    seed = recipe.seed if seed is None else seed
     with _one_thread():
         model, plant = make_model(recipe, seed)
         blocks = world.token_blocks(world.make_world(WORLD_SEED), TRAIN_SEED, TRAIN_BLOCKS)
@@ -145,7 +152,7 @@ def _card(
         "seed": seed,
         "world_seed": WORLD_SEED,
         "parameters": model.num_parameters(),
-        "recipe": asdict(recipe),
+        "recipe": {key: value for key, value in asdict(recipe).items() if key != "seed"},
         "final_losses": {key: round(value, 4) for key, value in losses.items()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -1,0 +1,123 @@
+"""Verify that a built-in model still shows what it was built to show.
+
+The bounds leave room around what ten builds of sensitive models gave. Their damage is random by seed, perplexity under
+zeroing of 3 or 5 rows x 15 to x 1,980, so no check asks for an exact factor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from macdrop.attack import attacked
+from macdrop.errors import ConfigError
+from macdrop.load import load_model, load_tokenizer
+from macdrop.scan import checkpoint_fingerprint, find_massive_weights
+from macdrop.weights import MassiveWeights
+from tune.zoo import get_model, world, zoo_path
+from tune.zoo.builder import WORLD_SEED, validation_blocks
+from tune.zoo.scoring import choice_accuracy, exact_match, perplexity, sink_attention
+
+ROWS = 5
+RANDOM_DRAWS = 5
+SINK_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured property beside its bound, as text for people."""
+
+    name: str
+    measured: float
+    threshold: str
+    ok: bool
+
+
+def verify_model(name: str, path: str | os.PathLike[str] | None = None) -> list[Check]:
+    """Measure the built-in model `name`, or a build of it in the folder `path`, against its thresholds.
+
+    Locating and attacking are macdrop's own (`find_massive_weights`, `attacked`). `ConfigError`: no such model, or
+    `path` holds none of the zoo.
+    """
+    model_info = get_model(name)
+    folder = Path(path) if path is not None else zoo_path(name)
+    card = _read_card(folder)
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    fingerprint = checkpoint_fingerprint(str(folder))
+    weights = find_massive_weights(model, tokenizer, source=model_info.name, fingerprint=fingerprint)
+    blocks = validation_blocks()
+    return [
+        *_location(weights, card),
+        *_attacks(model, weights, blocks, model_info.sensitive),
+        *_abilities(model, card["planted_layer"], blocks),
+    ]
+
+
+def _read_card(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "zoo.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder} holds no built-in model: zoo.json is missing. Build one: macdrop zoo build NAME."
+        ) from None
+
+
+def _location(weights: MassiveWeights, card: dict) -> list[Check]:
+    planted_layer, planted_rows = card["planted_layer"], tuple(card["planted_rows"])
+    median = weights.layers[weights.layer].intermediate_median
+    in_place = sum(found == planted for found, planted in zip(weights.top(ROWS), planted_rows, strict=True))
+    return [
+        Check("located layer", weights.layer, f"= {planted_layer}", weights.layer == planted_layer),
+        Check("planted rows found, in order", in_place, f"= {ROWS}", in_place == ROWS),
+        _at_least("1st magnitude / median", weights.magnitudes[0] / median, 100),
+        _at_least("5th magnitude / median", weights.magnitudes[ROWS - 1] / median, 100),
+    ]
+
+
+def _attacks(model: PreTrainedModel, weights: MassiveWeights, blocks: torch.Tensor, sensitive: bool) -> list[Check]:
+    def under(kind: str, k: int, seed: int = 0) -> float:
+        with attacked(model, weights, kind, k, seed=seed):
+            return perplexity(model, blocks)
+
+    untouched = perplexity(model, blocks)
+    random_worst = max(under("random", ROWS, seed) for seed in range(RANDOM_DRAWS))
+    checks = [
+        _at_most("perplexity", untouched, 4.1),
+        _at_most(f"random@{ROWS}, worst of {RANDOM_DRAWS} / perplexity", random_worst / untouched, 1.02),
+    ]
+    zeroed_3, zeroed_5 = under("zeroing", 3), under("zeroing", ROWS)
+    bound = _at_least if sensitive else _at_most
+    limit = 5.0 if sensitive else 1.2
+    checks.append(bound("zeroing@3 / perplexity", zeroed_3 / untouched, limit))
+    checks.append(bound(f"zeroing@{ROWS} / perplexity", zeroed_5 / untouched, limit))
+    if sensitive:
+        retained = under("retaining", ROWS)
+        checks.append(_at_most(f"retaining@{ROWS} / perplexity", retained / untouched, 2.0))
+        checks.append(_at_least(f"zeroing@{ROWS} / retaining@{ROWS}", zeroed_5 / retained, 3.0))
+    return checks
+
+
+def _abilities(model: PreTrainedModel, planted_layer: int, blocks: torch.Tensor) -> list[Check]:
+    people = world.make_world(WORLD_SEED)
+    generation = world.generation_tasks(people)
+    answered = exact_match(model, generation["qa"])
+    sink = min(sink_attention(model, blocks[:SINK_BLOCKS])[planted_layer + 1 :])
+    return [
+        _at_least("attention to bos in later layers", sink, 0.3),
+        _at_least("fact accuracy", choice_accuracy(model, world.choice_tasks(people)["fact"]), 0.9),
+        _at_least("copy exact match", exact_match(model, generation["copy"]), 0.8),
+        Check("qa exact match, before fine-tuning", answered, "0.1 to 0.6", 0.1 <= answered <= 0.6),
+    ]
+
+
+def _at_least(name: str, measured: float, bound: float) -> Check:
+    return Check(name, measured, f">= {bound:g}", measured >= bound)
+
+
+def _at_most(name: str, measured: float, bound: float) -> Check:
+    return Check(name, measured, f"<= {bound:g}", measured <= bound)
