@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,7 +174,12 @@ class TrainSpec(_Strict):
         content = self.canonical().model_dump(mode="json")
         for how_often in ("logging_steps", "save_steps"):
             content.pop(how_often)
-        return f"{self.arm}-{_digest(content)[:10]}"
+        return f"{slug(self.model_name_or_path)}-{self.arm}-{_digest(content)[:8]}"
+
+
+def slug(model_name_or_path: str) -> str:
+    """The last part of a model's name, fit for a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/:]", model_name_or_path.rstrip("/"))[-1])
 
 
 class Space(_Strict):
