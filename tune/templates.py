@@ -109,8 +109,9 @@ def chat_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         earlier = messages[:index]
         prompt, after = render(earlier, generate=True), render(messages[: index + 1])
         head, _, tail = render([*earlier, {"role": "assistant", "content": _PROBE}]).partition(_PROBE)
-        if prompt == render(earlier):  # a template without generation prompt: the header of the turn is no answer
-            prompt = head
+        before = render(earlier)
+        if prompt == before:  # no generation prompt in this template: the header of the turn, if any, is no answer
+            prompt = head[: max(len(before), len(head.rstrip()))]  # and a blank belongs to the word that follows
         start = len(prompt)
         if not whole.startswith(prompt) or start < at:
             raise DataError("the chat template rewrites earlier turns, so that no label mask is exact. "

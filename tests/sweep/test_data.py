@@ -124,7 +124,7 @@ def test_train_on_prompt_labels_everything(tmp_path):
     [
         (CHATML, "a<|im_end|>second answer<|im_end|>"),
         (THINKING, "a<|im_end|><think>\n\n</think>\n\nsecond answer<|im_end|>"),
-        (BARE, "a</s>second answer</s>"),
+        (BARE, " a</s> second answer</s>"),
         (None, "a</s>second answer</s>"),
     ],
     ids=["chatml", "thinking", "bare", "alpaca"],
@@ -392,7 +392,19 @@ def test_an_unwritable_cache_is_a_resource_error(tmp_path):
         read(write(tmp_path / "a.jsonl", ALPACA), make_tokenizer(), tmp_path)
 
 
-# --- real data, where it is at hand ---
+# --- data that is at hand ---
+
+
+def test_zoo_answers_carry_loss(tmp_path):
+    from tune.zoo import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve("zoo:planted-llama"))
+    prepared = read("zoo:train", tokenizer, tmp_path, val_size=0.1)
+    assert prepared.info["dropped"] == 0 and prepared.info["tokenised_by_pieces"] == 0
+    rows = [json.loads(line) for line in Path(resolve("zoo:train")).read_text().splitlines()]
+    assert {answers(tokenizer, example) for example in prepared.train} <= {f"{r['output']} <eos>" for r in rows}
+    for ids, _ in prepared.train:
+        assert ids[0] == tokenizer.bos_token_id and ids.tolist().count(tokenizer.bos_token_id) == 1
 
 
 def test_real_instructions_with_a_real_tokenizer(tmp_path, shared):
