@@ -12,20 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from macdrop.load import load_model, load_tokenizer
 from transformers import PreTrainedModel
 
 from macdrop.attack import attacked
 from macdrop.errors import ConfigError
-from macdrop.load import load_model, load_tokenizer
+from macdrop.proof import perplexity, prove
 from macdrop.scan import checkpoint_fingerprint, find_massive_weights
 from macdrop.weights import MassiveWeights
 from tune.zoo import get_model, world, zoo_path
 from tune.zoo.builder import WORLD_SEED, validation_blocks
-from tune.zoo.scoring import choice_accuracy, exact_match, perplexity, sink_attention
+from tune.zoo.scoring import choice_accuracy, exact_match, sink_attention
 
 ROWS = 5
 RANDOM_DRAWS = 5
 SINK_BLOCKS = 32
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Check:
     """One measured property beside its bound, as text for people."""
 
     name: str
-    measured: float
+    measured: float | str
     threshold: str
     ok: bool
 
@@ -41,8 +43,8 @@ class Check:
 def verify_model(name: str, path: str | os.PathLike[str] | None = None) -> list[Check]:
     """Measure the built-in model `name`, or a build of it in the folder `path`, against its thresholds.
 
-    Locating and attacking are macdrop's own (`find_massive_weights`, `attacked`). `ConfigError`: no such model, or
-    `path` holds none of the zoo.
+    Locating and attacking are macdrop's own (`find_massive_weights`, `prove`, `attacked`). `ConfigError`: no such
+    model, or `path` holds none of the zoo.
     """
     model_info = get_model(name)
     folder = Path(path) if path is not None else zoo_path(name)
@@ -80,26 +82,22 @@ def _location(weights: MassiveWeights, card: dict) -> list[Check]:
 
 
 def _attacks(model: PreTrainedModel, weights: MassiveWeights, blocks: torch.Tensor, sensitive: bool) -> list[Check]:
-    def under(kind: str, k: int, seed: int = 0) -> float:
-        with attacked(model, weights, kind, k, seed=seed):
-            return perplexity(model, blocks)
-
-    untouched = perplexity(model, blocks)
-    random_worst = max(under("random", ROWS, seed) for seed in range(RANDOM_DRAWS))
+    proof = prove(model, blocks, weights, k=ROWS, draws=RANDOM_DRAWS, batch_size=_BATCH)
+    with attacked(model, weights, "zeroing", 3):
+        zeroed_3 = perplexity(model, blocks, batch_size=_BATCH)
+    untouched = proof.untouched
+    bound, limit = (_at_least, 5.0) if sensitive else (_at_most, 1.2)
     checks = [
         _at_most("perplexity", untouched, 4.1),
-        _at_most(f"random@{ROWS}, worst of {RANDOM_DRAWS} / perplexity", random_worst / untouched, 1.02),
+        _at_most(f"random@{ROWS}, worst of {RANDOM_DRAWS} / perplexity", max(proof.random) / untouched, 1.02),
+        bound("zeroing@3 / perplexity", zeroed_3 / untouched, limit),
+        bound(f"zeroing@{ROWS} / perplexity", proof.zeroed / untouched, limit),
     ]
-    zeroed_3, zeroed_5 = under("zeroing", 3), under("zeroing", ROWS)
-    bound = _at_least if sensitive else _at_most
-    limit = 5.0 if sensitive else 1.2
-    checks.append(bound("zeroing@3 / perplexity", zeroed_3 / untouched, limit))
-    checks.append(bound(f"zeroing@{ROWS} / perplexity", zeroed_5 / untouched, limit))
     if sensitive:
-        retained = under("retaining", ROWS)
-        checks.append(_at_most(f"retaining@{ROWS} / perplexity", retained / untouched, 2.0))
-        checks.append(_at_least(f"zeroing@{ROWS} / retaining@{ROWS}", zeroed_5 / retained, 3.0))
-    return checks
+        checks.append(_at_most(f"retaining@{ROWS} / perplexity", proof.retained / untouched, 2.0))
+        checks.append(_at_least(f"zeroing@{ROWS} / retaining@{ROWS}", proof.zeroed / proof.retained, 3.0))
+    expected = "sensitive" if sensitive else "not sensitive"
+    return [*checks, Check("verdict of the proof", proof.verdict, f"= {expected}", proof.verdict == expected)]
 
 
 def _abilities(model: PreTrainedModel, planted_layer: int, blocks: torch.Tensor) -> list[Check]:

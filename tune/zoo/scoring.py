@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from tune.zoo.pretrain import token_loss
 from tune.zoo.world import BOS_ID, PAD_ID, ChoiceItem, GenerationItem, vocabulary
 
 _WORD_IDS = vocabulary()
@@ -18,12 +16,6 @@ SINK_FROM = 8
 
 def _encode(text: str) -> list[int]:
     return [_WORD_IDS[word] for word in text.split()]
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, blocks: torch.Tensor) -> float:
-    """Perplexity over `blocks` (n, length), bos at position 0 of each."""
-    return math.exp(token_loss(model, blocks).item())
 
 
 @torch.no_grad()
