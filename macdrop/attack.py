@@ -1,8 +1,8 @@
 """Attacks on the massive weights (arXiv 2410.01866, section 3): rows of W_gate and W_up set to zero, then put back.
 
-Which weights are attacked follows from the model that is passed. With a PEFT adapter in place the rows of the frozen base
-are zeroed and the adapter's part of these rows stays alive; with a merged model the merged rows are. These are different
-experiments: name which one a score is of. Biases of plain FFNs (and of GPT-OSS experts) are never touched.
+Which weights are attacked follows from the model that is passed. With a PEFT adapter in place the rows of the frozen
+base are zeroed and the adapter's part of these rows stays alive; with a merged model the merged rows are. These are
+different experiments: name which one a score is of. Biases of plain FFNs (and of GPT-OSS experts) are never touched.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def attacked_rows(weights: MassiveWeights, kind: str, k: int, *, seed: int = 0) 
     """The rows that an attack sets to zero.
 
     zeroing: the top k. retaining: all but the top k. random: k drawn by `seed` from all but the top k. So zeroing with
-    k = 0 is the untouched model, and retaining with k = 0 zeroes the whole matrices. Raises `ConfigError` for an unknown
-    kind and for a k that is impossible.
+    k = 0 is the untouched model, and retaining with k = 0 zeroes the whole matrices. Raises `ConfigError` for an
+    unknown kind and for a k that is impossible.
     """
     if kind == "none":
         return ()
@@ -78,8 +78,8 @@ def attacked(model: nn.Module, weights: MassiveWeights, kind: str, k: int = 0, *
     """The model with rows of its massive layer set to zero inside the block; yields how many, over all matrices.
 
     The rows come back bit for bit at the end, after exceptions too; blocks may be nested. Only the rows that are zeroed
-    are copied meanwhile. Of routed experts only the one that bos is routed to is touched. For inference: a backward pass
-    from outside the block through rows changed inside is refused by autograd.
+    are copied meanwhile. Of routed experts only the one that bos is routed to is touched. For inference: autograd
+    refuses a backward pass of a forward pass from before the block.
 
     Raises `ConfigError` for an unknown kind, an impossible k, and for weights whose rows cannot be written in place
     (quantised, or partitioned by DeepSpeed ZeRO-3), and `NoMassiveWeights` when `weights` belong to another model.
@@ -125,6 +125,6 @@ def _require_writable(parameter: torch.Tensor, kind: str) -> None:
         )
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         raise ConfigError(
-            f"The attack {kind!r} cannot set rows of {type(parameter).__name__} in {parameter.dtype} (quantised) to zero.\n"
+            f"The attack {kind!r} cannot set rows of quantised weights to zero ({parameter.dtype}).\n"
             "Load the model in float32, bfloat16 or float16."
         )

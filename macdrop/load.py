@@ -1,0 +1,208 @@
+"""Load a causal language model and its tokenizer, and refuse what macdrop cannot use with a message that helps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from macdrop.errors import ConfigError, UnsupportedModel, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+_OTHER_MODALITIES = ("vision_config", "audio_config", "video_config", "speech_config", "vision_tower")
+
+
+def load_model(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model from a folder or a hub id, in evaluation mode, on the CPU.
+
+    dtype: "float32", "bfloat16", or "auto" for the one that the checkpoint is stored in. Weights are read from
+    safetensors only. Code from the model's repository runs only with `trust_remote_code`, and nothing ever asks.
+
+    Raises `ConfigError` for a path that is no model folder, a hub id that cannot be reached, damaged or incomplete
+    weights, and `UnsupportedModel` for a model that is no decoder of text alone.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"Unknown dtype {dtype!r}.{nearest(dtype, DTYPES)} Allowed: {', '.join(DTYPES)}.")
+    name = _require_folder(name_or_path, ("config.json",))
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = _load_config(name, options)
+    _require_causal_text(name, config)
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **extra,
+        )
+    except SafetensorError as error:
+        raise ConfigError(f"The weights of {name} are damaged: {error}.\nCopy or download the model again.") from None
+    except ImportError as error:
+        raise ConfigError(f"{name} needs a package that is missing: {_first_line(error)}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(_weights_message(name, error)) from None
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"{name} is no complete {type(model).__name__}: {len(missing)} weights are missing from its files, "
+            f"{missing[0]} first.\nThey would start as random numbers. Copy or download the model again."
+        )
+    return model.eval()
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    model: PreTrainedModel | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub id; with `model`, also checked against it (`require_fit`).
+
+    Raises `ConfigError` when it cannot be loaded, has no eos token, or does not fit the model.
+    """
+    name = _require_folder(name_or_path, ())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise ConfigError(f"The tokenizer of {name} needs a package that is missing: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(_remote_code_message(name)) from None
+        if Path(name).is_dir():
+            raise ConfigError(
+                f"{name} has no tokenizer that can be loaded: {_first_line(error)}\n"
+                "The folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json beside the weights."
+            ) from None
+        raise ConfigError(_hub_message(name, revision)) from None
+    require_fit(tokenizer, model, name=name)
+    return tokenizer
+
+
+def require_fit(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None, *, name: str = "the model"
+) -> None:
+    """Raise `ConfigError` for a tokenizer without eos, or with ids that `model` has no embedding for."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"The tokenizer of {name} has no eos token, so an answer would never end.\n"
+            'Set "eos_token" in its tokenizer_config.json.'
+        )
+    rows = None if model is None else model.get_input_embeddings().num_embeddings
+    if rows is not None and len(tokenizer) > rows:
+        raise ConfigError(
+            f"The tokenizer of {name} does not fit the model: it has {len(tokenizer)} tokens, the model embeddings for "
+            f"{rows}.\nUse the tokenizer that came with the model."
+        )
+
+
+def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) -> str:
+    """The name to load from. Something that looks like a path must be a folder with the `needed` files."""
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for file in needed:
+            if not (path / file).is_file():
+                inside = sorted(entry.name for entry in path.iterdir())[:6]
+                raise ConfigError(
+                    f"{name} is no model folder: it has no {file}.\n"
+                    f"It holds: {', '.join(inside) or 'nothing'}. Give the folder that save_pretrained wrote."
+                )
+        return str(path)
+    looks_like_path = path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_like_path or not name:
+        what = "is a file, not a model folder" if path.exists() else "does not exist"
+        raise ConfigError(f"The model path {name!r} {what}.\nGive a folder with config.json and weights, or a hub id.")
+    return name
+
+
+def _load_config(name: str, options: dict):
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(_remote_code_message(name)) from None
+        if Path(name).is_dir() or isinstance(error, ValueError | KeyError | TypeError):
+            raise ConfigError(
+                f"The config of {name} cannot be used: {_first_line(error)}\n"
+                "Is it a transformers model, and this transformers release new enough for it?"
+            ) from None
+        raise ConfigError(_hub_message(name, options["revision"])) from None
+
+
+def _require_causal_text(name: str, config) -> None:
+    """Raise `UnsupportedModel` unless the config is one of a decoder of text alone."""
+    kind = getattr(config, "model_type", "") or type(config).__name__
+    classes = getattr(config, "architectures", None) or []
+    described = f"{name} ({', '.join(classes) or kind})"
+    if found := [key for key in _OTHER_MODALITIES if getattr(config, key, None) is not None]:
+        raise UnsupportedModel(
+            f"{described} is no text-only model: its config has {found[0]}.\n"
+            "macdrop works on causal language models. If there is a text-only checkpoint of it, give that one."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{described} is an encoder-decoder model.\nmacdrop works on decoder-only causal language models."
+        )
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if not (known or own_code):
+        raise UnsupportedModel(
+            f"{described} is no causal language model (model_type {kind!r}).\n"
+            "macdrop works on decoder-only models that generate text, such as Llama, Mistral, Qwen, Gemma, Phi or OPT."
+        )
+
+
+def _weights_message(name: str, error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return _remote_code_message(name)
+    path = Path(name)
+    if path.is_dir() and not list(path.glob("*.safetensors*")):
+        pickles = sorted(file.name for file in path.glob("*.bin"))
+        if pickles:
+            return (
+                f"{name} has its weights as pickle only ({pickles[0]}), which macdrop does not load: pickle can run code.\n"
+                "Convert them: load the model with transformers and call save_pretrained, which writes safetensors."
+            )
+        return f"{name} is no model folder: it has a config.json but no weights (*.safetensors)."
+    if "ignore_mismatched_sizes" in text or "size mismatch" in text:
+        return f"The weights of {name} do not have the shapes that its config.json says. Are they of one model?"
+    return f"{name} cannot be loaded: {_first_line(error)}"
+
+
+def _hub_message(name: str, revision: str | None) -> str:
+    at = f" at revision {revision!r}" if revision else ""
+    return (
+        f"The model {name!r}{at} is no folder here, not in the Hugging Face cache, and cannot be fetched from the hub\n"
+        "(no such model, no access to it, or this machine is offline). Give the path of a model folder, or an id that\n"
+        "is cached: hf download ID on a machine with internet."
+    )
+
+
+def _remote_code_message(name: str) -> str:
+    return (
+        f"{name} needs Python code from its own repository, which is not run unless you ask for it.\n"
+        "If you trust it, set trust_remote_code: true."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
