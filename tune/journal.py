@@ -1,0 +1,331 @@
+"""The run folder: everything a run leaves behind, readable without Ray, and by pandas in one line.
+
+    run.json             name, created, status, command, macdrop version
+    config.yaml          the effective spec
+    environment.json     versions, host, CPUs, GPUs
+    scores.jsonl         one line a score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
+    models/<slug>/       massive_weights.json, proof.json
+    trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, status, reason, times, summary),
+                         metrics.jsonl (one line a logged step), adapter/, answers/*.jsonl
+
+    pandas.read_json("runs/x/scores.jsonl", lines=True)
+
+Files are written whole or not at all (`tune.files`). A trial's files have one writer; scores may have many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from macdrop.errors import ConfigError
+from tune.files import append_jsonl, atomic_write_json, atomic_write_text, atomic_write_yaml, plain, read_jsonl
+
+if TYPE_CHECKING:
+    import pandas
+
+LAYOUT = 1
+BASE = "base"
+"""The arm, and the trial name, of an untrained model's scores."""
+STATUSES = ("pending", "running", "done", "stopped", "failed", "diverged", "cancelled")
+ENDED = ("done", "stopped", "failed", "diverged", "cancelled")
+RUN_STATUSES = ("running", "done", "failed", "interrupted")
+SCORE_KEY = ("model", "trial", "benchmark", "task", "metric", "attack", "attack_on")
+"""What makes a score one score: a later line with the same values replaces the earlier one."""
+SCORE_COLUMNS = (
+    *("model", "arm", "trial", "seed", "benchmark", "task", "version", "metric", "attack", "attack_on"),
+    *("value", "stderr", "n", "higher_is_better", "batch_size", "limit", "num_fewshot"),
+)
+_PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "ray", "lm-eval", "datasets", "optuna", "numpy")
+
+
+class Journal:
+    """A run folder. Cheap to make and to pickle; holds no open file.
+
+    Use `Journal.create` for a new run and `Journal.open` for one that is there.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> Journal:
+        """Start a run folder with the effective spec in it.
+
+        Raises:
+            ConfigError: the folder exists and is not empty; nothing is touched.
+            ResourceError: it cannot be written.
+        """
+        path = Path(run_dir)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            run = " It holds a run." if (path / "run.json").exists() else ""
+            raise ConfigError(
+                f"output_dir {str(path)!r} exists and is not empty.{run}\n"
+                "Add --resume to go on with the run in it, or choose another output_dir."
+            )
+        journal = cls(path)
+        atomic_write_yaml(path / "config.yaml", spec)
+        journal._write_run(
+            name=path.resolve().name,
+            created=now(),
+            status="running",
+            command=" ".join(sys.argv) if command is None else command,
+            macdrop=_version("macdrop"),
+            layout=LAYOUT,
+        )
+        return journal
+
+    @classmethod
+    def open(cls, run_dir: str | os.PathLike) -> Journal:
+        """Open an existing run folder.
+
+        Raises:
+            ConfigError: it is none, or its run.json or config.yaml is damaged.
+        """
+        journal = cls(run_dir)
+        if not journal.path.is_dir():
+            raise ConfigError(f"{str(journal.path)!r} is no run folder: there is no such folder.")
+        if not (journal.path / "run.json").is_file():
+            raise ConfigError(f"{str(journal.path)!r} is no run folder: it has no run.json.\n"
+                              "Give the output_dir of a sweep.")  # fmt: skip
+        try:
+            whole = isinstance(journal.run, dict) and isinstance(journal.config, dict)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{str(journal.path)!r} is a damaged run folder: {error}") from error
+        if not whole:
+            raise ConfigError(f"{str(journal.path)!r} is a damaged run folder: run.json or config.yaml is empty.")
+        return journal
+
+    # --- the run ---
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """name, created, status, command, macdrop, layout; finished once it is."""
+        return _read_json(self.path / "run.json")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The effective spec."""
+        return _read_yaml(self.path / "config.yaml")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What `write_environment` found; empty before."""
+        file = self.path / "environment.json"
+        return _read_json(file) if file.exists() else {}
+
+    def set_status(self, status: str) -> None:
+        """Set the run's status, one of `RUN_STATUSES`."""
+        assert status in RUN_STATUSES, status
+        ended = {} if status == "running" else {"finished": now()}
+        self._write_run(**{**self.run, "status": status, **ended})
+
+    def write_environment(self) -> dict[str, Any]:
+        """Record versions and hardware of this machine in environment.json and return them."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found = {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "memory_gib": round(memory / 2**30, 1),
+            "gpus": _gpus(),
+            "versions": {name: _version(name) for name in _PACKAGES},
+        }
+        atomic_write_json(self.path / "environment.json", found)
+        return found
+
+    # --- models ---
+
+    def model_dir(self, model: str) -> Path:
+        """The folder of a model's own findings."""
+        return self.path / "models" / slug(model)
+
+    def massive_weights_file(self, model: str) -> Path:
+        return self.model_dir(model) / "massive_weights.json"
+
+    def proof_file(self, model: str) -> Path:
+        return self.model_dir(model) / "proof.json"
+
+    # --- trials ---
+
+    def trial(self, trial_id: str) -> TrialRecord:
+        """The record of a trial; nothing is written before its `start`."""
+        assert trial_id and Path(trial_id).name == trial_id, trial_id
+        return TrialRecord(self.path / "trials" / trial_id)
+
+    def trials(self) -> list[dict[str, Any]]:
+        """What trial.json of each trial holds, with its `config`; in order of start."""
+        records = []
+        for file in (self.path / "trials").glob("*/trial.json"):
+            config = file.with_name("config.yaml")
+            records.append({**_read_json(file), "config": _read_yaml(config) if config.exists() else {}})
+        return sorted(records, key=lambda record: (record.get("started") or "", record["trial"]))
+
+    def answers_dir(self, model: str, trial: str) -> Path:
+        """Where generated answers of a trial go; those of the base model go to the model's folder."""
+        return (self.model_dir(model) if trial == BASE else self.trial(trial).folder) / "answers"
+
+    # --- scores ---
+
+    @property
+    def scores_file(self) -> Path:
+        return self.path / "scores.jsonl"
+
+    def add_scores(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Append scores, all of them or none; safe from several processes at once. Returns their number.
+
+        Each row needs at least `SCORE_KEY`, arm and value; other keys are kept. `attack` is "none" without one.
+        """
+        rows = [dict(row) for row in rows]
+        for row in rows:
+            missing = [key for key in (*SCORE_KEY, "arm", "value") if key not in row]
+            assert not missing, f"score without {missing}: {row}"
+        return append_jsonl(self.scores_file, [{**dict.fromkeys(SCORE_COLUMNS), **row} for row in rows])
+
+    def score_rows(self) -> list[dict[str, Any]]:
+        """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""
+        latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in read_jsonl(self.scores_file)}
+        return list(latest.values())
+
+    def scores(self) -> pandas.DataFrame:
+        """`score_rows` as a table that has all of `SCORE_COLUMNS`, also when it is empty."""
+        import pandas
+
+        rows = self.score_rows()
+        extra = dict.fromkeys(key for row in rows for key in row if key not in SCORE_COLUMNS)
+        return pandas.DataFrame(rows, columns=[*SCORE_COLUMNS, *extra])
+
+    def is_scored(
+        self, trial: str, benchmark: str, task: str, attack: str = "none", attack_on: str | None = None, *, model: str
+    ) -> bool:
+        """Whether a score of this benchmark is there. `trial` is "base" for the untrained model."""
+        wanted = (model, trial, benchmark, task, attack, attack_on)
+        keys = ("model", "trial", "benchmark", "task", "attack", "attack_on")
+        return any(tuple(row.get(key) for key in keys) == wanted for row in read_jsonl(self.scores_file))
+
+    def _write_run(self, **content: Any) -> None:
+        atomic_write_json(self.path / "run.json", content)
+
+
+class TrialRecord:
+    """The folder of one trial, written by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._last_step: int | None = None
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """trial.json; before `start` only the name and status pending."""
+        file = self.folder / "trial.json"
+        return _read_json(file) if file.exists() else {"trial": self.id, "status": "pending"}
+
+    @property
+    def status(self) -> str:
+        return self.info["status"]
+
+    def start(self, config: Mapping[str, Any], *, model: str, arm: str, seed: int) -> None:
+        """Record that the trial runs. Called again after a restart, it counts the attempt and keeps the first start."""
+        before = self.info
+        atomic_write_yaml(self.folder / "config.yaml", config)
+        self._write(
+            trial=self.id,
+            model=model,
+            arm=arm,
+            seed=seed,
+            status="running",
+            reason=None,
+            started=before.get("started") or now(),
+            attempts=before.get("attempts", 0) + 1,
+        )
+
+    def log(self, step_metrics: Iterable[Mapping[str, Any]]) -> None:
+        """Append metrics of logged steps, each with its `step`, ascending.
+
+        A resumed trial comes again through the steps after its last checkpoint: their earlier lines are replaced.
+        """
+        rows = [dict(row) for row in step_metrics]
+        if not rows:
+            return
+        file = self.folder / "metrics.jsonl"
+        first = rows[0]["step"]
+        if self._last_step is None:
+            self._last_step = max((row["step"] for row in read_jsonl(file)), default=-1)
+        if first <= self._last_step:
+            rows = [row for row in read_jsonl(file) if row["step"] < first] + rows
+            atomic_write_text(file, "".join(json.dumps(plain(row)) + "\n" for row in rows))
+        else:
+            append_jsonl(file, rows)
+        self._last_step = rows[-1]["step"]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, by step."""
+        return read_jsonl(self.folder / "metrics.jsonl")
+
+    def finish(self, status: str, reason: str | None = None, **summary: Any) -> None:
+        """Record how the trial ended (one of `ENDED`) and anything to keep of it: eval_loss, steps, seconds ..."""
+        assert status in ENDED, status
+        self._write(**{**self.info, "status": status, "reason": reason, "finished": now(), **summary})
+
+    def _write(self, **content: Any) -> None:
+        atomic_write_json(self.folder / "trial.json", content)
+
+
+def slug(model: str) -> str:
+    """A folder name for a model: "org/name" -> "org--name"; a path keeps its last part and a hash of the whole."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", model.replace("/", "--")).strip("-.")
+    if model.startswith(("/", ".", "~")) or len(safe) > 80:
+        last = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.")[:60]
+        return f"{last or 'model'}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+    return safe
+
+
+def now() -> str:
+    """UTC time to the millisecond, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs by nvidia-smi, so that torch need not be loaded; empty where there is none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return found.stdout.strip().splitlines() if found.returncode == 0 else []
