@@ -19,7 +19,7 @@ from macdrop.families import FFN, find_ffn
 from macdrop.masking import EditedRows, OutputMask
 
 if TYPE_CHECKING:
-    from macdrop.scan import MassiveWeights
+    from macdrop.weights import MassiveWeights
 
 
 def keep_mask(seed: int, micro_step: int, p: float, shape: tuple[int, ...]) -> torch.Tensor:
@@ -81,7 +81,7 @@ class MacDrop:
             raise RuntimeError("this MacDrop is attached already; call detach() first")
         if self.config.enabled:
             ffn = self._target()
-            indices = self.weights.indices[: self.config.k]
+            indices = self.weights.top(self.config.k)
             try:
                 for module in dict.fromkeys(p.module for p in ffn.projections):
                     group = [p for p in ffn.projections if p.module is module]
@@ -183,6 +183,7 @@ class MacDrop:
             self._sites.pop().remove()
 
     def _target(self) -> FFN:
+        """The FFN that the scan names, checked to be one whose top k rows can be masked."""
         weights, k = self.weights, self.config.k
         ffn = find_ffn(self.model, weights.path, weights.expert)
         if not ffn.projections and weights.expert is not None and weights.expert < len(ffn.experts):
@@ -193,12 +194,7 @@ class MacDrop:
                 f"The scan is of another model: its FFN {weights.path} has {weights.intermediate_size} features of\n"
                 f"hidden size {weights.hidden_size}, this model's has {size[0]} of {size[1]}. Scan this model."
             )
-        if k > ffn.intermediate_size:
-            raise ConfigError(
-                f"k is {k}, but the FFN {weights.path} has only {ffn.intermediate_size} intermediate features.\n"
-                f"Allowed: 0 (off) to {ffn.intermediate_size}."
-            )
-        rows = weights.indices[:k]
+        rows = weights.top(k)
         if len(set(rows)) < k or not all(0 <= i < ffn.intermediate_size for i in rows):
             raise NoMassiveWeights(f"The scan of {weights.path} holds no {k} different rows. Scan the model again.")
         axis = any(p.expert_axis for p in ffn.projections)

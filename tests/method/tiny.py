@@ -5,10 +5,16 @@ All have hidden size 32, 3 layers, FFN size 48 and 64 tokens; id 1 is bos, 2 is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 
+from macdrop.weights import Confidence, MassiveWeights
+
 VOCAB, HIDDEN, FFN, LAYERS = 64, 32, 48, 3
+ROWS = (5, 17, 40, 33, 11)  # taken as massive where a test does not scan
+EXPERTS = ("mixtral", "gpt_oss")
 _COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
@@ -67,6 +73,27 @@ def build(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float
             elif parameter.dim() > 1:
                 parameter.mul_(4)
     return model.to(dtype).eval()
+
+
+def massive_weights(family: str = "llama", rows: Sequence[int] = ROWS, **changes) -> MassiveWeights:
+    """A scan result that names `rows` of layer 1, in this order, before all others (expert 2 where there are some)."""
+    values = {
+        "model": family,
+        "fingerprint": "0" * 64,
+        "layer": 1,
+        "path": FAMILIES[family][2],
+        "kind": "gated",
+        "expert": 2 if family in EXPERTS else None,
+        "indices": (*rows, *(i for i in range(FFN) if i not in rows)),
+        "magnitudes": tuple(float(FFN - i) for i in range(FFN)),
+        "intermediate_size": FFN,
+        "hidden_size": HIDDEN,
+        "bos_token_id": 1,
+        "bos_rule": "bos",
+        "layers": (),
+        "confidence": Confidence("strong", 1.0, 1.0, 1.0, 1.0, ""),
+    }
+    return MassiveWeights(**{**values, **changes})
 
 
 def lora(model: torch.nn.Module, *, seed: int = 1, targets="all-linear", **settings):

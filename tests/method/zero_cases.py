@@ -1,0 +1,47 @@
+"""What the ZeRO-3 proof trains, shared by its ranks and by the reference beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tiny
+import torch
+
+P, SEED, ACCUMULATION, WORLD = 0.7, 3, 2, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str = "llama"
+    dora: bool = False
+    dropout: float = 0.0
+    checkpointing: bool | None = None  # None: off; else use_reentrant
+    attach_first: bool = False  # before deepspeed.initialize
+
+
+CASES = {
+    "lora": Case(),
+    "lora, attached first": Case(attach_first=True),
+    "lora, checkpointing": Case(checkpointing=True),
+    "lora, checkpointing without re-entrance": Case(checkpointing=False),
+    "dora, checkpointing without re-entrance": Case(dora=True, checkpointing=False),
+    "fused": Case("phi3"),
+    "conv1d, dora, dropout": Case("gpt2", dora=True, dropout=0.3),
+    "dora": Case(dora=True),
+    "dora, attached first": Case(dora=True, attach_first=True),
+    "dora, dropout": Case(dora=True, dropout=0.3),
+    "dora, checkpointing": Case(dora=True, checkpointing=True),
+    "experts": Case("mixtral"),
+}
+
+
+def build(case: Case) -> torch.nn.Module:
+    model = tiny.lora(tiny.build(case.family), use_dora=case.dora, lora_dropout=case.dropout)
+    if case.checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case.checkpointing})
+        model.enable_input_require_grads()
+    return model
+
+
+def micro_batch(rank: int, index: int) -> dict[str, torch.Tensor]:
+    return tiny.batch(10 * rank + index)
