@@ -15,11 +15,9 @@ Files are written whole or not at all (`tune.files`). A trial's files have one w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -32,6 +30,7 @@ import yaml
 
 from macdrop.errors import ConfigError
 from tune.files import append_jsonl, atomic_write_json, atomic_write_text, atomic_write_yaml, plain, read_jsonl
+from tune.spec import slug
 
 if TYPE_CHECKING:
     import pandas
@@ -57,8 +56,8 @@ class Journal:
     Use `Journal.create` for a new run and `Journal.open` for one that is there.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
+    def __init__(self, run_dir: str | os.PathLike) -> None:
+        self.run_dir = Path(run_dir)
 
     @classmethod
     def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> Journal:
@@ -95,42 +94,39 @@ class Journal:
             ConfigError: it is none, or its run.json or config.yaml is damaged.
         """
         journal = cls(run_dir)
-        if not journal.path.is_dir():
-            raise ConfigError(f"{str(journal.path)!r} is no run folder: there is no such folder.")
-        if not (journal.path / "run.json").is_file():
-            raise ConfigError(f"{str(journal.path)!r} is no run folder: it has no run.json.\n"
+        if not journal.run_dir.is_dir():
+            raise ConfigError(f"{str(journal.run_dir)!r} is no run folder: there is no such folder.")
+        if not (journal.run_dir / "run.json").is_file():
+            raise ConfigError(f"{str(journal.run_dir)!r} is no run folder: it has no run.json.\n"
                               "Give the output_dir of a sweep.")  # fmt: skip
         try:
-            whole = isinstance(journal.run, dict) and isinstance(journal.config, dict)
+            whole = isinstance(journal.run(), dict) and isinstance(journal.config(), dict)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{str(journal.path)!r} is a damaged run folder: {error}") from error
+            raise ConfigError(f"{str(journal.run_dir)!r} is a damaged run folder: {error}") from error
         if not whole:
-            raise ConfigError(f"{str(journal.path)!r} is a damaged run folder: run.json or config.yaml is empty.")
+            raise ConfigError(f"{str(journal.run_dir)!r} is a damaged run folder: run.json or config.yaml is empty.")
         return journal
 
     # --- the run ---
 
-    @property
     def run(self) -> dict[str, Any]:
         """name, created, status, command, macdrop, layout; finished once it is."""
-        return _read_json(self.path / "run.json")
+        return _read_json(self.run_dir / "run.json")
 
-    @property
     def config(self) -> dict[str, Any]:
         """The effective spec."""
-        return _read_yaml(self.path / "config.yaml")
+        return _read_yaml(self.run_dir / "config.yaml")
 
-    @property
     def environment(self) -> dict[str, Any]:
         """What `write_environment` found; empty before."""
-        file = self.path / "environment.json"
+        file = self.run_dir / "environment.json"
         return _read_json(file) if file.exists() else {}
 
     def set_status(self, status: str) -> None:
         """Set the run's status, one of `RUN_STATUSES`."""
         assert status in RUN_STATUSES, status
         ended = {} if status == "running" else {"finished": now()}
-        self._write_run(**{**self.run, "status": status, **ended})
+        self._write_run(**{**self.run(), "status": status, **ended})
 
     def write_environment(self) -> dict[str, Any]:
         """Record versions and hardware of this machine in environment.json and return them."""
@@ -144,14 +140,14 @@ class Journal:
             "gpus": _gpus(),
             "versions": {name: _version(name) for name in _PACKAGES},
         }
-        atomic_write_json(self.path / "environment.json", found)
+        atomic_write_json(self.run_dir / "environment.json", found)
         return found
 
     # --- models ---
 
     def model_dir(self, model: str) -> Path:
-        """The folder of a model's own findings."""
-        return self.path / "models" / slug(model)
+        """The folder of a model's own findings; takes the full name or the slug of it (`tune.spec.slug`)."""
+        return self.run_dir / "models" / slug(model)
 
     def massive_weights_file(self, model: str) -> Path:
         return self.model_dir(model) / "massive_weights.json"
@@ -164,12 +160,12 @@ class Journal:
     def trial(self, trial_id: str) -> TrialRecord:
         """The record of a trial; nothing is written before its `start`."""
         assert trial_id and Path(trial_id).name == trial_id, trial_id
-        return TrialRecord(self.path / "trials" / trial_id)
+        return TrialRecord(self.run_dir / "trials" / trial_id)
 
     def trials(self) -> list[dict[str, Any]]:
         """What trial.json of each trial holds, with its `config`; in order of start."""
         records = []
-        for file in (self.path / "trials").glob("*/trial.json"):
+        for file in (self.run_dir / "trials").glob("*/trial.json"):
             config = file.with_name("config.yaml")
             records.append({**_read_json(file), "config": _read_yaml(config) if config.exists() else {}})
         return sorted(records, key=lambda record: (record.get("started") or "", record["trial"]))
@@ -182,7 +178,7 @@ class Journal:
 
     @property
     def scores_file(self) -> Path:
-        return self.path / "scores.jsonl"
+        return self.run_dir / "scores.jsonl"
 
     def add_scores(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Append scores, all of them or none; safe from several processes at once. Returns their number.
@@ -217,7 +213,7 @@ class Journal:
         return any(tuple(row.get(key) for key in keys) == wanted for row in read_jsonl(self.scores_file))
 
     def _write_run(self, **content: Any) -> None:
-        atomic_write_json(self.path / "run.json", content)
+        atomic_write_json(self.run_dir / "run.json", content)
 
 
 class TrialRecord:
@@ -290,15 +286,6 @@ class TrialRecord:
 
     def _write(self, **content: Any) -> None:
         atomic_write_json(self.folder / "trial.json", content)
-
-
-def slug(model: str) -> str:
-    """A folder name for a model: "org/name" -> "org--name"; a path keeps its last part and a hash of the whole."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", model.replace("/", "--")).strip("-.")
-    if model.startswith(("/", ".", "~")) or len(safe) > 80:
-        last = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.")[:60]
-        return f"{last or 'model'}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
-    return safe
 
 
 def now() -> str:

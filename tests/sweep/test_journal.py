@@ -15,14 +15,15 @@ import pytest
 
 from macdrop.errors import ConfigError, ResourceError
 from tune import files
-from tune.journal import SCORE_COLUMNS, Journal, slug
+from tune.journal import SCORE_COLUMNS, Journal
 
 SPEC = {"model_name_or_path": "zoo:planted-llama", "macdrop": {"k": 5, "p0": 0.8}, "learning_rate": 1e-4}
 
 
 def score(**changes) -> dict:
     row = dict(model="m", arm="plain", trial="t1", seed=0, benchmark="zero_shot", task="qa", metric="acc")
-    return {**row, "attack": "none", "attack_on": None, "value": 0.5, "stderr": 0.1, "n": 60, "higher_is_better": True, **changes}
+    row.update(attack="none", attack_on=None, value=0.5, stderr=0.1, n=60, higher_is_better=True)
+    return {**row, **changes}
 
 
 @pytest.fixture
@@ -34,21 +35,21 @@ def journal(tmp_path) -> Journal:
 
 
 def test_a_run_folder_comes_back_as_it_was_made(journal):
-    again = Journal.open(journal.path)
-    assert again.config == SPEC
-    assert again.run["status"] == "running" and again.run["command"] == "macdrop sweep x.yaml"
-    assert again.run["macdrop"] and again.run["name"] == "run"
+    again = Journal.open(journal.run_dir)
+    assert again.config() == SPEC
+    assert again.run()["status"] == "running" and again.run()["command"] == "macdrop sweep x.yaml"
+    assert again.run()["macdrop"] and again.run()["name"] == "run"
     journal.set_status("done")
-    assert again.run["status"] == "done" and again.run["finished"] >= again.run["created"]
+    assert again.run()["status"] == "done" and again.run()["finished"] >= again.run()["created"]
     assert again.trials() == [] and list(again.scores().columns) == list(SCORE_COLUMNS)
-    assert pickle.loads(pickle.dumps(journal)).config == SPEC
+    assert pickle.loads(pickle.dumps(journal)).config() == SPEC
 
 
 def test_create_refuses_a_folder_with_anything_in_it(tmp_path, journal):
-    before = sorted(journal.path.iterdir())
+    before = sorted(journal.run_dir.iterdir())
     with pytest.raises(ConfigError, match="--resume"):
-        Journal.create(journal.path, {})
-    assert sorted(journal.path.iterdir()) == before and journal.config == SPEC
+        Journal.create(journal.run_dir, {})
+    assert sorted(journal.run_dir.iterdir()) == before and journal.config() == SPEC
     (tmp_path / "other").mkdir()
     Journal.create(tmp_path / "other", {})  # an empty folder will do
     (tmp_path / "file").write_text("")
@@ -60,24 +61,23 @@ def test_open_refuses_what_is_no_run(tmp_path, journal):
     for path, word in [(tmp_path / "nothing", "no such folder"), (tmp_path, "no run.json")]:
         with pytest.raises(ConfigError, match=word):
             Journal.open(path)
-    (journal.path / "run.json").write_text('{"name": ')
+    (journal.run_dir / "run.json").write_text('{"name": ')
     with pytest.raises(ConfigError, match="damaged"):
-        Journal.open(journal.path)
+        Journal.open(journal.run_dir)
 
 
 def test_environment_names_versions_and_hardware(journal):
     found = journal.write_environment()
-    assert journal.environment == found
+    assert journal.environment() == found
     assert found["versions"]["torch"] and found["cpus"] >= 1 and found["memory_gib"] > 0
     assert isinstance(found["gpus"], list)
 
 
-def test_folder_names_of_models():
-    assert slug("zoo:planted-llama") == "zoo-planted-llama"
-    assert slug("meta-llama/Meta-Llama-3-8B") == "meta-llama--Meta-Llama-3-8B"
-    assert slug("/a/model") != slug("/b/model") and slug("/a/model").startswith("model-")
-    assert slug("../shared/models/x").startswith("x-")
-    assert len(slug("a/" + "b" * 300)) < 100
+def test_a_model_has_one_folder_by_either_name(journal):
+    assert journal.model_dir("meta-llama/Llama-3") == journal.model_dir("Llama-3")
+    assert journal.massive_weights_file("zoo:planted-llama").parent == journal.run_dir / "models" / "planted-llama"
+    assert journal.answers_dir("m", "base") == journal.model_dir("m") / "answers"
+    assert journal.answers_dir("m", "t1") == journal.trial("t1").folder / "answers"
 
 
 # --- trials ---
@@ -90,7 +90,7 @@ def test_a_trial_from_start_to_end(journal):
     assert trial.status == "running"
     trial.log([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan"), "p": np.float32(0.5)}])
     trial.finish("done", eval_loss=np.float64(1.5), steps=2)
-    (record,) = Journal.open(journal.path).trials()
+    (record,) = Journal.open(journal.run_dir).trials()
     assert record["config"] == {"learning_rate": 1e-4} and record["eval_loss"] == 1.5 and record["attempts"] == 1
     assert (record["model"], record["arm"], record["seed"], record["status"]) == ("m", "macdrop", 3, "done")
     assert record["started"] <= record["finished"]
@@ -183,7 +183,7 @@ def _write_many(path, number):
 
 def test_many_writers_lose_and_mix_nothing(journal):
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_many, args=(journal.path, number)) for number in range(4)]
+    writers = [context.Process(target=_write_many, args=(journal.run_dir, number)) for number in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -233,7 +233,7 @@ def test_what_json_cannot_hold_is_refused(tmp_path):
 def test_the_journal_needs_neither_ray_nor_torch(journal):
     code = (
         "import sys; from tune.journal import Journal; from tune.report import make_report\n"
-        f"make_report({str(journal.path)!r}).markdown()\n"
+        f"make_report({str(journal.run_dir)!r}).markdown()\n"
         "bad = {'ray', 'torch', 'transformers', 'deepspeed', 'lm_eval'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
