@@ -66,6 +66,17 @@ def load_model(
     return model.eval()
 
 
+def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False):
+    """The config of a model that `load_model` would accept, without loading weights.
+
+    Raises what `load_model` raises for the path, the config and the kind of model.
+    """
+    name = _require_folder(name_or_path, ("config.json",))
+    config = _load_config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
+    _require_causal_text(name, config)
+    return config
+
+
 def load_tokenizer(
     name_or_path: str | os.PathLike,
     *,
@@ -178,8 +189,8 @@ def _weights_message(name: str, error: Exception) -> str:
         pickles = sorted(file.name for file in path.glob("*.bin"))
         if pickles:
             return (
-                f"{name} has its weights as pickle only ({pickles[0]}), which macdrop does not load: pickle can run code.\n"
-                "Convert them: load the model with transformers and call save_pretrained, which writes safetensors."
+                f"{name} has its weights as pickle only ({pickles[0]}), which macdrop does not load: it can run code.\n"
+                "Convert them: load the model with transformers and call save_pretrained: it writes safetensors."
             )
         return f"{name} is no model folder: it has a config.json but no weights (*.safetensors)."
     if "ignore_mismatched_sizes" in text or "size mismatch" in text:

@@ -48,10 +48,10 @@ def massive_layer(hidden: torch.Tensor, intermediate: Sequence[torch.Tensor | No
     states (I,), None for a layer without an FFN.
 
     The rule. In layer l, entry j of the stream gains ``min(|h_l[j]|, |h_{l+1}[j]|) - |h_{l-1}[j]|``: what the layer
-    adds and the next one leaves standing. So a large embedding counts for nothing (no layer wrote it), neither does a spike
-    that is erased (its size falls) nor what the last layer writes (no layer reads it). A layer's write is its largest
-    gain over the entries; the massive layer is the FIRST whose write is at least half of the largest. Where a spike
-    grows in two like steps that is the first step, and a small step before a large one does not count.
+    adds and the next one leaves standing. So a large embedding counts for nothing (no layer wrote it), neither does the
+    erasing of a spike (its size falls) nor what the last layer writes (no layer reads it). A layer's write is its
+    largest gain over the entries; the massive layer is the FIRST whose write is at least half of the largest. Where a
+    spike grows in two like steps that is the first step, and a small step before a large one does not count.
 
     Confidence: *strong* when the spike is over 100 and it, or the top intermediate entry, is at least 1,000 times its
     median (massive activations as in arXiv 2402.17762); *moderate* when one of the ratios is at least 100; else *weak*.
