@@ -13,13 +13,14 @@ _HOME = {
     "MacDropConfig": "config",
     "MassiveWeights": "weights",
     "attacked": "attack",
+    "checkpoint_fingerprint": "fingerprint",
     "check_model": "load",
     "find_ffns": "families",
     "find_massive_weights": "scan",
     "load_model": "load",
     "load_tokenizer": "load",
     "probability": "schedules",
-    "prove": "scan",
+    "prove": "proof",
 }
 __all__ = sorted(_HOME)
 

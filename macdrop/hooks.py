@@ -186,8 +186,6 @@ class MacDrop:
         """The FFN that the scan names, checked to be one whose top k rows can be masked."""
         weights, k = self.weights, self.config.k
         ffn = find_ffn(self.model, weights.path, weights.expert)
-        if not ffn.projections and weights.expert is not None and weights.expert < len(ffn.experts):
-            ffn = ffn.experts[weights.expert]
         size = (ffn.intermediate_size, ffn.hidden_size)
         if size != (weights.intermediate_size, weights.hidden_size):
             raise NoMassiveWeights(
@@ -202,6 +200,11 @@ class MacDrop:
             raise NoMassiveWeights(
                 f"The scan names expert {weights.expert} of {weights.path}, which has {ffn.num_experts} experts.\n"
                 "Scan this model."
+            )
+        if any(p.tensor.requires_grad for p in ffn.projections):
+            raise ConfigError(
+                f"The weights of {weights.path} are trainable; MacDrop masks frozen rows beside a trainable adapter.\n"
+                "Put a LoRA or DoRA adapter on the model first, or freeze its base weights."
             )
         if any(getattr(p.wrapper, "merged", False) for p in ffn.projections):
             raise ConfigError("The adapter is merged into the base weights; unmerge it before MacDrop is attached.")

@@ -61,7 +61,7 @@ FAMILIES = {
 
 
 def build(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
-    """A model in eval mode whose weights (biases too) are random enough for every part to matter."""
+    """A model in eval mode whose weights are random enough for every part to matter; those of its FFNs are frozen."""
     config_class, arguments, _ = FAMILIES[family]
     torch.manual_seed(seed)
     config = getattr(transformers, config_class)(**arguments, attn_implementation="eager")
@@ -72,6 +72,7 @@ def build(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float
                 parameter.normal_(std=0.1)
             elif parameter.dim() > 1:
                 parameter.mul_(4)
+            parameter.requires_grad_(not any(part in name for part in ("mlp", "fc1", "fc2")))
     return model.to(dtype).eval()
 
 
