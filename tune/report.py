@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tune.files import atomic_write_text
 from tune.journal import BASE, Journal
 from tune.results import EVAL_LOSS, MACDROP_KEYS, Cell, Column, Line, ModelResults, collect, primary_columns
+from tune.tables import Table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,41 +27,6 @@ WIDTH = 116
 REASON_LENGTH = 300
 PLANTED = "PLANTED: the massive weights of this built-in model were put there on purpose. A demonstration, no evidence."
 ONE_SEED = "One seed per setting: differences hold for this seed only; they are no claim about the method."
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells are text; a column head may have several lines."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-    def widths(self) -> list[int]:
-        """Characters that each column takes, its border included."""
-        cells = zip(self.head, *self.rows, strict=True)
-        return [max(len(line) for cell in column for line in cell.split("\n")) + 3 for column in cells]
-
-    def split(self, width: int) -> list[Table]:
-        """Cut into tables of at most `width` characters (or one data column each), all with the first column."""
-        widths = self.widths()
-        groups: list[list[int]] = [[]]
-        for column in range(1, len(self.head)):
-            if groups[-1] and widths[0] + sum(widths[i] for i in groups[-1]) + widths[column] > width:
-                groups.append([])
-            groups[-1].append(column)
-        tables = []
-        for number, group in enumerate(groups, 1):
-            title = self.title if len(groups) == 1 else f"{self.title} ({number} of {len(groups)})"
-            picked = [0, *group]
-            rows = [[row[i] for i in picked] for row in self.rows]
-            tables.append(Table(title, [self.head[i] for i in picked], rows))
-        return tables
-
-    def markdown(self) -> str:
-        rows = [[cell.replace("\n", " ").replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
-        rows.insert(1, ["---"] * len(self.head))
-        return f"**{self.title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 @dataclass(frozen=True)
@@ -88,19 +54,13 @@ class Report:
     def terminal(self, console: Console) -> None:
         """Print to a rich console, within its width."""
         from rich.markup import escape
-        from rich.table import Table as RichTable
 
         for section in self.sections:
             console.print()
             console.rule(f"[bold]{escape(section.title)}", align="left")
             _print_lines(console, section.before)
             for table in section.split(min(WIDTH, console.width - 4)):
-                drawn = RichTable(title=escape(table.title), title_justify="left", title_style="bold")
-                for number, head in enumerate(table.head):
-                    drawn.add_column(escape(head), justify="right" if number else "left", overflow="fold")
-                for row in table.rows:
-                    drawn.add_row(*map(escape, row))
-                console.print(drawn)
+                console.print(table.rich())
             _print_lines(console, section.after)
 
     def markdown(self) -> str:
@@ -173,7 +133,7 @@ def _section(model: ModelResults) -> Section:
     tables = [_trials_table(model)] if any(line.arm != BASE for line in model.lines) else []
     primary = [column for column in _shown(model) if column != EVAL_LOSS]
     for benchmark in dict.fromkeys(column.benchmark for column in primary):
-        tables.append(_scores_table(model, benchmark, [column for column in primary if column.benchmark == benchmark]))
+        tables += _scores_tables(model, benchmark, [column for column in primary if column.benchmark == benchmark])
     after: list[str] = []
     if model.best:
         differences = _differences_table(model, model.best)
@@ -226,22 +186,32 @@ def _trials_table(model: ModelResults) -> Table:
     return Table("Trials", [*head, "status", "steps", "eval_loss", "seconds"], rows)
 
 
-def _scores_table(model: ModelResults, benchmark: str, columns: list[Column]) -> Table:
+def _scores_tables(model: ModelResults, benchmark: str, columns: list[Column]) -> list[Table]:
+    """One table with all attacks side by side where that fits, else one for each attack."""
+    whole = _scores_table(model, benchmark, columns)
+    attacks = dict.fromkeys((column.attack, column.attack_on) for column in columns)
+    if sum(whole.widths()) <= WIDTH or len(attacks) == 1:
+        return [whole]
+    parts = {attack: [c for c in columns if (c.attack, c.attack_on) == attack] for attack in attacks}
+    return [_scores_table(model, f"{benchmark}{_under(found[0], ', ')}", found) for found in parts.values()]
+
+
+def _scores_table(model: ModelResults, title: str, columns: list[Column]) -> Table:
     rows = []
     for line in model.lines:
         cells = [_cell(line.scores.get(column)) for column in columns]
         if any(cells):
             rows.append([_label(model, line), *cells])
-    return Table(benchmark, ["", *(_head_of(column) for column in columns)], rows)
+    return Table(title, ["", *(_head_of(column) for column in columns)], rows)
 
 
 def _differences_table(model: ModelResults, line: Line) -> Table:
     rows = [
         [
-            " ".join(_head_of(d.column).split("\n")) if d.column != EVAL_LOSS else EVAL_LOSS.metric,
+            _one_line(_head_of(d.column)),
             _number(d.plain.value),
             _number(d.macdrop.value),
-            f"{d.delta:+.3g}" + ("" if d.stderr is None else f" ±{d.stderr:.2g}"),
+            _digits(d.delta, "+#.3g") + _error(d.stderr),
             d.words,
         ]
         for d in model.differences(line, _shown(model))
@@ -290,9 +260,14 @@ def _csv_rows(model: ModelResults, line: Line) -> Iterable[dict[str, Any]]:
 
 
 def _head_of(column: Column) -> str:
-    attack = "" if column.attack == "none" else f"\n{column.attack}"
-    place = f"\non {column.attack_on}" if attack and column.attack_on else ""
-    return f"{column.task}\n{column.metric}{attack}{place}"
+    return "\n".join(filter(None, [column.task, column.metric])) + _under(column, "\n")
+
+
+def _under(column: Column, separator: str) -> str:
+    """The attack and the rows that it hits, in two parts that `separator` introduces; empty without an attack."""
+    if column.attack == "none":
+        return ""
+    return f"{separator}{column.attack}" + (f"{separator}{column.attack_on} rows" if column.attack_on else "")
 
 
 def _label(model: ModelResults, line: Line) -> str:
@@ -302,12 +277,20 @@ def _label(model: ModelResults, line: Line) -> str:
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    return _number(cell.value) + ("" if cell.stderr is None else f" ±{cell.stderr:.2g}")
+    return _number(cell.value) + _error(cell.stderr)
+
+
+def _error(stderr: float | None) -> str:
+    return "" if stderr is None else f" ±{_digits(stderr, '#.2g')}"
 
 
 def _number(value: float | str) -> str:
     """Four significant digits; `value` may be the text "inf"."""
-    return value if isinstance(value, str) else f"{value:.4g}"
+    return value if isinstance(value, str) else _digits(value, "#.4g")
+
+
+def _digits(value: float, form: str) -> str:
+    return format(value, form).removesuffix(".")
 
 
 def _setting(value: Any) -> str:

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from macdrop.errors import ConfigError
 from tune.journal import Journal
-from tune.report import ONE_SEED, PLANTED, Table, make_report
+from tune.report import ONE_SEED, PLANTED, make_report
 from tune.results import Cell, Column, collect, difference, value_of
+from tune.tables import Table
 
 MODEL = "zoo:planted-llama"
 OFF = {"k": 0, "p0": 0.0, "schedule": "step", "alpha": None}
@@ -161,16 +162,17 @@ def test_what_the_report_says(journal):
 def test_tables_hold_the_numbers(journal):
     report = make_report(journal.run_dir)
     tables = {table.title: table for table in report.sections[1].tables}
-    assert list(tables) == ["Trials", "zero_shot", "perplexity", "M1 (best MacDrop) against plain"]
-    assert cell(tables["Trials"], "M1 *", "eval_loss") == "1.8" and cell(tables["Trials"], "plain", "p0") == ""
+    attacked = "zero_shot, zeroing@3, base rows"
+    assert list(tables) == ["Trials", "zero_shot", attacked, "perplexity", "M1 (best MacDrop) against plain"]
+    assert cell(tables["Trials"], "M1 *", "eval_loss") == "1.800" and cell(tables["Trials"], "plain", "p0") == ""
     assert cell(tables["Trials"], "M3", "status") == "diverged"
-    assert cell(tables["zero_shot"], "M1 *", "arc_easy\nacc") == "0.62 ±0.02"
-    assert cell(tables["zero_shot"], "base", "arc_easy\nacc\nzeroing@3\non base") == "0.1 ±0.02"
+    assert cell(tables["zero_shot"], "M1 *", "arc_easy\nacc") == "0.6200 ±0.020"
+    assert cell(tables[attacked], "base", "arc_easy\nacc\nzeroing@3\nbase rows") == "0.1000 ±0.020"
     assert not any("acc_norm" in head for head in tables["zero_shot"].head)  # the primary metric only
     versus = {row[0]: row[1:] for row in tables["M1 (best MacDrop) against plain"].rows}
-    assert versus["arc_easy acc"] == ["0.5", "0.62", "+0.12 ±0.028", "better by more than 2 SE"]
+    assert versus["arc_easy acc"] == ["0.5000", "0.6200", "+0.120 ±0.028", "better by more than 2 SE"]
     assert versus["wiki word_perplexity"][-1] == "no standard error: cannot tell"
-    assert versus["eval_loss"] == ["2", "1.8", "-0.2", "no standard error: cannot tell"]
+    assert versus["eval_loss"] == ["2.000", "1.800", "-0.200", "no standard error: cannot tell"]
 
 
 def test_massive_weights_and_proof_are_reported(journal):
@@ -182,7 +184,7 @@ def test_massive_weights_and_proof_are_reported(journal):
     atomic_write_json(journal.proof_file(MODEL), proof)
     text = make_report(journal.run_dir).markdown()
     assert "layer 1 (from 0), top rows 7 3 9 1 2; the largest intermediate entry at bos is 1234 times" in text
-    assert "Verdict: not sensitive. Perplexity 3.5; top-5 zeroed inf, retained 4, 5 random rows zeroed 3.5." in text
+    assert "Verdict: not sensitive. Perplexity 3.500; top-5 zeroed inf, retained 4.000, 5 random rows" in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -193,10 +195,10 @@ def test_the_terminal_report_fits_its_width(journal, width):
     make_report(journal.run_dir).terminal(console)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
-    assert "zero_shot (1 of" in text
+    assert "zero_shot, zeroing@3, base rows (1 of" in text
     for task in many:
         assert task in text  # no head is cut or folded
-    assert "0.6 ±0.02" in text
+    assert "0.6000 ±0.020" in text
 
 
 def test_csv_is_long_form_and_whole(journal):
