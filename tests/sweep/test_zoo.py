@@ -15,10 +15,10 @@ from macdrop.attack import attacked
 from macdrop.errors import ConfigError
 from macdrop.proof import perplexity
 from macdrop.scan import find_massive_weights
-from tune.zoo import ZOO, ZOO_DATA, build, resolve, verify, world, zoo_path
+from tune.zoo import ZOO, ZOO_DATA, build, builder, resolve, verify, world, zoo_path
 from tune.zoo.builder import RECIPES, make_model, validation_blocks, write_data
 from tune.zoo.plant import plant_massive_rows
-from tune.zoo.pretrain import Schedule, _rows_silenced, pretrain
+from tune.zoo.pretrain import Schedule, pretrain, rows_silenced
 from tune.zoo.scoring import choice_accuracy, exact_match, sink_attention
 from tune.zoo.tokenizer import make_tokenizer
 
@@ -53,8 +53,6 @@ class TestShippedModels:
     def test_checks_can_fail(self):
         failed = {check.name for check in verify("planted-llama", zoo_path("insensitive-llama")) if not check.ok}
         assert {"zeroing@3 / perplexity", "zeroing@5 / perplexity", "verdict of the proof"} <= failed
-        failed = {check.name for check in verify("insensitive-llama", zoo_path("planted-llama")) if not check.ok}
-        assert failed == {"zeroing@3 / perplexity", "zeroing@5 / perplexity", "verdict of the proof"}
 
     @pytest.mark.parametrize("name", ZOO)
     def test_is_small_and_says_planted(self, name):
@@ -145,7 +143,7 @@ class TestPretraining:
         card = json.loads((zoo_path("planted-llama") / "zoo.json").read_text())
         _, plant = make_model(RECIPES["planted-llama"], card["seed"])
         blocks = some_blocks(8)
-        with _rows_silenced(planted_llama, plant, 3):
+        with rows_silenced(planted_llama, plant, 3):
             silenced = perplexity(planted_llama, blocks)
         with attacked(planted_llama, locate(planted_llama), "zeroing", 3):
             zeroed = perplexity(planted_llama, blocks)
@@ -183,7 +181,15 @@ class TestBuild:
             write_data(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
-    def test_interrupted_leaves_nothing(self, tmp_path):
+    def test_refuses_a_place_that_cannot_be_written_before_it_trains(self, tmp_path):
+        (tmp_path / "file").write_text("keep")
+        with pytest.raises(ConfigError, match="Cannot write"):
+            build("planted-llama", tmp_path / "file" / "out", progress=lambda *_: pytest.fail("it trained"))
+        assert (tmp_path / "file").read_text() == "keep"
+
+    def test_interrupted_leaves_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(builder, "TRAIN_BLOCKS", 100)
+
         def interrupt(step, steps, losses):
             raise KeyboardInterrupt
 
@@ -194,6 +200,8 @@ class TestBuild:
     def test_a_short_build_writes_a_whole_model(self, tmp_path, monkeypatch):
         short = dataclasses.replace(RECIPES["planted-phi3"], schedule=Schedule(steps=2))
         monkeypatch.setitem(RECIPES, "planted-phi3", short)
+        monkeypatch.setattr(builder, "TRAIN_BLOCKS", 100)
+        (tmp_path / "deep" / "out").mkdir(parents=True)
         folder = build("zoo:planted-phi3", tmp_path / "deep" / "out")
         assert {file.name for file in folder.iterdir()} == {f.name for f in zoo_path("planted-phi3").iterdir()}
         assert [path.name for path in folder.parent.iterdir()] == ["out"]

@@ -93,17 +93,16 @@ def build_model(
 
     Takes one to four minutes on one thread. The same seed gives the same weights on the same machine and libraries;
     without a seed it is that of the shipped model.
-    `ConfigError`: no such model, or `out_dir` is there and not empty.
+    `ConfigError`: no such model, or `out_dir` cannot be written, or is there and not empty.
     """
     recipe = RECIPES[get_model(name).name]
     target = Path(out_dir)
     _refuse_existing(target)
     seed = recipe.seed if seed is None else seed
-    with _one_thread():
+    with _staged(target) as folder, _one_thread():
         model, plant = make_model(recipe, seed)
         blocks = world.token_blocks(world.make_world(WORLD_SEED), TRAIN_SEED, TRAIN_BLOCKS)
         losses = pretrain(model, plant, torch.tensor(blocks), recipe.schedule, seed=seed, progress=progress)
-    with _staged(target) as folder:
         model.save_pretrained(folder)
         _save_tokenizer(folder)
         card = _card(name, recipe, seed, plant, model, losses)
@@ -114,7 +113,7 @@ def build_model(
 def write_data(out_dir: str | os.PathLike[str]) -> dict[str, Path]:
     """Write the data files of the synthetic world to `out_dir`, all or nothing, and return them by stem.
 
-    `ConfigError`: `out_dir` is there and not empty.
+    `ConfigError`: `out_dir` cannot be written, or is there and not empty.
     """
     target = Path(out_dir)
     _refuse_existing(target)
@@ -177,11 +176,16 @@ def _one_thread() -> Iterator[None]:
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that becomes `target` when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ConfigError(f"Cannot write to {target.parent}: {error.strerror}. Name another folder.") from None
     try:
         yield staging
         staging.chmod(0o755)
+        for file in staging.iterdir():
+            file.chmod(0o644)
         os.replace(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -54,7 +54,7 @@ def token_loss(model: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _rows_silenced(model: nn.Module, plant: Plant, count: int) -> Iterator[None]:
+def rows_silenced(model: nn.Module, plant: Plant, count: int) -> Iterator[None]:
     """Differentiably zero the intermediate state of the first `count` planted rows: the same as zeroing the rows."""
     keep = torch.ones(model.config.intermediate_size)
     keep[list(plant.rows[:count])] = 0.0
@@ -92,7 +92,7 @@ def pretrain(
         loss = token_loss(model, batch)
         losses.append(loss.item())
         if schedule.hinge_weight and step >= schedule.hinge_from and step % schedule.hinge_every == 0:
-            with _rows_silenced(model, plant, counts.choice(HINGE_ROWS)):
+            with rows_silenced(model, plant, counts.choice(HINGE_ROWS)):
                 zeroed_loss = token_loss(model, batch[:HINGE_BATCH])
             zeroed_losses.append(zeroed_loss.item())
             loss = loss + schedule.hinge_weight * torch.relu(schedule.hinge_target - zeroed_loss)
