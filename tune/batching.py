@@ -1,4 +1,4 @@
-"""Which examples go into which micro-batch: pure functions of (seed, step, rank), so that a resumed run repeats them."""
+"""Which examples go into which micro-batch: functions of (seed, step, rank), so that a resumed run repeats them."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _train(dispatcher: ActorHandle, order: Order, engine: Any) -> Any:
         outcome = finetune(
             engine,
             spec,
-            data.load(order.data),
+            data.load(data.prepare(spec, engine.tokenizer, order.data)),
             Path(order.folder),
             weights=MassiveWeights.load(order.weights) if order.weights else None,
             observe=_Relay(dispatcher, order) if first else None,

@@ -21,8 +21,8 @@ MAX_ATTEMPTS = 3
 class Order:
     """One fine-tuning to be done, as plain data that crosses processes.
 
-    `spec` is a dumped TrainSpec; `folder` the trial's folder; `data` the folder of the tokenised data; `weights` the
-    file with the massive weights, None for a plain adapter; `width` the number of workers a lane must have.
+    `spec` is a dumped TrainSpec; `folder` the trial's folder; `data` the cache of tokenised data; `weights` the file
+    with the massive weights, None for a plain adapter; `width` the number of workers a lane must have.
     """
 
     id: str

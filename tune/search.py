@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ray.tune import grid_search, loguniform, randint, uniform
 from ray.tune import choice as one_of
+from ray.tune import grid_search, loguniform, randint, uniform
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch

@@ -275,6 +275,7 @@ class RaySpec(_Strict):
     gpus_per_evaluator: float | None = Field(None, ge=0)
     resource_timeout_s: float = Field(120.0, gt=0)
     threads_per_worker: int = Field(1, ge=1)
+    dashboard: bool = True
 
 
 class RunSpec(TrainSpec):

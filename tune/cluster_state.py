@@ -1,0 +1,101 @@
+"""Joining or starting a Ray cluster, and telling whether it has what a run needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from typing import Any
+
+import ray
+
+from macdrop.errors import ResourceError
+from tune.plan import check_local, resources
+from tune.spec import RaySpec
+
+#: Set before Ray starts. Train V2 asks its workers once a second; Tune's own loggers and the usage report are off.
+SETTINGS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A searched score exists only in a trial's last report.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def connect(spec: RaySpec) -> str:
+    """Join the cluster at `spec.address`, or start Ray on this machine; returns the dashboard's address.
+
+    Raises:
+        ConfigError: the run can never fit on this machine.
+        ResourceError: there is no cluster at the address.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # Trials that fail are told by the run itself, with their reason; Tune would print each one's whole traceback.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    for name in ("ray.train", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if spec.address is None:
+        check_local(spec)
+        options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": spec.dashboard}
+        if "RAY_TMPDIR" not in os.environ and len(tempfile.gettempdir()) > 60:
+            # Ray's sockets live under its temporary folder and may not have long paths.
+            options["_temp_dir"] = "/tmp/ray"
+    else:
+        options["address"] = spec.address
+    try:
+        context = ray.init(**options)
+    except (ConnectionError, RuntimeError) as error:
+        raise ResourceError(
+            f"No Ray cluster at ray.address {spec.address!r}: {error}\n"
+            "Start one (`ray start --head`), or leave ray.address out to use this machine."
+        ) from None
+    return context.dashboard_url or ""
+
+
+def check_cluster(spec: RaySpec) -> float:
+    """Compare what the run needs with what the cluster has in all; returns the cluster's GPUs.
+
+    Raises:
+        ResourceError: with the arithmetic and who holds what.
+    """
+    total = ray.cluster_resources()
+    gpus = total.get("GPU", 0.0)
+    needs = resources(spec, cluster_gpus=gpus)
+    free = ray.available_resources()
+    short = [
+        f"{name}: needs {need:g}, free {free.get(name, 0.0):g} of {total.get(name, 0.0):g}"
+        for name, need in (("CPU", needs.cpus), ("GPU", needs.gpus))
+        if need > free.get(name, 0.0)
+    ]
+    if short:
+        raise ResourceError(
+            f"The run needs {needs.sum}.\n" + "\n".join(short) + f"\n{holders()}\n"
+            "Lower ray.num_workers, ray.lanes or ray.evaluators; on few GPUs let workers and evaluators share them, "
+            "for example ray.gpus_per_worker=0.5 ray.gpus_per_evaluator=0.5."
+        )
+    return gpus
+
+
+def holders() -> str:
+    """Who holds the cluster's CPUs and GPUs: placement groups and actors with resources, one a line."""
+    from ray.util.placement_group import placement_group_table
+
+    lines = []
+    for group in placement_group_table().values():
+        if group["state"] != "REMOVED":
+            bundles = ", ".join(str(bundle) for bundle in group["bundles"].values())
+            name = group["name"] or group["placement_group_id"][:8]
+            lines.append(f"  placement group {name} ({group['state']}): {bundles}")
+    total, free = ray.cluster_resources(), ray.available_resources()
+    used = ", ".join(
+        f"{total[name] - free.get(name, 0.0):g} of {total[name]:g} {name}" for name in ("CPU", "GPU") if name in total
+    )
+    return "\n".join([f"In use: {used}.", *lines])

@@ -1,0 +1,109 @@
+"""What a person sees while a run is going: a live table in a terminal, one line an event elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tune.evaluators import Result
+    from tune.orders import Entry
+    from tune.plan import Study
+
+STYLES = {"running": "cyan", "trained": "blue", "done": "green", "failed": "red", "diverged": "red", "stopped": "yellow"}
+WORDS = {"trained": "scoring"}
+#: Rows of the live table; finished trials scroll off first, as the report has them all.
+MAX_ROWS = 24
+
+
+class Progress:
+    """Shows orders as they change. Called from the supervisor's thread alone, but for `started` and `finished`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._live: Live | None = None
+        self._begun = time.monotonic()
+        self._orders: dict[str, dict[str, Any]] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
+        self._states: dict[str, str] = {}
+        self._line = ""
+
+    def started(self, run_dir: Path, dashboard: str, resources: str) -> None:
+        self.console.print(f"Run folder   {run_dir}", soft_wrap=True)
+        self.console.print(f"Resources    {resources}", soft_wrap=True)
+        self.console.print(f"Dashboard    {dashboard or 'off'}", soft_wrap=True)
+        if self.console.is_terminal:
+            self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def finished(self) -> None:
+        """Take the live table away; safe to call twice."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def study(self, study: Study) -> None:
+        samples = len(study.trials) if study.trials is not None else study.samples
+        self._say(f"[bold]{study.name}[/bold]: {len(study.plain)} plain, {samples} searched")
+
+    def note(self, text: str) -> None:
+        self._say(f"[red]{text}[/red]")
+
+    def show(self, snapshot: dict[str, Any], scoring: int) -> None:
+        """Redraw the table from the book's snapshot; in a log, say which orders have started."""
+        self._orders = {row["id"]: row for row in snapshot["orders"]}
+        lanes = snapshot["lanes"].values()
+        busy = sum(1 for lane in lanes if lane["order"])
+        self._line = f"lanes {busy} of {len(lanes)} busy   benchmarks waiting or running {scoring}"
+        for name, row in self._orders.items():
+            if row["state"] != self._states.get(name) and row["state"] in ("running", "trained"):
+                if not self._live:
+                    self._say(f"{name} {'is trained' if row['state'] == 'trained' else 'is training'}")
+            self._states[name] = row["state"]
+        if self._live:
+            self._live.update(self._table())
+
+    def ended(self, entry: Entry) -> None:
+        loss = entry.outcome.get("eval_loss")
+        details = f" eval_loss {loss:.4f}" if loss is not None else ""
+        reason = f" ({entry.reason})" if entry.reason else ""
+        style = STYLES.get(entry.state, "white")
+        self._say(f"{entry.order.id} [{style}]{entry.state}[/{style}]{details}{reason}")
+
+    def scored(self, name: str, result: Result) -> None:
+        if result.error:
+            self._say(f"[red]{name} {result.item.job.key}: {result.error}[/red]")
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"[dim]{time.monotonic() - self._begun:6.1f}s[/dim] {text}", soft_wrap=True, highlight=False)
+
+    def _table(self) -> Table:
+        table = Table(title=self._line or None, title_justify="left", box=None, header_style="bold")
+        for heading in ("trial", "state", "step", "loss", "eval loss", "p", "tokens/s"):
+            table.add_column(heading, justify="left" if heading in ("trial", "state") else "right", no_wrap=True)
+        rows = sorted(self._orders.values(), key=lambda row: row["state"] in ("done", "failed", "diverged", "stopped"))
+        for row in rows[:MAX_ROWS]:
+            last = row["last"]
+            style = STYLES.get(row["state"], "dim")
+            table.add_row(
+                row["id"],
+                f"[{style}]{WORDS.get(row['state'], row['state'])}[/{style}]",
+                str(last.get("step", "")),
+                _number(last.get("loss")),
+                _number(last.get("eval_loss")),
+                _number(last.get("p")),
+                f"{last['tokens_per_second']:.0f}" if "tokens_per_second" in last else "",
+            )
+        if len(rows) > MAX_ROWS:
+            table.caption = f"and {len(rows) - MAX_ROWS} more"
+        return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,218 @@
+"""The driver's own loop: changes into the journal, adapters to the evaluators, scores back to the orders."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ray.actor import ActorHandle
+from ray.tune import Stopper
+
+from tune.benchmarks.spec import Job
+from tune.dispatch import call
+from tune.evaluators import Item, Opening, Pool, Result
+from tune.journal import BASE, Journal
+from tune.lanes import Lanes
+from tune.orders import FINAL, Entry, Order
+from tune.plan import Study
+from tune.progress import Progress
+from tune.spec import TrainSpec, dump
+
+TICK_S = 0.2
+
+
+class Supervisor:
+    """A thread beside Tune. The only writer of trial.json and scores.jsonl, so a killed trial loses nothing."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        dispatcher: ActorHandle,
+        lanes: Lanes,
+        pool: Pool,
+        jobs: list[Job],
+        progress: Progress,
+    ) -> None:
+        self._journal, self._dispatcher, self._lanes, self._pool = journal, dispatcher, lanes, pool
+        self._jobs, self._progress = jobs, progress
+        self._lock = threading.Lock()
+        self._pending: dict[str, dict[str, Any]] = {}
+        self._error: BaseException | None = None
+        self._failed: set[str] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------- driver
+
+    def open(self, study: Study, opening: Opening) -> str | None:
+        """Make the study's model resident in the evaluators and score the base; returns its massive weights' file."""
+        self._progress.study(study)
+        with self._lock:
+            weights = self._pool.open(opening)
+            if study.base:
+                tag = {"model": study.spec.model_name_or_path, "arm": BASE, "trial": BASE, "seed": None}
+                self._score(f"{study.name}:{BASE}", tag, None, self._journal.answers_dir(study.name, BASE))
+        return weights
+
+    def resume_finished(self, study: Study) -> None:
+        """Enter what an earlier run of this folder has finished, so that it is neither trained nor scored again."""
+        for record in self._journal.trials():
+            if record["status"] != "done" or record["model"] != study.spec.model_name_or_path:
+                continue
+            spec = TrainSpec.model_validate(record["config"])
+            folder = self._journal.trial(record["trial"]).folder
+            order = Order(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0)
+            outcome = {key: record.get(key) for key in ("step", "total_steps", "eval_loss")}
+            call(self._dispatcher, "record", order, "done", outcome, self._scores_of(record["trial"]))
+
+    def wait(self, study: Study) -> None:
+        """Wait until every order and every score of the study is settled.
+
+        Raises:
+            the error that ended the supervisor's loop.
+        """
+        while True:
+            self.check()
+            with self._lock:
+                orders = call(self._dispatcher, "snapshot")["orders"]
+                settled = all(row["state"] in FINAL for row in orders if row["study"] == study.name)
+                if settled and not self._pending and not self._pool.busy and not self._dirty():
+                    return
+            time.sleep(TICK_S)
+
+    def check(self) -> None:
+        """Raise the error that ended the loop, if one did."""
+        if self._error is not None:
+            raise self._error
+
+    def study_failed(self, study: Study, reason: str) -> None:
+        """A model could not be used at all."""
+        self._failed.add(study.name)
+        self._progress.note(f"{study.name}: {reason}")
+
+    @property
+    def broken(self) -> bool:
+        """Whether the loop has ended with an error."""
+        return self._error is not None
+
+    @property
+    def failures(self) -> int:
+        """Trials, benchmarks and studies that did not end well."""
+        return len(self._failed)
+
+    def stopper(self) -> Stopper:
+        """Stops Tune when the loop has ended with an error."""
+        return _StopOnError(self)
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=10)
+
+    # ------------------------------------------------------------------ loop
+
+    def _loop(self) -> None:
+        try:
+            while not self._end.wait(TICK_S):
+                with self._lock:
+                    self._tick()
+        except BaseException as error:
+            self._error = error
+
+    def _tick(self) -> None:
+        for entry in call(self._dispatcher, "changes"):
+            self._changed(entry)
+        for result in self._pool.step():
+            self._scored(result)
+        snapshot = call(self._dispatcher, "snapshot")
+        self._lanes.check(len(snapshot["lanes"]))
+        self._progress.show(snapshot, self._pool.busy)
+
+    def _dirty(self) -> bool:
+        """Whether a change has come in since the last tick; it is worked off at once."""
+        changes = call(self._dispatcher, "changes")
+        for entry in changes:
+            self._changed(entry)
+        return bool(changes)
+
+    def _changed(self, entry: Entry) -> None:
+        order = entry.order
+        record = self._journal.trial(order.id)
+        model, seed = order.spec["model_name_or_path"], order.spec["seed"]
+        arm = TrainSpec.model_validate(order.spec).arm
+        if entry.state == "running":
+            record.start(order.spec, model=model, arm=arm, seed=seed)
+        elif entry.state == "trained":
+            tag = {"model": model, "arm": arm, "trial": order.id, "seed": seed}
+            self._score(order.id, tag, str(record.adapter_dir), self._journal.answers_dir(order.study, order.id))
+        elif entry.state in FINAL:
+            if record.status == "pending":
+                record.start(order.spec, model=model, arm=arm, seed=seed)
+            if entry.state in ("failed", "diverged"):
+                self._failed.add(order.id)
+            record.finish(entry.state, entry.reason, **{k: v for k, v in entry.outcome.items() if k != "status"})
+            self._progress.ended(entry)
+
+    # ---------------------------------------------------------------- scores
+
+    def _score(self, name: str, tag: dict[str, Any], adapter: str | None, answers: Path) -> None:
+        """Hand out the benchmarks that are not scored yet."""
+        missing = [
+            job
+            for job in self._jobs
+            if not self._journal.is_scored(
+                tag["trial"], job.benchmark, job.task, job.attack, job.attack_on, model=tag["model"]
+            )
+        ]
+        self._pending[name] = {"left": len(missing), "errors": []}
+        for job in missing:
+            file = answers / f"{job.key.replace('/', '-')}.jsonl"
+            self._pool.submit(Item({**tag, "name": name}, job, adapter, str(file)))
+        if not missing:
+            self._settle(name)
+
+    def _scored(self, result: Result) -> None:
+        tag = dict(result.item.tag)
+        name = tag.pop("name")
+        if result.error:
+            self._pending[name]["errors"].append(f"{result.item.job.key}: {result.error}")
+            self._failed.add(f"{name} {result.item.job.key}")
+        else:
+            self._journal.add_scores([{**tag, **row} for row in result.rows])
+        self._progress.scored(name, result)
+        self._pending[name]["left"] -= 1
+        if not self._pending[name]["left"]:
+            self._settle(name)
+
+    def _settle(self, name: str) -> None:
+        errors = self._pending.pop(name)["errors"]
+        if name.endswith(f":{BASE}"):
+            return
+        call(self._dispatcher, "scored", name, self._scores_of(name), "; ".join(errors) or None)
+
+    def _scores_of(self, trial: str) -> dict[str, float]:
+        """Scores as a searcher names them: benchmark/task/metric, with @attack where there is one."""
+        found = {}
+        for row in self._journal.score_rows():
+            if row["trial"] == trial:
+                suffix = "" if row["attack"] == "none" else f"@{row['attack']}"
+                found[f"{row['benchmark']}/{row['task']}/{row['metric']}{suffix}"] = row["value"]
+        return found
+
+
+class _StopOnError(Stopper):
+    def __init__(self, supervisor: Supervisor | None) -> None:
+        self._supervisor = supervisor
+
+    def __reduce__(self) -> tuple:
+        # Tune pickles its settings into the run folder; a thread cannot go along, and nobody asks the copy.
+        return _StopOnError, (None,)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._supervisor is not None and self._supervisor.broken
+

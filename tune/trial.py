@@ -1,0 +1,91 @@
+"""Tune's side of a trial: place an order, relay its progress, report its scores."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+from ray.actor import ActorHandle
+from ray.tune import Callback
+
+from macdrop.errors import MacDropError
+from tune.dispatch import call
+from tune.orders import FINAL, Order
+from tune.plan import Study
+from tune.search import values
+from tune.spec import TrainSpec, dump
+
+POLL_EVERY_S = 0.2
+
+
+class TrialEnded(MacDropError):
+    """A fine-tuning ended without scores; the message says why. Tune records it and goes on."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where the trials of one study place their orders."""
+
+    dispatcher: ActorHandle
+    study: Study
+    run_dir: str
+    data: str
+    weights: str | None
+    width: int
+
+    def order(self, spec: TrainSpec) -> Order:
+        """The order for a canonical fine-tuning; its folder lies in the run folder."""
+        name = spec.trial_id()
+        return Order(
+            id=name,
+            study=self.study.name,
+            spec=dump(spec),
+            folder=str(Path(self.run_dir) / "trials" / name),
+            data=self.data,
+            weights=self.weights if spec.arm == "macdrop" else None,
+            engine_key=spec.engine_key(),
+            width=self.width,
+        )
+
+
+def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
+    """Tune's function trainable.
+
+    Raises:
+        TrialEnded: the fine-tuning failed, diverged or was stopped.
+    """
+    order = desk.order(desk.study.searched(values(config)))
+    call(desk.dispatcher, "place", order, ray.tune.get_context().get_trial_id())
+    step = -1
+    while True:
+        news = call(desk.dispatcher, "poll", order.id, step)
+        for metrics in news["metrics"]:
+            step = metrics["step"]
+            ray.tune.report({"step": step, "eval_loss": metrics["eval_loss"]})
+        if news["state"] in FINAL:
+            break
+        time.sleep(POLL_EVERY_S)
+    if news["state"] != "done":
+        raise TrialEnded(f"{order.id} {news['state']}: {news['reason']}")
+    outcome = news["outcome"]
+    ray.tune.report({"step": outcome["step"], "eval_loss": outcome["eval_loss"], **news["scores"]})
+
+
+class CancelStopped(Callback):
+    """Tells the dispatcher when Tune has ended a trial, so that a lane need not finish what nobody waits for."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._cancel(trial)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._cancel(trial)
+
+    def _cancel(self, trial: Any) -> None:
+        order = self.desk.order(self.desk.study.searched(values(trial.config)))
+        call(self.desk.dispatcher, "cancel", order.id, trial.trial_id)
