@@ -1,0 +1,153 @@
+"""Adapters swapped in and out of a resident base, and merged for an attack, without a trace."""
+
+from __future__ import annotations
+
+import copy
+
+import benchmark_fixtures as fix
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from macdrop.errors import CheckpointError, ConfigError
+from tune.benchmarks import AdapterSlot, EvalSpec, Job, Scorer, merged_weights
+
+IDS = torch.arange(2, 34)[None]
+
+
+def save_adapter(path, dora=False, dtype=torch.float32, seed=1, scale=0.3, targets=fix.LORA_TARGETS):
+    """An adapter that does something, drawn from `seed`, in a folder as PEFT writes it."""
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=4, target_modules=list(targets), use_dora=dora)
+    model = get_peft_model(fix.tiny_llama(dtype=dtype), lora, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=scale) if scale else p.zero_()
+    model.save_pretrained(path)
+    return path, model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_slot_gives_each_adapter_and_the_base_comes_back_bit_for_bit(tmp_path, dora, dtype):
+    folders = [save_adapter(tmp_path / str(seed), dora, dtype, seed) for seed in (1, 2)]
+    base = fix.tiny_llama(dtype=dtype)
+    base.lm_head.weight.requires_grad_(False)
+    names = [(name, p.data_ptr(), p.requires_grad) for name, p in base.named_parameters()]
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    plain, slot = logits(base), AdapterSlot(base)
+    for folder, trained in [*folders, *folders]:
+        with slot.adapter(folder) as model:
+            assert torch.equal(
+                logits(model), logits(PeftModel.from_pretrained(fix.tiny_llama(dtype=dtype), folder).eval())
+            )
+            if dtype is torch.float32:
+                assert torch.equal(logits(model), logits(trained))
+            assert slot.delta > 1e-3 and not model.training
+        assert torch.equal(logits(base), plain) and not hasattr(base, "peft_config")
+        assert [(name, p.data_ptr(), p.requires_grad) for name, p in base.named_parameters()] == names
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+
+
+def test_an_adapter_that_does_nothing_shows_as_zero(tmp_path):
+    folder, _ = save_adapter(tmp_path / "a", scale=0)
+    slot = AdapterSlot(fix.tiny_llama())
+    random_state = torch.get_rng_state()
+    with slot.adapter(folder):
+        assert slot.delta == 0.0
+    assert torch.equal(torch.get_rng_state(), random_state)
+    with slot.adapter(None) as model:
+        assert model is slot.base and slot.delta == 0.0
+
+
+def test_the_base_comes_back_after_an_error_and_in_its_mode(tmp_path):
+    folder, _ = save_adapter(tmp_path / "a")
+    base = fix.tiny_llama()
+    plain = logits(base)
+    with pytest.raises(RuntimeError, match="while scoring"), AdapterSlot(base).adapter(folder):
+        raise RuntimeError("while scoring")
+    assert torch.equal(logits(base), plain)
+
+
+def test_adapters_that_do_not_fit_are_refused_and_the_base_stays_usable(tmp_path):
+    base = fix.tiny_llama()
+    plain, slot = logits(base), AdapterSlot(base)
+    good, _ = save_adapter(tmp_path / "good")
+    wide, _ = save_adapter(tmp_path / "wide")
+    (wide / "adapter_config.json").write_text((wide / "adapter_config.json").read_text().replace('"r": 4', '"r": 8'))
+    other, _ = save_adapter(tmp_path / "other", targets=["q_proj"])
+    text = (other / "adapter_config.json").read_text()
+    (other / "adapter_config.json").write_text(text.replace('"q_proj"', '"fc1"'))
+    partial, _ = save_adapter(tmp_path / "partial", targets=["q_proj"])
+    text = (partial / "adapter_config.json").read_text()
+    (partial / "adapter_config.json").write_text(text.replace('"q_proj"', '"q_proj", "v_proj"'))
+    for folder in (wide, other, partial):
+        with pytest.raises(CheckpointError, match="does not fit this model"), slot.adapter(folder):
+            pass
+        assert torch.equal(logits(base), plain)
+        with slot.adapter(good):
+            assert slot.delta > 1e-3
+    with pytest.raises(ConfigError, match="no adapter_config.json"), slot.adapter(tmp_path):
+        pass
+    (wide / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"), slot.adapter(wide):
+        pass
+    (wide / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing"), slot.adapter(wide):
+        pass
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_equals_pefts_and_leaves_every_bit(tmp_path, dora, dtype):
+    _, model = save_adapter(tmp_path / "a", dora, dtype)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+    adapted = logits(model)
+    reference = logits(copy.deepcopy(model).merge_and_unload())
+    for _ in range(2):
+        with merged_weights(model) as layers:
+            assert layers == 2 * len(fix.LORA_TARGETS)
+            assert torch.equal(logits(model), reference)
+        assert torch.equal(logits(model), adapted)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+    with pytest.raises(ZeroDivisionError), merged_weights(model):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model), adapted)
+
+
+def test_a_bare_model_has_nothing_to_merge():
+    with merged_weights(fix.tiny_llama()) as layers:
+        assert layers == 0
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_attacks_on_base_rows_and_on_merged_rows_are_different_scores(tmp_path, dora):
+    folder, _ = save_adapter(tmp_path / "a", dora)
+    (tmp_path / "t.txt").write_text("The river ran past the old mill and on to the sea. " * 10)
+    block = {"attacks": ["none", "zeroing@5"], "attack_on": "both", "perplexity": {"t": str(tmp_path / "t.txt")}}
+    base = fix.tiny_llama()
+    weights, tokenizer = fix.massive(base), fix.byte_tokenizer()
+    scorer, slot = Scorer(base, tokenizer, EvalSpec.parse(block), weights), AdapterSlot(base)
+    with slot.adapter(folder) as model:
+        found = {(job.attack, job.attack_on): scorer.score(job, model)[0]["value"] for job in scorer.jobs()}
+    bare = scorer.score(Job("perplexity", "t"))[0]["value"]
+    assert len({bare, *found.values()}) == 4
+
+    merged = PeftModel.from_pretrained(fix.tiny_llama(), folder).merge_and_unload()
+    wrapped = PeftModel.from_pretrained(fix.tiny_llama(), folder)
+    for model, place in ((merged, "merged"), (wrapped, "base")):
+        mlp = model.get_submodule("base_model.model.model.layers.0.mlp" if place == "base" else "model.layers.0.mlp")
+        with torch.no_grad():
+            for name in ("gate_proj", "up_proj"):
+                layer = getattr(mlp, name)
+                getattr(layer, "base_layer", layer).weight[-5:] = 0
+        plain = Scorer(model, tokenizer, EvalSpec.parse(block | {"attacks": "none"}))
+        assert plain.score(Job("perplexity", "t"))[0]["value"] == found["zeroing@5", place]

@@ -1,0 +1,157 @@
+"""Adapters in and out of a resident base model, and adapters merged into it for a while, both leaving no trace.
+
+The base's own parameter tensors are never written: an adapter wraps the layers, a merge works on copies.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from macdrop.errors import CheckpointError, ConfigError
+
+PROBE_LENGTH = 16
+
+
+class AdapterSlot:
+    """A resident base model that takes one adapter at a time.
+
+    `with slot.adapter(folder) as model:` gives the base with the PEFT adapter of `folder` in place, in eval mode;
+    afterwards the base is bare again, its parameters bit-identical. `folder` None gives the base itself. Meanwhile
+    `slot.delta` is the largest |change of a logit| that the adapter makes on a short probe: at 0.0 it does nothing.
+
+    Args:
+        base: a bare causal language model.
+        probe: token ids for the check; by default 16 ids spread over the vocabulary.
+        autocast_adapter_dtype: PEFT's switch: adapters in 16 bit are held in fp32, as for any PEFT user.
+    """
+
+    def __init__(self, base: Any, *, probe: Sequence[int] | None = None, autocast_adapter_dtype: bool = True) -> None:
+        self.base = base
+        self.delta: float | None = None
+        self._autocast = autocast_adapter_dtype
+        vocabulary = base.get_input_embeddings().num_embeddings
+        ids = probe or [(vocabulary * i) // PROBE_LENGTH for i in range(PROBE_LENGTH)]
+        self._probe = torch.tensor([list(ids)], device=base.device)
+        self._plain: torch.Tensor | None = None
+
+    @contextmanager
+    def adapter(self, folder: str | Path | None) -> Iterator[Any]:
+        """Put the adapter of `folder` in place for the `with` block.
+
+        Raises:
+            ConfigError: `folder` holds no PEFT adapter. CheckpointError: the adapter does not fit this model.
+        """
+        if folder is None:
+            self.delta = 0.0
+            yield self.base
+            return
+        if self._plain is None:
+            self._plain = self._logits(self.base)
+        frozen = {name: p.requires_grad for name, p in self.base.named_parameters()}
+        training = self.base.training
+        model = self._load(Path(folder))
+        try:
+            self.delta = (self._logits(model) - self._plain).abs().max().item()
+            yield model
+        finally:
+            model.unload()
+            if hasattr(self.base, "peft_config"):
+                del self.base.peft_config
+            for name, p in self.base.named_parameters():
+                p.requires_grad_(frozen[name])
+            self.base.train(training)
+
+    def _load(self, folder: Path) -> Any:
+        from peft import PeftModel
+
+        _check_folder(folder)
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model = PeftModel.from_pretrained(
+                    self.base,
+                    str(folder),
+                    is_trainable=False,
+                    autocast_adapter_dtype=self._autocast,
+                    low_cpu_mem_usage=True,
+                )
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            self._unwrap()
+            raise CheckpointError(f"The adapter in {folder} does not fit this model: {str(error)[:400]}") from error
+        missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+        if missing:
+            model.unload()
+            raise CheckpointError(f"The adapter in {folder} does not fit this model: {missing[0][:400]}")
+        return model.eval()
+
+    def _unwrap(self) -> None:
+        """Take out what a failed load left in the base: wrapped layers, and PEFT's mark on the model."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, module in list(self.base.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(self.base.get_submodule(parent), child, module.get_base_layer())
+        if hasattr(self.base, "peft_config"):
+            del self.base.peft_config
+
+    @torch.no_grad()
+    def _logits(self, model: Any) -> torch.Tensor:
+        training = model.training
+        model.eval()
+        try:
+            return model(input_ids=self._probe, use_cache=False).logits.float()
+        finally:
+            model.train(training)
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        raise ConfigError(f"{folder} holds no adapter: there is no adapter_config.json in it.")
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise CheckpointError(f"{folder} holds no adapter weights: adapter_model.safetensors is missing.")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{config} is damaged: {error}") from None
+
+
+@contextmanager
+def merged_weights(model: Any) -> Iterator[int]:
+    """Merge the active adapter of a PEFT model into its base weights for the `with` block; yields the layers merged.
+
+    A bare model is left as it is (0 layers). PEFT's own unmerge subtracts, which is not exact in floating point; here
+    the merge writes to copies, and the base's own tensors come back untouched.
+
+    Raises:
+        ConfigError: the base layers are quantised, so that a merge would be another model.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and getattr(m, "active_adapters", None)]
+    layers = [layer for layer in layers if not layer.merged]
+    kept: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    done = []
+    try:
+        for layer in layers:
+            for parameter in layer.get_base_layer().parameters(recurse=False):
+                if not parameter.is_floating_point():
+                    raise ConfigError("attack_on: merged needs base weights that are not quantised; use base.")
+                kept.append((parameter, parameter.data))
+                parameter.data = parameter.data.clone()
+            layer.merge()
+            done.append(layer)
+        yield len(done)
+    finally:
+        for layer in reversed(done):
+            layer.unmerge()
+        for parameter, data in kept:
+            parameter.data = data

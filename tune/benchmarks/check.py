@@ -1,0 +1,152 @@
+"""Checks of an evaluation spec against the files it names. Loads neither torch nor lm-eval."""
+
+from __future__ import annotations
+
+from macdrop.errors import ConfigError, nearest
+from tune.benchmarks import catalogue
+from tune.benchmarks.files import Table, is_local, locate, read_documents, read_rows
+from tune.benchmarks.spec import EvalSpec, Generation, Perplexity, ZeroShot
+
+CHOICE_COLUMNS = ("context", "choices", "label")
+
+
+def check_files(spec: EvalSpec) -> None:
+    """Open every local file of `spec` and look at all its rows; nothing is downloaded.
+
+    Raises:
+        DataError: a file is missing or empty, or a row cannot be used (file, line, columns).
+        ConfigError: a task that lm-eval does not have, or a key that does not fit the data.
+    """
+    for name, entry in spec.zero_shot.items():
+        check_zero_shot(name, entry, spec)
+    for entry in spec.perplexity.values():
+        check_perplexity(entry)
+    for entry in spec.generation.values():
+        read_generation(entry)
+
+
+def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
+    """Check one zero-shot entry: a known task, or rows of our own format; every row has its columns."""
+    task = entry.task or name
+    if not entry.data:
+        if task not in catalogue.known_names():
+            raise unknown_task(task)
+        return
+    table = read_rows(entry.data)
+    file = catalogue.find_task(task)
+    if file is None:
+        check_choices(task, table)
+        shots = spec.inherited(entry, "num_fewshot") or 0
+    else:
+        definition = catalogue.read_definition(file)
+        table.require(catalogue.needed_columns(file), f"lm-eval's task {task!r}")
+        if entry.target_delimiter is not None:
+            raise ConfigError(
+                f"eval.zero_shot.{name}: target_delimiter is fixed by lm-eval's task {task!r}; leave it out."
+            )
+        shots = effective_shots(spec.inherited(entry, "num_fewshot"), definition.get("num_fewshot"))
+        if "samples" in (definition.get("fewshot_config") or {}):
+            shots = 0
+    if shots and not entry.fewshot_data:
+        raise ConfigError(
+            f"eval.zero_shot.{name}: {shots} few-shot examples are asked for, but no rows to draw them from.\n"
+            "Give fewshot_data: (never the rows that are scored), or set num_fewshot: 0."
+        )
+    if entry.fewshot_data:
+        examples = read_rows(entry.fewshot_data)
+        if file is None:
+            check_choices(task, examples)
+        else:
+            examples.require(catalogue.needed_columns(file), f"lm-eval's task {task!r}")
+
+
+def effective_shots(asked: int | None, default: int | None) -> int:
+    """lm-eval's rule: the number asked for, but a task that says 0 stays at 0; null is the task's own number."""
+    return default or 0 if asked is None or default == 0 else asked
+
+
+def unknown_task(name: str) -> ConfigError:
+    """The error for a name that lm-eval does not have and that comes without data."""
+    return ConfigError(
+        f"lm-eval has no task {name!r}.{nearest(name, catalogue.known_names())}\n"
+        f"For a task of your own give data: a file of rows with {', '.join(CHOICE_COLUMNS)}."
+    )
+
+
+def check_choices(name: str, table: Table) -> None:
+    """Check rows of our own multiple-choice format.
+
+    Raises:
+        DataError: a column is missing or has another type, or the label is no index into the choices.
+    """
+    if not set(CHOICE_COLUMNS) & set(table.rows[0]):
+        hint = nearest(name, catalogue.known_names())
+        table.require(
+            CHOICE_COLUMNS,
+            f"{name!r}, which is no task of lm-eval and so has to be in our own format.{hint} That format",
+        )
+    table.require(CHOICE_COLUMNS, "multiple choice")
+    for row, place in zip(table.rows, table.places, strict=True):
+        choices, label = row["choices"], row["label"]
+        if not isinstance(row["context"], str):
+            raise _bad(place, "context", "a text", row["context"])
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise _bad(place, "choices", "a list of at least two texts", choices)
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+            raise _bad(place, "label", f"the index of the right choice, 0 to {len(choices) - 1}", label)
+
+
+def _bad(place: str, column: str, wanted: str, value: object) -> Exception:
+    from macdrop.errors import DataError
+
+    return DataError(f"{place}: {column!r} must be {wanted}, not {value!r}.")
+
+
+def check_perplexity(entry: Perplexity) -> None:
+    """Check that local text is there; a hub id is left to the scorer."""
+    local = [is_local(path) for path in entry.data]
+    if all(local):
+        read_documents(entry.data, entry.column)
+    elif any(local) or len(entry.data) > 1:
+        for path in entry.data:
+            locate(path)
+
+
+def read_generation(entry: Generation) -> tuple[str, Table]:
+    """Read the rows of a generation entry and name their format.
+
+    Raises:
+        DataError: no format fits the columns, or a row cannot be used.
+        ConfigError: metrics are asked for where there are no references.
+    """
+    table = read_rows(entry.data)
+    kind = entry.format or _format_of(table)
+    if kind == "spec_bench":
+        if entry.metrics:
+            raise ConfigError(
+                f"{entry.data[0]}: metrics need references, and these are questions without; leave metrics out."
+            )
+        table.require(("question_id", "category", "turns"), "format spec_bench")
+        for row, place in zip(table.rows, table.places, strict=True):
+            turns = row["turns"]
+            if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+                raise _bad(place, "turns", "a list of one or more texts", turns)
+    elif "prompt" in table.rows[0]:
+        table.require(("prompt", "reference"), "format reference")
+    else:
+        table.require(("instruction", "output"), "format reference")
+    return kind, table
+
+
+def _format_of(table: Table) -> str:
+    from macdrop.errors import DataError
+
+    columns = set(table.rows[0])
+    if "turns" in columns:
+        return "spec_bench"
+    if columns & {"prompt", "reference", "instruction", "output"}:
+        return "reference"
+    raise DataError(
+        f"{table.places[0]}: these columns fit no generation format: {', '.join(map(repr, columns))}.\n"
+        "spec_bench has question_id, category, turns; reference has prompt, reference, or instruction, input, output."
+    )

@@ -1,0 +1,106 @@
+"""Greedy decoding of many prompts: batches of similar length, padded on the left, each row as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A decoded answer; `tokens` are the new ones (eos included); `ended` is "eos", "stop" or "length"."""
+
+    text: str
+    tokens: list[int]
+    ended: str
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: those of the model's generation config (chat models have several) and eos."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def fit_prompt(ids: Sequence[int], room: int, bos: int | None) -> list[int]:
+    """Cut a prompt to `room` tokens from the left; a leading bos stays at position 0, where massive weights act."""
+    if len(ids) <= room:
+        return list(ids)
+    lead = [bos] if bos is not None and ids[0] == bos else []
+    return lead + list(ids[len(ids) - room + len(lead) :])
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """`text` up to the first stop text, without it."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
+class _StopAtText(StoppingCriteria):
+    """Ends a row as soon as its new text holds a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        found = [any(stop in text for stop in self.stop) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: Sequence[str] = (),
+) -> list[Answer]:
+    """Answer N prompts of token ids, none of them empty; the order of the answers is that of the prompts."""
+    order = sorted(
+        range(len(prompts)), key=lambda i: (-len(prompts[i]), i)
+    )  # longest first: what does not fit fails at once
+    answers: dict[int, Answer] = {}
+    ends = end_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=ends or None
+    )
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in rows)
+        ids = torch.full((len(rows), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for at, i in enumerate(rows):
+            ids[at, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
+            mask[at, width - len(prompts[i]) :] = 1
+        criteria = StoppingCriteriaList([_StopAtText(tokenizer, stop, width)] if stop else [])
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            stopping_criteria=criteria,
+        )
+        for i, new in zip(rows, output[:, width:].tolist(), strict=True):
+            answers[i] = _answer(tokenizer, new, ends, stop)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _answer(tokenizer: Any, new: list[int], ends: Sequence[int], stop: Sequence[str]) -> Answer:
+    """Cut what follows the end of a row: other rows of the batch may have run on."""
+    last = next((i for i, token in enumerate(new) if token in ends), None)
+    tokens = new if last is None else new[: last + 1]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    cut = cut_at(text, stop)
+    if cut == text:
+        return Answer(text, tokens, "length" if last is None else "eos")
+    upto = next(
+        n for n in range(1, len(tokens) + 1)
+        if any(s in tokenizer.decode(tokens[:n], skip_special_tokens=True) for s in stop)
+    )  # fmt: skip
+    return Answer(cut, tokens[:upto], "stop")

@@ -1,0 +1,264 @@
+"""One benchmark, one attack, one model -> rows. Model, tokenizer, tasks and data stay resident between jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from macdrop.errors import ConfigError, MacDropError
+from tune.benchmarks.adapters import merged_weights
+from tune.benchmarks.spec import PLAIN, EvalSpec, Job, Perplexity, ZeroShot, jobs, parse_attack
+from tune.files import atomic_write_text
+
+_NOISY = (
+    "lm_eval",
+    "datasets",
+    "transformers",
+    "huggingface_hub",
+    "peft",
+    "absl",
+    "rouge_score",
+    "sacrebleu",
+    "evaluate",
+)
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length", "max_seq_len")
+
+
+class Row(TypedDict):
+    """One score. `stderr` is over items; `attack_on` is None without attack; `settings` are words ``key=value``."""
+
+    benchmark: str
+    task: str
+    version: str
+    metric: str
+    attack: str
+    attack_on: str | None
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool | None
+    batch_size: int
+    limit: int | None
+    num_fewshot: int | None
+    max_length: int
+    settings: str
+
+
+class Scorer:
+    """Scores jobs of one evaluation spec with one resident model.
+
+    Args:
+        model: a causal language model, bare or with a PEFT adapter; `score` may bring another one of the same base.
+        tokenizer: its tokenizer; a copy is used, the caller's is not changed.
+        spec: what to score.
+        weights: macdrop's MassiveWeights of the base, needed for attacks.
+
+    Raises:
+        ConfigError: attacks without `weights`, on more rows than the layer has, or a max_length beyond the model's.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, spec: EvalSpec, weights: Any | None = None) -> None:
+        self.model, self.spec, self.weights = model, spec, weights
+        self.tokenizer = copy.deepcopy(tokenizer)
+        if spec.add_bos_token and tokenizer.bos_token_id is None:
+            raise ConfigError("eval.add_bos_token: this tokenizer has no bos token; leave the key out.")
+        positions = max_positions(model.config, tokenizer)
+        if spec.max_length and spec.max_length > positions:
+            raise ConfigError(
+                f"eval.max_length {spec.max_length} is more than the {positions} positions of this model."
+            )
+        self.max_length = spec.max_length or positions
+        for job in jobs(spec):
+            self._check_attack(job)
+        self._tasks: Any = None
+        self._harness: Any = None
+        self._resident: dict[tuple[str, str], Any] = {}
+
+    def _check_attack(self, job: Job) -> None:
+        kind, k = parse_attack(job.attack)
+        if kind == PLAIN:
+            return
+        if self.weights is None:
+            raise ConfigError(
+                f"Attack {job.attack!r} needs the massive weights of this model: run `macdrop scan` first."
+            )
+        from macdrop.attack import attacked_rows
+
+        attacked_rows(self.weights, kind, k)
+
+    def jobs(self) -> list[Job]:
+        """What the spec asks for, in file order."""
+        return jobs(self.spec)
+
+    def prepare(self) -> None:
+        """Load the tasks and data of all jobs now, so that a mistake in any of them shows before the first score."""
+        with quiet():
+            for job in self.jobs():
+                self._data(job)
+
+    def score(
+        self, job: Job, model: Any | None = None, answers_path: str | Path | None = None, drop: Any | None = None
+    ) -> list[Row]:
+        """Score one job.
+
+        Args:
+            job: one of `jobs()`.
+            model: the model to score, e.g. the base with an adapter in place; by default the one given at construction.
+            answers_path: where to keep what was measured item by item (answers, hits, losses), as jsonl, atomically.
+            drop: a `macdrop.MacDrop` attached to the model; it is asserted to mask nothing.
+
+        Raises:
+            ConfigError, DataError: the entry cannot be scored as it is written.
+            BenchmarkError: scoring failed. MacDropError: masks were on.
+        """
+        self._check_attack(job)
+        model = self.model if model is None else model
+        entry = self.spec.entry(job)
+        batch_size, limit = (
+            self.spec.inherited(entry, "batch_size") or self.spec.batch_size,
+            self.spec.inherited(entry, "limit"),
+        )
+        with quiet(), masks_off(model, drop), self._under(job, model):
+            rows, items = self._measure(job, entry, self._data(job), model, batch_size, limit)
+        if answers_path is not None:
+            lines = (
+                json.dumps(item | {"attack": job.attack, "attack_on": job.attack_on}, default=str) for item in items
+            )
+            atomic_write_text(answers_path, "".join(line + "\n" for line in lines))
+        return [self._row(job, row, batch_size, limit) for row in rows]
+
+    def _data(self, job: Job) -> Any:
+        """The resident tasks or data of the job's entry, loaded on first use."""
+        key = (job.benchmark, job.task)
+        if key not in self._resident:
+            entry = self.spec.entry(job)
+            if isinstance(entry, ZeroShot):
+                from tune.benchmarks import zero_shot
+
+                self._tasks = self._tasks or zero_shot.Tasks()
+                self._resident[key] = self._tasks.load(job.task, entry, self.spec)
+            elif isinstance(entry, Perplexity):
+                from tune.benchmarks import perplexity
+
+                self._resident[key] = perplexity.load(entry, self.tokenizer, self.max_length)
+            else:
+                from tune.benchmarks import generation
+
+                self._resident[key] = generation.load(entry, self.tokenizer, self.max_length, self.spec.add_bos_token)
+        return self._resident[key]
+
+    def _measure(
+        self, job: Job, entry: Any, data: Any, model: Any, batch_size: int, limit: int | None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        if isinstance(entry, ZeroShot):
+            from tune.benchmarks import zero_shot
+
+            if self._harness is None:
+                tokenizer = copy.deepcopy(self.tokenizer)  # lm-eval sets its pad token and side
+                bos = self.spec.add_bos_token
+                self._harness = zero_shot.Harness(model, tokenizer, max_length=self.max_length, add_bos_token=bos)
+            self._harness.use(model, batch_size)
+            return zero_shot.score(data, self._harness, limit)
+        if isinstance(entry, Perplexity):
+            from tune.benchmarks import perplexity
+
+            return perplexity.score(data, model, batch_size, limit)
+        from tune.benchmarks import generation
+
+        return generation.score(data, job.task, model, self.tokenizer, batch_size, limit)
+
+    @contextlib.contextmanager
+    def _under(self, job: Job, model: Any) -> Iterator[None]:
+        """Put the job's attack in place for the `with` block: on base rows under the adapter, or on merged weights."""
+        kind, k = parse_attack(job.attack)
+        if kind == PLAIN:
+            yield
+            return
+        from macdrop.attack import attacked
+
+        place = merged_weights(model) if job.attack_on == "merged" else contextlib.nullcontext()
+        with place, attacked(model, self.weights, kind, k):
+            yield
+
+    def _row(self, job: Job, measured: dict[str, Any], batch_size: int, limit: int | None) -> Row:
+        common = {
+            "benchmark": job.benchmark,
+            "task": job.task,
+            "attack": job.attack,
+            "attack_on": job.attack_on,
+            "batch_size": batch_size,
+            "limit": limit,
+            "max_length": self.max_length,
+        }
+        merged = common | measured
+        return {key: merged[key] for key in Row.__annotations__}  # type: ignore[return-value]
+
+
+def max_positions(config: Any, tokenizer: Any) -> int:
+    """Longest sequence a model takes: from its config, else from its tokenizer, else 2048."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for key in _LENGTH_KEYS:
+        if isinstance(getattr(text, key, None), int):
+            return getattr(text, key)
+    length = tokenizer.model_max_length
+    return length if isinstance(length, int) and length < 1_000_000 else 2048
+
+
+@contextlib.contextmanager
+def masks_off(model: Any, drop: Any | None = None) -> Iterator[None]:
+    """Score in eval mode without gradients, and prove that MacDrop masked nothing; modes are restored afterwards.
+
+    Raises:
+        MacDropError: `drop` is inside a training step, or dropped entries while scoring.
+    """
+    if drop is not None and drop.active:
+        raise MacDropError("MacDrop masks are on: scores are taken between training steps, never inside one.")
+    before = None if drop is None else drop.entries_dropped
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with (
+            torch.no_grad()
+        ):  # not inference_mode: cached buffers would stay inference tensors, and training would fail
+            if any(module.training for module in model.modules()):
+                raise MacDropError(
+                    "A part of the model stays in training mode after model.eval(); it cannot be scored."
+                )
+            yield
+            if drop is not None and (drop.active or drop.entries_dropped != before):
+                raise MacDropError("MacDrop dropped entries while the model was scored; the scores are void.")
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back log lines, warnings and progress bars of lm-eval, datasets and transformers for the `with` block."""
+    import datasets.utils.logging as datasets_logging
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    shown, bars = datasets_logging.get_verbosity(), not are_progress_bars_disabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        disable_progress_bars()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        datasets_logging.set_verbosity(shown)
+        if bars:
+            enable_progress_bars()

@@ -1,0 +1,303 @@
+"""Zero-shot (and few-shot) tasks, scored by lm-eval itself; its tasks and data stay resident between scorings.
+
+Importing this module loads lm-eval. Local rows take the place of a task's hub data set; prompts, metrics, filters and
+versions stay lm-eval's own, functions included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import lm_eval.api.task
+from lm_eval.api.metrics import mean, mean_stderr, pooled_sample_stderr
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from macdrop.errors import BenchmarkError, ConfigError, DataError, MacDropError
+from tune.benchmarks import catalogue
+from tune.benchmarks.check import check_zero_shot, effective_shots, unknown_task
+from tune.benchmarks.files import Table, read_rows
+from tune.benchmarks.spec import EvalSpec, ZeroShot
+
+FEWSHOT_SEED = 1234  # lm-eval's default
+_KEYS_OF_THE_HUB = ("dataset_name", "dataset_kwargs", "tag", "group", "task_list")
+
+
+class Harness(HFLM):
+    """lm-eval's Hugging Face model around a resident one; `use` puts another model (an adapter in place) behind it."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int | None, add_bos_token: bool | None) -> None:
+        # A stand-in for the model, because lm-eval would tie its weights, which must not happen around an adapter.
+        # log-softmax in fp32: in bf16 the log-likelihoods of long answers are rounded to whole units.
+        super().__init__(
+            pretrained=SimpleNamespace(config=model.config, device=model.device),
+            tokenizer=tokenizer,
+            max_length=max_length,
+            add_bos_token=add_bos_token,
+            softmax_dtype="float32",
+        )
+
+    def use(self, model: Any, batch_size: int) -> None:
+        """Score `model` from now on, `batch_size` requests at a time."""
+        self._model, self._device, self.batch_size_per_gpu = model, model.device, batch_size
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """As lm-eval's, without a progress bar; raises BenchmarkError where the model returns NaN."""
+        answers = super().loglikelihood(requests, disable_tqdm=True)
+        if any(value != value for value, _ in answers):
+            raise BenchmarkError("The model returns NaN, so that no answer can be ranked.")
+        return answers
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
+        """As lm-eval's, without a progress bar."""
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
+        """As lm-eval's, without a progress bar."""
+        return super().generate_until(requests, disable_tqdm=True)
+
+
+@dataclass(frozen=True)
+class ResidentTask:
+    """A loaded benchmark entry: lm-eval's tasks (several for a group or tag) and their groups."""
+
+    name: str
+    loaded: dict[str, Any]
+    local: bool
+
+
+class Tasks:
+    """Loads lm-eval tasks; its full index is built only for names that no task file defines (groups and tags)."""
+
+    def __init__(self) -> None:
+        self._direct = TaskManager(include_defaults=False)
+        self._indexed: TaskManager | None = None
+
+    def load(self, name: str, entry: ZeroShot, spec: EvalSpec) -> ResidentTask:
+        """Build the task of one entry, data included; its prompts are written at the first scoring and kept.
+
+        Raises:
+            ConfigError: lm-eval has no such task. DataError: local rows do not fit. BenchmarkError: a download failed.
+        """
+        check_zero_shot(name, entry, spec)
+        if entry.data:
+            loaded = self._local(name, entry)
+        else:
+            loaded = self._from_hub(entry.task or name)
+        for task in loaded["tasks"].values():
+            shots = effective_shots(spec.inherited(entry, "num_fewshot"), task.get_config("num_fewshot"))
+            task.set_config(key="num_fewshot", value=shots)
+            _build_requests_once(task)
+            if entry.max_new_tokens and task.get_config("output_type") == "generate_until":
+                task.set_config(key="generation_kwargs", value={"max_gen_toks": entry.max_new_tokens}, update=True)
+        return ResidentTask(name, loaded, bool(entry.data))
+
+    def _from_hub(self, name: str) -> dict[str, Any]:
+        file = catalogue.find_task(name)
+        if file is None and self._indexed is None:
+            self._indexed = TaskManager()
+        manager, target = (self._direct, str(file)) if file else (self._indexed, name)
+        if file is None and name not in manager.all_tasks:
+            raise unknown_task(name)
+        try:
+            return manager.load([target])
+        except Exception as error:  # datasets and huggingface_hub raise a dozen kinds; all mean: no data
+            raise BenchmarkError(
+                f"Loading the data of lm-eval's task {name!r} failed: {type(error).__name__}: {_first_line(error)}\n"
+                f"Without internet, give a local copy in the same schema: zero_shot: {{{name}: {{data: FILE}}}}."
+            ) from error
+
+    def _local(self, name: str, entry: ZeroShot) -> dict[str, Any]:
+        task = entry.task or name
+        file = catalogue.find_task(task)
+        table = read_rows(entry.data or [])
+        splits = {"test": table}
+        if entry.fewshot_data:
+            splits["train"] = read_rows(entry.fewshot_data)
+        if file is None:
+            config = _choice_config(table, entry.target_delimiter)
+        else:
+            config = load_yaml(file, resolve_func=True)
+            if "class" in config or config.get("unsafe_code"):
+                raise ConfigError(f"lm-eval's task {task!r} loads or runs data by code of its own; leave data: out.")
+            config = {key: value for key, value in config.items() if key not in _KEYS_OF_THE_HUB}
+        config |= {
+            "task": name,
+            "dataset_path": "local",
+            "custom_dataset": _in_memory(splits),
+            "training_split": "train" if entry.fewshot_data else None,
+            "validation_split": None,
+            "test_split": "test",
+            "fewshot_split": "train" if entry.fewshot_data else None,
+        }
+        if isinstance(config.get("fewshot_config"), Mapping):
+            shots = {k: v for k, v in config["fewshot_config"].items() if k != "split"}
+            config["fewshot_config"] = shots | ({"split": "train"} if entry.fewshot_data else {})
+        try:
+            return self._direct.load([config])
+        except MacDropError:
+            raise
+        except Exception as error:  # the task's own code meets rows it was not made for
+            raise DataError(
+                f"{table.places[0]}: lm-eval's task {task!r} cannot use these rows: {type(error).__name__}: "
+                f"{_first_line(error)}\nRows must have the schema of its hub data set."
+            ) from error
+
+
+def _build_requests_once(task: Any) -> None:
+    """Keep the requests of a task: writing the prompts takes longer than a tiny model takes to answer them."""
+    build, built = task.build_all_requests, []
+
+    def resident(**settings: Any) -> None:
+        if built:
+            for instance in built[0]:
+                instance.resps, instance.filtered_resps = [], {}
+            return
+        with _without_bar():
+            build(**settings)
+        built.append(task.instances)
+
+    task.build_all_requests = resident
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Hide the progress bar of lm-eval's request building, which has no switch."""
+    shown = lm_eval.api.task.tqdm
+    lm_eval.api.task.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = shown
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _choice_config(table: Table, delimiter: str | None) -> dict[str, Any]:
+    """lm-eval configuration of our own multiple-choice format."""
+    if delimiter is None:  # a context that ends in white space, as many templates do, already has its delimiter
+        first = table.rows[0]
+        delimiter = "" if first["context"][-1:].isspace() or first["choices"][0][0].isspace() else " "
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "target_delimiter": delimiter,
+        "metric_list": metrics,
+        "metadata": {"version": 1},
+    }
+
+
+def _in_memory(splits: Mapping[str, Table]) -> Callable[..., dict[str, datasets.Dataset]]:
+    """Rows as lm-eval's `custom_dataset`: no cache on disk, no lock, nothing stale when the file changes."""
+
+    def build(**_: Any) -> dict[str, datasets.Dataset]:
+        found = {}
+        for split, table in splits.items():
+            try:
+                found[split] = datasets.Dataset.from_list(table.rows)
+            except Exception as error:  # pyarrow's errors share no base
+                raise DataError(
+                    f"{table.places[0]} and following: a column changes its type: {_first_line(error)}"
+                ) from error
+        return found
+
+    return build
+
+
+def score(task: ResidentTask, harness: Harness, limit: int | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Score a task with the model that `harness` uses.
+
+    Returns:
+        rows, and per item its metrics and answers.
+
+    Raises:
+        BenchmarkError: lm-eval could not score the task.
+    """
+    for each in task.loaded["tasks"].values():
+        each.set_fewshot_seed(seed=FEWSHOT_SEED)  # or the examples would differ from scoring to scoring
+    try:
+        result = evaluate(harness, task.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    except MacDropError:
+        raise
+    except Exception as error:
+        hint = "\nSet max_new_tokens: lower for this task." if "max tokens to generate" in str(error) else ""
+        raise BenchmarkError(f"lm-eval could not score {task.name!r}: {type(error).__name__}: {error}{hint}") from error
+    rows: list[dict[str, Any]] = []
+    stderrs: dict[tuple[str, str], tuple[float | None, int]] = {}
+    members = task.loaded.get("group_map") or {}
+    for name, metrics in result["results"].items():
+        for key, value in metrics.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            if name in members:
+                stderr, n = _pooled(name, key, members, stderrs)
+            else:
+                values = [s[metric] for s in result["samples"][name] if s["filter"] == filter_name and metric in s]
+                stderr, n = _stderr(task.loaded["tasks"][name], metric, values), len(values)
+                stderrs[name, key] = (stderr, n)
+            rows.append(
+                {
+                    "task": name,
+                    "version": str(result["versions"].get(name) or 0),
+                    "metric": metric if filter_name == "none" else key,
+                    "value": float(value),
+                    "stderr": stderr,
+                    "n": n,
+                    "higher_is_better": (result["higher_is_better"].get(name) or {}).get(metric),
+                    "num_fewshot": result["n-shot"].get(name),
+                    "settings": f"lm_eval={lm_eval.__version__} data={'local' if task.local else 'hub'}",
+                }
+            )
+    return rows, _items(result["samples"])
+
+
+def _stderr(task: Any, metric: str, values: list[Any]) -> float | None:
+    """lm-eval's analytic standard error, which it has for means; None for metrics that need a bootstrap."""
+    if task.aggregation().get(metric) is not mean or len(values) < 2:
+        return None
+    return float(mean_stderr(values))
+
+
+def _pooled(
+    group: str, key: str, members: Mapping[str, list[str]], stderrs: Mapping[tuple[str, str], tuple[float | None, int]]
+) -> tuple[float | None, int]:
+    """Pooled standard error and number of items of a group, as lm-eval computes it from its leaf tasks."""
+    leaves, open_names = [], list(members[group])
+    while open_names:
+        name = open_names.pop()
+        open_names += members.get(name, [])
+        leaves += [stderrs[name, key]] if (name, key) in stderrs else []
+    n = sum(size for _, size in leaves)
+    known = [(stderr, size) for stderr, size in leaves if stderr is not None]
+    if not leaves or len(known) < len(leaves):
+        return None, n
+    return float(pooled_sample_stderr(*zip(*known, strict=True))), n
+
+
+def _items(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": name,
+            "doc_id": sample["doc_id"],
+            "doc_hash": sample["doc_hash"],
+            "filter": sample["filter"],
+            "metrics": {metric: sample[metric] for metric in sample["metrics"]},
+            "answers": sample["filtered_resps"],
+        }
+        for name, found in samples.items()
+        for sample in found
+    ]
