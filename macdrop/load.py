@@ -97,8 +97,9 @@ def load_tokenizer(
         if "trust_remote_code" in str(error):
             raise ConfigError(_remote_code_message(name)) from None
         if Path(name).is_dir():
+            reason = _first_line(error).rstrip(": ")
             raise ConfigError(
-                f"{name} has no tokenizer that can be loaded: {_first_line(error)}\n"
+                f"{name} has no tokenizer that can be loaded ({type(error).__name__}: {reason}).\n"
                 "The folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json beside the weights."
             ) from None
         raise ConfigError(_hub_message(name, revision)) from None
@@ -127,7 +128,7 @@ def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) ->
     """The name to load from. Something that looks like a path must be a folder with the `needed` files."""
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         for file in needed:
             if not (path / file).is_file():
                 inside = sorted(entry.name for entry in path.iterdir())[:6]
@@ -136,9 +137,9 @@ def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) ->
                     f"It holds: {', '.join(inside) or 'nothing'}. Give the folder that save_pretrained wrote."
                 )
         return str(path)
-    looks_like_path = path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_like_path or not name:
-        what = "is a file, not a model folder" if path.exists() else "does not exist"
+    looks_like_id = name and not name.startswith((".", "~", "/")) and name.count("/") <= 1
+    if path.is_file() or not looks_like_id:
+        what = "is a file, not a model folder" if path.is_file() else "does not exist"
         raise ConfigError(f"The model path {name!r} {what}.\nGive a folder with config.json and weights, or a hub id.")
     return name
 

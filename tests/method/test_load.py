@@ -1,0 +1,165 @@
+"""Loading: what works, and every refusal with its few helpful lines."""
+
+import json
+import pickle
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load, save_file
+from zoo_of_families import build_family
+
+from macdrop.errors import ConfigError, UnsupportedModel
+from macdrop.load import load_model, load_tokenizer, require_fit
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "model"
+    build_family("llama").save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+def refused(message: str, kind: type[Exception] = ConfigError):
+    return pytest.raises(kind, match=f"(?s){message}")
+
+
+def rewrite_config(folder, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_a_folder_loads_in_eval_mode(folder):
+    model = load_model(folder)
+    assert not model.training and model.dtype == torch.float32
+    original = build_family("llama")
+    assert all(torch.equal(t, original.state_dict()[n]) for n, t in model.state_dict().items())
+    assert load_model(str(folder), dtype="bfloat16").dtype == torch.bfloat16
+    assert load_model(folder, attn_implementation="eager").config._attn_implementation == "eager"
+    assert load_tokenizer(folder, model=model).bos_token_id == 1
+
+
+def test_dtype_auto_is_the_stored_one(tmp_path):
+    build_family("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_model(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert load_model(tmp_path).dtype == torch.float32
+
+
+def test_an_unknown_dtype_is_refused(folder):
+    with refused("Did you mean 'bfloat16'.*float32, bfloat16, auto"):
+        load_model(folder, dtype="bfloat")
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./nowhere", "~/nowhere-at-all", "a/b/c", ""])
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_path_that_does_not_exist(load, name):
+    with refused("does not exist.*or a hub id"):
+        load(name)
+
+
+def test_a_file_is_no_folder(folder):
+    with refused("is a file"):
+        load_model(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_hub_id_that_cannot_be_reached(load):
+    with refused("'someone/some-model' .*offline.*hf download"):
+        load("someone/some-model")
+    with refused("at revision 'v2'"):
+        load("someone/some-model", revision="v2")
+
+
+def test_folders_that_are_no_model(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with refused("no config.json.*nothing"):
+        load_model(tmp_path / "empty")
+    (folder / "config.json").write_text("{")
+    with refused("config of .* cannot be used"):
+        load_model(folder)
+    (folder / "config.json").write_text("{}")
+    with refused("model_type"):
+        load_model(folder)
+    (folder / "config.json").write_text('{"model_type": "nonesuch"}')
+    with refused("nonesuch"):
+        load_model(folder)
+
+
+def test_weights_that_are_missing_pickled_or_damaged(folder):
+    file = folder / "model.safetensors"
+    tensors = load(file.read_bytes())
+    file.write_bytes(b"junk" * 10)
+    with refused("damaged"):
+        load_model(folder)
+    save_file({n: t for n, t in tensors.items() if "gate_proj" not in n}, file, metadata={"format": "pt"})
+    with refused("6 weights are missing .*gate_proj"):
+        load_model(folder)
+    save_file({n: t[:3].clone() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    with refused("shapes"):
+        load_model(folder)
+    file.unlink()
+    with refused("no weights"):
+        load_model(folder)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with refused("pickle only .pytorch_model.bin.*save_pretrained"):
+        load_model(folder)
+
+
+def test_remote_code_is_never_run_unasked(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    rewrite_config(folder, model_type="nonesuch", auto_map=auto_map)
+    with refused("trust_remote_code: true"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.BertConfig(), "no causal language model.*'bert'"),
+        (transformers.ViTConfig(), "no causal language model"),
+        (transformers.T5Config(), "encoder-decoder"),
+        (transformers.BartConfig(), "encoder-decoder"),
+        (transformers.LlavaConfig(), "no text-only model: its config has vision_config"),
+        (transformers.Gemma3Config(), "vision_config"),
+        (transformers.Llama4Config(), "vision_config"),
+        (transformers.WhisperConfig(), "encoder-decoder"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_models_that_are_no_text_decoders(tmp_path, config, message):
+    config.save_pretrained(tmp_path)
+    with refused(message, UnsupportedModel):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    build_family("llama").save_pretrained(tmp_path)
+    with refused("no tokenizer that can be loaded.*tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizers_that_do_not_fit(folder):
+    model = build_family("llama")
+    tokenizer = tiny.tokenizer()
+    require_fit(tokenizer, model)
+    tokenizer.add_tokens(["more"])
+    with refused("65 tokens.*64"):
+        require_fit(tokenizer, model)
+    tokenizer.save_pretrained(folder)
+    with refused("does not fit"):
+        load_tokenizer(folder, model=model)
+    assert len(load_tokenizer(folder)) == 65
+    tokenizer.eos_token = None
+    with refused("no eos token.*tokenizer_config.json"):
+        require_fit(tokenizer)
+
+
+def test_the_errors_survive_pickling():
+    with pytest.raises(ConfigError) as error:
+        load_model("/no/such/model")
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
