@@ -137,7 +137,7 @@ class Journal:
             "python": platform.python_version(),
             "cpus": len(os.sched_getaffinity(0)),
             "memory_gib": round(memory / 2**30, 1),
-            "gpus": _gpus(),
+            "gpus": gpu_names(),
             "versions": {name: _version(name) for name in _PACKAGES},
         }
         atomic_write_json(self.run_dir / "environment.json", found)
@@ -308,7 +308,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _gpus() -> list[str]:
+def gpu_names() -> list[str]:
     """Names of the GPUs by nvidia-smi, so that torch need not be loaded; empty where there is none."""
     try:
         command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
