@@ -21,16 +21,12 @@ class Case:
 
 CASES = {
     "lora": Case(),
-    "lora, attached first": Case(attach_first=True),
-    "lora, checkpointing": Case(checkpointing=True),
-    "lora, checkpointing without re-entrance": Case(checkpointing=False),
-    "dora, checkpointing without re-entrance": Case(dora=True, checkpointing=False),
+    "lora, re-entrant checkpointing": Case(checkpointing=True),
+    "dora": Case(dora=True),
+    "dora, checkpointing": Case(dora=True, checkpointing=False),
+    "dora, dropout, attached first": Case(dora=True, dropout=0.3, attach_first=True),
     "fused": Case("phi3"),
     "conv1d, dora, dropout": Case("gpt2", dora=True, dropout=0.3),
-    "dora": Case(dora=True),
-    "dora, attached first": Case(dora=True, attach_first=True),
-    "dora, dropout": Case(dora=True, dropout=0.3),
-    "dora, checkpointing": Case(dora=True, checkpointing=True),
     "experts": Case("mixtral"),
 }
 

@@ -1,0 +1,75 @@
+"""MacDrop under DeepSpeed ZeRO-3 on two gloo processes equals the paper's listing on one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import tiny
+import torch
+from zero_cases import ACCUMULATION, CASES, SEED, WORLD, P, build, micro_batch
+
+from macdrop.hooks import keep_mask
+
+pytestmark = pytest.mark.zero
+WORKER = Path(__file__).with_name("zero_worker.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(WORKER.parent)}
+    ranks = []
+    for rank in range(WORLD):
+        command = [sys.executable, str(WORKER), str(rank), str(WORLD), port, str(folder / "out.pt")]
+        log = open(folder / f"{rank}.log", "w")  # noqa: SIM115
+        ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [rank.wait(timeout=480) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0] * WORLD, "\n".join((folder / f"{i}.log").read_text()[-2000:] for i in range(WORLD))
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "experts"])
+def test_equals_the_listing_on_whole_weights(results, name):
+    case, found = CASES[name], results[name]
+    total: dict[str, torch.Tensor] = {}
+    for rank in range(WORLD):
+        model = build(case)
+        for index in range(ACCUMULATION):
+            torch.manual_seed(1000 * rank + index)
+            mask = keep_mask(SEED, index, P, (len(tiny.ROWS), tiny.HIDDEN))
+            loss = reference.training_step(
+                model, micro_batch(rank, index), case.family, tiny.ROWS, mask, divide=ACCUMULATION * WORLD
+            )
+            assert found["ranks"][rank]["losses"][index] == pytest.approx(loss, rel=1e-6)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                total[parameter_name] = total.get(parameter_name, 0) + parameter.grad
+    assert found["partitioned"]
+    assert total.keys() == found["gradients"].keys()
+    for parameter_name, gradient in total.items():
+        worst = (gradient - found["gradients"][parameter_name]).abs().max() / gradient.abs().max()
+        assert worst < 1e-5, parameter_name
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "experts"])
+def test_all_ranks_draw_one_mask_and_each_micro_step_another(results, name):
+    masks = [rank["masks"] for rank in results[name]["ranks"]]
+    for index in range(ACCUMULATION):
+        assert torch.equal(masks[0][index], masks[1][index])
+    assert not torch.equal(masks[0][0], masks[0][1])
+
+
+def test_partitioned_fused_experts_are_refused(results):
+    assert "partitioned by DeepSpeed ZeRO-3" in results["experts"]["refused"]
+    assert "stage 0, 1 or 2" in results["experts"]["refused"]
