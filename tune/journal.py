@@ -58,6 +58,7 @@ class Journal:
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
         self.run_dir = Path(run_dir)
+        self._read: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
 
     @classmethod
     def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> Journal:
@@ -193,8 +194,15 @@ class Journal:
 
     def score_rows(self) -> list[dict[str, Any]]:
         """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""
-        latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in read_jsonl(self.scores_file)}
-        return list(latest.values())
+        try:
+            state = self.scores_file.stat()
+        except FileNotFoundError:
+            return []
+        stamp = (state.st_size, state.st_mtime_ns)
+        if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
+            latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in read_jsonl(self.scores_file)}
+            self._read = (stamp, list(latest.values()))
+        return [dict(row) for row in self._read[1]]
 
     def scores(self) -> pandas.DataFrame:
         """`score_rows` as a table that has all of `SCORE_COLUMNS`, also when it is empty."""
@@ -210,7 +218,7 @@ class Journal:
         """Whether a score of this benchmark is there. `trial` is "base" for the untrained model."""
         wanted = (model, trial, benchmark, task, attack, attack_on)
         keys = ("model", "trial", "benchmark", "task", "attack", "attack_on")
-        return any(tuple(row.get(key) for key in keys) == wanted for row in read_jsonl(self.scores_file))
+        return any(tuple(row.get(key) for key in keys) == wanted for row in self.score_rows())
 
     def _write_run(self, **content: Any) -> None:
         atomic_write_json(self.run_dir / "run.json", content)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune.columns import EVAL_LOSS, Cell, Column
 from tune.files import atomic_write_text
 from tune.journal import BASE, Journal
-from tune.results import EVAL_LOSS, MACDROP_KEYS, Cell, Column, Line, ModelResults, collect, primary_columns
+from tune.results import MACDROP_KEYS, Line, ModelResults, collect
 from tune.tables import Table
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _section(model: ModelResults) -> Section:
     before = [PLANTED] if model.planted else []
     before += _about_weights(model)
     tables = [_trials_table(model)] if any(line.arm != BASE for line in model.lines) else []
-    primary = [column for column in _shown(model) if column != EVAL_LOSS]
+    primary = [column for column in model.shown if column != EVAL_LOSS]
     for benchmark in dict.fromkeys(column.benchmark for column in primary):
         tables += _scores_tables(model, benchmark, [column for column in primary if column.benchmark == benchmark])
     after: list[str] = []
@@ -214,7 +215,8 @@ def _differences_table(model: ModelResults, line: Line) -> Table:
             _digits(d.delta, "+#.3g") + _error(d.stderr),
             d.words,
         ]
-        for d in model.differences(line, _shown(model))
+        for d in model.differences(line, model.shown)
+        if d.column.higher_is_better is not None and not _is_part(d.column, model.shown)
     ]
     plain = model.plain_for(line)
     label = plain.label if plain else "plain"
@@ -235,8 +237,9 @@ def _verdict(model: ModelResults, best: Line, compared: bool) -> list[str]:
     return lines
 
 
-def _shown(model: ModelResults) -> list[Column]:
-    return primary_columns(model.columns)
+def _is_part(column: Column, columns: list[Column]) -> bool:
+    """Whether the column is of a part ("spec_bench/math") of a task that has a column of its own."""
+    return "/" in column.task and any(other.task == column.task.rpartition("/")[0] for other in columns)
 
 
 def _csv_rows(model: ModelResults, line: Line) -> Iterable[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Journal -> what a report says, as values: who was trained, how they scored, how they differ.
 
-Terms: a *line* is one scored thing (the base model, a plain adapter, a MacDrop adapter); a *column* is one metric of
-one task under one attack.
+A *line* is one scored thing: the base model, a plain adapter, a MacDrop adapter. For columns see `tune.columns`.
 """
 
 from __future__ import annotations
@@ -14,45 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from tune.benchmarks.spec import SECTIONS
+from tune.columns import EVAL_LOSS, Cell, Column, Difference, difference, place, primary_columns
 from tune.journal import BASE, Journal
 from tune.spec import slug
 
-PRIMARY = ("acc", "exact_match", "word_perplexity", "perplexity", "rouge_l", "chrf")
-"""Which metric of a task stands in the tables, best first; all of them are in the CSV."""
 MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
 NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
 """Keys that do not change what is trained, so that trials that differ in them only are compared."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One metric of one task under one attack ("none" without)."""
-
-    benchmark: str
-    task: str
-    metric: str
-    attack: str = "none"
-    attack_on: str | None = None
-    higher_is_better: bool | None = field(default=None, compare=False)
-
-    @property
-    def name(self) -> str:
-        """As a search metric is written: benchmark/task/metric[@attack]; the validation loss is eval_loss."""
-        if self == EVAL_LOSS:
-            return self.metric
-        return f"{self.benchmark}/{self.task}/{self.metric}" + ("" if self.attack == "none" else f"@{self.attack}")
-
-
-EVAL_LOSS = Column("validation", "", "eval_loss", higher_is_better=False)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A score and its standard error over items (None: not known)."""
-
-    value: float
-    stderr: float | None = None
-    n: int | None = None
 
 
 @dataclass
@@ -74,21 +41,13 @@ class Line:
         return None if key.startswith("macdrop.") and self.arm != "macdrop" else self.settings.get(key)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A MacDrop adapter minus the plain adapter that differs in nothing else. `stderr` combines both."""
-
-    column: Column
-    plain: Cell
-    macdrop: Cell
-    delta: float
-    stderr: float | None
-    words: str
-
-
 @dataclass
 class ModelResults:
-    """Everything a report says about one model. `lines` come in the order base, plain, MacDrop (best first)."""
+    """Everything a report says about one model.
+
+    `lines` come in the order base, plain, MacDrop (best first); of all `columns` those in `shown` are worth a table;
+    `keys` are the settings that vary.
+    """
 
     name: str
     display: str
@@ -97,6 +56,7 @@ class ModelResults:
     proof: dict[str, Any] | None
     lines: list[Line]
     columns: list[Column]
+    shown: list[Column]
     keys: list[str]
     objective: str
     best: Line | None
@@ -125,28 +85,6 @@ class ModelResults:
         return max(map(len, groups.values()), default=0)
 
 
-def difference(column: Column, plain: Cell, macdrop: Cell) -> Difference:
-    """Delta with combined standard error sqrt(a^2 + b^2), and honest words for it.
-
-    Both adapters answered the same items, so their errors are positively correlated as a rule, and the combined
-    standard error is rather too large than too small.
-    """
-    delta = macdrop.value - plain.value
-    known = plain.stderr is not None and macdrop.stderr is not None
-    stderr = math.hypot(plain.stderr, macdrop.stderr) if known else None
-    if delta == 0:
-        words = "equal"
-    elif stderr is None:
-        words = "no standard error: cannot tell"
-    elif abs(delta) < 2 * stderr:
-        words = "within noise"
-    elif column.higher_is_better is None:
-        words = "differs by more than 2 SE"
-    else:
-        words = ("better" if (delta > 0) == column.higher_is_better else "worse") + " by more than 2 SE"
-    return Difference(column, plain, macdrop, delta, stderr, words)
-
-
 def collect(journal: Journal) -> list[ModelResults]:
     """The results of each model of a run, in the order of its spec; works on a run that is still going."""
     config, trials, rows = journal.config(), journal.trials(), journal.score_rows()
@@ -165,17 +103,10 @@ def collect(journal: Journal) -> list[ModelResults]:
             [row for row in rows if slug(row["model"]) == name],
             searched,
             (objective, goal),
+            _asked(config),
         )
         for name in dict.fromkeys(names)
     ]
-
-
-def primary_columns(columns: Iterable[Column]) -> list[Column]:
-    """One metric for each task under each attack: the first of `PRIMARY` that it has, else the first it came with."""
-    by_task: dict[tuple, list[Column]] = {}
-    for column in columns:
-        by_task.setdefault((column.benchmark, column.attack, column.attack_on, column.task), []).append(column)
-    return [min(found, key=lambda c: (_rank(c.metric), found.index(c))) for found in by_task.values()]
 
 
 def value_of(line: Line, objective: str) -> float | None:
@@ -192,6 +123,7 @@ def _model(
     rows: list[dict[str, Any]],
     searched: list[str],
     objective: tuple[str, str],
+    asked: list[str],
 ) -> ModelResults:
     base = [Line(BASE, BASE, BASE, "done")] if any(row["trial"] == BASE for row in rows) else []
     lines = base + [_line(trial) for trial in trials]
@@ -202,8 +134,9 @@ def _model(
         columns[column] = None
         if row["trial"] in by_trial and row["value"] is not None:
             by_trial[row["trial"]].scores[column] = Cell(row["value"], row.get("stderr"), row.get("n"))
-    means = _add_means(lines, primary_columns(columns))
-    ordered = sorted([*columns, *means], key=_place)
+    means = _add_means(lines, primary_columns(columns, asked))
+    ordered = sorted([*columns, *means], key=place)
+    eval_loss = [EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []
     best = _order(lines, objective)
     weights, proof = (_read(file) for file in (journal.massive_weights_file(name), journal.proof_file(name)))
     return ModelResults(
@@ -213,7 +146,8 @@ def _model(
         weights=weights,
         proof=proof,
         lines=lines,
-        columns=([EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []) + ordered,
+        columns=eval_loss + ordered,
+        shown=eval_loss + sorted([*primary_columns(columns, asked), *means], key=place),
         keys=_varied(lines, searched),
         objective=objective[0],
         best=best,
@@ -320,15 +254,13 @@ def _models(config: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name]
 
 
-def _place(column: Column) -> tuple:
-    """Order of columns: by benchmark, the scores without attack first; within these as they came."""
-    section = SECTIONS.index(column.benchmark) if column.benchmark in SECTIONS else len(SECTIONS)
-    return section, column.benchmark, column.attack != "none", column.attack, column.attack_on or ""
-
-
-def _rank(metric: str) -> int:
-    name = metric.partition(",")[0]
-    return PRIMARY.index(name) if name in PRIMARY else len(PRIMARY)
+def _asked(config: Mapping[str, Any]) -> list[str]:
+    """Names of the run's benchmarks, and of lm-eval's tasks behind them."""
+    names = []
+    for section in SECTIONS:
+        for name, entry in ((config.get("eval") or {}).get(section) or {}).items():
+            names += [name, (entry or {}).get("task") or name]
+    return names
 
 
 def _read(file: Path) -> dict[str, Any] | None:

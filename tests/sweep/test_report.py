@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from macdrop.errors import ConfigError
+from tune.columns import Cell, Column, difference
 from tune.journal import Journal
 from tune.report import ONE_SEED, PLANTED, make_report
-from tune.results import Cell, Column, collect, difference, value_of
+from tune.results import collect, value_of
 from tune.tables import Table
 
 MODEL = "zoo:planted-llama"
@@ -185,6 +186,31 @@ def test_massive_weights_and_proof_are_reported(journal):
     text = make_report(journal.run_dir).markdown()
     assert "layer 1 (from 0), top rows 7 3 9 1 2; the largest intermediate entry at bos is 1234 times" in text
     assert "Verdict: not sensitive. Perplexity 3.500; top-5 zeroed inf, retained 4.000, 5 random rows" in text
+
+
+def part(task: str, metric: str, better: bool | None, **changes) -> dict:
+    row = dict(model=MODEL, trial="plain-1", arm="plain", attack="none", attack_on=None, stderr=0.1, value=1.0)
+    return {**row, "benchmark": "generation", "task": task, "metric": metric, "higher_is_better": better, **changes}
+
+
+def test_parts_of_what_was_asked_for_stay_in_their_place(journal):
+    config = {**CONFIG, "eval": {"zero_shot": {"mmlu": {}, "easy": {"task": "arc_easy"}}, "generation": {"sb": {}}}}
+    run = Journal.create(journal.run_dir.parent / "other", config)
+    add_trial(run, "plain-1", OFF, 2.0)
+    add_trial(run, "macdrop-1", {"k": 5, "p0": 0.2}, 1.9)
+    tasks = ("mmlu", "mmlu_law", "mmlu_art", "arc_easy")
+    for trial, arm in (("plain-1", "plain"), ("macdrop-1", "macdrop")):
+        run.add_scores(scores(trial, arm, 0.5, tasks=tasks))
+        for task in ("sb", "sb/math"):
+            run.add_scores([part(task, "new_tokens", None, trial=trial, arm=arm)])
+            run.add_scores([part(task, "repeated_4grams", False, trial=trial, arm=arm)])
+    report = make_report(run.run_dir)
+    tables = {table.title: table for table in report.sections[1].tables}
+    assert [head.split("\n")[0] for head in tables["zero_shot"].head] == ["", *["mmlu", "arc_easy", "mean of 2"] * 2]
+    assert tables["generation"].head == ["", "sb\nrepeated_4grams", "sb/math\nrepeated_4grams"]
+    versus = [row[0] for row in tables["M1 (best MacDrop) against plain"].rows]
+    assert "sb repeated_4grams" in versus and "sb/math repeated_4grams" not in versus
+    assert "mmlu_law" in report.csv() and "new_tokens" in report.csv()
 
 
 @pytest.mark.parametrize("width", [80, 120])
