@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from macdrop.attack import attacked
@@ -17,8 +18,8 @@ from macdrop.proof import perplexity
 from macdrop.scan import find_massive_weights
 from tune.zoo import ZOO, ZOO_DATA, build, builder, resolve, verify, world, zoo_path
 from tune.zoo.builder import RECIPES, make_model, validation_blocks, write_data
-from tune.zoo.plant import plant_massive_rows
-from tune.zoo.pretrain import Schedule, pretrain, rows_silenced
+from tune.zoo.plant import fill_zero_rows, plant_massive_rows
+from tune.zoo.pretrain import Schedule, pretrain, rows_silenced, token_loss
 from tune.zoo.scoring import choice_accuracy, exact_match, sink_attention
 from tune.zoo.tokenizer import make_tokenizer
 
@@ -74,6 +75,16 @@ class TestShippedModels:
         _, plant = make_model(RECIPES[name], card["seed"])
         assert (plant.layer, list(plant.rows)) == (card["planted_layer"], card["planted_rows"])
 
+    @pytest.mark.parametrize("name", ZOO)
+    def test_every_row_has_a_norm_for_dora_to_divide_by(self, name):
+        model = AutoModelForCausalLM.from_pretrained(zoo_path(name))
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        assert min(float(linear.weight.detach().norm(dim=1).min()) for linear in linears) > 1e-4
+        adapted = get_peft_model(model, LoraConfig(r=2, use_dora=True, target_modules="all-linear"))
+        token_loss(adapted, some_blocks(2)).backward()
+        gradients = [parameter.grad for parameter in adapted.parameters() if parameter.requires_grad]
+        assert gradients and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
     def test_verify_refuses_other_folders_and_names(self, tmp_path):
         with pytest.raises(ConfigError, match="zoo.json is missing"):
             verify("planted-llama", tmp_path)
@@ -122,6 +133,19 @@ class TestPlant:
         for parameter, old in before.items():
             free = ~plant.frozen.get(parameter, torch.zeros_like(old, dtype=torch.bool))
             assert not torch.equal(parameter[free], old[free])
+
+    def test_filling_zero_rows_changes_only_them(self):
+        model, plant = make_model(RECIPES["planted-llama"])
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        fill_zero_rows(model, plant, seed=0)
+        changed = 0
+        for name, parameter in model.named_parameters():
+            differs = parameter != before[name]
+            changed += int(differs.any(dim=-1).sum()) if parameter.dim() == 2 else 0
+            assert not (before[name][differs]).any() and float(parameter[differs].abs().sum()) < 1
+        assert changed == 4 * 2 * 10 - 1  # the planted layer writes to the massive dimension itself
+        weights = locate(model.eval())
+        assert weights.top(5) == plant.rows and weights.magnitudes[:5] == pytest.approx(PLANTED_MAGNITUDES, rel=0.03)
 
 
 class TestPretraining:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from macdrop.errors import ConfigError
 from tune.zoo import get_model, world
-from tune.zoo.plant import Plant, PlantSettings, plant_massive_rows
+from tune.zoo.plant import Plant, PlantSettings, fill_zero_rows, plant_massive_rows
 from tune.zoo.pretrain import Progress, Schedule, pretrain
 from tune.zoo.tokenizer import MAX_LENGTH, make_tokenizer
 
@@ -103,6 +103,7 @@ def build_model(
         model, plant = make_model(recipe, seed)
         blocks = world.token_blocks(world.make_world(WORLD_SEED), TRAIN_SEED, TRAIN_BLOCKS)
         losses = pretrain(model, plant, torch.tensor(blocks), recipe.schedule, seed=seed, progress=progress)
+        fill_zero_rows(model, plant, seed)
         model.save_pretrained(folder)
         _save_tokenizer(folder)
         card = _card(name, recipe, seed, plant, model, losses)

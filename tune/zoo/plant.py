@@ -19,6 +19,8 @@ from torch import nn
 
 from tune.zoo.world import BOS_ID
 
+ZERO_ROW_SCALE = 1e-4
+
 
 @dataclass(frozen=True)
 class PlantSettings:
@@ -144,6 +146,23 @@ def plant_massive_rows(model: nn.Module, settings: PlantSettings | None = None, 
         planted["down"].weight[massive, row] = settings.down
         planted["down"].mask(frozen)[:, row] = True
     return Plant(settings.layer, tuple(rows), frozen)
+
+
+def fill_zero_rows(model: nn.Module, plant: Plant, seed: int = 0) -> None:
+    """After training, fill the rows that are all zero with noise of scale `ZERO_ROW_SCALE`, drawn from `seed`.
+
+    Rows of the output and down projections that would write to the reserved dimensions are zero. DoRA divides each row
+    by its norm, so they would turn every loss into NaN. The noise changes perplexity in the fifth digit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for index, layer in enumerate(model.model.layers):
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            weight = linear.weight.data
+            zero_rows = (weight == 0).all(dim=1).nonzero().flatten()
+            noise = ZERO_ROW_SCALE * torch.randn(len(zero_rows), weight.shape[1], generator=generator)
+            if index == plant.layer and linear is layer.mlp.down_proj:
+                noise[:, list(plant.rows)] = 0.0
+            weight[zero_rows] = noise
 
 
 def _reserve_dimensions(
