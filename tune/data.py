@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -175,14 +175,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def _build(folder: Path, key: str, tokenizer: Any, sources: list[Source], readers: list, settings: dict) -> None:
     encoder = Encoder(tokenizer, settings["template"], settings["train_on_prompt"])
     cutoff = settings["cutoff_len"]
-    arrays = {"tokens": [], "labels": [], "lengths": []}
+    tokens: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     counts = {"rows": 0, "dropped": 0, "truncated": 0, "tokenised_by_pieces": 0}
     shortest, parts = None, []
     for source, rows in zip(sources, readers, strict=True):
         format, encoded = _encode_source(source, rows, encoder)
-        counts["rows"] += len(encoded)
-        parts.append({**asdict(source), "format": format, "detected": source.format == "auto", "rows": len(encoded)})
+        before = counts["rows"]
         for example in encoded:
+            counts["rows"] += 1
             prompt = example.prompt_length
             shortest = prompt if shortest is None else min(shortest, prompt)
             if all(label == IGNORE for label in example.labels[1:cutoff]):
@@ -190,19 +191,20 @@ def _build(folder: Path, key: str, tokenizer: Any, sources: list[Source], reader
                 continue
             counts["truncated"] += len(example.input_ids) > cutoff
             counts["tokenised_by_pieces"] += example.split
-            arrays["tokens"] += example.input_ids[:cutoff]
-            arrays["labels"] += example.labels[:cutoff]
-            arrays["lengths"].append(len(example.input_ids[:cutoff]))
-    if not arrays["lengths"]:
+            tokens.append(np.asarray(example.input_ids[:cutoff], np.int32))
+            labels.append(np.asarray(example.labels[:cutoff], np.int32))
+        rows_read = counts["rows"] - before
+        parts.append({**asdict(source), "format": format, "detected": source.format == "auto", "rows": rows_read})
+    if not tokens:
         raise DataError(
             f"cutoff_len {cutoff} leaves no answer token in any of the {counts['rows']} examples: "
             f"the shortest prompt has {shortest} tokens.\nRaise cutoff_len above {shortest}, or shorten the prompts."
         )
-    offsets = np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)])
-    train, validation = split(len(arrays["lengths"]), settings["val_size"], settings["data_seed"])
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens], dtype=np.int64)])
+    train, validation = split(len(tokens), settings["val_size"], settings["data_seed"])
     built = {
-        "tokens": np.asarray(arrays["tokens"], np.int32),
-        "labels": np.asarray(arrays["labels"], np.int32),
+        "tokens": np.concatenate(tokens),
+        "labels": np.concatenate(labels),
         "offsets": offsets,
         "train": train,
         "validation": validation,
@@ -225,8 +227,8 @@ def _build(folder: Path, key: str, tokenizer: Any, sources: list[Source], reader
     _write(folder, built, info)
 
 
-def _encode_source(source: Source, rows: Any, encoder: Encoder) -> tuple[str, list[Encoded]]:
-    """(format, its examples, not yet cut)."""
+def _encode_source(source: Source, rows: Any, encoder: Encoder) -> tuple[str, Iterator[Encoded]]:
+    """(format, the examples, not yet cut); few rows are held at a time."""
     limit = source.max_samples
     if limit is not None and limit < 1:
         raise DataError(f"max_samples must be at least 1, got {limit}. Leave it out to use all rows.")
@@ -236,12 +238,14 @@ def _encode_source(source: Source, rows: Any, encoder: Encoder) -> tuple[str, li
         raise DataError(f"dataset {source.path!r} is empty: it holds no rows.")
     format = detect_format(first) if source.format == "auto" else source.format
     convert = converter(format)
-    encoded: list[Encoded] = []
-    batch: list[Row] = [first, *islice(stream, _BATCH - 1)]
-    while batch:
-        encoded += encoder.encode([convert(row) for row in batch], [row.where for row in batch])
-        batch = list(islice(stream, _BATCH))
-    return format, encoded
+
+    def examples() -> Iterator[Encoded]:
+        batch: list[Row] = [first, *islice(stream, _BATCH - 1)]
+        while batch:
+            yield from encoder.encode([convert(row) for row in batch], [row.where for row in batch])
+            batch = list(islice(stream, _BATCH))
+
+    return format, examples()
 
 
 def split(n: int, val_size: float, data_seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -139,6 +139,25 @@ def test_every_answer_of_a_dialogue_carries_loss(tmp_path, template, expected):
     assert text.index("Be brief.") < text.index("One?") < text.index("Two?") < text.index("second answer")
 
 
+def test_a_template_that_refuses_a_turn_names_the_row(tmp_path):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    rows = [{"messages": DIALOGUE[1:]}, {"messages": DIALOGUE}]
+    with pytest.raises(DataError, match="line 2: the chat template refuses this conversation: no system turn"):
+        read(write(tmp_path / "m.jsonl", rows), make_tokenizer(template), tmp_path)
+
+
+def test_a_template_with_its_mark_inside_a_turn(tmp_path):
+    """The shape of Llama 2 and Mistral: no generation prompt, the end-of-sequence token as the mark of an answer."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template)
+    example = read(write(tmp_path / "m.jsonl", [{"messages": DIALOGUE[1:]}]), tokenizer, tmp_path).train[0]
+    assert answers(tokenizer, example) == " a</s> second answer</s>"
+    assert tokenizer.decode(example[0]) == "<s>[INST] One? [/INST] a</s>[INST] Two? [/INST] second answer</s>"
+
+
 def test_chat_tokens_are_those_of_the_template(tmp_path):
     tokenizer = make_tokenizer("{{ bos_token }}" + CHATML)
     ids, _ = read(write(tmp_path / "m.jsonl", [{"messages": DIALOGUE}]), tokenizer, tmp_path).train[0]
