@@ -5,6 +5,8 @@ What could hang or crash (gloo, DeepSpeed, Ray) is tried in a process of its own
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import platform
@@ -244,7 +246,8 @@ def _zoo() -> Check:
     fix = "Reinstall macdrop, or build the models again: macdrop zoo build."
     for name in ZOO:
         try:
-            model, tokenizer = load_model(str(zoo_path(name))), load_tokenizer(str(zoo_path(name)))
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                model, tokenizer = load_model(str(zoo_path(name))), load_tokenizer(str(zoo_path(name)))
             model(**tokenizer("a", return_tensors="pt").to(model.device))
         except (MacDropError, OSError, ValueError, RuntimeError) as error:
             return Check("built-in models", False, f"{name}: {str(error).splitlines()[0][:200]}", fix)
