@@ -207,8 +207,12 @@ class Engine:
         folder.mkdir(parents=True, exist_ok=True)
         dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
         named = {name: tensor.to(dtype) for name, tensor in state.weights.items()}
-        tensors = get_peft_model_state_dict(self.model, state_dict=named, adapter_name=ADAPTER, save_embedding_layers=False)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+        tensors = get_peft_model_state_dict(
+            self.model, state_dict=named, adapter_name=ADAPTER, save_embedding_layers=False
+        )
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+        )
         config = self.model.peft_config[ADAPTER]
         training, config.inference_mode = config.inference_mode, True
         try:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,16 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Opening:
-    """What an actor needs to make a model resident; `weights` is where its massive weights are (to be) kept."""
+    """What an actor needs to make a model resident; `weights` is where its massive weights are (to be) kept.
+
+    With `scan` the actor finds them and proves them with k rows; else it reads them, if they are there.
+    """
 
     spec: TrainSpec
     eval: EvalSpec
     weights: str
     scan: bool
+    k: int
     threads: int
 
 
@@ -66,13 +69,14 @@ class _Evaluator:
         self.in_place = ExitStack()
 
     def open(self, opening: Opening) -> str | None:
-        """Load model, tokenizer and tasks; scan the massive weights unless they are on disk. Returns their file."""
+        """Load model, tokenizer and tasks, find the massive weights; returns their file, None without."""
         import torch
 
         from macdrop import MassiveWeights, load_model, load_tokenizer
         from tune.benchmarks import AdapterSlot, Scorer
         from tune.engine import device
-        from tune.weights import massive_weights
+        from tune.files import atomic_write_json
+        from tune.weights import massive_weights, proof
         from tune.zoo import resolve
 
         self.in_place.close()
@@ -92,6 +96,8 @@ class _Evaluator:
         if opening.scan:
             weights = massive_weights(spec, model, tokenizer)
             weights.save(opening.weights)
+            proved = proof(model, tokenizer, weights, k=opening.k, source=spec.model_name_or_path)
+            atomic_write_json(Path(opening.weights).with_name("proof.json"), proved.to_dict())
         elif Path(opening.weights).is_file():
             weights = MassiveWeights.load(opening.weights)
         self.slot = AdapterSlot(model)
@@ -135,9 +141,8 @@ class Pool:
         self._holds = {}
         try:
             weights = ray.get(first.open.remote(opening))
-            again = Opening(opening.spec, opening.eval, opening.weights, scan=False, threads=opening.threads)
-            self._opening = again
-            ray.get([actor.open.remote(again) for actor in others])
+            self._opening = replace(opening, scan=False)
+            ray.get([actor.open.remote(self._opening) for actor in others])
         except RayTaskError as error:
             raise _cause(error) from None
         return weights
@@ -193,11 +198,6 @@ class Pool:
         # Calls to an actor run in order, so it may be handed out at once.
         actor.open.remote(self._opening)
         self._idle.append(actor)
-
-
-def answers_file(trial_folder: Path, job: Job) -> str:
-    """Where a job keeps generated answers."""
-    return str(trial_folder / "answers" / f"{re.sub('[^A-Za-z0-9._-]+', '-', job.key)}.jsonl")
 
 
 def _cause(error: RayTaskError) -> MacDropError:

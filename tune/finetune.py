@@ -227,7 +227,9 @@ class _Run:
 
         if self.spec.zero_stage or self.spec.bf16:
             return None
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.engine._adapter.values() if p.grad is not None]))
+        return float(
+            torch.nn.utils.get_total_norm([p.grad for p in self.engine._adapter.values() if p.grad is not None])
+        )
 
     def _probability(self, step: int) -> float:
         if not self.drop:
@@ -269,7 +271,9 @@ class _Run:
         else:
             state = AdapterState.load(checkpoint)
             expected = self._meta()
-            differing = {key: (state.meta.get(key), value) for key, value in expected.items() if state.meta.get(key) != value}
+            differing = {
+                key: (state.meta.get(key), value) for key, value in expected.items() if state.meta.get(key) != value
+            }
             if differing:
                 raise CheckpointError(
                     f"{checkpoint} was made with other settings (there, here): {differing}. "

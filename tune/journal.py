@@ -126,8 +126,9 @@ class Journal:
     def set_status(self, status: str) -> None:
         """Set the run's status, one of `RUN_STATUSES`."""
         assert status in RUN_STATUSES, status
+        kept = {key: value for key, value in self.run().items() if key != "finished"}
         ended = {} if status == "running" else {"finished": now()}
-        self._write_run(**{**self.run(), "status": status, **ended})
+        self._write_run(**{**kept, "status": status, **ended})
 
     def write_environment(self) -> dict[str, Any]:
         """Record versions and hardware of this machine in environment.json and return them."""

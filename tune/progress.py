@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from tune.orders import Entry
     from tune.plan import Study
 
-STYLES = {"running": "cyan", "trained": "blue", "done": "green", "failed": "red", "diverged": "red", "stopped": "yellow"}
+STYLES = {
+    "running": "cyan",
+    "trained": "blue",
+    "done": "green",
+    "failed": "red",
+    "diverged": "red",
+    "stopped": "yellow",
+}
 WORDS = {"trained": "scoring"}
 #: Rows of the live table; finished trials scroll off first, as the report has them all.
 MAX_ROWS = 24

@@ -118,9 +118,9 @@ class TrainSpec(_Strict):
     num_train_epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = "linear"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        "linear"
+    )
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -282,7 +282,7 @@ class RunSpec(TrainSpec):
     """A whole run: the flat keys are the defaults of every trial."""
 
     model_name_or_path: str = ""
-    output_dir: str = "runs/macdrop"
+    output_dir: str | None = None
     sweep: SweepSpec = SweepSpec()
     eval: EvalSpec = EvalSpec()
     ray: RaySpec = RaySpec()
@@ -366,7 +366,9 @@ def dump(spec: BaseModel) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"{path} is no file. Give the path of a run's YAML file; `macdrop sweep --recipes` lists ours.")
+        raise ConfigError(
+            f"{path} is no file. Give the path of a run's YAML file; `macdrop sweep --recipes` lists ours."
+        )
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

@@ -215,4 +215,3 @@ class _StopOnError(Stopper):
 
     def stop_all(self) -> bool:
         return self._supervisor is not None and self._supervisor.broken
-

@@ -14,6 +14,7 @@ from ray.tune import RunConfig, TuneConfig, Tuner
 
 from macdrop.errors import ConfigError, MacDropError, ResourceError
 from tune.benchmarks.spec import jobs
+from tune.check import check_inputs
 from tune.cluster_state import check_cluster, connect
 from tune.dispatch import call, start_dispatcher
 from tune.evaluators import Opening, Pool
@@ -22,7 +23,7 @@ from tune.lanes import Lanes
 from tune.plan import Study, gpu_shares, resources, studies
 from tune.progress import Progress
 from tune.search import param_space, scheduler, searcher
-from tune.spec import RunSpec, dump
+from tune.spec import MacDropSpec, RunSpec, dump
 from tune.supervisor import Supervisor
 from tune.trial import CancelStopped, Desk, run_trial
 from tune.weights import cache_dir
@@ -41,27 +42,29 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
         ConfigError: the spec does not fit its models or data, or the folder holds another run.
         ResourceError: the cluster has too little, with the arithmetic.
     """
+    assert spec.output_dir is not None, "the command line gives every run a folder"
     planned = studies(spec)
-    steps = check_inputs(spec, planned)
     run_dir = Path(spec.output_dir).absolute()
-    journal = Journal.open(run_dir) if resume else Journal.create(run_dir, dump(spec))
-    if resume and journal.config != dump(spec):
+    if resume and Journal.open(run_dir).config() != dump(spec):
         raise ConfigError(
             f"{run_dir} was started with another spec (its config.yaml). Resume it with that file, or choose "
             "another output_dir."
         )
+    steps = check_inputs(spec, planned)
     with ExitStack() as stack:
         address = connect(spec.ray)
         stack.callback(ray.shutdown)
         gpus = check_cluster(spec.ray)
+        # The folder comes last: whatever is refused above leaves nothing behind.
+        journal = Journal.open(run_dir) if resume else Journal.create(run_dir, dump(spec))
         journal.write_environment()
+        journal.set_status("running")
+        stack.push(functools.partial(_leave, journal))
         progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
         dispatcher = start_dispatcher()
         lanes = Lanes(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
         stack.callback(lanes.close)
-        pool = Pool(
-            spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1]
-        )
+        pool = Pool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])
         stack.callback(pool.close)
         supervisor = Supervisor(journal, dispatcher, lanes, pool, jobs(spec.eval), progress)
         stack.callback(supervisor.close)
@@ -81,38 +84,12 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
     return supervisor.failures
 
 
-def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, int]:
-    """Read tokenizers, data and benchmark files before anything starts; returns each study's optimizer steps.
-
-    Raises:
-        ConfigError: a model or file cannot be used, or the search needs a validation set that is not there.
-    """
-    from macdrop import load_tokenizer
-    from macdrop.load import check_model
-    from tune import data
-    from tune.batching import total_steps
-    from tune.benchmarks import check_files
-    from tune.zoo import resolve
-
-    check_files(spec.eval)
-    steps: dict[str, int] = {}
-    for study in planned:
-        train = study.spec
-        source = resolve(train.model_name_or_path)
-        check_model(source, revision=train.model_revision, trust_remote_code=train.trust_remote_code)
-        if not study.count:
-            steps[study.name] = 0
-            continue
-        tokenizer = load_tokenizer(source, revision=train.model_revision, trust_remote_code=train.trust_remote_code)
-        prepared = data.load(data.prepare(train, tokenizer, cache_dir() / "data"))
-        if prepared.validation is None and (spec.sweep.metric.name == "eval_loss" or spec.sweep.scheduler == "asha"):
-            raise ConfigError(
-                "val_size is 0, but the search optimises eval_loss. Set val_size (for example 0.05), or "
-                "sweep.metric to a score such as {name: zero_shot/arc_easy/acc, goal: maximize}."
-            )
-        batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * spec.ray.num_workers
-        steps[study.name] = total_steps(train, len(prepared.train), batch)
-    return steps
+def _leave(journal: Journal, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    """Record how the run ended, whatever ended it."""
+    if kind is None:
+        journal.set_status("done")
+    else:
+        journal.set_status("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
 
 
 def _study(
@@ -130,10 +107,15 @@ def _study(
     weights_file = str(journal.massive_weights_file(study.name))
     weights = supervisor.open(
         study,
-        Opening(study.spec, spec.eval, weights_file, scan=attacked or searched, threads=spec.ray.threads_per_worker),
+        Opening(
+            study.spec,
+            spec.eval,
+            weights_file,
+            scan=attacked or searched,
+            k=study.spec.macdrop.k or MacDropSpec().k,
+            threads=spec.ray.threads_per_worker,
+        ),
     )
-    if weights:
-        _check_k(study, weights, spec)
     desk = Desk(
         dispatcher=dispatcher,
         study=study,
@@ -185,17 +167,3 @@ def _search(
             verbose=0,
         ),
     ).fit()
-
-
-def _check_k(study: Study, weights_file: str, spec: RunSpec) -> None:
-    """k is only known to fit once the model is scanned; refuse it before the first step.
-
-    Raises:
-        ConfigError: k is above the size of the FFN.
-    """
-    from macdrop import MassiveWeights
-
-    weights = MassiveWeights.load(weights_file)
-    space = spec.sweep.parameters.get("macdrop.k")
-    for k in [study.spec.macdrop.k, *(space.bounds() if space else [])]:
-        weights.top(k)

@@ -1,0 +1,202 @@
+"""The `macdrop` command. Handlers import what they need, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="macdrop",
+    help="MacDrop (massive weights curriculum dropout): find massive weights, fine-tune, sweep, score, report.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+zoo = typer.Typer(help="The built-in tiny models (planted: made to show the phenomenon, no evidence for it).")
+app.add_typer(zoo, name="zoo")
+
+#: Exit codes, also in the README.
+TRIALS_FAILED, BAD_CONFIG, NO_RESOURCES, INTERRUPTED = 1, 2, 3, 130
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder, or zoo:NAME.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Load the model in bfloat16.")]
+Text = Annotated[Path | None, typer.Option(help="Text to measure perplexity on (default: a built-in story).")]
+Bos = Annotated[int | None, typer.Option(help="Token id to stand for bos; see the README for the default rule.")]
+
+
+@app.command(epilog="Example: macdrop scan meta-llama/Llama-3.2-1B --prove --text wiki.txt")
+def scan(
+    model: Model,
+    prove: Annotated[bool, typer.Option("--prove", help="Zero, retain and compare with random rows on text.")] = False,
+    k: Annotated[int, typer.Option(help="Rows for the proof and to list.")] = 5,
+    text: Text = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the finding to this JSON file.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Scan again, even if this checkpoint was scanned.")] = False,
+    bos_token_id: Bos = None,
+    revision: Revision = None,
+    bf16: Bf16 = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Find a model's massive weights: the layer, the rows, how clear it is; with --prove, whether they matter."""
+    from tune import commands
+
+    source = commands.Source(model, revision, bf16, trust_remote_code, bos_token_id)
+    commands.scan(source, prove=prove, k=k, text=text, output=output, fresh=fresh)
+
+
+@app.command(epilog="Example: macdrop attack zoo:planted-llama --k 1 --k 3 --k 5")
+def attack(
+    model: Model,
+    k: Annotated[list[int] | None, typer.Option(help="Rows to zero or retain; repeat for several.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder, left in place under the attack.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter first, then attack.")] = False,
+    text: Text = None,
+    bos_token_id: Bos = None,
+    revision: Revision = None,
+    bf16: Bf16 = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Perplexity of a model whose top-k massive weights are zeroed, or alone retained, beside random rows."""
+    from tune import commands
+
+    source = commands.Source(model, revision, bf16, trust_remote_code, bos_token_id)
+    commands.attack(source, ks=k or [1, 3, 5, 10], adapter=adapter, merged=merged, text=text)
+
+
+@app.command(epilog="Example: macdrop train my.yaml macdrop.p0=0.6 learning_rate=1e-4 output_dir=runs/one")
+def train(
+    config: Annotated[list[str] | None, typer.Argument(help="A YAML file, then key=value overrides.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in output_dir from its newest checkpoint.")] = False,
+) -> None:
+    """Fine-tune one adapter with MacDrop (or without: macdrop.p0=0), in this process or on ray.num_workers workers."""
+    from tune import commands
+
+    file, overrides = _split(config)
+    commands.train(file, overrides, resume=resume)
+
+
+@app.command("eval", epilog="Example: macdrop eval MODEL --adapter runs/one/adapter my.yaml eval.limit=100")
+def evaluate(
+    model: Model,
+    config: Annotated[list[str] | None, typer.Argument(help="A YAML file with an eval: block, then key=value.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder; without it the base is scored.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for scores.jsonl and generated answers.")] = None,
+    revision: Revision = None,
+    bf16: Bf16 = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score one model or adapter on the benchmarks of an eval: block, plain and under attack."""
+    from tune import commands
+
+    file, overrides = _split(config)
+    source = commands.Source(model, revision, bf16, trust_remote_code, None)
+    commands.evaluate(source, file, overrides, adapter=adapter, output=output)
+
+
+@app.command(epilog="Examples: macdrop sweep | macdrop sweep my.yaml sweep.num_samples=20 --dry-run")
+def sweep(
+    config: Annotated[
+        list[str] | None, typer.Argument(help="A YAML file or the name of a shipped recipe, then key=value overrides.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show spec, trials and resources; start nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir.")] = False,
+    recipes: Annotated[bool, typer.Option("--recipes", help="List the shipped recipes.")] = False,
+) -> None:
+    """Compare plain and MacDrop adapters on many models: search, train, score, report. No argument: the demo."""
+    from tune import commands
+
+    if recipes:
+        commands.list_recipes()
+        return
+    file, overrides = _split(config)
+    failures = commands.sweep(file, overrides, dry_run=dry_run, resume=resume)
+    raise typer.Exit(TRIALS_FAILED if failures else 0)
+
+
+@app.command(epilog="Example: macdrop report runs/demo --markdown")
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of the terminal table.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of the terminal table.")] = False,
+) -> None:
+    """Tables of a run, also a half-finished one; report.md and report.csv are written into its folder."""
+    from tune import commands
+
+    commands.report(run, markdown=markdown, csv=csv)
+
+
+@app.command(epilog="Example: macdrop doctor --ray")
+def doctor(
+    ray: Annotated[bool, typer.Option("--ray", help="Also start Ray for a moment (some seconds).")] = False,
+) -> None:
+    """Check this machine: packages, hardware, process groups, DeepSpeed, the zoo; each fault with its remedy."""
+    from tune import commands
+
+    raise typer.Exit(0 if commands.doctor(ray=ray) else 1)
+
+
+@zoo.command("list", epilog="Example: macdrop zoo list")
+def zoo_list() -> None:
+    """The built-in models and data sets, with the names to use them by."""
+    from tune import commands
+
+    commands.zoo_list()
+
+
+@zoo.command("build", epilog="Example: macdrop zoo build planted-llama --output my-model --seed 1")
+def zoo_build(
+    name: Annotated[str, typer.Argument(help="Name of a built-in model.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not hold anything.")],
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of weights, plant and data (default: the shipped one).")
+    ] = None,
+) -> None:
+    """Train a built-in model anew by its recipe (about a minute)."""
+    from tune import commands
+
+    commands.zoo_build(name, output, seed)
+
+
+@zoo.command("verify", epilog="Example: macdrop zoo verify planted-llama")
+def zoo_verify(
+    name: Annotated[str | None, typer.Argument(help="Name of a built-in model; all of them without it.")] = None,
+    path: Annotated[Path | None, typer.Option(help="Verify this folder, built by `zoo build`.")] = None,
+) -> None:
+    """Measure a built-in model against the thresholds of its recipe."""
+    from tune import commands
+
+    raise typer.Exit(0 if commands.zoo_verify(name, path) else 1)
+
+
+def _split(arguments: list[str] | None) -> tuple[str | None, list[str]]:
+    """A file (or recipe name) may come first; everything else is key=value."""
+    given = list(arguments or [])
+    if given and "=" not in given[0]:
+        return given[0], given[1:]
+    return None, given
+
+
+def main() -> None:
+    """Entry point of the `macdrop` command; our own errors become a message and an exit code, never a traceback."""
+    from macdrop.errors import ConfigError, MacDropError, ResourceError
+
+    try:
+        app()
+    except (ConfigError, MacDropError) as error:
+        code = BAD_CONFIG if isinstance(error, ValueError) else TRIALS_FAILED
+        code = NO_RESOURCES if isinstance(error, ResourceError) else code
+        print(f"macdrop: {error}", file=sys.stderr)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        print("macdrop: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""One fine-tuning from the command line: in this process, under torchrun, or on Ray Train workers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from macdrop.errors import ConfigError
+from tune.finetune import Observer, Outcome, finetune
+from tune.spec import RunSpec, TrainSpec, dump
+from tune.weights import cache_dir
+
+FOLLOW_EVERY_S = 0.3
+
+
+def train(spec: RunSpec, folder: Path, *, observe: Observer, resume: bool) -> Outcome:
+    """Train the run's one model into `folder`; see `finetune` for what lies there afterwards.
+
+    Raises:
+        ConfigError: the spec lists several models, the folder holds another run, a value does not fit.
+        and whatever `finetune` raises.
+    """
+    models = spec.studies()
+    if len(models) != 1:
+        raise ConfigError(f"train takes one model, and sweep.models lists {len(models)}. Use `macdrop sweep` for them.")
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise ConfigError(f"output_dir {folder} is not empty. Add --resume to go on there, or choose another one.")
+    if spec.ray.num_workers == 1 and spec.ray.address is None:
+        return train_here(models[0], folder, observe=observe, threads=spec.ray.threads_per_worker)
+    return _train_on_workers(spec, models[0], folder, observe)
+
+
+def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threads: int) -> Outcome:
+    """Train in the current process group (of one, unless torchrun or Ray Train made a larger one)."""
+    import torch.distributed as dist
+
+    from tune import data
+    from tune.engine import Engine, prepare_process
+    from tune.files import append_jsonl, atomic_write_json, atomic_write_yaml
+
+    prepare_process(threads)
+    spec = spec.canonical()
+    weights = scanned(spec) if spec.arm == "macdrop" else None
+    engine = Engine(spec)
+    prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
+
+    def watch(metrics: dict[str, Any]) -> bool:
+        append_jsonl(folder / "metrics.jsonl", [metrics])
+        return observe(metrics) if observe else True
+
+    if dist.get_rank() == 0:
+        atomic_write_yaml(folder / "config.yaml", dump(spec))
+        if weights:
+            weights.save(folder / "massive_weights.json")
+    outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch)
+    if dist.get_rank() == 0:
+        atomic_write_json(folder / "trial.json", {"model": spec.model_name_or_path, "arm": spec.arm, **asdict(outcome)})
+    return outcome
+
+
+def scanned(spec: TrainSpec) -> Any:
+    """The model's massive weights, from the cache or by a scan of a whole (not partitioned) copy of it."""
+    from macdrop import load_model, load_tokenizer
+    from tune.weights import known_weights, massive_weights
+    from tune.zoo import resolve
+
+    known = known_weights(spec)
+    if known is not None:
+        return known
+    source = resolve(spec.model_name_or_path)
+    loading = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
+    model = load_model(
+        source,
+        dtype="bfloat16" if spec.bf16 else "float32",
+        attn_implementation=spec.attn_implementation,
+        **loading,
+    )
+    return massive_weights(spec, model, load_tokenizer(source, **loading))
+
+
+def _train_on_workers(spec: RunSpec, train_spec: TrainSpec, folder: Path, observe: Observer) -> Outcome:
+    """Run `train_here` on Ray Train workers and follow the metrics that rank 0 writes."""
+    from tune.files import read_jsonl
+    from tune.workers import Workers
+
+    file = folder / "metrics.jsonl"
+    seen = len(read_jsonl(file)) if file.is_file() else 0
+    with Workers(spec.ray, train_spec, folder) as workers:
+        while True:
+            finished = workers.wait(FOLLOW_EVERY_S)
+            rows = read_jsonl(file) if file.is_file() else []
+            for metrics in rows[seen:]:
+                observe(metrics)
+            seen = len(rows)
+            if finished:
+                return workers.outcome()
