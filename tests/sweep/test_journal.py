@@ -41,6 +41,8 @@ def test_a_run_folder_comes_back_as_it_was_made(journal):
     assert again.run()["macdrop"] and again.run()["name"] == "run"
     journal.set_status("done")
     assert again.run()["status"] == "done" and again.run()["finished"] >= again.run()["created"]
+    journal.set_status("running")  # resumed
+    assert "finished" not in again.run()
     assert again.trials() == [] and list(again.scores().columns) == list(SCORE_COLUMNS)
     assert pickle.loads(pickle.dumps(journal)).config() == SPEC
 
