@@ -12,6 +12,7 @@ What is recognised:
 * conv1d: plain or gated FFNs whose weights are stored (in, out) (GPT-2)
 * experts: 3-D parameters, one matrix an expert (Mixtral, Qwen-MoE, OLMoE, GPT-OSS, Llama 4), or a list of expert
   modules; with or without a shared expert beside them
+* dense ones under unknown names, when shapes and a trial run of the module show what it is (`macdrop.probe`)
 
 Rows of the weight matrices are all that is ever masked or zeroed: the biases of a plain FFN (and of GPT-OSS experts)
 stay, so entry i of a plain FFN with a masked row is ``act(bias_i)``, not 0.
@@ -19,12 +20,13 @@ stay, so entry i of a plain FFN with a masked row is ``act(bias_i)``, not 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from macdrop.errors import UnsupportedModel
+from macdrop.probe import probe_ffn
 from macdrop.structure import (
     FFN,
     GATED_NAMES,
@@ -93,7 +95,7 @@ def _layer_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleL
 
 
 def _layer_ffn(layer: nn.Module, index: int, path: str) -> FFN | None:
-    found = list(_walk(layer, index, path))
+    found = list(_walk(layer, index, path, match_ffn)) or list(_walk(layer, index, path, probe_ffn))
     routed = [ffn for ffn, in_list in found if ffn.kind == "experts" and not in_list]
     listed = [ffn for ffn, in_list in found if in_list]
     dense = [ffn for ffn, in_list in found if ffn.kind != "experts" and not in_list]
@@ -130,21 +132,24 @@ def _expert_list(layer: nn.Module, index: int, path: str, listed: Sequence[FFN])
     )
 
 
-def _walk(module: nn.Module, layer: int, path: str, in_list: bool = False) -> Iterator[tuple[FFN, bool]]:
+def _walk(
+    module: nn.Module, layer: int, path: str, match: Callable[..., FFN | None], in_list: bool = False
+) -> Iterator[tuple[FFN, bool]]:
     """FFNs at and below `module`, each with whether it is an element of a module list. A match is not looked into."""
-    ffn = match_ffn(module, layer, path)
+    ffn = match(module, layer, path)
     if ffn is not None:
         yield ffn, in_list
         return
     for name, child in peel(module).named_children():
         if linear_slot(child) is None:
-            yield from _walk(child, layer, f"{path}.{name}", isinstance(module, nn.ModuleList))
+            yield from _walk(child, layer, f"{path}.{name}", match, isinstance(module, nn.ModuleList))
 
 
 def _nothing_found(bare: nn.Module) -> str:
     lists = sorted(_layer_lists(bare, ""), key=lambda entry: -len(entry[1]))
     where, root = (f"{lists[0][0]}.0", lists[0][1][0]) if lists else ("the model", bare)
-    shapes = [f"  {name}: {parameter_shape(p)}" for name, p in root.named_parameters() if len(parameter_shape(p)) > 1]
+    matrices = {name: parameter_shape(p) for name, p in root.named_parameters() if len(parameter_shape(p)) > 1}
+    shapes = [f"  {name.replace('.base_layer', '')}: {s}" for name, s in matrices.items() if ".lora_" not in name]
     more = [f"  ... and {len(shapes) - _LISTED} more"] if len(shapes) > _LISTED else []
     known = ", ".join("/".join(names) for names in (*GATED_NAMES, *SINGLE_NAMES))
     return "\n".join(

@@ -11,7 +11,7 @@ from torch import nn
 from macdrop.attack import attacked, attacked_rows
 from macdrop.errors import ConfigError, DataError
 from macdrop.families import bare_model
-from macdrop.states import evaluating
+from macdrop.probe import evaluating
 from macdrop.weights import MassiveWeights
 
 SENSITIVE_FACTOR = 2.0  # zeroing must multiply perplexity by this at least ...

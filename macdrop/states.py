@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from macdrop.errors import UnsupportedModel
 from macdrop.families import FFN, bare_model, decoder_layers, find_ffns
+from macdrop.probe import evaluating
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,6 @@ class BosStates:
 
     hidden: torch.Tensor
     intermediates: tuple[tuple[Intermediate, ...], ...]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def bos_states(model: nn.Module, bos_token_id: int) -> BosStates:
@@ -79,7 +68,11 @@ def bos_states(model: nn.Module, bos_token_id: int) -> BosStates:
         device = bare_model(model).get_input_embeddings().weight.device
         bare_model(model)(input_ids=torch.tensor([[bos_token_id]], device=device), use_cache=False)
         states = tuple(tuple(_collect(ffns[i], seen)) if i in ffns else () for i in range(len(layers)))
-    assert len(hidden) == len(layers) + 1, "every decoder layer runs once in a forward pass"
+    if len(hidden) != len(layers) + 1:
+        raise UnsupportedModel(
+            f"{type(bare_model(model)).__name__} runs its {len(layers)} decoder layers {len(hidden) - 1} times in one "
+            "forward pass.\nmacdrop needs models that run each layer once, in order."
+        )
     return BosStates(torch.stack(hidden), states)
 
 

@@ -136,12 +136,17 @@ def match_ffn(module: nn.Module, layer: int, path: str) -> FFN | None:
     slots.update(_expert_slots(module, inner))
     for names in (*GATED_NAMES, *SINGLE_NAMES):
         if all(name in slots for name in names):
-            return _build(inner, layer, path, [slots[name] for name in names], names[-1])
+            return build_ffn(inner, layer, path, [slots[name] for name in names], names[-1])
     return None
 
 
-def _build(module: nn.Module, layer: int, path: str, slots: list[_Slot], down_name: str) -> FFN | None:
-    """An FFN from its slots, or None where the shapes contradict the names."""
+def build_ffn(
+    module: nn.Module, layer: int, path: str, slots: list[_Slot], down_name: str, *, interleaved: bool | None = None
+) -> FFN | None:
+    """An FFN from its slots (inputs, then down), or None where the shapes contradict that.
+
+    `interleaved` says whether gate and up alternate in a fused projection; None asks the module.
+    """
     if len({slot.experts for slot in slots}) != 1:
         return None
     *inputs, down = slots
@@ -154,7 +159,7 @@ def _build(module: nn.Module, layer: int, path: str, slots: list[_Slot], down_na
     if not fused and any(slot.outputs != size for slot in inputs):
         return None
     if fused:
-        stride = 2 if _interleaved(module, inputs[0], size) else 1
+        stride = 2 if (_interleaved(module, inputs[0], size) if interleaved is None else interleaved) else 1
         places = [("gate", inputs[0], 0, stride), ("up", inputs[0], 1 if stride == 2 else size, stride)]
     else:
         roles = ("gate", "up") if len(inputs) == 2 else ("up",)

@@ -111,14 +111,15 @@ class MassiveWeights:
         return weights
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write JSON, whole or not at all, and return the path."""
+        """Write JSON, one line a field, whole or not at all, and return the path."""
+        fields = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in self.to_dict().items())
+        text = "{\n" + ",\n".join(fields) + "\n}\n"
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump(self.to_dict(), file, indent=1)
-                file.write("\n")
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)

@@ -174,19 +174,81 @@ def test_a_list_of_expert_modules_is_a_mixture():
     assert find_ffn(model, part.ffn.path).kind == "gated"
 
 
+class Named(nn.Module):
+    """An FFN under names that no table has, with a dropout."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        width = {"plain": 40, "halves": 80, "alternating": 80, "gated": 40}[kind]
+        self.kind, self.alpha, self.omega = kind, nn.Linear(HIDDEN, width), nn.Linear(40, HIDDEN)
+        if kind == "gated":
+            self.beta = nn.Linear(HIDDEN, 40)
+
+    def forward(self, x):
+        y = self.alpha(x)
+        if self.kind == "plain":
+            state = y.relu()
+        elif self.kind == "halves":
+            state = y[..., :40] * nn.functional.silu(y[..., 40:])
+        elif self.kind == "alternating":
+            state = nn.functional.silu(y[..., ::2]) * y[..., 1::2]
+        else:
+            state = y * nn.functional.gelu(self.beta(x))
+        return self.omega(nn.functional.dropout(state, 0.5, self.training))
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "stride"),
+    [("plain", "plain", 1), ("halves", "fused", 1), ("alternating", "fused", 2), ("gated", "gated", 1)],
+)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "lora"])
+def test_unknown_names_are_understood_by_what_the_module_does(kind, found, stride, wrapped):
+    model = build_family("mistral")
+    for layer in model.model.layers:
+        layer.mlp = Named(kind)
+    if wrapped:
+        model = with_lora("mistral", model)
+    model.train()
+    ffn = find_ffns(model)[1]
+    assert model.training and (ffn.kind, ffn.path, ffn.intermediate_size) == (found, "model.layers.1.mlp", 40)
+    assert {projection.stride for projection in ffn.projections} == {stride}
+    if found != "plain":
+        check_roles_are_apart(ffn)
+    if found == "gated":
+        assert [projection.module for projection in ffn.projections] == [peel(ffn.module.beta), peel(ffn.module.alpha)]
+    for projection in ffn.projections:
+        nn.init.zeros_(projection.bias)
+    model.eval()
+    if not wrapped:
+        before = intermediate(model, ffn)
+        live = [i for i in range(40) if before[:, i].abs().max() > 1e-6]
+        zero_rows(ffn, live[:3])
+        check_silenced(before, intermediate(model, ffn), live[:3], biased=False)
+
+
 class Odd(nn.Module):
+    """Features that mix before the down projection: no row makes one entry alone."""
+
     def __init__(self):
         super().__init__()
         self.widen, self.narrow = nn.Linear(HIDDEN, 40), nn.Linear(40, HIDDEN)
 
     def forward(self, x):
-        return self.narrow(self.widen(x).tanh())
+        return self.narrow(self.widen(x).softmax(-1))
 
 
-def test_an_unknown_structure_is_refused_with_what_was_found():
+class Mixer(Odd):
+    """Shapes of an FFN, but tokens see each other."""
+
+    def forward(self, x):
+        return self.narrow(self.widen(x).cumsum(1))
+
+
+@pytest.mark.parametrize("odd", [Odd, Mixer])
+def test_an_unknown_structure_is_refused_with_what_was_found(odd):
     model = build_family("mistral")
     for layer in model.model.layers:
-        layer.mlp = Odd()
+        layer.mlp = odd()
     with pytest.raises(UnsupportedModel) as error:
         find_ffns(model)
     message = str(error.value)

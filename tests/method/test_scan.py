@@ -270,6 +270,15 @@ def test_states_that_are_not_finite_are_refused():
         find(model)
 
 
+def test_layers_that_run_twice_are_refused():
+    model = build_family("llama")
+    layers = model.model.layers
+    forward = layers[0].forward
+    layers[0].forward = lambda x, **kwargs: layers[1](forward(x, **kwargs), **kwargs)
+    with pytest.raises(UnsupportedModel, match="3 decoder layers 4 times"):
+        find(model)
+
+
 # --- which token stands for bos
 
 
