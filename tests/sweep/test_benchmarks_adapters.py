@@ -11,7 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from macdrop.errors import CheckpointError, ConfigError
 from tune.benchmarks import AdapterSlot, EvalSpec, Job, Scorer, merged_weights
+from tune.benchmarks.decode import greedy
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 IDS = torch.arange(2, 34)[None]
 
 
@@ -121,6 +123,21 @@ def test_a_merge_equals_pefts_and_leaves_every_bit(tmp_path, dora, dtype):
     with pytest.raises(ZeroDivisionError), merged_weights(model):
         raise ZeroDivisionError
     assert torch.equal(logits(model), adapted)
+
+
+def test_generation_goes_through_the_adapter(tmp_path):
+    folder, _ = save_adapter(tmp_path / "a")
+    base, tokenizer = fix.tiny_llama(), fix.byte_tokenizer()
+    base.generation_config.repetition_penalty = 3.0
+    prompts = [tokenizer(text).input_ids for text in ("a", "the river")]
+    settings = {"max_new_tokens": 10, "batch_size": 2}
+    plain = greedy(base, tokenizer, prompts, **settings)
+    with AdapterSlot(base).adapter(folder) as model:
+        adapted = greedy(model, tokenizer, prompts, **settings)
+    assert greedy(base, tokenizer, prompts, **settings) == plain != adapted
+    merged = PeftModel.from_pretrained(fix.tiny_llama(), folder).merge_and_unload()
+    assert greedy(merged, tokenizer, prompts, **settings) == adapted
+    assert base.generation_config.repetition_penalty == 3.0
 
 
 def test_a_bare_model_has_nothing_to_merge():

@@ -141,6 +141,36 @@ def test_an_entry_may_have_another_name_than_its_task(tmp_path, model, tokenizer
     assert {row["task"] for row in found} == {"piqa_mine"}
 
 
+def test_groups_and_tags_have_a_row_of_their_own_name(tmp_path, model, tokenizer):
+    """Members are local tasks here; real groups come from the hub by the same path."""
+    from tune.benchmarks import zero_shot
+
+    parts = {}
+    for name in ("arc_easy", "piqa"):
+        entry = {"data": fix.write_jsonl(tmp_path / f"{name}.jsonl", fix.hub_rows(name))}
+        spec = EvalSpec.parse({"zero_shot": {name: entry}})
+        parts[name] = zero_shot.Tasks().load(name, spec.zero_shot[name], spec).loaded["tasks"][name]
+    harness = zero_shot.Harness(model, fix.byte_tokenizer(), max_length=256, add_bos_token=None)
+    harness.use(model, 4)
+    group = zero_shot.Tasks()._direct.load(
+        {"group": "both", "task": [], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    )["groups"]["both"]
+    for part in parts.values():
+        group.add(part)
+    whole = {"tasks": parts, "groups": {"both": group}, "group_map": {"both": list(parts)}}
+    rows, _ = zero_shot.score(zero_shot.ResidentTask("mine", "both", whole, True), harness, None)
+    found = values(rows)
+    members = [found[f"mine/{name}", "acc"] for name in parts]
+    assert found["mine", "acc"] == pytest.approx(sum(members) / 2) and rows[-1]["n"] == 12
+    assert rows[-1]["stderr"] > 0
+    tag = {"tasks": parts, "groups": {}, "group_map": {}}
+    rows, items = zero_shot.score(zero_shot.ResidentTask("mine", "a_tag", tag, True), harness, None)
+    assert values(rows)["mine", "acc"] == pytest.approx(sum(members) / 2) and len(items) == 12
+    assert rows[0]["stderr"] == pytest.approx(
+        math.hypot(*(row["stderr"] for row in rows if row["task"] != "mine" and row["metric"] == "acc")) / 2
+    )
+
+
 def test_rows_that_code_of_a_task_cannot_use_are_an_error_of_the_data(tmp_path, model, tokenizer):
     path = fix.write_jsonl(tmp_path / "t.jsonl", [{"goal": "x"}])
     with pytest.raises(DataError, match="t.jsonl, line 1: lm-eval's task 'hellaswag' cannot use"):
@@ -274,6 +304,15 @@ def test_answers_end_at_eos_or_at_a_stop_text(tokenizer):
     assert ended.ended == "eos" and len(ended.tokens) <= 3
 
 
+def test_generation_settings_of_the_checkpoint_do_not_leak_in(tokenizer):
+    model, prompts = fix.tiny_llama(), [tokenizer("river").input_ids]
+    plain = greedy(model, tokenizer, prompts, max_new_tokens=12, batch_size=1)
+    settings = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "do_sample": True, "temperature": 0.3}
+    model.generation_config.update(**settings)
+    assert greedy(model, tokenizer, prompts, max_new_tokens=12, batch_size=1) == plain
+    assert all(getattr(model.generation_config, name) == value for name, value in settings.items())
+
+
 def test_long_prompts_lose_tokens_on_the_left_but_keep_bos():
     assert fit_prompt([0, 5, 6, 7, 8], 3, bos=0) == [0, 7, 8]
     assert fit_prompt([5, 6, 7, 8], 3, bos=0) == [6, 7, 8]
@@ -360,6 +399,12 @@ def test_reference_rows_take_prompts_as_they_are(tmp_path, model, tokenizer):
     stop = right[2]
     cut = values(score(model, tokenizer, {"generation": {"g": entry | {"stop": stop, "metrics": ["exact_match"]}}}))
     assert cut["g", "exact_match"] == 0.5 and set(found) == {("g", m) for m in ("exact_match", "chrf", "rouge_l")}
+
+
+def test_a_chat_template_that_refuses_is_an_error_of_the_data(tmp_path, model):
+    tokenizer = fix.byte_tokenizer(chat_template="{{ raise_exception('no such turn') }}")
+    with pytest.raises(DataError, match="refuses question 0: no such turn"):
+        score(model, tokenizer, {"generation": {"g": spec_bench_file(tmp_path / "q.jsonl")}})
 
 
 def test_chat_template_and_room_are_checked(tmp_path, model, tokenizer):

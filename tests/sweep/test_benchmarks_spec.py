@@ -205,6 +205,26 @@ def test_metrics_on_questions_without_references_are_refused(tmp_path):
         checked(generation={"s": {"data": path, "metrics": ["chrf"]}})
 
 
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "", "reference": "a"}, "'prompt'"),
+        ({"prompt": "a", "reference": []}, "'reference'"),
+        ({"instruction": "a", "input": ""}, "'output'"),
+        ({"question_id": 1, "category": "c", "turns": "one"}, "'turns'"),
+        ({"question_id": 1, "turns": ["one"]}, "'category'"),
+    ],
+)
+def test_bad_generation_rows_are_named(tmp_path, row, column):
+    with pytest.raises(DataError, match=rf"g.jsonl, line 1.*{column}"):
+        checked(generation={"g": write(tmp_path / "g.jsonl", row)})
+
+
+def test_rows_of_our_own_format_under_a_name_of_lm_eval_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no 'answerKey', 'question' for lm-eval's task 'arc_easy'"):
+        checked(zero_shot={"arc_easy": write(tmp_path / "qa.jsonl", CHOICE)})
+
+
 def test_errors_survive_pickling(tmp_path):
     with pytest.raises(DataError) as error:
         checked(generation={"g": str(tmp_path / "none.jsonl")})

@@ -75,12 +75,14 @@ class AdapterSlot:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
+                # low_cpu_mem_usage: nothing is drawn at random, and fp32 values are not rounded to a 16-bit base
                 model = PeftModel.from_pretrained(
                     self.base,
                     str(folder),
                     is_trainable=False,
                     autocast_adapter_dtype=self._autocast,
                     low_cpu_mem_usage=True,
+                    torch_device=str(self.base.device),
                 )
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             self._unwrap()

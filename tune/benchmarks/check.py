@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from macdrop.errors import ConfigError, nearest
+from pathlib import Path
+
+from macdrop.errors import ConfigError, DataError, nearest
 from tune.benchmarks import catalogue
 from tune.benchmarks.files import Table, is_local, locate, read_documents, read_rows
 from tune.benchmarks.spec import EvalSpec, Generation, Perplexity, ZeroShot
@@ -33,7 +35,7 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
             raise unknown_task(task)
         return
     table = read_rows(entry.data)
-    file = catalogue.find_task(task)
+    file = task_file(task, entry, table)
     if file is None:
         check_choices(task, table)
         shots = spec.inherited(entry, "num_fewshot") or 0
@@ -58,6 +60,15 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
             check_choices(task, examples)
         else:
             examples.require(catalogue.needed_columns(file), f"lm-eval's task {task!r}")
+
+
+def task_file(task: str, entry: ZeroShot, table: Table) -> Path | None:
+    """lm-eval's definition of the task, None for rows of our own format.
+
+    A new name costs a pass over all of lm-eval's files, which rows that are plainly ours are spared.
+    """
+    ours = entry.task is None and set(CHOICE_COLUMNS) <= set(table.rows[0])
+    return catalogue.find_task(task, by_path=ours)
 
 
 def effective_shots(asked: int | None, default: int | None) -> int:
@@ -96,9 +107,7 @@ def check_choices(name: str, table: Table) -> None:
             raise _bad(place, "label", f"the index of the right choice, 0 to {len(choices) - 1}", label)
 
 
-def _bad(place: str, column: str, wanted: str, value: object) -> Exception:
-    from macdrop.errors import DataError
-
+def _bad(place: str, column: str, wanted: str, value: object) -> DataError:
     return DataError(f"{place}: {column!r} must be {wanted}, not {value!r}.")
 
 
@@ -131,16 +140,23 @@ def read_generation(entry: Generation) -> tuple[str, Table]:
             turns = row["turns"]
             if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
                 raise _bad(place, "turns", "a list of one or more texts", turns)
-    elif "prompt" in table.rows[0]:
-        table.require(("prompt", "reference"), "format reference")
     else:
-        table.require(("instruction", "output"), "format reference")
+        _check_references(table)
     return kind, table
 
 
-def _format_of(table: Table) -> str:
-    from macdrop.errors import DataError
+def _check_references(table: Table) -> None:
+    question, answer = ("prompt", "reference") if "prompt" in table.rows[0] else ("instruction", "output")
+    table.require((question, answer), "format reference")
+    for row, place in zip(table.rows, table.places, strict=True):
+        if not isinstance(row[question], str) or not row[question]:
+            raise _bad(place, question, "a text", row[question])
+        wanted = row[answer]
+        if isinstance(wanted, dict) or wanted == [] or (isinstance(wanted, list) and not all(map(str, wanted))):
+            raise _bad(place, answer, "a text, or a list of texts", wanted)
 
+
+def _format_of(table: Table) -> str:
     columns = set(table.rows[0])
     if "turns" in columns:
         return "spec_bench"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,18 @@ class _StopAtText(StoppingCriteria):
         return torch.tensor(found, device=input_ids.device)
 
 
+@contextmanager
+def _own_settings_only(model: Any) -> Iterator[None]:
+    """Set the checkpoint's generation config aside: transformers would mix its penalties and the like into ours."""
+    holder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = holder.generation_config
+    holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        holder.generation_config = kept
+
+
 @torch.no_grad()
 def greedy(
     model: Any,
@@ -80,12 +93,13 @@ def greedy(
             ids[at, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
             mask[at, width - len(prompts[i]) :] = 1
         criteria = StoppingCriteriaList([_StopAtText(tokenizer, stop, width)] if stop else [])
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-            stopping_criteria=criteria,
-        )
+        with _own_settings_only(model):
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                stopping_criteria=criteria,
+            )
         for i, new in zip(rows, output[:, width:].tolist(), strict=True):
             answers[i] = _answer(tokenizer, new, ends, stop)
     return [answers[i] for i in range(len(prompts))]

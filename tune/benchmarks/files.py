@@ -64,7 +64,7 @@ def locate(path: str) -> Path:
 def is_local(path: str) -> bool:
     """Tell a local file (existing, ``zoo:``, or with a known suffix) from the id of a hub data set."""
     known = Path(path).suffix in ROW_SUFFIXES + TEXT_SUFFIXES
-    return known or path.startswith("zoo:") or Path(path).expanduser().exists()
+    return known or path.startswith(("zoo:", "/", "./", "../", "~")) or Path(path).expanduser().exists()
 
 
 def read_rows(paths: Sequence[str]) -> Table:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from macdrop.errors import ConfigError
+from macdrop.errors import ConfigError, DataError
 from tune.benchmarks.check import read_generation
 from tune.benchmarks.decode import Answer, cut_at, fit_prompt, greedy
 from tune.benchmarks.spec import TEXT_METRICS, Generation
@@ -116,7 +116,11 @@ def prompt_ids(resident: ResidentQuestions, tokenizer: Any, question: Question, 
     messages = [{"role": "user", "content": texts[0]}]
     for answer, turn in zip(answers, texts[1:], strict=True):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like
+        asked = question.kept["question_id"]
+        raise DataError(f"The chat template refuses question {asked}: {error}. Set template: alpaca.") from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -115,6 +115,10 @@ class Scorer:
             answers_path: where to keep what was measured item by item (answers, hits, losses), as jsonl, atomically.
             drop: a `macdrop.MacDrop` attached to the model; it is asserted to mask nothing.
 
+        Returns:
+            rows, at least one of which has the job's task as its `task`; parts of it (categories of Spec-Bench, members
+            of an lm-eval group) are named `task/part`.
+
         Raises:
             ConfigError, DataError: the entry cannot be scored as it is written.
             BenchmarkError: scoring failed. MacDropError: masks were on.
@@ -133,7 +137,9 @@ class Scorer:
                 json.dumps(item | {"attack": job.attack, "attack_on": job.attack_on}, default=str) for item in items
             )
             atomic_write_text(answers_path, "".join(line + "\n" for line in lines))
-        return [self._row(job, row, batch_size, limit) for row in rows]
+        scored = [self._row(job, row, batch_size, limit) for row in rows]
+        assert any(row["task"] == job.task for row in scored), "every job has a row of its own name"
+        return scored
 
     def _data(self, job: Job) -> Any:
         """The resident tasks or data of the job's entry, loaded on first use."""
@@ -243,12 +249,11 @@ def masks_off(model: Any, drop: Any | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hold back log lines, warnings and progress bars of lm-eval, datasets and transformers for the `with` block."""
-    import datasets.utils.logging as datasets_logging
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
-    shown, bars = datasets_logging.get_verbosity(), not are_progress_bars_disabled()
+    bars = not are_progress_bars_disabled()
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -259,6 +264,5 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        datasets_logging.set_verbosity(shown)
         if bars:
             enable_progress_bars()

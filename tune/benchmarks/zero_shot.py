@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import lm_eval.api.task
-from lm_eval.api.metrics import mean, mean_stderr, pooled_sample_stderr
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -23,9 +21,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from macdrop.errors import BenchmarkError, ConfigError, DataError, MacDropError
 from tune.benchmarks import catalogue
-from tune.benchmarks.check import check_zero_shot, effective_shots, unknown_task
+from tune.benchmarks.check import check_zero_shot, effective_shots, task_file, unknown_task
 from tune.benchmarks.files import Table, read_rows
 from tune.benchmarks.spec import EvalSpec, ZeroShot
+from tune.benchmarks.zero_shot_rows import ResidentTask, items_of, rows_of
 
 FEWSHOT_SEED = 1234  # lm-eval's default
 _KEYS_OF_THE_HUB = ("dataset_name", "dataset_kwargs", "tag", "group", "task_list")
@@ -65,15 +64,6 @@ class Harness(HFLM):
         return super().generate_until(requests, disable_tqdm=True)
 
 
-@dataclass(frozen=True)
-class ResidentTask:
-    """A loaded benchmark entry: lm-eval's tasks (several for a group or tag) and their groups."""
-
-    name: str
-    loaded: dict[str, Any]
-    local: bool
-
-
 class Tasks:
     """Loads lm-eval tasks; its full index is built only for names that no task file defines (groups and tags)."""
 
@@ -98,7 +88,7 @@ class Tasks:
             _build_requests_once(task)
             if entry.max_new_tokens and task.get_config("output_type") == "generate_until":
                 task.set_config(key="generation_kwargs", value={"max_gen_toks": entry.max_new_tokens}, update=True)
-        return ResidentTask(name, loaded, bool(entry.data))
+        return ResidentTask(name, entry.task or name, loaded, bool(entry.data))
 
     def _from_hub(self, name: str) -> dict[str, Any]:
         file = catalogue.find_task(name)
@@ -117,8 +107,8 @@ class Tasks:
 
     def _local(self, name: str, entry: ZeroShot) -> dict[str, Any]:
         task = entry.task or name
-        file = catalogue.find_task(task)
         table = read_rows(entry.data or [])
+        file = task_file(task, entry, table)
         splits = {"test": table}
         if entry.fewshot_data:
             splits["train"] = read_rows(entry.fewshot_data)
@@ -235,69 +225,4 @@ def score(task: ResidentTask, harness: Harness, limit: int | None) -> tuple[list
     except Exception as error:
         hint = "\nSet max_new_tokens: lower for this task." if "max tokens to generate" in str(error) else ""
         raise BenchmarkError(f"lm-eval could not score {task.name!r}: {type(error).__name__}: {error}{hint}") from error
-    rows: list[dict[str, Any]] = []
-    stderrs: dict[tuple[str, str], tuple[float | None, int]] = {}
-    members = task.loaded.get("group_map") or {}
-    for name, metrics in result["results"].items():
-        for key, value in metrics.items():
-            metric, comma, filter_name = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            if name in members:
-                stderr, n = _pooled(name, key, members, stderrs)
-            else:
-                values = [s[metric] for s in result["samples"][name] if s["filter"] == filter_name and metric in s]
-                stderr, n = _stderr(task.loaded["tasks"][name], metric, values), len(values)
-                stderrs[name, key] = (stderr, n)
-            rows.append(
-                {
-                    "task": name,
-                    "version": str(result["versions"].get(name) or 0),
-                    "metric": metric if filter_name == "none" else key,
-                    "value": float(value),
-                    "stderr": stderr,
-                    "n": n,
-                    "higher_is_better": (result["higher_is_better"].get(name) or {}).get(metric),
-                    "num_fewshot": result["n-shot"].get(name),
-                    "settings": f"lm_eval={lm_eval.__version__} data={'local' if task.local else 'hub'}",
-                }
-            )
-    return rows, _items(result["samples"])
-
-
-def _stderr(task: Any, metric: str, values: list[Any]) -> float | None:
-    """lm-eval's analytic standard error, which it has for means; None for metrics that need a bootstrap."""
-    if task.aggregation().get(metric) is not mean or len(values) < 2:
-        return None
-    return float(mean_stderr(values))
-
-
-def _pooled(
-    group: str, key: str, members: Mapping[str, list[str]], stderrs: Mapping[tuple[str, str], tuple[float | None, int]]
-) -> tuple[float | None, int]:
-    """Pooled standard error and number of items of a group, as lm-eval computes it from its leaf tasks."""
-    leaves, open_names = [], list(members[group])
-    while open_names:
-        name = open_names.pop()
-        open_names += members.get(name, [])
-        leaves += [stderrs[name, key]] if (name, key) in stderrs else []
-    n = sum(size for _, size in leaves)
-    known = [(stderr, size) for stderr, size in leaves if stderr is not None]
-    if not leaves or len(known) < len(leaves):
-        return None, n
-    return float(pooled_sample_stderr(*zip(*known, strict=True))), n
-
-
-def _items(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "task": name,
-            "doc_id": sample["doc_id"],
-            "doc_hash": sample["doc_hash"],
-            "filter": sample["filter"],
-            "metrics": {metric: sample[metric] for metric in sample["metrics"]},
-            "answers": sample["filtered_resps"],
-        }
-        for name, found in samples.items()
-        for sample in found
-    ]
+    return rows_of(task, result), items_of(result["samples"])
