@@ -135,6 +135,41 @@ def test_a_few_shot_task_without_room_says_so(tmp_path, model, tokenizer):
         score(model, tokenizer, {"zero_shot": {"gsm8k": data}})
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for downloads alone: hub data sets with rows of ours."""
+    import datasets
+
+    def load(path, name=None, split=None, **_):
+        known = {"baber/piqa": "piqa", "allenai/ai2_arc": "arc_easy"}
+        rows = fix.hub_rows(known[path]) if path in known else [{"text": TEXT}, {"text": ""}, {"text": "the end"}]
+        found = datasets.Dataset.from_list(rows)
+        return found if split else datasets.DatasetDict(train=found, validation=found, test=found)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+
+def test_data_of_the_hub_gives_the_scores_of_the_same_rows_in_a_file(tmp_path, hub, model, tokenizer):
+    path = fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("piqa"))
+    local = score(model, tokenizer, {"zero_shot": {"piqa": path}})
+    assert values(score(model, tokenizer, {"zero_shot": ["piqa"]})) == values(local)
+    mine = score(model, tokenizer, {"zero_shot": {"mine": {"task": "piqa"}}})
+    assert [row["value"] for row in mine] == [row["value"] for row in local] and mine[0]["task"] == "mine"
+    (tmp_path / "t.txt").write_text(TEXT + "\n\nthe end")
+    [a] = score(model, tokenizer, {"perplexity": {"t": {"data": "some/corpus", "split": "validation"}}})
+    [b] = score(model, tokenizer, {"perplexity": {"t": str(tmp_path / "t.txt")}})
+    assert a["value"] == b["value"] and "split=validation" in a["settings"]
+    with pytest.raises(DataError, match="no column 'txt'; it has text"):
+        score(model, tokenizer, {"perplexity": {"t": {"data": "some/corpus", "column": "txt"}}})
+
+
+@pytest.mark.slow
+def test_a_tag_of_lm_eval_is_found_in_its_index(hub, model, tokenizer):
+    """Building the index takes 14 s; nothing but groups and tags needs it."""
+    found = values(score(model, tokenizer, {"zero_shot": ["ai2_arc"]}))
+    assert {task for task, _ in found} == {"ai2_arc", "ai2_arc/arc_easy", "ai2_arc/arc_challenge"}
+
+
 def test_an_entry_may_have_another_name_than_its_task(tmp_path, model, tokenizer):
     entry = {"task": "piqa", "data": fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("piqa"))}
     found = score(model, tokenizer, {"zero_shot": {"piqa_mine": entry}})

@@ -61,6 +61,24 @@ def test_an_entry_inherits_what_it_does_not_set_and_null_counts_as_set():
     assert [spec.inherited(spec.entry(Job("zero_shot", name)), "limit") for name in "abc"] == [None, 2, 5]
 
 
+def test_a_spec_means_the_same_when_it_is_written_and_read_back():
+    spec = EvalSpec.parse(
+        {
+            "limit": 5, "num_fewshot": 2, "attacks": ["none", "zeroing@3"],
+            "zero_shot": {"a": {}, "b": {"limit": None, "num_fewshot": 0}},
+            "perplexity": {"t": {"data": "t.txt", "attacks": "none"}},
+            "generation": {"g": {"data": "q.jsonl", "limit": "3 per category"}},
+        }
+    )  # fmt: skip
+    for again in (EvalSpec.parse(spec.model_dump(mode="json")), pickle.loads(pickle.dumps(spec))):
+        assert jobs(again) == jobs(spec)
+        for job in jobs(spec):
+            for key in (
+                ("limit", "batch_size", "num_fewshot") if job.benchmark == "zero_shot" else ("limit", "batch_size")
+            ):
+                assert again.inherited(again.entry(job), key) == spec.inherited(spec.entry(job), key), (job, key)
+
+
 def test_an_empty_block_asks_for_nothing():
     assert jobs(EvalSpec()) == jobs(EvalSpec.parse(None)) == []
 

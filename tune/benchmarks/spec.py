@@ -7,16 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from macdrop.errors import ConfigError, nearest
 
 ATTACKS = ("zeroing", "retaining", "random")
 PLAIN = "none"
 SECTIONS = ("zero_shot", "perplexity", "generation")
-FORMATS = ("spec_bench", "reference")
 TEXT_METRICS = ("exact_match", "chrf", "rouge_l")
-TEMPLATES = ("auto", "chat", "alpaca", "plain")
+INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Name = Annotated[str, Field(min_length=1)]
@@ -68,6 +77,12 @@ class _Entry(_Strict):
     attacks: Attacks | None = None
     limit: PositiveInt | None = None
     batch_size: PositiveInt | None = None
+
+    @model_serializer(mode="wrap")
+    def _inherited_stays_out(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write what is inherited as left out: read back, a null would count as set."""
+        kept = self.model_fields_set
+        return {key: value for key, value in dump(self).items() if key in kept or key not in INHERITABLE}
 
 
 class ZeroShot(_Entry):
