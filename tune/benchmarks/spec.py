@@ -29,7 +29,9 @@ INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Name = Annotated[str, Field(min_length=1)]
-Paths = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Paths = Annotated[
+    list[Name], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 
 
 def parse_attack(text: str) -> tuple[str, int]:
@@ -52,7 +54,9 @@ def parse_attack(text: str) -> tuple[str, int]:
 
 
 def _attacks(value: Any) -> list[str]:
-    items = [value] if isinstance(value, str) else list(value or [])
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        raise ValueError(f"a list of attacks is wanted, like [{PLAIN}, {ATTACKS[0]}@3]")
     names = []
     for item in items:
         kind, k = parse_attack(item)
@@ -170,6 +174,8 @@ def _named(value: Any) -> Any:
     items = [value] if isinstance(value, str) else value
     if isinstance(items, Mapping):
         return {name: {} if v is None else {"data": v} if isinstance(v, str) else v for name, v in items.items()}
+    if not isinstance(items, (list, tuple)):
+        raise ValueError("a mapping of names to settings is wanted, or a list of names")
     named: dict[str, Any] = {}
     for item in items:
         for name, entry in (_named(item) if isinstance(item, Mapping) else {item: {}}).items():
