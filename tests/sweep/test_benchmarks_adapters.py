@@ -79,6 +79,8 @@ def test_the_base_comes_back_after_an_error_and_in_its_mode(tmp_path):
 
 def test_adapters_that_do_not_fit_are_refused_and_the_base_stays_usable(tmp_path):
     base = fix.tiny_llama()
+    base.lm_head.weight.requires_grad_(False)
+    trainable = [(name, p.requires_grad) for name, p in base.named_parameters()]
     plain, slot = logits(base), AdapterSlot(base)
     good, _ = save_adapter(tmp_path / "good")
     wide, _ = save_adapter(tmp_path / "wide")
@@ -93,9 +95,14 @@ def test_adapters_that_do_not_fit_are_refused_and_the_base_stays_usable(tmp_path
         with pytest.raises(CheckpointError, match="does not fit this model"), slot.adapter(folder):
             pass
         assert torch.equal(logits(base), plain)
+        assert [(name, p.requires_grad) for name, p in base.named_parameters()] == trainable
         with slot.adapter(good):
             assert slot.delta > 1e-3
     with pytest.raises(ConfigError, match="no adapter_config.json"), slot.adapter(tmp_path):
+        pass
+    text = (good / "adapter_config.json").read_text()
+    (good / "adapter_config.json").write_text(text.replace('"bias": "none"', '"bias": "all"'))
+    with pytest.raises(ConfigError, match="bias 'all'"), slot.adapter(good):
         pass
     (wide / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"), slot.adapter(wide):

@@ -56,12 +56,14 @@ class AdapterSlot:
             self._plain = self._logits(self.base)
         frozen = {name: p.requires_grad for name, p in self.base.named_parameters()}
         training = self.base.training
-        model = self._load(Path(folder))
+        model = None
         try:
+            model = self._load(Path(folder))
             self.delta = (self._logits(model) - self._plain).abs().max().item()
             yield model
         finally:
-            model.unload()
+            if model is not None:
+                model.unload()
             if hasattr(self.base, "peft_config"):
                 del self.base.peft_config
             for name, p in self.base.named_parameters():
@@ -84,7 +86,7 @@ class AdapterSlot:
                     low_cpu_mem_usage=True,
                     torch_device=str(self.base.device),
                 )
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, TypeError, AttributeError) as error:
             self._unwrap()
             raise CheckpointError(f"The adapter in {folder} does not fit this model: {str(error)[:400]}") from error
         missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
@@ -94,15 +96,13 @@ class AdapterSlot:
         return model.eval()
 
     def _unwrap(self) -> None:
-        """Take out what a failed load left in the base: wrapped layers, and PEFT's mark on the model."""
+        """Take out the layers that a failed load left wrapped in the base."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for name, module in list(self.base.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 parent, _, child = name.rpartition(".")
                 setattr(self.base.get_submodule(parent), child, module.get_base_layer())
-        if hasattr(self.base, "peft_config"):
-            del self.base.peft_config
 
     @torch.no_grad()
     def _logits(self, model: Any) -> torch.Tensor:
@@ -121,9 +121,14 @@ def _check_folder(folder: Path) -> None:
     if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise CheckpointError(f"{folder} holds no adapter weights: adapter_model.safetensors is missing.")
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{config} is damaged: {error}") from None
+    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
+        raise ConfigError(
+            f"The adapter in {folder} has peft_type {settings.get('peft_type')!r} and bias {settings.get('bias')!r}; "
+            "only LORA (with DoRA and rsLoRA) with bias 'none' leaves the resident base as it is."
+        )
 
 
 @contextmanager
