@@ -175,3 +175,28 @@ def test_attacks_on_base_rows_and_on_merged_rows_are_different_scores(tmp_path, 
                 getattr(layer, "base_layer", layer).weight[-5:] = 0
         plain = Scorer(model, tokenizer, EvalSpec.parse(block | {"attacks": "none"}))
         assert plain.score(Job("perplexity", "t"))[0]["value"] == found["zeroing@5", place]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft", "ignore:fan_in_fan_out")
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral", "gpt_oss"])
+def test_swapping_and_merging_leave_other_families_whole_too(tmp_path, family):
+    """Conv1D, fused projections, and experts that PEFT wraps once for each of their parameters."""
+    import tiny
+
+    model = tiny.lora(tiny.build(family)).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(3, 20)[None]
+    base = tiny.build(family)
+    with torch.no_grad():
+        bare = base(input_ids=ids).logits
+        with AdapterSlot(base).adapter(tmp_path) as adapted:
+            assert torch.equal(adapted(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(base(input_ids=ids).logits, bare)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with merged_weights(model) as layers:
+            merged = model(input_ids=ids).logits
+        assert layers and torch.allclose(merged, plain, atol=1e-4) and not torch.equal(merged, plain)
+        assert torch.equal(model(input_ids=ids).logits, plain)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

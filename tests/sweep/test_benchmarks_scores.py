@@ -185,7 +185,7 @@ def test_groups_and_tags_have_a_row_of_their_own_name(tmp_path, model, tokenizer
         entry = {"data": fix.write_jsonl(tmp_path / f"{name}.jsonl", fix.hub_rows(name))}
         spec = EvalSpec.parse({"zero_shot": {name: entry}})
         parts[name] = zero_shot.Tasks().load(name, spec.zero_shot[name], spec).loaded["tasks"][name]
-    harness = zero_shot.Harness(model, fix.byte_tokenizer(), max_length=256, add_bos_token=None)
+    harness = zero_shot.Harness(model, fix.byte_tokenizer(), 256)
     harness.use(model, 4)
     group = zero_shot.Tasks()._direct.load(
         {"group": "both", "task": [], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
@@ -408,6 +408,24 @@ def test_the_alpaca_prompt_is_that_of_training_and_cut_prompts_are_counted(tmp_p
     )[0]
     assert prompt == trained.input_ids[: trained.prompt_length]
     assert len(prompt) > 256 - 64 and "prompts_cut_left=1" in score(model, tokenizer, spec.model_dump())[0]["settings"]
+
+
+def test_bos_can_be_switched_on_for_tokenizers_that_leave_it_out(tmp_path, model, tokenizer):
+    off = Scorer(model, tokenizer, EvalSpec(add_bos_token=False)).tokenizer
+    assert off("a").input_ids[:1] != [0] and tokenizer("a").input_ids[:1] == [0]
+    block = {
+        "zero_shot": {"piqa": fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("piqa"))},
+        "generation": {"g": {"data": "zoo:generate", "limit": 4, "max_new_tokens": 5}},
+    }
+    with_bos = Scorer(model, tokenizer, EvalSpec.parse(block))
+    switched = Scorer(model, off, EvalSpec.parse(block | {"add_bos_token": True}))
+    for number, job in enumerate(with_bos.jobs()):
+        kept = [tmp_path / f"{number}{name}.jsonl" for name in ("a", "b", "c")]
+        for scorer, path in zip([with_bos, switched, Scorer(model, off, EvalSpec.parse(block))], kept, strict=True):
+            scorer.score(job, answers_path=path)
+        assert kept[0].read_text() == kept[1].read_text() != kept[2].read_text()
+    with pytest.raises(ConfigError, match="no bos token"):
+        Scorer(model, fix.byte_tokenizer(bos=False), EvalSpec(add_bos_token=True))
 
 
 def test_reference_metrics():

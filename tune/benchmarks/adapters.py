@@ -136,7 +136,8 @@ def merged_weights(model: Any) -> Iterator[int]:
     """Merge the active adapter of a PEFT model into its base weights for the `with` block; yields the layers merged.
 
     A bare model is left as it is (0 layers). PEFT's own unmerge subtracts, which is not exact in floating point; here
-    the merge writes to copies, and the base's own tensors come back untouched.
+    the merge writes to copies, so that the base's own tensors come back untouched. That takes the memory of a second
+    copy of the adapted weights meanwhile.
 
     Raises:
         ConfigError: the base layers are quantised, so that a merge would be another model.
@@ -160,5 +161,5 @@ def merged_weights(model: Any) -> Iterator[int]:
     finally:
         for layer in reversed(done):
             layer.unmerge()
-        for parameter, data in kept:
+        for parameter, data in reversed(kept):  # a layer wrapped twice was kept twice
             parameter.data = data

@@ -43,10 +43,9 @@ class ResidentQuestions:
     template: str
     room: int
     encoder: Any
-    add_bos: bool | None
 
 
-def load(entry: Generation, tokenizer: Any, max_positions: int, add_bos: bool | None = None) -> ResidentQuestions:
+def load(entry: Generation, tokenizer: Any, max_positions: int) -> ResidentQuestions:
     """Read the questions of an entry and choose their template.
 
     Raises:
@@ -68,7 +67,7 @@ def load(entry: Generation, tokenizer: Any, max_positions: int, add_bos: bool | 
         )
     encoder = Encoder(tokenizer, "alpaca", train_on_prompt=True) if template == "alpaca" else None
     questions = [_question(kind, row, number) for number, row in enumerate(table.rows)]
-    return ResidentQuestions(questions, entry, kind, template, room, encoder, add_bos)
+    return ResidentQuestions(questions, entry, kind, template, room, encoder)
 
 
 def _question(kind: str, row: dict[str, Any], number: int) -> Question:
@@ -97,22 +96,18 @@ def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
 
 
 def prompt_ids(resident: ResidentQuestions, tokenizer: Any, question: Question, answers: Sequence[str]) -> list[int]:
-    """Token ids of the conversation up to the turn after `answers`, before any cut.
-
-    A chat template writes its own bos; elsewhere `add_bos` decides, and None leaves it to the tokenizer.
-    """
+    """Token ids of the conversation up to the turn after `answers`, before any cut."""
     asked = question.turns[: len(answers) + 1]
     if resident.template == "alpaca":
         turns = [Turn("user", asked[0], question.context)]
         for answer, turn in zip(answers, asked[1:], strict=True):
             turns += [Turn("assistant", answer), Turn("user", turn)]
-        ids = resident.encoder.encode([turns], [str(question.kept["question_id"])])[0].input_ids
-        return _with_bos(ids, resident.add_bos, tokenizer.bos_token_id)
+        return resident.encoder.encode([turns], [str(question.kept["question_id"])])[0].input_ids
     first = f"{asked[0]}\n{question.context}" if question.context else asked[0]
     texts = [first, *asked[1:]]
     if resident.template == "plain":
         text = "".join(f"{turn}\n{answer}\n\n" for turn, answer in zip(texts, answers, strict=False)) + texts[-1]
-        return _with_bos(tokenizer(text, verbose=False)["input_ids"], resident.add_bos, tokenizer.bos_token_id)
+        return list(tokenizer(text, verbose=False)["input_ids"])
     messages = [{"role": "user", "content": texts[0]}]
     for answer, turn in zip(answers, texts[1:], strict=True):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
@@ -122,13 +117,6 @@ def prompt_ids(resident: ResidentQuestions, tokenizer: Any, question: Question, 
         asked = question.kept["question_id"]
         raise DataError(f"The chat template refuses question {asked}: {error}. Set template: alpaca.") from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _with_bos(ids: Sequence[int], add_bos: bool | None, bos: int | None) -> list[int]:
-    has = bos is not None and list(ids[:1]) == [bos]
-    if add_bos is None or has == add_bos or bos is None:
-        return list(ids)
-    return [bos, *ids] if add_bos else list(ids[1:])
 
 
 def score(

@@ -62,14 +62,13 @@ class Scorer:
         weights: macdrop's MassiveWeights of the base, needed for attacks.
 
     Raises:
-        ConfigError: attacks without `weights`, on more rows than the layer has, or a max_length beyond the model's.
+        ConfigError: attacks without `weights` or on more rows than the layer has, a max_length beyond the model's, or
+            an add_bos_token that the tokenizer cannot follow.
     """
 
     def __init__(self, model: Any, tokenizer: Any, spec: EvalSpec, weights: Any | None = None) -> None:
         self.model, self.spec, self.weights = model, spec, weights
-        self.tokenizer = copy.deepcopy(tokenizer)
-        if spec.add_bos_token and tokenizer.bos_token_id is None:
-            raise ConfigError("eval.add_bos_token: this tokenizer has no bos token; leave the key out.")
+        self.tokenizer = _with_bos(copy.deepcopy(tokenizer), spec.add_bos_token)
         positions = max_positions(model.config, tokenizer)
         if spec.max_length and spec.max_length > positions:
             raise ConfigError(
@@ -158,7 +157,7 @@ class Scorer:
             else:
                 from tune.benchmarks import generation
 
-                self._resident[key] = generation.load(entry, self.tokenizer, self.max_length, self.spec.add_bos_token)
+                self._resident[key] = generation.load(entry, self.tokenizer, self.max_length)
         return self._resident[key]
 
     def _measure(
@@ -169,8 +168,7 @@ class Scorer:
 
             if self._harness is None:
                 tokenizer = copy.deepcopy(self.tokenizer)  # lm-eval sets its pad token and side
-                bos = self.spec.add_bos_token
-                self._harness = zero_shot.Harness(model, tokenizer, max_length=self.max_length, add_bos_token=bos)
+                self._harness = zero_shot.Harness(model, tokenizer, self.max_length)
             self._harness.use(model, batch_size)
             return zero_shot.score(data, self._harness, limit)
         if isinstance(entry, Perplexity):
@@ -206,6 +204,25 @@ class Scorer:
         }
         merged = common | measured
         return {key: merged[key] for key in Row.__annotations__}  # type: ignore[return-value]
+
+
+def _with_bos(tokenizer: Any, add_bos: bool | None) -> Any:
+    """Switch the tokenizer's bos in front of texts on or off; None leaves it as it is.
+
+    Raises:
+        ConfigError: the tokenizer has no bos token, or cannot be switched.
+    """
+    if add_bos is None:
+        return tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is None and add_bos:
+        raise ConfigError("eval.add_bos_token: this tokenizer has no bos token; leave the key out.")
+    tokenizer.add_bos_token = add_bos
+    if (tokenizer("a")["input_ids"][:1] == [bos]) != add_bos:
+        raise ConfigError(
+            "eval.add_bos_token: this tokenizer does not let its bos token be switched; leave the key out."
+        )
+    return tokenizer
 
 
 def max_positions(config: Any, tokenizer: Any) -> int:

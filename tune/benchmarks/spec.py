@@ -186,7 +186,12 @@ def _named(value: Any) -> Any:
 
 
 class EvalSpec(_Strict):
-    """The `eval:` block: three sections of named benchmarks, and the settings they share."""
+    """The `eval:` block: three sections of named benchmarks, and the settings they share.
+
+    `batch_size` is fixed and kept in every row. `limit`: items of each task (null: all). `num_fewshot` null: the task's
+    own number. `max_length` null: the model's. `add_bos_token` null: as the tokenizer does. `attack_on`: base rows with
+    the adapter in place, rows of the merged weights, or both.
+    """
 
     batch_size: PositiveInt = 16
     limit: PositiveInt | None = None

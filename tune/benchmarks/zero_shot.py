@@ -33,14 +33,13 @@ _KEYS_OF_THE_HUB = ("dataset_name", "dataset_kwargs", "tag", "group", "task_list
 class Harness(HFLM):
     """lm-eval's Hugging Face model around a resident one; `use` puts another model (an adapter in place) behind it."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_length: int | None, add_bos_token: bool | None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
         # A stand-in for the model, because lm-eval would tie its weights, which must not happen around an adapter.
         # log-softmax in fp32: in bf16 the log-likelihoods of long answers are rounded to whole units.
         super().__init__(
             pretrained=SimpleNamespace(config=model.config, device=model.device),
             tokenizer=tokenizer,
             max_length=max_length,
-            add_bos_token=add_bos_token,
             softmax_dtype="float32",
         )
 
