@@ -13,7 +13,7 @@ from macdrop.config import MacDropConfig
 from macdrop.errors import ConfigError, NoMassiveWeights, TrainingInvariantError
 from macdrop.hooks import MacDrop
 
-K, ACCUMULATION, EPOCHS, LR = len(tiny.ROWS), 2, 2, 1e-2
+K, ACCUMULATION, EPOCHS, LR = len(tiny.ROWS), 2, 2, 0.1
 ITEMS = 10  # batches of 2: optimizer steps of 2, 2 and 1 micro-batches in each epoch
 STEPS = 3 * EPOCHS
 
@@ -41,7 +41,7 @@ def trainer_of(callback, folder, **settings) -> Recorder:
         learning_rate=LR,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
-        weight_decay=0.0,
+        optim="sgd",  # Adam would blow up rounding errors of tiny gradients
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
@@ -61,7 +61,7 @@ def by_hand(batches, config) -> tuple[torch.nn.Module, MacDrop]:
     model = tiny.lora(tiny.build())
     drop = MacDrop(model, tiny.massive_weights(), config)
     drop.attach()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     batches = iter(batches)
     for step in range(STEPS):
         size = 1 if step % 3 == 2 else ACCUMULATION
