@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from macdrop.weights import Confidence, MassiveWeights
+from tune.benchmarks import EvalSpec, Job, Scorer
 
 FFN = 48
+TEXT = "The river ran past the old mill, and nobody in the village knew where it came from. " * 12
 LORA_TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -89,3 +92,32 @@ def hub_rows(task: str, n: int = 6) -> list[dict]:
         "gsm8k": lambda i: {"question": f"What is {i} + 1?", "answer": f"It is so.\n#### {i + 1}"},
     }  # fmt: skip
     return [makers[task](i) for i in range(n)]
+
+
+def score(model, tokenizer, block, attack="none", on=None, **options):
+    """Rows of the only entry of `block`."""
+    spec = EvalSpec.parse(block)
+    scorer = Scorer(model, tokenizer, spec, weights=options.pop("weights", None))
+    first = scorer.jobs()[0]
+    return scorer.score(Job(first.benchmark, first.task, attack, on), **options)
+
+
+def values(rows):
+    return {(row["task"], row["metric"]): row["value"] for row in rows}
+
+
+@torch.no_grad()
+def slow_greedy(model, ids, n):
+    new = []
+    while len(new) < n and (not new or new[-1] != 1):
+        new.append(model(torch.tensor([list(ids) + new])).logits[0, -1].argmax().item())
+    return new
+
+
+def refuse_connections(monkeypatch) -> None:
+    """Everything in these tests is local: a connection attempt is a failure."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was attempted")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
