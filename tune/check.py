@@ -2,67 +2,132 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError, nearest
 from tune.batching import total_steps
-from tune.benchmarks.spec import PLAIN, jobs, parse_attack
+from tune.benchmarks.spec import PLAIN, EvalSpec, jobs, parse_attack
 from tune.plan import Study
-from tune.spec import RunSpec, TrainSpec, with_values
+from tune.spec import RunSpec, Space, TrainSpec, with_values
 from tune.weights import cache_dir
 from tune.zoo import resolve
+
+#: Keys that decide what the tokenised data are.
+DATA_KEYS = (
+    "dataset",
+    "format",
+    "template",
+    "cutoff_len",
+    "train_on_prompt",
+    "val_size",
+    "max_samples",
+    "data_seed",
+)
 
 
 def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, int]:
     """Look at models, tokenizers, data and benchmark files; returns each study's optimizer steps.
 
+    What is quick comes first. The tokenised data are kept for the workers; nothing else is written.
+
     Raises:
         ConfigError: a model or file cannot be used, k or an attack is above the size of the FFN, `lora_target` names
-            no layer, or the search needs a validation set that is not there.
+            no layer, the ZeRO stage cannot do it, or the search needs a validation set that is not there.
     """
     from tune.benchmarks import check_files
 
+    attacks = [job.attack for job in jobs(spec.eval)]
+    tokenizers = [check_study(study.spec, study.parameters, attacks) for study in planned]
     check_files(spec.eval)
     steps: dict[str, int] = {}
-    for study in planned:
-        outline = model_outline(study.spec)
-        space = spec.sweep.parameters.get("macdrop.k")
-        ks = [study.spec.macdrop.k, *(space.bounds() if space else [])]
-        check_rows(outline, study.spec, ks, [job.attack for job in jobs(spec.eval)])
-        targets = spec.sweep.parameters.get("lora_target")
-        for target in [study.spec.lora_target, *(targets.bounds() if targets else [])]:
-            check_targets(outline, target)
-        steps[study.name] = _steps(spec, study) if study.count else 0
+    for study, tokenizer in zip(planned, tokenizers, strict=True):
+        steps[study.name] = 0
+        if study.count:
+            needed = spec.sweep.metric.name == "eval_loss" and bool(study.samples)
+            steps[study.name] = _steps(study.spec, study.parameters, tokenizer, spec.ray.num_workers, needed)
     return steps
+
+
+def check_training(spec: TrainSpec, workers: int) -> int:
+    """The same for one fine-tuning on `workers` workers; returns its optimizer steps."""
+    return _steps(spec, {}, check_study(spec, {}, []), workers, needs_validation=False)
+
+
+def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
+    """The same for scoring one model, whose weights are about to be loaded."""
+    from tune.benchmarks import check_files
+
+    outline = model_outline(spec)
+    check_rows(outline, spec, attacks=[job.attack for job in jobs(block)])
+    check_files(block)
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse a folder that holds something, but for `resume`; what is in it is not touched."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
+        raise ConfigError(
+            f"output_dir {str(folder)!r} exists and is not empty.\n"
+            "Add --resume to go on with the run in it, or choose another output_dir."
+        )
+    standing = next((parent for parent in folder.absolute().parents if parent.exists()), None)
+    if standing is not None and not standing.is_dir():
+        raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {standing} is a file.")
+
+
+def check_study(spec: TrainSpec, parameters: dict[str, Space], attacks: list[str]) -> Any:
+    """Check one model with the values that its search may draw; returns its tokenizer."""
+    from macdrop import load_tokenizer
+
+    outline = model_outline(spec)
+    tokenizer = load_tokenizer(
+        resolve(spec.model_name_or_path),
+        revision=spec.model_revision,
+        trust_remote_code=spec.trust_remote_code,
+        model=outline,
+    )
+    check_rows(outline, spec, ks=_values(spec, parameters, "macdrop.k"), attacks=attacks)
+    for target in _values(spec, parameters, "lora_target"):
+        check_targets(outline, target)
+    drops = spec.macdrop.config(seed=0).enabled or any(key.startswith("macdrop.") for key in parameters)
+    if drops and 3 in _values(spec, parameters, "zero_stage"):
+        check_partitioned(outline, spec)
+    return tokenizer
 
 
 def model_outline(spec: TrainSpec) -> Any:
     """The model of a spec without weights (on torch's meta device): its modules and shapes.
 
     Raises:
-        ConfigError: there is no such model, or it is no causal language model of text.
+        ConfigError: there is no such model, it has no weight files, or it is no causal language model of text.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from macdrop import check_model
+    from macdrop.fingerprint import weight_files
 
-    config = check_model(
-        resolve(spec.model_name_or_path), revision=spec.model_revision, trust_remote_code=spec.trust_remote_code
-    )
+    source = resolve(spec.model_name_or_path)
+    config = check_model(source, revision=spec.model_revision, trust_remote_code=spec.trust_remote_code)
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not weight_files(folder):
+        raise ConfigError(f"{folder} is no model folder: it has a config.json but no weights (*.safetensors).")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
-def check_rows(outline: Any, spec: TrainSpec, ks: list[int], attacks: list[str]) -> None:
-    """Refuse k, searched or attacked, above the number of rows that an FFN of the model has."""
+def check_rows(outline: Any, spec: TrainSpec, *, ks: list[int] = (), attacks: list[str] = (), name: str = "") -> None:
+    """Refuse k, searched or attacked, above the number of rows that an FFN of the model has.
+
+    name: how the user wrote k, for the message; by default as a key of a run file.
+    """
     from macdrop import find_ffns
 
     rows = max(ffn.intermediate_size for ffn in find_ffns(outline))
     for k in ks:
         if k > rows:
             raise ConfigError(
-                f"macdrop.k is {k}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
+                f"{name or 'macdrop.k'} is {k}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
                 f"Give a whole number from 0 to {rows}; the paper uses 5."
             )
     for attack in attacks:
@@ -71,6 +136,23 @@ def check_rows(outline: Any, spec: TrainSpec, ks: list[int], attacks: list[str])
                 f"eval.attacks has {attack!r}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
                 f"Attack from 0 to {rows} of them."
             )
+
+
+def check_partitioned(outline: Any, spec: TrainSpec) -> None:
+    """Refuse MacDrop under ZeRO-3 for models whose every FFN is fused experts: their rows are edited, not masked.
+
+    Where some layers have a dense FFN only the scan can tell; MacDrop itself refuses there.
+    """
+    from macdrop import find_ffns
+
+    fused = [any(projection.expert_axis for projection in ffn.projections) for ffn in find_ffns(outline)]
+    shared = any(ffn.shared for ffn in find_ffns(outline))
+    if all(fused) and not shared:
+        raise ConfigError(
+            f"zero_stage 3 cannot do MacDrop on {spec.model_name_or_path}: its experts are stored in fused 3-D "
+            "parameters, of which ZeRO-3 leaves each worker a part.\nSet zero_stage to 0, 1 or 2 "
+            "(with offload: cpu if memory is short)."
+        )
 
 
 def check_targets(outline: Any, target: str | list[str]) -> None:
@@ -87,24 +169,30 @@ def check_targets(outline: Any, target: str | list[str]) -> None:
             )
 
 
-def _steps(spec: RunSpec, study: Study) -> int:
-    """Tokenise the study's data (kept for the workers) and count its optimizer steps."""
-    from macdrop import load_tokenizer
+def _steps(spec: TrainSpec, parameters: dict[str, Space], tokenizer: Any, workers: int, needs_validation: bool) -> int:
+    """Tokenise the data (kept for the workers), also for searched values, and count the optimizer steps."""
     from tune import data
 
-    train = study.spec
-    tokenizer = load_tokenizer(
-        resolve(train.model_name_or_path), revision=train.model_revision, trust_remote_code=train.trust_remote_code
-    )
-    space = spec.sweep.parameters
-    prepared = data.load(data.prepare(train, tokenizer, cache_dir() / "data"))
-    for key in ("cutoff_len", "max_samples", "val_size"):
-        for value in space[key].bounds() if key in space else []:
-            data.prepare(with_values(train, {key: value}, partial=True), tokenizer, cache_dir() / "data")
-    if prepared.validation is None and (spec.sweep.metric.name == "eval_loss" or spec.sweep.scheduler == "asha"):
+    if needs_validation and 0 in _values(spec, parameters, "val_size"):
         raise ConfigError(
             "val_size is 0, but the search optimises eval_loss. Set val_size (for example 0.05), or "
             "sweep.metric to a score such as {name: zero_shot/arc_easy/acc, goal: maximize}."
         )
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * spec.ray.num_workers
-    return total_steps(train, len(prepared.train), batch)
+    folder = cache_dir() / "data"
+    prepared = data.load(data.prepare(spec, tokenizer, folder))
+    for key in DATA_KEYS:
+        for value in parameters[key].bounds() if key in parameters else []:
+            data.prepare(with_values(spec, {key: value}, partial=True), tokenizer, folder)
+    return total_steps(
+        spec, len(prepared.train), spec.per_device_train_batch_size * spec.gradient_accumulation_steps * workers
+    )
+
+
+def _values(spec: TrainSpec, parameters: dict[str, Space], key: str) -> list[Any]:
+    """What the dotted key may be: the searched values, else the spec's own."""
+    if key in parameters:
+        return parameters[key].bounds()
+    value: Any = spec
+    for part in key.split("."):
+        value = getattr(value, part)
+    return [value]

@@ -58,6 +58,12 @@ class AdapterState:
         from safetensors.torch import load_file
 
         verify(folder)
+        for name in ("resume.safetensors", "state.json"):
+            if not (folder / name).is_file():
+                raise CheckpointError(
+                    f"{folder} is an adapter without {name}: it can be used, but training cannot go on from it. "
+                    "Name a folder step-... of a trial."
+                )
         state = json.loads((folder / "state.json").read_text())
         parts: dict[str, dict[str, torch.Tensor]] = {"weight": {}, "exp_avg": {}, "exp_avg_sq": {}}
         for key, tensor in load_file(folder / "resume.safetensors").items():
@@ -67,15 +73,21 @@ class AdapterState:
 
 
 def commit(staging: Path, folder: Path) -> None:
-    """Seal a finished staging folder with its manifest and move it into place; an older folder there is replaced."""
+    """Seal a finished staging folder with its manifest and move it into place; an older folder there is replaced.
+
+    The older one is moved aside first, so that a crash at any point leaves one whole folder, if under another name.
+    """
     digests = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
     with open(staging / MANIFEST, "w") as file:
         json.dump(digests, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    older = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(older, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, older)
     os.replace(staging, folder)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def verify(folder: Path) -> None:
@@ -87,7 +99,14 @@ def verify(folder: Path) -> None:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}. Name a folder step-... of a trial.")
-    for name, digest in json.loads(manifest.read_text()).items():
+    try:
+        digests = json.loads(manifest.read_text())
+        whole = isinstance(digests, dict) and bool(digests)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{manifest} is damaged. Use an older checkpoint of the trial, or start it anew.")
+    for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder} lacks {name}. Use an older checkpoint of the trial, or start it anew.")
@@ -96,6 +115,7 @@ def verify(folder: Path) -> None:
 
 
 def folder_name(step: int) -> str:
+    """`step-...`, padded so that names sort as steps do."""
     return f"step-{step:08d}"
 
 

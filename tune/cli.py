@@ -11,12 +11,17 @@ import typer
 app = typer.Typer(
     name="macdrop",
     help="MacDrop (massive weights curriculum dropout): find massive weights, fine-tune, sweep, score, report.",
+    epilog="Example: macdrop sweep   (the demo: two built-in models, minutes on two CPU cores)",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-zoo = typer.Typer(help="The built-in tiny models (planted: made to show the phenomenon, no evidence for it).")
+zoo = typer.Typer(
+    help="The built-in tiny models (planted: made to show the phenomenon, no evidence for it).",
+    epilog="Example: macdrop zoo list",
+    no_args_is_help=True,
+)
 app.add_typer(zoo, name="zoo")
 
 #: Exit codes, also in the README.
@@ -34,7 +39,7 @@ Bos = Annotated[int | None, typer.Option(help="Token id to stand for bos; see th
 def scan(
     model: Model,
     prove: Annotated[bool, typer.Option("--prove", help="Zero, retain and compare with random rows on text.")] = False,
-    k: Annotated[int, typer.Option(help="Rows for the proof and to list.")] = 5,
+    k: Annotated[int, typer.Option(min=0, help="Rows for the proof and to list.")] = 5,
     text: Text = None,
     output: Annotated[Path | None, typer.Option(help="Also write the finding to this JSON file.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Scan again, even if this checkpoint was scanned.")] = False,
@@ -44,16 +49,16 @@ def scan(
     trust_remote_code: Trust = False,
 ) -> None:
     """Find a model's massive weights: the layer, the rows, how clear it is; with --prove, whether they matter."""
-    from tune import commands
+    from tune import scanning
 
-    source = commands.Source(model, revision, bf16, trust_remote_code, bos_token_id)
-    commands.scan(source, prove=prove, k=k, text=text, output=output, fresh=fresh)
+    source = scanning.Source(model, revision, bf16, trust_remote_code, bos_token_id)
+    scanning.scan(source, prove=prove, k=k, text=text, output=output, fresh=fresh)
 
 
 @app.command(epilog="Example: macdrop attack zoo:planted-llama --k 1 --k 3 --k 5")
 def attack(
     model: Model,
-    k: Annotated[list[int] | None, typer.Option(help="Rows to zero or retain; repeat for several.")] = None,
+    k: Annotated[list[int] | None, typer.Option(min=0, help="Rows to zero or retain; repeat for several.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder, left in place under the attack.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter first, then attack.")] = False,
     text: Text = None,
@@ -63,10 +68,10 @@ def attack(
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of a model whose top-k massive weights are zeroed, or alone retained, beside random rows."""
-    from tune import commands
+    from tune import scanning
 
-    source = commands.Source(model, revision, bf16, trust_remote_code, bos_token_id)
-    commands.attack(source, ks=k or [1, 3, 5, 10], adapter=adapter, merged=merged, text=text)
+    source = scanning.Source(model, revision, bf16, trust_remote_code, bos_token_id)
+    scanning.attack(source, ks=k or [1, 3, 5, 10], adapter=adapter, merged=merged, text=text)
 
 
 @app.command(epilog="Example: macdrop train my.yaml macdrop.p0=0.6 learning_rate=1e-4 output_dir=runs/one")
@@ -95,7 +100,7 @@ def evaluate(
     from tune import commands
 
     file, overrides = _split(config)
-    source = commands.Source(model, revision, bf16, trust_remote_code, None)
+    source = commands.Source(model, revision, bf16, trust_remote_code)
     commands.evaluate(source, file, overrides, adapter=adapter, output=output)
 
 
@@ -177,7 +182,7 @@ def zoo_verify(
 def _split(arguments: list[str] | None) -> tuple[str | None, list[str]]:
     """A file (or recipe name) may come first; everything else is key=value."""
     given = list(arguments or [])
-    if given and "=" not in given[0]:
+    if given and ("=" not in given[0] or Path(given[0]).is_file()):
         return given[0], given[1:]
     return None, given
 

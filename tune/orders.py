@@ -72,11 +72,11 @@ class OrderBook:
         if entry is None:
             entry = self.entries[order.id] = Entry(order)
             self._changed(order.id)
-        elif entry.state == "stopped" or (entry.cancelled and entry.state in ("queued", "running")):
+        elif entry.state == "stopped" or (entry.cancelled and entry.state == "running"):
             # Wanted again by somebody after its only follower gave up.
             entry.cancelled = False
             if entry.state == "stopped":
-                entry.state, entry.lane = "queued", None
+                self._requeue(entry)
         entry.followers.add(follower)
         return entry.state
 
@@ -124,8 +124,7 @@ class OrderBook:
                 elif entry.attempts >= MAX_ATTEMPTS:
                     self._end(entry, "failed", f"{entry.reason or reason} (tried {entry.attempts} times)")
                 else:
-                    entry.state, entry.lane = "queued", None
-                    self._changed(entry.order.id)
+                    self._requeue(entry)
 
     def take(self, lane: str, engine_key: str | None) -> Order | None:
         """The next order for a lane: one that fits the engine it has, else the oldest of its width."""
@@ -162,7 +161,11 @@ class OrderBook:
         entry = self.entries[order_id]
         self._release(entry)
         entry.outcome = outcome
-        if outcome["status"] == "stopped":
+        if outcome["status"] == "stopped" and not entry.cancelled:
+            # Wanted again after its lane had been told to stop: it goes on from its newest checkpoint.
+            entry.attempts -= 1
+            self._requeue(entry)
+        elif outcome["status"] == "stopped":
             self._end(entry, "stopped", f"stopped at step {outcome['step']} of {outcome['total_steps']}")
         else:
             entry.state = "trained"
@@ -210,6 +213,13 @@ class OrderBook:
         return {"orders": rows, "lanes": dict(self.lanes)}
 
     # --------------------------------------------------------------- details
+
+    def _requeue(self, entry: Entry) -> None:
+        """Back into the queue as if it had never ended; a lost lane's reason is kept for the last attempt."""
+        if entry.state == "stopped":
+            entry.reason, entry.attempts = None, 0
+        entry.state, entry.lane, entry.ended, entry.outcome = "queued", None, None, {}
+        self._changed(entry.order.id)
 
     def _release(self, entry: Entry) -> None:
         if entry.lane in self.lanes:

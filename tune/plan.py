@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.spec import MacDropSpec, RaySpec, RunSpec, TrainSpec, slug, with_values
+from tune.spec import MacDropSpec, RaySpec, RunSpec, Space, TrainSpec, points, slug, with_values
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Study:
     """One model's part of a run.
 
     `spec` is the default fine-tuning; `plain` the baselines, one for each distinct setting of the keys that are not
-    MacDrop's; `trials` the searched values (dotted keys) of a grid, None when a searcher draws them.
+    MacDrop's; `trials` the searched values (dotted keys) of a grid, None when a searcher draws them from `parameters`.
     """
 
     name: str
@@ -25,6 +24,7 @@ class Study:
     plain: tuple[TrainSpec, ...]
     trials: tuple[dict[str, Any], ...] | None
     samples: int
+    parameters: dict[str, Space]
 
     def searched(self, values: dict[str, Any]) -> TrainSpec:
         """The canonical fine-tuning for a point of the search space."""
@@ -40,11 +40,19 @@ def studies(run: RunSpec) -> list[Study]:
     """The studies of a run, in the order of its models.
 
     Raises:
-        ConfigError: two models share a name, or a grid holds a value that its model refuses.
+        ConfigError: two models share a name, or a grid holds a point that its model refuses.
     """
     planned = [_study(run, spec) for spec in run.studies()]
-    names = [study.name for study in planned]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    by_name: dict[str, str] = {}
+    for study in planned:
+        model = study.spec.model_name_or_path
+        if by_name.setdefault(study.name, model) != model:
+            raise ConfigError(
+                f"sweep.models lists {by_name[study.name]} and {model}: both would be called {study.name} in the run's "
+                "folder and tables. Give one of the folders another name (a link will do)."
+            )
+    models = [study.spec.model_name_or_path for study in planned]
+    twice = sorted({model for model in models if models.count(model) > 1})
     if twice:
         raise ConfigError(
             f"sweep.models lists {', '.join(twice)} more than once. Give each model one entry; what should vary "
@@ -54,49 +62,56 @@ def studies(run: RunSpec) -> list[Study]:
 
 
 def _study(run: RunSpec, spec: TrainSpec) -> Study:
+    """Plan one model.
+
+    The plain arm: in a grid one baseline for each point of the other keys; with a searcher one for each combination of
+    their listed values where these are no more than the trials to be drawn, else the default setting alone.
+    """
     sweep = run.sweep
     arms = set(sweep.arms)
+    others = {key: space for key, space in sweep.parameters.items() if not key.startswith("macdrop.")}
+    parameters = sweep.parameters if "macdrop" in arms else others
     if "macdrop" not in arms:
         spec = _plain(spec)
-    base_only = arms == {"base"}
-    trials: tuple[dict[str, Any], ...] | None = None
     plain: list[TrainSpec] = []
-    if sweep.search_alg == "grid" and not base_only:
-        points = _grid(sweep.parameters)
-        if "plain" in arms:
-            plain = [_plain(with_values(spec, point, partial=True)).canonical() for point in points]
-        seen = {spec.trial_id() for spec in plain}
-        kept = []
-        for point in points:
-            trial = with_values(spec, point).canonical().trial_id()
-            if trial not in seen:
-                seen.add(trial)
-                kept.append(point)
-        trials = tuple(kept)
-        samples = len(kept)
-    else:
-        plain = [_plain(spec).canonical()] if "plain" in arms else []
-        samples = 0 if base_only else sweep.num_samples
-        trials = () if base_only else None
+    if "plain" in arms:
+        listed = points({key: space.values for key, space in others.items() if space.values is not None})
+        if sweep.search_alg != "grid" and len(listed) > sweep.num_samples:
+            listed = [{}]
+        plain = [_plain(with_values(spec, point)).canonical() for point in listed]
+        plain = list({baseline.trial_id(): baseline for baseline in plain}.values())
+    trials: tuple[dict[str, Any], ...] | None = ()
+    if arms != {"base"} and sweep.search_alg == "grid":
+        trials = _grid(spec, parameters, {baseline.trial_id() for baseline in plain}, arms)
+    elif parameters and arms != {"base"}:
+        trials = None
     return Study(
         name=slug(spec.model_name_or_path),
         spec=spec,
         base="base" in arms,
-        plain=tuple({baseline.trial_id(): baseline for baseline in plain}.values()),
+        plain=tuple(plain),
         trials=trials,
-        samples=samples,
+        samples=sweep.num_samples if trials is None else len(trials),
+        parameters=parameters,
     )
+
+
+def _grid(
+    spec: TrainSpec, parameters: dict[str, Space], baselines: set[str], arms: set[str]
+) -> tuple[dict[str, Any], ...]:
+    """The points of a grid, without those that are a baseline, another point in other words, or of no arm."""
+    seen = set(baselines)
+    kept = []
+    for point in points({key: space.values for key, space in parameters.items()}):
+        trial = with_values(spec, point).canonical()
+        if trial.arm in arms and trial.trial_id() not in seen:
+            seen.add(trial.trial_id())
+            kept.append(point)
+    return tuple(kept)
 
 
 def _plain(spec: TrainSpec) -> TrainSpec:
     return spec.model_copy(update={"macdrop": MacDropSpec(k=0, p0=0.0)})
-
-
-def _grid(parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    keys = list(parameters)
-    return [
-        dict(zip(keys, point, strict=True)) for point in itertools.product(*(parameters[key].values for key in keys))
-    ]
 
 
 @dataclass(frozen=True)
@@ -132,16 +147,23 @@ def gpu_shares(spec: RaySpec, cluster_gpus: float) -> tuple[float, float]:
 
 
 def check_local(spec: RaySpec) -> None:
-    """Refuse a run that this machine's CPUs can never hold, before Ray is started.
+    """Refuse a run that this machine's CPUs can never hold, before Ray is started. A cluster is asked when joined.
 
     Raises:
         ConfigError: with the arithmetic.
     """
     cpus = os.cpu_count() or 1
-    workers = spec.lanes * spec.num_workers
-    if workers * spec.cpus_per_worker > cpus:
+    needs = resources(spec, cluster_gpus=0)
+    if spec.address is None and needs.cpus > cpus:
         raise ConfigError(
+            f"The run needs more CPUs than this machine has, {needs.cpus:g} of {cpus}:\n"
             f"ray.lanes {spec.lanes} x ray.num_workers {spec.num_workers} x ray.cpus_per_worker "
-            f"{spec.cpus_per_worker:g} = {workers * spec.cpus_per_worker:g} CPUs, but this machine has {cpus}.\n"
+            f"{spec.cpus_per_worker:g} + ray.evaluators {spec.evaluators} x ray.cpus_per_evaluator "
+            f"{spec.cpus_per_evaluator:g} = {needs.cpus:g}.\n"
             "Lower ray.num_workers or ray.lanes, or set ray.address to a cluster that has more."
         )
+
+
+def one_lane(spec: RaySpec) -> RaySpec:
+    """What `macdrop train` needs of it: one lane's worth of workers, and nobody to score."""
+    return spec.model_copy(update={"lanes": 1, "evaluators": 1, "cpus_per_evaluator": 0.0, "gpus_per_evaluator": 0.0})

@@ -7,39 +7,36 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from macdrop.config import MacDropConfig
 from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import SCHEDULES
-from tune.benchmarks.spec import EvalSpec
+from tune.benchmarks.spec import PLAIN, EvalSpec, jobs
+from tune.blocks import MacDropSpec, Metric, RaySpec, Space, Strict, SweepSpec
+from tune.explain import ELSEWHERE, build
+from tune.specfile import merge, normalise, override, read_override, read_yaml, undot
 
-#: Names of other tools for the same thing, accepted and translated (Axolotl, PEFT, TRL, LLaMA-Factory, Ray).
-ALIASES = {
-    "base_model": "model_name_or_path",
-    "model": "model_name_or_path",
-    "datasets": "dataset",
-    "dataset_name": "dataset",
-    "sequence_len": "cutoff_len",
-    "max_length": "cutoff_len",
-    "max_seq_length": "cutoff_len",
-    "train_on_inputs": "train_on_prompt",
-    "lora_r": "lora_rank",
-    "lora_target_modules": "lora_target",
-    "peft_use_dora": "use_dora",
-    "peft_use_rslora": "use_rslora",
-    "micro_batch_size": "per_device_train_batch_size",
-    "num_epochs": "num_train_epochs",
-    "lr_scheduler": "lr_scheduler_type",
-    "val_set_size": "val_size",
-    "ray_num_workers": "ray.num_workers",
-}
+__all__ = [
+    "ENGINE_KEYS",
+    "MacDropSpec",
+    "Metric",
+    "RaySpec",
+    "RunSpec",
+    "Space",
+    "SweepSpec",
+    "TrainSpec",
+    "dump",
+    "load",
+    "slug",
+    "with_values",
+]
 
 #: Keys that decide how an engine is built; two orders that agree on them can share one engine.
 ENGINE_KEYS = (
@@ -63,29 +60,7 @@ ENGINE_KEYS = (
 )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class MacDropSpec(_Strict):
-    """The block `macdrop:`; p0 = 0 or k = 0 means plain fine-tuning."""
-
-    k: int = 5
-    p0: float = 0.8
-    schedule: str = "step"
-    alpha: float | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> MacDropSpec:
-        self.config(seed=0)
-        return self
-
-    def config(self, seed: int) -> MacDropConfig:
-        """The method's own configuration, in canonical form."""
-        return MacDropConfig(k=self.k, p0=self.p0, schedule=self.schedule, alpha=self.alpha, seed=seed).canonical()
-
-
-class TrainSpec(_Strict):
+class TrainSpec(Strict):
     """One fine-tuning. Every field may be searched by its dotted name, but for the model (see `sweep.models`)."""
 
     model_name_or_path: str
@@ -102,14 +77,14 @@ class TrainSpec(_Strict):
     use_dora: bool = False
     use_rslora: bool = False
 
-    dataset: str | list[dict[str, Any]] = "zoo:train"
+    dataset: str | list[str | dict[str, Any]] = "zoo:train"
     format: Literal["auto", "alpaca", "sharegpt", "messages", "text"] = "auto"
     template: Literal["auto", "alpaca", "chat"] = "auto"
     cutoff_len: int = Field(1024, ge=2)
     train_on_prompt: bool = False
     val_size: float = Field(0.05, ge=0)
     max_samples: int | None = Field(None, ge=1)
-    data_seed: int = 0
+    data_seed: int = Field(0, ge=0, lt=2**31)
 
     per_device_train_batch_size: int = Field(8, ge=1)
     per_device_eval_batch_size: int = Field(8, ge=1)
@@ -127,7 +102,7 @@ class TrainSpec(_Strict):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "cpu"] = "none"
@@ -182,100 +157,10 @@ def slug(model_name_or_path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/:]", model_name_or_path.rstrip("/"))[-1])
 
 
-class Space(_Strict):
-    """One searched key: a list of values, or a range with a distribution (the shape of W&B sweeps)."""
-
-    values: list[Any] | None = None
-    min: float | None = None
-    max: float | None = None
-    distribution: Literal["uniform", "log_uniform", "int_uniform"] = "uniform"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_list(cls, value: Any) -> Any:
-        return {"values": value} if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _check(self) -> Space:
-        if self.values is not None:
-            if self.min is not None or self.max is not None:
-                raise ValueError("has both values and min/max; write one of them")
-            if not self.values:
-                raise ValueError("has an empty list of values")
-            return self
-        if self.min is None or self.max is None:
-            raise ValueError("needs a list of values, or min and max")
-        if not self.min < self.max:
-            raise ValueError(f"needs min < max, not {self.min} and {self.max}")
-        if self.distribution == "log_uniform" and self.min <= 0:
-            raise ValueError(f"log_uniform needs min > 0, not {self.min}")
-        return self
-
-    def bounds(self) -> list[Any]:
-        """Values that must be valid for the whole space to be valid."""
-        if self.values is not None:
-            return self.values
-        cast = int if self.distribution == "int_uniform" else float
-        return [cast(self.min), cast(self.max)]
-
-
-class Metric(_Strict):
-    """What a search optimises: `eval_loss` (validation loss, masks off) or a score `benchmark/task/metric[@attack]`."""
-
-    name: str = "eval_loss"
-    goal: Literal["minimize", "maximize"] = "minimize"
-
-
-class SweepSpec(_Strict):
-    """The block `sweep:`."""
-
-    models: list[dict[str, Any]] = []
-    arms: list[Literal["base", "plain", "macdrop"]] = ["base", "plain", "macdrop"]
-    parameters: dict[str, Space] = {}
-    metric: Metric = Metric()
-    search_alg: Literal["grid", "random", "optuna"] = "grid"
-    search_seed: int = 0
-    scheduler: Literal["none", "asha"] = "none"
-    grace_period: int = Field(1, ge=1)
-    reduction_factor: int = Field(4, ge=2)
-    num_samples: int = Field(8, ge=1)
-    max_concurrent_trials: int = Field(4, ge=1)
-    time_budget_s: float | None = Field(None, gt=0)
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        entries = value if isinstance(value, list) else [value]
-        return [{"model_name_or_path": entry} if isinstance(entry, str) else entry for entry in entries]
-
-    @model_validator(mode="after")
-    def _check(self) -> SweepSpec:
-        if not self.arms:
-            raise ValueError("arms is empty; allowed: base, plain, macdrop")
-        if self.search_alg == "grid":
-            ranges = [key for key, space in self.parameters.items() if space.values is None]
-            if ranges:
-                raise ValueError(
-                    f"a grid needs lists of values, but {', '.join(ranges)} has min and max. "
-                    "Write a list, or set search_alg to random or optuna."
-                )
-        return self
-
-
-class RaySpec(_Strict):
-    """The block `ray:`; resources are per worker or actor. `None` for GPUs means: 1 if the cluster has any, else 0."""
-
-    address: str | None = None
-    num_workers: int = Field(1, ge=1)
-    lanes: int = Field(1, ge=1)
-    evaluators: int = Field(1, ge=1)
-    cpus_per_worker: float = Field(1.0, ge=0)
-    gpus_per_worker: float | None = Field(None, ge=0)
-    cpus_per_evaluator: float = Field(0.0, ge=0)
-    gpus_per_evaluator: float | None = Field(None, ge=0)
-    resource_timeout_s: float = Field(120.0, gt=0)
-    threads_per_worker: int = Field(1, ge=1)
-    dashboard: bool = True
+#: Keys that say what the base model is; another value is another model, to be listed under sweep.models.
+MODEL_KEYS = ("model_name_or_path", "model_revision", "trust_remote_code")
+#: Keys of which single values may be fine and their combination not.
+COUPLED_KEYS = ("zero_stage", "offload")
 
 
 class RunSpec(TrainSpec):
@@ -288,39 +173,119 @@ class RunSpec(TrainSpec):
     ray: RaySpec = RaySpec()
 
     @model_validator(mode="after")
-    def _check_models(self) -> RunSpec:
-        if bool(self.model_name_or_path) == bool(self.sweep.models):
+    def _check_run(self) -> RunSpec:
+        if self.model_name_or_path and self.sweep.models:
             raise ValueError(
-                "needs model_name_or_path (one model) or sweep.models (a list), "
-                + ("and not both" if self.model_name_or_path else "and has neither")
+                "both model_name_or_path and sweep.models are given. Write one of them; to run a recipe on another "
+                f"model: sweep.models=[{self.model_name_or_path}]"
+            )
+        if not self.model_name_or_path and not self.sweep.models:
+            raise ValueError(
+                "there is no model. Give model_name_or_path (one) or sweep.models (a list): a hub id, a folder, or "
+                "zoo:planted-llama"
             )
         for key in self.sweep.parameters:
-            self._check_searchable(key)
-        for study in self.studies():
-            for key, space in self.sweep.parameters.items():
-                for value in space.bounds():
-                    try:
-                        with_values(study, {key: value}, partial=True)
-                    except ConfigError as error:
-                        raise ValueError(f"sweep.parameters.{key}: {error}") from None
+            _check_searchable(key)
+        studies = self.studies()
+        for study in studies:
+            _check_space(study, self.sweep.parameters)
+        self._check_metric(studies)
         return self
 
-    def _check_searchable(self, key: str) -> None:
-        fixed = {"model_name_or_path", "finetuning_type"}
-        allowed = [name for name in TrainSpec.model_fields if name not in fixed | {"macdrop"}]
-        allowed += [f"macdrop.{name}" for name in MacDropSpec.model_fields]
-        if key in allowed:
+    def _check_metric(self, studies: list[TrainSpec]) -> None:
+        name = self.sweep.metric.name
+        if self.sweep.scheduler == "asha":
+            if name != "eval_loss":
+                raise ValueError(
+                    f"sweep.scheduler asha compares trials while they train, and {name} is known at their end only.\n"
+                    "Set sweep.metric.name to eval_loss, or sweep.scheduler to none."
+                )
+            if any(study.eval_steps is None for study in studies):
+                raise ValueError(
+                    "sweep.scheduler asha compares eval_loss while trials train, and eval_steps is not set.\n"
+                    "Set eval_steps (optimizer steps between two validations), or sweep.scheduler to none."
+                )
+        if name == "eval_loss":
             return
-        remedy = " Models are listed under sweep.models." if key in ("model_name_or_path", "models") else ""
-        raise ValueError(f"sweep.parameters: {key!r} is no key that can be searched.{nearest(key, allowed)}{remedy}")
+        known = {(job.benchmark, job.task, "" if job.attack == PLAIN else job.attack) for job in jobs(self.eval)}
+        score, _, attack = name.partition("@")
+        if (*score.split("/")[:2], attack) not in known or len(score.split("/")) != 3:
+            forms = ["/".join((*key[:2], "METRIC")) + (f"@{key[2]}" if key[2] else "") for key in sorted(known)]
+            raise ValueError(
+                f"sweep.metric.name is {name!r}, but no benchmark of the eval block gives such a score."
+                f"{nearest(name, ['eval_loss', *forms])}\nAllowed: eval_loss"
+                + (f", {', '.join(forms)}." if forms else "; or list benchmarks under eval.")
+            )
 
     def studies(self) -> list[TrainSpec]:
         """One fine-tuning spec per model: the flat keys with that model's own overrides."""
         flat = {name: getattr(self, name) for name in TrainSpec.model_fields}
         flat["macdrop"] = self.macdrop.model_dump()
         if not self.sweep.models:
-            return [_build(TrainSpec, flat)]
-        return [_build(TrainSpec, _merge(flat, _undot(entry))) for entry in self.sweep.models]
+            return [build(TrainSpec, flat)]
+        return [self._study(flat, number, entry) for number, entry in enumerate(self.sweep.models, 1)]
+
+    def _study(self, flat: dict[str, Any], number: int, entry: dict[str, Any]) -> TrainSpec:
+        where = f"sweep.models, entry {number} ({entry.get('model_name_or_path')})"
+        if not entry.get("model_name_or_path"):
+            raise ConfigError(f"{where}: model_name_or_path is missing.")
+        for key in sorted(set(entry) & (set(RunSpec.model_fields) - set(TrainSpec.model_fields))):
+            raise ConfigError(f"{where}: {key} is for the whole run; write it outside of sweep.models.")
+        try:
+            return build(TrainSpec, merge(flat, entry))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_searchable(key: str) -> None:
+    fixed = {*MODEL_KEYS, "finetuning_type", "macdrop"}
+    allowed = [name for name in TrainSpec.model_fields if name not in fixed]
+    allowed += [f"macdrop.{name}" for name in MacDropSpec.model_fields]
+    if key in allowed:
+        return
+    if key in MODEL_KEYS:
+        raise ValueError(
+            f"sweep.parameters: {key} belongs to the model. List models, each with its own keys, under sweep.models."
+        )
+    hint = f" {ELSEWHERE[key]}" if key in ELSEWHERE else nearest(key, allowed)
+    raise ValueError(f"sweep.parameters: {key!r} is no key that can be searched.{hint}")
+
+
+def _check_space(study: TrainSpec, parameters: dict[str, Space]) -> None:
+    """Refuse a value, or a combination of values, that the search could draw and that is not allowed."""
+    for key, space in parameters.items():
+        for value in space.bounds():
+            try:
+                with_values(study, {key: value}, partial=True)
+            except ConfigError as error:
+                whole = space.values is None and space.distribution != "int_uniform" and "whole number" in str(error)
+                remedy = " Write distribution: int_uniform." if whole else ""
+                raise ValueError(f"sweep.parameters.{key}: {error}{remedy}") from None
+    coupled = {key: parameters[key].bounds() for key in COUPLED_KEYS if key in parameters}
+    for point in points(coupled):
+        try:
+            with_values(study, point, partial=True)
+        except ConfigError as error:
+            raise ValueError(f"sweep.parameters would draw {point}: {error}") from None
+    schedules = [study.macdrop.schedule]
+    if "macdrop.schedule" in parameters:
+        schedules = parameters["macdrop.schedule"].bounds()
+    if "macdrop.alpha" in parameters:
+        if "exp" not in schedules:
+            raise ValueError(
+                f"sweep.parameters.macdrop.alpha has no effect: of the schedules only exp has an alpha, and the search "
+                f"has {', '.join(schedules)}. Leave alpha out, or add exp to macdrop.schedule."
+            )
+    elif "exp" in schedules and study.macdrop.alpha is None:
+        raise ValueError(
+            "sweep.parameters.macdrop.schedule has exp, which needs an alpha. Search it as well: "
+            "macdrop.alpha: [0.01, 0.05, 0.1] (the paper's values; the other schedules leave it unused)."
+        )
+
+
+def points(axes: dict[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of the axes."""
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
 def with_values(spec: TrainSpec, values: dict[str, Any], *, partial: bool = False) -> TrainSpec:
@@ -332,115 +297,45 @@ def with_values(spec: TrainSpec, values: dict[str, Any], *, partial: bool = Fals
     Raises:
         ConfigError: a value is not allowed.
     """
-    raw = _merge(spec.model_dump(), _undot(values))
+    raw = merge(spec.model_dump(), undot(values))
     block = raw["macdrop"]
-    if block["schedule"] in SCHEDULES:
+    if isinstance(block["schedule"], str) and block["schedule"] in SCHEDULES:
         if block["schedule"] != "exp":
-            block["alpha"] = None
+            unused, block["alpha"] = block["alpha"], None
+            if partial and values.get("macdrop.alpha") is not None:
+                # The value is for trials with the schedule exp: look at it with that.
+                block |= {"schedule": "exp", "alpha": unused}
         elif partial and block["alpha"] is None:
             block["alpha"] = 0.05
-    return _build(TrainSpec, raw)
+    return build(TrainSpec, raw)
 
 
-def load(path: str | Path | None, overrides: list[str] | None = None, kind: type[TrainSpec] = RunSpec) -> Any:
-    """Read a YAML file, apply `key=value` overrides, validate.
+def load(
+    path: str | Path | None,
+    overrides: Iterable[str] = (),
+    kind: type[TrainSpec] = RunSpec,
+    replace: dict[str, Any] | None = None,
+) -> Any:
+    """Read a YAML file, apply `key=value` overrides in their order, then the dotted keys of `replace`, and validate.
+
+    Keys may be dotted, and have other tools' names (`tune.specfile.ALIASES`). An override replaces what was there.
 
     Raises:
-        ConfigError: the file is missing or no YAML mapping, a key is unknown, a value is not allowed.
+        ConfigError: the file is missing or no YAML mapping, a key is unknown or given twice, a value is not allowed.
     """
-    raw: dict[str, Any] = {}
-    if path is not None:
-        raw = _read_yaml(Path(path))
-    for override in overrides or []:
-        key, sign, value = override.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"{override!r} is no override. Write key=value, for example learning_rate=1e-4.")
-        raw = _merge(raw, _undot({key.lstrip("-").replace("-", "_"): yaml.safe_load(value)}))
-    return _build(kind, _rename(raw))
+    raw: dict[str, Any] = {} if path is None else normalise(read_yaml(Path(path)))
+    given = [read_override(text) for text in overrides]
+    for key, value in [*given, *(replace or {}).items()]:
+        raw = override(raw, key, value)
+    return build(kind, raw)
 
 
 def dump(spec: BaseModel) -> dict[str, Any]:
     """Plain data that `load` reads back."""
-    return spec.model_dump(mode="json")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(
-            f"{path} is no file. Give the path of a run's YAML file; `macdrop sweep --recipes` lists ours."
-        )
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold keys and values, for example\n  model_name_or_path: zoo:planted-llama")
-    return raw
-
-
-def _rename(raw: dict[str, Any]) -> dict[str, Any]:
-    renamed = dict(raw)
-    for alias, name in ALIASES.items():
-        if alias not in renamed:
-            continue
-        if name in renamed:
-            raise ConfigError(f"{alias} and {name} mean the same; write only {name}.")
-        renamed = _merge(renamed, _undot({name: renamed.pop(alias)}))
-    return renamed
-
-
-def _undot(values: dict[str, Any]) -> dict[str, Any]:
-    """{'a.b': 1} -> {'a': {'b': 1}}; the searched keys under sweep.parameters keep their dots."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        head, dot, rest = key.partition(".")
-        if dot and key.startswith("sweep.parameters."):
-            nested: Any = {"parameters": {key.removeprefix("sweep.parameters."): value}}
-            result = _merge(result, {"sweep": nested})
-        elif dot:
-            result = _merge(result, {head: _undot({rest: value})})
-        else:
-            result = _merge(result, {key: value})
-    return result
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _build(kind: type[BaseModel], raw: dict[str, Any]) -> Any:
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(kind, item) for item in error.errors())) from None
-
-
-def _explain(kind: type[BaseModel], item: dict[str, Any]) -> str:
-    """One line for one pydantic error: what, the value, what is allowed, the nearest name."""
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        allowed = _fields_at(kind, item["loc"][:-1])
-        known = f" Allowed: {', '.join(sorted(allowed))}." if 0 < len(allowed) <= 12 else ""
-        return f"{where} is no key we know.{nearest(str(item['loc'][-1]), [*allowed, *ALIASES])}{known}"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]}, not {item['input']!r}."
-
-
-def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        field = kind.model_fields.get(part) if isinstance(part, str) else None
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        kind = field.annotation
-    return list(kind.model_fields)
+    content = spec.model_dump(mode="json")
+    if content.get("model_name_or_path") == "":  # a run whose models are listed under sweep
+        del content["model_name_or_path"]
+    return content
 
 
 def _digest(content: dict[str, Any]) -> str:

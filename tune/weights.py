@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from macdrop.errors import DataError
+from macdrop.errors import DataError, NoMassiveWeights
+from tune.files import writing
 from tune.spec import TrainSpec, slug
 from tune.zoo import PREFIX, resolve
 
@@ -28,21 +30,32 @@ def cache_dir() -> Path:
 
 
 def known_weights(spec: TrainSpec, *, bos_token_id: int | None = None) -> MassiveWeights | None:
-    """The massive weights from the cache, None if this checkpoint was never scanned."""
+    """The massive weights from the cache, under the name that `spec` has for the model.
+
+    None if this checkpoint was never scanned, or the cached file is damaged (a new scan replaces it).
+    """
     from macdrop import MassiveWeights
 
     path, fingerprint = _cached(spec, bos_token_id)
     if not path.is_file():
         return None
-    known = MassiveWeights.load(path)
-    known.check(fingerprint)
-    return known
+    try:
+        known = MassiveWeights.load(path)
+        known.check(fingerprint)
+    except NoMassiveWeights:
+        return None
+    return replace(known, model=spec.model_name_or_path)
 
 
 def massive_weights(
     spec: TrainSpec, model: Any, tokenizer: Any, *, bos_token_id: int | None = None, fresh: bool = False
 ) -> MassiveWeights:
-    """The massive weights of a loaded base model, scanned unless the cache has them (or with `fresh`)."""
+    """The massive weights of a loaded base model, scanned unless the cache has them (or with `fresh`).
+
+    Raises:
+        NoMassiveWeights: the scan finds none.
+        ResourceError: the cache cannot be written.
+    """
     from macdrop import find_massive_weights
 
     known = None if fresh else known_weights(spec, bos_token_id=bos_token_id)
@@ -52,8 +65,8 @@ def massive_weights(
     found = find_massive_weights(
         model, tokenizer, source=spec.model_name_or_path, fingerprint=fingerprint, bos_token_id=bos_token_id
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path)
+    with writing(path):
+        found.save(path)
     return found
 
 
@@ -72,16 +85,32 @@ def proof(
 
 
 def proof_blocks(model: Any, tokenizer: Any, bos_token_id: int, *, text: Path | None, source: str) -> Any:
-    """Token ids (n, T) of the text of a proof, bos first in every block."""
+    """Token ids (n, T) of the text of a proof, bos first in every block; see `proof_text`."""
     from macdrop.proof import text_blocks
 
-    file = text or (Path(resolve("zoo:text")) if source.startswith(PREFIX) else STORY)
-    if not file.is_file():
-        raise DataError(f"{file} is no text file. Give a plain text with --text, or leave it out for a built-in one.")
+    content = proof_text(text, source)
     positions = getattr(model.config, "max_position_embeddings", None) or BLOCK_TOKENS
     # The zoo's models were trained on blocks of 64 tokens and know nothing of longer ones.
     length = min(64 if source.startswith(PREFIX) else BLOCK_TOKENS, positions)
-    return text_blocks(tokenizer, file.read_text(encoding="utf-8"), length, bos_token_id)[:MAX_BLOCKS]
+    return text_blocks(tokenizer, content, length, bos_token_id)[:MAX_BLOCKS]
+
+
+def proof_text(text: Path | None, source: str) -> str:
+    """The text of a proof: a file's, our story's, or the zoo's for a model of the zoo.
+
+    Raises:
+        DataError: the file is missing, empty, or no text.
+    """
+    file = text or (Path(resolve("zoo:text")) if source.startswith(PREFIX) else STORY)
+    if not file.is_file():
+        raise DataError(f"{file} is no text file. Give a plain text with --text, or leave it out for a built-in one.")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}). Give a plain text.") from None
+    if not content.strip():
+        raise DataError(f"{file} is empty. Give a text of some thousand words, or leave --text out.")
+    return content
 
 
 def _cached(spec: TrainSpec, bos_token_id: int | None) -> tuple[Path, str]:

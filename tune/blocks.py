@@ -1,0 +1,148 @@
+"""The blocks `macdrop:`, `sweep:` and `ray:` of a run file; `eval:` is in `tune.benchmarks.spec`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+
+from macdrop.config import MacDropConfig
+
+
+class Strict(BaseModel):
+    """No unknown key, no value of another type taken for the right one (true is not 1, "8" is not 8)."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
+
+
+class MacDropSpec(Strict):
+    """The block `macdrop:`; p0 = 0 or k = 0 means plain fine-tuning."""
+
+    k: int = 5
+    p0: float = 0.8
+    schedule: str = "step"
+    alpha: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> MacDropSpec:
+        self.config(seed=0)
+        return self
+
+    def config(self, seed: int) -> MacDropConfig:
+        """The method's own configuration, in canonical form."""
+        return MacDropConfig(k=self.k, p0=self.p0, schedule=self.schedule, alpha=self.alpha, seed=seed).canonical()
+
+
+class Space(Strict):
+    """One searched key: a list of values, or a range with a distribution (the shape of W&B sweeps)."""
+
+    values: list[Any] | None = None
+    min: float | None = None
+    max: float | None = None
+    distribution: Literal["uniform", "log_uniform", "int_uniform"] = "uniform"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_list(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return {"values": value}
+        if not isinstance(value, (dict, Space)):
+            raise ValueError(f"must be a list of values, or a block with min and max, not {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Space:
+        if self.values is not None:
+            if self.min is not None or self.max is not None:
+                raise ValueError("has both values and min/max; write one of them")
+            if not self.values:
+                raise ValueError("has an empty list of values")
+            return self
+        if self.min is None or self.max is None:
+            raise ValueError("needs a list of values, or min and max")
+        if not self.min < self.max:
+            raise ValueError(f"needs min < max, not {self.min:g} and {self.max:g}")
+        if self.distribution == "log_uniform" and self.min <= 0:
+            raise ValueError(f"log_uniform needs min > 0, not {self.min:g}")
+        if self.distribution == "int_uniform" and (self.min % 1 or self.max % 1):
+            raise ValueError(f"int_uniform needs whole numbers, not {self.min:g} and {self.max:g}")
+        return self
+
+    @model_serializer
+    def _short(self) -> Any:
+        if self.values is not None:
+            return self.values
+        return {"min": self.min, "max": self.max, "distribution": self.distribution}
+
+    def bounds(self) -> list[Any]:
+        """Values that must be valid for the whole space to be valid."""
+        if self.values is not None:
+            return self.values
+        cast = int if self.distribution == "int_uniform" else float
+        return [cast(self.min), cast(self.max)]
+
+
+class Metric(Strict):
+    """What a search optimises: `eval_loss` (validation loss, masks off) or a score `benchmark/task/metric[@attack]`."""
+
+    name: str = "eval_loss"
+    goal: Literal["minimize", "maximize"] = "minimize"
+
+
+class SweepSpec(Strict):
+    """The block `sweep:`."""
+
+    models: list[dict[str, Any]] = []
+    arms: list[Literal["base", "plain", "macdrop"]] = ["base", "plain", "macdrop"]
+    parameters: dict[str, Space] = {}
+    metric: Metric = Metric()
+    search_alg: Literal["grid", "random", "optuna"] = "grid"
+    search_seed: int = Field(0, ge=0, lt=2**31)
+    scheduler: Literal["none", "asha"] = "none"
+    grace_period: int = Field(1, ge=1)
+    reduction_factor: int = Field(4, ge=2)
+    num_samples: int = Field(8, ge=1)
+    max_concurrent_trials: int = Field(4, ge=1)
+    time_budget_s: float | None = Field(None, gt=0)
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        return [{"model_name_or_path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepSpec:
+        if not self.arms:
+            raise ValueError("arms is empty; allowed: base, plain, macdrop")
+        if self.search_alg == "grid":
+            ranges = [key for key, space in self.parameters.items() if space.values is None]
+            if ranges:
+                raise ValueError(
+                    f"a grid needs lists of values, but {', '.join(ranges)} has min and max. "
+                    "Write a list, or set search_alg to random or optuna."
+                )
+        elif not self.parameters and "macdrop" in self.arms:
+            raise ValueError(
+                f"search_alg {self.search_alg} has nothing to draw: parameters is empty.\n"
+                "List what to search, for example macdrop.p0: {min: 0.2, max: 1.0}, or set search_alg to grid."
+            )
+        return self
+
+
+class RaySpec(Strict):
+    """The block `ray:`; resources are per worker or actor. `None` for GPUs means: 1 if the cluster has any, else 0."""
+
+    address: str | None = None
+    num_workers: int = Field(1, ge=1)
+    lanes: int = Field(1, ge=1)
+    evaluators: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1.0, ge=0)
+    gpus_per_worker: float | None = Field(None, ge=0)
+    cpus_per_evaluator: float = Field(0.0, ge=0)
+    gpus_per_evaluator: float | None = Field(None, ge=0)
+    resource_timeout_s: float = Field(120.0, gt=0)
+    threads_per_worker: int = Field(1, ge=1)
+    dashboard: bool = True

@@ -1,0 +1,52 @@
+"""What the verbs print with: one console, lines of a name and a text, tables that survive a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+#: Columns where the output is no terminal: a table cut at 80 would be useless in a file.
+PIPED_WIDTH = 200
+
+console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def line(name: str, text: str, width: int = 13) -> None:
+    """One finding: its name in bold, then the text, never wrapped, so that paths can be copied."""
+    console.print(f"[bold]{name:<{width}}[/bold]", end=" ")
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def lines(pairs: Iterable[tuple[str, str]]) -> None:
+    """Several lines whose texts stand below each other."""
+    pairs = list(pairs)
+    width = max(len(name) for name, _ in pairs)
+    for name, text in pairs:
+        line(name, text, width + 1)
+
+
+def table(*headings: str, left: Iterable[str] = ()) -> Table:
+    """An empty table without rules; columns are numbers, right-justified, but for those named in `left`."""
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        made.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    return made
+
+
+def quiet_libraries() -> None:
+    """transformers' loading bars and advice off; our own lines say what happens."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("deepspeed").setLevel(logging.ERROR)
