@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("macdrop", "tune", "cluster")
-FILE_LINES, FUNCTION_LINES = 350, 80
+FILE_LINES, TEST_LINES, FUNCTION_LINES = 350, 450, 80
 
 #: The only files that import Ray when they are imported; all others work where Ray is not installed.
 RAY_FILES = {
@@ -159,7 +159,7 @@ def _run(code: str) -> str:
 @pytest.mark.parametrize("name", sources(*PACKAGES, "tests"))
 def test_files_and_functions_stay_short(name):
     lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-    assert lines <= FILE_LINES, f"{name} has {lines} lines; split it"
+    assert lines <= (TEST_LINES if name.startswith("tests/") else FILE_LINES), f"{name} has {lines} lines; split it"
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.lineno + 1
