@@ -107,9 +107,14 @@ def prepare(spec: Any, tokenizer: Any, cache_dir: str | os.PathLike) -> Path:
     folder = cache_dir / key[:16]
     with writing(folder):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f"{key[:16]}.lock"):
+        lock = cache_dir / f"{key[:16]}.lock"
+        with FileLock(lock):
             if not _intact(folder):
-                _build(folder, key, tokenizer, sources, [rows for _, rows in opened], settings)
+                try:
+                    _build(folder, key, tokenizer, sources, [rows for _, rows in opened], settings)
+                except BaseException:
+                    lock.unlink(missing_ok=True)  # data that are refused leave nothing behind
+                    raise
     return folder
 
 

@@ -226,6 +226,7 @@ class RunSpec(TrainSpec):
         return [self._study(flat, number, entry) for number, entry in enumerate(self.sweep.models, 1)]
 
     def _study(self, flat: dict[str, Any], number: int, entry: dict[str, Any]) -> TrainSpec:
+        entry = undot(entry)
         where = f"sweep.models, entry {number} ({entry.get('model_name_or_path')})"
         if not entry.get("model_name_or_path"):
             raise ConfigError(f"{where}: model_name_or_path is missing.")
