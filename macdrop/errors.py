@@ -1,7 +1,7 @@
 """Every error that macdrop raises on purpose.
 
-A `ConfigError` is the user's to mend (exit code 2), a `ResourceError` the machine's (exit code 3). All of them carry one
-message and nothing else, so that they cross process borders (Ray pickles exceptions) unchanged.
+A `ConfigError` is the user's to mend (exit code 2), a `ResourceError` the machine's (exit code 3). All of them carry
+one message and nothing else, so that they cross process borders (Ray pickles exceptions) unchanged.
 """
 
 from __future__ import annotations

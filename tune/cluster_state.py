@@ -19,22 +19,29 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # The newer output prints boxes whatever the verbosity.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Ctrl-C ends the whole run with its own exit code; Tune's handler would end one study and go on with the next.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # A searched score exists only in a trial's last report.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
 
-def connect(spec: RaySpec) -> str:
-    """Join the cluster at `spec.address`, or start Ray on this machine; returns the dashboard's address.
+def connect(spec: RaySpec) -> tuple[str, bool]:
+    """Join the cluster at `spec.address`, or start Ray on this machine, unless this process has joined one already.
+
+    Returns the dashboard's address, and whether this call did join or start: who does so leaves with `ray.shutdown`.
 
     Raises:
         ConfigError: the run can never fit on this machine.
         ResourceError: there is no cluster at the address.
     """
+    if ray.is_initialized():
+        return "", False
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     # Trials that fail are told by the run itself, with their reason; Tune would print each one's whole traceback.
@@ -57,7 +64,7 @@ def connect(spec: RaySpec) -> str:
             f"No Ray cluster at ray.address {spec.address!r}: {error}\n"
             "Start one (`ray start --head`), or leave ray.address out to use this machine."
         ) from None
-    return context.dashboard_url or ""
+    return context.dashboard_url or "", True
 
 
 def check_cluster(spec: RaySpec) -> float:

@@ -47,6 +47,8 @@ def prepare_process(threads: int = 1) -> None:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     import deepspeed
 
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce first (over a minute); gradients here go over gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_init_required=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,15 @@ def run_lane(name: str, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker:
 
 def _work(config: dict[str, Any]) -> None:
     """What every worker of a lane runs: take orders until the lane is closed."""
+    import torch
     import torch.distributed as dist
+    from ray.train.torch import get_device
 
     from tune.engine import prepare_process
 
+    if torch.cuda.is_available():
+        # Ray shows a worker the GPUs it may use; DeepSpeed takes the one that LOCAL_RANK numbers.
+        os.environ["LOCAL_RANK"] = str(get_device().index or 0)
     prepare_process(config["threads"])
     _silence()
     dispatcher, lane = config["dispatcher"], config["lane"]
@@ -132,13 +138,14 @@ class _Relay:
     """Rank 0's observer: writes each step's metrics into the trial's folder and passes them on without waiting."""
 
     def __init__(self, dispatcher: ActorHandle, order: Order) -> None:
+        from tune.journal import TrialRecord
+
         self.dispatcher, self.order = dispatcher, order
+        self.record = TrialRecord(Path(order.folder))
         self.answer: ray.ObjectRef | None = None
 
     def __call__(self, metrics: dict[str, Any]) -> bool:
-        from tune.files import append_jsonl
-
-        append_jsonl(Path(self.order.folder) / "metrics.jsonl", [metrics])
+        self.record.log([metrics])
         # The answer to the last report has arrived by now, so that no step waits for the dispatcher.
         go_on = self.answer is None or ray.get(self.answer)
         self.answer = self.dispatcher.call.remote("progress", self.order.id, metrics)

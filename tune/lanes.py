@@ -17,12 +17,17 @@ from tune.spec import RaySpec
 
 #: A lane whose Train run has failed for good is started anew this often before the run is given up.
 RELAUNCHES = 2
+#: How long a closing lane may take on a cluster that goes on without us; on our own, Ray's end is the lanes' end.
+CLOSE_S = 20.0
 
 
 class Lanes:
     """Starts the lanes, notices dead ones, closes them."""
 
-    def __init__(self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path) -> None:
+    def __init__(
+        self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path, *, outlives_us: bool
+    ) -> None:
+        self._outlives_us = outlives_us
         self._dispatcher, self._spec, self._gpus, self._storage = dispatcher, spec, gpus_per_worker, storage
         self._numbers = itertools.count(1)
         self._threads: dict[str, threading.Thread] = {}
@@ -62,11 +67,11 @@ class Lanes:
             self._opened = None
 
     def close(self) -> None:
-        """Ask every lane to end after its order and wait a little for them."""
+        """Ask every lane to end after its order; on a cluster that outlives us, wait a little for them."""
         for name in self._threads:
             call(self._dispatcher, "close", name)
         for thread in self._threads.values():
-            thread.join(timeout=15)
+            thread.join(timeout=CLOSE_S if self._outlives_us else 0)
 
     def _launch(self) -> None:
         name = f"lane-{next(self._numbers)}-{int(time.time())}"

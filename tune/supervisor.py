@@ -158,14 +158,13 @@ class Supervisor:
     # ---------------------------------------------------------------- scores
 
     def _score(self, name: str, tag: dict[str, Any], adapter: str | None, answers: Path) -> None:
-        """Hand out the benchmarks that are not scored yet."""
-        missing = [
-            job
-            for job in self._jobs
-            if not self._journal.is_scored(
-                tag["trial"], job.benchmark, job.task, job.attack, job.attack_on, model=tag["model"]
-            )
-        ]
+        """Hand out the benchmarks of an adapter, or of the base, that are not scored yet."""
+        known = {
+            tuple(row[key] for key in ("benchmark", "entry", "attack", "attack_on"))
+            for row in self._journal.score_rows()
+            if (row["model"], row["trial"]) == (tag["model"], tag["trial"])
+        }
+        missing = [job for job in self._jobs if (job.benchmark, job.task, job.attack, job.attack_on) not in known]
         self._pending[name] = {"left": len(missing), "errors": []}
         for job in missing:
             file = answers / f"{job.key.replace('/', '-')}.jsonl"
@@ -180,7 +179,8 @@ class Supervisor:
             self._pending[name]["errors"].append(f"{result.item.job.key}: {result.error}")
             self._failed.add(f"{name} {result.item.job.key}")
         else:
-            self._journal.add_scores([{**tag, **row} for row in result.rows])
+            # lm-eval may name a task otherwise than the entry of the eval: block that asked for it.
+            self._journal.add_scores([{**tag, **row, "entry": result.item.job.task} for row in result.rows])
         self._progress.scored(name, result)
         self._pending[name]["left"] -= 1
         if not self._pending[name]["left"]:

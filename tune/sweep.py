@@ -52,8 +52,9 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
         )
     steps = check_inputs(spec, planned)
     with ExitStack() as stack:
-        address = connect(spec.ray)
-        stack.callback(ray.shutdown)
+        address, joined = connect(spec.ray)
+        if joined:
+            stack.callback(ray.shutdown)
         gpus = check_cluster(spec.ray)
         # The folder comes last: whatever is refused above leaves nothing behind.
         journal = Journal.open(run_dir) if resume else Journal.create(run_dir, dump(spec))
@@ -62,7 +63,13 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
         stack.push(functools.partial(_leave, journal))
         progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
         dispatcher = start_dispatcher()
-        lanes = Lanes(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
+        lanes = Lanes(
+            dispatcher,
+            spec.ray,
+            gpu_shares(spec.ray, gpus)[0],
+            run_dir / "ray",
+            outlives_us=not joined or spec.ray.address is not None,
+        )
         stack.callback(lanes.close)
         pool = Pool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])
         stack.callback(pool.close)
@@ -89,7 +96,7 @@ def _leave(journal: Journal, kind: type[BaseException] | None, error: BaseExcept
     if kind is None:
         journal.set_status("done")
     else:
-        journal.set_status("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+        journal.set_status("interrupted" if issubclass(kind, (KeyboardInterrupt, SystemExit)) else "failed")
 
 
 def _study(

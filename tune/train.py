@@ -37,7 +37,8 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
 
     from tune import data
     from tune.engine import Engine, prepare_process
-    from tune.files import append_jsonl, atomic_write_json, atomic_write_yaml
+    from tune.files import atomic_write_json, atomic_write_yaml
+    from tune.journal import TrialRecord
 
     prepare_process(threads)
     spec = spec.canonical()
@@ -45,8 +46,10 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
     engine = Engine(spec)
     prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
 
+    record = TrialRecord(folder)
+
     def watch(metrics: dict[str, Any]) -> bool:
-        append_jsonl(folder / "metrics.jsonl", [metrics])
+        record.log([metrics])
         return observe(metrics) if observe else True
 
     if dist.get_rank() == 0:

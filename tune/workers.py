@@ -23,14 +23,14 @@ RESTARTS = 3
 
 
 class Workers:
-    """A Ray Train run in a thread; leaving the `with` block shuts Ray down."""
+    """A Ray Train run in a thread; leaving the `with` block shuts Ray down if it was started here."""
 
     def __init__(self, spec: RaySpec, train_spec: TrainSpec, folder: Path) -> None:
         self._folder = folder.absolute()
         self._error: BaseException | None = None
         # One lane's worth of workers and nobody to score.
         spec = spec.model_copy(update={"lanes": 1, "evaluators": 1, "cpus_per_evaluator": 0, "gpus_per_evaluator": 0})
-        connect(spec)
+        self._joined = connect(spec)[1]
         gpus = gpu_shares(spec, check_cluster(spec))[0]
         resources = {"CPU": spec.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
         trainer = TorchTrainer(
@@ -56,7 +56,8 @@ class Workers:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        ray.shutdown()
+        if self._joined:
+            ray.shutdown()
 
     def wait(self, seconds: float) -> bool:
         """Wait up to `seconds`; True once the run has ended."""

@@ -1,0 +1,88 @@
+"""One engine, fine-tuning after fine-tuning, on two gloo processes: the same bits as a fresh engine, and as no interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_cases import CASES, INTERRUPTED_AFTER, STEPS, WORLD
+
+pytestmark = pytest.mark.zero
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    """What rank 0 of two processes found for all cases; started once."""
+    out = tmp_path_factory.mktemp("engine")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "MACDROP_CACHE": str(out / "cache")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "engine_worker.py"), str(rank), str(WORLD), str(port), str(out), *CASES],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        outputs = [process.communicate(timeout=500)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_deepspeed_really_takes_the_stage(results, case):
+    assert results[case]["stage"] == CASES[case][0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reused_engine_gives_the_bits_of_a_fresh_one(results, case):
+    reused, fresh = results[case]["b reused"], results[case]["b fresh"]
+    assert reused["losses"] == fresh["losses"]
+    assert reused["digest"] == fresh["digest"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_repeats_to_the_bit(results, case):
+    assert results[case]["a"]["digest"] == results[case]["a again"]["digest"]
+    assert results[case]["a"]["digest"] != results[case]["b fresh"]["digest"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(results, case):
+    cut, resumed, whole = (results[case][name] for name in ("b interrupted", "b resumed", "b fresh"))
+    assert cut["outcome"]["status"] == "stopped"
+    assert resumed["outcome"]["resumed_from"] == INTERRUPTED_AFTER
+    assert resumed["losses"] == whole["losses"][INTERRUPTED_AFTER:]
+    assert resumed["digest"] == whole["digest"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masks_were_drawn_and_dropped(results, case):
+    outcome = results[case]["a"]["outcome"]
+    assert outcome["step"] == STEPS and outcome["status"] == "done"
+    assert 0 < outcome["entries_dropped"] < outcome["entries_masked"]
+    assert outcome["rows_hooked"] == 10
+
+
+def test_stages_agree_in_fp32(results):
+    """The same fine-tuning under every ZeRO stage, up to the order of sums."""
+    for kind in ("lora", "dora"):
+        reference = [loss for _, loss, *_ in results[f"zero0-{kind}-fp32"]["a"]["losses"]]
+        for stage in (1, 2, 3):
+            losses = [loss for _, loss, *_ in results[f"zero{stage}-{kind}-fp32"]["a"]["losses"]]
+            assert losses == pytest.approx(reference, rel=1e-4)

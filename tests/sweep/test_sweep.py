@@ -1,0 +1,271 @@
+"""Whole runs on a local Ray: two models, failing trials, resume, ASHA, a killed worker. One cluster for the module."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+
+from macdrop.errors import ConfigError, ResourceError
+from tune.spec import RaySpec, RunSpec, load
+
+pytestmark = pytest.mark.ray
+
+SMALL = {
+    "dataset": "zoo:train",
+    "cutoff_len": 64,
+    "val_size": 8,
+    "lora_rank": 2,
+    "lora_alpha": 4,
+    "lora_target": ["q_proj", "gate_proj", "up_proj"],
+    "per_device_train_batch_size": 4,
+    "max_steps": 6,
+    "eval_steps": 3,
+    "learning_rate": 2e-3,
+    "ray": {"dashboard": False},
+}
+DIVERGES = 1e30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory):
+    """A local Ray that all runs of this module share."""
+    import ray
+
+    from tune.cluster_state import connect
+
+    os.environ["MACDROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    connect(RaySpec(dashboard=False))
+    yield
+    ray.shutdown()
+    del os.environ["MACDROP_CACHE"]
+
+
+def make(folder: Path, **changes) -> RunSpec:
+    return RunSpec.model_validate({**SMALL, "output_dir": str(folder), **changes})
+
+
+def run(spec: RunSpec, *, resume: bool = False) -> tuple[int, str]:
+    """Run quietly; returns failures and what a log would hold."""
+    import io
+
+    from rich.console import Console
+
+    from tune.progress import Progress
+    from tune.sweep import run as run_sweep
+
+    out = io.StringIO()
+    failures = run_sweep(spec, resume=resume, progress=Progress(Console(file=out, width=200)))
+    return failures, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> tuple[Path, int, str]:
+    """Two models, a grid with a learning rate that diverges, zero-shot plain and under attack."""
+    folder = tmp_path_factory.mktemp("grid") / "run"
+    spec = make(
+        folder,
+        sweep={
+            "models": ["zoo:planted-llama", "zoo:insensitive-llama"],
+            "parameters": {"learning_rate": [2e-3, DIVERGES], "macdrop.p0": [0.0, 0.8]},
+            "max_concurrent_trials": 2,
+        },
+        eval={
+            "batch_size": 32,
+            "limit": 12,
+            "attacks": ["none", "zeroing@3"],
+            "zero_shot": {"qa": {"data": "zoo:qa"}},
+            "generation": {"answers": {"data": "zoo:generate-qa", "max_new_tokens": 2}},
+        },
+    )
+    return folder, *run(spec)
+
+
+def trials(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((folder / "trials").glob("*/trial.json"))]
+
+
+def test_failing_trials_are_recorded_and_do_not_stop_the_others(grid):
+    folder, failures, log = grid
+    by_status = {status: [t for t in trials(folder) if t["status"] == status] for status in ("done", "diverged")}
+    # Per model: plain and MacDrop, each at a good and at a diverging learning rate.
+    assert len(by_status["done"]) == 4 and len(by_status["diverged"]) == 4
+    assert failures == 4
+    assert all("diverged" in trial["reason"] and "learning_rate" in trial["reason"] for trial in by_status["diverged"])
+    assert "diverged" in log
+
+
+def test_plain_is_trained_once_per_other_setting(grid):
+    arms = [trial["arm"] for trial in trials(grid[0])]
+    assert arms.count("plain") == 4 and arms.count("macdrop") == 4
+
+
+def test_scores_are_long_form_and_complete(grid):
+    scores = pandas.read_json(grid[0] / "scores.jsonl", lines=True)
+    for column in "model arm trial seed benchmark task version metric attack value stderr n".split():
+        assert column in scores.columns
+    assert set(scores.arm) == {"base", "plain", "macdrop"}
+    assert set(scores.attack) == {"none", "zeroing@3"}
+    done = {trial["trial"] for trial in trials(grid[0]) if trial["status"] == "done"}
+    assert set(scores.trial) == done | {"base"}
+    keys = ["model", "trial", "benchmark", "task", "metric", "attack"]
+    assert not scores.duplicated(keys).any()
+    per_trial = scores.groupby(["model", "trial"]).size()
+    assert per_trial.nunique() == 1
+
+
+def test_macdrop_dropped_and_plain_did_not(grid):
+    for trial in trials(grid[0]):
+        if trial["status"] != "done":
+            continue
+        metrics = [json.loads(line) for line in (grid[0] / "trials" / trial["trial"] / "metrics.jsonl").open()]
+        dropped = sum(row.get("entries_dropped", 0) for row in metrics)
+        assert (dropped > 0) == (trial["arm"] == "macdrop")
+        assert dropped == trial["entries_dropped"]
+        steps = [row for row in metrics if "loss" in row]
+        assert [row["step"] for row in steps] == list(range(1, 7))
+        for name in ("loss", "learning_rate", "grad_norm", "p", "entries_dropped", "tokens_per_second"):
+            assert all(name in row for row in steps)
+
+
+def test_adapters_load_with_peft_alone(grid):
+    from peft import PeftModel
+
+    from macdrop import load_model
+    from tune.zoo import resolve
+
+    trial = next(t for t in trials(grid[0]) if t["status"] == "done" and t["arm"] == "macdrop")
+    model = load_model(resolve(trial["model"]))
+    adapted = PeftModel.from_pretrained(model, grid[0] / "trials" / trial["trial"] / "adapter")
+    assert any(p.abs().sum() > 0 for name, p in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_run_folder_is_whole(grid):
+    folder = grid[0]
+    assert json.loads((folder / "run.json").read_text())["status"] == "done"
+    assert json.loads((folder / "environment.json").read_text())["versions"]["ray"]
+    for model in ("planted-llama", "insensitive-llama"):
+        assert json.loads((folder / "models" / model / "massive_weights.json").read_text())["layer"] == 1
+        assert "verdict" in json.loads((folder / "models" / model / "proof.json").read_text())
+    # The written spec reads back as the one that ran.
+    assert load(folder / "config.yaml").output_dir == str(folder)
+
+
+def test_report_names_arms_attacks_and_failures(grid):
+    from tune.report import make_report
+
+    text = make_report(grid[0]).markdown()
+    for word in ("base", "plain", "zeroing@3", "diverged", "not sensitive", "PLANTED"):
+        assert word in text
+
+
+def test_resume_trains_and_scores_only_what_is_missing(grid):
+    folder = grid[0]
+    lost = next(t["trial"] for t in trials(folder) if t["status"] == "done" and t["arm"] == "macdrop")
+    kept = {
+        t["trial"]: (folder / "trials" / t["trial"] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+        for t in trials(folder)
+        if t["status"] == "done" and t["trial"] != lost
+    }
+    before = (folder / "trials" / lost / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder / "trials" / lost)
+    rows = (folder / "scores.jsonl").read_text().splitlines()
+    lines = [line for line in rows if json.loads(line)["trial"] != lost]
+    (folder / "scores.jsonl").write_text("\n".join(lines) + "\n")
+    run(load(folder / "config.yaml"), resume=True)
+    assert (folder / "trials" / lost / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    for trial, stamp in kept.items():
+        assert (folder / "trials" / trial / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert len((folder / "scores.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_resume_refuses_another_spec(grid):
+    changed = load(grid[0] / "config.yaml", ["max_steps=7"])
+    with pytest.raises(ConfigError, match="another spec"):
+        run(changed, resume=True)
+
+
+def test_a_used_folder_is_refused(grid):
+    with pytest.raises(ConfigError, match="--resume"):
+        run(load(grid[0] / "config.yaml"))
+
+
+def test_asha_stops_orders_early(tmp_path):
+    spec = make(
+        tmp_path / "run",
+        model_name_or_path="zoo:planted-llama",
+        max_steps=40,
+        eval_steps=2,
+        sweep={
+            "arms": ["macdrop"],
+            "search_alg": "random",
+            "parameters": {"learning_rate": {"min": 1e-6, "max": 1e-2, "distribution": "log_uniform"}},
+            "num_samples": 4,
+            "max_concurrent_trials": 1,
+            "scheduler": "asha",
+            "grace_period": 2,
+            "reduction_factor": 2,
+        },
+    )
+    failures, _ = run(spec)
+    ended = trials(tmp_path / "run")
+    stopped = [trial for trial in ended if trial["status"] == "stopped"]
+    assert failures == 0 and len(ended) == 4
+    assert stopped and all(trial["step"] < 40 and "stopped at step" in trial["reason"] for trial in stopped)
+    assert any(trial["status"] == "done" and trial["step"] == 40 for trial in ended)
+
+
+def test_killed_worker_costs_nothing_but_time(tmp_path):
+    """A lane's worker dies by SIGKILL in the middle of an order: same bits as a process that nobody disturbed."""
+    from tune.train import train_here
+
+    settings = {"model_name_or_path": "zoo:planted-llama", "max_steps": 60, "save_steps": 5, "eval_steps": None}
+    spec = make(tmp_path / "run", **settings, sweep={"arms": ["macdrop"]}, ray={"dashboard": False})
+    killer = threading.Thread(target=_kill_worker, args=(tmp_path / "run",), daemon=True)
+    killer.start()
+    failures, _ = run(spec)
+    killer.join(timeout=1)
+    (trial,) = trials(tmp_path / "run")
+    assert failures == 0 and trial["status"] == "done" and trial["attempts"] == 2
+    assert trial["resumed_from"] >= 5 and trial["resumed_from"] % 5 == 0
+    alone = tmp_path / "alone"
+    train_here(spec.studies()[0], alone, observe=None, threads=1)
+    file = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / "trials" / trial["trial"] / file).read_bytes() == (alone / file).read_bytes()
+
+
+def _kill_worker(folder: Path) -> None:
+    """SIGKILL the lane's worker once a checkpoint is there."""
+    import psutil
+
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if list(folder.glob("trials/*/checkpoints/step-*/MANIFEST.json")):
+            for process in psutil.process_iter(["pid", "name", "cmdline"]):
+                if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                    if any(parent.pid == os.getpid() for parent in _ancestors(process)):
+                        os.kill(process.pid, signal.SIGKILL)
+                        return
+        time.sleep(0.05)
+
+
+def _ancestors(process) -> list:
+    try:
+        return process.parents()
+    except Exception:
+        return []
+
+
+def test_too_few_gpus_is_said_with_the_arithmetic(tmp_path):
+    spec = make(tmp_path / "run", model_name_or_path="zoo:planted-llama", ray={"gpus_per_worker": 2})
+    with pytest.raises(ResourceError) as error:
+        run(spec)
+    assert "needs 2" in str(error.value) and "In use" in str(error.value)
+    assert not (tmp_path / "run").exists()
