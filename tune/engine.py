@@ -82,17 +82,18 @@ class Engine:
         source = resolve(spec.model_name_or_path)
         loading = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
         self.tokenizer = load_tokenizer(source, **loading)
-        base = load_model(
-            source,
-            dtype="bfloat16" if spec.bf16 else "float32",
-            attn_implementation=spec.attn_implementation,
-            **loading,
-        )
-        base.config.use_cache = False
-        if spec.gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            base.enable_input_require_grads()
-        self.model = _with_adapter(base, spec)
+        with _partitioned(spec):
+            base = load_model(
+                source,
+                dtype="bfloat16" if spec.bf16 else "float32",
+                attn_implementation=spec.attn_implementation,
+                **loading,
+            )
+            base.config.use_cache = False
+            if spec.gradient_checkpointing:
+                base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                base.enable_input_require_grads()
+            self.model = _with_adapter(base, spec)
         adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for name, p in adapter.items()}
         # DoRA's magnitudes start as the norms of the base weights: known only here, before ZeRO-3 partitions them.
@@ -313,6 +314,24 @@ def _with_adapter(base: Any, spec: TrainSpec) -> Any:
             f"lora_target {spec.lora_target!r} does not fit the model: {error}\nIts linear layers are named: "
             f"{', '.join(linears)}."
         ) from None
+
+
+@contextmanager
+def _partitioned(spec: TrainSpec):
+    """Under ZeRO-3 a model is partitioned while it is loaded, so that no rank ever holds the whole of it.
+
+    PEFT must know of it too when it makes DoRA's magnitudes from the base weights.
+    """
+    if spec.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers asks for this object's config as long as it lives; the buckets' sizes do not matter for loading.
+    alive = HfDeepSpeedConfig(deepspeed_config(spec, adapter_numel=1, largest_tensor=0))
+    with _quiet():
+        yield
+    del alive
 
 
 def _cpu32(tensor: torch.Tensor) -> torch.Tensor:
