@@ -1,0 +1,116 @@
+"""The benchmarks of this folder still run and add up right; no wall time is judged here."""
+
+from __future__ import annotations
+
+import json
+
+import demo
+import lanes
+import measure
+import pytest
+import scoring
+import step
+
+
+def test_quartiles_and_paired_ratios():
+    timings = measure.Timings({"a": [(2.0, 1.0), (4.0, 3.0), (9.0, 2.0)], "b": [(1.0, 1.0), (2.0, 1.0), (3.0, 1.0)]})
+    wall = timings.ratio("a", "b", measure.WALL)
+    assert (wall.low, wall.median, wall.high) == (2.0, 2.0, 2.5)
+    assert timings.ratio("a", "b").median == 2.0
+    assert timings.best("a", "b") == 2.0
+    assert measure.Quartiles.of([1.5]) == measure.Quartiles(1.5, 1.5, 1.5)
+
+
+def test_every_variant_runs_once_a_round_in_changing_order():
+    calls = []
+    variants = {name: measure.Variant(lambda name=name: calls.append(name)) for name in "abc"}
+    timings = measure.interleave(variants, 6, warm_up=1)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, 21, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 1
+    assert [len(seconds) for seconds in timings.seconds.values()] == [6, 6, 6]
+
+
+def test_verdicts_and_tables():
+    assert measure.verdict("x", 1.01, 1.02) == "target x <= 1.02: met (1.010)"
+    assert measure.verdict("x", 3.9, 4, at_least=True) == "target x >= 4: not met (3.900)"
+    assert measure.table(("a", "bb"), [("xyz", 1)]) == "a    bb\nxyz   1"
+
+
+def test_the_steps_that_are_compared_compute_what_they_say():
+    import torch
+
+    tiny = step.Size(hidden=64, intermediate=96, layers=2, vocabulary=64, batch=2, tokens=8)
+    bench = step.Bench(tiny)
+    before = [weight.clone() for weight in bench.edited]
+    timings = step.interleave(bench.variants(), 2)
+    assert all(torch.equal(weight, old) for weight, old in zip(bench.edited, before, strict=True))
+    assert "macdrop / plain" in step.report("tiny", timings)
+
+
+def test_lanes_are_compared_on_different_fine_tunings_that_share_an_engine():
+    specs = lanes.settings(8, 20)
+    assert len({spec.trial_id() for spec in specs}) == 8
+    assert len({spec.engine_key() for spec in specs}) == 1
+    assert [spec.arm for spec in specs] == ["plain"] + ["macdrop"] * 7
+    assert {spec.zero_stage for spec in specs} == {2}
+
+
+def test_lanes_are_held_against_as_many_runs():
+    lane = [lanes.Trained(3.0, 1.0, "a"), lanes.Trained(2.0, 1.5, "b"), lanes.Trained(2.0, 1.5, "c")]
+    runs = [lanes.Trained(30.0, 1.0, "a"), lanes.Trained(34.0, 1.0, "x")]
+    text = lanes.report(10.0, 3.0, lane, runs)
+    assert "equal adapters: 1 of 2" in text
+    assert "met (8.000)" in text  # 64 s over the 8 s until the second trial of the lane was done
+    assert "<= 2 s: met (0.500 s)" in text
+
+
+def test_lm_eval_loads_the_task_file(tmp_path):
+    from lm_eval.tasks import TaskManager
+
+    for task, data in ((None, "zoo:qa"), ("arc_easy", _arc(tmp_path))):
+        setting = scoring.Setting("zoo:planted-llama", task, data, 2, 16, 1)
+        folder = tmp_path / f"tasks-{task}"
+        scoring.write_task(setting, folder)
+        manager = TaskManager(include_defaults=False, include_path=str(folder))
+        loaded = manager.load([setting.name])["tasks"][setting.name]
+        assert len(loaded.test_docs()) == (60 if task is None else 1)
+        assert loaded.get_config("output_type") == "multiple_choice"
+    line = scoring.command(setting, "ADAPTER", folder, tmp_path / "out")
+    assert line[line.index("--limit") + 1] == "2"
+    assert "peft=ADAPTER" in line[line.index("--model_args") + 1]
+
+
+def _arc(folder) -> str:
+    choices = {"text": ["a", "b"], "label": ["A", "B"]}
+    row = {"id": "1", "question": "Which?", "choices": choices, "answerKey": "A"}
+    file = folder / "arc.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    return str(file)
+
+
+def test_scores_are_compared_adapter_by_adapter():
+    assert scoring.same([{"acc": 0.5, "acc_norm": 0.1}], [{"acc": 0.5, "acc_norm": 0.1}])
+    assert not scoring.same([{"acc": 0.5, "acc_norm": 0.1}], [{"acc": 0.25, "acc_norm": 0.1}])
+    text = scoring.report([10.0, 10.0], 20.0, 5.0, 3.0, 1.0, True)
+    assert "met (5.000)" in text
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_phases_of_a_run_add_up(outside):
+    def at(second: int) -> str:
+        return f"2026-01-01T00:00:{second:02d}.000+00:00"
+
+    trials = [
+        {"model": "m", "started": at(10), "finished": at(20), "status": "done", "step": 5, "seconds": 4.0},
+        {"model": "m", "started": at(14), "finished": at(25), "status": "done", "step": 5, "seconds": 4.0},
+        {"model": "n", "started": at(30), "finished": at(40), "status": "failed", "step": None, "seconds": None},
+    ]
+    run = {"created": at(5), "finished": at(42)}
+    zero = demo.timestamp(at(0))
+    parts = demo.phases(run, trials, *((zero, zero + 45) if outside else (None, None)))
+    expected = [5, 5, 15, 5, 10, 2, 3] if outside else [5, 15, 5, 10, 2]
+    assert [phase.seconds for phase in parts] == expected
+    found = demo.facts({"ray": {"num_workers": 2}, "zero_stage": 2}, trials, 9)
+    assert found["trials by state"] == "2 done, 1 failed"
+    assert not demo.enough(found)
