@@ -6,7 +6,8 @@ The trials are a plain adapter and MacDrop adapters of several k, p0, schedules 
 ZeRO-2. In the lane: dispatcher, one lane, orders; from the start of the lane to the last adapter on disk. One run each:
 what `macdrop train` does with ray.num_workers above one, one `TorchTrainer` after the other. Both use the same Ray (its
 start is not counted), the same tokenised data and the same scan, and must leave the same bytes in
-adapter_model.safetensors. With fewer `--runs`, the lane's time for the ratio ends with as many trials.
+adapter_model.safetensors. Tune's own trial actors, which wait beside the lane, are no part of it. With fewer `--runs`,
+the lane's time for the ratio ends with as many trials.
 
 Fixed cost of a trial: from its start to the next one's, without its optimizer steps; validation, state and files count.
 """
@@ -195,7 +196,7 @@ def _wait_for_cpus(ray_spec: Any) -> None:
 def report(total: float, until_first: float, lane: list[Trained], runs: list[Trained]) -> str:
     """The tables; `runs` may be fewer than `lane`, and the lane's time is then taken for as many."""
     later = lane[1:] or lane
-    first_of_lane = total - sum(trial.seconds for trial in lane[len(runs) :])
+    as_many = total - sum(trial.seconds for trial in lane[len(runs) :])
     separate = sum(trial.seconds for trial in runs)
     rows = [
         ("in a lane", len(lane), f"{total:.1f}", f"{until_first:.1f}", f"{lane[0].fixed:.1f}",
@@ -212,7 +213,7 @@ def report(total: float, until_first: float, lane: list[Trained], runs: list[Tra
         [
             table(headings, rows),
             f"equal adapters: {equal} of {len(runs)} by SHA-256 ({distinct} of the lane's {len(lane)} are distinct)",
-            verdict("one run each / in a lane, wall time,", separate / first_of_lane, TARGET, at_least=True),
+            verdict("one run each / in a lane, wall time,", separate / as_many, TARGET, at_least=True),
             verdict("fixed cost of a further trial in the lane", fixed, FIXED_TARGET_S, unit=" s"),
         ]
     )
@@ -233,7 +234,9 @@ def main() -> None:
 
         from tune.cluster_state import connect
         from tune.spec import RaySpec
+        from tune.terminal import quiet_libraries
 
+        quiet_libraries()
         print(machine(), flush=True)
         specs = settings(given.trials, given.steps)
         ray_spec = RaySpec(num_workers=given.workers)

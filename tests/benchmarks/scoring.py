@@ -243,7 +243,9 @@ def main() -> None:
 
     from tune.cluster_state import connect
     from tune.spec import RaySpec
+    from tune.terminal import quiet_libraries
 
+    quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="macdrop-scoring-") as temporary:
         root = Path(temporary)
         os.environ["MACDROP_CACHE"] = str(root / "cache")

@@ -175,7 +175,10 @@ def main() -> None:
     rounds = given.rounds or [ROUNDS[name] for name in given.sizes]
     if len(rounds) != len(given.sizes):
         parser.error("--rounds needs one number for each size")
-    print(machine())
+    from tune.terminal import quiet_libraries
+
+    quiet_libraries()
+    print(machine(), flush=True)
     for name, number in zip(given.sizes, rounds, strict=True):
         print(f"\n{report(name, measure(SIZES[name], number))}", flush=True)
     print(f"\n{machine()}")
