@@ -1,4 +1,4 @@
-"""One engine, fine-tuning after fine-tuning, on two gloo processes: the same bits as a fresh engine, and as no interruption."""
+"""One engine, fine-tuning after fine-tuning, on two gloo processes: the bits of a fresh one, and of no interruption."""
 
 from __future__ import annotations
 
@@ -25,22 +25,19 @@ def results(tmp_path_factory) -> dict:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "MACDROP_CACHE": str(out / "cache")}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "engine_worker.py"), str(rank), str(WORLD), str(port), str(out), *CASES],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
+    processes = []
+    for rank in range(WORLD):
+        command = [sys.executable, str(HERE / "engine_worker.py"), str(rank), str(WORLD), str(port), str(out), *CASES]
+        with open(out / f"rank{rank}.log", "w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        outputs = [process.communicate(timeout=500)[0] for process in processes]
+        for process in processes:
+            process.wait(timeout=500)
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
+    logs = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(WORLD))
+    assert all(process.returncode == 0 for process in processes), logs
     return json.loads((out / "results.json").read_text())
 
 
