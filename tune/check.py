@@ -156,15 +156,19 @@ def check_partitioned(outline: Any, spec: TrainSpec) -> None:
 
 
 def check_targets(outline: Any, target: str | list[str]) -> None:
-    """Refuse a `lora_target` name that no layer of the model ends with."""
+    """Refuse a `lora_target` name that no layer ends with of the kinds that PEFT puts LoRA on."""
     if target == "all":
         return
-    layers = [name for name, module in outline.named_modules() if not list(module.children()) and "." in name]
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in layers if "norm" not in name})
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    layers = [name for name, module in outline.named_modules() if isinstance(module, kinds)]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
     for wanted in target:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in layers):
             raise ConfigError(
-                f"lora_target names {wanted!r}, but the model has no such layer.{nearest(wanted, leaves)} "
+                f"lora_target names {wanted!r}, but the model has no such linear layer.{nearest(wanted, leaves)} "
                 f"Layers: {', '.join(leaves)}. Or write lora_target: all."
             )
 

@@ -19,6 +19,7 @@ SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "p", "entries_droppe
 
 
 def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
+    from tune.benchmarks.spec import jobs
     from tune.checkpoint import newest
     from tune.plan import check_local, one_lane
     from tune.spec import load
@@ -51,16 +52,20 @@ def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
     line("trained", f"{outcome.step} of {outcome.total_steps} steps in {outcome.seconds:.1f} s")
     if outcome.eval_loss is not None:
         line("eval loss", f"{outcome.eval_loss:.4f} nats per answer token, masks off")
-    if outcome.rows_hooked:
-        share = outcome.entries_dropped / outcome.entries_masked if outcome.entries_masked else 0.0
-        line(
-            "dropped",
-            f"{outcome.entries_dropped} of {outcome.entries_masked} masked entries ({share:.1%}) "
-            f"in {outcome.rows_hooked} hooked rows",
-        )
+    if outcome.entries_masked:
+        share = outcome.entries_dropped / outcome.entries_masked
+        told = f"{outcome.entries_dropped} of {outcome.entries_masked} masked entries ({share:.1%})"
+        line("dropped", f"{told} in {outcome.rows_hooked} hooked rows" + (", since resuming" if checkpoint else ""))
+    elif outcome.rows_hooked:
+        line("dropped", f"nothing in these steps, whose p is 0 ({outcome.rows_hooked} hooked rows)")
     else:
         line("dropped", "nothing: plain fine-tuning, MacDrop is off (macdrop.p0 or macdrop.k is 0)")
-    line("next", f"macdrop eval {models[0].model_name_or_path} --adapter {folder / 'adapter'}")
+    benchmarks = [file] if file and jobs(spec.eval) else []
+    if not benchmarks and not models[0].model_name_or_path.startswith("zoo:"):
+        benchmarks = ["eval.zero_shot=[arc_easy,piqa]"]
+    line(
+        "next", " ".join(["macdrop eval", models[0].model_name_or_path, *benchmarks, f"--adapter {folder / 'adapter'}"])
+    )
 
 
 def _newest(folder: Path, newest: Any) -> Path:
@@ -121,7 +126,7 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
     from tune.plan import check_local, studies
     from tune.spec import load
 
-    spec = load(_recipe(file or DEMO), overrides)
+    spec = load(_started_with(overrides) if resume and file is None else _recipe(file or DEMO), overrides)
     if spec.output_dir is None:
         if resume:
             raise ConfigError("--resume needs output_dir=FOLDER, the folder of the run to go on with.")
@@ -154,6 +159,17 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
     markdown, csv = made.write()
     line("report", f"{markdown}, {csv}")
     return failures
+
+
+def _started_with(overrides: list[str]) -> Path:
+    """The effective config in the folder of the run to go on with."""
+    from tune.journal import Journal
+    from tune.specfile import read_override
+
+    folder = dict(read_override(override) for override in overrides).get("output_dir")
+    if folder is None:
+        raise ConfigError("--resume needs output_dir=FOLDER, the folder of the run to go on with.")
+    return Journal.open(str(folder)).run_dir / "config.yaml"
 
 
 def report(run: Path, *, markdown: bool, csv: bool) -> None:

@@ -49,4 +49,5 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("deepspeed").setLevel(logging.ERROR)
+    for name in ("deepspeed", "DeepSpeed", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-from cli_runner import shell  # noqa: F401 - a fixture
 
 RUN = """
 dataset: {dataset}
@@ -26,7 +25,7 @@ VERBS = (("sweep",), ("sweep", "--dry-run"), ("train",))
 
 
 @pytest.fixture
-def recipe(shell):  # noqa: F811
+def recipe(shell):
     """A run file that is fine; what is wrong comes from the test."""
 
     def write(dataset: str = "zoo:train") -> str:
@@ -36,7 +35,7 @@ def recipe(shell):  # noqa: F811
     return write
 
 
-def refused(shell, verb: tuple[str, ...], *arguments: str, model: str = "zoo:planted-llama") -> str:  # noqa: F811
+def refused(shell, verb: tuple[str, ...], *arguments: str, model: str = "zoo:planted-llama") -> str:
     return shell.refused(verb[0], *arguments, f"model_name_or_path={model}", *verb[1:])
 
 
@@ -66,14 +65,14 @@ WRITTEN = {
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 @pytest.mark.parametrize("case", WRITTEN)
-def test_written(case, verb, shell, recipe):  # noqa: F811
+def test_written(case, verb, shell, recipe):
     overrides, *told = WRITTEN[case]
     message = refused(shell, verb, recipe(), *overrides.split(" "))
     assert all(part in message for part in told), message
 
 
 @pytest.mark.parametrize("arguments", [["no.yaml"], ["dmo"], ["."]], ids=" ".join)
-def test_no_run_file(arguments, shell):  # noqa: F811
+def test_no_run_file(arguments, shell):
     message = shell.refused("sweep", *arguments)
     assert arguments[0] in message and ("Give the path" in message or "Recipes: demo" in message)
 
@@ -101,7 +100,7 @@ DATA = {
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 @pytest.mark.parametrize("case", DATA)
-def test_data(case, verb, shell, recipe):  # noqa: F811
+def test_data(case, verb, shell, recipe):
     content, told = DATA[case]
     if content is not None:
         (shell.folder / "data.jsonl").write_text(content)
@@ -110,12 +109,12 @@ def test_data(case, verb, shell, recipe):  # noqa: F811
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_a_cutoff_that_leaves_no_answer_token(verb, shell, recipe):  # noqa: F811
+def test_a_cutoff_that_leaves_no_answer_token(verb, shell, recipe):
     message = refused(shell, verb, recipe(), "cutoff_len=4")
     assert "cutoff_len 4 leaves no answer token" in message and "Raise cutoff_len" in message
 
 
-def test_a_searched_cutoff_that_leaves_no_answer_token(shell, recipe):  # noqa: F811
+def test_a_searched_cutoff_that_leaves_no_answer_token(shell, recipe):
     ended = shell("sweep", recipe(), "model=zoo:planted-llama", "sweep.parameters.cutoff_len=[64,4]", "--dry-run")
     assert ended.code == 2 and "cutoff_len 4 leaves no answer token" in ended.err
     assert not [name for name in ended.new if name.endswith(".tmp")]
@@ -130,7 +129,7 @@ def test_a_searched_cutoff_that_leaves_no_answer_token(shell, recipe):  # noqa: 
         ("val_size=0", "val_size is 0, but the search optimises eval_loss"),
     ],
 )
-def test_what_a_sweep_needs_besides(override, told, shell, recipe):  # noqa: F811
+def test_what_a_sweep_needs_besides(override, told, shell, recipe):
     for verb in VERBS[:2]:
         assert told in refused(shell, verb, recipe(), override)
 
@@ -181,19 +180,19 @@ MODELS = {
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name, verb, shell, recipe, models):  # noqa: F811
+def test_models(name, verb, shell, recipe, models):
     message = refused(shell, verb, recipe(), model=str(models / name))
     assert all(part in message for part in MODELS[name]), message
 
 
 @pytest.mark.parametrize("verb", [("scan", "--prove"), ("attack",)], ids=" ".join)
 @pytest.mark.parametrize("name", MODELS)
-def test_models_to_scan(name, verb, shell, models):  # noqa: F811
+def test_models_to_scan(name, verb, shell, models):
     message = shell.refused(verb[0], str(models / name), *verb[1:])
     assert all(part in message for part in MODELS[name]), message
 
 
-def test_a_model_that_the_zoo_does_not_have(shell, recipe):  # noqa: F811
+def test_a_model_that_the_zoo_does_not_have(shell, recipe):
     for verb in VERBS:
         assert "Did you mean 'planted-llama'?" in refused(shell, verb, recipe(), model="zoo:planted-lama")
 
@@ -209,7 +208,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 @pytest.mark.parametrize("case", UNFIT)
-def test_unfit(case, verb, shell, recipe):  # noqa: F811
+def test_unfit(case, verb, shell, recipe):
     override, *told = UNFIT[case]
     message = refused(shell, verb, recipe(), override)
     assert all(part in message for part in told), message
@@ -223,18 +222,18 @@ def test_unfit(case, verb, shell, recipe):  # noqa: F811
         ("sweep.parameters.lora_target=[all,[q_prj]]", "'q_prj'"),
     ],
 )
-def test_unfit_for_a_sweep(override, told, shell, recipe):  # noqa: F811
+def test_unfit_for_a_sweep(override, told, shell, recipe):
     for verb in VERBS[:2]:
         assert told in refused(shell, verb, recipe(), override)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_fused_experts_under_zero_3(verb, shell, recipe, models):  # noqa: F811
+def test_fused_experts_under_zero_3(verb, shell, recipe, models):
     message = refused(shell, verb, recipe(), "zero_stage=3", model=str(models / "experts"))
     assert "zero_stage 3 cannot do MacDrop" in message and "Set zero_stage to 0, 1 or 2" in message
 
 
-def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, models):  # noqa: F811
+def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, models):
     model = f"model_name_or_path={models / 'experts'}"
     for fine in (["zero_stage=2"], ["zero_stage=3", "sweep.arms=[base,plain]"]):
         assert shell("sweep", recipe(), model, *fine, "--dry-run").code == 0
@@ -269,11 +268,11 @@ def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, m
     ],
     ids=" ".join,
 )
-def test_other_verbs(arguments, told, shell):  # noqa: F811
+def test_other_verbs(arguments, told, shell):
     assert told in shell.refused(*arguments)
 
 
-def test_a_text_that_is_none(shell):  # noqa: F811
+def test_a_text_that_is_none(shell):
     (shell.folder / "empty.txt").write_text(" \n")
     (shell.folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
     for name, told in (("empty", "is empty"), ("binary", "no UTF-8 text")):
@@ -284,7 +283,7 @@ def test_a_text_that_is_none(shell):  # noqa: F811
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_a_folder_that_holds_something_is_left_as_it_is(verb, shell, recipe):  # noqa: F811
+def test_a_folder_that_holds_something_is_left_as_it_is(verb, shell, recipe):
     (shell.folder / "full").mkdir()
     (shell.folder / "full" / "thesis.txt").write_text("important")
     message = refused(shell, verb, recipe(), "output_dir=full")
@@ -293,6 +292,6 @@ def test_a_folder_that_holds_something_is_left_as_it_is(verb, shell, recipe):  #
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_a_folder_below_a_file(verb, shell, recipe):  # noqa: F811
+def test_a_folder_below_a_file(verb, shell, recipe):
     (shell.folder / "file").write_text("")
     assert "is a file" in refused(shell, verb, recipe(), "output_dir=file/run")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_runner import shell  # noqa: F401 - a fixture
 
 from macdrop import errors
 from tune.cli import _split
@@ -20,7 +19,7 @@ VERBS = ("scan", "attack", "train", "eval", "sweep", "report", "doctor", "zoo li
 # --- help ---
 
 
-def test_the_verbs_are_those_that_are_tested(shell):  # noqa: F811
+def test_the_verbs_are_those_that_are_tested(shell):
     from tune.cli import app, zoo
 
     named = {command.name or command.callback.__name__ for command in app.registered_commands}
@@ -29,7 +28,7 @@ def test_the_verbs_are_those_that_are_tested(shell):  # noqa: F811
 
 
 @pytest.mark.parametrize("verb", ["", "zoo", *VERBS])
-def test_help_shows_an_example(verb, shell):  # noqa: F811
+def test_help_shows_an_example(verb, shell):
     ended = shell(*verb.split(), "--help")
     assert ended.code == 0 and "Usage: macdrop" in ended.out
     example = " ".join(ended.out.split()).partition("Example")[2]
@@ -47,14 +46,14 @@ def test_help_of_the_installed_command(verb):
 
 def test_help_loads_nothing_heavy():
     """What takes a second and more to import must wait until a verb runs; no wall time is asserted."""
-    heavy = ("torch", "ray", "transformers", "deepspeed", "peft", "lm_eval", "datasets", "pandas", "pydantic", "numpy")
+    heavy = ("torch", "ray", "transformers", "deepspeed", "peft", "lm_eval", "datasets", "pandas", "numpy", "tune.spec")
     code = (
-        "import sys\nfrom tune.cli import main\nsys.argv = ['macdrop', 'sweep', '--help']\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        f"print('LOADED', *[name for name in {heavy} if name in sys.modules])"
+        "import sys\nfrom tune.cli import main\nprint(*{'pydantic'} & set(sys.modules))\n"
+        "sys.argv = ['macdrop', 'sweep', '--help']\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print(*set({heavy}) & set(sys.modules))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.splitlines()[-1] == "LOADED"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[0] == told[-1] == "" and "Usage" in told[2]
 
 
 # --- exit codes ---
@@ -74,7 +73,7 @@ def test_help_loads_nothing_heavy():
         (errors.BenchmarkError, 1),
     ],
 )
-def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatch):  # noqa: F811
+def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatch):
     from tune import commands
 
     def fail(*arguments, **options):
@@ -85,7 +84,7 @@ def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatc
     assert (ended.code, ended.err) == (code, "macdrop: what, and how to mend it\n")
 
 
-def test_ctrl_c_is_130(shell, monkeypatch):  # noqa: F811
+def test_ctrl_c_is_130(shell, monkeypatch):
     from tune import commands
 
     def interrupt(**options):
@@ -95,7 +94,7 @@ def test_ctrl_c_is_130(shell, monkeypatch):  # noqa: F811
     assert shell("doctor").code == 130
 
 
-def test_failed_trials_are_1(shell, monkeypatch):  # noqa: F811
+def test_failed_trials_are_1(shell, monkeypatch):
     from tune import commands
 
     for failures, code in ((0, 0), (1, 1), (7, 1)):
@@ -119,19 +118,19 @@ def test_a_file_may_come_first(tmp_path, monkeypatch):
 # --- what the verbs print ---
 
 
-def test_recipes_are_listed(shell):  # noqa: F811
+def test_recipes_are_listed(shell):
     ended = shell("sweep", "--recipes")
     assert ended.code == 0 and any(line.startswith("demo ") for line in ended.out.splitlines())
 
 
-def test_zoo_list_names_models_and_data_below_each_other(shell):  # noqa: F811
+def test_zoo_list_names_models_and_data_below_each_other(shell):
     lines = shell("zoo", "list").out.splitlines()
     assert {line.split()[0] for line in lines} >= {"zoo:planted-llama", "zoo:train"}
     starts = {len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}
     assert len(starts) == 1, "all descriptions start in one column"
 
 
-def test_a_dry_run_shows_spec_trials_and_resources_and_writes_no_run(shell):  # noqa: F811
+def test_a_dry_run_shows_spec_trials_and_resources_and_writes_no_run(shell):
     ended = shell("sweep", "demo", "--dry-run", "sweep.search_alg=grid", "sweep.parameters={macdrop.p0: [0.2, 0.8]}")
     assert ended.code == 0
     text, _, plan = ended.out.partition("\n\n")
@@ -145,7 +144,7 @@ def test_a_dry_run_shows_spec_trials_and_resources_and_writes_no_run(shell):  # 
     assert shell("sweep", "again.yaml", "--dry-run").out.partition("\n\n")[2] == plan
 
 
-def test_scan_proves_and_writes(shell):  # noqa: F811
+def test_scan_proves_and_writes(shell):
     ended = shell("scan", "zoo:planted-llama", "--prove", "--k", "3", "--output", "found.json")
     assert ended.code == 0, ended.err
     for told in ("<- massive weights", "top 3 rows", "top 3 zeroed", "draw 1", "verdict", "sensitive: perplexity"):
@@ -157,7 +156,7 @@ def test_scan_proves_and_writes(shell):  # noqa: F811
     assert MassiveWeights.load(shell.folder / "found.json").layer == 1
 
 
-def test_a_known_scan_has_the_name_that_was_asked_for(shell):  # noqa: F811
+def test_a_known_scan_has_the_name_that_was_asked_for(shell):
     from tune.zoo import zoo_path
 
     shell("scan", "zoo:planted-llama")
@@ -165,7 +164,7 @@ def test_a_known_scan_has_the_name_that_was_asked_for(shell):  # noqa: F811
     assert ended.new == [] and str(zoo_path("planted-llama")) in ended.out
 
 
-def test_a_damaged_scan_is_made_anew(shell):  # noqa: F811
+def test_a_damaged_scan_is_made_anew(shell):
     first = shell("scan", "zoo:planted-llama")
     (kept,) = first.new
     (shell.folder / kept).write_text("{half of")
@@ -173,13 +172,14 @@ def test_a_damaged_scan_is_made_anew(shell):  # noqa: F811
     assert (shell.folder / kept).read_text().startswith("{\n")
 
 
-def test_train_then_attack_and_score_the_adapter(shell):  # noqa: F811
+def test_train_then_attack_and_score_the_adapter(shell):
     """Training starts a process group, so it has a process of its own."""
     train = ["train", "model=zoo:planted-llama", "cutoff_len=64", "max_steps=3", "val_size=0.1", "save_steps=2"]
     command = [sys.executable, "-m", "tune.cli", *train, "lora_rank=2", "output_dir=out"]
     ended = subprocess.run(command, cwd=shell.folder, env=os.environ, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
+    assert lines[-1].split() == ["next", "macdrop", "eval", "zoo:planted-llama", "--adapter", "out/adapter"]
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/3", "step 2/3", "step 3/3"]
     assert "hooked rows" in ended.stdout and (shell.folder / "out" / "adapter" / "adapter_config.json").is_file()
 

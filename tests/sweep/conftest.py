@@ -1,4 +1,4 @@
-"""The real command line inside the test's process: `tune.cli.main` with arguments, its output and exit code."""
+"""The fixture `shell`: the real command line inside the test's process, its output, exit code and what it leaves."""
 
 from __future__ import annotations
 
