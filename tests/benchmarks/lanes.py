@@ -4,7 +4,8 @@
 
 The trials are a plain adapter and MacDrop adapters of several k, p0, schedules and seeds on a built-in model, under
 ZeRO-2. In the lane: dispatcher, one lane, orders; from the start of the lane to the last adapter on disk. One run each:
-what `macdrop train` does with ray.num_workers above one, one `TorchTrainer` after the other. Both use the same Ray (its
+what `macdrop train` does with ray.num_workers above one, one `TorchTrainer` after the other, half of them before the
+lane and half behind it, so that a machine that gets busier or less busy hits both. Both use the same Ray (its
 start is not counted), the same tokenised data and the same scan, and must leave the same bytes in
 adapter_model.safetensors. Tune's own trial actors, which wait beside the lane, are no part of it. With fewer `--runs`,
 the lane's time for the ratio ends with as many trials.
@@ -178,7 +179,7 @@ def one_run_each(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) ->
         seconds = time.perf_counter() - began
         assert outcome.status == "done", outcome
         trials.append(Trained(seconds, inputs.in_steps(spec, folder), digest(folder)))
-        print(f"  TorchTrainer run {len(trials)} of {len(specs)}: {seconds:.1f} s", flush=True)
+        print(f"  TorchTrainer run of {spec.trial_id()}: {seconds:.1f} s", flush=True)
     return trials
 
 
@@ -245,9 +246,11 @@ def main() -> None:
         connect(ray_spec)
         try:
             print(f"Ray started in {time.perf_counter() - began:.1f} s, not counted below")
+            separate = one_run_each(specs[: runs // 2], ray_spec, inputs, root / "runs")
+            _wait_for_cpus(ray_spec)
             total, until_first, lane = in_a_lane(specs, ray_spec, inputs, root / "lane")
             print(f"  lane: {len(lane)} trials in {total:.1f} s", flush=True)
-            separate = one_run_each(specs[:runs], ray_spec, inputs, root / "runs")
+            separate += one_run_each(specs[runs // 2 : runs], ray_spec, inputs, root / "runs")
         finally:
             ray.shutdown()
         print(f"\n{report(total, until_first, lane, separate)}\n\n{machine()}")

@@ -251,6 +251,9 @@ def main() -> None:
         os.environ["MACDROP_CACHE"] = str(root / "cache")
         print(machine(), flush=True)
         adapters = make_adapters(setting.model, given.adapters, root)
+        # Half of the processes before the actors and half behind them: a drift of the machine's load hits both.
+        half = len(adapters) // 2
+        before = by_processes(setting, adapters[:half], root / "before")
         began = time.perf_counter()
         connect(RaySpec())
         ray_start = time.perf_counter() - began
@@ -258,7 +261,8 @@ def main() -> None:
             opened, scored, ours = by_actors(setting, adapters, root)
         finally:
             ray.shutdown()
-        each, fresh, theirs = by_processes(setting, adapters, root)
+        behind = by_processes(setting, adapters[half:], root / "behind")
+        each, fresh, theirs = (mine + others for mine, others in zip(before, behind, strict=True))
         for name in METRICS:
             print(f"{name}: actors {_show(ours, name)}   processes {_show(theirs, name)}")
         print(f"\n{report(each, fresh, ray_start, opened, scored, same(ours, theirs))}\n\n{machine()}")
