@@ -67,8 +67,8 @@ def test_the_two_commands_are_there():
 def test_every_command_can_be_typed(command, tmp_path):
     verb, params = parsed(command)
     words = params.get("config") or []
-    if not words:
-        return
+    if not words or (params.get("resume") and "=" in words[0]):
+        return  # the demo, or a run folder's own spec
     file, overrides = (None, words) if "=" in words[0] else (words[0], words[1:])
     if verb == "eval":
         overrides = [*overrides, f"model_name_or_path={params['model']}", "sweep.models=[]"]
