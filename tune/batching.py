@@ -1,8 +1,9 @@
-"""Which examples go into which micro-batch: functions of (seed, step, rank), so that a resumed run repeats them."""
+"""Which examples go into which micro-batch, and the learning rate: functions of (seed, step, rank) that repeat."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -56,3 +57,19 @@ class Batches:
     def epoch(self, step: int) -> int:
         """The epoch, counted from 1, that optimizer step `step`, counted from 1, belongs to."""
         return (step - 1) // self.steps_per_epoch + 1
+
+
+def learning_rates(spec: TrainSpec, steps: int) -> Callable[[int], float]:
+    """The learning rate at optimizer step t (from 1) of `steps`, by Hugging Face's schedule of that name."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=spec.learning_rate)
+    scheduler = get_scheduler(
+        spec.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(spec.warmup_ratio * steps),
+        num_training_steps=steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: spec.learning_rate * factor(step - 1)

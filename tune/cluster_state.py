@@ -49,8 +49,8 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
     for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    check_local(spec)
     if spec.address is None:
-        check_local(spec)
         options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": spec.dashboard}
         if "RAY_TMPDIR" not in os.environ and len(tempfile.gettempdir()) > 60:
             # Ray's sockets live under its temporary folder and may not have long paths.

@@ -167,7 +167,7 @@ import json, logging, ray
 quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
 context = ray.init(address="local", num_cpus=1, include_dashboard=True, **quiet)
 from ray.util.state import list_nodes
-nodes = list_nodes()
+nodes = list_nodes(address="http://" + context.dashboard_url)
 print("FOUND" + json.dumps({"dashboard": context.dashboard_url, "nodes": len(nodes)}), flush=True)
 ray.shutdown()
 """

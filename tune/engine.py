@@ -7,9 +7,7 @@ checkpoint holds; there is no other path, so a reused engine gives the bits of a
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from macdrop.errors import ConfigError, TrainingInvariantError
 from tune import checkpoint as checkpoints
 from tune.checkpoint import MOMENTS, AdapterState
+from tune.process import quiet
 from tune.spec import TrainSpec
 from tune.zero import deepspeed_config
 
@@ -25,41 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER = "default"
-
-
-def prepare_process(threads: int = 1) -> None:
-    """Set what must be set before DeepSpeed is imported, and start a process group of one if there is none."""
-    import torch
-
-    torch.set_num_threads(threads)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if torch.distributed.is_initialized():
-        # DeepSpeed derives a missing local rank from host names, which several workers of one host share.
-        os.environ.setdefault("LOCAL_RANK", "0")
-    else:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
-        if os.environ["MASTER_PORT"] == "0":
-            os.environ["MASTER_PORT"] = str(_free_port())
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    import deepspeed
-
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce first (over a minute); gradients here go over gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed(dist_init_required=False)
-
-
-def device() -> torch.device:
-    """This rank's device."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
 
 
 class Engine:
@@ -102,7 +66,7 @@ class Engine:
         }
         numels = [p.numel() for p in adapter.values()]
         config = deepspeed_config(spec, adapter_numel=sum(numels), largest_tensor=max(numels))
-        with _quiet():
+        with quiet():
             self.engine, *_ = deepspeed.initialize(
                 model=self.model, model_parameters=list(adapter.values()), config=config
             )
@@ -329,28 +293,10 @@ def _partitioned(spec: TrainSpec):
 
     # transformers asks for this object's config as long as it lives; the buckets' sizes do not matter for loading.
     alive = HfDeepSpeedConfig(deepspeed_config(spec, adapter_numel=1, largest_tensor=0))
-    with _quiet():
+    with quiet():
         yield
     del alive
 
 
 def _cpu32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().float().cpu().clone().contiguous()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def _quiet():
-    """DeepSpeed prints its configuration to stdout whatever the log level."""
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

@@ -74,8 +74,8 @@ class _Evaluator:
 
         from macdrop import MassiveWeights, load_model, load_tokenizer
         from tune.benchmarks import AdapterSlot, Scorer
-        from tune.engine import device
         from tune.files import atomic_write_json
+        from tune.process import device
         from tune.weights import massive_weights, proof
         from tune.zoo import resolve
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import CheckpointError, ConfigError, MacDropError, TrainingDiverged
 from tune import checkpoint as checkpoints
-from tune.batching import Batches, total_steps
+from tune.batching import Batches, learning_rates, total_steps
 from tune.checkpoint import AdapterState
 from tune.spec import TrainSpec
 
@@ -99,6 +99,8 @@ class _Run:
         self.rate = learning_rates(spec, self.steps)
         self.config = spec.macdrop.config(seed=spec.seed)
         self.drop = _macdrop(engine, weights, self.config)
+        #: Entries dropped and masked before the checkpoint that is resumed from.
+        self.before = (0, 0)
         self.eval_loss: float | None = None
         self.train_loss: float | None = None
 
@@ -127,8 +129,8 @@ class _Run:
             total_steps=self.steps,
             train_loss=self.train_loss,
             eval_loss=self.eval_loss,
-            entries_dropped=self.drop.entries_dropped if self.drop else 0,
-            entries_masked=self.drop.entries_masked if self.drop else 0,
+            entries_dropped=self._entries()[0],
+            entries_masked=self._entries()[1],
             rows_hooked=rows,
             seconds=time.monotonic() - started,
             resumed_from=first,
@@ -280,13 +282,19 @@ class _Run:
                     "Continue with the settings it was made with, or train into another folder."
                 )
         self.engine.load_state(state)
+        self.before = tuple(state.meta.get("entries", (0, 0)))
         return state
 
     def _meta(self) -> dict[str, Any]:
         return {"trial": self.spec.trial_id(), "total_steps": self.steps, "global_batch": self.batches.global_batch}
 
     def _state(self, step: int) -> AdapterState:
-        return self.engine.read_state(step, self._meta())
+        return self.engine.read_state(step, {**self._meta(), "entries": list(self._entries())})
+
+    def _entries(self) -> tuple[int, int]:
+        """Entries dropped, and masked, since step 0."""
+        dropped, masked = (self.drop.entries_dropped, self.drop.entries_masked) if self.drop else (0, 0)
+        return self.before[0] + dropped, self.before[1] + masked
 
     def _set_optimizer(self) -> None:
         for group in self.engine.engine.optimizer.param_groups:
@@ -312,22 +320,6 @@ class _Run:
         if self.engine.rank != 0 or self.observe is None:
             return False
         return not self.observe(metrics)
-
-
-def learning_rates(spec: TrainSpec, steps: int) -> Callable[[int], float]:
-    """The learning rate at optimizer step t (from 1) of `steps`, by Hugging Face's schedule of that name."""
-    import torch
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=spec.learning_rate)
-    scheduler = get_scheduler(
-        spec.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=math.ceil(spec.warmup_ratio * steps),
-        num_training_steps=steps,
-    )
-    factor = scheduler.lr_lambdas[0]
-    return lambda step: spec.learning_rate * factor(step - 1)
 
 
 def _macdrop(engine: Engine, weights: MassiveWeights | None, config: Any) -> MacDrop | None:

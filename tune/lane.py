@@ -57,7 +57,7 @@ def _work(config: dict[str, Any]) -> None:
     import torch.distributed as dist
     from ray.train.torch import get_device
 
-    from tune.engine import prepare_process
+    from tune.process import prepare_process
 
     if torch.cuda.is_available():
         # Ray shows a worker the GPUs it may use; DeepSpeed takes the one that LOCAL_RANK numbers.

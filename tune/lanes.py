@@ -17,17 +17,14 @@ from tune.spec import RaySpec
 
 #: A lane whose Train run has failed for good is started anew this often before the run is given up.
 RELAUNCHES = 2
-#: How long a closing lane may take on a cluster that goes on without us; on our own, Ray's end is the lanes' end.
+#: How long closing lanes are waited for; an order that was cut by an error may hold one longer.
 CLOSE_S = 20.0
 
 
 class Lanes:
     """Starts the lanes, notices dead ones, closes them."""
 
-    def __init__(
-        self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path, *, outlives_us: bool
-    ) -> None:
-        self._outlives_us = outlives_us
+    def __init__(self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path) -> None:
         self._dispatcher, self._spec, self._gpus, self._storage = dispatcher, spec, gpus_per_worker, storage
         self._numbers = itertools.count(1)
         self._threads: dict[str, threading.Thread] = {}
@@ -67,11 +64,11 @@ class Lanes:
             self._opened = None
 
     def close(self) -> None:
-        """Ask every lane to end after its order; on a cluster that outlives us, wait a little for them."""
+        """Ask every lane to end after its order and wait for it: a thread still inside Ray would break its shutdown."""
         for name in self._threads:
             call(self._dispatcher, "close", name)
         for thread in self._threads.values():
-            thread.join(timeout=CLOSE_S if self._outlives_us else 0)
+            thread.join(timeout=CLOSE_S)
 
     def _launch(self) -> None:
         name = f"lane-{next(self._numbers)}-{int(time.time())}"

@@ -18,11 +18,11 @@ from tune.spec import Space, SweepSpec
 POINT = "point"
 
 
-def param_space(study: Study, sweep: SweepSpec) -> dict[str, Any]:
+def param_space(study: Study) -> dict[str, Any]:
     """Tune's `param_space`: the planned points of a grid, or a distribution per dotted key."""
     if study.trials is not None:
         return {POINT: grid_search(list(study.trials))}
-    return {key: _domain(space) for key, space in sweep.parameters.items()}
+    return {key: _domain(space) for key, space in study.parameters.items()}
 
 
 def values(config: dict[str, Any]) -> dict[str, Any]:
@@ -44,13 +44,14 @@ def searcher(study: Study, sweep: SweepSpec) -> Searcher | SearchAlgorithm:
 
 
 def scheduler(sweep: SweepSpec, total_steps: int) -> TrialScheduler | None:
-    """ASHA on our own `step`, or None; a finished trial is never cut before its scores (`stop_last_trials=False`)."""
+    """ASHA on our own `step`, or None; a finished trial is never cut before its scores (`stop_last_trials=False`).
+
+    Metric and mode come from the TuneConfig: Tune refuses them in both places.
+    """
     if sweep.scheduler == "none":
         return None
     return AsyncHyperBandScheduler(
         time_attr="step",
-        metric=sweep.metric.name,
-        mode=mode(sweep),
         grace_period=sweep.grace_period,
         reduction_factor=sweep.reduction_factor,
         max_t=total_steps,

@@ -194,11 +194,12 @@ class Supervisor:
 
     def _scores_of(self, trial: str) -> dict[str, float]:
         """Scores as a searcher names them: benchmark/task/metric, with @attack where there is one."""
-        found = {}
-        for row in self._journal.score_rows():
+        found: dict[str, float] = {}
+        # Of an attack on base rows and on merged ones, the searcher sees the first.
+        for row in sorted(self._journal.score_rows(), key=lambda row: row["attack_on"] or ""):
             if row["trial"] == trial:
                 suffix = "" if row["attack"] == "none" else f"@{row['attack']}"
-                found[f"{row['benchmark']}/{row['task']}/{row['metric']}{suffix}"] = row["value"]
+                found.setdefault(f"{row['benchmark']}/{row['task']}/{row['metric']}{suffix}", row["value"])
         return found
 
 

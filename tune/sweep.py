@@ -45,7 +45,7 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
     assert spec.output_dir is not None, "the command line gives every run a folder"
     planned = studies(spec)
     run_dir = Path(spec.output_dir).absolute()
-    if resume and Journal.open(run_dir).config() != dump(spec):
+    if resume and _settings(Journal.open(run_dir).config()) != _settings(dump(spec)):
         raise ConfigError(
             f"{run_dir} was started with another spec (its config.yaml). Resume it with that file, or choose "
             "another output_dir."
@@ -63,13 +63,7 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
         stack.push(functools.partial(_leave, journal))
         progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
         dispatcher = start_dispatcher()
-        lanes = Lanes(
-            dispatcher,
-            spec.ray,
-            gpu_shares(spec.ray, gpus)[0],
-            run_dir / "ray",
-            outlives_us=not joined or spec.ray.address is not None,
-        )
+        lanes = Lanes(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
         stack.callback(lanes.close)
         pool = Pool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])
         stack.callback(pool.close)
@@ -89,6 +83,11 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
                 supervisor.study_failed(study, str(error))
         progress.finished()
     return supervisor.failures
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """A dumped spec without the folder, which may be written in several ways."""
+    return {key: value for key, value in config.items() if key != "output_dir"}
 
 
 def _leave(journal: Journal, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -155,7 +154,7 @@ def _search(
     grid = study.trials is not None
     Tuner(
         trainable,
-        param_space=param_space(study, sweep),
+        param_space=param_space(study),
         tune_config=TuneConfig(
             metric=sweep.metric.name,
             mode="min" if sweep.metric.goal == "minimize" else "max",

@@ -36,9 +36,10 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
     import torch.distributed as dist
 
     from tune import data
-    from tune.engine import Engine, prepare_process
+    from tune.engine import Engine
     from tune.files import atomic_write_json, atomic_write_yaml
     from tune.journal import TrialRecord
+    from tune.process import prepare_process
 
     prepare_process(threads)
     spec = spec.canonical()

@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 from macdrop.errors import MacDropError
 from tune.cluster_state import check_cluster, connect
 from tune.finetune import Outcome
-from tune.plan import gpu_shares
+from tune.plan import gpu_shares, one_lane
 from tune.spec import RaySpec, TrainSpec, dump
 
 #: A killed worker costs the steps since the last checkpoint; after this many the run ends.
@@ -28,8 +28,7 @@ class Workers:
     def __init__(self, spec: RaySpec, train_spec: TrainSpec, folder: Path) -> None:
         self._folder = folder.absolute()
         self._error: BaseException | None = None
-        # One lane's worth of workers and nobody to score.
-        spec = spec.model_copy(update={"lanes": 1, "evaluators": 1, "cpus_per_evaluator": 0, "gpus_per_evaluator": 0})
+        spec = one_lane(spec)
         self._joined = connect(spec)[1]
         gpus = gpu_shares(spec, check_cluster(spec))[0]
         resources = {"CPU": spec.cpus_per_worker} | ({"GPU": gpus} if gpus else {})

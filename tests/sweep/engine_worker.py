@@ -21,8 +21,9 @@ import torch.distributed as dist  # noqa: E402
 from engine_cases import INTERRUPTED_AFTER, spec  # noqa: E402
 
 from tune import data  # noqa: E402
-from tune.engine import Engine, prepare_process  # noqa: E402
+from tune.engine import Engine  # noqa: E402
 from tune.finetune import finetune  # noqa: E402
+from tune.process import prepare_process  # noqa: E402
 from tune.train import scanned  # noqa: E402
 
 

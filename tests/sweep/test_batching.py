@@ -92,7 +92,7 @@ def test_learning_rates_are_those_of_hugging_faces_scheduler_stepped_slowly(name
     import torch
     from transformers import get_scheduler
 
-    from tune.finetune import learning_rates
+    from tune.batching import learning_rates
 
     steps, peak = 20, 3e-4
     spec = TrainSpec(model_name_or_path="m", learning_rate=peak, lr_scheduler_type=name, warmup_ratio=warmup)
