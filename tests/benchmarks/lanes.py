@@ -119,8 +119,7 @@ def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tu
     for order in orders:
         call(dispatcher, "place", order, "benchmark")
     began = time.time()
-    # As on a cluster that outlives us: closing then waits for the lane's end, which frees its CPUs for what follows.
-    lanes = Lanes(dispatcher, ray_spec, 0.0, root / "ray", outlives_us=True)
+    lanes = Lanes(dispatcher, ray_spec, 0.0, root / "ray")
     lanes.open()
     started: dict[str, float] = {}
     ended: dict[str, float] = {}
