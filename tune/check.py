@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError, nearest
-from tune.batching import total_steps
+from macdrop.schedules import SCHEDULES, probability
+from tune.batching import Batches, total_steps
 from tune.benchmarks.spec import PLAIN, EvalSpec, jobs, parse_attack
 from tune.plan import Study
 from tune.spec import RunSpec, Space, TrainSpec, with_values
@@ -89,8 +90,7 @@ def check_study(spec: TrainSpec, parameters: dict[str, Space], attacks: list[str
     check_rows(outline, spec, ks=_values(spec, parameters, "macdrop.k"), attacks=attacks)
     for target in _values(spec, parameters, "lora_target"):
         check_targets(outline, target)
-    drops = spec.macdrop.config(seed=0).enabled or any(key.startswith("macdrop.") for key in parameters)
-    if drops and 3 in _values(spec, parameters, "zero_stage"):
+    if may_drop(spec, parameters) and 3 in _values(spec, parameters, "zero_stage"):
         check_partitioned(outline, spec)
     return tokenizer
 
@@ -187,9 +187,34 @@ def _steps(spec: TrainSpec, parameters: dict[str, Space], tokenizer: Any, worker
     for key in DATA_KEYS:
         for value in parameters[key].bounds() if key in parameters else []:
             data.prepare(with_values(spec, {key: value}, partial=True), tokenizer, folder)
-    return total_steps(
-        spec, len(prepared.train), spec.per_device_train_batch_size * spec.gradient_accumulation_steps * workers
+    batches = Batches(
+        len(prepared.train),
+        seed=spec.seed,
+        per_device=spec.per_device_train_batch_size,
+        accumulation=spec.gradient_accumulation_steps,
+        world=workers,
     )
+    steps = total_steps(spec, len(prepared.train), batches.global_batch)
+    if may_drop(spec, parameters):
+        for schedule in _values(spec, parameters, "macdrop.schedule"):
+            _check_schedule(schedule, steps, batches.epoch(steps))
+    return steps
+
+
+def may_drop(spec: TrainSpec, parameters: dict[str, Space]) -> bool:
+    """Whether any trial drops weights."""
+    return spec.arm == "macdrop" or any(key.startswith("macdrop.") for key in parameters)
+
+
+def _check_schedule(schedule: str, steps: int, epochs: int) -> None:
+    """Refuse a schedule that starts at p = 0: it would drop nothing and pass for MacDrop."""
+    alpha = 1.0 if schedule == "exp" else None
+    first = probability(schedule, p0=1.0, step=1, total_steps=steps, epoch=1, total_epochs=epochs, alpha=alpha)
+    if first == 0:
+        raise ConfigError(
+            f"macdrop.schedule {schedule!r} never drops anything in a run of {steps} step(s), {epochs} epoch(s): its p "
+            f"is 0 from the start. Train longer, or take another schedule: {', '.join(SCHEDULES)}."
+        )
 
 
 def _values(spec: TrainSpec, parameters: dict[str, Space], key: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from tune.terminal import console, line, lines, quiet_libraries, table
 
 RECIPES = Path(__file__).with_name("recipes")
 DEMO = "demo"
+#: Exit code after SIGTERM, as a shell has it.
+TERMINATED = 143
 #: Columns of a report that goes into a pipe.
 REPORT_WIDTH = 120
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "p", "entries_dropped", "tokens_per_second")
@@ -55,7 +58,7 @@ def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
     if outcome.entries_masked:
         share = outcome.entries_dropped / outcome.entries_masked
         told = f"{outcome.entries_dropped} of {outcome.entries_masked} masked entries ({share:.1%})"
-        line("dropped", f"{told} in {outcome.rows_hooked} hooked rows" + (", since resuming" if checkpoint else ""))
+        line("dropped", f"{told} in {outcome.rows_hooked} hooked rows")
     elif outcome.rows_hooked:
         line("dropped", f"nothing in these steps, whose p is 0 ({outcome.rows_hooked} hooked rows)")
     else:
@@ -150,8 +153,14 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
         from tune.sweep import run
 
     progress = Progress(console)
+    # An end from outside closes the run as Ctrl-C does: workers go, the journal says interrupted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         failures = run(spec, resume=resume, progress=progress)
+    except (KeyboardInterrupt, SystemExit):
+        progress.finished()
+        line("to go on", f"macdrop sweep --resume output_dir={spec.output_dir}")
+        raise
     finally:
         progress.finished()
     made = make_report(spec.output_dir)

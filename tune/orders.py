@@ -96,6 +96,13 @@ class OrderBook:
         if entry.state == "queued":
             self._end(entry, "stopped", "stopped before it started")
 
+    def abandon(self, study: str, keep: str) -> None:
+        """The search of a study is over (its time is up, say): of its followers only `keep` still waits."""
+        for entry in self.entries.values():
+            if entry.order.study == study:
+                for follower in entry.followers - {keep}:
+                    self.cancel(entry.order.id, follower)
+
     def poll(self, order_id: str, after: int) -> dict[str, Any]:
         """Metrics with a validation loss of steps later than `after`, the state, and how it ended."""
         entry = self.entries[order_id]

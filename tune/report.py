@@ -27,6 +27,8 @@ WIDTH = 116
 """Characters that a table may take, so that it is readable in a terminal of 120."""
 REASON_LENGTH = 300
 PLANTED = "PLANTED: the massive weights of this built-in model were put there on purpose. A demonstration, no evidence."
+#: Tables that compare a MacDrop trial with its plain adapter; the CSV compares all trials.
+MAX_COMPARED = 4
 ONE_SEED = "One seed per setting: differences hold for this seed only; they are no claim about the method."
 
 
@@ -132,14 +134,15 @@ def _section(model: ModelResults) -> Section:
     before = [PLANTED] if model.planted else []
     before += _about_weights(model)
     tables = [_trials_table(model)] if any(line.arm != BASE for line in model.lines) else []
-    primary = [column for column in model.shown if column != EVAL_LOSS]
+    # Parts of a task, such as Spec-Bench's categories, are in the CSV.
+    primary = [column for column in model.shown if column != EVAL_LOSS and not _is_part(column, model.shown)]
     for benchmark in dict.fromkeys(column.benchmark for column in primary):
         tables += _scores_tables(model, benchmark, [column for column in primary if column.benchmark == benchmark])
     after: list[str] = []
     if model.best:
-        differences = _differences_table(model, model.best)
-        tables += [differences] if differences.rows else []
-        after += _verdict(model, model.best, bool(differences.rows))
+        differences = [_differences_table(model, line) for line in model.rivals()[:MAX_COMPARED]]
+        tables += [table for table in differences if table.rows]
+        after += _verdict(model, model.best, bool(differences[0].rows))
     elif model.macdrop():
         after.append(f"No MacDrop trial is done and has {model.objective}: none is marked as the best.")
     failed = [line for line in model.lines if line.reason]
@@ -220,7 +223,17 @@ def _differences_table(model: ModelResults, line: Line) -> Table:
     ]
     plain = model.plain_for(line)
     label = plain.label if plain else "plain"
-    return Table(f"{line.label} (best MacDrop) against {label}", ["", label, line.label, "difference", "says"], rows)
+    title = f"{line.label} (best MacDrop{_apart(model, line)}) against {label}"
+    return Table(title, ["", label, line.label, "difference", "says"], rows)
+
+
+def _apart(model: ModelResults, line: Line) -> str:
+    """The settings that tell several comparisons apart, such as " with use_dora true"; nothing for a single one."""
+    if len(model.rivals()) < 2:
+        return ""
+    others = [key for key in model.keys if not key.startswith("macdrop.")]
+    differing = [key for key in others if len({str(rival.setting(key)) for rival in model.rivals()}) > 1]
+    return " with " + ", ".join(f"{key} {_setting(line.setting(key))}" for key in differing) if differing else ""
 
 
 def _verdict(model: ModelResults, best: Line, compared: bool) -> list[str]:

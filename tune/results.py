@@ -76,6 +76,14 @@ class ModelResults:
         shared = [] if plain is None else [c for c in columns if c in line.scores and c in plain.scores]
         return [difference(column, plain.scores[column], line.scores[column]) for column in shared]
 
+    def rivals(self) -> list[Line]:
+        """The best MacDrop trial of each setting of the other keys (LoRA and DoRA, say), best first."""
+        best: dict[str, Line] = {}
+        for line in self.macdrop():
+            if line.status == "done" and value_of(line, self.objective) is not None:
+                best.setdefault(json.dumps(_other_settings(line), sort_keys=True, default=str), line)
+        return list(best.values())
+
     def seeds(self) -> int:
         """The largest number of seeds with which one MacDrop setting was trained."""
         groups: dict[str, set] = {}

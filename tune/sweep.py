@@ -135,6 +135,8 @@ def _study(
         call(dispatcher, "place", desk.order(baseline), BASELINE)
     if study.samples:
         _search(spec, study, desk, journal, supervisor, steps, time_budget_s)
+        # When its time is up, Tune ends trials without telling anybody.
+        call(dispatcher, "abandon", study.name, BASELINE)
     supervisor.wait(study)
 
 

@@ -225,3 +225,13 @@ def test_final_states_are_those_that_nothing_but_a_new_follower_leaves():
 def test_a_book_can_cross_processes():
     book = pickle.loads(pickle.dumps(book_in("running")))
     assert book.poll("a", -1)["state"] == "running"
+
+
+def test_abandon_leaves_only_the_kept_followers():
+    book = OrderBook()
+    for name in ("searched", "baseline", "both"):
+        book.place(order(name), "baseline" if name == "baseline" else "trial")
+    book.place(order("both"), "baseline")
+    book.abandon(order("searched").study, "baseline")
+    states = {row["id"]: row["state"] for row in book.snapshot()["orders"]}
+    assert states == {"searched": "stopped", "baseline": "queued", "both": "queued"}

@@ -16,7 +16,7 @@ import pytest
 from macdrop.errors import ConfigError, ResourceError
 from tune.spec import RaySpec, RunSpec, load
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 SMALL = {
     "dataset": "zoo:train",
@@ -261,6 +261,69 @@ def _ancestors(process) -> list:
         return process.parents()
     except Exception:
         return []
+
+
+def test_time_budget_ends_a_run_in_good_order(tmp_path):
+    spec = make(
+        tmp_path / "run",
+        model_name_or_path="zoo:planted-llama",
+        max_steps=20_000,
+        eval_steps=5_000,
+        sweep={"arms": ["macdrop"], "parameters": {"macdrop.p0": [0.4, 0.8]}, "time_budget_s": 15},
+    )
+    failures, _ = run(spec)
+    assert failures == 0
+    assert {trial["status"] for trial in trials(tmp_path / "run")} == {"stopped"}
+
+
+def test_scores_survive_the_death_of_an_actor(tmp_path):
+    """Every item is scored once, though the actor is killed under the first; one that always kills is given up."""
+    import ray
+
+    from tune.benchmarks.spec import EvalSpec, jobs
+    from tune.evaluators import Item, Opening, Pool
+
+    block = EvalSpec.parse(
+        {"batch_size": 8, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}, "fact": {"data": "zoo:fact"}}}
+    )
+    spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
+    pool = Pool(1, cpus=0, gpus=0)
+    pool.open(Opening(spec, block, str(tmp_path / "weights.json"), scan=False, k=5, threads=1))
+    for job in jobs(block):
+        pool.submit(Item({"name": job.task}, job, None, str(tmp_path / f"{job.task}.jsonl")))
+    results = pool.step()
+    (actor, _) = next(iter(pool._running.values()))
+    ray.kill(actor)
+    deadline = time.monotonic() + 120
+    while pool.busy and time.monotonic() < deadline:
+        results += pool.step()
+        time.sleep(0.1)
+    pool.close()
+    assert sorted(result.item.tag["name"] for result in results) == ["fact", "qa"]
+    assert all(result.rows and not result.error for result in results)
+    assert max(result.item.attempts for result in results) == 2
+
+
+def test_train_on_two_workers_equals_the_lane(tmp_path):
+    """`macdrop train` with two workers, and its errors as the workers raised them."""
+    from macdrop.errors import TrainingDiverged
+    from tune.train import train
+
+    settings = {"model_name_or_path": "zoo:planted-llama", "ray": {"dashboard": False, "num_workers": 2}}
+    spec = make(tmp_path / "run", **settings)
+    seen = []
+    outcome = train(spec, tmp_path / "train", observe=lambda metrics: seen.append(metrics) or True, resume=False)
+    assert outcome.status == "done" and [row["step"] for row in seen if "loss" in row] == list(range(1, 7))
+    failures, _ = run(make(tmp_path / "run", **settings, sweep={"arms": ["macdrop"]}))
+    (trial,) = trials(tmp_path / "run")
+    file = "adapter/adapter_model.safetensors"
+    assert failures == 0
+    assert (tmp_path / "run" / "trials" / trial["trial"] / file).read_bytes() == (
+        tmp_path / "train" / file
+    ).read_bytes()
+    with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
+        bad = make(tmp_path / "bad", **settings, learning_rate=DIVERGES)
+        train(bad, tmp_path / "bad", observe=lambda metrics: True, resume=False)
 
 
 def test_too_few_gpus_is_said_with_the_arithmetic(tmp_path):

@@ -1,0 +1,182 @@
+"""One fine-tuning alone in one process: what the reuse proof on two processes (`test_engine.py`) does not vary."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from macdrop.errors import CheckpointError, ConfigError, TrainingDiverged, TrainingInvariantError
+from tune.spec import TrainSpec
+
+pytestmark = pytest.mark.zero
+
+SMALL = {
+    "model_name_or_path": "zoo:planted-llama",
+    "dataset": "zoo:train",
+    "cutoff_len": 64,
+    "val_size": 8,
+    "lora_rank": 2,
+    "lora_alpha": 4,
+    "lora_target": ["q_proj", "gate_proj", "up_proj"],
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "learning_rate": 2e-3,
+    "zero_stage": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MACDROP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+def train(folder: Path, observe=None, **changes) -> tuple[list[dict], object]:
+    """Metrics of every step, and the outcome."""
+    from tune.train import train_here
+
+    rows: list[dict] = []
+
+    def watch(metrics: dict) -> bool:
+        rows.append(metrics)
+        return observe(metrics) if observe else True
+
+    outcome = train_here(TrainSpec(**{**SMALL, **changes}), folder, observe=watch, threads=1)
+    return rows, outcome
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> list[float]:
+    return losses(train(tmp_path_factory.mktemp("reference"))[0])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_cpu_offload_trains_the_same(tmp_path, reference, stage):
+    assert losses(train(tmp_path, zero_stage=stage, offload="cpu")[0]) == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_gradient_checkpointing_trains_the_same(tmp_path, reference, stage):
+    rows, _ = train(tmp_path, zero_stage=stage, gradient_checkpointing=True)
+    assert losses(rows) == pytest.approx(reference, rel=1e-5)
+
+
+def test_accumulation_is_one_large_batch(tmp_path, reference):
+    """The loss is a mean over the step's answer tokens, however they are spread over micro-steps."""
+    plain = losses(train(tmp_path / "one", macdrop={"p0": 0.0})[0])
+    spread = losses(
+        train(tmp_path / "four", macdrop={"p0": 0.0}, per_device_train_batch_size=1, gradient_accumulation_steps=4)[0]
+    )
+    assert spread == pytest.approx(plain, rel=1e-5)
+    assert plain != pytest.approx(reference, rel=1e-5)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
+    train(tmp_path, use_rslora=True, lora_rank=4)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["use_rslora"] is True and config["inference_mode"] is True
+    from peft import PeftModel
+
+    from macdrop import load_model
+    from tune.zoo import resolve
+
+    model = PeftModel.from_pretrained(load_model(resolve(SMALL["model_name_or_path"])), tmp_path / "adapter")
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    assert layer.scaling["default"] == pytest.approx(4 / math.sqrt(4))
+
+
+def test_adapter_on_disk_is_the_model_that_was_trained(tmp_path):
+    """The validation loss by PEFT and transformers alone equals the one that training reported."""
+    import torch
+    from peft import PeftModel
+
+    from macdrop import load_model, load_tokenizer
+    from tune import data
+    from tune.weights import cache_dir
+    from tune.zoo import resolve
+
+    spec = TrainSpec(**SMALL)
+    _, outcome = train(tmp_path)
+    source = resolve(spec.model_name_or_path)
+    prepared = data.load(data.prepare(spec, load_tokenizer(source), cache_dir() / "data"))
+    model = PeftModel.from_pretrained(load_model(source), tmp_path / "adapter").eval()
+    total = tokens = 0.0
+    with torch.no_grad():
+        for number in range(len(prepared.validation)):
+            ids, labels = (torch.tensor(part)[None] for part in prepared.validation[number])
+            count = int((labels[:, 1:] != -100).sum())
+            total += float(model(input_ids=ids, labels=labels).loss) * count
+            tokens += count
+    assert outcome.eval_loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_divergence_is_a_clear_error_and_nothing_is_half_written(tmp_path):
+    with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
+        train(tmp_path, learning_rate=1e30)
+    assert not (tmp_path / "adapter").exists()
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_changed_base_is_noticed(tmp_path):
+    """Somebody writes to a frozen weight during training."""
+    import gc
+
+    from transformers import LlamaForCausalLM
+
+    def tamper(metrics: dict) -> bool:
+        for thing in gc.get_objects():
+            if isinstance(thing, LlamaForCausalLM) and hasattr(thing, "peft_config"):
+                thing.lm_head.weight.data[0, 0] += 1
+        return True
+
+    with pytest.raises(TrainingInvariantError, match="base weights changed"):
+        train(tmp_path, tamper)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_that_did_not_move_is_noticed(tmp_path):
+    """One step, and its learning rate is the first of the warm-up: 0."""
+    with pytest.raises(TrainingInvariantError, match="lora_B"):
+        train(tmp_path, max_steps=1, warmup_ratio=1.0, macdrop={"schedule": "constant"})
+
+
+def test_resume_refuses_other_settings(tmp_path):
+    train(tmp_path, lambda metrics: metrics["step"] < 2, save_steps=2)
+    with pytest.raises(CheckpointError, match="other settings"):
+        train(tmp_path, save_steps=2, seed=1)
+
+
+def test_counts_continue_over_a_resume(tmp_path):
+    _, whole = train(tmp_path / "whole")
+    train(tmp_path / "cut", lambda metrics: metrics["step"] < 2, save_steps=2)
+    rows, resumed = train(tmp_path / "cut", save_steps=2)
+    assert resumed.resumed_from == 2 and losses(rows)
+    assert (resumed.entries_dropped, resumed.entries_masked) == (whole.entries_dropped, whole.entries_masked)
+    metrics = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").open()]
+    assert [row["step"] for row in metrics if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_an_engine_refuses_a_spec_it_was_not_built_for(tmp_path):
+    from tune import data
+    from tune.engine import Engine
+    from tune.finetune import finetune
+    from tune.process import prepare_process
+    from tune.weights import cache_dir
+
+    prepare_process()
+    spec = TrainSpec(**SMALL, macdrop={"p0": 0.0})
+    engine = Engine(spec)
+    prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
+    with pytest.raises(ConfigError, match="built for other settings"):
+        finetune(engine, spec.model_copy(update={"lora_rank": 8}), prepared, tmp_path)
+    with pytest.raises(ConfigError, match="massive weights"):
+        finetune(engine, TrainSpec(**SMALL), prepared, tmp_path)
