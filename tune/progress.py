@@ -37,7 +37,8 @@ class Progress:
         self._live: Live | None = None
         self._begun = time.monotonic()
         self._orders: dict[str, dict[str, Any]] = {}
-        self._settings: dict[str, dict[str, Any]] = {}
+        #: Of each trial, and of each base model, its scores as they came in.
+        self._scores: dict[str, list[str]] = {}
         self._states: dict[str, str] = {}
         self._line = ""
 
@@ -84,6 +85,11 @@ class Progress:
         self._say(f"{entry.order.id} [{style}]{entry.state}[/{style}]{details}{reason}")
 
     def scored(self, name: str, result: Result) -> None:
+        if result.rows:
+            # The first row is the task's own metric; the report has them all.
+            row = result.rows[0]
+            attack = "" if row["attack"] == "none" else f"@{row['attack']}"
+            self._scores.setdefault(name, []).append(f"{row['task']}{attack} {_number(row['value'])}")
         if result.error:
             self._say(f"[red]{name} {result.item.job.key}: {result.error}[/red]")
 
@@ -94,6 +100,7 @@ class Progress:
         table = Table(title=self._line or None, title_justify="left", box=None, header_style="bold")
         for heading in ("trial", "state", "step", "loss", "eval loss", "p", "tokens/s"):
             table.add_column(heading, justify="left" if heading in ("trial", "state") else "right", no_wrap=True)
+        table.add_column("scores", no_wrap=True, overflow="ellipsis")
         rows = sorted(self._orders.values(), key=lambda row: row["state"] in ("done", "failed", "diverged", "stopped"))
         for row in rows[:MAX_ROWS]:
             last = row["last"]
@@ -106,7 +113,11 @@ class Progress:
                 _number(last.get("eval_loss")),
                 _number(last.get("p")),
                 f"{last['tokens_per_second']:.0f}" if "tokens_per_second" in last else "",
+                ", ".join(self._scores.get(row["id"], [])),
             )
+        for name in [name for name in self._scores if name not in self._orders]:
+            blanks = [""] * 5
+            table.add_row(name, "[green]scored[/green]", *blanks, ", ".join(self._scores[name]))
         if len(rows) > MAX_ROWS:
             table.caption = f"and {len(rows) - MAX_ROWS} more"
         return table
