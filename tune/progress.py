@@ -24,6 +24,8 @@ STYLES = {
     "diverged": "red",
     "stopped": "yellow",
 }
+#: Columns that keep their width when the scores do not fit the terminal.
+WIDTHS = {"state": 8, "step": 5, "loss": 7, "eval loss": 9, "p": 7, "tokens/s": 8}
 WORDS = {"trained": "scoring"}
 #: Rows of the live table; finished trials scroll off first, as the report has them all.
 MAX_ROWS = 24
@@ -98,8 +100,10 @@ class Progress:
 
     def _table(self) -> Table:
         table = Table(title=self._line or None, title_justify="left", box=None, header_style="bold")
-        for heading in ("trial", "state", "step", "loss", "eval loss", "p", "tokens/s"):
-            table.add_column(heading, justify="left" if heading in ("trial", "state") else "right", no_wrap=True)
+        longest = max((len(name) for name in (*self._orders, *self._scores)), default=0)
+        for heading, width in {"trial": longest, **WIDTHS}.items():
+            left = heading in ("trial", "state")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=True, min_width=width)
         table.add_column("scores", no_wrap=True, overflow="ellipsis")
         rows = sorted(self._orders.values(), key=lambda row: row["state"] in ("done", "failed", "diverged", "stopped"))
         for row in rows[:MAX_ROWS]:
