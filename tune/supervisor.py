@@ -180,7 +180,8 @@ class Supervisor:
             self._failed.add(f"{name} {result.item.job.key}")
         else:
             # lm-eval may name a task otherwise than the entry of the eval: block that asked for it.
-            self._journal.add_scores([{**tag, **row, "entry": result.item.job.task} for row in result.rows])
+            extra = {"entry": result.item.job.task, "seconds": round(result.seconds, 3)}
+            self._journal.add_scores([{**tag, **row, **extra} for row in result.rows])
         self._progress.scored(name, result)
         self._pending[name]["left"] -= 1
         if not self._pending[name]["left"]:
