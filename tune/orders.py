@@ -50,7 +50,6 @@ class Entry:
     outcome: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     scores: dict[str, float] | None = None
-    placed: float = field(default_factory=time.time)
     started: float | None = None
     ended: float | None = None
 
