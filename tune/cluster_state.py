@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import tempfile
+import threading
 from typing import Any
 
 import ray
@@ -13,6 +16,8 @@ from macdrop.errors import ResourceError
 from tune.plan import check_local, resources
 from tune.spec import RaySpec
 
+#: Exit code after SIGTERM, as a shell has it.
+TERMINATED = 143
 #: Set before Ray starts. Train V2 asks its workers once a second; Tune's own loggers and the usage report are off.
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -64,6 +69,9 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
             f"No Ray cluster at ray.address {spec.address!r}: {error}\n"
             "Start one (`ray start --head`), or leave ray.address out to use this machine."
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler aborts the process; an end from outside should close the run as Ctrl-C does.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     return context.dashboard_url or "", True
 
 

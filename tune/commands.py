@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from pathlib import Path
@@ -14,8 +13,6 @@ from tune.terminal import console, line, lines, quiet_libraries, table
 
 RECIPES = Path(__file__).with_name("recipes")
 DEMO = "demo"
-#: Exit code after SIGTERM, as a shell has it.
-TERMINATED = 143
 #: Columns of a report that goes into a pipe.
 REPORT_WIDTH = 120
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "p", "entries_dropped", "tokens_per_second")
@@ -148,18 +145,20 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
             line("checked", f"{name}: model, tokenizer, data and benchmark files; {count} optimizer steps a trial")
         return 0
     with console.status("Loading"):
+        from tune.cluster_state import TERMINATED
         from tune.progress import Progress
         from tune.report import make_report
         from tune.sweep import run
 
     progress = Progress(console)
-    # An end from outside closes the run as Ctrl-C does: workers go, the journal says interrupted.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         failures = run(spec, resume=resume, progress=progress)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as end:
         progress.finished()
         line("to go on", f"macdrop sweep --resume output_dir={spec.output_dir}")
+        if isinstance(end, SystemExit):
+            # Whatever code the call that SIGTERM came into made of it.
+            sys.exit(TERMINATED)
         raise
     finally:
         progress.finished()
