@@ -189,11 +189,11 @@ def _split(arguments: list[str] | None) -> tuple[str | None, list[str]]:
 
 def main() -> None:
     """Entry point of the `macdrop` command; our own errors become a message and an exit code, never a traceback."""
-    from macdrop.errors import ConfigError, MacDropError, ResourceError
+    from macdrop.errors import MacDropError, ResourceError
 
     try:
         app()
-    except (ConfigError, MacDropError) as error:
+    except MacDropError as error:
         code = BAD_CONFIG if isinstance(error, ValueError) else TRIALS_FAILED
         code = NO_RESOURCES if isinstance(error, ResourceError) else code
         print(f"macdrop: {error}", file=sys.stderr)

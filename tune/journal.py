@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 LAYOUT = 1
 BASE = "base"
 """The arm, and the trial name, of an untrained model's scores."""
-STATUSES = ("pending", "running", "done", "stopped", "failed", "diverged", "cancelled")
 ENDED = ("done", "stopped", "failed", "diverged", "cancelled")
 RUN_STATUSES = ("running", "done", "failed", "interrupted")
 SCORE_KEY = ("model", "trial", "benchmark", "task", "metric", "attack", "attack_on")
@@ -212,14 +211,6 @@ class Journal:
         rows = self.score_rows()
         extra = dict.fromkeys(key for row in rows for key in row if key not in SCORE_COLUMNS)
         return pandas.DataFrame(rows, columns=[*SCORE_COLUMNS, *extra])
-
-    def is_scored(
-        self, trial: str, benchmark: str, task: str, attack: str = "none", attack_on: str | None = None, *, model: str
-    ) -> bool:
-        """Whether a score of this benchmark is there. `trial` is "base" for the untrained model."""
-        wanted = (model, trial, benchmark, task, attack, attack_on)
-        keys = ("model", "trial", "benchmark", "task", "attack", "attack_on")
-        return any(tuple(row.get(key) for key in keys) == wanted for row in self.score_rows())
 
     def _write_run(self, **content: Any) -> None:
         atomic_write_json(self.run_dir / "run.json", content)

@@ -80,8 +80,11 @@ class OrderBook:
         return entry.state
 
     def record(self, order: Order, state: str, outcome: dict[str, Any], scores: dict[str, float] | None) -> None:
-        """Enter an order that an earlier run of the same folder has finished."""
+        """Enter an order that an earlier run of the same folder has done, or trained without scoring all of it."""
+        assert state in ("done", "trained")
         self.entries[order.id] = Entry(order, state=state, outcome=outcome, scores=scores)
+        if state == "trained":
+            self._changed(order.id)
 
     def cancel(self, order_id: str, follower: str) -> None:
         """A follower gives up; without any other the order stops at the lane's next step."""

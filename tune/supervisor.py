@@ -58,7 +58,7 @@ class Supervisor:
         return weights
 
     def resume_finished(self, study: Study) -> None:
-        """Enter what an earlier run of this folder has finished, so that it is neither trained nor scored again."""
+        """Enter what an earlier run of this folder has trained; of it, only missing scores are still to be made."""
         for record in self._journal.trials():
             if record["status"] != "done" or record["model"] != study.spec.model_name_or_path:
                 continue
@@ -66,7 +66,8 @@ class Supervisor:
             folder = self._journal.trial(record["trial"]).folder
             order = Order(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0)
             outcome = {key: record.get(key) for key in ("step", "total_steps", "eval_loss")}
-            call(self._dispatcher, "record", order, "done", outcome, self._scores_of(record["trial"]))
+            state = "trained" if self._missing(record["model"], record["trial"]) else "done"
+            call(self._dispatcher, "record", order, state, outcome, self._scores_of(record["trial"]))
 
     def wait(self, study: Study) -> None:
         """Wait until every order and every score of the study is settled.
@@ -159,18 +160,22 @@ class Supervisor:
 
     def _score(self, name: str, tag: dict[str, Any], adapter: str | None, answers: Path) -> None:
         """Hand out the benchmarks of an adapter, or of the base, that are not scored yet."""
-        known = {
-            tuple(row[key] for key in ("benchmark", "entry", "attack", "attack_on"))
-            for row in self._journal.score_rows()
-            if (row["model"], row["trial"]) == (tag["model"], tag["trial"])
-        }
-        missing = [job for job in self._jobs if (job.benchmark, job.task, job.attack, job.attack_on) not in known]
+        missing = self._missing(tag["model"], tag["trial"])
         self._pending[name] = {"left": len(missing), "errors": []}
         for job in missing:
             file = answers / f"{job.key.replace('/', '-')}.jsonl"
             self._pool.submit(Item({**tag, "name": name}, job, adapter, str(file)))
         if not missing:
             self._settle(name)
+
+    def _missing(self, model: str, trial: str) -> list[Job]:
+        """The benchmarks that the journal has no score of."""
+        known = {
+            tuple(row[key] for key in ("benchmark", "entry", "attack", "attack_on"))
+            for row in self._journal.score_rows()
+            if (row["model"], row["trial"]) == (model, trial)
+        }
+        return [job for job in self._jobs if (job.benchmark, job.task, job.attack, job.attack_on) not in known]
 
     def _scored(self, result: Result) -> None:
         tag = dict(result.item.tag)

@@ -76,8 +76,8 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
             share = None if deadline is None else max(1.0, (deadline - time.monotonic()) / (len(planned) - number))
             try:
                 _study(spec, study, journal, supervisor, dispatcher, steps[study.name], share)
-            except (ConfigError, MacDropError) as error:
-                if isinstance(error, ResourceError) or len(planned) == 1:
+            except MacDropError as error:
+                if supervisor.broken or isinstance(error, ResourceError) or len(planned) == 1:
                     raise
                 # One model that cannot be used does not stop the others.
                 supervisor.study_failed(study, str(error))

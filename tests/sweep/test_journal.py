@@ -131,9 +131,6 @@ def test_scores_are_long_form_and_one_line_for_pandas(journal):
     assert table["value"].tolist() == [0.5, 0.25] and table["trial"].tolist() == ["t1", "base"]
     assert list(journal.scores().columns) == list(SCORE_COLUMNS)
     assert journal.scores()["stderr"].isna().tolist() == [False, True]
-    assert journal.is_scored("t1", "zero_shot", "qa", model="m")
-    assert not journal.is_scored("t1", "zero_shot", "qa", "zeroing@3", "base", model="m")
-    assert not journal.is_scored("t1", "zero_shot", "qa", model="other")
     assert journal.add_scores([]) == 0
 
 
