@@ -86,22 +86,73 @@ def train(
     commands.train(file, overrides, resume=resume)
 
 
-@app.command("eval", epilog="Example: macdrop eval MODEL --adapter runs/one/adapter my.yaml eval.limit=100")
+@app.command("eval", epilog="Example: macdrop eval MODEL --adapter runs/one/adapter --suite paper eval.limit=100")
 def evaluate(
     model: Model,
     config: Annotated[list[str] | None, typer.Argument(help="A YAML file with an eval: block, then key=value.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder; without it the base is scored.")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="Shipped suite (see `macdrop suites`); may repeat.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for scores.jsonl and generated answers.")] = None,
     revision: Revision = None,
     bf16: Bf16 = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Score one model or adapter on the benchmarks of an eval: block, plain and under attack."""
+    """Score one model or adapter on a suite or the benchmarks of an eval: block, plain and under attack."""
     from tune import commands
 
     file, overrides = _split(config)
     source = commands.Source(model, revision, bf16, trust_remote_code)
-    commands.evaluate(source, file, overrides, adapter=adapter, output=output)
+    commands.evaluate(source, file, overrides, adapter=adapter, suites=suite or [], output=output)
+
+
+@app.command(epilog="Example: macdrop suites paper")
+def suites(
+    name: Annotated[str | None, typer.Argument(help="Show this suite as YAML; without it, list all.")] = None,
+) -> None:
+    """The shipped benchmark suites: named, versioned lists of benchmarks and attacks."""
+    from tune import suites as shipped
+
+    shipped.show(name)
+
+
+@app.command(epilog="Examples: macdrop judge runs/mine model=PATH | macdrop judge runs/mine model=gpt-4o base_url=URL")
+def judge(
+    run: Annotated[Path, typer.Argument(help="Folder of a run whose generated answers are to be judged.")],
+    config: Annotated[list[str] | None, typer.Argument(help="Keys of eval.judge as key=value; else the run's.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Judge again what this judge has judged.")] = False,
+) -> None:
+    """Judge a run's generated answers from 1 to 5, by a local model or an endpoint; nothing is generated anew."""
+    from tune import judging
+
+    raise typer.Exit(TRIALS_FAILED if judging.judge_run(run, config or [], fresh=fresh) else 0)
+
+
+@app.command(epilog="Example: macdrop plan llama-3.2-1b sweep.num_samples=40")
+def plan(
+    config: Annotated[list[str] | None, typer.Argument(help="A YAML file or recipe name, then key=value.")] = None,
+    prices: Annotated[Path | None, typer.Option(help="YAML of prices by device (default: the shipped one).")] = None,
+    start: Annotated[bool, typer.Option("--start", help="Then start the sweep; asks first when it is large.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Forecast a sweep from a short probe of each model: hours, memory, disk and cost."""
+    from tune import forecast
+
+    file, overrides = _split(config)
+    raise typer.Exit(forecast.plan(file, overrides, prices=prices, start=start, yes=yes))
+
+
+@app.command(epilog="Example: macdrop export runs/mine/trials/NAME --output my-adapter")
+def export(
+    trial: Annotated[Path, typer.Argument(help="Folder of a finished trial, or of `macdrop train`.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not hold anything.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Merge into the base; prints a logit check.")] = False,
+    push: Annotated[str | None, typer.Option(help="Also push to this hub repository (USER/NAME).")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the pushed repository private.")] = False,
+) -> None:
+    """A trial as a PEFT adapter (or merged weights) with a model card of its setting, data and scores."""
+    from tune import export as exporting
+
+    exporting.export(trial, output, merged=merged, push=push, private=private)
 
 
 @app.command(epilog="Examples: macdrop sweep | macdrop sweep my.yaml sweep.num_samples=20 --dry-run")
@@ -124,16 +175,29 @@ def sweep(
     raise typer.Exit(TRIALS_FAILED if failures else 0)
 
 
-@app.command(epilog="Example: macdrop report runs/demo --markdown")
+@app.command(epilog="Example: macdrop report runs/demo --format markdown")
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of the terminal table.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of the terminal table.")] = False,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    format: Annotated[str, typer.Option(help="What to print: terminal, markdown, csv or latex.")] = "terminal",
+    output: Annotated[Path | None, typer.Option(help="Folder for the files (default: the run's own).")] = None,
 ) -> None:
-    """Tables of a run, also a half-finished one; report.md and report.csv are written into its folder."""
-    from tune import commands
+    """Verdict, tables and figures of runs, half-finished ones too; writes report.html, .md, .csv, .tex, figures/."""
+    from tune import reporting
 
-    commands.report(run, markdown=markdown, csv=csv)
+    reporting.report(runs, format=format, output=output)
+
+
+@app.command(epilog="Example: macdrop compare runs/llama runs/qwen runs/mistral")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    sort: Annotated[str | None, typer.Option(help="Column to sort by (default: the headline difference).")] = None,
+    format: Annotated[str, typer.Option(help="What to print: terminal, markdown, csv or latex.")] = "terminal",
+    output: Annotated[Path | None, typer.Option(help="Also write it to this file (.md, .csv or .tex).")] = None,
+) -> None:
+    """One leaderboard of the models of several runs: verdict, differences and scores side by side."""
+    from tune import leaderboard
+
+    leaderboard.compare(runs, sort=sort, format=format, output=output)
 
 
 @app.command(epilog="Example: macdrop doctor --ray")
