@@ -20,6 +20,8 @@ from tune.formats import Turn
 from tune.templates import Encoder
 
 VERSION = "1"
+HIGHER_IS_BETTER = {**dict.fromkeys(TEXT_METRICS, True), "empty_share": False, "repeated_4grams": False}
+"""Which way a metric is better; those that only describe are in none."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def score(
     """Answer every question, all turns, and score the answers.
 
     Returns:
-        rows, and per question what is kept as jsonl: question_id, category, turns, answers, tokens, ended.
+        rows, and per question what is kept as jsonl: question_id, category, turns, answers, tokens, ended, metrics.
     """
     entry, questions = resident.entry, select(resident.questions, limit)
     answers: list[list[Answer]] = [[] for _ in questions]
@@ -144,58 +146,68 @@ def score(
         )
         for i, answer in zip(asked, found, strict=True):
             answers[i].append(answer)
+    measured = _measured(resident, questions, answers)
     items = [
         question.kept
         | {
             "answers": [a.text for a in given],
             "tokens": [len(a.tokens) for a in given],
             "ended": [a.ended for a in given],
+            "metrics": metrics,
         }
-        for question, given in zip(questions, answers, strict=True)
+        for question, given, metrics in zip(questions, answers, measured, strict=True)
     ]
     settings = (
         f"format={resident.kind} template={resident.template} greedy max_new_tokens={entry.max_new_tokens} "
         f"prompts_cut_left={cut}"
     )
-    if resident.kind == "spec_bench":
-        rows = _spec_bench_rows(name, questions, answers)
-    else:
-        rows = _reference_rows(questions, answers, entry)
+    groups = _groups(name, questions) if resident.kind == "spec_bench" else {name: list(range(len(questions)))}
+    rows = [
+        _row(metric, [value for i in members for value in measured[i][metric]]) | {"task": task}
+        for task, members in groups.items()
+        for metric in measured[0]
+    ]
     return [row | {"version": VERSION, "num_fewshot": None, "settings": settings} for row in rows], items
 
 
-def _spec_bench_rows(name: str, questions: Sequence[Question], answers: Sequence[list[Answer]]) -> list[dict[str, Any]]:
-    """Descriptive rows over all answers, multi-turn questions, and each category; none of them says how good."""
-    everything = range(len(questions))
-    groups = {name: list(everything)}
-    multi = [i for i in everything if len(questions[i].turns) > 1]
-    if multi and len(multi) < len(questions):
-        groups[f"{name}/multi_turn"] = multi
-    for i in everything:
-        groups.setdefault(f"{name}/{questions[i].category}", []).append(i)
-    rows = []
-    for task, members in groups.items():
-        given = [answer for i in members for answer in answers[i]]
-        measures = {
-            "new_tokens": ([float(len(a.tokens)) for a in given], None),
-            "empty_share": ([float(not a.text.strip()) for a in given], False),
-            "eos_share": ([float(a.ended == "eos") for a in given], None),
-            "repeated_4grams": ([repetition(a.tokens) for a in given], False),
-        }
-        for metric, (values, better) in measures.items():
-            rows.append(_row(metric, values, better) | {"task": task})
-    return rows
+def _measured(
+    resident: ResidentQuestions, questions: Sequence[Question], answers: Sequence[list[Answer]]
+) -> list[dict[str, list[float]]]:
+    """Per question and metric: a value for each answer (Spec-Bench), or for the last one against the references.
 
-
-def _reference_rows(
-    questions: Sequence[Question], answers: Sequence[list[Answer]], entry: Generation
-) -> list[dict[str, Any]]:
-    """Scores against references, which are cut at a stop text as answers are."""
+    Those of Spec-Bench describe; none of them says how good an answer is. References are cut at a stop text as answers
+    are.
+    """
+    if resident.kind == "spec_bench":
+        return [
+            {
+                "new_tokens": [float(len(a.tokens)) for a in given],
+                "empty_share": [float(not a.text.strip()) for a in given],
+                "eos_share": [float(a.ended == "eos") for a in given],
+                "repeated_4grams": [repetition(a.tokens) for a in given],
+            }
+            for given in answers
+        ]
+    entry = resident.entry
     texts = [given[-1].text for given in answers]
     references = [[cut_at(text, entry.stop) for text in question.references] for question in questions]
-    return [_row(metric, text_metric(metric, texts, references), True) for metric in entry.metrics or TEXT_METRICS]
+    metrics = entry.metrics or TEXT_METRICS
+    columns = [text_metric(metric, texts, references) for metric in metrics]
+    return [dict(zip(metrics, ([value] for value in values), strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _row(metric: str, values: list[float], higher_is_better: bool | None) -> dict[str, Any]:
+def _groups(name: str, questions: Sequence[Question]) -> dict[str, list[int]]:
+    """Tasks of a Spec-Bench entry -> indices of their questions: all, multi-turn ones, and each category."""
+    groups = {name: list(range(len(questions)))}
+    multi = [i for i, question in enumerate(questions) if len(question.turns) > 1]
+    if multi and len(multi) < len(questions):
+        groups[f"{name}/multi_turn"] = multi
+    for i, question in enumerate(questions):
+        groups.setdefault(f"{name}/{question.category}", []).append(i)
+    return groups
+
+
+def _row(metric: str, values: list[float]) -> dict[str, Any]:
     value, stderr = mean_and_stderr(values)
-    return {"metric": metric, "value": value, "stderr": stderr, "n": len(values), "higher_is_better": higher_is_better}
+    better = HIGHER_IS_BETTER.get(metric)
+    return {"metric": metric, "value": value, "stderr": stderr, "n": len(values), "higher_is_better": better}
