@@ -2,9 +2,9 @@
 
     python tests/sweep/run_folders.py OUT [--judge] [--cells] [--models NAME ...]
 
-Accuracies come from a Gaussian copula: an item is answered right when a standard normal, correlated between trials, lies
-below the quantile of the trial's accuracy. So means are what was asked for, and adapters agree on items as real ones do.
-Everything repeats for the same arguments.
+Accuracies come from a Gaussian copula: an item is answered right when a standard normal, correlated between trials,
+lies below the quantile of the trial's accuracy. So means are what was asked for, and adapters agree on items as real
+ones do. Everything repeats for the same arguments.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def _trial(
     record.start(spec, model=model, arm=arm, seed=seed)
     about = {"stage": stage, "setting": setting_id(spec), "cell": dict(cell)}
     atomic_write_json(record.folder / "trial.json", record.info | about)
-    loss += 0.01 * generator(record.id, "loss").standard_normal()
+    loss += 0.002 * generator(record.id, "loss").standard_normal()
     record.log(_curve(block, loss, generator(record.id, "curve")))
     record.adapter_dir.mkdir()
     dropped = sum(row.get("entries_dropped", 0) for row in record.metrics()) * 5
