@@ -11,6 +11,7 @@ from tune.batching import Batches, total_steps
 from tune.benchmarks.spec import PLAIN, EvalSpec, jobs, parse_attack
 from tune.plan import Study
 from tune.spec import RunSpec, Space, TrainSpec, with_values
+from tune.trackers import check as check_trackers
 from tune.weights import cache_dir
 from tune.zoo import resolve
 
@@ -33,12 +34,13 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, int]:
     What is quick comes first. The tokenised data are kept for the workers; nothing else is written.
 
     Raises:
-        ConfigError: a model or file cannot be used, k or an attack is above the size of the FFN, `lora_target` names
-            no layer, the ZeRO stage cannot do it, or the search needs a validation set that is not there.
+        ConfigError: a tracker, model or file cannot be used, k or an attack is above the size of the FFN, `lora_target`
+            names no layer, the ZeRO stage cannot do it, or the search needs a validation set that is not there.
     """
     from tune.benchmarks import check_files
 
     attacks = [job.attack for job in jobs(spec.eval)]
+    check_trackers(spec.report_to, Path(spec.output_dir or "."))
     tokenizers = [check_study(study.spec, study.parameters, attacks) for study in planned]
     check_files(spec.eval)
     steps: dict[str, int] = {}

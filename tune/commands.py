@@ -32,9 +32,10 @@ def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
     check_local(one_lane(spec.ray))
     checkpoint = _newest(folder, newest) if resume else None
     quiet_libraries()
-    from tune.check import check_folder, check_training
+    from tune.check import check_folder, check_trackers, check_training
 
     check_folder(folder, resume=resume)
+    check_trackers(spec.report_to, folder)
     with console.status("Reading model settings and data"):
         steps = check_training(models[0], spec.ray.num_workers)
     if checkpoint is not None:

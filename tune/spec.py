@@ -168,9 +168,16 @@ class RunSpec(TrainSpec):
 
     model_name_or_path: str = ""
     output_dir: str | None = None
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     sweep: SweepSpec = SweepSpec()
     eval: EvalSpec = EvalSpec()
     ray: RaySpec = RaySpec()
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        """As in transformers, one name and `none` may stand for a list."""
+        return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_run(self) -> RunSpec:

@@ -20,6 +20,7 @@ from tune.dispatch import call, start_dispatcher
 from tune.evaluators import Opening, Pool
 from tune.journal import Journal
 from tune.lanes import Lanes
+from tune.mirror import Mirror, trials_of_run
 from tune.plan import Study, gpu_shares, resources, studies
 from tune.progress import Progress
 from tune.search import param_space, scheduler, searcher
@@ -67,6 +68,9 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
         stack.callback(lanes.close)
         pool = Pool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])
         stack.callback(pool.close)
+        # Closed after the supervisor, whose last changes it copies.
+        followed = functools.partial(trials_of_run, Journal(run_dir))
+        stack.callback(Mirror(spec.report_to, run_dir, followed, progress.note).close)
         supervisor = Supervisor(journal, dispatcher, lanes, pool, jobs(spec.eval), progress)
         stack.callback(supervisor.close)
         if any(study.count for study in planned):
@@ -86,8 +90,8 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """A dumped spec without the folder, which may be written in several ways."""
-    return {key: value for key, value in config.items() if key != "output_dir"}
+    """A dumped spec without the folder, which may be written in several ways, and the trackers, which may change."""
+    return {key: value for key, value in config.items() if key not in ("output_dir", "report_to")}
 
 
 def _leave(journal: Journal, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
 from tune.finetune import Observer, Outcome, finetune
+from tune.mirror import OneTrial
 from tune.spec import RunSpec, TrainSpec, dump
 from tune.weights import cache_dir
 
@@ -26,9 +28,13 @@ def train(spec: RunSpec, folder: Path, *, observe: Observer, resume: bool) -> Ou
         raise ConfigError(f"train takes one model, and sweep.models lists {len(models)}. Use `macdrop sweep` for them.")
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise ConfigError(f"output_dir {folder} is not empty. Add --resume to go on there, or choose another one.")
-    if spec.ray.num_workers == 1 and spec.ray.address is None:
-        return train_here(models[0], folder, observe=observe, threads=spec.ray.threads_per_worker)
-    return _train_on_workers(spec, models[0], folder, observe)
+    with OneTrial(spec.report_to, models[0], folder, warn=lambda text: print(text, file=sys.stderr)) as followed:
+        if spec.ray.num_workers == 1 and spec.ray.address is None:
+            outcome = train_here(models[0], folder, observe=observe, threads=spec.ray.threads_per_worker)
+        else:
+            outcome = _train_on_workers(spec, models[0], folder, observe)
+        followed.status = outcome.status
+    return outcome
 
 
 def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threads: int) -> Outcome:
