@@ -64,10 +64,20 @@ def attacked_rows(weights: MassiveWeights, kind: str, k: int, *, seed: int = 0) 
     rest = weights.indices[k:]
     if kind == "retaining":
         return rest
+    return random_rows(weights, k, spared=k, seed=seed)
+
+
+def random_rows(weights: MassiveWeights, k: int, *, spared: int, seed: int) -> tuple[int, ...]:
+    """k rows drawn by `seed`, without replacement, from all but the top `spared` (at least k).
+
+    Raises `ConfigError` when the layer has fewer than k + spared rows.
+    """
+    rest = weights.indices[spared:]
     if k > len(rest):
+        size = weights.intermediate_size
         raise ConfigError(
-            f"random@{k} needs {k} rows besides the top {k}, but layer {weights.layer} of {weights.model} has "
-            f"{weights.intermediate_size} rows in all.\nGive k of at most {weights.intermediate_size // 2}."
+            f"{k} random rows beside the top {spared} are not possible: layer {weights.layer} of {weights.model} has "
+            f"{size} rows in all.\nGive k of at most {max(0, size - spared) if k < spared else size // 2}."
         )
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
     return tuple(rest[i] for i in order[:k])

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from macdrop.errors import ConfigError
+from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import check_schedule, probability
+
+#: What is dropped -> whether k says how much of it. The first is MacDrop, the others are placebos for it.
+SCOPES = {"massive": True, "random": True, "all": False, "activations": False}
+#: Random rows are drawn beside the top k and at least this many, so that none of them is nearly massive.
+SPARED = 10
 
 
 def _integer(value: object) -> bool:
@@ -15,9 +20,12 @@ def _integer(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MacDropConfig:
-    """How many rows are dropped, how often, and how that decays (paper, section 5).
+    """What is dropped, how often, and how that decays (paper, section 5).
 
-    k: massive rows taken, per matrix (0 = MacDrop off).
+    scope: `massive` is the paper's method. Its placebos drop with the same p in the same layer: `random` k rows that
+        are none of the top max(k, 10), drawn by the seed; `all` every row; `activations` entries of the intermediate
+        state instead of weights, as ordinary inverted dropout.
+    k: rows taken, per matrix (0 = MacDrop off); the scopes `all` and `activations` do not use it.
     p0: drop probability of one entry at the start, within [0, 1] (0 = MacDrop off).
     schedule: a name of `macdrop.schedules.SCHEDULES`.
     alpha: decay rate per optimizer step; needed by `exp`, refused by the others.
@@ -31,6 +39,7 @@ class MacDropConfig:
     schedule: str = "step"
     alpha: float | None = None
     seed: int = 0
+    scope: str = "massive"
 
     def __post_init__(self) -> None:
         if not _integer(self.k) or self.k < 0:
@@ -41,15 +50,29 @@ class MacDropConfig:
         check_schedule(self.schedule, self.alpha)
         if not _integer(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**63 - 1.")
+        if not isinstance(self.scope, str) or self.scope not in SCOPES:
+            raise ConfigError(
+                f"scope is {self.scope!r}; what is dropped must be one of {', '.join(SCOPES)}."
+                f"{nearest(self.scope, SCOPES)}"
+            )
 
     @property
     def enabled(self) -> bool:
         """Whether any entry can ever be dropped."""
-        return self.k > 0 and self.p0 > 0
+        return self.p0 > 0 and (self.k > 0 or not SCOPES[self.scope])
+
+    @property
+    def rows_needed(self) -> int:
+        """Rows that an FFN must have for this k."""
+        if not SCOPES[self.scope]:
+            return 0
+        return self.k + max(self.k, SPARED) if self.scope == "random" and self.k else self.k
 
     def canonical(self) -> MacDropConfig:
-        """This config, or the one that stands for all disabled ones: they train the same plain adapter."""
-        return self if self.enabled else MacDropConfig(k=0, p0=0.0)
+        """This config with k = 0 where its scope uses none; of all disabled ones, which train one adapter, the same."""
+        if not self.enabled:
+            return MacDropConfig(k=0, p0=0.0)
+        return self if SCOPES[self.scope] or self.k == 0 else replace(self, k=0)
 
     def probability(self, step: int, total_steps: int, epoch: int, total_epochs: int) -> float:
         """Drop probability at optimizer step `step` of `total_steps`, epoch `epoch` of `total_epochs`, all from 1."""

@@ -1,10 +1,12 @@
 """MacDrop: drops entries of the frozen massive rows during each training step (paper, section 5).
 
 One Bernoulli(1 - p) mask of shape (k, d) a micro-step, entry by entry, shared by W_gate and W_up, without rescaling.
+Its placebos are other scopes of the same: random rows, all rows, or activations instead of weights.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,20 +15,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from macdrop.config import MacDropConfig
+from macdrop.attack import random_rows
+from macdrop.config import SPARED, MacDropConfig
 from macdrop.errors import ConfigError, NoMassiveWeights, TrainingInvariantError
 from macdrop.families import FFN, find_ffn
-from macdrop.masking import EditedRows, OutputMask
+from macdrop.masking import EditedRows, InputDropout, OutputMask
 
 if TYPE_CHECKING:
     from macdrop.weights import MassiveWeights
 
 
-def keep_mask(seed: int, micro_step: int, p: float, shape: tuple[int, ...]) -> torch.Tensor:
-    """Boolean mask, true with probability 1 - p, on the CPU: a function of its arguments on every rank and device."""
+def keep_mask(
+    seed: int, micro_step: int, p: float, shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Boolean mask, true with probability 1 - p: a function of its arguments on every rank.
+
+    Masks of weights are drawn on the CPU, so that every kind of device has the same; those of activations, which are
+    larger than that by far, where these lie.
+    """
     digest = hashlib.blake2b(f"macdrop:{seed}:{micro_step}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    return torch.rand(shape, generator=generator) >= p
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(shape, generator=generator, device=device) >= p
 
 
 class MacDrop:
@@ -35,7 +44,7 @@ class MacDrop:
     model: a causal language model with a PEFT adapter (or bare), its base weights loaded and frozen; under DeepSpeed
         the engine's ``module``. Rows are read once, at `attach`.
     weights: what `find_massive_weights` found for this base.
-    config: k, p0, schedule and seed; when it is not `enabled`, every call here does nothing.
+    config: scope, k, p0, schedule and seed; when it is not `enabled`, every call here does nothing.
 
     Around the forward and backward pass of ONE micro-batch::
 
@@ -48,7 +57,12 @@ class MacDrop:
     With p = 0, in eval mode and when detached the model computes the same bits as without MacDrop.
 
     `entries_dropped` and `entries_masked` count weight entries over both matrices, summed over the micro-steps with
-    p > 0 that ran in training mode; `last_dropped` is of the latest micro-step.
+    p > 0 that ran in training mode; `last_dropped` is of the latest micro-step. With the scope `activations` they count
+    entries of the intermediate state on this rank, in the first forward pass of each micro-step.
+
+    The scope `all` keeps a copy of W_gate and W_up, their masked copy and a mask of their size: fine for a placebo.
+    With `activations` every forward pass of one micro-step draws the same mask for a batch of the same shape, as
+    recomputation under gradient checkpointing must, and so does every rank.
     """
 
     def __init__(self, model: nn.Module, weights: MassiveWeights, config: MacDropConfig) -> None:
@@ -58,9 +72,11 @@ class MacDrop:
         self.last_dropped = 0
         self._attached = False
         self._begun = False
+        self._active = False
+        self._rows: tuple[int, ...] = ()
         self._keep: torch.Tensor | None = None
         self._counted = False
-        self._sites: list[OutputMask | EditedRows] = []
+        self._sites: list[OutputMask | EditedRows | InputDropout] = []
 
     @property
     def attached(self) -> bool:
@@ -69,30 +85,31 @@ class MacDrop:
     @property
     def active(self) -> bool:
         """Whether a mask is in force: between `begin` and `end`, with p > 0."""
-        return self._keep is not None
+        return self._active
 
     def attach(self) -> int:
-        """Hook the massive rows; returns their number, k times the number of matrices (0 for a disabled config).
+        """Hook the rows; returns their number over all matrices (0 for a disabled config).
 
-        Collective under ZeRO-3. Raises `ConfigError` for k above the FFN size and for a model whose rows cannot be
+        With the scope `activations` it is the number of features of the intermediate state that is hooked. Collective
+        under ZeRO-3. Raises `ConfigError` for k above the FFN size and for a model whose rows or activations cannot be
         masked, `NoMassiveWeights` when the scan is of another model, `RuntimeError` when attached already.
         """
         if self._attached:
             raise RuntimeError("this MacDrop is attached already; call detach() first")
         if self.config.enabled:
+            self._rows = self._scope_rows()
             ffn = self._target()
-            indices = self.weights.top(self.config.k)
             try:
-                for module in dict.fromkeys(p.module for p in ffn.projections):
-                    group = [p for p in ffn.projections if p.module is module]
-                    site = EditedRows if group[0].expert_axis else OutputMask
-                    self._sites.append(site(group, indices, self._count))
+                if self.config.scope == "activations":
+                    self._sites.append(InputDropout(ffn, self._count))
+                else:
+                    self._mask_rows(ffn)
             except BaseException:
                 self._remove_sites()
                 raise
-            assert self._rows > 0, "an FFN without projections"
+            assert self._sites, "an FFN without projections"
         self._attached = True
-        return self._rows
+        return sum(site.rows for site in self._sites)
 
     def detach(self) -> None:
         """Remove every hook and patch, ending an open micro-step; harmless when not attached."""
@@ -115,10 +132,13 @@ class MacDrop:
         self._begun, self._counted, self.last_dropped = True, False, 0
         if p == 0 or not self._sites:
             return
-        self._keep = keep_mask(self.config.seed, micro_step, p, (self.config.k, self.weights.hidden_size))
+        self._active = True
+        draw = functools.partial(keep_mask, self.config.seed, micro_step, p)
         try:
+            if self.config.scope != "activations":
+                self._keep = draw((len(self._rows), self.weights.hidden_size))
             for site in self._sites:
-                site.open(self._keep)
+                site.open(draw, p) if isinstance(site, InputDropout) else site.open(self._keep)
         except BaseException:
             self.cancel()
             raise
@@ -144,7 +164,7 @@ class MacDrop:
 
     def cancel(self) -> None:
         """Take the mask out of force without the check of `end`: for a micro-step that failed or never ran."""
-        self._begun, self._keep = False, None
+        self._begun, self._active, self._keep = False, False, None
         for site in self._sites:
             site.close()
 
@@ -160,31 +180,42 @@ class MacDrop:
         self.end()
 
     @property
-    def _rows(self) -> int:
-        return self.config.k * sum(site.matrices for site in self._sites)
-
-    @property
     def _must_run(self) -> bool:
         """Any micro-batch runs the masked layers, except those of one expert: its tokens may all go to others."""
         return self.weights.expert is None
 
-    def _count(self) -> None:
-        """Called by every site at its first use in a micro-step."""
+    def _count(self, keep: torch.Tensor) -> None:
+        """Called by every site at its first use in a micro-step, with the mask of one matrix or of the activations."""
         if self._counted:
             return
         self._counted = True
         matrices = sum(site.matrices for site in self._sites)
-        self.last_dropped = matrices * int((~self._keep).sum())
+        self.last_dropped = matrices * int((~keep).sum())
         self.entries_dropped += self.last_dropped
-        self.entries_masked += matrices * self._keep.numel()
+        self.entries_masked += matrices * keep.numel()
+
+    def _scope_rows(self) -> tuple[int, ...]:
+        """The rows whose entries are dropped; none for activations. Raises `ConfigError` for an impossible k."""
+        weights, k, scope = self.weights, self.config.k, self.config.scope
+        if scope == "massive":
+            return weights.top(k)
+        if scope == "random":
+            return random_rows(weights, k, spared=max(k, SPARED), seed=self.config.seed)
+        return tuple(range(weights.intermediate_size)) if scope == "all" else ()
+
+    def _mask_rows(self, ffn: FFN) -> None:
+        for module in dict.fromkeys(p.module for p in ffn.projections):
+            group = [p for p in ffn.projections if p.module is module]
+            site = EditedRows if group[0].expert_axis else OutputMask
+            self._sites.append(site(group, self._rows, self._count))
 
     def _remove_sites(self) -> None:
         while self._sites:
             self._sites.pop().remove()
 
     def _target(self) -> FFN:
-        """The FFN that the scan names, checked to be one whose top k rows can be masked."""
-        weights, k = self.weights, self.config.k
+        """The FFN that the scan names, checked to be one whose rows can be masked."""
+        weights = self.weights
         ffn = find_ffn(self.model, weights.path, weights.expert)
         size = (ffn.intermediate_size, ffn.hidden_size)
         if size != (weights.intermediate_size, weights.hidden_size):
@@ -192,8 +223,8 @@ class MacDrop:
                 f"The scan is of another model: its FFN {weights.path} has {weights.intermediate_size} features of\n"
                 f"hidden size {weights.hidden_size}, this model's has {size[0]} of {size[1]}. Scan this model."
             )
-        rows = weights.top(k)
-        if len(set(rows)) < k or not all(0 <= i < ffn.intermediate_size for i in rows):
+        k = len(self._rows)
+        if len(set(self._rows)) < k or not all(0 <= i < ffn.intermediate_size for i in self._rows):
             raise NoMassiveWeights(f"The scan of {weights.path} holds no {k} different rows. Scan the model again.")
         axis = any(p.expert_axis for p in ffn.projections)
         if not ffn.projections or (axis and (weights.expert is None or weights.expert >= (ffn.num_experts or 0))):

@@ -1,6 +1,7 @@
 """Where a mask meets the model: the output of frozen linears, PEFT's DoRA norm, or the stored rows of fused experts.
 
 All three make the forward and backward pass that the paper's edited weights would make. Biases are never masked.
+`InputDropout`, for the placebo that drops activations, masks the intermediate state instead.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from torch.nn import functional as F
 
 from macdrop.errors import ConfigError, TrainingInvariantError
 from macdrop.gather import is_partitioned, read_rows, write_rows
-from macdrop.structure import Projection
+from macdrop.structure import FFN, Projection
+
+#: Told the mask at the first use of a site in a micro-step.
+OnUse = Callable[[torch.Tensor], None]
 
 
 class OutputMask:
@@ -24,7 +28,7 @@ class OutputMask:
     which cancels in bf16. The rows are copied once, so that no step needs the weight matrix: it may be partitioned.
     """
 
-    def __init__(self, projections: Sequence[Projection], indices: Sequence[int], on_use: Callable[[], None]) -> None:
+    def __init__(self, projections: Sequence[Projection], indices: Sequence[int], on_use: OnUse) -> None:
         self.module = projections[0].module
         self.matrices = len(projections)
         self.used = False
@@ -32,6 +36,7 @@ class OutputMask:
         self._on_use = on_use
         self._features = torch.tensor([f for p in projections for f in p.features(indices)])
         self._rows = torch.cat([read_rows(p, indices) for p in projections])
+        self.rows = len(self._features)
         self._keep: torch.Tensor | None = None
         self._masked: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self._handle = self.module.register_forward_hook(self._replace, prepend=True)
@@ -41,7 +46,7 @@ class OutputMask:
         """Mask by `keep` (k, d), boolean, from now on; the same mask for gate and up."""
         if [patch.layer for patch in self._dora] != self._dora_layers():
             raise RuntimeError("a DoRA adapter was added or removed after attach(): call detach() and attach() again")
-        self._keep = keep.repeat(self.matrices, 1)
+        self._keep = keep
         self.used = False
 
     def close(self) -> None:
@@ -63,7 +68,7 @@ class OutputMask:
         key = (like.device, like.dtype)
         if key not in self._masked:
             self._features = self._features.to(like.device)
-            self._masked[key] = self._rows.to(*key) * self._keep.to(*key)
+            self._masked[key] = self._rows.to(*key) * self._keep.to(*key).repeat(self.matrices, 1)
         return self._features, self._masked[key]
 
     def replace(self, output: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -79,7 +84,7 @@ class OutputMask:
             return None
         if not self.used:
             self.used = True
-            self._on_use()
+            self._on_use(self._keep)
         return self.replace(output, args[0], module.bias)
 
     def _dora_layers(self) -> list[nn.Module]:
@@ -141,9 +146,10 @@ class EditedRows:
     The experts' kernels read the parameter itself, so there is no output of one matrix to replace.
     """
 
-    def __init__(self, projections: Sequence[Projection], indices: Sequence[int], on_use: Callable[[], None]) -> None:
+    def __init__(self, projections: Sequence[Projection], indices: Sequence[int], on_use: OnUse) -> None:
         self.module = projections[0].module
         self.matrices = len(projections)
+        self.rows = len(indices) * self.matrices
         self._projections, self._indices, self._on_use = projections, list(indices), on_use
         self._saved: list[tuple[Projection, torch.Tensor]] = []
         self._refuse_partitioned()
@@ -164,7 +170,7 @@ class EditedRows:
             rows = read_rows(projection, self._indices)
             self._saved.append((projection, rows))
             write_rows(projection, self._indices, rows * keep.to(rows.device, rows.dtype))
-        self._on_use()
+        self._on_use(keep)
 
     def close(self) -> None:
         while self._saved:
@@ -187,3 +193,48 @@ class EditedRows:
     def _check(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._saved and not module.training:
             raise TrainingInvariantError("the experts ran in eval mode with masked massive rows: call end() first")
+
+
+class InputDropout:
+    """Inverted dropout on the intermediate state: the input of an FFN's down projection, an adapter's part included.
+
+    Entries are zeroed with probability p and the others scaled by 1 / (1 - p), for every token alike, padding too.
+    """
+
+    matrices = 1
+
+    def __init__(self, ffn: FFN, on_use: OnUse) -> None:
+        if ffn.down is None:
+            raise ConfigError(
+                f"The experts of {ffn.path} are fused: no layer takes their intermediate state, so that activations\n"
+                "cannot be dropped there. Leave the placebo 'activations' out for this model."
+            )
+        self.module = ffn.down
+        self.rows = ffn.intermediate_size
+        self.used = False
+        self._on_use = on_use
+        self._draw: Callable[..., torch.Tensor] | None = None
+        self._p = 0.0
+        self._handle = self.module.register_forward_pre_hook(self._drop)
+
+    def open(self, draw: Callable[..., torch.Tensor], p: float) -> None:
+        """Drop with probability p from now on, by the masks that `draw(shape, device)` makes, true where kept."""
+        self._draw, self._p, self.used = draw, p, False
+
+    def close(self) -> None:
+        self._draw = None
+
+    def remove(self) -> None:
+        self.close()
+        self._handle.remove()
+
+    def _drop(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._draw is None or not module.training:
+            return None
+        state = args[0]
+        keep = self._draw(state.shape, state.device)
+        if not self.used:
+            self.used = True
+            self._on_use(keep)
+        scale = 1 / (1 - self._p) if self._p < 1 else 0.0
+        return (state * (keep.to(state.dtype) * scale), *args[1:])

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 
 from macdrop.config import MacDropConfig
 
+#: Arms in which something is dropped -> what. All but `macdrop` are its placebos.
+ARMS = {"macdrop": "massive", "random_rows": "random", "all_rows": "all", "activations": "activations"}
+
 
 class Strict(BaseModel):
     """No unknown key, no value of another type taken for the right one (true is not 1, "8" is not 8)."""
@@ -24,6 +27,7 @@ class MacDropSpec(Strict):
     p0: float = 0.8
     schedule: str = "step"
     alpha: float | None = None
+    scope: str = "massive"
 
     @model_validator(mode="after")
     def _check(self) -> MacDropSpec:
@@ -32,7 +36,18 @@ class MacDropSpec(Strict):
 
     def config(self, seed: int) -> MacDropConfig:
         """The method's own configuration, in canonical form."""
-        return MacDropConfig(k=self.k, p0=self.p0, schedule=self.schedule, alpha=self.alpha, seed=seed).canonical()
+        return MacDropConfig(**self.model_dump(), seed=seed).canonical()
+
+    def canonical(self) -> MacDropSpec:
+        """The same with what has no effect normalised."""
+        config = self.config(seed=0)
+        return MacDropSpec(**{name: getattr(config, name) for name in type(self).model_fields})
+
+    @property
+    def arm(self) -> str:
+        """`plain` (nothing is ever dropped), `macdrop`, or the placebo that this is."""
+        scopes = {scope: arm for arm, scope in ARMS.items()}
+        return scopes[self.scope] if self.config(seed=0).enabled else "plain"
 
 
 class Space(Strict):

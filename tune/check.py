@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import SCHEDULES, probability
 from tune.batching import Batches, total_steps
 from tune.benchmarks.spec import PLAIN, EvalSpec, jobs, parse_attack
+from tune.blocks import ARMS
 from tune.plan import Study
 from tune.spec import RunSpec, Space, TrainSpec, with_values
 from tune.trackers import check as check_trackers
@@ -41,7 +43,7 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, int]:
 
     attacks = [job.attack for job in jobs(spec.eval)]
     check_trackers(spec.report_to, Path(spec.output_dir or "."))
-    tokenizers = [check_study(study.spec, study.parameters, attacks) for study in planned]
+    tokenizers = [check_study(study.spec, study.parameters, attacks, spec.sweep.arms) for study in planned]
     check_files(spec.eval)
     steps: dict[str, int] = {}
     for study, tokenizer in zip(planned, tokenizers, strict=True):
@@ -78,10 +80,13 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {standing} is a file.")
 
 
-def check_study(spec: TrainSpec, parameters: dict[str, Space], attacks: list[str]) -> Any:
-    """Check one model with the values that its search may draw; returns its tokenizer."""
+def check_study(
+    spec: TrainSpec, parameters: dict[str, Space], attacks: list[str], arms: Iterable[str] | None = None
+) -> Any:
+    """Check one model with the values that its search may draw; returns its tokenizer. `arms`: by default its own."""
     from macdrop import load_tokenizer
 
+    scopes = [ARMS[arm] for arm in (arms or [spec.arm]) if arm in ARMS]
     outline = model_outline(spec)
     tokenizer = load_tokenizer(
         resolve(spec.model_name_or_path),
@@ -89,10 +94,13 @@ def check_study(spec: TrainSpec, parameters: dict[str, Space], attacks: list[str
         trust_remote_code=spec.trust_remote_code,
         model=outline,
     )
-    check_rows(outline, spec, ks=_values(spec, parameters, "macdrop.k"), attacks=attacks)
+    ks = _values(spec, parameters, "macdrop.k")
+    check_rows(outline, spec, ks=ks, attacks=attacks)
+    check_scopes(outline, spec, ks=ks, scopes=scopes)
     for target in _values(spec, parameters, "lora_target"):
         check_targets(outline, target)
-    if may_drop(spec, parameters) and 3 in _values(spec, parameters, "zero_stage"):
+    masked = may_drop(spec, parameters) and set(scopes) != {"activations"}
+    if masked and 3 in _values(spec, parameters, "zero_stage"):
         check_partitioned(outline, spec)
     return tokenizer
 
@@ -138,6 +146,29 @@ def check_rows(outline: Any, spec: TrainSpec, *, ks: list[int] = (), attacks: li
                 f"eval.attacks has {attack!r}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
                 f"Attack from 0 to {rows} of them."
             )
+
+
+def check_scopes(outline: Any, spec: TrainSpec, *, ks: list[int], scopes: list[str]) -> None:
+    """Refuse placebos that the model cannot have: too few rows to draw from, or no layer to drop the input of.
+
+    Where only some layers are fused experts the scan decides; MacDrop itself refuses there.
+    """
+    from macdrop import MacDropConfig, find_ffns
+
+    ffns = find_ffns(outline)
+    rows = max(ffn.intermediate_size for ffn in ffns)
+    for k in ks if "random" in scopes else []:
+        needed = MacDropConfig(k=k, scope="random").rows_needed
+        if needed > rows:
+            raise ConfigError(
+                f"Dropping {k} random rows beside the top {needed - k} takes {needed} rows, but an FFN of "
+                f"{spec.model_name_or_path} has {rows}. Lower macdrop.k, or leave the random rows out."
+            )
+    if "activations" in scopes and not any(ffn.down or ffn.experts or ffn.shared for ffn in ffns):
+        raise ConfigError(
+            f"Activations cannot be dropped in {spec.model_name_or_path}: its experts are fused, and no layer takes "
+            "their intermediate state. Leave the placebo 'activations' out for this model."
+        )
 
 
 def check_partitioned(outline: Any, spec: TrainSpec) -> None:
@@ -205,7 +236,7 @@ def _steps(spec: TrainSpec, parameters: dict[str, Space], tokenizer: Any, worker
 
 def may_drop(spec: TrainSpec, parameters: dict[str, Space]) -> bool:
     """Whether any trial drops weights."""
-    return spec.arm == "macdrop" or any(key.startswith("macdrop.") for key in parameters)
+    return spec.arm != "plain" or any(key.startswith("macdrop.") for key in parameters)
 
 
 def _check_schedule(schedule: str, steps: int, epochs: int) -> None:

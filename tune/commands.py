@@ -53,12 +53,13 @@ def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
     line("trained", f"{outcome.step} of {outcome.total_steps} steps in {outcome.seconds:.1f} s")
     if outcome.eval_loss is not None:
         line("eval loss", f"{outcome.eval_loss:.4f} nats per answer token, masks off")
+    hooked = "features of the intermediate state" if models[0].arm == "activations" else "rows"
     if outcome.entries_masked:
         share = outcome.entries_dropped / outcome.entries_masked
         told = f"{outcome.entries_dropped} of {outcome.entries_masked} masked entries ({share:.1%})"
-        line("dropped", f"{told} in {outcome.rows_hooked} hooked rows")
+        line("dropped", f"{told} in {outcome.rows_hooked} hooked {hooked}")
     elif outcome.rows_hooked:
-        line("dropped", f"nothing in these steps, whose p is 0 ({outcome.rows_hooked} hooked rows)")
+        line("dropped", f"nothing in these steps, whose p is 0 ({outcome.rows_hooked} hooked {hooked})")
     else:
         line("dropped", "nothing: plain fine-tuning, MacDrop is off (macdrop.p0 or macdrop.k is 0)")
     benchmarks = [file] if file and jobs(spec.eval) else []

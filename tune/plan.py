@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from macdrop.errors import ConfigError
+from tune.blocks import ARMS
 from tune.spec import MacDropSpec, RaySpec, RunSpec, Space, TrainSpec, points, slug, with_values
 
 
@@ -42,6 +43,12 @@ def studies(run: RunSpec) -> list[Study]:
     Raises:
         ConfigError: two models share a name, or a grid holds a point that its model refuses.
     """
+    for spec in run.studies():
+        if spec.macdrop.scope != "massive":
+            raise ConfigError(
+                f"macdrop.scope is {spec.macdrop.scope!r}, which is for one fine-tuning (macdrop train).\n"
+                f"A sweep trains placebos beside MacDrop: list them under sweep.arms ({', '.join(ARMS)})."
+            )
     planned = [_study(run, spec) for spec in run.studies()]
     by_name: dict[str, str] = {}
     for study in planned:

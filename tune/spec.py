@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import SCHEDULES
 from tune.benchmarks.spec import PLAIN, EvalSpec, jobs
-from tune.blocks import MacDropSpec, Metric, RaySpec, Space, Strict, SweepSpec
+from tune.blocks import ARMS, MacDropSpec, Metric, RaySpec, Space, Strict, SweepSpec
 from tune.explain import ELSEWHERE, build
 from tune.specfile import merge, normalise, override, read_override, read_yaml, undot
 
@@ -131,8 +131,8 @@ class TrainSpec(Strict):
 
     @property
     def arm(self) -> str:
-        """`macdrop` or `plain` (no row is ever dropped)."""
-        return "macdrop" if self.macdrop.config(seed=0).enabled else "plain"
+        """`plain` (nothing is ever dropped), `macdrop`, or one of its placebos; see `tune.blocks.ARMS`."""
+        return self.macdrop.arm
 
     def engine_key(self) -> str:
         """Equal for two specs that one engine can train one after the other."""
@@ -140,9 +140,7 @@ class TrainSpec(Strict):
 
     def canonical(self) -> TrainSpec:
         """The same fine-tuning with MacDrop's irrelevant settings normalised (k = 0 and p0 = 0 are one baseline)."""
-        config = self.macdrop.config(seed=0)
-        block = MacDropSpec(k=config.k, p0=config.p0, schedule=config.schedule, alpha=config.alpha)
-        return self.model_copy(update={"macdrop": block})
+        return self.model_copy(update={"macdrop": self.macdrop.canonical()})
 
     def trial_id(self) -> str:
         """A name for this fine-tuning made of its canonical content: equal settings are never trained twice."""
@@ -248,9 +246,14 @@ class RunSpec(TrainSpec):
 def _check_searchable(key: str) -> None:
     fixed = {*MODEL_KEYS, "finetuning_type", "macdrop"}
     allowed = [name for name in TrainSpec.model_fields if name not in fixed]
-    allowed += [f"macdrop.{name}" for name in MacDropSpec.model_fields]
+    allowed += [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
     if key in allowed:
         return
+    if key == "macdrop.scope":
+        raise ValueError(
+            "sweep.parameters: macdrop.scope is not searched, as placebos are compared with what the search found. "
+            f"List them under sweep.arms: {', '.join(arm for arm in ARMS if arm != 'macdrop')}."
+        )
     if key in MODEL_KEYS:
         raise ValueError(
             f"sweep.parameters: {key} belongs to the model. List models, each with its own keys, under sweep.models."

@@ -49,7 +49,7 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
 
     prepare_process(threads)
     spec = spec.canonical()
-    weights = scanned(spec) if spec.arm == "macdrop" else None
+    weights = scanned(spec) if spec.arm != "plain" else None
     engine = Engine(spec)
     prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
 

@@ -45,7 +45,7 @@ class Desk:
             spec=dump(spec),
             folder=str(Path(self.run_dir) / "trials" / name),
             data=self.data,
-            weights=self.weights if spec.arm == "macdrop" else None,
+            weights=self.weights if spec.arm != "plain" else None,
             engine_key=spec.engine_key(),
             width=self.width,
         )

@@ -1,11 +1,12 @@
 """The paper's listing, slow and plain: edit the massive rows in place, forward, backward, restore.
 
-It shares no code with `macdrop`: where a family of `tiny` keeps its rows is written out here.
+And ordinary dropout on the intermediate state, written into the down projection. Neither shares code with `macdrop`:
+where a family of `tiny` keeps its rows is written out here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from tiny import FFN
@@ -64,4 +65,36 @@ def training_step(
     with torch.no_grad():
         for parameter, index, values in reversed(saved):
             parameter[index] = values
+    return loss.item()
+
+
+DOWN = {
+    "llama": "layers.1.mlp.down_proj",
+    "phi3": "layers.1.mlp.down_proj",
+    "opt": "layers.1.fc2",
+    "gpt2": "h.1.mlp.c_proj",
+}
+
+
+def dropout_step(
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    family: str,
+    draw: Callable[[tuple[int, ...]], torch.Tensor],
+    p: float,
+    *,
+    divide: int = 1,
+) -> float:
+    """Loss of one micro-batch with inverted dropout on the intermediate state of layer 1, kept where `draw(shape)`."""
+    (down,) = [module for name, module in model.named_modules() if name.endswith(DOWN[family])]
+    own = down.forward
+
+    def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        scaled = x / (1 - p) if p < 1 else x
+        return own(torch.where(draw(tuple(x.shape)), scaled, torch.zeros(())), *args, **kwargs)
+
+    down.forward = forward
+    loss = model(**batch).loss
+    (loss / divide).backward()
+    down.forward = own
     return loss.item()

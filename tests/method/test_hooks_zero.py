@@ -1,5 +1,6 @@
 """MacDrop under DeepSpeed ZeRO-3 on two gloo processes equals the paper's listing on one."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -12,9 +13,11 @@ import tiny
 import torch
 from zero_cases import ACCUMULATION, CASES, SEED, WORLD, P, build, micro_batch
 
+from macdrop.attack import random_rows
 from macdrop.hooks import keep_mask
 
 pytestmark = pytest.mark.zero
+K = len(tiny.ROWS)
 WORKER = Path(__file__).with_name("zero_worker.py")
 
 
@@ -24,7 +27,8 @@ def results(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(WORKER.parent)}
+    path = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
     ranks = []
     for rank in range(WORLD):
         command = [sys.executable, str(WORKER), str(rank), str(WORLD), port, str(folder / "out.pt")]
@@ -45,12 +49,16 @@ def test_equals_the_listing_on_whole_weights(results, name):
     total: dict[str, torch.Tensor] = {}
     for rank in range(WORLD):
         model = build(case)
+        rows = random_rows(tiny.massive_weights(), K, spared=10, seed=SEED) if case.scope == "random" else tiny.ROWS
         for index in range(ACCUMULATION):
             torch.manual_seed(1000 * rank + index)
-            mask = keep_mask(SEED, index, P, (len(tiny.ROWS), tiny.HIDDEN))
-            loss = reference.training_step(
-                model, micro_batch(rank, index), case.family, tiny.ROWS, mask, divide=ACCUMULATION * WORLD
-            )
+            batch, divide = micro_batch(rank, index), ACCUMULATION * WORLD
+            if case.scope == "activations":
+                draw = functools.partial(keep_mask, SEED, index, P)
+                loss = reference.dropout_step(model, batch, case.family, draw, P, divide=divide)
+            else:
+                mask = keep_mask(SEED, index, P, (K, tiny.HIDDEN))
+                loss = reference.training_step(model, batch, case.family, rows, mask, divide=divide)
             assert found["ranks"][rank]["losses"][index] == pytest.approx(loss, rel=1e-6)
         for parameter_name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -62,7 +70,7 @@ def test_equals_the_listing_on_whole_weights(results, name):
         assert worst < 1e-5, parameter_name
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "experts"])
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.scope == "massive" and n != "experts"])
 def test_all_ranks_draw_one_mask_and_each_micro_step_another(results, name):
     masks = [rank["masks"] for rank in results[name]["ranks"]]
     for index in range(ACCUMULATION):

@@ -17,6 +17,7 @@ class Case:
     dropout: float = 0.0
     checkpointing: bool | None = None  # None: off; else use_reentrant
     attach_first: bool = False  # before deepspeed.initialize
+    scope: str = "massive"
 
 
 CASES = {
@@ -27,6 +28,8 @@ CASES = {
     "dora, dropout, attached first": Case(dora=True, dropout=0.3, attach_first=True),
     "fused": Case("phi3"),
     "conv1d, dora, dropout": Case("gpt2", dora=True, dropout=0.3),
+    "random rows, dora": Case(dora=True, scope="random"),
+    "activations, checkpointing": Case(checkpointing=False, scope="activations"),
     "experts": Case("mixtral"),
 }
 

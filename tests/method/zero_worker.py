@@ -41,12 +41,13 @@ def engine_of(model: torch.nn.Module):
 def run(case) -> dict:
     model = build(case)
     drop = None
+    config = MacDropConfig(k=len(tiny.ROWS), seed=SEED, scope=case.scope)
     if case.attach_first:
-        drop = MacDrop(model, tiny.massive_weights(case.family), MacDropConfig(k=len(tiny.ROWS), seed=SEED))
+        drop = MacDrop(model, tiny.massive_weights(case.family), config)
         rows = drop.attach()
     engine = engine_of(model)
     if not case.attach_first:
-        drop = MacDrop(engine.module, tiny.massive_weights(case.family), MacDropConfig(k=len(tiny.ROWS), seed=SEED))
+        drop = MacDrop(engine.module, tiny.massive_weights(case.family), config)
         try:
             rows = drop.attach()
         except ConfigError as error:
@@ -59,7 +60,7 @@ def run(case) -> dict:
         with drop.micro_step(P, index):
             loss = engine(**batch).loss
             engine.backward(loss)
-            masks.append(drop._keep.clone())
+            masks.append(None if drop._keep is None else drop._keep.clone())
         losses.append(loss.item())
         if index < ACCUMULATION - 1:
             engine.step()

@@ -180,3 +180,14 @@ def test_an_engine_refuses_a_spec_it_was_not_built_for(tmp_path):
         finetune(engine, spec.model_copy(update={"lora_rank": 8}), prepared, tmp_path)
     with pytest.raises(ConfigError, match="massive weights"):
         finetune(engine, TrainSpec(**SMALL), prepared, tmp_path)
+
+
+@pytest.mark.parametrize("arm", ["random_rows", "all_rows", "activations"])
+def test_a_placebo_trains_and_drops(arm, tmp_path):
+    from tune.blocks import ARMS
+
+    block = {"p0": 0.5, "schedule": "constant", "scope": ARMS[arm]}
+    _, outcome = train(tmp_path / "run", max_steps=2, macdrop=block)
+    assert outcome.status == "done" and outcome.rows_hooked > 0
+    assert abs(outcome.entries_dropped / outcome.entries_masked - 0.5) < 0.1
+    assert json.loads((tmp_path / "run" / "trial.json").read_text())["arm"] == arm

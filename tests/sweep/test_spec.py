@@ -162,7 +162,7 @@ def test_one_benchmark_of_a_list_can_be_overridden(tmp_path):
     [
         ("lerning_rate=1", "lerning_rate is no key we know. Did you mean 'learning_rate'?"),
         ("learning-rate=1", "Did you mean 'learning_rate'?"),
-        ("macdrop.p=1", "macdrop.p is no key we know. Did you mean 'p0'? Allowed: alpha, k, p0, schedule."),
+        ("macdrop.p=1", "macdrop.p is no key we know. Did you mean 'p0'? Allowed: alpha, k, p0, schedule, scope."),
         ("ray.num_worker=1", "Did you mean 'num_workers'?"),
         ("sweep.num_sample=1", "Did you mean 'num_samples'?"),
         ("sweep.metric.gaol=maximize", "Did you mean 'goal'?"),

@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from macdrop.errors import ConfigError
+from tune.blocks import ARMS
+from tune.plan import studies
 from tune.spec import ENGINE_KEYS, RunSpec, TrainSpec, dump, load, slug, with_values
 
 MODEL = "model_name_or_path=zoo:planted-llama"
@@ -135,6 +137,25 @@ def test_trial_id_names_the_content():
     off = [{"macdrop.k": 0}, {"macdrop.p0": 0.0}, {"macdrop.p0": 0, "macdrop.schedule": "constant"}]
     ids = {with_values(base, values).trial_id() for values in off}
     assert len(ids) == 1 and ids.pop().startswith("planted-llama-plain-")
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_scope_names_the_arm_and_what_it_does_not_use_names_no_trial(arm):
+    def trial(**block):
+        return TrainSpec(model_name_or_path="m", macdrop={"scope": ARMS[arm], **block})
+
+    assert trial().arm == arm and f"-{arm}-" in trial().trial_id()
+    assert trial(p0=0.0).arm == "plain" and trial(p0=0.0).trial_id() == trial(k=0, p0=0.0).trial_id()
+    assert (trial(k=3).trial_id() == trial(k=4).trial_id()) == (arm in ("all_rows", "activations"))
+    assert trial(k=3).canonical().canonical() == trial(k=3).canonical()
+
+
+def test_the_scope_is_an_arm_of_a_sweep_and_never_searched():
+    told = refusal("sweep.parameters.macdrop.scope=[massive,random]")
+    assert "sweep.arms: random_rows, all_rows, activations" in told
+    with pytest.raises(ConfigError, match="(?s)one fine-tuning.*sweep.arms"):
+        studies(spec("macdrop.scope=random"))
+    assert "mean 'random'" in refusal("macdrop.scope=randm")
 
 
 def test_trial_id_is_the_same_in_another_process():
