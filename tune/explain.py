@@ -31,6 +31,7 @@ ELSEWHERE = {
     "k": "Write macdrop.k.",
     "schedule": "Write macdrop.schedule.",
     "alpha": "Write macdrop.alpha.",
+    "macdrop.scope": "Placebos are compared with what the search found: list them under sweep.arms.",
     "parameters": "Write it under sweep.",
     "models": "Write it under sweep.",
 }

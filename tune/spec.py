@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import SCHEDULES
 from tune.benchmarks.spec import PLAIN, EvalSpec, jobs
-from tune.blocks import ARMS, MacDropSpec, Metric, RaySpec, Space, Strict, SweepSpec
+from tune.blocks import MacDropSpec, Metric, RaySpec, Space, Strict, SweepSpec
 from tune.explain import ELSEWHERE, build
 from tune.specfile import merge, normalise, override, read_override, read_yaml, undot
 
@@ -249,11 +249,6 @@ def _check_searchable(key: str) -> None:
     allowed += [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
     if key in allowed:
         return
-    if key == "macdrop.scope":
-        raise ValueError(
-            "sweep.parameters: macdrop.scope is not searched, as placebos are compared with what the search found. "
-            f"List them under sweep.arms: {', '.join(arm for arm in ARMS if arm != 'macdrop')}."
-        )
     if key in MODEL_KEYS:
         raise ValueError(
             f"sweep.parameters: {key} belongs to the model. List models, each with its own keys, under sweep.models."
