@@ -1,23 +1,23 @@
-"""Columns of a report and the cells in them: which metrics are shown, in what order, and how two cells differ.
+"""Columns of a report and the cells in them: which metrics are shown, and in what order.
 
 A *column* is one metric of one task under one attack.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tune.benchmarks.spec import SECTIONS
 
-PRIMARY = ("acc", "exact_match", "word_perplexity", "perplexity", "rouge_l", "chrf", "repeated_4grams")
+PRIMARY = ("acc", "exact_match", "word_perplexity", "perplexity", "judge_score", "rouge_l", "chrf", "repeated_4grams")
 """Which metric of a task stands in the tables, best first; all of them are in the CSV."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of one task under one attack ("none" without)."""
+    """One metric of one task under one attack ("none" without), on test or validation items."""
 
     benchmark: str
     task: str
@@ -25,6 +25,13 @@ class Column:
     attack: str = "none"
     attack_on: str | None = None
     higher_is_better: bool | None = field(default=None, compare=False)
+    split: str = "test"
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Column:
+        """The column of a line of scores.jsonl; lines without a split are of test benchmarks."""
+        found = {key: row[key] for key in cls.__dataclass_fields__ if row.get(key) is not None}
+        return cls(**found)
 
     @property
     def name(self) -> str:
@@ -46,40 +53,6 @@ class Cell:
     n: int | None = None
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A MacDrop adapter minus the plain adapter that differs in nothing else. `stderr` combines both."""
-
-    column: Column
-    plain: Cell
-    macdrop: Cell
-    delta: float
-    stderr: float | None
-    words: str
-
-
-def difference(column: Column, plain: Cell, macdrop: Cell) -> Difference:
-    """Delta with combined standard error sqrt(a^2 + b^2), and honest words for it.
-
-    Both adapters answered the same items, so their errors are positively correlated as a rule, and the combined
-    standard error is rather too large than too small.
-    """
-    delta = macdrop.value - plain.value
-    known = plain.stderr is not None and macdrop.stderr is not None
-    stderr = math.hypot(plain.stderr, macdrop.stderr) if known else None
-    if delta == 0:
-        words = "equal"
-    elif stderr is None:
-        words = "no standard error: cannot tell"
-    elif abs(delta) < 2 * stderr:
-        words = "within noise"
-    elif column.higher_is_better is None:
-        words = "differs by more than 2 SE"
-    else:
-        words = ("better" if (delta > 0) == column.higher_is_better else "worse") + " by more than 2 SE"
-    return Difference(column, plain, macdrop, delta, stderr, words)
-
-
 def primary_columns(columns: Iterable[Column], asked: Iterable[str] = ()) -> list[Column]:
     """One metric for each task under each attack: the first of `PRIMARY` that it has, else the first it came with.
 
@@ -94,14 +67,15 @@ def primary_columns(columns: Iterable[Column], asked: Iterable[str] = ()) -> lis
     for column in columns:
         if column.benchmark in filtered and heads[column] not in asked:
             continue
-        by_task.setdefault((column.benchmark, column.attack, column.attack_on, column.task), []).append(column)
+        by_task.setdefault((column.split, column.benchmark, column.attack, column.attack_on, column.task), []).append(column)
     return [min(found, key=lambda c: (_rank(c.metric), found.index(c))) for found in by_task.values()]
 
 
 def place(column: Column) -> tuple:
     """Sort key of columns: by benchmark, the scores without attack first; within these as they came."""
     section = SECTIONS.index(column.benchmark) if column.benchmark in SECTIONS else len(SECTIONS)
-    return section, column.benchmark, column.attack != "none", column.attack, column.attack_on or ""
+    attacked = column.attack != "none"
+    return column.split != "test", section, column.benchmark, attacked, column.attack, column.attack_on or ""
 
 
 def _rank(metric: str) -> int:

@@ -102,11 +102,14 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> 
     return len(lines)
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike, problems: list[str] | None = None) -> list[dict[str, Any]]:
     """Rows of a file written by `append_jsonl`; a missing file is an empty list, a torn last line is left out.
 
+    Args:
+        problems: where damaged lines are described, each once, instead of raised.
+
     Raises:
-        ValueError: a complete line is no JSON; the message has file and line.
+        ValueError: a complete line is no JSON object; the message has file and line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
@@ -117,8 +120,43 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}). The file was changed by hand?") from error
+            told = f"{path}, line {number}: not JSON ({error}). The file was changed by hand?"
+            if problems is None:
+                raise ValueError(told) from error
+            problems += [told] if told not in problems else []
     return rows
+
+
+def read_mapping(path: str | os.PathLike, problems: list[str] | None = None) -> dict[str, Any] | None:
+    """The mapping that a .json or .yaml file holds.
+
+    Args:
+        problems: where a damaged file is described, once, and None returned, instead of raised.
+
+    Raises:
+        ValueError: the file cannot be read as a mapping; the message has the path.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            found = json.loads(text)
+        else:
+            import yaml
+
+            try:
+                found = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(error) from error
+        if not isinstance(found, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError) as error:
+        told = f"{path} is damaged: {' '.join(str(error).split())}"
+        if problems is None:
+            raise ValueError(told) from error
+        problems += [told] if told not in problems else []
+        return None
+    return found
 
 
 def plain(value: Any) -> Any:

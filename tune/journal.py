@@ -26,10 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from macdrop.errors import ConfigError
-from tune.files import append_jsonl, atomic_write_json, atomic_write_text, atomic_write_yaml, plain, read_jsonl
+from tune.files import append_jsonl, atomic_write_json, atomic_write_text, atomic_write_yaml, plain, read_jsonl, read_mapping
 from tune.spec import slug
 
 if TYPE_CHECKING:
@@ -52,11 +50,13 @@ _PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "ray", "lm
 class Journal:
     """A run folder. Cheap to make and to pickle; holds no open file.
 
-    Use `Journal.create` for a new run and `Journal.open` for one that is there.
+    Use `Journal.create` for a new run and `Journal.open` for one that is there. `problems` is None where damaged files
+    raise, else the list of what is damaged, each file once.
     """
 
-    def __init__(self, run_dir: str | os.PathLike) -> None:
+    def __init__(self, run_dir: str | os.PathLike, problems: list[str] | None = None) -> None:
         self.run_dir = Path(run_dir)
+        self.problems = problems
         self._read: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
 
     @classmethod
@@ -87,40 +87,41 @@ class Journal:
         return journal
 
     @classmethod
-    def open(cls, run_dir: str | os.PathLike) -> Journal:
+    def open(cls, run_dir: str | os.PathLike, *, lenient: bool = False) -> Journal:
         """Open an existing run folder.
+
+        Args:
+            lenient: leave out damaged trials and lines and note them in `problems`, for who only reads.
 
         Raises:
             ConfigError: it is none, or its run.json or config.yaml is damaged.
         """
-        journal = cls(run_dir)
+        journal = cls(run_dir, [] if lenient else None)
         if not journal.run_dir.is_dir():
             raise ConfigError(f"{str(journal.run_dir)!r} is no run folder: there is no such folder.")
         if not (journal.run_dir / "run.json").is_file():
             raise ConfigError(f"{str(journal.run_dir)!r} is no run folder: it has no run.json.\n"
                               "Give the output_dir of a sweep.")  # fmt: skip
         try:
-            whole = isinstance(journal.run(), dict) and isinstance(journal.config(), dict)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            journal.run(), journal.config()
+        except ValueError as error:
             raise ConfigError(f"{str(journal.run_dir)!r} is a damaged run folder: {error}") from error
-        if not whole:
-            raise ConfigError(f"{str(journal.run_dir)!r} is a damaged run folder: run.json or config.yaml is empty.")
         return journal
 
     # --- the run ---
 
     def run(self) -> dict[str, Any]:
         """name, created, status, command, macdrop, layout; finished once it is."""
-        return _read_json(self.run_dir / "run.json")
+        return read_mapping(self.run_dir / "run.json")
 
     def config(self) -> dict[str, Any]:
         """The effective spec."""
-        return _read_yaml(self.run_dir / "config.yaml")
+        return read_mapping(self.run_dir / "config.yaml")
 
     def environment(self) -> dict[str, Any]:
         """What `write_environment` found; empty before."""
         file = self.run_dir / "environment.json"
-        return _read_json(file) if file.exists() else {}
+        return (read_mapping(file, self.problems) if file.exists() else None) or {}
 
     def set_status(self, status: str) -> None:
         """Set the run's status, one of `RUN_STATUSES`."""
@@ -156,19 +157,29 @@ class Journal:
     def proof_file(self, model: str) -> Path:
         return self.model_dir(model) / "proof.json"
 
+    def finalists_file(self, model: str) -> Path:
+        return self.model_dir(model) / "finalists.json"
+
+    def finding(self, file: Path) -> dict[str, Any] | None:
+        """What one of a model's files holds; None where it is missing (or damaged, for a lenient journal)."""
+        return read_mapping(file, self.problems) if file.is_file() else None
+
     # --- trials ---
 
     def trial(self, trial_id: str) -> TrialRecord:
         """The record of a trial; nothing is written before its `start`."""
         assert trial_id and Path(trial_id).name == trial_id, trial_id
-        return TrialRecord(self.run_dir / "trials" / trial_id)
+        return TrialRecord(self.run_dir / "trials" / trial_id, self.problems)
 
     def trials(self) -> list[dict[str, Any]]:
         """What trial.json of each trial holds, with its `config`; in order of start."""
         records = []
         for file in (self.run_dir / "trials").glob("*/trial.json"):
             config = file.with_name("config.yaml")
-            records.append({**_read_json(file), "config": _read_yaml(config) if config.exists() else {}})
+            record = read_mapping(file, self.problems)
+            if record is not None:
+                settings = read_mapping(config, self.problems) if config.exists() else None
+                records.append({**record, "config": settings or {}})
         return sorted(records, key=lambda record: (record.get("started") or "", record["trial"]))
 
     def answers_dir(self, model: str, trial: str) -> Path:
@@ -200,7 +211,7 @@ class Journal:
             return []
         stamp = (state.st_size, state.st_mtime_ns)
         if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
-            latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in read_jsonl(self.scores_file)}
+            latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in read_jsonl(self.scores_file, self.problems)}
             self._read = (stamp, list(latest.values()))
         return [dict(row) for row in self._read[1]]
 
@@ -219,8 +230,8 @@ class Journal:
 class TrialRecord:
     """The folder of one trial, written by one process at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, problems: list[str] | None = None) -> None:
+        self.folder, self.problems = folder, problems
         self._last_step: int | None = None
 
     @property
@@ -235,7 +246,7 @@ class TrialRecord:
     def info(self) -> dict[str, Any]:
         """trial.json; before `start` only the name and status pending."""
         file = self.folder / "trial.json"
-        return _read_json(file) if file.exists() else {"trial": self.id, "status": "pending"}
+        return read_mapping(file) if file.exists() else {"trial": self.id, "status": "pending"}
 
     @property
     def status(self) -> str:
@@ -277,7 +288,7 @@ class TrialRecord:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, by step."""
-        return read_jsonl(self.folder / "metrics.jsonl")
+        return read_jsonl(self.folder / "metrics.jsonl", self.problems)
 
     def finish(self, status: str, reason: str | None = None, **summary: Any) -> None:
         """Record how the trial ended (one of `ENDED`) and anything to keep of it: eval_loss, steps, seconds ..."""
@@ -291,14 +302,6 @@ class TrialRecord:
 def now() -> str:
     """UTC time to the millisecond, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def _version(package: str) -> str | None:

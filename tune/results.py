@@ -1,30 +1,36 @@
-"""Journal -> what a report says, as values: who was trained, how they scored, how they differ.
+"""Journal -> what a report says, as values: who was trained in which stage, and how they scored.
 
-A *line* is one scored thing: the base model, a plain adapter, a MacDrop adapter. For columns see `tune.columns`.
+A *line* is one scored thing: the base model, or one trial. A *group* is one setting with all its seeds. For columns
+see `tune.columns`. Runs that are still going, or damaged in places, give what they have.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tune.benchmarks.spec import SECTIONS
-from tune.columns import EVAL_LOSS, Cell, Column, Difference, difference, place, primary_columns
-from tune.journal import BASE, Journal
+from tune.columns import EVAL_LOSS, Cell, Column, place, primary_columns
+from tune.journal import BASE, SCORE_KEY, Journal
+from tune.labels import NAMES, flatten, setting_label
 from tune.spec import slug
 
 MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
+CELL_KEYS = ("use_dora", "use_rslora")
+"""Settings that say what kind of adapter is trained: arms are compared where these are equal."""
 NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
 """Keys that do not change what is trained, so that trials that differ in them only are compared."""
-
+ARM_ORDER = (BASE, "plain", "macdrop")
+"""Order of arms in tables; placebos come after them."""
 
 @dataclass
 class Line:
-    """The base model, or one trial; `settings` are the effective spec with dotted keys."""
+    """The base model, or one trial; `settings` are the effective spec with dotted keys, `group` the setting's id."""
 
     label: str
     trial: str
@@ -32,21 +38,60 @@ class Line:
     status: str
     reason: str | None = None
     seed: int | None = None
+    stage: str = "final"
+    group: str = ""
+    cell: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     scores: dict[Column, Cell] = field(default_factory=dict)
 
     def setting(self, key: str) -> Any:
-        """A setting; MacDrop's own mean nothing to other arms."""
-        return None if key.startswith("macdrop.") and self.arm != "macdrop" else self.settings.get(key)
+        """A setting; MacDrop's own mean nothing to the base and plain arms."""
+        return None if key.startswith("macdrop.") and self.arm in (BASE, "plain") else self.settings.get(key)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A score over the seeds of a setting: mean, SD between seeds (None: one seed), SE over items of one seed.
+
+    `stderr` is the root mean square over seeds; it does not hold the spread between seeds, nor does `sd` that of items.
+    """
+
+    value: float
+    sd: float | None
+    stderr: float | None
+    seeds: int
+
+
+@dataclass
+class Group:
+    """One setting of the final stage with all its trials, or the base model."""
+
+    label: str
+    arm: str
+    id: str
+    cell: dict[str, Any]
+    lines: list[Line]
+
+    def spread(self, column: Column) -> Spread | None:
+        """The column over the seeds that have it; None where none has."""
+        cells = [line.scores[column] for line in self.lines if column in line.scores]
+        if not cells:
+            return None
+        values, errors = [cell.value for cell in cells], [cell.stderr for cell in cells]
+        rms = None if None in errors else math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
+        return Spread(
+            math.fsum(values) / len(values), statistics.stdev(values) if len(values) > 1 else None, rms, len(values)
+        )
 
 
 @dataclass
 class ModelResults:
     """Everything a report says about one model.
 
-    `lines` come in the order base, plain, MacDrop (best first); of all `columns` those in `shown` are worth a table;
-    `keys` are the settings that vary.
+    `lines` come in the order base, plain, MacDrop (best first), placebos; `groups` are those of the final stage. Of all
+    `columns` those in `shown` are worth a table; `keys` are the settings that vary; `objectives` are (name, goal);
+    `finalists` is finalists.json, empty where there is none; `best` is the MacDrop line that the objective prefers.
     """
 
     name: str
@@ -54,72 +99,60 @@ class ModelResults:
     planted: bool
     weights: dict[str, Any] | None
     proof: dict[str, Any] | None
+    finalists: dict[str, Any]
     lines: list[Line]
+    groups: list[Group]
     columns: list[Column]
     shown: list[Column]
     keys: list[str]
-    objective: str
+    objectives: list[tuple[str, str]]
     best: Line | None
 
-    def macdrop(self) -> list[Line]:
-        return [line for line in self.lines if line.arm == "macdrop"]
+    def trials(self, *arms: str, stage: str | None = None) -> list[Line]:
+        """The trials of these arms (of all without any) in a stage."""
+        wanted = [line for line in self.lines if line.arm != BASE and (not arms or line.arm in arms)]
+        return [line for line in wanted if stage in (None, line.stage)]
 
-    def plain_for(self, line: Line) -> Line | None:
-        """The plain adapter with the same settings but for MacDrop's, the seed among them; None if there is none."""
-        wanted = _other_settings(line)
-        found = [other for other in self.lines if other.arm == "plain" and _other_settings(other) == wanted]
-        return found[0] if found else None
+    @property
+    def searched(self) -> list[Line]:
+        """The trials among which the setting was chosen; in runs without stages, all of them."""
+        found = self.trials(stage="search")
+        return found or self.trials("plain", "macdrop")
 
-    def differences(self, line: Line, columns: Iterable[Column]) -> list[Difference]:
-        """`line` against its plain adapter on the columns that both have."""
-        plain = self.plain_for(line)
-        shared = [] if plain is None else [c for c in columns if c in line.scores and c in plain.scores]
-        return [difference(column, plain.scores[column], line.scores[column]) for column in shared]
+    @property
+    def tried(self) -> int:
+        """MacDrop settings that were tried before one was chosen."""
+        if isinstance(self.finalists.get("tried"), int):
+            return self.finalists["tried"]
+        return len({line.group for line in self.searched if line.arm == "macdrop"})
 
-    def rivals(self) -> list[Line]:
-        """The best MacDrop trial of each setting of the other keys (LoRA and DoRA, say), best first."""
-        best: dict[str, Line] = {}
-        for line in self.macdrop():
-            if line.status == "done" and value_of(line, self.objective) is not None:
-                best.setdefault(json.dumps(_other_settings(line), sort_keys=True, default=str), line)
-        return list(best.values())
-
+    @property
     def seeds(self) -> int:
-        """The largest number of seeds with which one MacDrop setting was trained."""
-        groups: dict[str, set] = {}
-        for line in self.macdrop():
-            settings = {key: value for key, value in line.settings.items() if key not in ("seed", *NOT_SETTINGS)}
-            groups.setdefault(json.dumps(settings, sort_keys=True, default=str), set()).add(line.seed)
-        return max(map(len, groups.values()), default=0)
+        """The largest number of seeds with which one MacDrop setting of the final stage was trained."""
+        return max((len({line.seed for line in g.lines}) for g in self.groups if g.arm == "macdrop"), default=0)
 
 
 def collect(journal: Journal) -> list[ModelResults]:
     """The results of each model of a run, in the order of its spec; works on a run that is still going."""
-    config, trials, rows = journal.config(), journal.trials(), journal.score_rows()
+    config, trials, rows = journal.config(), _usable(journal, journal.trials(), "trial", "model"), journal.score_rows()
+    rows = _usable(journal, rows, *SCORE_KEY[:5], "value")
     names = [slug(name) for name in _models(config)]
     names += [slug(item["model"]) for item in (*trials, *rows)]
     display = {slug(name): name for name in (*(item["model"] for item in (*trials, *rows)), *_models(config))}
-    metric = (config.get("sweep") or {}).get("metric") or {}
-    objective, goal = metric.get("name", EVAL_LOSS.metric), metric.get("goal", "minimize")
-    searched = list((config.get("sweep") or {}).get("parameters") or {})
     return [
-        _model(
-            journal,
-            name,
-            display[name],
-            [trial for trial in trials if slug(trial["model"]) == name],
-            [row for row in rows if slug(row["model"]) == name],
-            searched,
-            (objective, goal),
-            _asked(config),
-        )
+        _model(journal, name, display[name], *([item for item in items if slug(item["model"]) == name]
+                                               for items in (trials, rows)), config)
         for name in dict.fromkeys(names)
-    ]
+    ]  # fmt: skip
 
 
 def value_of(line: Line, objective: str) -> float | None:
-    """The line's value of a search metric (see `Column.name`), None while it has none."""
-    named = [(column.attack_on or "", cell.value) for column, cell in line.scores.items() if column.name == objective]
+    """The line's value of a search metric (see `Column.name`), None while it has none; validation before test."""
+    named = [
+        ((column.split != "validation", column.attack_on or ""), cell.value)
+        for column, cell in line.scores.items()
+        if column.name == objective
+    ]
     return min(named)[1] if named else None  # an attack on base rows comes before one on merged rows
 
 
@@ -129,48 +162,56 @@ def _model(
     display: str,
     trials: list[dict[str, Any]],
     rows: list[dict[str, Any]],
-    searched: list[str],
-    objective: tuple[str, str],
-    asked: list[str],
+    config: Mapping[str, Any],
 ) -> ModelResults:
-    base = [Line(BASE, BASE, BASE, "done")] if any(row["trial"] == BASE for row in rows) else []
+    base = [Line(BASE, BASE, BASE, "done", group=BASE)] if any(row["trial"] == BASE for row in rows) else []
     lines = base + [_line(trial) for trial in trials]
     by_trial = {line.trial: line for line in lines}
     columns: dict[Column, None] = {}
     for row in rows:
-        column = Column(*(row.get(key) for key in Column.__dataclass_fields__))
-        columns[column] = None
+        columns[column := Column.of(row)] = None
         if row["trial"] in by_trial and row["value"] is not None:
             by_trial[row["trial"]].scores[column] = Cell(row["value"], row.get("stderr"), row.get("n"))
+    asked = _asked(config)
     means = _add_means(lines, primary_columns(columns, asked))
-    ordered = sorted([*columns, *means], key=place)
+    tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
     eval_loss = [EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []
-    best = _order(lines, objective)
-    weights, proof = (_read(file) for file in (journal.massive_weights_file(name), journal.proof_file(name)))
+    weights, proof, finalists = (
+        journal.finding(file)
+        for file in (journal.massive_weights_file(name), journal.proof_file(name), journal.finalists_file(name))
+    )
+    objectives = _objectives(config)
+    best = _order(lines, objectives)
     return ModelResults(
         name=name,
         display=display,
         planted=display.startswith("zoo:") or (Path(display) / "zoo.json").is_file(),
         weights=weights,
         proof=proof,
+        finalists=finalists or {},
         lines=lines,
-        columns=eval_loss + ordered,
-        shown=eval_loss + sorted([*primary_columns(columns, asked), *means], key=place),
-        keys=_varied(lines, searched),
-        objective=objective[0],
+        groups=_groups(lines),
+        columns=eval_loss + sorted([*columns, *means], key=place),
+        shown=eval_loss + sorted([*tested, *(mean for mean in means if mean.split == "test")], key=place),
+        keys=_varied(lines, list((config.get("sweep") or {}).get("parameters") or {})),
+        objectives=objectives,
         best=best,
     )
 
 
 def _line(trial: Mapping[str, Any]) -> Line:
+    settings = flatten(trial["config"])
     line = Line(
         label="",
         trial=trial["trial"],
         arm=trial.get("arm", "macdrop"),
-        status=trial["status"],
+        status=trial.get("status", "unknown"),
         reason=trial.get("reason"),
         seed=trial.get("seed"),
-        settings=flatten(trial["config"]),
+        stage=trial.get("stage") or "final",
+        group=trial.get("setting") or _setting_text(settings, trial.get("arm", "macdrop")),
+        cell=trial.get("cell") or {key: settings[key] for key in CELL_KEYS if settings.get(key)},
+        settings=settings,
         info=dict(trial),
     )
     if trial.get("eval_loss") is not None:
@@ -178,16 +219,19 @@ def _line(trial: Mapping[str, Any]) -> Line:
     return line
 
 
-def _order(lines: list[Line], objective: tuple[str, str]) -> Line | None:
-    """Sort in place (base, plain, MacDrop; best first), give labels, return the best finished MacDrop line."""
-    name, goal = objective
+def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
+    """Sort in place (base, plain, MacDrop, placebos; best first), label, return the best finished MacDrop line.
+
+    With several objectives the first one decides the order; the Pareto front is the search's answer.
+    """
+    name, goal = objectives[0]
     sign = 1 if goal == "minimize" else -1
 
     def key(line: Line) -> tuple:
         value = value_of(line, name)
         usable = value is not None and line.status == "done"
-        arms = {BASE: 0, "plain": 1}
-        return arms.get(line.arm, 2), not usable, sign * value if usable else 0.0
+        arm = ARM_ORDER.index(line.arm) if line.arm in ARM_ORDER else len(ARM_ORDER)
+        return arm, line.arm, not usable, sign * value if usable else 0.0
 
     lines.sort(key=key)
     counts: dict[str, int] = {}
@@ -197,9 +241,27 @@ def _order(lines: list[Line], objective: tuple[str, str]) -> Line | None:
         if line.arm == "plain":
             line.label = "plain" if plain == 1 else f"plain{number}"
         elif line.arm != BASE:
-            line.label = f"{'M' if line.arm == 'macdrop' else line.arm}{number}"
-    ranked = [line for line in lines if line.arm == "macdrop" and not key(line)[1]]
+            line.label = f"{'M' if line.arm == 'macdrop' else NAMES.get(line.arm, line.arm)}{number}"
+    ranked = [line for line in lines if line.arm == "macdrop" and not key(line)[2]]
     return ranked[0] if ranked else None
+
+
+def _groups(lines: list[Line]) -> list[Group]:
+    """The settings of the final stage (of the search where there was no other), in the order of their lines."""
+    trials = [line for line in lines if line.arm != BASE]
+    final = [line for line in trials if line.stage != "search"] or trials
+    by_id: dict[tuple[str, str], list[Line]] = {}
+    for line in [line for line in lines if line.arm == BASE] + final:
+        by_id.setdefault((line.arm, line.group), []).append(line)
+    made = []
+    for (arm, group), members in by_id.items():
+        members = sorted(members, key=lambda line: (line.seed is None, line.seed))
+        made.append(Group(setting_label(members[0].arm, members[0].settings), arm, group, members[0].cell, members))
+    shared = [group.label for group in made]
+    for group in made:
+        if shared.count(group.label) > 1:
+            group.label += f" ({group.lines[0].label})"
+    return made
 
 
 def _add_means(lines: list[Line], columns: list[Column]) -> list[Column]:
@@ -207,14 +269,14 @@ def _add_means(lines: list[Line], columns: list[Column]) -> list[Column]:
     groups: dict[tuple, list[Column]] = {}
     for column in columns:
         if column.benchmark == "zero_shot":
-            groups.setdefault((column.metric, column.attack, column.attack_on), []).append(column)
-    means, several = [], len({metric for metric, _, _ in groups}) > 1
-    for (metric, attack, attack_on), members in groups.items():
+            groups.setdefault((column.metric, column.attack, column.attack_on, column.split), []).append(column)
+    means, several = [], len({metric for metric, *_ in groups}) > 1
+    for (metric, attack, attack_on, split), members in groups.items():
         if len(members) < 2:
             continue
         better = members[0].higher_is_better
         title = f"mean {metric} of {len(members)}" if several else f"mean of {len(members)}"
-        means.append(mean := Column("zero_shot", title, metric, attack, attack_on, better))
+        means.append(mean := Column("zero_shot", title, metric, attack, attack_on, better, split))
         for line in lines:
             cells = [line.scores[column] for column in members if column in line.scores]
             if len(cells) == len(members):
@@ -223,17 +285,6 @@ def _add_means(lines: list[Line], columns: list[Column]) -> list[Column]:
                 value = math.fsum(cell.value for cell in cells) / len(cells)
                 line.scores[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in cells) or None)
     return means
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _varied(lines: list[Line], searched: list[str]) -> list[str]:
@@ -245,15 +296,24 @@ def _varied(lines: list[Line], searched: list[str]) -> list[str]:
         key
         for key in every
         if not key.startswith("macdrop.")
-        and key not in NOT_SETTINGS
+        and key not in (*NOT_SETTINGS, "seed")
         and len({json.dumps(line.settings.get(key), default=str) for line in trials}) > 1
     ]
-    return list(dict.fromkeys([*own, *searched, *differing]))
+    return [key for key in dict.fromkeys([*own, *searched, *differing]) if key != "seed"]
 
 
-def _other_settings(line: Line) -> dict[str, Any]:
-    skip = (*NOT_SETTINGS, "macdrop")
-    return {key: value for key, value in line.settings.items() if key.partition(".")[0] not in skip}
+def _setting_text(settings: Mapping[str, Any], arm: str) -> str:
+    """A setting without its seed, for runs whose trials have no `setting`."""
+    kept = {key: value for key, value in settings.items() if key not in ("seed", *NOT_SETTINGS)}
+    if arm == "plain":
+        kept = {key: value for key, value in kept.items() if not key.startswith("macdrop.")}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _objectives(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    metric = (config.get("sweep") or {}).get("metric") or {}
+    several = metric if isinstance(metric, list) else [metric]
+    return [(one.get("name", EVAL_LOSS.metric), one.get("goal", "minimize")) for one in several]
 
 
 def _models(config: Mapping[str, Any]) -> list[str]:
@@ -265,11 +325,20 @@ def _models(config: Mapping[str, Any]) -> list[str]:
 def _asked(config: Mapping[str, Any]) -> list[str]:
     """Names of the run's benchmarks, and of lm-eval's tasks behind them."""
     names = []
-    for section in SECTIONS:
-        for name, entry in ((config.get("eval") or {}).get(section) or {}).items():
-            names += [name, (entry or {}).get("task") or name]
+    for block in ("eval", "validation"):
+        for section in SECTIONS:
+            for name, entry in ((config.get(block) or {}).get(section) or {}).items():
+                names += [name, (entry or {}).get("task") or name]
     return names
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+def _usable(journal: Journal, records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """The records that have these keys; a lenient journal notes the others, any other raises a KeyError."""
+    whole = [record for record in records if all(key in record for key in keys)]
+    if len(whole) < len(records):
+        told = f"{len(records) - len(whole)} record(s) without {', '.join(keys)} are left out."
+        if journal.problems is None:
+            raise KeyError(told)
+        journal.problems.append(told)
+    return whole

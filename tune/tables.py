@@ -1,12 +1,34 @@
-"""A table of text: cut to a width, as Markdown, as a rich table."""
+"""Tables of text and the parts of a report made of them: as Markdown, rich, LaTeX (booktabs) and HTML."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import html
+import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+#: What counts as a number in a cell: sign, digits, and what stands with them (interval, ±, %, units, seed SD).
+NUMBER = re.compile(r"[<+\-−]?(\d|\.\d|inf\b|nan\b)[\d.,e+\-−%]*(\s*[±x×\[(/|].*|\s*%|\s*[a-zA-Z]{1,3})?")
+_LATEX = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "×": r"$\times$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "→": r"$\rightarrow$",
+    "Δ": r"$\Delta$",
+    "·": r"$\cdot$",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +43,11 @@ class Table:
         """Characters that each column takes, its border included."""
         cells = zip(self.head, *self.rows, strict=True)
         return [max(len(line) for cell in column for line in cell.split("\n")) + 3 for column in cells]
+
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers (and empty cells) only, and so are aligned to the right."""
+        columns = [[row[i] for row in self.rows if row[i]] for i in range(len(self.head))]
+        return [bool(cells) and all(map(NUMBER.fullmatch, cells)) for cells in columns]
 
     def split(self, width: int) -> list[Table]:
         """Cut into tables of at most `width` characters (or one data column each), all with the first column."""
@@ -40,8 +67,33 @@ class Table:
 
     def markdown(self) -> str:
         rows = [[cell.replace("\n", " ").replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
-        rows.insert(1, ["---"] * len(self.head))
+        rows.insert(1, ["---:" if number else "---" for number in self.numeric()])
         return f"**{self.title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    def latex(self) -> str:
+        """A `table` environment of booktabs; heads of several lines take several rows."""
+        spec = "".join("r" if number else "l" for number in self.numeric())
+        heads = [cell.split("\n") for cell in self.head]
+        tallest = max(map(len, heads))
+        stacked = [[head[i] if i < len(head) else "" for head in heads] for i in range(tallest)]
+        lines = [r"\begin{table}[htbp]", r"\centering", rf"\caption{{{latex(self.title)}}}"]
+        lines += [rf"\begin{{tabular}}{{{spec}}}", r"\toprule", *map(_latex_row, stacked), r"\midrule"]
+        lines += [*map(_latex_row, self.rows), r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        """A `table` element with a caption and scopes; cells of numbers have the class `number`."""
+        classes = [' class="number"' if number else "" for number in self.numeric()]
+        heads = zip(self.head, classes, strict=True)
+        head = "".join(f'<th scope="col"{kind}>{_html(cell)}</th>' for cell, kind in heads)
+        body = []
+        for row in self.rows:
+            cells = zip(row[1:], classes[1:], strict=True)
+            data = "".join(f"<td{kind}>{_html(cell)}</td>" for cell, kind in cells)
+            body.append(f'<tr><th scope="row">{_html(row[0])}</th>{data}</tr>')
+        caption = f"<caption>{_html(self.title)}</caption>"
+        rows = "\n".join(body)
+        return f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
 
     def rich(self) -> RichTable:
         """As a table of rich's."""
@@ -50,9 +102,35 @@ class Table:
 
         drawn = RichTable(title=escape(self.title), title_justify="left", title_style="bold")
         tallest = max(head.count("\n") for head in self.head)
-        for number, head in enumerate(self.head):
+        for head, number in zip(self.head, self.numeric(), strict=True):
             padded = head + "\n" * (tallest - head.count("\n"))  # rich would put short heads at the bottom
             drawn.add_column(escape(padded), justify="right" if number else "left", overflow="fold")
         for row in self.rows:
             drawn.add_row(*map(escape, row))
         return drawn
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of what a report says of a model: sentences, then tables. An empty one is false and left out."""
+
+    title: str
+    lines: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.lines or self.tables)
+
+
+def latex(text: str) -> str:
+    """`text` with what LaTeX would take for a command escaped; other characters stay as they are (UTF-8)."""
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def _latex_row(cells: list[str]) -> str:
+    row = " & ".join(latex(cell.replace("\n", " ")) for cell in cells) + r" \\"
+    return "{}" + row if row.startswith(("[", "*")) else row  # after \\ they would be its argument
+
+
+def _html(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")

@@ -1,0 +1,45 @@
+"""Names for people: of arms, adapters and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+BASE = "base"
+NAMES = {
+    "macdrop": "MacDrop",
+    "random_rows": "random rows",
+    "all_rows": "all rows",
+    "activations": "activations",
+}
+"""Arms by the names that tables use."""
+
+
+def setting_label(arm: str, settings: Mapping[str, Any]) -> str:
+    """A setting for people: "base", "plain DoRA", "MacDrop k 3 p0 0.87 exp 0.05"; `settings` have dotted keys."""
+    if arm == BASE:
+        return BASE
+    adapter = adapter_name(settings)
+    if arm == "plain":
+        return f"plain {adapter}"
+    k, p0, alpha = (settings.get(f"macdrop.{key}") for key in ("k", "p0", "alpha"))
+    told = [NAMES.get(arm, arm), "" if adapter == "LoRA" else adapter, f"k {k}" if k else ""]
+    told += ["" if p0 is None else f"p0 {p0:.2g}", settings.get("macdrop.schedule") or ""]
+    told += ["" if alpha is None else f"{alpha:g}"]
+    return " ".join(filter(None, told))
+
+
+def adapter_name(settings: Mapping[str, Any]) -> str:
+    """LoRA, DoRA, rsLoRA or rsDoRA."""
+    return ("rs" if settings.get("use_rslora") else "") + ("DoRA" if settings.get("use_dora") else "LoRA")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
