@@ -67,7 +67,8 @@ def primary_columns(columns: Iterable[Column], asked: Iterable[str] = ()) -> lis
     for column in columns:
         if column.benchmark in filtered and heads[column] not in asked:
             continue
-        by_task.setdefault((column.split, column.benchmark, column.attack, column.attack_on, column.task), []).append(column)
+        key = (column.split, column.benchmark, column.attack, column.attack_on, column.task)
+        by_task.setdefault(key, []).append(column)
     return [min(found, key=lambda c: (_rank(c.metric), found.index(c))) for found in by_task.values()]
 
 

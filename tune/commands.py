@@ -13,8 +13,6 @@ from tune.terminal import console, line, lines, quiet_libraries, table
 
 RECIPES = Path(__file__).with_name("recipes")
 DEMO = "demo"
-#: Columns of a report that goes into a pipe.
-REPORT_WIDTH = 120
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "p", "entries_dropped", "tokens_per_second")
 
 
@@ -147,6 +145,7 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
             line("checked", f"{name}: model, tokenizer, data and benchmark files; {count} optimizer steps a trial")
         return 0
     with console.status("Loading"):
+        from tune import reporting
         from tune.cluster_state import TERMINATED
         from tune.progress import Progress
         from tune.report import make_report
@@ -164,10 +163,9 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
         raise
     finally:
         progress.finished()
-    made = make_report(spec.output_dir)
-    made.terminal(_report_console())
-    markdown, csv = made.write()
-    line("report", f"{markdown}, {csv}")
+    made = [make_report(spec.output_dir)]
+    reporting.show(made, "terminal")
+    line("report", ", ".join(map(str, reporting.write(made, made[0].run_dir))))
     return failures
 
 
@@ -180,28 +178,6 @@ def _started_with(overrides: list[str]) -> Path:
     if folder is None:
         raise ConfigError("--resume needs output_dir=FOLDER, the folder of the run to go on with.")
     return Journal.open(str(folder)).run_dir / "config.yaml"
-
-
-def report(run: Path, *, markdown: bool, csv: bool) -> None:
-    from tune.report import make_report
-
-    if markdown and csv:
-        raise ConfigError("Give --markdown or --csv, not both; report.md and report.csv are written in any case.")
-    made = make_report(run)
-    written = made.write()
-    if markdown:
-        print(made.markdown())
-    elif csv:
-        print(made.csv(), end="")
-    else:
-        made.terminal(_report_console())
-        line("written", ", ".join(str(path) for path in written))
-
-
-def _report_console() -> Any:
-    from rich.console import Console
-
-    return console if sys.stdout.isatty() else Console(width=REPORT_WIDTH)
 
 
 def list_recipes() -> None:

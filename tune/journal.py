@@ -27,7 +27,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError
-from tune.files import append_jsonl, atomic_write_json, atomic_write_text, atomic_write_yaml, plain, read_jsonl, read_mapping
+from tune.files import (
+    append_jsonl,
+    atomic_write_json,
+    atomic_write_text,
+    atomic_write_yaml,
+    plain,
+    read_jsonl,
+    read_mapping,
+)
 from tune.spec import slug
 
 if TYPE_CHECKING:
@@ -157,9 +165,6 @@ class Journal:
     def proof_file(self, model: str) -> Path:
         return self.model_dir(model) / "proof.json"
 
-    def finalists_file(self, model: str) -> Path:
-        return self.model_dir(model) / "finalists.json"
-
     def finding(self, file: Path) -> dict[str, Any] | None:
         """What one of a model's files holds; None where it is missing (or damaged, for a lenient journal)."""
         return read_mapping(file, self.problems) if file.is_file() else None
@@ -211,7 +216,8 @@ class Journal:
             return []
         stamp = (state.st_size, state.st_mtime_ns)
         if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
-            latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in read_jsonl(self.scores_file, self.problems)}
+            rows = read_jsonl(self.scores_file, self.problems)
+            latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in rows}
             self._read = (stamp, list(latest.values()))
         return [dict(row) for row in self._read[1]]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,8 @@ def _model(
     by_trial = {line.trial: line for line in lines}
     columns: dict[Column, None] = {}
     for row in rows:
-        columns[column := Column.of(row)] = None
+        column = Column.of(row)
+        columns[column] = None
         if row["trial"] in by_trial and row["value"] is not None:
             by_trial[row["trial"]].scores[column] = Cell(row["value"], row.get("stderr"), row.get("n"))
     asked = _asked(config)
@@ -177,8 +178,7 @@ def _model(
     tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
     eval_loss = [EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []
     weights, proof, finalists = (
-        journal.finding(file)
-        for file in (journal.massive_weights_file(name), journal.proof_file(name), journal.finalists_file(name))
+        journal.finding(journal.model_dir(name) / f"{file}.json") for file in ("massive_weights", "proof", "finalists")
     )
     objectives = _objectives(config)
     best = _order(lines, objectives)
@@ -249,7 +249,7 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
 def _groups(lines: list[Line]) -> list[Group]:
     """The settings of the final stage (of the search where there was no other), in the order of their lines."""
     trials = [line for line in lines if line.arm != BASE]
-    final = [line for line in trials if line.stage != "search"] or trials
+    final = [line for line in trials if line.stage != "search"] or [line for line in trials if _tested(line)] or trials
     by_id: dict[tuple[str, str], list[Line]] = {}
     for line in [line for line in lines if line.arm == BASE] + final:
         by_id.setdefault((line.arm, line.group), []).append(line)
@@ -262,6 +262,10 @@ def _groups(lines: list[Line]) -> list[Group]:
         if shared.count(group.label) > 1:
             group.label += f" ({group.lines[0].label})"
     return made
+
+
+def _tested(line: Line) -> bool:
+    return any(column.split == "test" and column != EVAL_LOSS for column in line.scores)
 
 
 def _add_means(lines: list[Line], columns: list[Column]) -> list[Column]:
