@@ -7,6 +7,7 @@ import math
 import pytest
 
 from tune.journal import Journal
+from tune.report import make_report
 from tune.results import collect, value_of
 
 MODEL = "zoo:planted-llama"
@@ -62,11 +63,6 @@ def journal(tmp_path) -> Journal:
     return journal
 
 
-def cell(table: Table, row: str, head: str) -> str:
-    (found,) = [values for values in table.rows if values[0] == row]
-    return found[table.head.index(head)]
-
-
 # --- results ---
 
 
@@ -99,3 +95,9 @@ def test_the_mean_over_tasks_equals_a_slow_reference(journal):
     found = model.lines[2].scores[mean]
     assert found.value == pytest.approx((0.62 + 0.62 + 0.62) / 3)
     assert found.stderr == pytest.approx(math.sqrt(3 * 0.02**2) / 3) and found.n == 1200
+
+
+def test_every_part_is_there_in_order(journal):
+    report = make_report(journal.run_dir)
+    keys = "verdict weights paper comparisons placebos search attacks pareto generations cost reproduce trials"
+    assert list(report.parts(report.models[0])) == keys.split()
