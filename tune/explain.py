@@ -27,6 +27,7 @@ ELSEWHERE = {
     "num_gpus": "Write ray.num_workers: one worker is one GPU.",
     "num_workers": "Write ray.num_workers.",
     "tasks": "Write eval.zero_shot.",
+    "suite": "Write eval.suite.",
     "p0": "Write macdrop.p0.",
     "k": "Write macdrop.k.",
     "schedule": "Write macdrop.schedule.",

@@ -227,7 +227,7 @@ def _set(raw: dict[str, Any], path: list[str], value: Any, above: tuple[str, ...
     here = (*above, path[0])
     inner = raw.get(path[0])
     if here in NAMED_SECTIONS:
-        inner = _as_block(inner)
+        inner = named_block(inner)
     elif here[:2] in NAMED_SECTIONS and isinstance(inner, str):
         inner = {"data": inner}
     if inner is None:
@@ -237,7 +237,8 @@ def _set(raw: dict[str, Any], path: list[str], value: Any, above: tuple[str, ...
     return {**raw, path[0]: _set(inner, path[1:], value, here)}
 
 
-def _as_block(section: Any) -> Any:
+def named_block(section: Any) -> Any:
+    """A section of benchmarks that is written as a name or a list of names, as a mapping of names to settings."""
     if not isinstance(section, (str, list)):
         return section
     block: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmark_fixtures import TEXT, score, values
 
-from macdrop.errors import BenchmarkError, DataError
+from macdrop.errors import BenchmarkError, ConfigError, DataError
 from tune.benchmarks import EvalSpec
 
 
@@ -104,7 +104,7 @@ def test_gsm8k_generates_with_its_filters_and_few_shot_examples(tmp_path, tokeni
 
 def test_a_few_shot_task_without_room_says_so(tmp_path, model, tokenizer):
     data = fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("gsm8k", 1))
-    with pytest.raises(BenchmarkError, match="max_new_tokens"):
+    with pytest.raises(ConfigError, match="max_new_tokens"):
         score(model, tokenizer, {"zero_shot": {"gsm8k": data}})
 
 
@@ -157,9 +157,9 @@ def test_groups_and_tags_have_a_row_of_their_own_name(tmp_path, model, tokenizer
     for name in ("arc_easy", "piqa"):
         entry = {"data": fix.write_jsonl(tmp_path / f"{name}.jsonl", fix.hub_rows(name))}
         spec = EvalSpec.parse({"zero_shot": {name: entry}})
-        parts[name] = zero_shot.Tasks().load(name, spec.zero_shot[name], spec).loaded["tasks"][name]
+        parts[name] = zero_shot.Tasks().load(name, spec.zero_shot[name], spec, 256).loaded["tasks"][name]
     harness = zero_shot.Harness(model, fix.byte_tokenizer(), 256)
-    harness.use(model, 4)
+    harness.use(model, 4, spec.zero_shot["piqa"])
     group = zero_shot.Tasks()._direct.load(
         {"group": "both", "task": [], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
     )["groups"]["both"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from macdrop.errors import ConfigError, DataError, nearest
 from tune.benchmarks import catalogue
@@ -10,6 +13,10 @@ from tune.benchmarks.files import Table, is_local, locate, read_documents, read_
 from tune.benchmarks.spec import EvalSpec, Generation, Perplexity, ZeroShot
 
 CHOICE_COLUMNS = ("context", "choices", "label")
+#: Hub data set of a task -> columns that it names otherwise than the files of the benchmark's authors.
+RENAMED = {"Xnhyacinth/LongBench": {"input": "question"}}
+#: Folder of lm-eval's tasks -> packages that its metrics import, and our extra that installs them.
+PACKAGES = {"longbench": (("jieba", "fuzzywuzzy", "rouge"), "macdrop[longbench]")}
 
 
 def check_files(spec: EvalSpec) -> None:
@@ -31,16 +38,24 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
     """Check one zero-shot entry: a known task, or rows of our own format; every row has its columns."""
     task = entry.task or name
     if not entry.data:
-        if catalogue.find_task(task) is None and task not in catalogue.known_names():
+        file = catalogue.find_task(task)
+        if file is None and task not in catalogue.known_names():
             raise unknown_task(task)
+        if file is None and entry.split:
+            raise ConfigError(
+                f"eval.zero_shot.{name}: split is for single tasks, and {task!r} is a group; list its tasks."
+            )
+        _check_packages(name, file)
         return
     table = read_rows(entry.data)
     file = task_file(task, entry, table)
+    _check_packages(name, file)
     if file is None:
         check_choices(task, table)
         shots = spec.inherited(entry, "num_fewshot") or 0
     else:
         definition = catalogue.read_definition(file)
+        table = as_on_the_hub(table, definition)
         table.require(catalogue.needed_columns(file), f"lm-eval's task {task!r}")
         if entry.target_delimiter is not None:
             raise ConfigError(
@@ -59,7 +74,24 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
         if file is None:
             check_choices(task, examples)
         else:
+            examples = as_on_the_hub(examples, definition)
             examples.require(catalogue.needed_columns(file), f"lm-eval's task {task!r}")
+
+
+def as_on_the_hub(table: Table, definition: Mapping[str, Any]) -> Table:
+    """Rows of the authors' files with the columns named as in the task's hub data set."""
+    names = RENAMED.get(definition.get("dataset_path") or "", {})
+    rows = [{names.get(key, key) if names.get(key) not in row else key: row[key] for key in row} for row in table.rows]
+    return Table(rows, table.places)
+
+
+def _check_packages(name: str, file: Path | None) -> None:
+    packages, extra = PACKAGES.get(file.parent.name if file else "", ((), ""))
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"eval.zero_shot.{name} needs {', '.join(missing)}, not installed here.\nRun: pip install '{extra}'"
+        )
 
 
 def task_file(task: str, entry: ZeroShot, table: Table) -> Path | None:

@@ -35,6 +35,12 @@ def fit_prompt(ids: Sequence[int], room: int, bos: int | None) -> list[int]:
     return lead + list(ids[len(ids) - room + len(lead) :])
 
 
+def fit_middle(ids: Sequence[int], room: int) -> list[int]:
+    """Cut a prompt to `room` tokens (2 or more) in the middle, as LongBench does: the first and the last half stay."""
+    half = room // 2
+    return list(ids) if len(ids) <= room else [*ids[:half], *ids[-half:]]
+
+
 def cut_at(text: str, stop: Sequence[str]) -> str:
     """`text` up to the first stop text, without it."""
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]

@@ -3,7 +3,9 @@
 Documents are joined by blank lines and tokenised as one text, which is cut into windows of at most `window` tokens.
 Each window starts anew with bos, where the tokenizer has one: bos at position 0 is where massive weights act. Every
 token is scored once, except a first token that has no bos before it. With a `stride`, windows overlap, and a token is
-scored in the first window that holds it. Perplexity is exp of the mean negative log-likelihood.
+scored in the first window that holds it. Perplexity is exp of the mean negative log-likelihood. The keys of an entry
+(`tune.benchmarks.spec.Perplexity`) change each of these rules; the suite `perplexity` does so to measure as Sun et al.
+2024 (arXiv 2402.17762) do.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from tune.benchmarks.files import is_local, read_documents
 from tune.benchmarks.spec import Perplexity
 
 VERSION = "1"
-DEFAULT_WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load(entry: Perplexity, tokenizer: Any, max_positions: int) -> ResidentText:
         DataError: no file, no text. ConfigError: the window is longer than the model's positions.
         BenchmarkError: a hub data set could not be loaded.
     """
-    size = entry.window or min(max_positions, DEFAULT_WINDOW)
+    size = entry.window or min(max_positions, entry.max_window)
     if size > max_positions:
         raise ConfigError(
             f"window {size} is longer than the {max_positions} positions of this model; set {max_positions} or less."
@@ -56,16 +57,34 @@ def load(entry: Perplexity, tokenizer: Any, max_positions: int) -> ResidentText:
         raise ConfigError(
             f"stride {entry.stride} would skip tokens: windows have {size}; set a smaller stride, or null."
         )
-    documents = read_documents(entry.data, entry.column) if is_local(entry.data[0]) else _from_hub(entry)
-    ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
+    local = is_local(entry.data[0])
+    documents = read_documents(entry.data, entry.column) if local else _from_hub(entry)
+    documents = [text for text in documents if text or entry.keep_empty][: entry.documents]
+    text = entry.join.join(documents)
+    ids = tokenizer(text, add_special_tokens=entry.bos == "text", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id if entry.bos == "window" else None
     windows = cut(ids, size, entry.stride, bos)
+    if entry.full_windows and windows and len(windows[-1].ids) < size:
+        windows.pop()
+    windows = windows[: entry.windows]
     if not windows:
-        raise DataError(f"{', '.join(entry.data)}: {len(ids)} tokens of text leave none to score.")
-    where = "" if is_local(entry.data[0]) else f" split={entry.split}"
-    return ResidentText(
-        windows, f"window={size} stride={entry.stride or 'none'} bos={'none' if bos is None else bos}{where}"
-    )
+        full = f" a full window of {size}" if entry.full_windows else " one to score"
+        raise DataError(f"{', '.join(entry.data)}: {len(ids)} tokens of text do not make{full}.")
+    return ResidentText(windows, _settings(entry, size, tokenizer, ids, local))
+
+
+def _settings(entry: Perplexity, size: int, tokenizer: Any, ids: Sequence[int], local: bool) -> str:
+    """The rules that made the windows, as words key=value; of the rarer ones those that are not as by default."""
+    bos = None if entry.bos == "none" else tokenizer.bos_token_id
+    if entry.bos == "text":
+        bos = "text" if bos is not None and ids[:1] == [bos] else None
+    words = [f"window={size}", f"stride={entry.stride or 'none'}", f"bos={'none' if bos is None else bos}"]
+    words += [] if local else [f"split={entry.split}"]
+    for key in ("documents", "keep_empty", "join", "full_windows"):
+        value = getattr(entry, key)
+        if value != Perplexity.model_fields[key].default:
+            words.append(f"{key}={str(value).encode('unicode_escape').decode().replace(' ', '<space>')}")
+    return " ".join(words)
 
 
 def cut(ids: Sequence[int], size: int, stride: int | None, bos: int | None) -> list[Window]:
@@ -98,7 +117,7 @@ def _from_hub(entry: Perplexity) -> list[str]:
         raise DataError(
             f"Data set {entry.data[0]!r} has no column {entry.column!r}; it has {', '.join(rows.column_names)}."
         )
-    return [text for text in rows[entry.column] if text]
+    return [text or "" for text in rows[entry.column]]
 
 
 @torch.no_grad()

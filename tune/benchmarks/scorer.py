@@ -149,7 +149,7 @@ class Scorer:
                 from tune.benchmarks import zero_shot
 
                 self._tasks = self._tasks or zero_shot.Tasks()
-                self._resident[key] = self._tasks.load(job.task, entry, self.spec)
+                self._resident[key] = self._tasks.load(job.task, entry, self.spec, self.max_length)
             elif isinstance(entry, Perplexity):
                 from tune.benchmarks import perplexity
 
@@ -169,7 +169,7 @@ class Scorer:
             if self._harness is None:
                 tokenizer = copy.deepcopy(self.tokenizer)  # lm-eval sets its pad token and side
                 self._harness = zero_shot.Harness(model, tokenizer, self.max_length)
-            self._harness.use(model, batch_size)
+            self._harness.use(model, batch_size, entry)
             return zero_shot.score(data, self._harness, limit)
         if isinstance(entry, Perplexity):
             from tune.benchmarks import perplexity
@@ -203,6 +203,9 @@ class Scorer:
             "max_length": self.max_length,
         }
         merged = common | measured
+        suite = self.spec.entry(job).suite
+        if suite:
+            merged["settings"] = f"{merged['settings']} suite={suite}"
         return {key: merged[key] for key in Row.__annotations__}  # type: ignore[return-value]
 
 

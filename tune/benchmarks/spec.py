@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from macdrop.errors import ConfigError, nearest
+from tune import suites
 
 ATTACKS = ("zeroing", "retaining", "random")
 PLAIN = "none"
@@ -76,8 +77,12 @@ class _Strict(BaseModel):
 
 
 class _Entry(_Strict):
-    """What every benchmark entry may set for itself; a key left out is inherited from the `eval:` block."""
+    """What every benchmark entry may set for itself; a key left out is inherited from the `eval:` block.
 
+    `suite` is written by `eval.suite`: NAME@VERSION of the suite an entry came from, +KEY for a changed definition.
+    """
+
+    suite: Name | None = None
     attacks: Attacks | None = None
     limit: PositiveInt | None = None
     batch_size: PositiveInt | None = None
@@ -94,35 +99,54 @@ class ZeroShot(_Entry):
 
     `task` names the lm-eval task when the entry has another name; `data` are local rows in the schema of the task's hub
     data set; `fewshot_data` are rows to draw examples from; `target_delimiter` is for our own format only.
+    `split` is the split of the hub data set to score (null: the task's own; local data are a split themselves).
+    `metric` is the one of the task's metrics that tables and means show. `max_length` caps prompt and answer together
+    (null: `eval.max_length`); a longer prompt loses tokens on the `left`, or in the `middle` if the task generates.
     """
 
     task: Name | None = None
     data: Paths | None = None
+    split: Name | None = None
     fewshot_data: Paths | None = None
     num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    metric: Name | None = None
+    max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
+    truncation: Literal["left", "middle"] = "left"
     max_new_tokens: PositiveInt | None = None
     target_delimiter: str | None = None
 
     @model_validator(mode="after")
-    def _needs_data(self) -> ZeroShot:
+    def _fits_the_data(self) -> ZeroShot:
         if self.fewshot_data and not self.data:
             raise ValueError("fewshot_data is for tasks with local data; give data: as well")
+        if self.split and self.data:
+            raise ValueError("split is for data of the hub; a local file is scored whole, so leave split out")
         return self
 
 
 class Perplexity(_Entry):
     """Text to measure perplexity on: local files, or a hub data set; `limit` counts windows.
 
-    `window` is in tokens, the bos token included (null: the model's maximum, at most 2048); `stride` in tokens (null:
-    windows do not overlap). `name`, `split` and `column` are those of a hub data set; `column` of row files as well.
+    `window` is in tokens, the bos token included (null: the model's maximum, at most `max_window`); `stride` in tokens
+    (null: windows do not overlap). `name`, `split` and `column` are those of a hub data set; `column` of row files as
+    well. Of the data the first `documents` are taken (null: all; empty ones count with `keep_empty` only) and joined by
+    `join`; of the windows the first `windows` (null: all), without a last one that is not full if `full_windows`.
+    `bos`: in front of every window, once in front of the text (where the tokenizer puts it), or none.
     """
 
     data: Paths
     name: Name | None = None
     split: Name = "test"
     column: Name = "text"
+    documents: PositiveInt | None = None
+    keep_empty: bool = False
+    join: str = "\n\n"
+    bos: Literal["window", "text", "none"] = "window"
     window: Annotated[int, Field(ge=2, strict=True)] | None = None
+    max_window: Annotated[int, Field(ge=2, strict=True)] = 2048
     stride: PositiveInt | None = None
+    windows: PositiveInt | None = None
+    full_windows: bool = False
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Perplexity:
@@ -204,6 +228,11 @@ class EvalSpec(_Strict):
     perplexity: Annotated[dict[Name, Perplexity], BeforeValidator(_named)] = {}
     generation: Annotated[dict[Name, Generation], BeforeValidator(_named)] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, value: Any) -> Any:
+        return suites.expand(value) if isinstance(value, Mapping) else value
+
     @field_validator("batch_size", mode="before")
     @classmethod
     def _fixed(cls, value: Any) -> Any:
@@ -235,7 +264,8 @@ class EvalSpec(_Strict):
 def _explain(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in ("eval", *error["loc"]))
     if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+        got = "" if isinstance(error["input"], Mapping) else f" (got {error['input']!r})"
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
     sections: dict[str, Any] = {"zero_shot": ZeroShot, "perplexity": Perplexity, "generation": Generation}
     owner = sections.get(str(error["loc"][0]), EvalSpec)
     known = list(owner.model_fields)

@@ -14,14 +14,17 @@ from typing import Any
 
 import datasets
 import lm_eval.api.task
+import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from macdrop.errors import BenchmarkError, ConfigError, DataError, MacDropError
 from tune.benchmarks import catalogue
-from tune.benchmarks.check import check_zero_shot, effective_shots, task_file, unknown_task
+from tune.benchmarks.check import as_on_the_hub, check_zero_shot, effective_shots, task_file, unknown_task
+from tune.benchmarks.decode import fit_middle
 from tune.benchmarks.files import Table, read_rows
 from tune.benchmarks.spec import EvalSpec, ZeroShot
 from tune.benchmarks.zero_shot_rows import ResidentTask, items_of, rows_of
@@ -42,10 +45,31 @@ class Harness(HFLM):
             max_length=max_length,
             softmax_dtype="float32",
         )
+        self._positions = max_length
+        self.middle = False
+        self.shortened = 0
 
-    def use(self, model: Any, batch_size: int) -> None:
-        """Score `model` from now on, `batch_size` requests at a time."""
+    def use(self, model: Any, batch_size: int, entry: ZeroShot) -> None:
+        """Score `entry` with `model` from now on, `batch_size` requests at a time."""
         self._model, self._device, self.batch_size_per_gpu = model, model.device, batch_size
+        self._max_length = longest(entry, self._positions)
+        self.middle, self.shortened = entry.truncation == "middle", 0
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As lm-eval's, but where the entry says so, prompts that are too long lose their middle, not their left.
+
+        Returns:
+            token ids and attention mask, (prompts, longest prompt).
+        """
+        if not (self.middle and left_truncate_len):
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, **options)
+        prompts = [self.tok_encode(string) for string in strings]
+        self.shortened += sum(len(ids) > left_truncate_len for ids in prompts)
+        kept = {"input_ids": [fit_middle(ids, left_truncate_len) for ids in prompts]}
+        padded = self.tokenizer.pad(kept, padding=True, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As lm-eval's, without a progress bar; raises BenchmarkError where the model returns NaN."""
@@ -70,34 +94,49 @@ class Tasks:
         self._direct = TaskManager(include_defaults=False)
         self._indexed: TaskManager | None = None
 
-    def load(self, name: str, entry: ZeroShot, spec: EvalSpec) -> ResidentTask:
+    def load(self, name: str, entry: ZeroShot, spec: EvalSpec, max_length: int) -> ResidentTask:
         """Build the task of one entry, data included; its prompts are written at the first scoring and kept.
 
         Raises:
-            ConfigError: lm-eval has no such task. DataError: local rows do not fit. BenchmarkError: a download failed.
+            ConfigError: lm-eval has no such task, its data no such split, or `max_length` tokens leave no room.
+            DataError: local rows do not fit. BenchmarkError: a download failed.
         """
         check_zero_shot(name, entry, spec)
         if entry.data:
             loaded = self._local(name, entry)
         else:
-            loaded = self._from_hub(entry.task or name)
+            loaded = self._from_hub(name, entry)
         for task in loaded["tasks"].values():
             shots = effective_shots(spec.inherited(entry, "num_fewshot"), task.get_config("num_fewshot"))
             task.set_config(key="num_fewshot", value=shots)
             _build_requests_once(task)
             if entry.max_new_tokens and task.get_config("output_type") == "generate_until":
                 task.set_config(key="generation_kwargs", value={"max_gen_toks": entry.max_new_tokens}, update=True)
-        return ResidentTask(name, entry.task or name, loaded, bool(entry.data))
+            _check_room(name, entry, task, longest(entry, max_length))
+        return ResidentTask(name, entry.task or name, loaded, bool(entry.data), entry.split)
 
-    def _from_hub(self, name: str) -> dict[str, Any]:
+    def _from_hub(self, entry_name: str, entry: ZeroShot) -> dict[str, Any]:
+        name = entry.task or entry_name
         file = catalogue.find_task(name)
         if file is None and self._indexed is None:
             self._indexed = TaskManager()
         manager, target = (self._direct, str(file)) if file else (self._indexed, name)
         if file is None and name not in manager.all_tasks:
             raise unknown_task(name)
+        if entry.split:
+            target = load_yaml(file, resolve_func=True)
+            if "class" in target:
+                raise ConfigError(f"eval.zero_shot.{entry_name}: lm-eval's task {name!r} chooses its split by code.")
+            target |= {"test_split": entry.split, "validation_split": None}
         try:
             return manager.load([target])
+        except KeyError as error:
+            if entry.split is None or entry.split not in error.args:
+                raise
+            raise ConfigError(
+                f"eval.zero_shot.{entry_name}: the data set of lm-eval's task {name!r} has no split {entry.split!r}; "
+                "train, validation and test are usual."
+            ) from None
         except Exception as error:  # datasets and huggingface_hub raise a dozen kinds; all mean: no data
             raise BenchmarkError(
                 f"Loading the data of lm-eval's task {name!r} failed: {type(error).__name__}: {_first_line(error)}\n"
@@ -108,13 +147,12 @@ class Tasks:
         task = entry.task or name
         table = read_rows(entry.data or [])
         file = task_file(task, entry, table)
-        splits = {"test": table}
-        if entry.fewshot_data:
-            splits["train"] = read_rows(entry.fewshot_data)
+        splits = {"test": table} | ({"train": read_rows(entry.fewshot_data)} if entry.fewshot_data else {})
         if file is None:
             config = _choice_config(table, entry.target_delimiter)
         else:
             config = load_yaml(file, resolve_func=True)
+            splits = {split: as_on_the_hub(rows, config) for split, rows in splits.items()}
             if "class" in config or config.get("unsafe_code"):
                 raise ConfigError(f"lm-eval's task {task!r} loads or runs data by code of its own; leave data: out.")
             config = {key: value for key, value in config.items() if key not in _KEYS_OF_THE_HUB}
@@ -139,6 +177,24 @@ class Tasks:
                 f"{table.places[0]}: lm-eval's task {task!r} cannot use these rows: {type(error).__name__}: "
                 f"{_first_line(error)}\nRows must have the schema of its hub data set."
             ) from error
+
+
+def longest(entry: ZeroShot, max_length: int) -> int:
+    """Tokens that prompt and answer of an entry may take together."""
+    return min(entry.max_length or max_length, max_length)
+
+
+def _check_room(name: str, entry: ZeroShot, task: Any, max_length: int) -> None:
+    if task.get_config("output_type") != "generate_until":
+        if entry.truncation == "middle":
+            raise ConfigError(f"eval.zero_shot.{name}: truncation middle is for tasks that generate; leave it out.")
+        return
+    new = normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["max_gen_toks"]
+    if max_length - new < 2:
+        raise ConfigError(
+            f"eval.zero_shot.{name}: answers of up to {new} tokens leave no room for a prompt in {max_length}. "
+            f"Set eval.zero_shot.{name}.max_new_tokens below {max_length - 1}."
+        )
 
 
 def _build_requests_once(task: Any) -> None:
@@ -222,6 +278,9 @@ def score(task: ResidentTask, harness: Harness, limit: int | None) -> tuple[list
     except MacDropError:
         raise
     except Exception as error:
-        hint = "\nSet max_new_tokens: lower for this task." if "max tokens to generate" in str(error) else ""
-        raise BenchmarkError(f"lm-eval could not score {task.name!r}: {type(error).__name__}: {error}{hint}") from error
-    return rows_of(task, result), items_of(result["samples"])
+        raise BenchmarkError(f"lm-eval could not score {task.name!r}: {type(error).__name__}: {error}") from error
+    rows = [{**row, "max_length": harness.max_length} for row in rows_of(task, result)]
+    if harness.middle:
+        for row in rows:
+            row["settings"] += f" truncation=middle shortened={harness.shortened}"
+    return rows, items_of(result["samples"])

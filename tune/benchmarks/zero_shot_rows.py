@@ -14,12 +14,16 @@ from lm_eval.api.metrics import mean, mean_stderr, pooled_sample_stderr
 
 @dataclass(frozen=True)
 class ResidentTask:
-    """A loaded benchmark entry: its name and lm-eval's, its tasks (several for a group or tag) and groups."""
+    """A loaded benchmark entry: its name and lm-eval's, its tasks (several for a group or tag) and groups.
+
+    `split` is that of the hub's data if it is not the task's own.
+    """
 
     name: str
     target: str
     loaded: dict[str, Any]
     local: bool
+    split: str | None = None
 
 
 def rows_of(task: ResidentTask, result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -31,6 +35,7 @@ def rows_of(task: ResidentTask, result: Mapping[str, Any]) -> list[dict[str, Any
     rows: list[dict[str, Any]] = []
     stderrs: dict[tuple[str, str], tuple[float | None, int]] = {}
     members = task.loaded.get("group_map") or {}
+    data = "local" if task.local else "hub" + (f" split={task.split}" if task.split else "")
     for name, metrics in result["results"].items():
         for key, value in metrics.items():
             metric, comma, filter_name = key.partition(",")
@@ -52,7 +57,7 @@ def rows_of(task: ResidentTask, result: Mapping[str, Any]) -> list[dict[str, Any
                     "n": n,
                     "higher_is_better": (result["higher_is_better"].get(name) or {}).get(metric),
                     "num_fewshot": result["n-shot"].get(name),
-                    "settings": f"lm_eval={lm_eval.__version__} data={'local' if task.local else 'hub'}",
+                    "settings": f"lm_eval={lm_eval.__version__} data={data}",
                 }
             )
     return rows if any(row["task"] == task.name for row in rows) else _means(task.name, rows) + rows
