@@ -5,6 +5,7 @@ A *column* is one metric of one task under one attack.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from tune.benchmarks.spec import SECTIONS
 
 PRIMARY = ("acc", "exact_match", "word_perplexity", "perplexity", "judge_score", "rouge_l", "chrf", "repeated_4grams")
 """Which metric of a task stands in the tables, best first; all of them are in the CSV."""
+ACCURACIES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,14 @@ class Cell:
     n: int | None = None
 
 
-def primary_columns(columns: Iterable[Column], asked: Iterable[str] = ()) -> list[Column]:
-    """One metric for each task under each attack: the first of `PRIMARY` that it has, else the first it came with.
+def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] | None = None) -> list[Column]:
+    """One metric for each task under each attack: the asked one, else the first of `PRIMARY` that it has, else its first.
 
     Args:
-        asked: names of the benchmarks that the run asks for. Where a benchmark's tasks are among them, the others (the
-            57 parts of mmlu, say) are left out, but for their own "name/part".
+        asked: names of the benchmarks that the run asks for, each with its metric if that is said. Where a benchmark's
+            tasks are among them, the others (the 57 parts of mmlu, say) are left out, but for their own "name/part".
     """
-    columns, asked = list(columns), set(asked)
+    columns, asked = list(columns), asked or {}
     heads = {column: column.task if column.task in asked else column.task.partition("/")[0] for column in columns}
     filtered = {column.benchmark for column, head in heads.items() if head in asked}
     by_task: dict[tuple, list[Column]] = {}
@@ -69,7 +71,39 @@ def primary_columns(columns: Iterable[Column], asked: Iterable[str] = ()) -> lis
             continue
         key = (column.split, column.benchmark, column.attack, column.attack_on, column.task)
         by_task.setdefault(key, []).append(column)
-    return [min(found, key=lambda c: (_rank(c.metric), found.index(c))) for found in by_task.values()]
+
+    def preferred(column: Column) -> tuple:
+        named = column.metric.partition(",")[0]
+        return named != asked.get(heads[column]), PRIMARY.index(named) if named in PRIMARY else len(PRIMARY)
+
+    return [min(found, key=lambda c: (*preferred(c), found.index(c))) for found in by_task.values()]
+
+
+def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -> list[Column]:
+    """Mean over zero-shot tasks (as the paper's tables have it), added to the scores that have all of them.
+
+    Accuracies (acc, acc_norm) go together; other metrics have a mean of their own. The error takes tasks as independent.
+    """
+    scores, groups = list(scores), {}
+    for column in columns:
+        if column.benchmark == "zero_shot":
+            metric = "acc" if column.metric in ACCURACIES else column.metric
+            groups.setdefault((metric, column.attack, column.attack_on, column.split), []).append(column)
+    means, several = [], len({metric for metric, *_ in groups}) > 1
+    for (metric, attack, attack_on, split), members in groups.items():
+        if len(members) < 2:
+            continue
+        better = members[0].higher_is_better
+        title = f"mean {metric} of {len(members)}" if several else f"mean of {len(members)}"
+        means.append(mean := Column("zero_shot", title, metric, attack, attack_on, better, split))
+        for cells in scores:
+            found = [cells[column] for column in members if column in cells]
+            if len(found) == len(members):
+                known = all(cell.stderr is not None for cell in found)
+                stderr = math.hypot(*(cell.stderr for cell in found)) / len(found) if known else None
+                value = math.fsum(cell.value for cell in found) / len(found)
+                cells[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in found) or None)
+    return means
 
 
 def place(column: Column) -> tuple:
@@ -77,8 +111,3 @@ def place(column: Column) -> tuple:
     section = SECTIONS.index(column.benchmark) if column.benchmark in SECTIONS else len(SECTIONS)
     attacked = column.attack != "none"
     return column.split != "test", section, column.benchmark, attacked, column.attack, column.attack_on or ""
-
-
-def _rank(metric: str) -> int:
-    name = metric.partition(",")[0]
-    return PRIMARY.index(name) if name in PRIMARY else len(PRIMARY)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tune.benchmarks.spec import SECTIONS
-from tune.columns import EVAL_LOSS, Cell, Column, place, primary_columns
+from tune.columns import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
 from tune.journal import BASE, SCORE_KEY, Journal
 from tune.labels import NAMES, flatten, setting_label
 from tune.spec import slug
@@ -174,7 +174,7 @@ def _model(
         if row["trial"] in by_trial and row["value"] is not None:
             by_trial[row["trial"]].scores[column] = Cell(row["value"], row.get("stderr"), row.get("n"))
     asked = _asked(config)
-    means = _add_means(lines, primary_columns(columns, asked))
+    means = add_means([line.scores for line in lines], primary_columns(columns, asked))
     tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
     eval_loss = [EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []
     weights, proof, finalists = (
@@ -268,29 +268,6 @@ def _tested(line: Line) -> bool:
     return any(column.split == "test" and column != EVAL_LOSS for column in line.scores)
 
 
-def _add_means(lines: list[Line], columns: list[Column]) -> list[Column]:
-    """Mean over zero-shot tasks that share a metric (as the paper's tables have it), for lines that have them all."""
-    groups: dict[tuple, list[Column]] = {}
-    for column in columns:
-        if column.benchmark == "zero_shot":
-            groups.setdefault((column.metric, column.attack, column.attack_on, column.split), []).append(column)
-    means, several = [], len({metric for metric, *_ in groups}) > 1
-    for (metric, attack, attack_on, split), members in groups.items():
-        if len(members) < 2:
-            continue
-        better = members[0].higher_is_better
-        title = f"mean {metric} of {len(members)}" if several else f"mean of {len(members)}"
-        means.append(mean := Column("zero_shot", title, metric, attack, attack_on, better, split))
-        for line in lines:
-            cells = [line.scores[column] for column in members if column in line.scores]
-            if len(cells) == len(members):
-                known = all(cell.stderr is not None for cell in cells)
-                stderr = math.hypot(*(cell.stderr for cell in cells)) / len(cells) if known else None
-                value = math.fsum(cell.value for cell in cells) / len(cells)
-                line.scores[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in cells) or None)
-    return means
-
-
 def _varied(lines: list[Line], searched: list[str]) -> list[str]:
     """Settings worth a table column: MacDrop's, the searched ones, and all that differ between trials."""
     own = [f"macdrop.{key}" for key in MACDROP_KEYS]
@@ -326,15 +303,15 @@ def _models(config: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name]
 
 
-def _asked(config: Mapping[str, Any]) -> list[str]:
-    """Names of the run's benchmarks, and of lm-eval's tasks behind them."""
-    names = []
-    for block in ("eval", "validation"):
+def _asked(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Names of the run's benchmarks, and of lm-eval's tasks behind them, with the metric that tables show of them."""
+    names: dict[str, str | None] = {}
+    for block in ("validation", "eval"):
         for section in SECTIONS:
             for name, entry in ((config.get(block) or {}).get(section) or {}).items():
-                names += [name, (entry or {}).get("task") or name]
+                entry = entry if isinstance(entry, Mapping) else {}
+                names |= dict.fromkeys((name, entry.get("task") or name), entry.get("metric"))
     return names
-
 
 
 def _usable(journal: Journal, records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
