@@ -77,7 +77,7 @@ def commit(staging: Path, folder: Path) -> None:
 
     The older one is moved aside first, so that a crash at any point leaves one whole folder, if under another name.
     """
-    digests = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
+    digests = {path.name: sha256(path) for path in sorted(staging.iterdir())}
     with open(staging / MANIFEST, "w") as file:
         json.dump(digests, file, indent=1)
         file.flush()
@@ -110,7 +110,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder} lacks {name}. Use an older checkpoint of the trial, or start it anew.")
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise CheckpointError(f"{path} is damaged: its checksum differs from {MANIFEST}. Use an older checkpoint.")
 
 
@@ -136,6 +136,7 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -89,7 +89,7 @@ class Journal:
             created=now(),
             status="running",
             command=" ".join(sys.argv) if command is None else command,
-            macdrop=_version("macdrop"),
+            macdrop=version("macdrop"),
             layout=LAYOUT,
         )
         return journal
@@ -148,7 +148,7 @@ class Journal:
             "cpus": len(os.sched_getaffinity(0)),
             "memory_gib": round(memory / 2**30, 1),
             "gpus": gpu_names(),
-            "versions": {name: _version(name) for name in _PACKAGES},
+            "versions": {name: version(name) for name in _PACKAGES},
         }
         atomic_write_json(self.run_dir / "environment.json", found)
         return found
@@ -310,7 +310,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -103,6 +103,7 @@ def _train(dispatcher: ActorHandle, order: Order, engine: Any) -> Any:
     from tune import data
     from tune.engine import Engine
     from tune.finetune import finetune
+    from tune.reproduce import write_script
 
     first = dist.get_rank() == 0
     try:
@@ -111,12 +112,17 @@ def _train(dispatcher: ActorHandle, order: Order, engine: Any) -> Any:
             del engine  # Two bases at once may not fit.
             engine = None
             engine = Engine(spec)
+        prepared = data.load(data.prepare(spec, engine.tokenizer, order.data))
+        weights = MassiveWeights.load(order.weights) if order.weights else None
+        folder = Path(order.folder)
+        if first:
+            write_script(folder, prepared, weights, Path(order.weights or ""), dist.get_world_size())
         outcome = finetune(
             engine,
             spec,
-            data.load(data.prepare(spec, engine.tokenizer, order.data)),
-            Path(order.folder),
-            weights=MassiveWeights.load(order.weights) if order.weights else None,
+            prepared,
+            folder,
+            weights=weights,
             observe=_Relay(dispatcher, order) if first else None,
         )
     except MacDropError as error:

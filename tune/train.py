@@ -46,6 +46,7 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
     from tune.files import atomic_write_json, atomic_write_yaml
     from tune.journal import TrialRecord
     from tune.process import prepare_process
+    from tune.reproduce import write_script
 
     prepare_process(threads)
     spec = spec.canonical()
@@ -61,8 +62,10 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
 
     if dist.get_rank() == 0:
         atomic_write_yaml(folder / "config.yaml", dump(spec))
+        scan = folder / "massive_weights.json"
         if weights:
-            weights.save(folder / "massive_weights.json")
+            weights.save(scan)
+        write_script(folder, prepared, weights, scan, dist.get_world_size())
     outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch)
     if dist.get_rank() == 0:
         atomic_write_json(folder / "trial.json", {"model": spec.model_name_or_path, "arm": spec.arm, **asdict(outcome)})

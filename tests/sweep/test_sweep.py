@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -328,9 +330,21 @@ def test_train_on_two_workers_equals_the_lane(tmp_path):
     assert (tmp_path / "run" / "trials" / trial["trial"] / file).read_bytes() == (
         tmp_path / "train" / file
     ).read_bytes()
+    assert "equal        the recorded adapter" in reproduced(tmp_path / "run", trial["trial"], tmp_path / "elsewhere")
     with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
         bad = make(tmp_path / "bad", **settings, learning_rate=DIVERGES)
         train(bad, tmp_path / "bad", observe=lambda metrics: True, resume=False)
+
+
+def reproduced(run_dir: Path, trial: str, elsewhere: Path) -> str:
+    """What the trial's own script says, without Ray, on two workers, after its run folder was moved."""
+    shutil.copytree(run_dir, elsewhere)
+    script = elsewhere / "trials" / trial / "reproduce.py"
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "MASTER_"))}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, env=outside, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def test_too_few_gpus_is_said_with_the_arithmetic(tmp_path):

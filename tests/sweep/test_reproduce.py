@@ -1,0 +1,110 @@
+"""reproduce.py of a trial's folder: the same bytes from one process, also after a move; everything else is said.
+
+Two workers, against a lane: `test_sweep.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tune.reproduce import reproduce
+from tune.spec import TrainSpec
+
+pytestmark = pytest.mark.zero
+
+SMALL = {
+    "model_name_or_path": "zoo:planted-llama",
+    "cutoff_len": 64,
+    "val_size": 8,
+    "lora_rank": 2,
+    "lora_target": ["q_proj", "gate_proj"],
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "logging_steps": 2,
+    "learning_rate": 2e-3,
+    "zero_stage": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A trial that was stopped early (told so at step 2 of 4), on data named relative to the folder of the time."""
+    from tune.train import train_here
+    from tune.zoo import resolve
+
+    root = tmp_path_factory.mktemp("trained")
+    shutil.copy(resolve("zoo:train"), root / "train.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MACDROP_CACHE", str(root / "cache"))
+        patch.chdir(root)
+        spec = TrainSpec(**SMALL, dataset="train.jsonl")
+        outcome = train_here(spec, root / "trial", observe=lambda metrics: metrics["step"] < 2, threads=1)
+        assert (outcome.status, outcome.step, outcome.total_steps) == ("stopped", 3, 4)
+        assert outcome.entries_dropped > 0
+        yield root / "trial"
+
+
+@pytest.fixture
+def trial(trained, tmp_path) -> Path:
+    """Its copy, which may be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "moved" / "trial"))
+
+
+def test_the_script_makes_the_same_bytes_from_anywhere(trial, tmp_path):
+    # This process has made a process group of its own, whose port is taken.
+    outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    command = [sys.executable, str(trial / "reproduce.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "equal        the recorded adapter has the same bytes" in done.stdout
+    assert "trained      3 of 4 steps" in done.stdout and "differs" not in done.stdout
+    made, recorded = (folder / "adapter/adapter_model.safetensors" for folder in (trial / "reproduced", trial))
+    assert made.read_bytes() == recorded.read_bytes()
+
+
+def test_another_adapter_is_told_apart_by_how_much(trial, capsys):
+    file = trial / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 0.5
+    save_file(tensors, file, {"format": "pt"})
+    frozen = json.loads((trial / "reproduce.json").read_text())
+    frozen["versions"]["torch"] = "1.0"
+    (trial / "reproduce.json").write_text(json.dumps(frozen))
+    assert reproduce(trial) == 1
+    told = capsys.readouterr().out
+    assert "different    the recorded adapter has sha256" in told and "difference of an entry is 0.5" in told
+    assert "differs      torch: 1.0 then" in told
+
+
+@pytest.mark.parametrize("how", ["workers", "data", "files"])
+def test_what_cannot_give_the_same_is_refused(trial, capsys, monkeypatch, how):
+    overrides = []
+    if how == "workers":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    elif how == "data":
+        lines = Path("train.jsonl").read_text().splitlines(keepends=True)
+        (trial / "other.jsonl").write_text("".join(lines[:-1]))
+        overrides = [f"dataset={trial / 'other.jsonl'}"]
+    else:
+        (trial / "reproduce.json").unlink()
+    assert reproduce(trial, overrides) == 2
+    told = {
+        "workers": "trained on 1 worker(s), and this is a run on 2: other batches. Run: python reproduce.py",
+        "data": "The data are not those of the trial: it had 180 examples",
+        "files": "lacks reproduce.json",
+    }
+    assert told[how] in capsys.readouterr().err
+    assert not (trial / "reproduced").exists()
+
+
+def test_a_scan_that_did_not_come_along_is_made_anew(trial):
+    (trial / "massive_weights.json").unlink()
+    assert reproduce(trial) == 0
