@@ -14,6 +14,9 @@ from tune.benchmarks.spec import SECTIONS
 
 PRIMARY = ("acc", "exact_match", "word_perplexity", "perplexity", "judge_score", "rouge_l", "chrf", "repeated_4grams")
 """Which metric of a task stands in the tables, best first; all of them are in the CSV."""
+LONGBENCH = "longbench_"
+AVERAGED = ("zero_shot", "perplexity")
+HOW = ("limit", "num_fewshot", "version", "settings")
 ACCURACIES = ("acc", "acc_norm")
 
 
@@ -36,6 +39,11 @@ class Column:
         return cls(**found)
 
     @property
+    def is_mean(self) -> bool:
+        """Whether it is a mean over tasks; see `add_means`."""
+        return self.task.startswith("mean ")
+
+    @property
     def name(self) -> str:
         """As a search metric is written: benchmark/task/metric[@attack]; the validation loss is eval_loss."""
         if self == EVAL_LOSS:
@@ -48,15 +56,25 @@ EVAL_LOSS = Column("validation", "", "eval_loss", higher_is_better=False)
 
 @dataclass(frozen=True)
 class Cell:
-    """A score and its standard error over items (None: not known)."""
+    """A score and its standard error over items (None: not known).
+
+    `how` is what it must share with another score to be comparable: limit, few-shot examples, version, settings.
+    """
 
     value: float
     stderr: float | None = None
     n: int | None = None
+    how: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Cell:
+        """The cell of a line of scores.jsonl that has a value."""
+        how = tuple((key, row[key]) for key in HOW if row.get(key) is not None)
+        return cls(row["value"], row.get("stderr"), row.get("n"), how)
 
 
 def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] | None = None) -> list[Column]:
-    """One metric for each task under each attack: the asked one, else the first of `PRIMARY` that it has, else its first.
+    """One metric for each task under each attack: the asked one, else the first of `PRIMARY`, else the task's first.
 
     Args:
         asked: names of the benchmarks that the run asks for, each with its metric if that is said. Where a benchmark's
@@ -80,29 +98,35 @@ def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] |
 
 
 def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -> list[Column]:
-    """Mean over zero-shot tasks (as the paper's tables have it), added to the scores that have all of them.
+    """Means over zero-shot tasks and over texts, as the paper's tables have them; added to scores that have them all.
 
-    Accuracies (acc, acc_norm) go together; other metrics have a mean of their own. The error takes tasks as independent.
+    Accuracies (acc, acc_norm) go together, and so do LongBench's sets; other metrics have a mean of their own. Tasks'
+    errors are taken as independent.
     """
     scores, groups = list(scores), {}
     for column in columns:
-        if column.benchmark == "zero_shot":
+        if column.benchmark in AVERAGED:
             metric = "acc" if column.metric in ACCURACIES else column.metric
-            groups.setdefault((metric, column.attack, column.attack_on, column.split), []).append(column)
-    means, several = [], len({metric for metric, *_ in groups}) > 1
-    for (metric, attack, attack_on, split), members in groups.items():
+            metric = "LongBench" if column.task.startswith(LONGBENCH) else metric
+            key = (column.benchmark, metric, column.attack, column.attack_on, column.split)
+            groups.setdefault(key, []).append(column)
+    means, kinds = [], {(benchmark, metric) for benchmark, metric, *_ in groups}
+    for (benchmark, metric, attack, attack_on, split), members in groups.items():
         if len(members) < 2:
             continue
-        better = members[0].higher_is_better
+        several = metric == "LongBench" or sum(kind[0] == benchmark for kind in kinds) > 1
         title = f"mean {metric} of {len(members)}" if several else f"mean of {len(members)}"
-        means.append(mean := Column("zero_shot", title, metric, attack, attack_on, better, split))
+        one = members[0].metric if metric == "LongBench" else metric
+        mean = Column(benchmark, title, one, attack, attack_on, members[0].higher_is_better, split)
+        means.append(mean)
         for cells in scores:
             found = [cells[column] for column in members if column in cells]
             if len(found) == len(members):
                 known = all(cell.stderr is not None for cell in found)
                 stderr = math.hypot(*(cell.stderr for cell in found)) / len(found) if known else None
                 value = math.fsum(cell.value for cell in found) / len(found)
-                cells[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in found) or None)
+                how = tuple(dict.fromkeys(pair for cell in found for pair in cell.how))
+                cells[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in found) or None, how)
     return means
 
 

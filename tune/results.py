@@ -172,7 +172,7 @@ def _model(
         column = Column.of(row)
         columns[column] = None
         if row["trial"] in by_trial and row["value"] is not None:
-            by_trial[row["trial"]].scores[column] = Cell(row["value"], row.get("stderr"), row.get("n"))
+            by_trial[row["trial"]].scores[column] = Cell.of(row)
     asked = _asked(config)
     means = add_means([line.scores for line in lines], primary_columns(columns, asked))
     tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
@@ -222,6 +222,8 @@ def _line(trial: Mapping[str, Any]) -> Line:
 def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
     """Sort in place (base, plain, MacDrop, placebos; best first), label, return the best finished MacDrop line.
 
+    Searched trials are numbered, M1 being the best; those of the final stage get the names of their groups.
+
     With several objectives the first one decides the order; the Pareto front is the search's answer.
     """
     name, goal = objectives[0]
@@ -235,11 +237,11 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
 
     lines.sort(key=key)
     counts: dict[str, int] = {}
-    plain = sum(line.arm == "plain" for line in lines)
-    for line in lines:
+    for line in (line for line in lines if line.stage == "search" or not _staged(lines)):
         counts[line.arm] = number = counts.get(line.arm, 0) + 1
         if line.arm == "plain":
-            line.label = "plain" if plain == 1 else f"plain{number}"
+            several = sum(other.arm == "plain" and other.stage == line.stage for other in lines) > 1
+            line.label = f"plain{number}" if several else "plain"
         elif line.arm != BASE:
             line.label = f"{'M' if line.arm == 'macdrop' else NAMES.get(line.arm, line.arm)}{number}"
     ranked = [line for line in lines if line.arm == "macdrop" and not key(line)[2]]
@@ -254,14 +256,23 @@ def _groups(lines: list[Line]) -> list[Group]:
     for line in [line for line in lines if line.arm == BASE] + final:
         by_id.setdefault((line.arm, line.group), []).append(line)
     made = []
-    for (arm, group), members in by_id.items():
+    kinds = {arm: number for number, arm in enumerate(dict.fromkeys(arm for arm, _ in by_id))}
+    order = sorted(by_id.items(), key=lambda item: (kinds[item[0][0]], [str(v) for v in item[1][0].cell.values()]))
+    for (arm, group), members in order:
         members = sorted(members, key=lambda line: (line.seed is None, line.seed))
         made.append(Group(setting_label(members[0].arm, members[0].settings), arm, group, members[0].cell, members))
     shared = [group.label for group in made]
     for group in made:
         if shared.count(group.label) > 1:
-            group.label += f" ({group.lines[0].label})"
+            group.label += f" ({group.lines[0].label or group.lines[0].trial})"
+        for line in group.lines:
+            line.label = line.label or f"{group.label}, seed {line.seed}"
     return made
+
+
+def _staged(lines: list[Line]) -> bool:
+    """Whether the run had a search of its own before the final stage."""
+    return any(line.stage == "search" for line in lines)
 
 
 def _tested(line: Line) -> bool:

@@ -33,11 +33,12 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; a column head may have several lines."""
+    """Cells are text; a column head may have several lines. `wrap`: cells are prose, broken to fit, never cut apart."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
+    wrap: bool = False
 
     def widths(self) -> list[int]:
         """Characters that each column takes, its border included."""
@@ -51,6 +52,8 @@ class Table:
 
     def split(self, width: int) -> list[Table]:
         """Cut into tables of at most `width` characters (or one data column each), all with the first column."""
+        if self.wrap:
+            return [self]
         widths = self.widths()
         groups: list[list[int]] = [[]]
         for column in range(1, len(self.head)):
@@ -72,7 +75,8 @@ class Table:
 
     def latex(self) -> str:
         """A `table` environment of booktabs; heads of several lines take several rows."""
-        spec = "".join("r" if number else "l" for number in self.numeric())
+        share = f"p{{{0.9 / len(self.head):.2f}\\linewidth}}"
+        spec = "".join(share if self.wrap else "r" if number else "l" for number in self.numeric())
         heads = [cell.split("\n") for cell in self.head]
         tallest = max(map(len, heads))
         stacked = [[head[i] if i < len(head) else "" for head in heads] for i in range(tallest)]
@@ -97,10 +101,12 @@ class Table:
 
     def rich(self) -> RichTable:
         """As a table of rich's."""
+        from rich.box import SIMPLE_HEAD
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        drawn = RichTable(title=escape(self.title), title_justify="left", title_style="bold")
+        title = {"title": escape(self.title), "title_justify": "left", "title_style": "bold"}
+        drawn = RichTable(**title, box=SIMPLE_HEAD, show_lines=self.wrap)
         tallest = max(head.count("\n") for head in self.head)
         for head, number in zip(self.head, self.numeric(), strict=True):
             padded = head + "\n" * (tallest - head.count("\n"))  # rich would put short heads at the bottom

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tune.parts import attacks, cost, findings, scores, trials
+from tune.parts import attacks, cost, findings, generations, paper, trials
 from tune.parts.subject import Subject
 from tune.tables import Part
 
 BUILDERS: dict[str, Callable[[Subject], Part]] = {
     "verdict": findings.verdict,
     "weights": findings.weights,
-    "paper": scores.paper,
+    "paper": paper.tables,
     "comparisons": findings.comparisons,
     "placebos": findings.placebos,
     "search": trials.search,
     "attacks": attacks.curves,
     "pareto": trials.pareto,
-    "generations": scores.generations,
+    "generations": generations.generations,
     "cost": cost.cost,
     "reproduce": cost.reproduce,
     "trials": trials.trials,

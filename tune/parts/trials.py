@@ -7,7 +7,7 @@ from tune.journal import BASE
 from tune.parts.subject import Subject
 from tune.results import Line, ModelResults, value_of
 from tune.tables import Part, Table
-from tune.wording import count, number, setting, short
+from tune.wording import count, hours, number, setting, short
 
 
 def search(subject: Subject) -> Part:
@@ -19,7 +19,8 @@ def search(subject: Subject) -> Part:
     goals = " and ".join(f"{name} ({goal})" for name, goal in model.objectives)
     statuses = count(line.status for line in searched)
     lines = [f"{model.tried} MacDrop setting(s) tried in {len(searched)} trials ({statuses}), chosen by {goals}."]
-    lines += ["Selected on validation data; the test scores above are of other seeds."] if _finals(model) else []
+    others = model.trials(stage="final")
+    lines += ["Selected on validation data; test scores are of fresh seeds in the final stage."] if others else []
     return Part("Search", lines, [_table(model, "Searched trials", searched, objectives=True)])
 
 
@@ -38,15 +39,24 @@ def pareto(subject: Subject) -> Part:
 def trials(subject: Subject) -> Part:
     """All trials that were compared, with their seeds, and why others ended."""
     model = subject.model
+    staged = bool(model.trials(stage="search"))
     final = [line for line in model.lines if line.arm != BASE and line.stage != "search"]
-    tables = [_table(model, "Final trials", final, objectives=False)] if final else []
+    table = _finals(model) if staged else _table(model, "Trials", final, objectives=True)
+    tables = [table] if table.rows else []
     failed = [line for line in model.lines if line.reason]
     lines = [f"{line.label} ({line.trial}) {line.status}: {short(line.reason)}" for line in failed]
     return Part("Trials", lines, tables)
 
 
-def _finals(model: ModelResults) -> bool:
-    return bool(model.trials(stage="final"))
+def _finals(model: ModelResults) -> Table:
+    """The final stage: each setting with its seeds."""
+    rows = []
+    for group in (group for group in model.groups if group.arm != BASE):
+        for line in (line for line in group.lines if line.stage != "search"):
+            loss = line.scores.get(EVAL_LOSS)
+            row = [group.label, setting(line.seed), line.status, _steps(line), number(loss.value if loss else None)]
+            rows.append([*row, hours(line.info.get("seconds")), line.trial.rpartition("-")[2]])
+    return Table("Final trials", ["", "seed", "status", "steps", "eval_loss", "training", "trial"], rows)
 
 
 def _table(model: ModelResults, title: str, lines: list[Line], *, objectives: bool) -> Table:
@@ -54,13 +64,16 @@ def _table(model: ModelResults, title: str, lines: list[Line], *, objectives: bo
     keys = [key for key in model.keys if any(line.setting(key) is not None for line in lines)]
     names = [name for name, _ in model.objectives if name != EVAL_LOSS.metric] if objectives else []
     head = ["", *(_folded(key.removeprefix("macdrop.")) for key in keys)]
-    head += ["seed", "status", "steps", "eval_loss", *(name.replace("/", "\n") for name in names), "seconds"]
+    seeds = len({line.seed for line in lines}) > 1
+    head += ["seed"] if seeds else []
+    head += ["status", "steps", "eval_loss", *(name.replace("/", "\n") for name in names), "training"]
     rows = []
     for line in lines:
-        seconds, loss = line.info.get("seconds"), line.scores.get(EVAL_LOSS)
+        loss = line.scores.get(EVAL_LOSS)
         row = [f"{line.label} *" if line is model.best else line.label, *(setting(line.setting(key)) for key in keys)]
-        row += [setting(line.seed), line.status, _steps(line), number(loss.value if loss else None)]
-        row += [*(number(value_of(line, name)) for name in names), "" if seconds is None else f"{seconds:.1f}"]
+        row += [setting(line.seed)] if seeds else []
+        row += [line.status, _steps(line), number(loss.value if loss else None)]
+        row += [*(number(value_of(line, name)) for name in names), hours(line.info.get("seconds"))]
         rows.append(row)
     return Table(title, head, rows)
 

@@ -1,0 +1,107 @@
+"""Answers of plain and MacDrop side by side, with their judgements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tune.benchmarks.spec import PLAIN, Job
+from tune.files import read_jsonl
+from tune.parts.subject import Subject
+from tune.results import Group, Line, ModelResults
+from tune.tables import Part, Table
+from tune.wording import short
+
+SHOWN = 4
+"""Questions of each benchmark, one a category as far as there are enough."""
+LENGTH = 240
+"""Characters of a prompt, an answer or a feedback that are shown."""
+
+
+def generations(subject: Subject) -> Part:
+    """For each generation benchmark some questions, answered by plain and MacDrop of one seed."""
+    model = subject.model
+    pair = _pair(model)
+    columns = (column for column in model.columns if column.benchmark == "generation" and column.split == "test")
+    entries = dict.fromkeys(column.task.partition("/")[0] for column in columns)
+    if pair is None or not entries:
+        return Part("Generations")
+    tables = [table for entry in entries if (table := _table(subject, entry, pair)).rows]
+    lines = [f"Answers without attack, seed {pair[0].seed}; texts are cut at {LENGTH} characters."]
+    return Part("Generations", lines if tables else [], tables)
+
+
+def _pair(model: ModelResults) -> tuple[Line, Line] | None:
+    """Plain and the best MacDrop setting of the same kind of adapter, on their first shared seed."""
+    plain = [group for group in model.groups if group.arm == "plain"]
+    macdrop = [group for group in model.groups if group.arm == "macdrop"]
+    for group in macdrop:
+        for other in (other for other in plain if other.cell == group.cell):
+            seeds = sorted({line.seed for line in _done(group)} & {line.seed for line in _done(other)}, key=str)
+            if seeds:
+                first, second = (next(x for x in _done(g) if x.seed == seeds[0]) for g in (other, group))
+                return first, second
+    return None
+
+
+def _done(group: Group) -> list[Line]:
+    return [line for line in group.lines if line.status == "done"]
+
+
+def _table(subject: Subject, entry: str, pair: tuple[Line, Line]) -> Table:
+    answers, judged = zip(*(_answered(subject, line, entry) for line in pair), strict=True)
+    shared = [key for key in answers[0] if key in answers[1]]
+    head = ["question", "prompt", "plain", "MacDrop"]
+    head += ["judged plain", "judged MacDrop"] if any(judged) else []
+    rows = []
+    for key in _spread_out({key: answers[0][key].get("category", "") for key in shared}):
+        item = answers[0][key]
+        row = [f"{key}" + (f" ({item['category']})" if item.get("category") else "")]
+        row += [_joined(texts) for texts in (item["turns"], *(found[key]["answers"] for found in answers))]
+        row += [_judgement(found, key) for found in judged] if any(judged) else []
+        rows.append(row)
+    return Table(entry, head, rows, wrap=True)
+
+
+def _answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """question -> its row of the answers file, and question -> its judgements; damaged lines are left out and noted."""
+    journal = subject.journal
+    folder = journal.answers_dir(subject.model.name, line.trial)
+    problems = journal.problems if journal.problems is not None else []
+    file = folder / f"{Job('generation', entry, PLAIN).key.replace('/', '-')}.jsonl"
+    needed = {"question_id", "turns", "answers"}
+    answers = {str(row["question_id"]): row for row in read_jsonl(file, problems) if needed <= row.keys()}
+    judged: dict[str, list[dict]] = {}
+    for row in _judgements(folder.with_name("judgements"), entry, problems):
+        judged.setdefault(str(row.get("item", "")).partition("/")[0], []).append(row)
+    return answers, judged
+
+
+def _judgements(folder: Path, entry: str, problems: list[str]) -> list[dict[str, Any]]:
+    """Those of the judge that comes first by name."""
+    files = sorted(folder.glob(f"{entry}--*.jsonl"))
+    return read_jsonl(files[0], problems) if files else []
+
+
+def _judgement(judged: dict[str, list[dict]], key: str) -> str:
+    rows = judged.get(key, [])
+    if not rows:
+        return "not judged"
+    scores = ", ".join("unparsed" if row.get("score") is None else str(row["score"]) for row in rows)
+    feedback = (rows[0].get("feedback") or [""])[-1]
+    return f"{scores}: {short(feedback, LENGTH)}"
+
+
+def _spread_out(categories: dict[str, str]) -> list[str]:
+    """Up to `SHOWN` questions: the first of each category, then the next ones."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for place, (key, category) in enumerate(categories.items()):
+        seen[category] = seen.get(category, 0) + 1
+        ranked.append((seen[category], place, key))
+    chosen = sorted(ranked)[:SHOWN]
+    return [key for _, _, key in sorted(chosen, key=lambda item: item[1])]
+
+
+def _joined(texts: list[str]) -> str:
+    return " / ".join(short(text, LENGTH) for text in texts)
