@@ -6,7 +6,7 @@ A *column* is one metric of one task under one attack.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ class Column:
 
     @property
     def is_mean(self) -> bool:
-        """Whether it is a mean over tasks; see `add_means`."""
+        """Whether it is a mean over tasks; see `mean_columns`."""
         return self.task.startswith("mean ")
 
     @property
@@ -97,29 +97,34 @@ def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] |
     return [min(found, key=lambda c: (*preferred(c), found.index(c))) for found in by_task.values()]
 
 
-def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -> list[Column]:
-    """Means over zero-shot tasks and over texts, as the paper's tables have them; added to scores that have them all.
+def mean_columns(columns: Iterable[Column]) -> dict[Column, list[Column]]:
+    """The means over zero-shot tasks and over texts, as the paper's tables have them, each with its members.
 
-    Accuracies (acc, acc_norm) go together, and so do LongBench's sets; other metrics have a mean of their own. Tasks'
-    errors are taken as independent.
+    Accuracies (acc, acc_norm) go together, and so do LongBench's sets; other metrics have a mean of their own.
     """
-    scores, groups = list(scores), {}
+    groups: dict[tuple, list[Column]] = {}
     for column in columns:
         if column.benchmark in AVERAGED:
-            metric = "acc" if column.metric in ACCURACIES else column.metric
-            metric = "LongBench" if column.task.startswith(LONGBENCH) else metric
-            key = (column.benchmark, metric, column.attack, column.attack_on, column.split)
+            kind = "acc" if column.metric in ACCURACIES else column.metric
+            kind = "LongBench" if column.task.startswith(LONGBENCH) else kind
+            key = (column.benchmark, kind, column.attack, column.attack_on, column.split)
             groups.setdefault(key, []).append(column)
-    means, kinds = [], {(benchmark, metric) for benchmark, metric, *_ in groups}
-    for (benchmark, metric, attack, attack_on, split), members in groups.items():
-        if len(members) < 2:
-            continue
-        several = metric == "LongBench" or sum(kind[0] == benchmark for kind in kinds) > 1
-        title = f"mean {metric} of {len(members)}" if several else f"mean of {len(members)}"
-        one = members[0].metric if metric == "LongBench" else metric
-        mean = Column(benchmark, title, one, attack, attack_on, members[0].higher_is_better, split)
-        means.append(mean)
-        for cells in scores:
+    means, kinds = {}, {key[:2] for key in groups}
+    for (benchmark, kind, attack, attack_on, split), members in groups.items():
+        if len(members) > 1:
+            several = kind == "LongBench" or sum(other[0] == benchmark for other in kinds) > 1
+            title = f"mean {kind} of {len(members)}" if several else f"mean of {len(members)}"
+            metric = members[0].metric if kind == "LongBench" else kind
+            mean = Column(benchmark, title, metric, attack, attack_on, members[0].higher_is_better, split)
+            means[mean] = members
+    return means
+
+
+def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -> list[Column]:
+    """Add the `mean_columns` to the scores that have all members; errors of tasks are taken as independent."""
+    means = mean_columns(columns)
+    for cells in scores:
+        for mean, members in means.items():
             found = [cells[column] for column in members if column in cells]
             if len(found) == len(members):
                 known = all(cell.stderr is not None for cell in found)
@@ -127,7 +132,12 @@ def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -
                 value = math.fsum(cell.value for cell in found) / len(found)
                 how = tuple(dict.fromkeys(pair for cell in found for pair in cell.how))
                 cells[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in found) or None, how)
-    return means
+    return list(means)
+
+
+def is_part(column: Column, columns: Collection[Column]) -> bool:
+    """Whether the column is of a part ("spec_bench/math") of a task that has a column of its own."""
+    return "/" in column.task and any(other.task == column.task.rpartition("/")[0] for other in columns)
 
 
 def place(column: Column) -> tuple:

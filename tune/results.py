@@ -173,7 +173,7 @@ def _model(
         columns[column] = None
         if row["trial"] in by_trial and row["value"] is not None:
             by_trial[row["trial"]].scores[column] = Cell.of(row)
-    asked = _asked(config)
+    asked = asked_for(config)
     means = add_means([line.scores for line in lines], primary_columns(columns, asked))
     tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
     eval_loss = [EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []
@@ -314,7 +314,7 @@ def _models(config: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name]
 
 
-def _asked(config: Mapping[str, Any]) -> dict[str, str | None]:
+def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:
     """Names of the run's benchmarks, and of lm-eval's tasks behind them, with the metric that tables show of them."""
     names: dict[str, str | None] = {}
     for block in ("validation", "eval"):
