@@ -45,6 +45,7 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, int]:
     check_trackers(spec.report_to, Path(spec.output_dir or "."))
     tokenizers = [check_study(study.spec, study.parameters, attacks, spec.sweep.arms) for study in planned]
     check_files(spec.eval)
+    check_judging(spec.eval)
     steps: dict[str, int] = {}
     for study, tokenizer in zip(planned, tokenizers, strict=True):
         steps[study.name] = 0
@@ -66,6 +67,21 @@ def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
     outline = model_outline(spec)
     check_rows(outline, spec, attacks=[job.attack for job in jobs(block)])
     check_files(block)
+    check_judging(block)
+
+
+def check_judging(block: EvalSpec) -> None:
+    """Refuse a judge that cannot be used, or has nothing to judge."""
+    if block.judge is None:
+        return
+    if not block.generation:
+        raise ConfigError(
+            "eval.judge judges generated answers, and eval.generation lists no benchmark. Add one, such as Spec-Bench, "
+            "or leave the judge out."
+        )
+    from tune.assess import check_judge
+
+    check_judge(block.judge)
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from macdrop.errors import ConfigError, nearest
+from macdrop.errors import BenchmarkError, ConfigError, nearest
 from tune.scanning import Source, check_adapter
 from tune.terminal import console, line, lines, quiet_libraries, table
 
@@ -93,6 +93,8 @@ def evaluate(
         )
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists and is not empty. Choose another folder.")
+    if spec.eval.judge is not None and output is None:
+        raise ConfigError("eval.judge needs --output FOLDER: every judgement is kept in it, with its feedback.")
     check_adapter(adapter)
     quiet_libraries()
     from tune.check import check_scoring
@@ -120,6 +122,12 @@ def evaluate(
     console.print(shown)
     if output is not None:
         line("written", str(output / "scores.jsonl"))
+    if spec.eval.judge is not None:
+        del model, scorer, scored  # the judge needs their memory
+        from tune.judging import judge_evaluation
+
+        if judge_evaluation(output, spec.eval.judge):
+            raise BenchmarkError(f"Some answers could not be judged; to ask again: macdrop judge {output} model=...")
 
 
 def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool) -> int:

@@ -144,7 +144,7 @@ class Pool:
             self._opening = replace(opening, scan=False)
             ray.get([actor.open.remote(self._opening) for actor in others])
         except RayTaskError as error:
-            raise _cause(error) from None
+            raise cause_of(error) from None
         return weights
 
     def submit(self, item: Item) -> None:
@@ -171,8 +171,10 @@ class Pool:
         return [result for ref in ready if (result := self._collect(ref))]
 
     def close(self) -> None:
+        """End all actors; safe to call twice."""
         for actor in [*self._idle, *(actor for actor, _ in self._running.values())]:
             ray.kill(actor)
+        self._idle, self._running = [], {}
 
     def _collect(self, ref: ray.ObjectRef) -> Result | None:
         actor, item = self._running.pop(ref)
@@ -188,7 +190,7 @@ class Pool:
             self._idle.append(actor)
             # What the actor holds is unknown after an error half-way.
             self._holds[actor] = "?"
-            return Result(item, error=str(_cause(error)))
+            return Result(item, error=str(cause_of(error)))
         self._idle.append(actor)
         return Result(item, rows, seconds=seconds)
 
@@ -200,7 +202,7 @@ class Pool:
         self._idle.append(actor)
 
 
-def _cause(error: RayTaskError) -> MacDropError:
+def cause_of(error: RayTaskError) -> MacDropError:
     """Our own error as it was raised in the actor; any other with its type's name."""
     cause = error.cause
     return cause if isinstance(cause, MacDropError) else MacDropError(f"{type(cause).__name__}: {cause}")

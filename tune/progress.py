@@ -95,6 +95,11 @@ class Progress:
         if result.error:
             self._say(f"[red]{name} {result.item.job.key}: {result.error}[/red]")
 
+    def judged(self, done: int, of: int) -> None:
+        """How far the judge has come, every tenth of the way."""
+        if of and (not done or done * 10 // of > (done - 1) * 10 // of):
+            self._say(f"judged {done} of {of} answers")
+
     def _say(self, text: str) -> None:
         self.console.print(f"[dim]{time.monotonic() - self._begun:6.1f}s[/dim] {text}", soft_wrap=True, highlight=False)
 

@@ -19,6 +19,7 @@ from tune.cluster_state import check_cluster, connect
 from tune.dispatch import call, start_dispatcher
 from tune.evaluators import Opening, Pool
 from tune.journal import Journal
+from tune.judge_actors import judge_sweep
 from tune.lanes import Lanes
 from tune.mirror import Mirror, trials_of_run
 from tune.plan import Study, gpu_shares, resources, studies
@@ -85,8 +86,15 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
                     raise
                 # One model that cannot be used does not stop the others.
                 supervisor.study_failed(study, str(error))
+        failures = supervisor.failures
+        if spec.eval.judge is not None:
+            # Its model needs the memory of theirs.
+            supervisor.close()
+            pool.close()
+            lanes.close()
+            failures += judge_sweep(spec, journal, progress, gpus=gpu_shares(spec.ray, gpus)[1])
         progress.finished()
-    return supervisor.failures
+    return failures
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,12 @@ def greedy(
     max_new_tokens: int,
     batch_size: int,
     stop: Sequence[str] = (),
+    logits: Callable[[Sequence[int]], list[Any]] = lambda rows: [],
 ) -> list[Answer]:
-    """Answer N prompts of token ids, none of them empty; the order of the answers is that of the prompts."""
+    """Answer N prompts of token ids, none of them empty; the order of the answers is that of the prompts.
+
+    logits: for the prompts (their numbers) of each batch, transformers' logits processors to put before the argmax.
+    """
     order = sorted(
         range(len(prompts)), key=lambda i: (-len(prompts[i]), i)
     )  # longest first: what does not fit fails at once
@@ -105,6 +109,7 @@ def greedy(
                 attention_mask=mask.to(model.device),
                 generation_config=config,
                 stopping_criteria=criteria,
+                logits_processor=LogitsProcessorList(logits(rows)),
             )
         for i, new in zip(rows, output[:, width:].tolist(), strict=True):
             answers[i] = _answer(tokenizer, new, ends, stop)

@@ -21,6 +21,7 @@ from pydantic import (
 
 from macdrop.errors import ConfigError, nearest
 from tune import suites
+from tune.benchmarks.judge_spec import JudgeSpec
 
 ATTACKS = ("zeroing", "retaining", "random")
 PLAIN = "none"
@@ -214,7 +215,7 @@ class EvalSpec(_Strict):
 
     `batch_size` is fixed and kept in every row. `limit`: items of each task (null: all). `num_fewshot` null: the task's
     own number. `max_length` null: the model's. `add_bos_token` null: as the tokenizer does. `attack_on`: base rows with
-    the adapter in place, rows of the merged weights, or both.
+    the adapter in place, rows of the merged weights, or both. `judge` gives the answers of `generation` a score.
     """
 
     batch_size: PositiveInt = 16
@@ -227,6 +228,7 @@ class EvalSpec(_Strict):
     zero_shot: Annotated[dict[Name, ZeroShot], BeforeValidator(_named)] = {}
     perplexity: Annotated[dict[Name, Perplexity], BeforeValidator(_named)] = {}
     generation: Annotated[dict[Name, Generation], BeforeValidator(_named)] = {}
+    judge: JudgeSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -264,9 +266,12 @@ class EvalSpec(_Strict):
 def _explain(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in ("eval", *error["loc"]))
     if error["type"] != "extra_forbidden":
-        got = "" if isinstance(error["input"], Mapping) else f" (got {error['input']!r})"
+        # What was given for a judge may be a secret.
+        untold = isinstance(error["input"], Mapping) or error["loc"][:1] == ("judge",)
+        got = "" if untold else f" (got {error['input']!r})"
         return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
     sections: dict[str, Any] = {"zero_shot": ZeroShot, "perplexity": Perplexity, "generation": Generation}
+    sections["judge"] = JudgeSpec
     owner = sections.get(str(error["loc"][0]), EvalSpec)
     known = list(owner.model_fields)
     return f"{where}: unknown key.{nearest(str(error['loc'][-1]), known)} Known keys: {', '.join(known)}"

@@ -1,0 +1,101 @@
+"""The block `eval.judge:`: who judges generated answers from 1 to 5, by which rubric, and how it is asked."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+#: Keys that only a local model, or only an endpoint, has a use for.
+LOCAL_KEYS = ("batch_size", "bf16", "trust_remote_code", "long_prompts")
+ENDPOINT_KEYS = ("api_key_env", "request_retries", "timeout_s", "max_concurrent", "token_limit")
+
+
+def _number(value: Any) -> Any:
+    """A whole number is a number; true is not."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class JudgeSpec(BaseModel):
+    """A local causal language model, or with `base_url` a model behind an OpenAI-compatible endpoint.
+
+    `rubric` is the name of a shipped one or a YAML file; `reference`: show the judge the reference answers of rows that
+    have them. An answer without a score is asked for again, `retries` times, sampled at `retry_temperature` with a seed
+    of its own for each attempt; `temperature` null leaves the endpoint its own. `request_retries`, with backoff, are
+    for requests that fail (429, 5xx, no connection, `timeout_s` seconds over). A prompt that is longer than a local
+    model's positions is refused, or with `long_prompts: cut` loses tokens on the left.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
+
+    model: Annotated[str, Field(min_length=1)]
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    revision: str | None = None
+    rubric: Annotated[str, Field(min_length=1)] = "spec_bench"
+    reference: bool = True
+    max_new_tokens: int = Field(512, ge=1)
+    temperature: Annotated[Number | None, Field(ge=0)] = 0.0
+    retries: int = Field(2, ge=0)
+    retry_temperature: Annotated[Number, Field(gt=0)] = 1.0
+    seed: int = Field(0, ge=0, lt=2**31)
+    request_retries: int = Field(5, ge=0)
+    timeout_s: Annotated[Number, Field(gt=0)] = 120.0
+    max_concurrent: int = Field(8, ge=1)
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    batch_size: int = Field(8, ge=1)
+    bf16: bool = False
+    trust_remote_code: bool = False
+    long_prompts: Literal["refuse", "cut"] = "refuse"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"model": value}
+        if isinstance(value, dict) and "api_key" in value:
+            raise ValueError(
+                "api_key is no key: a secret does not belong in a run file, which is copied into every run folder.\n"
+                "Put it into an environment variable and name that: api_key_env: OPENAI_API_KEY."
+            )
+        return value
+
+    @field_validator("base_url")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.username or parts.password:
+            raise ValueError("has a password in it, and would be kept with every judgement; use api_key_env")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"must be an address such as http://127.0.0.1:8000/v1, not {value!r}")
+        return value.rstrip("/").removesuffix("/chat/completions")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_name_and_no_key(cls, value: str) -> str:
+        secret = any(len(part) > 20 or (len(part) > 11 and re.search(r"\d", part)) for part in value.split("_"))
+        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and not secret:
+            return value
+        raise ValueError(  # never shows the value: it may be a key
+            "must be the name of an environment variable, such as OPENAI_API_KEY; what is given is no such name, and "
+            "looks like a key. If it is one, take it out of the file."
+        )
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> JudgeSpec:
+        foreign, where = (LOCAL_KEYS, "a local model") if self.base_url else (ENDPOINT_KEYS, "an endpoint (base_url)")
+        set_ = [key for key in foreign if getattr(self, key) != type(self).model_fields[key].default]
+        if set_:
+            raise ValueError(f"{', '.join(set_)}: of use for {where} only; leave it out")
+        if self.base_url is None and self.temperature is None:
+            raise ValueError("temperature null is for an endpoint only (base_url); give a number, 0 for greedy")
+        return self
