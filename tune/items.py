@@ -29,7 +29,8 @@ def read_items(journal: Journal, model: str, trial: str, column: Column, split: 
     """Values of the items behind one score of a trial (or of "base"), by item id; None where none were kept.
 
     An id names the item and its content, so that two trials' items can be matched with `matched`. For a plain mean over
-    tasks of different sizes, values are weighted so that their mean is the score.
+    tasks of different sizes, values are weighted so that their mean is the score. An answer that a judge gave no score
+    is nan.
 
     Raises:
         DataError: the file is damaged, or its items do not add up to the score.
@@ -76,7 +77,8 @@ class Items:
         values = list(found.values())
         if isinstance(values[0], tuple):
             return found
-        mean = math.fsum(values) / len(values)
+        known = [value for value in values if not math.isnan(value)]
+        mean = math.fsum(known) / len(known) if known else math.nan
         if _equal(mean, row["value"]):
             return found
         if row.get("stderr") is None:  # lm-eval's aggregations other than the mean
@@ -116,7 +118,7 @@ class Items:
                 mine = [r for r in records if category in ("", r["category"])]
                 if row["metric"] == "judge_unparsed":
                     return {str(r["item"]): float(r["score"] is None) for r in mine}
-                return {str(r["item"]): float(r["score"]) for r in mine if r["score"] is not None}
+                return {str(r["item"]): math.nan if r["score"] is None else float(r["score"]) for r in mine}
         return None
 
     def _load(self, file: Path) -> list[dict[str, Any]]:

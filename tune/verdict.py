@@ -1,0 +1,251 @@
+"""Does MacDrop help on a model? One verdict for each finalist and placebo of a run, with the numbers behind it.
+
+Arms are compared inside a cell (one kind of adapter) over the final stage's seeds, seed by seed and item by item: the
+rule is `tune.stats.Paired`. A verdict stands on one comparison that is fixed beforehand, its headline: without attack,
+the mean over the zero-shot tasks (the metric that most of them have); where there is none, judge scores, then scores
+against references, then perplexity, each averaged over its tasks. The same under attack is a second statement, on
+zeroing as many rows as the cell's best MacDrop setting drops, where the run has that attack, else on its first one.
+Single tasks are corrected by Holm over the tasks, without attack and under each attack; the means stand for themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+from macdrop.errors import DataError
+from tune import telling
+from tune.columns import Column, mean_columns
+from tune.contrast import CANNOT_TELL, Comparison, Sample, compare, corrected, unknown
+from tune.journal import Journal
+from tune.labels import flatten, setting_label
+from tune.samples import Samples
+from tune.spec import slug
+
+__all__ = ["Comparison", "Verdict", "verdicts"]
+HEADLINES = ("zero_shot", "judge_score", "generation", "perplexity")
+"""What a verdict stands on, the first that the run has: a benchmark, or a metric of one."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run says of one setting against the plain adapter of its cell."""
+
+    model: str
+    cell: dict[str, Any]
+    setting: str
+    label: str
+    arm: str
+    headline: Comparison | None
+    attacked: Comparison | None
+    rows: list[Comparison]
+    sentence: str
+    more: list[str]
+    seeds: tuple[int, ...]
+    tried: int
+    status: str
+
+
+@dataclass
+class _Group:
+    """The trials of one setting in one cell by seed; `settings` are its effective spec with dotted keys."""
+
+    arm: str
+    setting: str
+    cell: dict[str, Any]
+    settings: dict[str, Any]
+    trials: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return setting_label(self.arm, self.settings)
+
+
+def verdicts(journal: Journal, model: str) -> list[Verdict]:
+    """The MacDrop finalists of each cell, best first, then its placebos; what a running sweep has so far.
+
+    Empty without final trials, or without a plain adapter that shares a seed and a benchmark with them. With
+    `sweep.seeds: 0` the search's own trials are compared.
+    """
+    content = journal.finding(journal.model_dir(model) / "finalists.json") or {}
+    trials = [t for t in journal.trials() if slug(t.get("model", "")) == slug(model)]
+    final = [t for t in trials if t.get("stage") == "final"]
+    fresh = bool(final) and content.get("seeds") != []
+    groups = _groups(final or _chosen(trials, content))
+    samples = Samples(journal, model)
+    name = next((t["model"] for t in trials), model)
+    tried = content.get("tried")
+    if not isinstance(tried, int):
+        searched = [t for t in trials if t.get("arm") == "macdrop" and t.get("stage") == "search"]
+        tried = len({t.get("setting") for t in searched})
+    found = []
+    for cell in _unique([row["cell"] for row in content.get("cells", [])] + [group.cell for group in groups]):
+        members = [group for group in groups if group.cell == cell]
+        plain = next((group for group in _in_order(members, content, cell) if group.arm == "plain"), None)
+        others = [group for group in _in_order(members, content, cell) if group.arm != "plain"]
+        if plain is None:
+            continue
+        rows = next((group.settings.get("macdrop.k") for group in others if group.arm == "macdrop"), None)
+        made = [compared for group in others if (compared := _compare(samples, plain, group, rows))]
+        found += [_verdict(one, made, _Run(name, tried, len(content.get("seeds") or []), fresh)) for one in made]
+    return found
+
+
+@dataclass
+class _Compared:
+    """All comparisons of one setting with plain."""
+
+    group: _Group
+    plain: _Group
+    headline: Comparison | None
+    attacked: Comparison | None
+    rows: list[Comparison]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is told of all verdicts of a model: its name, settings tried, seeds of the final stage, are they fresh."""
+
+    model: str
+    tried: int
+    seeds: int
+    fresh: bool
+
+
+def _verdict(found: _Compared, all_of_cell: Sequence[_Compared], run: _Run) -> Verdict:
+    group, main = found.group, found.headline or found.attacked
+    more = [telling.statement(found.attacked)] if found.attacked is not None and found.attacked is not main else []
+    more += telling.of_perplexity(found.rows, main)
+    if group.arm == "macdrop":
+        for other in (other for other in all_of_cell if other.group.arm != "macdrop"):
+            more += telling.of_placebo(other.group.label, found.headline, other.headline)
+            more += telling.of_placebo(other.group.label, found.attacked, other.attacked)
+        more += telling.provenance(main, run.tried, run.seeds, run.fresh)
+    return Verdict(
+        model=run.model,
+        cell=group.cell,
+        setting=group.setting,
+        label=group.label,
+        arm=group.arm,
+        headline=found.headline,
+        attacked=found.attacked,
+        rows=found.rows,
+        sentence=telling.sentence(run.model, group.label, found.plain.label, main),
+        more=more,
+        seeds=main.seeds if main else (),
+        tried=run.tried,
+        status=main.verdict if main else CANNOT_TELL,
+    )
+
+
+def _compare(samples: Samples, plain: _Group, other: _Group, rows: int | None) -> _Compared | None:
+    """All columns that both have with a seed in common; None where there are none."""
+    columns = samples.columns(plain.trials, other.trials)
+    if not columns:
+        return None
+    about = {"arm": other.arm, "label": other.label, "against": plain.label}
+    found = {column: _read(samples, column, plain, other) for column in columns}
+    made: dict[Column, Comparison] = {}
+    for family in _by(columns, lambda column: (column.attack, column.attack_on)):
+        compared = [_mean([column], column, found, about, len(family)) for column in family]
+        made |= dict(zip(family, corrected(compared), strict=True))
+    means = [_mean(members, mean, found, about) for mean, members in mean_columns(columns).items()]
+    attack = _main_attack(columns, rows)
+    told = []
+    for chosen in (("none", None), attack):
+        main = _headline([column for column in columns if (column.attack, column.attack_on) == chosen])
+        told.append(main and _mean(main[1], main[0], found, about))
+    return _Compared(other, plain, *told, [*means, *made.values()])
+
+
+def _read(samples: Samples, column: Column, plain: _Group, other: _Group) -> Sample | DataError:
+    try:
+        return samples.read(column, plain.trials, other.trials)
+    except DataError as error:
+        return error
+
+
+def _mean(
+    members: Sequence[Column],
+    column: Column,
+    found: Mapping[Column, Sample | DataError],
+    about: Mapping[str, str],
+    family: int = 1,
+) -> Comparison:
+    """The comparison on the mean over `members`, which is called `column`."""
+    failed = [error for member in members if isinstance(error := found[member], DataError)]
+    if failed:
+        return unknown(column, str(failed[0]), **about)
+    return compare([found[member] for member in members], column, **about, family=family)
+
+
+def _headline(columns: Sequence[Column]) -> tuple[Column, list[Column]] | None:
+    """Of columns under one attack the first kind of `HEADLINES`, the largest of several; its name and its columns."""
+    means = mean_columns(columns)
+    for members in _by([c for c in columns if c.benchmark == "generation"], lambda column: column.metric):
+        first = members[0]
+        name = Column(first.benchmark, f"mean of {len(members)}", *astuple(first)[2:])
+        means |= {name: members} if len(members) > 1 else {}
+    single = {column: [column] for column in columns if not any(column in members for members in means.values())}
+    order = sorted((means | single).items(), key=lambda item: (_rank(item[0]), -len(item[1])))
+    return order[0] if order else None
+
+
+def _main_attack(columns: Iterable[Column], rows: int | None) -> tuple[str, str | None] | None:
+    """Zeroing of `rows` rows, else the first zeroing, else the first attack; on base rows rather than merged ones."""
+    attacks = list(dict.fromkeys((c.attack, c.attack_on) for c in columns if c.attack != "none"))
+    order = {attack: (attack[0] != f"zeroing@{rows}", not attack[0].startswith("zeroing"), attack[1] != "base")
+             for attack in attacks}  # fmt: skip
+    return min(attacks, key=lambda attack: (order[attack], attacks.index(attack))) if attacks else None
+
+
+def _rank(column: Column) -> int:
+    return min((i for i, name in enumerate(HEADLINES) if name in (column.benchmark, column.metric)), default=len(HEADLINES))
+
+
+def _by(columns: Iterable[Column], key: Callable[[Column], Any]) -> list[list[Column]]:
+    """The columns in groups, in the order in which they come."""
+    groups: dict[Any, list[Column]] = {}
+    for column in columns:
+        groups.setdefault(key(column), []).append(column)
+    return list(groups.values())
+
+
+# --- trials ---
+
+
+def _chosen(trials: Iterable[Mapping[str, Any]], content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """With no seeds for a final stage, the search's own trials of the settings that went on."""
+    if content.get("seeds") != []:
+        return []
+    settings = {name for row in content.get("cells", []) for name in _settings(row)}
+    return [t for t in trials if t.get("setting") in settings]
+
+
+def _settings(row: Mapping[str, Any]) -> list[str]:
+    return [row.get("plain"), *row.get("macdrop", []), *row.get("placebos", {}).values()]
+
+
+def _groups(trials: Iterable[Mapping[str, Any]]) -> list[_Group]:
+    found: dict[tuple, _Group] = {}
+    for t in trials:
+        cell, arm = t.get("cell") or {}, t.get("arm", "")
+        key = (json.dumps(cell, sort_keys=True), arm, t.get("setting") or "")
+        group = found.setdefault(key, _Group(arm, key[2], cell, flatten(t.get("config") or {})))
+        group.trials[t.get("seed")] = t["trial"]
+    return list(found.values())
+
+
+def _in_order(groups: Sequence[_Group], content: Mapping[str, Any], cell: Mapping[str, Any]) -> list[_Group]:
+    """As finalists.json has them: plain, MacDrop best first, placebos; what it does not have comes last."""
+    rows = [row for row in content.get("cells", []) if row["cell"] == cell]
+    order = _settings(rows[0]) if rows else []
+    place = {setting: i for i, setting in enumerate(order)}
+    arms = {"plain": 0, "macdrop": 1}
+    return sorted(groups, key=lambda g: (place.get(g.setting, len(order)), arms.get(g.arm, 2), g.arm))
+
+
+def _unique(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({json.dumps(cell, sort_keys=True): cell for cell in cells}.values())
