@@ -202,7 +202,8 @@ def _main_attack(columns: Iterable[Column], rows: int | None) -> tuple[str, str 
 
 
 def _rank(column: Column) -> int:
-    return min((i for i, name in enumerate(HEADLINES) if name in (column.benchmark, column.metric)), default=len(HEADLINES))
+    ranks = (i for i, name in enumerate(HEADLINES) if name in (column.benchmark, column.metric))
+    return min(ranks, default=len(HEADLINES))
 
 
 def _by(columns: Iterable[Column], key: Callable[[Column], Any]) -> list[list[Column]]:
