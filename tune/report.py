@@ -71,11 +71,7 @@ class Report:
             console.print()
             console.rule(f"[bold]{escape(model.display)}", align="left")
             for part in filter(None, self.parts(model).values()):
-                console.print(f"\n[bold underline]{escape(part.title)}")
-                _print_lines(console, part.lines)
-                for table in part.tables:
-                    for cut in table.split(min(WIDTH, console.width - 4)):
-                        console.print(cut.rich())
+                print_part(console, part)
 
     def markdown(self) -> str:
         """The same as Markdown."""
@@ -83,8 +79,7 @@ class Report:
         for model in self.models:
             blocks.append(f"## {model.display}")
             for part in filter(None, self.parts(model).values()):
-                blocks += [f"### {part.title}", _bullets(part.lines)]
-                blocks += [cut.markdown() for table in part.tables for cut in table.split(WIDTH)]
+                blocks.append(markdown_part(part, "###"))
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     def latex(self) -> str:
@@ -93,13 +88,35 @@ class Report:
         for model in self.models:
             blocks.append(rf"\section{{{latex(model.display)}}}")
             for part in filter(None, self.parts(model).values()):
-                blocks += [rf"\subsection{{{latex(part.title)}}}", _items(part.lines)]
-                blocks += [cut.latex() for table in part.tables for cut in table.split(WIDTH)]
+                blocks.append(latex_part(part, "subsection"))
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     @property
     def title(self) -> str:
         return f"MacDrop report: {self.name}"
+
+
+def print_part(console: Console, part: Part) -> None:
+    """Print to a rich console, tables cut to its width."""
+    from rich.markup import escape
+
+    console.print(f"\n[bold underline]{escape(part.title)}")
+    _print_lines(console, part.lines)
+    for table in part.tables:
+        for cut in table.split(min(WIDTH, console.width - 4)):
+            console.print(cut.rich())
+
+
+def markdown_part(part: Part, level: str) -> str:
+    """A part below a heading of `level`, such as "###"."""
+    tables = [cut.markdown() for table in part.tables for cut in table.split(WIDTH)]
+    return "\n\n".join(block for block in (f"{level} {part.title}", _bullets(part.lines), *tables) if block)
+
+
+def latex_part(part: Part, command: str) -> str:
+    """A part below a heading by `command`, such as "subsection"."""
+    tables = [cut.latex() for table in part.tables for cut in table.split(WIDTH)]
+    return "\n\n".join(block for block in (f"\\{command}{{{latex(part.title)}}}", _items(part.lines), *tables) if block)
 
 
 def make_report(run_dir: str | os.PathLike) -> Report:

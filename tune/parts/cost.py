@@ -6,14 +6,13 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tune.journal import BASE
+from tune.journal import BASE, Journal
 from tune.labels import NAMES
 from tune.parts.subject import Subject
-from tune.results import Line
+from tune.results import Line, ModelResults
 from tune.tables import Part, Table
 from tune.wording import count, hours, number
 
@@ -37,8 +36,7 @@ def cost(subject: Subject) -> Part:
     head = ["", "stage", "trials", "training", "scoring", "tokens per\nsecond"]
     if not any(row[3] or row[4] for row in rows):
         return Part("Cost")
-    training = sum(line.info.get("seconds") or 0.0 for line in trained)
-    total = sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in model.lines)
+    training, total = spent(journal, model)
     ray = journal.config().get("ray") or {}
     lines = [_devices(journal.environment(), ray, training, total), *_saved(trained)]
     return Part("Cost", [line for line in lines if line], [Table("Time by arm", head, rows)])
@@ -55,11 +53,11 @@ def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], flo
     return {key: sum(jobs.values()) for key, jobs in spent.items()}
 
 
-def elapsed(run: dict[str, Any]) -> float | None:
-    """Seconds from start to end of a run that has ended."""
-    if not run.get("finished"):
-        return None
-    return (datetime.fromisoformat(run["finished"]) - datetime.fromisoformat(run["created"])).total_seconds()
+def spent(journal: Journal, model: ModelResults) -> tuple[float, float]:
+    """Seconds of training and of scoring of a model's trials, one after the other."""
+    scoring = scoring_seconds(journal.score_rows())
+    training = sum(line.info.get("seconds") or 0.0 for line in model.lines)
+    return training, sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in model.lines)
 
 
 def reproduce(subject: Subject) -> Part:
