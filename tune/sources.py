@@ -108,7 +108,7 @@ def _locate(given: str, split: str) -> tuple[str, bool]:
             raise DataError(f"dataset {given!r}: files of kind {path.suffix or '(no suffix)'!r} are not read.\n"
                             f"Allowed: {', '.join(SUFFIXES)}.")  # fmt: skip
         return str(path), True
-    if _looks_like_a_path(given):
+    if looks_like_a_path(given):
         parent = path.parent
         names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
         hint = nearest(path.name, names) if parent.is_dir() else f" There is no folder {str(parent)!r} either."
@@ -119,7 +119,8 @@ def _locate(given: str, split: str) -> tuple[str, bool]:
     return given, False
 
 
-def _looks_like_a_path(given: str) -> bool:
+def looks_like_a_path(given: str) -> bool:
+    """Whether a name is meant as a local file or folder, by its spelling alone."""
     return given.startswith((".", "/", "~")) or given.count("/") > 1 or Path(given).suffix in SUFFIXES
 
 
