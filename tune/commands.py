@@ -79,6 +79,7 @@ def evaluate(
     source: Source, file: str | None, overrides: list[str], *, adapter: Path | None, output: Path | None
 ) -> None:
     from tune.benchmarks import AdapterSlot, Scorer, jobs
+    from tune.benchmarks.prefix import PrefixCache
     from tune.files import append_jsonl
     from tune.spec import load
     from tune.weights import massive_weights
@@ -103,7 +104,7 @@ def evaluate(
     model, tokenizer = source.load()
     attacks = any(job.attack != "none" for job in jobs(spec.eval))
     weights = massive_weights(source.spec(), model, tokenizer) if attacks else None
-    scorer = Scorer(model, tokenizer, spec.eval, weights)
+    scorer, prefix = Scorer(model, tokenizer, spec.eval, weights), PrefixCache()
     tag = {"model": source.model, "adapter": str(adapter) if adapter else None}
     text = ("benchmark", "task", "attack", "metric")
     shown = table(*text, "value", "stderr", "n", left=text)
@@ -111,7 +112,7 @@ def evaluate(
         for job in scorer.jobs():
             answers = output / "answers" / f"{job.key.replace('/', '-')}.jsonl" if output else None
             with console.status(f"Scoring {job.key}"):
-                rows = scorer.score(job, model=scored, answers_path=answers)
+                rows = scorer.score(job, model=scored, answers_path=answers, prefix=prefix)
             if output is not None:
                 append_jsonl(output / "scores.jsonl", [{**tag, **row} for row in rows])
             for row in rows:

@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from macdrop.errors import MacDropError
-from tune.benchmarks.spec import EvalSpec, Job
+from tune.benchmarks.spec import PLAIN, EvalSpec, Job
 from tune.spec import TrainSpec
 
 #: A benchmark under which this many actors died is given up.
@@ -46,6 +46,11 @@ class Item:
     answers: str
     attempts: int = 0
 
+    @property
+    def group(self) -> tuple[str | None, Job]:
+        """Equal for the plain score and the attacks of one benchmark of one adapter, which share most of the work."""
+        return self.adapter, replace(self.job, attack=PLAIN, attack_on=None)
+
 
 @dataclass
 class Result:
@@ -55,6 +60,7 @@ class Result:
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     seconds: float = 0.0
+    calls_saved: int = 0  # of layers, by what was shared with other attacks
 
 
 @ray.remote(max_restarts=0)
@@ -66,6 +72,7 @@ class _Evaluator:
         self.model: Any = None
         self.slot: Any = None
         self.scorer: Any = None
+        self.prefix: Any = None
         self.in_place = ExitStack()
 
     def open(self, opening: Opening) -> str | None:
@@ -74,6 +81,7 @@ class _Evaluator:
 
         from macdrop import MassiveWeights, load_model, load_tokenizer
         from tune.benchmarks import AdapterSlot, Scorer
+        from tune.benchmarks.prefix import PrefixCache
         from tune.files import atomic_write_json
         from tune.process import device
         from tune.weights import massive_weights, proof
@@ -81,6 +89,7 @@ class _Evaluator:
 
         self.in_place.close()
         self.model = self.slot = self.scorer = None
+        self.prefix = PrefixCache()
         torch.set_num_threads(opening.threads)
         spec = opening.spec
         source = resolve(spec.model_name_or_path)
@@ -106,25 +115,31 @@ class _Evaluator:
         self.scorer.prepare()
         return opening.weights if weights else None
 
-    def score(self, item: Item) -> tuple[list[dict[str, Any]], float]:
-        """Rows of one benchmark, and the seconds it took."""
+    def score(self, item: Item) -> tuple[list[dict[str, Any]], float, int]:
+        """Rows of one benchmark, the seconds it took, and the calls of layers that sharing saved."""
         started = time.monotonic()
         if item.adapter != self.adapter:
             self.in_place.close()
+            self.prefix.clear()
             self.adapter = None
             self.model = self.in_place.enter_context(self.slot.adapter(item.adapter))
             self.adapter = item.adapter
-        rows = self.scorer.score(item.job, model=self.model, answers_path=item.answers)
-        return rows, time.monotonic() - started
+        saved = self.prefix.calls_saved
+        rows = self.scorer.score(item.job, model=self.model, answers_path=item.answers, prefix=self.prefix)
+        return rows, time.monotonic() - started, self.prefix.calls_saved - saved
 
 
 class Pool:
-    """Gives items to idle actors, first those whose adapter an actor already has; replaces actors that die."""
+    """Gives items to idle actors, replaces actors that die.
+
+    An actor goes on with the benchmark it has just scored, under its other attacks; else with one that no other actor
+    is at, of the adapter it has; else with whatever is waiting, so that none is idle.
+    """
 
     def __init__(self, size: int, *, cpus: float, gpus: float) -> None:
         self._make = _Evaluator.options(num_cpus=cpus, num_gpus=gpus).remote
         self._idle: list[ActorHandle] = [self._make() for _ in range(size)]
-        self._holds: dict[ActorHandle, str | None] = {}
+        self._last: dict[ActorHandle, Item] = {}
         self._waiting: deque[Item] = deque()
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, Item]] = {}
         self._opening: Opening | None = None
@@ -138,7 +153,7 @@ class Pool:
         assert not self._running, "a pool is opened for a model when nothing is being scored"
         self._opening = opening
         first, *others = self._idle
-        self._holds = {}
+        self._last = {}
         try:
             weights = ray.get(first.open.remote(opening))
             self._opening = replace(opening, scan=False)
@@ -159,10 +174,9 @@ class Pool:
         """Hand out what is waiting and collect what is ready, without waiting."""
         while self._idle and self._waiting:
             actor = self._idle.pop()
-            held = self._holds.get(actor)
-            item = next((item for item in self._waiting if item.adapter == held), self._waiting[0])
+            item = self._next(actor)
             self._waiting.remove(item)
-            self._holds[actor] = item.adapter
+            self._last[actor] = item
             item.attempts += 1
             self._running[actor.score.remote(item)] = (actor, item)
         if not self._running:
@@ -176,10 +190,23 @@ class Pool:
             ray.kill(actor)
         self._idle, self._running = [], {}
 
+    def _next(self, actor: ActorHandle) -> Item:
+        last = self._last.get(actor)
+        taken = {item.group for _, item in self._running.values()}
+
+        def cost(item: Item) -> tuple[bool, bool, bool]:
+            return last is None or item.group != last.group, item.group in taken, not self._holds(actor, item.adapter)
+
+        return min(self._waiting, key=cost)
+
+    def _holds(self, actor: ActorHandle, adapter: str | None) -> bool:
+        """A fresh actor holds the base model, and no adapter."""
+        return adapter == (self._last[actor].adapter if actor in self._last else None)
+
     def _collect(self, ref: ray.ObjectRef) -> Result | None:
         actor, item = self._running.pop(ref)
         try:
-            rows, seconds = ray.get(ref)
+            rows, seconds, saved = ray.get(ref)
         except RayActorError as error:
             self._replace(actor)
             if item.attempts < MAX_ATTEMPTS:
@@ -189,13 +216,13 @@ class Pool:
         except RayTaskError as error:
             self._idle.append(actor)
             # What the actor holds is unknown after an error half-way.
-            self._holds[actor] = "?"
+            self._last.pop(actor, None)
             return Result(item, error=str(cause_of(error)))
         self._idle.append(actor)
-        return Result(item, rows, seconds=seconds)
+        return Result(item, rows, seconds=seconds, calls_saved=saved)
 
     def _replace(self, dead: ActorHandle) -> None:
-        self._holds.pop(dead, None)
+        self._last.pop(dead, None)
         actor = self._make()
         # Calls to an actor run in order, so it may be handed out at once.
         actor.open.remote(self._opening)

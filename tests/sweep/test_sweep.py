@@ -286,20 +286,25 @@ def test_time_budget_ends_a_run_in_good_order(tmp_path):
 
 
 def test_scores_survive_the_death_of_an_actor(tmp_path):
-    """Every item is scored once, though the actor is killed under the first; one that always kills is given up."""
+    """Every item is scored once, though the actor is killed under the first; what attacks share is lost with it."""
     import ray
 
     from tune.benchmarks.spec import EvalSpec, jobs
     from tune.evaluators import Item, Opening, Pool
 
     block = EvalSpec.parse(
-        {"batch_size": 8, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}, "fact": {"data": "zoo:fact"}}}
+        {
+            "batch_size": 8,
+            "limit": 8,
+            "attacks": ["none", "zeroing@3"],
+            "zero_shot": {"qa": {"data": "zoo:qa"}, "fact": {"data": "zoo:fact"}},
+        }
     )
     spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
     pool = Pool(1, cpus=0, gpus=0)
-    pool.open(Opening(spec, block, str(tmp_path / "weights.json"), scan=False, k=5, threads=1))
-    for job in jobs(block):
-        pool.submit(Item({"name": job.task}, job, None, str(tmp_path / f"{job.task}.jsonl")))
+    pool.open(Opening(spec, block, str(tmp_path / "weights.json"), scan=True, k=3, threads=1))
+    for job in sorted(jobs(block), key=lambda job: job.attack):  # plain scores first, then the attacks
+        pool.submit(Item({"name": job.key}, job, None, str(tmp_path / "answers.jsonl")))
     results = pool.step()
     (actor, _) = next(iter(pool._running.values()))
     ray.kill(actor)
@@ -308,7 +313,10 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
         results += pool.step()
         time.sleep(0.1)
     pool.close()
-    assert sorted(result.item.tag["name"] for result in results) == ["fact", "qa"]
+    scored = [result.item.tag["name"] for result in results]
+    assert sorted(scored) == sorted(job.key for job in jobs(block))
+    assert scored[0].split("/")[1] == scored[1].split("/")[1]  # an entry's attacks follow its plain score
+    assert [result.calls_saved > 0 for result in results] == [False, False, False, True]
     assert all(result.rows and not result.error for result in results)
     assert max(result.item.attempts for result in results) == 2
 

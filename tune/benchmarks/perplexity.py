@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from macdrop.errors import BenchmarkError, ConfigError, DataError
 from tune.benchmarks.files import is_local, read_documents
+from tune.benchmarks.prefix import Logits, plain_logits
 from tune.benchmarks.spec import Perplexity
 
 VERSION = "1"
@@ -122,7 +123,7 @@ def _from_hub(entry: Perplexity) -> list[str]:
 
 @torch.no_grad()
 def score(
-    text: ResidentText, model: Any, batch_size: int, limit: int | None
+    text: ResidentText, model: Any, batch_size: int, limit: int | None, logits: Logits = plain_logits
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measure the perplexity of `model` on the first `limit` windows.
 
@@ -134,7 +135,7 @@ def score(
     windows = text.windows[:limit]
     sums: list[float] = []
     for start in range(0, len(windows), batch_size):
-        sums += _window_sums(windows[start : start + batch_size], model)
+        sums += _window_sums(windows[start : start + batch_size], model, logits)
     counts = [len(window.ids) - window.first for window in windows]
     total = sum(counts)
     nll = math.fsum(sums) / total
@@ -158,7 +159,7 @@ def score(
     return [row], items
 
 
-def _window_sums(windows: Sequence[Window], model: Any) -> list[float]:
+def _window_sums(windows: Sequence[Window], model: Any, logits_of: Logits) -> list[float]:
     """Summed negative log-likelihood of the scored tokens of each window, in fp32, one window of logits at a time."""
     longest = max(len(window.ids) for window in windows)
     ids = torch.zeros(len(windows), longest, dtype=torch.long)
@@ -167,7 +168,7 @@ def _window_sums(windows: Sequence[Window], model: Any) -> list[float]:
         ids[row, : len(window.ids)] = torch.tensor(window.ids)
         mask[row, : len(window.ids)] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits = logits_of(model, ids, mask)
     sums = []
     for row, window in enumerate(windows):
         kept = logits[row, window.first - 1 : len(window.ids) - 1].float()

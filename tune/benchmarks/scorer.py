@@ -8,6 +8,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,6 +16,7 @@ import torch
 
 from macdrop.errors import ConfigError, MacDropError
 from tune.benchmarks.adapters import merged_weights
+from tune.benchmarks.prefix import Logits, PrefixCache, plain_logits
 from tune.benchmarks.spec import PLAIN, EvalSpec, Job, Perplexity, ZeroShot, jobs, parse_attack
 from tune.files import atomic_write_text
 
@@ -104,7 +106,12 @@ class Scorer:
                 self._data(job)
 
     def score(
-        self, job: Job, model: Any | None = None, answers_path: str | Path | None = None, drop: Any | None = None
+        self,
+        job: Job,
+        model: Any | None = None,
+        answers_path: str | Path | None = None,
+        drop: Any | None = None,
+        prefix: PrefixCache | None = None,
     ) -> list[Row]:
         """Score one job.
 
@@ -113,6 +120,8 @@ class Scorer:
             model: the model to score, e.g. the base with an adapter in place; by default the one given at construction.
             answers_path: where to keep what was measured item by item (answers, hits, losses), as jsonl, atomically.
             drop: a `macdrop.MacDrop` attached to the model; it is asserted to mask nothing.
+            prefix: what the plain score and the attacks of one entry share, kept by the caller from job to job while
+                the weights stay what they are. The scores are the same to the bit.
 
         Returns:
             rows, at least one of which has the job's task as its `task`; parts of it (categories of Spec-Bench, members
@@ -129,8 +138,8 @@ class Scorer:
             self.spec.inherited(entry, "batch_size") or self.spec.batch_size,
             self.spec.inherited(entry, "limit"),
         )
-        with quiet(), masks_off(model, drop), self._under(job, model):
-            rows, items = self._measure(job, entry, self._data(job), model, batch_size, limit)
+        with quiet(), masks_off(model, drop), self._under(job, model), self._sharing(job, model, prefix) as logits:
+            rows, items = self._measure(job, entry, self._data(job), model, batch_size, limit, logits)
         if answers_path is not None:
             lines = (
                 json.dumps(item | {"attack": job.attack, "attack_on": job.attack_on}, default=str) for item in items
@@ -161,7 +170,7 @@ class Scorer:
         return self._resident[key]
 
     def _measure(
-        self, job: Job, entry: Any, data: Any, model: Any, batch_size: int, limit: int | None
+        self, job: Job, entry: Any, data: Any, model: Any, batch_size: int, limit: int | None, logits: Logits
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if isinstance(entry, ZeroShot):
             from tune.benchmarks import zero_shot
@@ -169,15 +178,26 @@ class Scorer:
             if self._harness is None:
                 tokenizer = copy.deepcopy(self.tokenizer)  # lm-eval sets its pad token and side
                 self._harness = zero_shot.Harness(model, tokenizer, self.max_length)
-            self._harness.use(model, batch_size, entry)
+            self._harness.use(model, batch_size, entry, logits)
             return zero_shot.score(data, self._harness, limit)
         if isinstance(entry, Perplexity):
             from tune.benchmarks import perplexity
 
-            return perplexity.score(data, model, batch_size, limit)
+            return perplexity.score(data, model, batch_size, limit, logits)
         from tune.benchmarks import generation
 
         return generation.score(data, job.task, model, self.tokenizer, batch_size, limit)
+
+    @contextlib.contextmanager
+    def _sharing(self, job: Job, model: Any, prefix: PrefixCache | None) -> Iterator[Logits]:
+        """How to compute logits: with what other attacks of the entry left in `prefix`, where that is possible."""
+        benchmark = _unattacked(job)
+        several = sum(_unattacked(other) == benchmark and other.attack_on != "merged" for other in self.jobs()) > 1
+        if prefix is None or job.attack_on == "merged" or not several or self.weights is None:
+            yield plain_logits
+            return
+        with prefix.sharing(model, self.weights, benchmark):
+            yield prefix.logits
 
     @contextlib.contextmanager
     def _under(self, job: Job, model: Any) -> Iterator[None]:
@@ -207,6 +227,10 @@ class Scorer:
         if suite:
             merged["settings"] = f"{merged['settings']} suite={suite}"
         return {key: merged[key] for key in Row.__annotations__}  # type: ignore[return-value]
+
+
+def _unattacked(job: Job) -> Job:
+    return replace(job, attack=PLAIN, attack_on=None)
 
 
 def _with_bos(tokenizer: Any, add_bos: bool | None) -> Any:
