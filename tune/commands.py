@@ -9,7 +9,7 @@ from typing import Any
 
 from macdrop.errors import BenchmarkError, ConfigError, nearest
 from tune.scanning import Source, check_adapter
-from tune.terminal import console, line, lines, quiet_libraries, table
+from tune.terminal import console, line, lines, quiet_libraries
 
 RECIPES = Path(__file__).with_name("recipes")
 DEMO = "demo"
@@ -76,21 +76,30 @@ def _newest(folder: Path, newest: Any) -> Path:
 
 
 def evaluate(
-    source: Source, file: str | None, overrides: list[str], *, adapter: Path | None, output: Path | None
+    source: Source,
+    file: str | None,
+    overrides: list[str],
+    *,
+    adapter: Path | None,
+    suites: list[str],
+    output: Path | None,
 ) -> None:
-    from tune.benchmarks import AdapterSlot, Scorer, jobs
+    from tune.benchmarks import AdapterSlot, Scorer
     from tune.benchmarks.prefix import PrefixCache
     from tune.files import append_jsonl
-    from tune.spec import load
+    from tune.score_table import score_table
+    from tune.spec import dump, load
     from tune.weights import massive_weights
 
-    if file is None and not overrides and source.model.startswith("zoo:"):
+    if file is None and not overrides and not suites and source.model.startswith("zoo:"):
         file = DEMO
+    overrides = [f"eval.suite={suites}", *overrides] if suites else overrides
     spec = load(_recipe(file), overrides, replace={"sweep.models": [], "model_name_or_path": source.model})
-    if not jobs(spec.eval):
+    wanted = _jobs_of_one(spec.eval, adapter)
+    if not wanted:
         raise ConfigError(
-            "There is nothing to score with. Give a YAML file with an eval: block, or overrides such as\n"
-            "  eval.zero_shot=[arc_easy,piqa] eval.limit=100"
+            "There is nothing to score with. Give --suite NAME (`macdrop suites` lists them), a YAML file with an "
+            "eval: block, or overrides such as\n  eval.zero_shot=[arc_easy,piqa] eval.limit=100"
         )
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists and is not empty. Choose another folder.")
@@ -102,25 +111,22 @@ def evaluate(
 
     check_scoring(source.spec(), spec.eval)
     model, tokenizer = source.load()
-    attacks = any(job.attack != "none" for job in jobs(spec.eval))
+    attacks = any(job.attack != "none" for job in wanted)
     weights = massive_weights(source.spec(), model, tokenizer) if attacks else None
     scorer, prefix = Scorer(model, tokenizer, spec.eval, weights), PrefixCache()
     tag = {"model": source.model, "adapter": str(adapter) if adapter else None}
-    text = ("benchmark", "task", "attack", "metric")
-    shown = table(*text, "value", "stderr", "n", left=text)
+    scores: list[dict[str, Any]] = []
     with AdapterSlot(model).adapter(adapter) as scored:
-        for job in scorer.jobs():
+        for number, job in enumerate(wanted, 1):
             answers = output / "answers" / f"{job.key.replace('/', '-')}.jsonl" if output else None
-            with console.status(f"Scoring {job.key}"):
+            with console.status(f"Scoring {number} of {len(wanted)}: {job.key}"):
                 rows = scorer.score(job, model=scored, answers_path=answers, prefix=prefix)
             if output is not None:
                 append_jsonl(output / "scores.jsonl", [{**tag, **row} for row in rows])
-            for row in rows:
-                error = "" if row["stderr"] is None else f"{row['stderr']:.2g}"
-                attack = row["attack"] if row["attack"] == "none" else f"{row['attack']} on {row['attack_on']}"
-                value = "" if row["value"] is None else f"{row['value']:.4g}"
-                shown.add_row(row["benchmark"], row["task"], attack, row["metric"], value, error, str(row["n"]))
-    console.print(shown)
+            scores += rows
+    made = score_table(f"{source.model}{f' with {adapter}' if adapter else ''}", scores, dump(spec))
+    for part in made.split(console.width):
+        console.print(part.rich())
     if output is not None:
         line("written", str(output / "scores.jsonl"))
     if spec.eval.judge is not None:
@@ -129,6 +135,14 @@ def evaluate(
 
         if judge_evaluation(output, spec.eval.judge):
             raise BenchmarkError(f"Some answers could not be judged; to ask again: macdrop judge {output} model=...")
+
+
+def _jobs_of_one(block: Any, adapter: Path | None) -> list[Any]:
+    """What to score one thing on. Without an adapter merged weights are the base's, so of both places one is left."""
+    from tune.benchmarks.spec import jobs
+
+    same = adapter is None and block.attack_on == "both"
+    return [job for job in jobs(block) if not (same and job.attack_on == "merged")]
 
 
 def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmark_fixtures import TEXT, score, values
 
-from macdrop.errors import BenchmarkError, ConfigError, DataError
+from macdrop.errors import ConfigError, DataError
 from tune.benchmarks import EvalSpec
 
 
