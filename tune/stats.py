@@ -183,12 +183,13 @@ class Paired:
             return 1.0
         if not self.margin() >= 0:
             return math.nan
-        low, high = math.log(SMALLEST_P), 0.0  # of the level
         if self.margin(SMALLEST_P) <= abs(self.delta):
             return SMALLEST_P
-        for _ in range(60):
+        low, high = math.log(SMALLEST_P), 0.0  # bisected; scipy.optimize takes longer to load than to use
+        while high - low > 1e-8:
             middle = (low + high) / 2
-            low, high = (low, middle) if self.margin(math.exp(middle)) <= abs(self.delta) else (middle, high)
+            reached = self.margin(math.exp(middle)) <= abs(self.delta)
+            low, high = (low, middle) if reached else (middle, high)
         return math.exp(high)
 
     def _quantile(self, tail: float) -> float:

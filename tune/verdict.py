@@ -49,7 +49,7 @@ class Verdict:
 
 
 @dataclass
-class _Group:
+class Setting:
     """The trials of one setting in one cell by seed; `settings` are its effective spec with dotted keys."""
 
     arm: str
@@ -88,17 +88,17 @@ def verdicts(journal: Journal, model: str) -> list[Verdict]:
         if plain is None:
             continue
         rows = next((group.settings.get("macdrop.k") for group in others if group.arm == "macdrop"), None)
-        made = [compared for group in others if (compared := _compare(samples, plain, group, rows))]
+        made = [compared for group in others if (compared := against(samples, plain, group, rows))]
         found += [_verdict(one, made, _Run(name, tried, len(content.get("seeds") or []), fresh)) for one in made]
     return found
 
 
 @dataclass
-class _Compared:
+class Against:
     """All comparisons of one setting with plain."""
 
-    group: _Group
-    plain: _Group
+    group: Setting
+    plain: Setting
     headline: Comparison | None
     attacked: Comparison | None
     rows: list[Comparison]
@@ -114,7 +114,7 @@ class _Run:
     fresh: bool
 
 
-def _verdict(found: _Compared, all_of_cell: Sequence[_Compared], run: _Run) -> Verdict:
+def _verdict(found: Against, all_of_cell: Sequence[Against], run: _Run) -> Verdict:
     group, main = found.group, found.headline or found.attacked
     more = [telling.statement(found.attacked)] if found.attacked is not None and found.attacked is not main else []
     more += telling.of_perplexity(found.rows, main)
@@ -140,7 +140,7 @@ def _verdict(found: _Compared, all_of_cell: Sequence[_Compared], run: _Run) -> V
     )
 
 
-def _compare(samples: Samples, plain: _Group, other: _Group, rows: int | None) -> _Compared | None:
+def against(samples: Samples, plain: Setting, other: Setting, rows: int | None) -> Against | None:
     """All columns that both have with a seed in common; None where there are none."""
     columns = samples.columns(plain.trials, other.trials)
     if not columns:
@@ -157,10 +157,10 @@ def _compare(samples: Samples, plain: _Group, other: _Group, rows: int | None) -
     for chosen in (("none", None), attack):
         main = _headline([column for column in columns if (column.attack, column.attack_on) == chosen])
         told.append(main and _mean(main[1], main[0], found, about))
-    return _Compared(other, plain, *told, [*means, *made.values()])
+    return Against(other, plain, *told, [*means, *made.values()])
 
 
-def _read(samples: Samples, column: Column, plain: _Group, other: _Group) -> Sample | DataError:
+def _read(samples: Samples, column: Column, plain: Setting, other: Setting) -> Sample | DataError:
     try:
         return samples.read(column, plain.trials, other.trials)
     except DataError as error:
@@ -229,17 +229,17 @@ def _settings(row: Mapping[str, Any]) -> list[str]:
     return [row.get("plain"), *row.get("macdrop", []), *row.get("placebos", {}).values()]
 
 
-def _groups(trials: Iterable[Mapping[str, Any]]) -> list[_Group]:
-    found: dict[tuple, _Group] = {}
+def _groups(trials: Iterable[Mapping[str, Any]]) -> list[Setting]:
+    found: dict[tuple, Setting] = {}
     for t in trials:
         cell, arm = t.get("cell") or {}, t.get("arm", "")
         key = (json.dumps(cell, sort_keys=True), arm, t.get("setting") or "")
-        group = found.setdefault(key, _Group(arm, key[2], cell, flatten(t.get("config") or {})))
+        group = found.setdefault(key, Setting(arm, key[2], cell, flatten(t.get("config") or {})))
         group.trials[t.get("seed")] = t["trial"]
     return list(found.values())
 
 
-def _in_order(groups: Sequence[_Group], content: Mapping[str, Any], cell: Mapping[str, Any]) -> list[_Group]:
+def _in_order(groups: Sequence[Setting], content: Mapping[str, Any], cell: Mapping[str, Any]) -> list[Setting]:
     """As finalists.json has them: plain, MacDrop best first, placebos; what it does not have comes last."""
     rows = [row for row in content.get("cells", []) if row["cell"] == cell]
     order = _settings(rows[0]) if rows else []
