@@ -21,7 +21,7 @@ RAY_FILES = {
     f"tune/{name}.py"
     for name in (
         *("cluster_state", "dispatch", "evaluators", "judge_actors", "lane", "lanes", "search"),
-        *("supervisor", "sweep", "trial", "workers"),
+        *("stages", "supervisor", "sweep", "trial", "workers"),
     )
 }
 #: package -> what it never imports, not even inside a function.

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from tune.cli import app
 from tune.commands import RECIPES
-from tune.spec import RunSpec, Space, load
+from tune.spec import Metric, RunSpec, Space, load
 from tune.specfile import ALIASES
 
 ROOT = Path(__file__).parents[1]
@@ -148,12 +148,18 @@ def test_the_line_for_pandas_reads_a_run_folder(tmp_path, monkeypatch):
 
 
 def keys(kind: type[BaseModel], prefix: str = "") -> dict[str, str]:
-    """Dotted names of all keys with their defaults as YAML, those of named entries under NAME or KEY."""
+    """Dotted names of all keys with their defaults as YAML, those of named entries under NAME or KEY.
+
+    `validation` has the keys of `eval` and stands in one row; of a list of metrics the table has the keys of one.
+    """
     found: dict[str, str] = {}
     for name, field in kind.model_fields.items():
         inner = [part for part in typing.get_args(field.annotation) if is_model(part)]
-        if is_model(field.annotation):
-            found |= keys(field.annotation, f"{prefix}{name}.")
+        if prefix + name == "validation":
+            found[name] = "`{}`"
+            continue
+        if is_model(field.annotation) or inner == [Metric]:
+            found |= keys((inner or [field.annotation])[0], f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else f"`{as_yaml(field.get_default(call_default_factory=True))}`"
         found[prefix + name] = default

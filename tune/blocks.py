@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from macdrop.config import MacDropConfig
 
-#: Arms in which something is dropped -> what. All but `macdrop` are its placebos.
+#: Arms in which something is dropped -> what.
 ARMS = {"macdrop": "massive", "random_rows": "random", "all_rows": "all", "activations": "activations"}
+#: Those that drop something else than massive weights, with the settings of the best MacDrop trial.
+PLACEBOS = tuple(arm for arm in ARMS if arm != "macdrop")
 
 
 class Strict(BaseModel):
@@ -48,6 +58,10 @@ class MacDropSpec(Strict):
         """`plain` (nothing is ever dropped), `macdrop`, or the placebo that this is."""
         scopes = {scope: arm for arm, scope in ARMS.items()}
         return scopes[self.scope] if self.config(seed=0).enabled else "plain"
+
+
+#: The validation loss with masks off, the metric that every trial has.
+EVAL_LOSS = "eval_loss"
 
 
 class Space(Strict):
@@ -100,24 +114,39 @@ class Space(Strict):
 
 
 class Metric(Strict):
-    """What a search optimises: `eval_loss` (validation loss, masks off) or a score `benchmark/task/metric[@attack]`."""
+    """What a search optimises: `eval_loss` (validation loss, masks off) or a score `benchmark/task/metric[@attack]`.
 
-    name: str = "eval_loss"
+    Scores are those of the block `validation:`; the test benchmarks of `eval:` select nothing.
+    """
+
+    name: str = EVAL_LOSS
     goal: Literal["minimize", "maximize"] = "minimize"
 
 
 class SweepSpec(Strict):
-    """The block `sweep:`."""
+    """The block `sweep:`.
+
+    A search selects `finalists` MacDrop settings and the plain setting of each kind of adapter by `metric` (one, or
+    several: then those of the non-dominated front that are best by the first). On `seeds` fresh seeds these and the
+    placebos among `arms` are trained once more, and scored on the test benchmarks; with `seeds: 0` the search's own
+    trials are. `time_budget_s` is for the searches of all models together: the final stage always runs.
+    ASHA cuts on the validation loss, and not before p has fallen to `decayed` times p0.
+    """
 
     models: list[dict[str, Any]] = []
-    arms: list[Literal["base", "plain", "macdrop"]] = ["base", "plain", "macdrop"]
+    arms: list[Literal["base", "plain", "macdrop", "random_rows", "all_rows", "activations"]] = [
+        *("base", "plain", "macdrop")
+    ]
     parameters: dict[str, Space] = {}
-    metric: Metric = Metric()
+    metric: list[Metric] = [Metric()]
+    finalists: int = Field(1, ge=1)
+    seeds: int = Field(3, ge=0)
     search_alg: Literal["grid", "random", "optuna"] = "grid"
     search_seed: int = Field(0, ge=0, lt=2**31)
     scheduler: Literal["none", "asha"] = "none"
     grace_period: int = Field(1, ge=1)
     reduction_factor: int = Field(4, ge=2)
+    decayed: float = Field(0.1, gt=0, lt=1)
     num_samples: int = Field(8, ge=1)
     max_concurrent_trials: int = Field(4, ge=1)
     time_budget_s: float | None = Field(None, gt=0)
@@ -128,10 +157,20 @@ class SweepSpec(Strict):
         entries = value if isinstance(value, list) else [value]
         return [{"model_name_or_path": entry} if isinstance(entry, str) else entry for entry in entries]
 
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
+
+    @field_serializer("metric")
+    def _as_written(self, metric: list[Metric]) -> Any:
+        written = [each.model_dump() for each in metric]
+        return written[0] if len(written) == 1 else written
+
     @model_validator(mode="after")
     def _check(self) -> SweepSpec:
-        if not self.arms:
-            raise ValueError("arms is empty; allowed: base, plain, macdrop")
+        self._check_arms()
+        self._check_metrics()
         if self.search_alg == "grid":
             ranges = [key for key, space in self.parameters.items() if space.values is None]
             if ranges:
@@ -145,6 +184,28 @@ class SweepSpec(Strict):
                 "List what to search, for example macdrop.p0: {min: 0.2, max: 1.0}, or set search_alg to grid."
             )
         return self
+
+    def _check_arms(self) -> None:
+        if not self.arms:
+            raise ValueError("arms is empty; allowed: base, plain, macdrop")
+        placebos = [arm for arm in self.arms if arm in PLACEBOS]
+        if placebos and "macdrop" not in self.arms:
+            raise ValueError(
+                f"arms has {', '.join(placebos)}, which take k, p0 and schedule from the best MacDrop setting, but no "
+                "macdrop. Add macdrop to sweep.arms."
+            )
+
+    def _check_metrics(self) -> None:
+        names = [metric.name for metric in self.metric]
+        if not names:
+            raise ValueError(f"metric is an empty list; leave it out for {EVAL_LOSS}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"metric lists {max(names, key=names.count)} more than once")
+        if len(names) > 1 and self.search_alg != "optuna":
+            raise ValueError(
+                f"metric lists {len(names)} objectives, which only optuna searches, and search_alg is "
+                f"{self.search_alg}. Set search_alg to optuna, or write one metric."
+            )
 
 
 class RaySpec(Strict):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import SCHEDULES, probability
+from tune.asha import Cuts, cuts
 from tune.batching import Batches, total_steps
 from tune.benchmarks.spec import PLAIN, EvalSpec, jobs, parse_attack
-from tune.blocks import ARMS
+from tune.blocks import ARMS, EVAL_LOSS
 from tune.plan import Study
 from tune.spec import RunSpec, Space, TrainSpec, with_values
 from tune.trackers import check as check_trackers
@@ -30,34 +32,48 @@ DATA_KEYS = (
 )
 
 
-def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, int]:
-    """Look at models, tokenizers, data and benchmark files; returns each study's optimizer steps.
+@dataclass(frozen=True)
+class Checked:
+    """Of a study: optimizer steps of a fine-tuning (0: none is trained), and what ASHA may do (None without it)."""
+
+    steps: int
+    cuts: Cuts | None
+
+
+def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
+    """Look at models, tokenizers, data and benchmark files; returns what was found of each study.
 
     What is quick comes first. The tokenised data are kept for the workers; nothing else is written.
 
     Raises:
         ConfigError: a tracker, model or file cannot be used, k or an attack is above the size of the FFN, `lora_target`
-            names no layer, the ZeRO stage cannot do it, or the search needs a validation set that is not there.
+            names no layer, the ZeRO stage cannot do it, the search needs a validation set that is not there, or ASHA
+            could stop nothing.
     """
     from tune.benchmarks import check_files
 
-    attacks = [job.attack for job in jobs(spec.eval)]
+    attacks = {job.attack: name for name in ("validation", "eval") for job in jobs(getattr(spec, name))}
     check_trackers(spec.report_to, Path(spec.output_dir or "."))
     tokenizers = [check_study(study.spec, study.parameters, attacks, spec.sweep.arms) for study in planned]
-    check_files(spec.eval)
-    check_judging(spec.eval)
-    steps: dict[str, int] = {}
+    for block in (spec.eval, spec.validation):
+        check_files(block)
+        check_judging(block)
+    checked: dict[str, Checked] = {}
+    asha = spec.sweep.scheduler == "asha"
+    needed = asha or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
     for study, tokenizer in zip(planned, tokenizers, strict=True):
-        steps[study.name] = 0
+        checked[study.name] = Checked(0, None)
         if study.count:
-            needed = spec.sweep.metric.name == "eval_loss" and bool(study.samples)
-            steps[study.name] = _steps(study.spec, study.parameters, tokenizer, spec.ray.num_workers, needed)
-    return steps
+            workers = spec.ray.num_workers
+            steps, epoch = _steps(study.spec, study.parameters, tokenizer, workers, needed and study.search)
+            checked[study.name] = Checked(steps, cuts(study, spec.sweep, steps, epoch) if asha else None)
+    return checked
 
 
 def check_training(spec: TrainSpec, workers: int) -> int:
     """The same for one fine-tuning on `workers` workers; returns its optimizer steps."""
-    return _steps(spec, {}, check_study(spec, {}, []), workers, needs_validation=False)
+    steps, _ = _steps(spec, {}, check_study(spec, {}, {}), workers, needs_validation=False)
+    return steps
 
 
 def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
@@ -65,7 +81,7 @@ def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
     from tune.benchmarks import check_files
 
     outline = model_outline(spec)
-    check_rows(outline, spec, attacks=[job.attack for job in jobs(block)])
+    check_rows(outline, spec, attacks={job.attack: "eval" for job in jobs(block)})
     check_files(block)
     check_judging(block)
 
@@ -97,9 +113,12 @@ def check_folder(folder: Path, *, resume: bool) -> None:
 
 
 def check_study(
-    spec: TrainSpec, parameters: dict[str, Space], attacks: list[str], arms: Iterable[str] | None = None
+    spec: TrainSpec, parameters: dict[str, Space], attacks: dict[str, str], arms: Iterable[str] | None = None
 ) -> Any:
-    """Check one model with the values that its search may draw; returns its tokenizer. `arms`: by default its own."""
+    """Check one model with the values that its search may draw; returns its tokenizer.
+
+    attacks: attack -> the block of the run file that asks for it. arms: by default the model's own.
+    """
     from macdrop import load_tokenizer
 
     scopes = [ARMS[arm] for arm in (arms or [spec.arm]) if arm in ARMS]
@@ -142,7 +161,9 @@ def model_outline(spec: TrainSpec) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
-def check_rows(outline: Any, spec: TrainSpec, *, ks: list[int] = (), attacks: list[str] = (), name: str = "") -> None:
+def check_rows(
+    outline: Any, spec: TrainSpec, *, ks: Iterable[int] = (), attacks: Mapping[str, str] | None = None, name: str = ""
+) -> None:
     """Refuse k, searched or attacked, above the number of rows that an FFN of the model has.
 
     name: how the user wrote k, for the message; by default as a key of a run file.
@@ -156,10 +177,10 @@ def check_rows(outline: Any, spec: TrainSpec, *, ks: list[int] = (), attacks: li
                 f"{name or 'macdrop.k'} is {k}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
                 f"Give a whole number from 0 to {rows}; the paper uses 5."
             )
-    for attack in attacks:
+    for attack, block in (attacks or {}).items():
         if attack != PLAIN and parse_attack(attack)[1] > rows:
             raise ConfigError(
-                f"eval.attacks has {attack!r}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
+                f"{block}.attacks has {attack!r}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
                 f"Attack from 0 to {rows} of them."
             )
 
@@ -222,14 +243,16 @@ def check_targets(outline: Any, target: str | list[str]) -> None:
             )
 
 
-def _steps(spec: TrainSpec, parameters: dict[str, Space], tokenizer: Any, workers: int, needs_validation: bool) -> int:
-    """Tokenise the data (kept for the workers), also for searched values, and count the optimizer steps."""
+def _steps(
+    spec: TrainSpec, parameters: dict[str, Space], tokenizer: Any, workers: int, needs_validation: bool
+) -> tuple[int, int]:
+    """Tokenise the data (kept for the workers), also for searched values; optimizer steps in all and of an epoch."""
     from tune import data
 
     if needs_validation and 0 in _values(spec, parameters, "val_size"):
         raise ConfigError(
-            "val_size is 0, but the search optimises eval_loss. Set val_size (for example 0.05), or "
-            "sweep.metric to a score such as {name: zero_shot/arc_easy/acc, goal: maximize}."
+            "val_size is 0, but the search optimises eval_loss, or stops trials by it. Set val_size (for example "
+            "0.05), or sweep.metric to a score of the block validation, and sweep.scheduler to none."
         )
     folder = cache_dir() / "data"
     prepared = data.load(data.prepare(spec, tokenizer, folder))
@@ -247,7 +270,7 @@ def _steps(spec: TrainSpec, parameters: dict[str, Space], tokenizer: Any, worker
     if may_drop(spec, parameters):
         for schedule in _values(spec, parameters, "macdrop.schedule"):
             _check_schedule(schedule, steps, batches.epoch(steps))
-    return steps
+    return steps, batches.steps_per_epoch
 
 
 def may_drop(spec: TrainSpec, parameters: dict[str, Space]) -> bool:

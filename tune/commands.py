@@ -163,9 +163,12 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
     if dry_run:
         _show_plan(spec, planned)
         with console.status("Reading models' settings, data and benchmark files"):
-            steps = check_inputs(spec, planned)
-        for name, count in steps.items():
-            line("checked", f"{name}: model, tokenizer, data and benchmark files; {count} optimizer steps a trial")
+            found = check_inputs(spec, planned)
+        for name, checked in found.items():
+            told = f"{name}: model, tokenizer, data and benchmark files; {checked.steps} optimizer steps a trial"
+            line("checked", told)
+            if checked.cuts:
+                line("asha", f"{name}: {checked.cuts.told()}")
         return 0
     with console.status("Loading"):
         from tune import reporting
@@ -264,27 +267,17 @@ def _show_plan(spec: Any, planned: list[Any]) -> None:
     """The resolved spec, the trials and the resource sum."""
     import yaml
 
-    from tune.benchmarks.spec import jobs
-    from tune.plan import resources
+    from tune.plan import benchmark_runs, outline, resources
     from tune.spec import dump
 
     text = yaml.safe_dump(dump(spec), sort_keys=False, allow_unicode=True, width=10_000)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-    scored = len(jobs(spec.eval))
     for study in planned:
         console.print(f"[bold]{study.name}[/bold] ({study.spec.model_name_or_path})", highlight=False, soft_wrap=True)
-        if study.base:
-            line("base", f"scored on {scored} benchmark(s)")
-        for baseline in study.plain:
-            line("plain", baseline.trial_id())
-        for values in study.trials or ():
-            settings = ", ".join(f"{key}={value}" for key, value in values.items())
-            trial = study.searched(values)
-            line(trial.arm, f"{trial.trial_id()}  {settings}".rstrip())
-        if study.trials is None:
-            line("searched", f"{study.samples} trials drawn by {spec.sweep.search_alg}: {', '.join(study.parameters)}")
+        for word, told in outline(spec, study):
+            line(word, told)
     trained = sum(study.count for study in planned)
-    line("trials", f"{trained} fine-tunings, {(trained + sum(s.base for s in planned)) * scored} benchmark runs")
+    line("trials", f"{trained} fine-tunings, {benchmark_runs(spec, planned)} benchmark runs")
     gpus = spec.ray.gpus_per_worker or spec.ray.gpus_per_evaluator
     line("resources", resources(spec.ray, cluster_gpus=0).sum + ("" if gpus else " (one GPU each where there are any)"))
 

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from macdrop.errors import MacDropError
-from tune.journal import gpu_names
+from tune.environment import gpu_names
 
 MAIN_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "lm-eval")
 MEMORY_GIB, DISK_GIB = 4.0, 2.0

@@ -25,11 +25,12 @@ MAX_ATTEMPTS = 3
 class Opening:
     """What an actor needs to make a model resident; `weights` is where its massive weights are (to be) kept.
 
+    `blocks` are the benchmarks of each split (`tune.benchmarks.spec.SPLITS`), all of them resident side by side.
     With `scan` the actor finds them and proves them with k rows; else it reads them, if they are there.
     """
 
     spec: TrainSpec
-    eval: EvalSpec
+    blocks: dict[str, EvalSpec]
     weights: str
     scan: bool
     k: int
@@ -71,7 +72,7 @@ class _Evaluator:
         self.adapter: str | None = None
         self.model: Any = None
         self.slot: Any = None
-        self.scorer: Any = None
+        self.scorers: dict[str, Any] = {}
         self.prefix: Any = None
         self.in_place = ExitStack()
 
@@ -88,7 +89,8 @@ class _Evaluator:
         from tune.zoo import resolve
 
         self.in_place.close()
-        self.model = self.slot = self.scorer = None
+        self.model = self.slot = None
+        self.scorers = {}
         self.prefix = PrefixCache()
         torch.set_num_threads(opening.threads)
         spec = opening.spec
@@ -111,8 +113,9 @@ class _Evaluator:
             weights = MassiveWeights.load(opening.weights)
         self.slot = AdapterSlot(model)
         self.model, self.adapter = model, None
-        self.scorer = Scorer(model, tokenizer, opening.eval, weights)
-        self.scorer.prepare()
+        for split, block in opening.blocks.items():
+            self.scorers[split] = Scorer(model, tokenizer, block, weights)
+            self.scorers[split].prepare()
         return opening.weights if weights else None
 
     def score(self, item: Item) -> tuple[list[dict[str, Any]], float, int]:
@@ -125,7 +128,8 @@ class _Evaluator:
             self.model = self.in_place.enter_context(self.slot.adapter(item.adapter))
             self.adapter = item.adapter
         saved = self.prefix.calls_saved
-        rows = self.scorer.score(item.job, model=self.model, answers_path=item.answers, prefix=self.prefix)
+        scorer = self.scorers[item.job.split]
+        rows = scorer.score(item.job, model=self.model, answers_path=item.answers, prefix=self.prefix)
         return rows, time.monotonic() - started, self.prefix.calls_saved - saved
 
 

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "k": "Write macdrop.k.",
     "schedule": "Write macdrop.schedule.",
     "alpha": "Write macdrop.alpha.",
+    "seed": "Set sweep.seeds, the number of fresh seeds on which what the search selects is compared.",
     "macdrop.scope": "Placebos are compared with what the search found: list them under sweep.arms.",
     "parameters": "Write it under sweep.",
     "models": "Write it under sweep.",

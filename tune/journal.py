@@ -4,9 +4,9 @@
     config.yaml          the effective spec
     environment.json     versions, host, CPUs, GPUs
     scores.jsonl         one line a score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
-    models/<slug>/       massive_weights.json, proof.json
-    trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, status, reason, times, summary),
-                         metrics.jsonl (one line a logged step), adapter/, answers/*.jsonl
+    models/<slug>/       massive_weights.json, proof.json, finalists.json (what the search selected)
+    trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, stage, setting, cell, status, reason,
+                         times, summary), metrics.jsonl (one line a logged step), adapter/, answers/*.jsonl
 
     pandas.read_json("runs/x/scores.jsonl", lines=True)
 
@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError
+from tune.benchmarks.spec import TEST
+from tune.environment import environment, version
 from tune.files import (
     append_jsonl,
     atomic_write_json,
@@ -46,13 +45,14 @@ BASE = "base"
 """The arm, and the trial name, of an untrained model's scores."""
 ENDED = ("done", "stopped", "failed", "diverged", "cancelled")
 RUN_STATUSES = ("running", "done", "failed", "interrupted")
-SCORE_KEY = ("model", "trial", "benchmark", "task", "metric", "attack", "attack_on")
+SEARCH, FINALS = STAGES = ("search", "final")
+"""What a trial is for: to select a setting by validation, or to be compared on the test benchmarks."""
+SCORE_KEY = ("model", "trial", "split", "benchmark", "task", "metric", "attack", "attack_on")
 """What makes a score one score: a later line with the same values replaces the earlier one."""
 SCORE_COLUMNS = (
-    *("model", "arm", "trial", "seed", "benchmark", "task", "version", "metric", "attack", "attack_on"),
+    *("model", "arm", "trial", "seed", "split", "benchmark", "task", "version", "metric", "attack", "attack_on"),
     *("value", "stderr", "n", "higher_is_better", "batch_size", "limit", "num_fewshot"),
 )
-_PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "ray", "lm-eval", "datasets", "optuna", "numpy")
 
 
 class Journal:
@@ -140,16 +140,7 @@ class Journal:
 
     def write_environment(self) -> dict[str, Any]:
         """Record versions and hardware of this machine in environment.json and return them."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        found = {
-            "host": platform.node(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "cpus": len(os.sched_getaffinity(0)),
-            "memory_gib": round(memory / 2**30, 1),
-            "gpus": gpu_names(),
-            "versions": {name: version(name) for name in _PACKAGES},
-        }
+        found = environment()
         atomic_write_json(self.run_dir / "environment.json", found)
         return found
 
@@ -169,6 +160,9 @@ class Journal:
         """What one of a model's files holds; None where it is missing (or damaged, for a lenient journal)."""
         return read_mapping(file, self.problems) if file.is_file() else None
 
+    def finalists_file(self, model: str) -> Path:
+        return self.model_dir(model) / "finalists.json"
+
     # --- trials ---
 
     def trial(self, trial_id: str) -> TrialRecord:
@@ -177,14 +171,17 @@ class Journal:
         return TrialRecord(self.run_dir / "trials" / trial_id, self.problems)
 
     def trials(self) -> list[dict[str, Any]]:
-        """What trial.json of each trial holds, with its `config`; in order of start."""
+        """What trial.json of each trial holds, with its `config`; in order of start.
+
+        Runs of versions that knew no stages count as final: all of their trials were compared.
+        """
         records = []
         for file in (self.run_dir / "trials").glob("*/trial.json"):
             config = file.with_name("config.yaml")
             record = read_mapping(file, self.problems)
             if record is not None:
                 settings = read_mapping(config, self.problems) if config.exists() else None
-                records.append({**record, "config": settings or {}})
+                records.append({"stage": FINALS, "setting": None, "cell": {}, **record, "config": settings or {}})
         return sorted(records, key=lambda record: (record.get("started") or "", record["trial"]))
 
     def answers_dir(self, model: str, trial: str) -> Path:
@@ -200,9 +197,10 @@ class Journal:
     def add_scores(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Append scores, all of them or none; safe from several processes at once. Returns their number.
 
-        Each row needs at least `SCORE_KEY`, arm and value; other keys are kept. `attack` is "none" without one.
+        Each row needs at least `SCORE_KEY`, arm and value; other keys are kept. `attack` is "none" without one;
+        without `split` a row is of the test benchmarks.
         """
-        rows = [dict(row) for row in rows]
+        rows = [{"split": TEST, **row} for row in rows]
         for row in rows:
             missing = [key for key in (*SCORE_KEY, "arm", "value") if key not in row]
             assert not missing, f"score without {missing}: {row}"
@@ -216,7 +214,7 @@ class Journal:
             return []
         stamp = (state.st_size, state.st_mtime_ns)
         if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
-            rows = read_jsonl(self.scores_file, self.problems)
+            rows = [{"split": TEST, **row} for row in read_jsonl(self.scores_file, self.problems)]
             latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in rows}
             self._read = (stamp, list(latest.values()))
         return [dict(row) for row in self._read[1]]
@@ -258,8 +256,23 @@ class TrialRecord:
     def status(self) -> str:
         return self.info["status"]
 
-    def start(self, config: Mapping[str, Any], *, model: str, arm: str, seed: int) -> None:
-        """Record that the trial runs. Called again after a restart, it counts the attempt and keeps the first start."""
+    def start(
+        self,
+        config: Mapping[str, Any],
+        *,
+        model: str,
+        arm: str,
+        seed: int,
+        stage: str = FINALS,
+        setting: str | None = None,
+        cell: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record that the trial runs. Called again after a restart, it counts the attempt and keeps the first start.
+
+        stage: one of `STAGES`. setting: `TrainSpec.setting_id`, equal for trials that differ in their seed alone.
+        cell: the searched kind of adapter (`tune.finalists`), within which plain and MacDrop are compared.
+        """
+        assert stage in STAGES, stage
         before = self.info
         atomic_write_yaml(self.folder / "config.yaml", config)
         self._write(
@@ -267,6 +280,9 @@ class TrialRecord:
             model=model,
             arm=arm,
             seed=seed,
+            stage=stage,
+            setting=setting,
+            cell=dict(cell or {}),
             status="running",
             reason=None,
             started=before.get("started") or now(),
@@ -308,20 +324,3 @@ class TrialRecord:
 def now() -> str:
     """UTC time to the millisecond, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def gpu_names() -> list[str]:
-    """Names of the GPUs by nvidia-smi, so that torch need not be loaded; empty where there is none."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return found.stdout.strip().splitlines() if found.returncode == 0 else []

@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from tune.journal import FINALS
+
 #: States that no order leaves.
 FINAL = frozenset({"done", "stopped", "diverged", "failed"})
 #: A worker may die under an order (node lost, out of memory); after this many lost lanes the order counts as failed.
@@ -22,7 +24,8 @@ class Order:
     """One fine-tuning to be done, as plain data that crosses processes.
 
     `spec` is a dumped TrainSpec; `folder` the trial's folder; `data` the cache of tokenised data; `weights` the file
-    with the massive weights, None for a plain adapter; `width` the number of workers a lane must have.
+    with the massive weights, None for a plain adapter; `width` the number of workers a lane must have; `stage` (one of
+    `tune.journal.STAGES`) decides what the adapter is scored on; `cell` is the searched kind of adapter.
     """
 
     id: str
@@ -33,6 +36,8 @@ class Order:
     weights: str | None
     engine_key: str
     width: int
+    stage: str = FINALS
+    cell: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,7 +71,10 @@ class OrderBook:
     # ------------------------------------------------------------- followers
 
     def place(self, order: Order, follower: str) -> str:
-        """Queue an order, or follow the equal one that is there; returns its state."""
+        """Queue an order, or follow the equal one that is there; returns its state.
+
+        A trial of the search that is placed for the final stage is not trained again, but scored for that stage.
+        """
         entry = self.entries.get(order.id)
         if entry is None:
             entry = self.entries[order.id] = Entry(order)
@@ -76,6 +84,11 @@ class OrderBook:
             entry.cancelled = False
             if entry.state == "stopped":
                 self._requeue(entry)
+        if entry.order.stage != order.stage == FINALS:
+            entry.order = order
+            if entry.state == "done":
+                entry.state = "trained"
+                self._changed(order.id)
         entry.followers.add(follower)
         return entry.state
 
@@ -213,6 +226,7 @@ class OrderBook:
                 {
                     "id": entry.order.id,
                     "study": entry.order.study,
+                    "stage": entry.order.stage,
                     "state": entry.state,
                     "last": entry.last,
                     "total_steps": steps,

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from tune.orders import FINAL
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -42,6 +44,8 @@ class Progress:
         #: Of each trial, and of each base model, its scores as they came in.
         self._scores: dict[str, list[str]] = {}
         self._states: dict[str, str] = {}
+        #: Study, stage and number of trials that are under way.
+        self._stage: tuple[str, str, int] | None = None
         self._line = ""
 
     def started(self, run_dir: Path, dashboard: str, resources: str) -> None:
@@ -59,8 +63,12 @@ class Progress:
             self._live = None
 
     def study(self, study: Study) -> None:
-        samples = len(study.trials) if study.trials is not None else study.samples
-        self._say(f"[bold]{study.name}[/bold]: {len(study.plain)} plain, {samples} searched")
+        self._say(f"[bold]{study.name}[/bold]: {study.count} fine-tunings at most")
+
+    def stage(self, study: Study, stage: str, trials: int) -> None:
+        """A stage begins, of so many trials (at most: a searcher may draw one twice)."""
+        self._stage = (study.name, stage, trials)
+        self._say(f"[bold]{study.name}[/bold]: {stage}, {trials} trial(s)")
 
     def note(self, text: str) -> None:
         self._say(f"[red]{text}[/red]")
@@ -71,6 +79,8 @@ class Progress:
         lanes = snapshot["lanes"].values()
         busy = sum(1 for lane in lanes if lane["order"])
         self._line = f"lanes {busy} of {len(lanes)} busy   benchmarks waiting or running {scoring}"
+        if self._stage:
+            self._line = f"{self._stage[0]}   {self._remaining()}   {self._line}"
         for name, row in self._orders.items():
             if row["state"] != self._states.get(name) and row["state"] in ("running", "trained"):
                 if not self._live:
@@ -84,7 +94,10 @@ class Progress:
         details = f" eval_loss {loss:.4f}" if loss is not None else ""
         reason = f" ({entry.reason})" if entry.reason else ""
         style = STYLES.get(entry.state, "white")
-        self._say(f"{entry.order.id} [{style}]{entry.state}[/{style}]{details}{reason}")
+        if entry.order.id in self._orders:
+            self._orders[entry.order.id] = {**self._orders[entry.order.id], "state": entry.state}
+        stage = f" ({self._remaining()})" if self._stage else ""
+        self._say(f"{entry.order.id} [{style}]{entry.state}[/{style}]{details}{reason}{stage}")
 
     def scored(self, name: str, result: Result) -> None:
         if result.rows:
@@ -100,6 +113,12 @@ class Progress:
         if of and (not done or done * 10 // of > (done - 1) * 10 // of):
             self._say(f"judged {done} of {of} answers")
 
+    def _remaining(self) -> str:
+        """search 3/8: trials of the stage that have ended, and all of them."""
+        name, stage, trials = self._stage
+        rows = [row for row in self._orders.values() if (row["study"], row["stage"]) == (name, stage)]
+        return f"{stage} {sum(row['state'] in FINAL for row in rows)}/{max(trials, len(rows))}"
+
     def _say(self, text: str) -> None:
         self.console.print(f"[dim]{time.monotonic() - self._begun:6.1f}s[/dim] {text}", soft_wrap=True, highlight=False)
 
@@ -110,7 +129,7 @@ class Progress:
             left = heading in ("trial", "state")
             table.add_column(heading, justify="left" if left else "right", no_wrap=True, min_width=width)
         table.add_column("scores", no_wrap=True, overflow="ellipsis")
-        rows = sorted(self._orders.values(), key=lambda row: row["state"] in ("done", "failed", "diverged", "stopped"))
+        rows = sorted(self._orders.values(), key=lambda row: row["state"] in FINAL)
         for row in rows[:MAX_ROWS]:
             last = row["last"]
             style = STYLES.get(row["state"], "dim")

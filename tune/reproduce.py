@@ -71,7 +71,7 @@ def surroundings() -> dict[str, Any]:
     """Versions and device of this process: where any differs, bits may."""
     import torch
 
-    from tune.journal import version
+    from tune.environment import version
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu {platform.machine()}"
     return {"device": device, "versions": {name: version(name) for name in PACKAGES}}

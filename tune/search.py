@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from ray.tune import choice as one_of
@@ -11,11 +12,15 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from tune.asha import Cuts
+from tune.blocks import EVAL_LOSS
 from tune.plan import Study
 from tune.spec import Space, SweepSpec
 
 #: Under this key a grid's trials carry their values: one list, so that duplicates left out by the plan stay out.
 POINT = "point"
+#: In the last report of a trial that was trained and scored to its end.
+FINISHED = "finished"
 
 
 def param_space(study: Study) -> dict[str, Any]:
@@ -39,28 +44,70 @@ def searcher(study: Study, sweep: SweepSpec) -> Searcher | SearchAlgorithm:
         logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
         # Until five trials are done TPE draws at random; a small sweep would see nothing else with the default of ten.
         sampler = optuna.samplers.TPESampler(seed=sweep.search_seed, n_startup_trials=5)
-        return OptunaSearch(metric=sweep.metric.name, mode=mode(sweep), sampler=sampler)
+        names = [metric.name for metric in sweep.metric]
+        modes = [{"minimize": "min", "maximize": "max"}[metric.goal] for metric in sweep.metric]
+        if len(names) == 1:
+            return _Optuna(metric=names[0], mode=modes[0], sampler=sampler)
+        return _Optuna(metric=names, mode=modes, sampler=sampler)
     return BasicVariantGenerator(random_state=sweep.search_seed)
 
 
-def scheduler(sweep: SweepSpec, total_steps: int) -> TrialScheduler | None:
-    """ASHA on our own `step`, or None; a finished trial is never cut before its scores (`stop_last_trials=False`).
+class _Optuna(OptunaSearch):
+    """Tells Optuna the truth about trials that were stopped early: they have no objective, and count as pruned.
 
-    Metric and mode come from the TuneConfig: Tune refuses them in both places.
+    `OptunaSearch` looks for every metric in every report, takes the last report of a stopped trial for its result, and
+    with several metrics tells Optuna values of None, which it refuses, so that the trial would stay open for ever.
     """
-    if sweep.scheduler == "none":
-        return None
-    return AsyncHyperBandScheduler(
-        time_attr="step",
-        grace_period=sweep.grace_period,
-        reduction_factor=sweep.reduction_factor,
-        max_t=total_steps,
-        stop_last_trials=False,
-    )
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if self.metric in result if isinstance(self.metric, str) else True:
+            super().on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        names = [self.metric] if isinstance(self.metric, str) else self.metric
+        whole = result and result.get(FINISHED) and all(_finite(result.get(name)) for name in names)
+        super().on_trial_complete(trial_id, result if whole else None, error)
 
 
-def mode(sweep: SweepSpec) -> str:
-    return {"minimize": "min", "maximize": "max"}[sweep.metric.goal]
+def scheduler(study: Study, sweep: SweepSpec, cuts: Cuts | None) -> TrialScheduler | None:
+    """ASHA on our own `step` and `eval_loss`, or None; a trial that reached its end is not cut before its scores."""
+    return None if cuts is None else _AfterDecay(study, sweep, cuts)
+
+
+class _AfterDecay(AsyncHyperBandScheduler):
+    """ASHA among the trials whose curriculum has decayed by the first rung (`tune.asha`); others take no part."""
+
+    def __init__(self, study: Study, sweep: SweepSpec, cuts: Cuts) -> None:
+        super().__init__(
+            time_attr="step",
+            metric=EVAL_LOSS,
+            mode="min",
+            grace_period=cuts.first,
+            reduction_factor=sweep.reduction_factor,
+            max_t=cuts.total,
+            stop_last_trials=False,
+        )
+        self._study, self._cuts = study, cuts
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        if self._cuts.comparable(self._study.searched(values(trial.config)).macdrop):
+            super().on_trial_add(controller, trial)
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if trial.trial_id not in self._trial_info or result["step"] >= self._cuts.total:
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if trial.trial_id in self._trial_info:
+            super().on_trial_complete(controller, trial, result)
+
+    def on_trial_remove(self, controller: Any, trial: Any) -> None:
+        self._trial_info.pop(trial.trial_id, None)
+
+
+def _finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _domain(space: Space) -> Any:

@@ -18,9 +18,10 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import SCHEDULES
-from tune.benchmarks.spec import PLAIN, EvalSpec, jobs
+from tune.benchmarks.spec import EvalSpec
 from tune.blocks import MacDropSpec, Metric, RaySpec, Space, Strict, SweepSpec
 from tune.explain import ELSEWHERE, build
+from tune.objectives import check_early_stops, check_metrics
 from tune.specfile import merge, normalise, override, read_override, read_yaml, undot
 
 __all__ = [
@@ -144,10 +145,15 @@ class TrainSpec(Strict):
 
     def trial_id(self) -> str:
         """A name for this fine-tuning made of its canonical content: equal settings are never trained twice."""
-        content = self.canonical().model_dump(mode="json")
-        for how_often in ("logging_steps", "save_steps"):
-            content.pop(how_often)
-        return f"{slug(self.model_name_or_path)}-{self.arm}-{_digest(content)[:8]}"
+        return f"{slug(self.model_name_or_path)}-{self.arm}-{self._identity()}"
+
+    def setting_id(self) -> str:
+        """Equal for fine-tunings that differ in nothing but their seed: replicates of one setting; 8 hex digits."""
+        return self._identity("seed")
+
+    def _identity(self, *without: str) -> str:
+        content = self.canonical().model_dump(mode="json", exclude={"logging_steps", "save_steps", *without})
+        return _digest(content)[:8]
 
 
 def slug(model_name_or_path: str) -> str:
@@ -162,13 +168,18 @@ COUPLED_KEYS = ("zero_stage", "offload")
 
 
 class RunSpec(TrainSpec):
-    """A whole run: the flat keys are the defaults of every trial."""
+    """A whole run: the flat keys are the defaults of every trial.
+
+    `eval` are the test benchmarks, for the base and the final stage; `validation`, of the same shape, is scored in the
+    search and may be its objective.
+    """
 
     model_name_or_path: str = ""
     output_dir: str | None = None
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     sweep: SweepSpec = SweepSpec()
     eval: EvalSpec = EvalSpec()
+    validation: EvalSpec = EvalSpec()
     ray: RaySpec = RaySpec()
 
     @field_validator("report_to", mode="before")
@@ -194,33 +205,9 @@ class RunSpec(TrainSpec):
         studies = self.studies()
         for study in studies:
             _check_space(study, self.sweep.parameters)
-        self._check_metric(studies)
+        check_metrics(self.sweep, self.eval, self.validation)
+        check_early_stops(self.sweep, [study.eval_steps for study in studies])
         return self
-
-    def _check_metric(self, studies: list[TrainSpec]) -> None:
-        name = self.sweep.metric.name
-        if self.sweep.scheduler == "asha":
-            if name != "eval_loss":
-                raise ValueError(
-                    f"sweep.scheduler asha compares trials while they train, and {name} is known at their end only.\n"
-                    "Set sweep.metric.name to eval_loss, or sweep.scheduler to none."
-                )
-            if any(study.eval_steps is None for study in studies):
-                raise ValueError(
-                    "sweep.scheduler asha compares eval_loss while trials train, and eval_steps is not set.\n"
-                    "Set eval_steps (optimizer steps between two validations), or sweep.scheduler to none."
-                )
-        if name == "eval_loss":
-            return
-        known = {(job.benchmark, job.task, "" if job.attack == PLAIN else job.attack) for job in jobs(self.eval)}
-        score, _, attack = name.partition("@")
-        if (*score.split("/")[:2], attack) not in known or len(score.split("/")) != 3:
-            forms = ["/".join((*key[:2], "METRIC")) + (f"@{key[2]}" if key[2] else "") for key in sorted(known)]
-            raise ValueError(
-                f"sweep.metric.name is {name!r}, but no benchmark of the eval block gives such a score."
-                f"{nearest(name, ['eval_loss', *forms])}\nAllowed: eval_loss"
-                + (f", {', '.join(forms)}." if forms else "; or list benchmarks under eval.")
-            )
 
     def studies(self) -> list[TrainSpec]:
         """One fine-tuning spec per model: the flat keys with that model's own overrides."""
@@ -244,7 +231,7 @@ class RunSpec(TrainSpec):
 
 
 def _check_searchable(key: str) -> None:
-    fixed = {*MODEL_KEYS, "finetuning_type", "macdrop"}
+    fixed = {*MODEL_KEYS, "finetuning_type", "macdrop", "seed"}
     allowed = [name for name in TrainSpec.model_fields if name not in fixed]
     allowed += [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
     if key in allowed:

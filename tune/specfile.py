@@ -34,8 +34,10 @@ ALIASES = {
     "ray_num_workers": "ray.num_workers",
 }
 
-#: The sections of `eval` that may be written as a list of names; an override of one entry needs them as a block.
-NAMED_SECTIONS = {("eval", "zero_shot"), ("eval", "perplexity"), ("eval", "generation")}
+#: Sections that may be written as a list of names; an override of one entry needs them as a block.
+NAMED_SECTIONS = {
+    (block, section) for block in ("eval", "validation") for section in ("zero_shot", "perplexity", "generation")
+}
 
 
 # --- text -> plain data ---

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from ray.actor import ActorHandle
 from ray.tune import Stopper
 
-from tune.benchmarks.spec import Job
+from tune.benchmarks.spec import VALIDATION, Job
 from tune.dispatch import call
 from tune.evaluators import Item, Opening, Pool, Result
-from tune.journal import BASE, Journal
+from tune.journal import BASE, FINALS, SEARCH, Journal
 from tune.lanes import Lanes
+from tune.objectives import score_name
 from tune.orders import FINAL, Entry, Order
 from tune.plan import Study
 from tune.progress import Progress
@@ -32,9 +32,10 @@ class Supervisor:
         dispatcher: ActorHandle,
         lanes: Lanes,
         pool: Pool,
-        jobs: list[Job],
+        jobs: dict[str, list[Job]],
         progress: Progress,
     ) -> None:
+        """jobs: what the trials of each stage are scored on; the base is scored on all of it."""
         self._journal, self._dispatcher, self._lanes, self._pool = journal, dispatcher, lanes, pool
         self._jobs, self._progress = jobs, progress
         self._lock = threading.Lock()
@@ -54,7 +55,8 @@ class Supervisor:
             weights = self._pool.open(opening)
             if study.base:
                 tag = {"model": study.spec.model_name_or_path, "arm": BASE, "trial": BASE, "seed": None}
-                self._score(f"{study.name}:{BASE}", tag, None, self._journal.answers_dir(study.name, BASE))
+                jobs = self._jobs[FINALS] + (self._jobs[SEARCH] if study.search else [])
+                self._score(f"{study.name}:{BASE}", tag, None, jobs)
         return weights
 
     def resume_finished(self, study: Study) -> None:
@@ -64,10 +66,15 @@ class Supervisor:
                 continue
             spec = TrainSpec.model_validate(record["config"])
             folder = self._journal.trial(record["trial"]).folder
-            order = Order(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0)
+            order = Order(
+                *(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0),
+                stage=record["stage"],
+                cell=record["cell"],
+            )
             outcome = {key: record.get(key) for key in ("step", "total_steps", "eval_loss")}
-            state = "trained" if self._missing(record["model"], record["trial"]) else "done"
-            call(self._dispatcher, "record", order, state, outcome, self._scores_of(record["trial"]))
+            jobs = self._jobs[record["stage"]]
+            state = "trained" if self._missing(record["model"], record["trial"], jobs) else "done"
+            call(self._dispatcher, "record", order, state, outcome, self.validation_scores(record["trial"]))
 
     def wait(self, study: Study) -> None:
         """Wait until every order and every score of the study is settled.
@@ -88,6 +95,26 @@ class Supervisor:
         """Raise the error that ended the loop, if one did."""
         if self._error is not None:
             raise self._error
+
+    def stage(self, study: Study, stage: str, trials: int) -> None:
+        """A stage of at most so many trials begins."""
+        with self._lock:
+            self._progress.stage(study, stage, trials)
+
+    def note(self, text: str) -> None:
+        """Tell something that the run's user should know."""
+        with self._lock:
+            self._progress.note(text)
+
+    def validation_scores(self, trial: str) -> dict[str, float]:
+        """Scores of the search as `sweep.metric` names them: benchmark/task/metric, with @attack where there is one."""
+        found: dict[str, float] = {}
+        # Of an attack on base rows and on merged ones, the searcher sees the first.
+        for row in sorted(self._journal.score_rows(), key=lambda row: row["attack_on"] or ""):
+            if (row["trial"], row["split"]) == (trial, VALIDATION):
+                name = score_name(row["benchmark"], row["task"], row["metric"], row["attack"])
+                found.setdefault(name, row["value"])
+        return found
 
     def study_failed(self, study: Study, reason: str) -> None:
         """A model could not be used at all."""
@@ -142,25 +169,29 @@ class Supervisor:
         order = entry.order
         record = self._journal.trial(order.id)
         model, seed = order.spec["model_name_or_path"], order.spec["seed"]
-        arm = TrainSpec.model_validate(order.spec).arm
+        spec = TrainSpec.model_validate(order.spec)
+        arm = spec.arm
+        about = {"stage": order.stage, "setting": spec.setting_id(), "cell": order.cell}
         if entry.state == "running":
-            record.start(order.spec, model=model, arm=arm, seed=seed)
+            record.start(order.spec, model=model, arm=arm, seed=seed, **about)
         elif entry.state == "trained":
             tag = {"model": model, "arm": arm, "trial": order.id, "seed": seed}
-            self._score(order.id, tag, str(record.adapter_dir), self._journal.answers_dir(order.study, order.id))
+            self._score(order.id, tag, str(record.adapter_dir), self._jobs[order.stage])
         elif entry.state in FINAL:
             if record.status == "pending":
-                record.start(order.spec, model=model, arm=arm, seed=seed)
+                record.start(order.spec, model=model, arm=arm, seed=seed, **about)
             if entry.state in ("failed", "diverged"):
                 self._failed.add(order.id)
-            record.finish(entry.state, entry.reason, **{k: v for k, v in entry.outcome.items() if k != "status"})
+            outcome = {key: value for key, value in entry.outcome.items() if key != "status"}
+            record.finish(entry.state, entry.reason, **about, **outcome)
             self._progress.ended(entry)
 
     # ---------------------------------------------------------------- scores
 
-    def _score(self, name: str, tag: dict[str, Any], adapter: str | None, answers: Path) -> None:
+    def _score(self, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[Job]) -> None:
         """Hand out the benchmarks of an adapter, or of the base, that are not scored yet."""
-        missing = self._missing(tag["model"], tag["trial"])
+        answers = self._journal.answers_dir(tag["model"], tag["trial"])
+        missing = self._missing(tag["model"], tag["trial"], jobs)
         self._pending[name] = {"left": len(missing), "errors": []}
         for job in missing:
             file = answers / f"{job.key.replace('/', '-')}.jsonl"
@@ -168,14 +199,14 @@ class Supervisor:
         if not missing:
             self._settle(name)
 
-    def _missing(self, model: str, trial: str) -> list[Job]:
-        """The benchmarks that the journal has no score of."""
+    def _missing(self, model: str, trial: str, jobs: list[Job]) -> list[Job]:
+        """The benchmarks among `jobs` that the journal has no score of."""
         known = {
-            tuple(row[key] for key in ("benchmark", "entry", "attack", "attack_on"))
+            Job(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
             for row in self._journal.score_rows()
             if (row["model"], row["trial"]) == (model, trial)
         }
-        return [job for job in self._jobs if (job.benchmark, job.task, job.attack, job.attack_on) not in known]
+        return [job for job in jobs if job not in known]
 
     def _scored(self, result: Result) -> None:
         tag = dict(result.item.tag)
@@ -185,7 +216,8 @@ class Supervisor:
             self._failed.add(f"{name} {result.item.job.key}")
         else:
             # lm-eval may name a task otherwise than the entry of the eval: block that asked for it.
-            extra = {"entry": result.item.job.task, "seconds": round(result.seconds, 3)}
+            job = result.item.job
+            extra = {"entry": job.task, "split": job.split, "seconds": round(result.seconds, 3)}
             self._journal.add_scores([{**tag, **row, **extra} for row in result.rows])
         self._progress.scored(name, result)
         self._pending[name]["left"] -= 1
@@ -196,17 +228,7 @@ class Supervisor:
         errors = self._pending.pop(name)["errors"]
         if name.endswith(f":{BASE}"):
             return
-        call(self._dispatcher, "scored", name, self._scores_of(name), "; ".join(errors) or None)
-
-    def _scores_of(self, trial: str) -> dict[str, float]:
-        """Scores as a searcher names them: benchmark/task/metric, with @attack where there is one."""
-        found: dict[str, float] = {}
-        # Of an attack on base rows and on merged ones, the searcher sees the first.
-        for row in sorted(self._journal.score_rows(), key=lambda row: row["attack_on"] or ""):
-            if row["trial"] == trial:
-                suffix = "" if row["attack"] == "none" else f"@{row['attack']}"
-                found.setdefault(f"{row['benchmark']}/{row['task']}/{row['metric']}{suffix}", row["value"])
-        return found
+        call(self._dispatcher, "scored", name, self.validation_scores(name), "; ".join(errors) or None)
 
 
 class _StopOnError(Stopper):

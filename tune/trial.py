@@ -12,10 +12,12 @@ from ray.actor import ActorHandle
 from ray.tune import Callback
 
 from macdrop.errors import MacDropError
+from tune.blocks import EVAL_LOSS
 from tune.dispatch import call
+from tune.journal import SEARCH
 from tune.orders import FINAL, Order
 from tune.plan import Study
-from tune.search import values
+from tune.search import FINISHED, values
 from tune.spec import TrainSpec, dump
 
 POLL_EVERY_S = 0.2
@@ -36,8 +38,8 @@ class Desk:
     weights: str | None
     width: int
 
-    def order(self, spec: TrainSpec) -> Order:
-        """The order for a canonical fine-tuning; its folder lies in the run folder."""
+    def order(self, spec: TrainSpec, stage: str) -> Order:
+        """The order for a canonical fine-tuning in a stage of its study; its folder lies in the run folder."""
         name = spec.trial_id()
         return Order(
             id=name,
@@ -48,6 +50,8 @@ class Desk:
             weights=self.weights if spec.arm != "plain" else None,
             engine_key=spec.engine_key(),
             width=self.width,
+            stage=stage,
+            cell=self.study.cell(spec),
         )
 
 
@@ -57,21 +61,22 @@ def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
     Raises:
         TrialEnded: the fine-tuning failed, diverged or was stopped.
     """
-    order = desk.order(desk.study.searched(values(config)))
+    order = desk.order(desk.study.searched(values(config)), SEARCH)
     call(desk.dispatcher, "place", order, ray.tune.get_context().get_trial_id())
     step = -1
     while True:
         news = call(desk.dispatcher, "poll", order.id, step)
         for metrics in news["metrics"]:
             step = metrics["step"]
-            ray.tune.report({"step": step, "eval_loss": metrics["eval_loss"]})
+            ray.tune.report({"step": step, EVAL_LOSS: metrics["eval_loss"]})
         if news["state"] in FINAL:
             break
         time.sleep(POLL_EVERY_S)
     if news["state"] != "done":
         raise TrialEnded(f"{order.id} {news['state']}: {news['reason']}")
     outcome = news["outcome"]
-    ray.tune.report({"step": outcome["step"], "eval_loss": outcome["eval_loss"], **news["scores"]})
+    last = {"step": outcome["step"], EVAL_LOSS: outcome["eval_loss"], FINISHED: True}
+    ray.tune.report({**last, **news["scores"]})
 
 
 class CancelStopped(Callback):
@@ -87,5 +92,5 @@ class CancelStopped(Callback):
         self._cancel(trial)
 
     def _cancel(self, trial: Any) -> None:
-        order = self.desk.order(self.desk.study.searched(values(trial.config)))
-        call(self.desk.dispatcher, "cancel", order.id, trial.trial_id)
+        name = self.desk.study.searched(values(trial.config)).trial_id()
+        call(self.desk.dispatcher, "cancel", name, trial.trial_id)

@@ -29,18 +29,19 @@ def space(**axes: str) -> list[str]:
 def test_without_search_one_plain_and_one_macdrop_trial():
     found = study()
     assert found.base and len(found.plain) == 1 and found.plain[0].arm == "plain"
-    assert found.trials == ({},) and found.searched({}).arm == "macdrop" and found.count == 2
+    assert found.trials == ({},) and found.searched({}).arm == "macdrop"
 
 
 def test_the_plain_arm_is_trained_once_and_not_once_per_macdrop_setting():
     found = study(*space(macdrop__k="[1, 3, 5]", macdrop__p0="[0.2, 0.8]"))
-    assert len(found.plain) == 1 and found.samples == 6 and found.count == 7
+    assert len(found.plain) == 1 and found.samples == 6 and found.searched_count == 7
     assert {found.searched(values).arm for values in found.trials} == {"macdrop"}
 
 
 def test_one_baseline_for_each_setting_of_the_other_keys():
-    found = study(*space(macdrop__p0="[0.2, 0.8]", use_dora="[false, true]", seed="[0, 1, 2]"))
-    assert [(plain.use_dora, plain.seed) for plain in found.plain] == [(d, s) for d in (False, True) for s in (0, 1, 2)]
+    found = study(*space(macdrop__p0="[0.2, 0.8]", use_dora="[false, true]", lora_rank="[2, 4, 8]"))
+    wanted = [(dora, rank) for dora in (False, True) for rank in (2, 4, 8)]
+    assert [(plain.use_dora, plain.lora_rank) for plain in found.plain] == wanted
     assert found.samples == 12
     for values in found.trials:
         plain = found.searched(values).model_copy(update={"macdrop": found.plain[0].macdrop})
@@ -70,13 +71,13 @@ def test_equal_points_are_trained_once():
     ],
 )
 def test_arms(arms, base, plain, trials):
-    found = study(f"sweep.arms={arms}", *space(macdrop__p0="[0, 0.5]", seed="[0, 1]"))
+    found = study(f"sweep.arms={arms}", *space(macdrop__p0="[0, 0.5]", lora_rank="[2, 4]"))
     assert (found.base, len(found.plain), found.samples) == (base, plain, trials)
 
 
 def test_a_searcher_draws_its_trials():
     found = study("sweep.search_alg=optuna", "sweep.num_samples=5", *space(macdrop__p0="{min: 0.1, max: 1}"))
-    assert found.trials is None and found.samples == 5 and len(found.plain) == 1 and found.count == 6
+    assert found.trials is None and found.samples == 5 and len(found.plain) == 1 and found.searched_count == 6
 
 
 def test_with_a_searcher_listed_values_have_their_baselines_and_ranges_the_default():
@@ -88,7 +89,7 @@ def test_with_a_searcher_listed_values_have_their_baselines_and_ranges_the_defau
 
 
 def test_no_more_baselines_than_trials_drawn():
-    listed = space(use_dora="[false, true]", seed="[0, 1, 2]", macdrop__p0="[0.5]")
+    listed = space(use_dora="[false, true]", lora_rank="[2, 4, 8]", macdrop__p0="[0.5]")
     assert len(study("sweep.search_alg=random", "sweep.num_samples=5", *listed).plain) == 1
     assert len(study("sweep.search_alg=random", "sweep.num_samples=6", *listed).plain) == 6
 
@@ -97,9 +98,9 @@ def test_a_searcher_without_the_macdrop_arm_has_no_macdrop_keys_to_draw():
     only_macdrop = space(macdrop__p0="{min: 0.1, max: 1}")
     found = study("sweep.search_alg=optuna", "sweep.arms=[base, plain]", *only_macdrop)
     assert (found.trials, found.samples, len(found.plain)) == ((), 0, 1)
-    found = study("sweep.search_alg=optuna", "sweep.arms=[plain]", *only_macdrop, *space(seed="[0, 1]"))
-    assert list(found.parameters) == ["seed"] and found.trials is None
-    assert found.searched({"seed": 1}).arm == "plain"
+    found = study("sweep.search_alg=optuna", "sweep.arms=[plain]", *only_macdrop, *space(lora_rank="[2, 4]"))
+    assert list(found.parameters) == ["lora_rank"] and found.trials is None
+    assert found.searched({"lora_rank": 4}).arm == "plain"
 
 
 def test_several_models_are_several_studies():

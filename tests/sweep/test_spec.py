@@ -142,12 +142,12 @@ def test_an_override_may_use_another_name_than_the_file(tmp_path):
 
 
 def test_an_override_replaces_and_a_dotted_one_only_its_key(tmp_path):
-    file = "model: m\nmacdrop: {k: 3, p0: 0.2}\nsweep: {parameters: {macdrop.p0: [0.1], seed: [0, 1]}}\n"
+    file = "model: m\nmacdrop: {k: 3, p0: 0.2}\nsweep: {parameters: {macdrop.p0: [0.1], lora_rank: [2, 4]}}\n"
     assert spec("macdrop={k: 4}", file=file, tmp_path=tmp_path).macdrop.p0 == 0.8
     assert spec("macdrop.k=4", file=file, tmp_path=tmp_path).macdrop.p0 == 0.2
     assert spec("sweep.parameters={}", file=file, tmp_path=tmp_path).sweep.parameters == {}
-    one = spec("sweep.parameters.seed=[5]", file=file, tmp_path=tmp_path).sweep.parameters
-    assert (one["seed"].values, one["macdrop.p0"].values) == ([5], [0.1])
+    one = spec("sweep.parameters.lora_rank=[5]", file=file, tmp_path=tmp_path).sweep.parameters
+    assert (one["lora_rank"].values, one["macdrop.p0"].values) == ([5], [0.1])
 
 
 def test_one_benchmark_of_a_list_can_be_overridden(tmp_path):

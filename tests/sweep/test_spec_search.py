@@ -47,16 +47,26 @@ def refusal(*overrides: str) -> str:
         (["sweep.parameters.macdrop.p0={min: 0.5, max: 0.1}"], "min < max"),
         (["sweep.parameters.macdrop.p0={min: 0.1, max: 0.5}"], "a grid needs lists of values"),
         (["sweep.search_alg=random", "sweep.parameters.lora_rank={min: 2, max: 8}"], "distribution: int_uniform"),
-        (["sweep.search_alg=random", "sweep.parameters.seed={min: .5, max: 8, distribution: int_uniform}"], "whole"),
+        (["sweep.search_alg=random", "sweep.parameters.lora_rank={min: .5, max: 8, distribution: int_uniform}"], "who"),
+        (["sweep.parameters.seed=[0, 1]"], "Set sweep.seeds"),
         (["sweep.search_alg=random"], "nothing to draw"),
         (["sweep.parameters.model_name_or_path=[a, b]"], "under sweep.models"),
         (["sweep.scheduler=asha"], "eval_steps is not set"),
-        (["sweep.metric.name=zero_shot/a/acc"], "no benchmark of the eval block"),
+        (["sweep.metric.name=zero_shot/a/acc"], "list benchmarks under validation"),
         (
-            ["eval.zero_shot.arc={data: x}", "sweep.metric.name=zero_shot/ark/acc"],
+            ["validation.zero_shot.arc={data: x}", "sweep.metric.name=zero_shot/ark/acc"],
             "Did you mean 'zero_shot/arc/METRIC'?",
         ),
-        (["eval.zero_shot.arc={data: x}", "sweep.metric.name=zero_shot/arc/acc@zeroing@3"], "gives such a score"),
+        (["validation.zero_shot.arc={data: x}", "sweep.metric.name=zero_shot/arc/acc@zeroing@3"], "gives such a score"),
+        (["eval.zero_shot.arc={data: x}", "sweep.metric.name=zero_shot/arc/acc"], "validation.zero_shot.arc, other"),
+        (["eval.zero_shot=[arc]", "validation.zero_shot=[b]", "sweep.metric.name=zero_shot/arc/acc"], "looks better"),
+        (["sweep.metric=[]"], "metric is an empty list"),
+        (["sweep.metric=[{name: eval_loss}, {name: eval_loss}]"], "metric lists eval_loss more than once"),
+        (["validation.zero_shot=[b]", "sweep.metric=[{}, {name: zero_shot/b/acc, goal: maximize}]"], "to optuna"),
+        (["sweep.metric.goal=minimise"], "Did you mean 'minimize'?"),
+        (["sweep.decayed=1"], "sweep.decayed must be below 1"),
+        (["sweep.arms=[base, plain, random_rows]"], "Add macdrop to sweep.arms"),
+        (["sweep.arms=[macdrop, random_row]"], "Did you mean 'random_rows'?"),
         (["sweep.arms=[plan]"], "Did you mean 'plain'?"),
         (["sweep.arms=[]"], "arms is empty"),
     ],
@@ -71,10 +81,12 @@ def test_good_searches_are_accepted():
         "sweep.parameters.macdrop={k: [1, 5], p0: {min: 0, max: 1}, schedule: [step, exp], alpha: [0.01]}",
         "sweep.parameters.learning_rate={min: 1e-5, max: 1e-3, distribution: log_uniform}",
         "sweep.parameters.lora_rank={min: 2, max: 8, distribution: int_uniform}",
-        "eval.zero_shot.arc={data: x}",
-        "eval.attacks=[none, zeroing@3]",
-        "sweep.metric={name: zero_shot/arc/acc@zeroing@3, goal: maximize}",
+        "validation.zero_shot.arc={data: x}",
+        "validation.attacks=[none, zeroing@3]",
+        "sweep.metric=[{name: zero_shot/arc/acc@zeroing@3, goal: maximize}, {name: eval_loss}]",
     )
+    assert [metric.name for metric in found.sweep.metric] == ["zero_shot/arc/acc@zeroing@3", "eval_loss"]
+    assert dump(spec())["sweep"]["metric"] == {"name": "eval_loss", "goal": "minimize"}
     assert found.sweep.parameters["lora_rank"].bounds() == [2, 8]
     assert list(found.sweep.parameters) == [
         *("macdrop.k", "macdrop.p0", "macdrop.schedule", "macdrop.alpha", "learning_rate", "lora_rank")
@@ -97,7 +109,7 @@ def test_with_values_sets_dotted_keys_and_leaves_an_unused_alpha_out():
 def test_yaml_round_trip(tmp_path):
     found = spec(
         *("learning_rate=3e-4", "adam_epsilon=1e-8", "lora_target=[q_proj]", "macdrop={schedule: exp, alpha: 0.05}"),
-        *("dataset=[{path: a}]", "sweep.parameters.seed=[0, 1]", "sweep.search_alg=random", 'output_dir="a b: c"'),
+        *("dataset=[{path: a}]", "sweep.parameters.lora_rank=[2, 4]", "sweep.search_alg=random", 'output_dir="a b: c"'),
         *("sweep.parameters.macdrop.p0={min: 0.1, max: 0.5}", "eval.zero_shot=[arc_easy]", "eval.attacks=[zeroing@1]"),
     )
     file = tmp_path / "written.yaml"

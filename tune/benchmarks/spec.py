@@ -25,6 +25,8 @@ from tune.benchmarks.judge_spec import JudgeSpec
 
 ATTACKS = ("zeroing", "retaining", "random")
 PLAIN = "none"
+TEST, VALIDATION = SPLITS = ("test", "validation")
+"""What a score is for: `test` benchmarks are reported (block `eval:`), `validation` ones select (`validation:`)."""
 SECTIONS = ("zero_shot", "perplexity", "generation")
 TEXT_METRICS = ("exact_match", "chrf", "rouge_l")
 INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
@@ -279,25 +281,31 @@ def _explain(error: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One benchmark entry under one attack: the unit that is scored, scheduled and cached."""
+    """One benchmark entry under one attack: the unit that is scored, scheduled and cached.
+
+    `split` says which block of the run file asks for it, one of `SPLITS`.
+    """
 
     benchmark: str
     task: str
     attack: str = PLAIN
     attack_on: str | None = None
+    split: str = TEST
 
     @property
     def key(self) -> str:
-        """A short readable name, unique within a spec."""
-        return "/".join(part for part in (self.benchmark, self.task, self.attack, self.attack_on) if part)
+        """A short readable name, unique within a run; that of a validation job begins with its split."""
+        split = "" if self.split == TEST else self.split
+        return "/".join(part for part in (split, self.benchmark, self.task, self.attack, self.attack_on) if part)
 
 
-def jobs(spec: EvalSpec) -> list[Job]:
+def jobs(spec: EvalSpec, split: str = TEST) -> list[Job]:
     """List what `spec` asks for, in file order: for each entry the plain score and then its attacks."""
     places = ["base", "merged"] if spec.attack_on == "both" else [spec.attack_on]
     found = []
     for section in SECTIONS:
         for name, entry in getattr(spec, section).items():
             for attack in entry.attacks or spec.attacks:
-                found += [Job(section, name, attack, place) for place in ([None] if attack == PLAIN else places)]
+                places_of = [None] if attack == PLAIN else places
+                found += [Job(section, name, attack, place, split) for place in places_of]
     return found

@@ -1,0 +1,43 @@
+"""Versions and hardware of this machine, told without loading torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+
+_PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "ray", "lm-eval", "datasets", "optuna", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """What a run keeps of the machine it was started on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": gpu_names(),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version; None where the package is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def gpu_names() -> list[str]:
+    """Names of the GPUs by nvidia-smi; empty where there is none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return found.stdout.strip().splitlines() if found.returncode == 0 else []
