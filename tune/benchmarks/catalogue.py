@@ -57,9 +57,9 @@ def known_names() -> dict[str, Path | None]:
 def find_task(name: str, by_path: bool = False) -> Path | None:
     """The YAML file that defines the single task `name`, or None (a group, a tag, or no name of lm-eval).
 
-    `by_path`: look only where file or folder have the task's name, as nearly all have, and spare the full pass.
+    `by_path`: look only where file, folder or both have the task's name, as nearly all have, and spare the full pass.
     """
-    near = [file for file in _files() if name in (file.stem, file.parent.name)]
+    near = [file for file in _files() if name in (file.stem, file.parent.name, f"{file.parent.name}_{file.stem}")]
     for file in sorted(near, key=lambda file: file.stem != name):
         if _defines(file, name):
             return file
