@@ -154,7 +154,8 @@ def test_an_answer_is_that_to_the_first_and_last_half_of_the_prompt(tmp_path, lo
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     for i, item in enumerate(items):
         row = longbench_row(name, i)
-        asked = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
+        asked = "Answer the question based on the given passages."
+        asked += " Only give me the answer and do not output any other words."
         passages = f"The following are given passages.\n{row['context']}"
         prompt = f"{asked}\n\n{passages}\n\n{asked}\n\nQuestion: {row['input']}\nAnswer:"
         ids = tokenizer(prompt).input_ids
