@@ -1,23 +1,30 @@
-"""Scoring adapters with resident evaluation actors over a fresh `lm_eval` process for each.
+"""A suite on several adapters, plain and under attacks: resident evaluation actors against lm-eval's command line.
 
-    python tests/benchmarks/scoring.py [--adapters 4] [--limit 60] [--actors 1]
-    python tests/benchmarks/scoring.py --model PATH --task arc_easy --data FILE.jsonl --limit 100
+    python tests/benchmarks/scoring.py [--adapters 8] [--attacks zeroing@3 ...] [--limit 60] [--processes 6]
+    python tests/benchmarks/scoring.py --model PATH --benchmark arc_easy=FILE.jsonl --benchmark piqa=FILE.jsonl
 
-The adapters are LoRA, r = 8, on all linear layers, with random lora_B. Both ways score the same rows, limit, batch size
-and few-shot setting on the CPU with one thread a process, as many processes at a time as there are actors, without
-internet, and must give the same accuracies: on `zoo:qa` by default, as a task of our own, or with --task and --data on
-an lm-eval task with local rows. The command is what a user would type:
+The adapters are LoRA, r = 8, on all linear layers, with random lora_B. Each is scored without attack and under each of
+--attacks, on base rows. Both ways score the same rows, limit, batch size and few-shot setting on the CPU with one
+thread a process, as many processes at a time as there are actors, without internet. A --benchmark is rows of our own
+multiple-choice format, or TASK=FILE for an lm-eval task with local rows.
 
-    lm_eval run --model hf --model_args pretrained=...,peft=... --include_path FOLDER --tasks NAME ...
+lm-eval's command line runs once for each adapter and attack, with the whole suite in one call, as a user would type it:
 
-Printed with and without what is paid once: the start of Ray, and opening the model and the tasks in the actors. The
-target is held against the time with opening and without Ray, as a sweep has a running Ray anyhow.
+    lm_eval run --model hf --model_args pretrained=...,peft=... --include_path FOLDER --tasks NAME,NAME ...
+
+It knows no attacks: `pretrained` is a copy of the model with the rows set to zero, and writing these copies is not
+counted. With --processes only that many of its runs are made, evenly spread, and the time of all is extrapolated.
+
+Printed are the ratio with and without what is paid once (the start of Ray; opening model, tasks and scan in the
+actors), how many scores agree, and how many calls of layers the attacks shared. The target is held against the time
+with opening and without Ray, as a sweep has a running Ray anyhow.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,28 +40,46 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 from measure import machine, table, verdict
 
-TARGET = 4.0
-MODEL, DATA = "zoo:planted-llama", "zoo:qa"
+TARGET = 6.0
+MODEL, SUITE = "zoo:planted-llama", ("zoo:qa", "zoo:fact", "zoo:agree")
+ATTACKS = ("zeroing@3", "zeroing@5", "retaining@3")
+PLAIN = "none"
+K = 3  # rows of the proof that opening an actor makes
 POLL_S = 0.02
 METRICS = ("acc", "acc_norm")
-Scores = list[dict[str, float]]
+PRINTED_DIGITS = 4  # of a score, in lm-eval's table
+Run = tuple[str, str]  # adapter, attack
+Scores = dict[tuple[str, str], float]  # (benchmark, metric) -> value
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Rows to score: of an lm-eval task, or of our own format where `task` is None."""
+
+    task: str | None
+    data: str
+
+    @classmethod
+    def parse(cls, text: str) -> Benchmark:
+        task, mark, data = text.partition("=")
+        return cls(task, data) if mark else cls(None, text)
+
+    @property
+    def name(self) -> str:
+        """The task's name in lm-eval and of the entry here: no name that lm-eval has itself."""
+        return f"macdrop_{self.task or Path(self.data.partition(':')[2] or self.data).stem}"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is scored: `task` is an lm-eval task, None for rows of our own format; `limit` None for all rows."""
+    """What is scored; `limit` None for all rows."""
 
     model: str
-    task: str | None
-    data: str
+    suite: tuple[Benchmark, ...]
+    attacks: tuple[str, ...]
     limit: int | None
     batch_size: int
     actors: int
-
-    @property
-    def name(self) -> str:
-        """The task's name in lm-eval: `macdrop_local` is no name of its own."""
-        return f"macdrop_local_{self.task or 'choices'}"
 
 
 def make_adapters(model: str, number: int, folder: Path) -> list[str]:
@@ -81,20 +106,39 @@ def make_adapters(model: str, number: int, folder: Path) -> list[str]:
     return made
 
 
+def make_bases(setting: Setting, folder: Path) -> dict[str, str]:
+    """For each attack a checkpoint with its rows set to zero; without attack the model itself."""
+    from macdrop import attacked, find_massive_weights, load_model, load_tokenizer
+    from macdrop.attack import parse_attack
+    from tune.zoo import resolve
+
+    source = str(resolve(setting.model))
+    bases = {PLAIN: source}
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    weights = find_massive_weights(model, tokenizer, source=source, fingerprint="")
+    for text in setting.attacks:
+        attack = parse_attack(text)
+        bases[text] = str(folder / "bases" / text)
+        with attacked(model, weights, attack.kind, attack.k):
+            model.save_pretrained(bases[text])
+        tokenizer.save_pretrained(bases[text])
+    return bases
+
+
 # ------------------------------------------------------------------------------------------- fresh lm_eval processes
 
 
-def write_task(setting: Setting, folder: Path) -> None:
+def write_task(benchmark: Benchmark, folder: Path) -> None:
     """Write the task file for lm-eval's --include_path: local rows as the test split, all else as the task has it."""
     import yaml
 
     from tune.benchmarks.catalogue import find_task
     from tune.benchmarks.files import locate
 
-    rows = str(locate(setting.data).resolve())
+    rows = str(locate(benchmark.data).resolve())
     kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(rows).suffix, "json")
     config: dict[str, Any] = {
-        "task": setting.name,
+        "task": benchmark.name,
         "dataset_path": kind,
         "dataset_kwargs": {"data_files": {"test": rows}},
         "training_split": None,
@@ -102,8 +146,8 @@ def write_task(setting: Setting, folder: Path) -> None:
         "test_split": "test",
         "num_fewshot": 0,
     }
-    if setting.task:
-        config |= {"include": str(find_task(setting.task)), "dataset_name": None, "tag": None}
+    if benchmark.task:
+        config |= {"include": str(find_task(benchmark.task)), "dataset_name": None, "tag": None}
     else:
         metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS]
         config |= {
@@ -114,88 +158,117 @@ def write_task(setting: Setting, folder: Path) -> None:
             "target_delimiter": " ",
             "metric_list": metrics,
         }
-    folder.mkdir(parents=True)
-    (folder / f"{setting.name}.yaml").write_text(yaml.safe_dump(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{benchmark.name}.yaml").write_text(yaml.safe_dump(config))
 
 
-def command(setting: Setting, adapter: str, tasks: Path, output: Path) -> list[str]:
-    from tune.zoo import resolve
-
-    model = f"pretrained={resolve(setting.model)},peft={adapter},dtype=float32"
+def command(setting: Setting, base: str, adapter: str, tasks: Path, output: Path) -> list[str]:
+    model = f"pretrained={base},peft={adapter},dtype=float32"
+    names = ",".join(benchmark.name for benchmark in setting.suite)
     line = [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf", "--model_args", model]
-    line += ["--include_path", str(tasks), "--tasks", setting.name, "--num_fewshot", "0", "--device", "cpu"]
+    line += ["--include_path", str(tasks), "--tasks", names, "--num_fewshot", "0", "--device", "cpu"]
     line += ["--batch_size", str(setting.batch_size), "--output_path", str(output)]
     return line + (["--limit", str(setting.limit)] if setting.limit else [])
 
 
-def by_processes(setting: Setting, adapters: list[str], root: Path) -> tuple[list[float], float, Scores]:
-    """One `lm_eval` process an adapter; returns the seconds of each, in all, and the scores."""
-    write_task(setting, root / "tasks")
+def by_processes(setting: Setting, runs: list[Run], bases: dict[str, str], root: Path) -> dict[Run, tuple]:
+    """One `lm_eval` process a run; returns the seconds and the scores of each."""
+    for benchmark in setting.suite:
+        write_task(benchmark, root / "tasks")
     environment = os.environ | {"HF_DATASETS_CACHE": str(root / "datasets"), "CUDA_VISIBLE_DEVICES": ""}
 
-    def score(adapter: str) -> tuple[float, dict[str, float]]:
-        output = root / "results" / Path(adapter).name
+    def score(run: Run) -> tuple[float, Scores]:
+        adapter, attack = run
+        output = root / "results" / f"{Path(adapter).name}-{attack}"
         began = time.perf_counter()
         done = subprocess.run(
-            command(setting, adapter, root / "tasks", output), env=environment, capture_output=True, text=True
+            command(setting, bases[attack], adapter, root / "tasks", output),
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         seconds = time.perf_counter() - began
         if done.returncode:
             raise RuntimeError(f"lm_eval failed:\n{done.stderr[-3000:]}")
-        print(f"  lm_eval, {Path(adapter).name}: {seconds:.1f} s", flush=True)
+        print(f"  lm_eval, {Path(adapter).name}, {attack}: {seconds:.1f} s", flush=True)
         (file,) = output.rglob("results_*.json")
-        found = json.loads(file.read_text())["results"][setting.name]
-        return seconds, {name: found[f"{name},none"] for name in METRICS}
+        found = json.loads(file.read_text())["results"]
+        pairs = [(b.name, metric) for b in setting.suite for metric in METRICS if f"{metric},none" in found[b.name]]
+        return seconds, {(name, metric): found[name][f"{metric},none"] for name, metric in pairs}
 
-    began = time.perf_counter()
     with ThreadPoolExecutor(setting.actors) as at_a_time:
-        scored = list(at_a_time.map(score, adapters))
-    return [seconds for seconds, _ in scored], time.perf_counter() - began, [scores for _, scores in scored]
+        return dict(zip(runs, at_a_time.map(score, runs), strict=True))
+
+
+def spread(runs: list[Run], number: int | None) -> list[Run]:
+    """`number` of the runs, evenly spread over adapters and attacks; all without a number."""
+    if number is None or number >= len(runs):
+        return runs
+    # Steps of about the golden ratio of all, so that they do not fall in with the number of attacks.
+    step = next(step for step in range(round(0.618 * len(runs)), 2 * len(runs)) if math.gcd(step, len(runs)) == 1)
+    return [runs[i * step % len(runs)] for i in range(number)]
 
 
 # ------------------------------------------------------------------------------------------ resident evaluation actors
 
 
 def opening(setting: Setting, root: Path) -> Any:
-    """What the actors make resident; no massive weights are looked for, as nothing is attacked."""
+    """What the actors make resident; the first of them finds and proves the massive weights."""
     from tune.benchmarks import EvalSpec
     from tune.evaluators import Opening
     from tune.spec import TrainSpec
 
-    entry = {"data": setting.data} | ({"task": setting.task} if setting.task else {"target_delimiter": " "})
-    block = {"batch_size": setting.batch_size, "limit": setting.limit, "zero_shot": {"scored": entry}}
+    entries = {
+        each.name: {"data": each.data} | ({"task": each.task} if each.task else {"target_delimiter": " "})
+        for each in setting.suite
+    }
+    block = {"batch_size": setting.batch_size, "limit": setting.limit, "zero_shot": entries}
     return Opening(
         spec=TrainSpec(model_name_or_path=setting.model),
-        eval=EvalSpec.parse(block),
+        eval=EvalSpec.parse(block | {"attacks": [PLAIN, *setting.attacks]}),
         weights=str(root / "massive_weights.json"),
-        scan=False,
-        k=0,
+        scan=bool(setting.attacks),
+        k=K,
         threads=1,
     )
 
 
-def by_actors(setting: Setting, adapters: list[str], root: Path) -> tuple[float, float, Scores]:
-    """A pool under a running Ray; returns the seconds of opening it and of scoring all adapters, and the scores."""
+@dataclass(frozen=True)
+class ByActors:
+    """Seconds of opening the actors and of scoring all, scores, and calls of layers that attacks shared."""
+
+    opened: float
+    scored: float
+    scores: dict[Run, Scores]
+    calls_saved: int
+
+
+def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
+    """A pool under a running Ray."""
     from tune.benchmarks import jobs
     from tune.evaluators import Item, Pool
 
     opened = opening(setting, root)
-    (job,) = jobs(opened.eval)
     began = time.perf_counter()
     pool = Pool(setting.actors, cpus=1, gpus=0)
     try:
         pool.open(opened)
         ready = time.perf_counter()
         for adapter in adapters:
-            pool.submit(Item({"adapter": adapter}, job, adapter, str(root / "answers.jsonl")))
-        found: dict[str, dict[str, float]] = {}
+            for job in jobs(opened.eval):
+                answers = root / "answers" / f"{Path(adapter).name}-{job.key.replace('/', '-')}.jsonl"
+                pool.submit(Item({"adapter": adapter}, job, adapter, str(answers)))
+        found: dict[Run, Scores] = {}
+        saved = 0
         while pool.busy:
             for result in pool.step():
                 if result.error:
                     raise RuntimeError(result.error)
-                found[result.item.adapter] = {row["metric"]: row["value"] for row in result.rows}
+                saved += result.calls_saved
+                scores = {(row["task"], row["metric"]): row["value"] for row in result.rows}
+                found.setdefault((result.item.adapter, result.item.job.attack), {}).update(scores)
             time.sleep(POLL_S)
-        return ready - began, time.perf_counter() - ready, [found[adapter] for adapter in adapters]
+        return ByActors(ready - began, time.perf_counter() - ready, found, saved)
     finally:
         pool.close()
 
@@ -203,27 +276,36 @@ def by_actors(setting: Setting, adapters: list[str], root: Path) -> tuple[float,
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def same(mine: Scores, theirs: Scores) -> bool:
-    """Whether all adapters have the same scores, to what summing in another order can change."""
-    pairs = zip(mine, theirs, strict=True)
-    return all(abs(a[name] - b[name]) < 1e-9 for a, b in pairs for name in METRICS)
+def agreement(mine: dict[Run, Scores], theirs: dict[Run, Scores]) -> tuple[int, int, int]:
+    """Scores that both have: how many agree in all printed digits, how many as numbers, and how many there are."""
+    pairs = [(mine[run][key], value) for run, scores in theirs.items() for key, value in scores.items()]
+    printed = sum(f"{a:.{PRINTED_DIGITS}f}" == f"{b:.{PRINTED_DIGITS}f}" for a, b in pairs)
+    return printed, sum(abs(a - b) < 1e-9 for a, b in pairs), len(pairs)
 
 
-def report(each: list[float], fresh: float, ray_start: float, opened: float, scored: float, equal: bool) -> str:
-    number = len(each)
+def report(
+    each: list[float], runs: int, actors: int, ray_start: float, ours: ByActors, agreed: tuple[int, int, int]
+) -> str:
+    """each: seconds of the lm_eval processes that were run, of `runs` in all, `actors` at a time."""
+    processes = sum(each) / actors * runs / len(each)
     ways = {
-        "actors, scoring alone": scored,
-        "actors, opening them as well": opened + scored,
-        "actors, Ray's start as well": ray_start + opened + scored,
-        "fresh lm_eval processes": fresh,
+        "actors, scoring alone": ours.scored,
+        "actors, opening them as well": ours.opened + ours.scored,
+        "actors, Ray's start as well": ray_start + ours.opened + ours.scored,
+        "lm_eval's command line": processes,
     }
-    rows = [(name, f"{s:.2f}", f"{s / number:.2f}", f"{fresh / s:.2f}") for name, s in ways.items()]
+    rows = [(name, f"{s:.2f}", f"{s / runs:.2f}", f"{processes / s:.2f}") for name, s in ways.items()]
+    extrapolated = f"EXTRAPOLATED from {len(each)} of {runs} runs of lm_eval, evenly spread"
+    printed, exactly, number = agreed
     return "\n".join(
         [
-            table((f"{number} adapters", "seconds", "per adapter", "times faster"), rows),
-            f"seconds of each lm_eval process: {', '.join(f'{seconds:.1f}' for seconds in each)}",
-            f"same scores: {'yes' if equal else 'NO'}",
-            verdict("processes / (opening + scoring)", fresh / (opened + scored), TARGET, at_least=True),
+            table((f"{runs} runs of the suite", "seconds", "per run", "times faster"), rows),
+            f"lm_eval: {'all runs were made' if len(each) == runs else extrapolated}; "
+            f"{min(each):.1f} to {max(each):.1f} s each, {actors} at a time",
+            f"equal scores: {printed} of {number} in all {PRINTED_DIGITS} digits printed, {exactly} as numbers",
+            f"calls of layers that attacks shared: {ours.calls_saved}",
+            f"same scores: {'yes' if printed == number else 'NO'}",
+            verdict("lm_eval / (opening + scoring)", processes / (ours.opened + ours.scored), TARGET, at_least=True),
         ]
     )
 
@@ -231,14 +313,16 @@ def report(each: list[float], fresh: float, ray_start: float, opened: float, sco
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--task", help="an lm-eval task; without it --data is in our own multiple-choice format")
-    parser.add_argument("--data", default=DATA)
-    parser.add_argument("--adapters", type=int, default=4)
+    parser.add_argument("--benchmark", action="append", help="DATA or TASK=DATA; may be given several times")
+    parser.add_argument("--attacks", nargs="*", default=list(ATTACKS))
+    parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--actors", type=int, default=1)
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--processes", type=int, help="how many of lm_eval's runs to make; all by default")
     given = parser.parse_args()
-    setting = Setting(given.model, given.task, given.data, given.limit, given.batch_size, given.actors)
+    suite = tuple(Benchmark.parse(text) for text in given.benchmark or SUITE)
+    setting = Setting(given.model, suite, tuple(given.attacks), given.limit, given.batch_size, given.actors)
     import ray
 
     from tune.cluster_state import connect
@@ -251,25 +335,28 @@ def main() -> None:
         os.environ["MACDROP_CACHE"] = str(root / "cache")
         print(machine(), flush=True)
         adapters = make_adapters(setting.model, given.adapters, root)
+        bases = make_bases(setting, root)
+        runs = [(adapter, attack) for adapter in adapters for attack in (PLAIN, *setting.attacks)]
+        made = spread(runs, given.processes)
         # Half of the processes before the actors and half behind them: a drift of the machine's load hits both.
-        half = len(adapters) // 2
-        before = by_processes(setting, adapters[:half], root / "before")
+        half = len(made) // 2
+        theirs = by_processes(setting, made[:half], bases, root / "before")
         began = time.perf_counter()
-        connect(RaySpec())
+        connect(RaySpec(dashboard=False))
         ray_start = time.perf_counter() - began
         try:
-            opened, scored, ours = by_actors(setting, adapters, root)
+            ours = by_actors(setting, adapters, root)
         finally:
             ray.shutdown()
-        behind = by_processes(setting, adapters[half:], root / "behind")
-        each, fresh, theirs = (mine + others for mine, others in zip(before, behind, strict=True))
-        for name in METRICS:
-            print(f"{name}: actors {_show(ours, name)}   processes {_show(theirs, name)}")
-        print(f"\n{report(each, fresh, ray_start, opened, scored, same(ours, theirs))}\n\n{machine()}")
-
-
-def _show(scores: Scores, name: str) -> str:
-    return " ".join(f"{score[name]:.4f}" for score in scores)
+        theirs |= by_processes(setting, made[half:], bases, root / "behind")
+        for adapter, attack in made:
+            scores = theirs[adapter, attack][1]
+            mine = ours.scores[adapter, attack]
+            told = " ".join(f"{'/'.join(key)} {mine[key]:.4f}|{value:.4f}" for key, value in scores.items())
+            print(f"{Path(adapter).name} {attack}, actors|lm_eval: {told}")
+        agreed = agreement(ours.scores, {run: scores for run, (_, scores) in theirs.items()})
+        each = [seconds for seconds, _ in theirs.values()]
+        print(f"\n{report(each, len(runs), setting.actors, ray_start, ours, agreed)}\n\n{machine()}")
 
 
 if __name__ == "__main__":

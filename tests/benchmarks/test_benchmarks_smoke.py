@@ -71,17 +71,20 @@ def test_lanes_are_held_against_as_many_runs():
 def test_lm_eval_loads_the_task_file(tmp_path):
     from lm_eval.tasks import TaskManager
 
-    for task, data in ((None, "zoo:qa"), ("arc_easy", _arc(tmp_path))):
-        setting = scoring.Setting("zoo:planted-llama", task, data, 2, 16, 1)
-        folder = tmp_path / f"tasks-{task}"
-        scoring.write_task(setting, folder)
-        manager = TaskManager(include_defaults=False, include_path=str(folder))
-        loaded = manager.load([setting.name])["tasks"][setting.name]
-        assert len(loaded.test_docs()) == (60 if task is None else 1)
+    suite = (scoring.Benchmark.parse("zoo:qa"), scoring.Benchmark.parse(f"arc_easy={_arc(tmp_path)}"))
+    assert [benchmark.name for benchmark in suite] == ["macdrop_qa", "macdrop_arc_easy"]
+    for benchmark in suite:
+        scoring.write_task(benchmark, tmp_path / "tasks")
+    manager = TaskManager(include_defaults=False, include_path=str(tmp_path / "tasks"))
+    for benchmark, rows in zip(suite, (60, 1), strict=True):
+        loaded = manager.load([benchmark.name])["tasks"][benchmark.name]
+        assert len(loaded.test_docs()) == rows
         assert loaded.get_config("output_type") == "multiple_choice"
-    line = scoring.command(setting, "ADAPTER", folder, tmp_path / "out")
+    setting = scoring.Setting("zoo:planted-llama", suite, ("zeroing@3",), 2, 16, 1)
+    line = scoring.command(setting, "BASE", "ADAPTER", tmp_path / "tasks", tmp_path / "out")
     assert line[line.index("--limit") + 1] == "2"
-    assert "peft=ADAPTER" in line[line.index("--model_args") + 1]
+    assert line[line.index("--tasks") + 1] == "macdrop_qa,macdrop_arc_easy"
+    assert line[line.index("--model_args") + 1].startswith("pretrained=BASE,peft=ADAPTER,")
 
 
 def _arc(folder) -> str:
@@ -92,11 +95,32 @@ def _arc(folder) -> str:
     return str(file)
 
 
-def test_scores_are_compared_adapter_by_adapter():
-    assert scoring.same([{"acc": 0.5, "acc_norm": 0.1}], [{"acc": 0.5, "acc_norm": 0.1}])
-    assert not scoring.same([{"acc": 0.5, "acc_norm": 0.1}], [{"acc": 0.25, "acc_norm": 0.1}])
-    text = scoring.report([10.0, 10.0], 20.0, 5.0, 3.0, 1.0, True)
-    assert "met (5.000)" in text
+def test_attacked_checkpoints_have_their_rows_set_to_zero(tmp_path):
+    import torch
+
+    from macdrop import load_model
+
+    setting = scoring.Setting("zoo:planted-llama", (), ("zeroing@3", "retaining@3"), 2, 16, 1)
+    bases = scoring.make_bases(setting, tmp_path)
+    rows = {}
+    for attack, base in bases.items():
+        up = load_model(base).model.layers[1].mlp.up_proj.weight
+        rows[attack] = int((up == 0).all(dim=1).sum())
+    assert rows == {"none": 0, "zeroing@3": 3, "retaining@3": len(up) - 3}
+    assert torch.isfinite(up).all()
+
+
+def test_scores_are_compared_run_by_run():
+    runs = [(f"adapter-{i}", attack) for i in range(8) for attack in "abcd"]
+    assert scoring.spread(runs, None) == runs == scoring.spread(runs, 40)
+    picked = scoring.spread(runs, 6)
+    assert len(set(picked)) == 6 and {attack for _, attack in picked} == set("abcd")
+    theirs = {runs[0]: {("t", "acc"): 0.5, ("t", "acc_norm"): 0.25}}
+    assert scoring.agreement({runs[0]: {("t", "acc"): 0.5, ("t", "acc_norm"): 0.25001}}, theirs) == (2, 1, 2)
+    ours = scoring.ByActors(3.0, 1.0, {}, 12)
+    text = scoring.report([10.0, 10.0], 4, 2, 5.0, ours, (8, 8, 8))
+    assert "met (5.000)" in text and "EXTRAPOLATED from 2 of 4" in text and "same scores: yes" in text
+    assert "EXTRAPOLATED" not in scoring.report([10.0, 10.0], 2, 2, 5.0, ours, (8, 8, 8))
 
 
 @pytest.mark.parametrize("outside", [True, False])
@@ -125,7 +149,7 @@ def test_phases_of_a_run_add_up(outside):
     ("script", "arguments", "expected"),
     [
         ("lanes", ["--trials", "2", "--steps", "2", "--runs", "1"], "equal adapters: 1 of 1 by SHA-256 (2 of"),
-        ("scoring", ["--adapters", "2", "--limit", "8"], "same scores: yes"),
+        ("scoring", ["--adapters", "1", "--attacks", "zeroing@3", "--limit", "8"], "same scores: yes"),
     ],
 )
 def test_both_ways_give_the_same_result(script, arguments, expected):
