@@ -1,0 +1,141 @@
+"""Generated answers side by side, with what the judge said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tune.files import read_jsonl
+from tune.journal import BASE, Journal
+from tune.page.select import best_groups, cells, tint
+from tune.results import Line, ModelResults
+
+QUESTIONS = 8
+"""Shown of each benchmark; all of them are in the answers files."""
+CUT = 1500
+"""Characters shown of a text."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer in one turn. `score` is the judge's, None where it is not judged or could not be read."""
+
+    text: str
+    ended: str
+    judged: bool = False
+    score: float | None = None
+    feedback: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One column: a setting and a seed, with a reply for each turn."""
+
+    label: str
+    colour: str
+    seed: int | None
+    replies: list[Reply]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the answers of every speaker; `turns` are what the user says."""
+
+    item: str
+    category: str
+    turns: list[str]
+    reference: str
+    speakers: list[Speaker]
+
+    @property
+    def differs(self) -> bool:
+        return len({tuple(reply.text for reply in speaker.replies) for speaker in self.speakers}) > 1
+
+
+def generations(journal: Journal, model: ModelResults) -> dict[str, list[Question]]:
+    """Benchmark -> questions: base, plain and the best MacDrop setting, on the first seed that both have.
+
+    Where there are more than QUESTIONS, those that are answered differently come first, from every category in turn.
+    """
+    speakers = list(_speakers(model))
+    found: dict[str, list[Question]] = {}
+    for entry in _entries(journal, model, speakers):
+        by_line = [(line, label, _rows(journal, model, line, entry)) for line, label in speakers]
+        present = [(line, label, rows) for line, label, rows in by_line if rows]
+        if present:
+            said = {line.trial: _judgements(journal, model, line, entry) for line, _, _ in present}
+            found[entry] = _pick([_question(item, present, said) for item in present[0][2]])
+    return found
+
+
+def _speakers(model: ModelResults) -> Iterator[tuple[Line, str]]:
+    """Of the first cell: the base model, and plain and MacDrop with the first seed that both were trained with."""
+    groups = {group.arm: group for group in best_groups(model, cells(model)[0])}
+    if BASE in groups:
+        yield groups[BASE].lines[0], groups[BASE].label
+    trained = [groups[arm] for arm in ("plain", "macdrop") if arm in groups]
+    shared = set.intersection(*({line.seed for line in group.lines} for group in trained)) if trained else set()
+    for group in trained:
+        lines = [line for line in group.lines if line.seed in shared] or group.lines
+        yield min(lines, key=lambda line: line.seed or 0), group.label
+
+
+def _entries(journal: Journal, model: ModelResults, speakers: list[tuple[Line, str]]) -> list[str]:
+    """Names of the generation benchmarks that somebody has answered without attack."""
+    names = set()
+    for line, _ in speakers:
+        folder = journal.answers_dir(model.display, line.trial)
+        names |= {file.name.removeprefix("generation-") for file in folder.glob("generation-*-none.jsonl")}
+    return sorted(name.removesuffix("-none.jsonl") for name in names)
+
+
+def _rows(journal: Journal, model: ModelResults, line: Line, entry: str) -> dict[str, dict[str, Any]]:
+    rows = read_jsonl(journal.answers_dir(model.display, line.trial) / f"generation-{entry}-none.jsonl")
+    return {str(row["question_id"]): row for row in rows if row.get("answers")}
+
+
+def _judgements(journal: Journal, model: ModelResults, line: Line, entry: str) -> dict[str, dict[str, Any]]:
+    """ "question/turn" -> the latest judge's row; rows of attacked answers are left out."""
+    folder: Path = journal.answers_dir(model.display, line.trial).parent / "judgements"
+    files = sorted(folder.glob(f"{entry}--*.jsonl"), key=lambda file: (file.stat().st_mtime, file.name))
+    rows = read_jsonl(files[-1]) if files else []
+    return {str(row["item"]): row for row in rows if row.get("attack", "none") == "none"}
+
+
+def _question(
+    item: str, present: list[tuple[Line, str, dict[str, dict[str, Any]]]], said: dict[str, dict[str, dict[str, Any]]]
+) -> Question:
+    first = present[0][2][item]
+    speakers = [
+        Speaker(label, tint(line.arm), line.seed, [_reply(rows[item], turn, said[line.trial].get(f"{item}/{turn}"))
+                                                   for turn in range(len(rows[item]["answers"]))])
+        for line, label, rows in present if item in rows
+    ]  # fmt: skip
+    turns = [_cut(str(turn)) for turn in first.get("turns") or []]
+    return Question(item, str(first.get("category") or ""), turns, _cut(str(first.get("reference") or "")), speakers)
+
+
+def _reply(row: dict[str, Any], turn: int, judged: dict[str, Any] | None) -> Reply:
+    ended = (row.get("ended") or [])[turn : turn + 1]
+    text = _cut(str(row["answers"][turn]))
+    if judged is None:
+        return Reply(text, "".join(ended))
+    feedback = tuple(_cut(str(said)) for said in judged.get("feedback") or [])
+    return Reply(text, "".join(ended), True, judged.get("score"), feedback)
+
+
+def _pick(questions: list[Question]) -> list[Question]:
+    """At most QUESTIONS, those with different answers first, taking the categories in turn."""
+    place: dict[tuple[str, bool], int] = {}
+    keys = []
+    for number, question in enumerate(questions):
+        kind = (question.category, question.differs)
+        place[kind] = place.get(kind, 0) + 1
+        keys.append(((not question.differs, place[kind], number), question))
+    return [question for _, question in sorted(keys, key=lambda pair: pair[0])[:QUESTIONS]]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= CUT else f"{text[:CUT]} … ({len(text) - CUT} more characters)"
