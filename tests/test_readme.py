@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -173,6 +174,8 @@ def is_model(kind: object) -> bool:
 
 
 def as_yaml(value: object) -> str:
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value)  # YAML as well, and on one line
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
 
 

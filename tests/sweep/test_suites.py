@@ -122,6 +122,7 @@ def test_suites_are_merged_in_their_order():
         ({"suite": []}, ["a name or a list of names"]),
         ({"suite": ["paper", "paper"]}, ["twice"]),
         ({"local": "data"}, ["add suite"]),
+        ({"suit": "paper"}, ["Did you mean 'suite'"]),
         ({"suite": "zero-shot", "zero_shot": {"bolq": False}}, ["bolq", "Did you mean 'boolq'"]),
         ({"suite": "zero-shot", "zero_shot": {"boolq": {"dta": "x"}}}, ["Did you mean 'data'"]),
         ({"suite": "paper"}, ["generation.spec_bench", "hemingkx/Spec-Bench", "local: FOLDER", "off"]),
@@ -150,10 +151,10 @@ def test_a_local_folder_gives_every_entry_its_file_or_tells_all_that_are_missing
 
 def test_a_run_file_keeps_what_the_suite_stood_for(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(json.dumps({**MODEL, "eval": {"suite": "zero-shot"}}))
+    file.write_text(json.dumps({**MODEL, "eval": {"suite": "zero-shot"}, "validation": {"suite": "validation"}}))
     spec = load(file, ["eval.limit=5", "eval.zero_shot.boolq=off", "eval.zero_shot.piqa.data=p.jsonl"])
     assert list(spec.eval.zero_shot) == ["arc_easy", "arc_challenge", "piqa", "winogrande"] and spec.eval.limit == 5
-    assert spec.eval.zero_shot["piqa"].data == ["p.jsonl"]
+    assert spec.eval.zero_shot["piqa"].data == ["p.jsonl"] and spec.validation.zero_shot["boolq"].split == "train"
     written = tmp_path / "config.yaml"
     written.write_text(yaml.safe_dump(dump(spec)))
     assert (

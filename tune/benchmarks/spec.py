@@ -218,8 +218,12 @@ class EvalSpec(_Strict):
     `batch_size` is fixed and kept in every row. `limit`: items of each task (null: all). `num_fewshot` null: the task's
     own number. `max_length` null: the model's. `add_bos_token` null: as the tokenizer does. `attack_on`: base rows with
     the adapter in place, rows of the merged weights, or both. `judge` gives the answers of `generation` a score.
+    `suite` (a name or a list) and `local` (the folder of the suites' files) are replaced by what they stand for when a
+    block is read, and never written (`tune.suites.expand`).
     """
 
+    suite: None = Field(None, exclude=True)
+    local: None = Field(None, exclude=True)
     batch_size: PositiveInt = 16
     limit: PositiveInt | None = None
     num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = 0
