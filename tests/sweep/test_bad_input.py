@@ -126,12 +126,12 @@ def test_a_searched_cutoff_that_leaves_no_answer_token(shell, recipe):
         ("eval.zero_shot.qa.data=nowhere.jsonl", "nowhere.jsonl"),
         ("eval.perplexity.w.data=nowhere.txt", "nowhere.txt"),
         ("eval.zero_shot=[ark_easy]", "Did you mean 'arc_easy'?"),
-        ("val_size=0", "val_size is 0, but the search optimises eval_loss"),
+        ("val_size=0 sweep.parameters.macdrop.p0=[0.5,0.8]", "val_size is 0, but the search optimises eval_loss"),
     ],
 )
 def test_what_a_sweep_needs_besides(override, told, shell, recipe):
     for verb in VERBS[:2]:
-        assert told in refused(shell, verb, recipe(), override)
+        assert told in refused(shell, verb, recipe(), *override.split(" "))
 
 
 # --- models ---

@@ -12,8 +12,8 @@ DONE = {"status": "done", "step": 4, "total_steps": 4, "eval_loss": 1.0}
 STOPPED = {"status": "stopped", "step": 2, "total_steps": 4, "eval_loss": 2.0}
 
 
-def order(name: str = "a", *, engine: str = "e", width: int = 1, study: str = "s") -> Order:
-    return Order(name, study, {"seed": 0}, f"/trials/{name}", "/data", None, engine, width)
+def order(name: str = "a", *, engine: str = "e", width: int = 1, study: str = "s", stage: str = "final") -> Order:
+    return Order(name, study, {"seed": 0}, f"/trials/{name}", "/data", None, engine, width, stage)
 
 
 def book_in(state: str) -> OrderBook:
@@ -235,3 +235,21 @@ def test_abandon_leaves_only_the_kept_followers():
     book.abandon(order("searched").study, "baseline")
     states = {row["id"]: row["state"] for row in book.snapshot()["orders"]}
     assert states == {"searched": "stopped", "baseline": "queued", "both": "queued"}
+
+
+def test_a_trial_of_the_search_placed_for_the_final_stage_is_scored_again_and_not_trained():
+    book = OrderBook()
+    book.lane_up("l", 1, "host")
+    book.place(order(stage="search"), "tom")
+    book.take("l", None)
+    book.trained("a", DONE)
+    book.scored("a", {"x": 1.0}, None)
+    book.changes()
+    assert book.place(order(), "baseline") == "trained"
+    entry = book.entries["a"]
+    assert (entry.state, entry.order.stage, entry.outcome) == ("trained", "final", DONE)
+    assert [changed.order.id for changed in book.changes()] == ["a"] and book.take("l", None) is None
+    book.scored("a", {}, None)
+    assert entry.state == "done"
+    book.place(order(stage="search"), "ann")  # and the search never takes it back
+    assert (entry.state, entry.order.stage) == ("done", "final")

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from macdrop.errors import ConfigError
-from tune.plan import Study, check_local, gpu_shares, one_lane, resources, studies
+from tune.plan import Study, benchmark_runs, check_local, gpu_shares, one_lane, outline, resources, studies
 from tune.spec import RaySpec, load
 
 MODEL = "model_name_or_path=zoo:planted-llama"
@@ -156,3 +156,60 @@ def test_more_cpus_than_the_machine_has_are_refused_with_the_arithmetic():
         check_local(RaySpec(num_workers=cpus, cpus_per_evaluator=1.0))
     check_local(RaySpec(num_workers=cpus + 1, address="auto"))
     check_local(one_lane(RaySpec(num_workers=cpus, lanes=2, cpus_per_evaluator=1.0)))
+
+
+# --- stages ---
+
+OPTUNA = "sweep.search_alg=optuna"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "search", "searched", "final"),
+    [
+        ([], False, 0, 6),
+        (["sweep.seeds=0"], False, 0, 2),
+        (space(macdrop__p0="[0.2, 0.8]"), True, 3, 6),
+        ([*space(macdrop__p0="[0.2, 0.8]"), "sweep.seeds=0"], True, 3, 0),
+        ([*space(macdrop__p0="[0.2, 0.8]"), "sweep.seeds=0", "sweep.arms=[macdrop, all_rows]"], True, 2, 1),
+        ([*space(macdrop__p0="[0.2, 0.8]"), "sweep.finalists=5"], True, 3, 9),
+        (space(use_dora="[false, true]"), False, 0, 12),
+        (space(lora_rank="[2, 4]"), True, 4, 6),
+        (["sweep.arms=[base]"], False, 0, 0),
+        (["sweep.arms=[plain]"], False, 0, 3),
+        (["sweep.arms=[plain]", *space(lora_rank="[2, 4]")], True, 2, 3),
+        ([OPTUNA, *space(macdrop__p0="{min: 0.1, max: 1}")], True, 9, 6),
+        ([OPTUNA, *space(learning_rate="{min: 0.1, max: 1}", use_dora="[true, false]")], True, 12, 12),
+    ],
+)
+def test_the_search_and_the_final_stage_are_counted(overrides, search, searched, final):
+    found = study(*overrides)
+    assert (found.search, found.searched_count, found.final_count) == (search, searched, final)
+
+
+def test_fresh_seeds_follow_the_searchs_and_never_are_it():
+    assert study("seed=4", "sweep.seeds=2").seeds == (5, 6) and study("seed=4", "sweep.seeds=2").reseeded
+    assert study("seed=4", "sweep.seeds=0").seeds == (4,) and not study("seed=4", "sweep.seeds=0").reseeded
+    with pytest.raises(ConfigError, match="seed"):
+        study(f"seed={2**31 - 2}", "sweep.seeds=3")
+
+
+def test_cells_are_kinds_of_adapter():
+    found = study(*space(use_dora="[false, true]", use_rslora="[false, true]", lora_rank="[2, 4]"))
+    assert found.cells == 4 and found.cell(found.plain[0]) == {"use_dora": False, "use_rslora": False}
+    assert study().cells == 1 and study().cell(found.plain[0]) == {}
+
+
+def test_the_outline_says_what_selects_and_what_is_compared():
+    run = load(None, [MODEL, *space(macdrop__p0="[0.2, 0.8]"), "sweep.arms=[base, plain, macdrop, all_rows]",
+                      "eval.zero_shot=[a]", "validation.zero_shot=[b, c]"])  # fmt: skip
+    (found,) = studies(run)
+    told = dict(outline(run, found))
+    assert told["base"] == "scored on 1 benchmark(s) and 2 for validation"
+    assert told["search"] == "3 fine-tunings on seed 0; the best by eval_loss (minimize) go on"
+    assert told["final"] == "plain, the best macdrop, all_rows on seeds 1, 2, 3: 9 fine-tunings"
+    assert benchmark_runs(run, [found]) == (9 + 1) * 1 + (3 + 1) * 2
+
+
+def test_a_study_without_a_search_scores_no_validation():
+    run = load(None, [MODEL, "eval.zero_shot=[a]", "validation.zero_shot=[b]"])
+    assert benchmark_runs(run, studies(run)) == 6 + 1
