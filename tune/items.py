@@ -17,6 +17,8 @@ from tune.journal import Journal
 
 Value = float | tuple[float, float]
 """Of an item: its score; of a perplexity's window: (summed negative log-likelihood in nats, tokens or words)."""
+#: The part of Spec-Bench that is no category.
+MULTI_TURN = "multi_turn"
 JUDGE_METRICS = ("judge_score", "judge_unparsed")
 RATIOS = ("perplexity", "word_perplexity", "byte_perplexity")
 """Metrics that are exp of one ratio of sums over all items, not a mean over items."""
@@ -107,19 +109,19 @@ class Items:
     # --- judgements ---
 
     def _judgements(self, row: Mapping[str, Any]) -> Found:
-        """By the judge that the score names: there may be files of several."""
-        folder = self._journal.answers_dir(self._model, row["trial"]).with_name("judgements")
-        wanted = dict(word.split("=", 1) for word in (row.get("settings") or "").split() if "=" in word).get("judge")
-        for file in sorted(folder.glob(f"{_entry(row)}--*.jsonl".replace("/", "-"))):
-            records = [r for r in self._load(file) if r.get("attack", "none") == row["attack"]]
-            judge = records[0]["judge"] if records else {}
-            if wanted in (None, judge.get("model"), f"{judge.get('model')}@{judge.get('revision')}"):
-                category = row["task"].removeprefix(_entry(row)).lstrip("/")
-                mine = [r for r in records if category in ("", r["category"])]
-                if row["metric"] == "judge_unparsed":
-                    return {str(r["item"]): float(r["score"] is None) for r in mine}
-                return {str(r["item"]): math.nan if r["score"] is None else float(r["score"]) for r in mine}
-        return None
+        """By the judge whose file the score names: there may be several. Of two lines of an item the later counts."""
+        if not row.get("judgements"):
+            return None
+        latest = {str(r["item"]): r for r in self._load(self._journal.run_dir / row["judgements"])}
+        part = row["task"].removeprefix(_entry(row)).lstrip("/")
+        mine = {
+            item: r["score"]
+            for item, r in latest.items()
+            if part in ("", r["category"]) or (part == MULTI_TURN and r["turns"] > 1)
+        }
+        if row["metric"] == "judge_unparsed":
+            return {item: float(score is None) for item, score in mine.items()}
+        return {item: math.nan if score is None else float(score) for item, score in mine.items()}
 
     def _load(self, file: Path) -> list[dict[str, Any]]:
         if file not in self._files:

@@ -146,8 +146,9 @@ class _Maker:
             for turn in range(len(turns)):
                 score = int(np.clip(round(quality + draws.normal(0, 0.7)), 1, 5)) if draws.random() > 0.05 else None
                 feedback = [f"Clear enough. [RESULT] {score}"] if score else ["I cannot say.", "No."]
-                judged.append({"item": f"{80 + i}/{turn}", "category": category, "score": score, "feedback": feedback,
-                               "attempts": len(feedback), "judge": JUDGE})  # fmt: skip
+                judged.append({"item": f"{80 + i}/{turn + 1}", "category": category, "turns": len(turns),
+                               "score": score, "feedback": feedback, "attempts": len(feedback), "error": None,
+                               "judge": JUDGE})  # fmt: skip
         self._write(tag, folder, "generation", "spec_bench", items)
         settings = "format=spec_bench template=alpaca greedy max_new_tokens=32 prompts_cut_left=0"
         for name in ("spec_bench", *(f"spec_bench/{category}" for category in CATEGORIES)):
@@ -161,14 +162,16 @@ class _Maker:
 
     def _judged(self, tag: dict[str, Any], folder: Path, judged: list[dict[str, Any]]) -> None:
         folder.mkdir(exist_ok=True)
-        (folder / f"spec_bench--{slug(JUDGE['model'])}.jsonl").write_text(lines(judged), encoding="utf-8")
-        settings = f"judge={JUDGE['model']}@{JUDGE['revision']} date={JUDGE['date']} rubric={JUDGE['rubric']}"
+        file = folder / f"spec_bench--{slug(JUDGE['model'])}.jsonl"
+        file.write_text(lines(judged), encoding="utf-8")
+        kept = {"version": "1", "judgements": str(file.relative_to(self.journal.run_dir))}
+        kept["settings"] = f"judge={JUDGE['model']}@{JUDGE['revision']} date={JUDGE['date']} rubric={JUDGE['rubric']}"
         for name in ("spec_bench", *(f"spec_bench/{category}" for category in CATEGORIES)):
             mine = [row for row in judged if name == "spec_bench" or name.endswith(row["category"])]
             scores = np.array([row["score"] for row in mine if row["score"] is not None], dtype=float)
             lost = np.array([float(row["score"] is None) for row in mine])
-            self._row(tag, "generation", name, "judge_score", scores, True, version="1", settings=settings)
-            self._row(tag, "generation", name, "judge_unparsed", lost, False, version="1", settings=settings)
+            self._row(tag, "generation", name, "judge_score", scores, True, **kept)
+            self._row(tag, "generation", name, "judge_unparsed", lost, False, **kept)
 
     def _write(self, tag: dict[str, Any], folder: Path, benchmark: str, entry: str, items: list[dict]) -> None:
         parts = ["validation" if tag["split"] == "validation" else None, benchmark, entry, tag["attack"]]

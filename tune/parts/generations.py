@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from tune.benchmarks.spec import PLAIN, Job
@@ -72,15 +71,19 @@ def _answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict]
     needed = {"question_id", "turns", "answers"}
     answers = {str(row["question_id"]): row for row in read_jsonl(file, problems) if needed <= row.keys()}
     judged: dict[str, list[dict]] = {}
-    for row in _judgements(folder.with_name("judgements"), entry, problems):
-        judged.setdefault(str(row.get("item", "")).partition("/")[0], []).append(row)
+    for item, row in sorted(_judgements(subject, line, entry, problems).items()):
+        judged.setdefault(item.rpartition("/")[0], []).append(row)
     return answers, judged
 
 
-def _judgements(folder: Path, entry: str, problems: list[str]) -> list[dict[str, Any]]:
-    """Those of the judge that comes first by name."""
-    files = sorted(folder.glob(f"{entry}--*.jsonl"))
-    return read_jsonl(files[0], problems) if files else []
+def _judgements(subject: Subject, line: Line, entry: str, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Of each item the last judgement, by the judge whose score is in the run: the last one asked."""
+    wanted = {"trial": line.trial, "task": entry, "metric": "judge_score", "attack": PLAIN}
+    for row in subject.journal.score_rows():
+        if row.get("judgements") and all(row.get(key) == value for key, value in wanted.items()):
+            kept = read_jsonl(subject.journal.run_dir / row["judgements"], problems)
+            return {str(judgement["item"]): judgement for judgement in kept if "item" in judgement}
+    return {}
 
 
 def _judgement(judged: dict[str, list[dict]], key: str) -> str:
