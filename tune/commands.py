@@ -130,7 +130,7 @@ def evaluate(
     if output is not None:
         line("written", str(output / "scores.jsonl"))
     if spec.eval.judge is not None:
-        del model, scorer, scored  # the judge needs their memory
+        del model, scorer, scored, prefix  # the judge needs their memory
         from tune.judging import judge_evaluation
 
         if judge_evaluation(output, spec.eval.judge):
