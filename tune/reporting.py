@@ -60,15 +60,17 @@ def text(reports: Sequence[Report], format: str) -> str:
 
 
 def write(reports: Sequence[Report], folder: Path) -> list[Path]:
-    """Write report.md, report.csv and report.tex; return their paths.
+    """Write report.md, report.csv, report.tex and report.html (with figures/ in each run); return their paths.
 
     Raises:
         ResourceError: the folder cannot be written.
     """
     from tune.files import atomic_write_text
+    from tune.page import write_page
 
     endings = {"markdown": "md", "csv": "csv", "latex": "tex"}
-    return [atomic_write_text(folder / f"report.{end}", text(reports, name)) for name, end in endings.items()]
+    files = [atomic_write_text(folder / f"report.{end}", text(reports, name)) for name, end in endings.items()]
+    return [*files, write_page(reports, folder / "report.html")[0]]
 
 
 def report_console() -> Console:

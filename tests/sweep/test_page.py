@@ -14,7 +14,7 @@ from run_folders import make_run
 from tune.columns import Column
 from tune.contrast import unknown
 from tune.journal import Journal
-from tune.page import figures, write_page
+from tune.page import Figure, figures, write_page
 from tune.page.drawing import draw, signed
 from tune.page.figures import FAMILIES
 from tune.page.generations import generations
@@ -83,8 +83,23 @@ def finished(tmp_path_factory) -> Report:
 
 
 @pytest.fixture(scope="module")
-def written(finished, tmp_path_factory) -> list[Path]:
-    return write_page([finished], finished.run_dir / "report.html")
+def made(finished) -> tuple[list[Path], dict[str, Figure]]:
+    """The paths that `write_page` returns, and the figures that it drew, by name."""
+    drawn: dict[str, Figure] = {}
+
+    def figures_kept(*arguments):
+        found = figures(*arguments)
+        drawn.update({figure.name: figure for figure in found})
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tune.page.page.figures", figures_kept)
+        return write_page([finished], finished.run_dir / "report.html"), drawn
+
+
+@pytest.fixture(scope="module")
+def written(made) -> list[Path]:
+    return made[0]
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +108,8 @@ def page(written) -> str:
 
 
 @pytest.fixture(scope="module")
-def drawn(finished):
-    """All figures of the finished run's model by name."""
-    model = finished.models[0]
-    return {figure.name: figure for figure in figures(finished.journal, model, finished.verdicts[model.name])}
+def drawn(made) -> dict[str, Figure]:
+    return made[1]
 
 
 def test_the_page_is_well_formed_and_its_ids_are_unique(page):

@@ -61,10 +61,7 @@ def verdict_figures(journal: Journal, model: ModelResults, verdicts: list[Verdic
         shown = {one.column: one for one in first}
         shown |= {one.column: one for one in verdict.rows if one.column.attack == PLAIN and one.column not in shown}
         rows = [Row(one, *STATUS[one.verdict], heading=_task(one.column, under=True)) for one in shown.values()]
-        caption = (
-            "Difference to the plain adapter: mean over seeds and 95 % interval; small dots are single seeds. "
-            "A difference inside of the grey band is too small for this run to detect."
-        )
+        caption = "Difference to the plain adapter: mean over seeds and 95 % interval; small dots are single seeds."
         name = words_to_name("verdict", str(number))
         yield _forest(model, name, "verdict", f"{verdict.label}, by task", caption, rows)
 
@@ -89,7 +86,7 @@ def comparison_figures(journal: Journal, model: ModelResults, verdicts: list[Ver
 
 
 def _compared(model: ModelResults, cell: str, members: list[Verdict], columns: list[Column]) -> Figure:
-    names = _short_names(members)
+    names, arms = _short_names(members), [one.arm for one in members]
     rows: list[Row] = []
     for column in sorted(columns, key=lambda column: not column.task.startswith("mean ")):
         named = [(name, row) for name, one in zip(names, members, strict=True) for row in one.rows]
@@ -103,8 +100,8 @@ def _compared(model: ModelResults, cell: str, members: list[Verdict], columns: l
     settings = "; ".join(f"{name}: {one.label.removeprefix('MacDrop').strip()}"
                          for name, one in zip(names, members, strict=True) if one.arm == "macdrop")  # fmt: skip
     caption = (
-        "Difference to the plain adapter of the same seeds and 95 % interval; small dots are single seeds, the grey "
-        f"band is too small to detect. {settings}; placebos take over its values."
+        "Difference to the plain adapter of the same seeds and 95 % interval; small dots are single seeds. "
+        f"{settings}" + ("; placebos take over its values." if set(arms) - {"macdrop"} else ".")
     )
     name = words_to_name("comparisons", first.attack, first.attack_on or "", cell)
     return _forest(model, name, "comparisons", title, caption, rows)
@@ -125,6 +122,8 @@ def _forest(model: ModelResults, name: str, part: str, title: str, caption: str,
             _panel(axes, found, unit, higher)
 
     seeds = sorted({len(row.comparison.seeds) for row in rows})
+    if any(math.isfinite(row.comparison.mde) for row in rows):
+        caption += " Inside of the grey band a difference is too small for this run to detect."
     caption += f" Seeds: {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}."
     table = [_numbers(row) for row in rows]
     svg = draw(f"{model.name}-{name}", sum(heights) + BELOW * len(panels), paint, says=f"{title}. {caption}")
@@ -151,7 +150,6 @@ def _panel(axes: Axes, rows: list[Row], unit: str, higher: bool | None) -> None:
         else:
             axes.annotate(text, (1, heading), xycoords=at, va="center", ha="right", color=tone, weight="bold")
         top += row.height
-    axes.axvline(0, color=colour("soft"), linewidth=1, zorder=1)
     axes.set_ylim(top, 0)
     axes.set_yticks([])
     if higher is False:
@@ -166,6 +164,7 @@ def _interval(axes: Axes, row: Row, y: float) -> None:
     """What is not known is not drawn; an interval that leaves the axis ends in an arrow at its edge."""
     one, scale, tone = row.comparison, row.scale, colour(row.tone)
     left, right = axes.get_xlim()
+    axes.plot([0, 0], [y - 9, y + 9], color=colour("soft"), linewidth=1, zorder=1)
     if not math.isfinite(one.delta):
         return
     if math.isfinite(one.mde):
