@@ -77,7 +77,7 @@ def test_the_validation_suite_scores_no_item_of_the_test_suite():
 
 
 def test_the_attack_curve_is_every_k_on_both_places_and_the_plain_score_once():
-    found = jobs(parse(suite=["zero-shot", "attack-curve"], perplexity={"wikitext": False}))
+    found = jobs(parse(suite=["zero-shot", "attack-curve"]))
     curve = [(job.attack, job.attack_on) for job in found if job.task == "piqa"]
     kinds = [f"{kind}@{k}" for kind in ("zeroing", "retaining") for k in (1, 3, 5, 10)]
     assert curve == [("none", None), *((kind, place) for kind in kinds for place in ("base", "merged"))]
@@ -168,3 +168,28 @@ def test_an_unknown_suite_in_a_run_file_names_the_key():
         load(None, ["model=zoo:planted-llama", "eval.suite=papr"])
     with pytest.raises(ConfigError, match="Write eval.suite"):
         load(None, ["model=zoo:planted-llama", "suite=paper"])
+
+
+def test_the_whole_curve_of_one_entry_is_scored_and_without_an_adapter_nothing_twice(tmp_path, capsys):
+    from tune.commands import evaluate
+    from tune.scanning import Source
+
+    text = ["eval.perplexity.wikitext_bos={data: zoo:text, window: 64, limit: 4}"]
+    source = Source("zoo:planted-llama", None, False, False)
+    evaluate(source, None, text, adapter=None, suites=["attack-curve"], output=tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    curve = {row["attack"]: row["value"] for row in rows}
+    assert len(rows) == len(curve) == 9 and {row["attack_on"] for row in rows} == {None, "base"}
+    assert curve["zeroing@5"] > 2 * curve["none"], "the planted rows carry the model"
+    assert all(row["settings"].endswith("suite=attack-curve@1+window") for row in rows)
+    shown = capsys.readouterr().out
+    assert "no attack" in shown and "retaining@10" in shown and shown.count("perplexity/wikitext_bos/perplexity") == 1
+
+
+def test_an_attack_on_more_rows_than_there_are_is_refused_before_the_model_is_loaded():
+    from tune.check import check_scoring
+    from tune.scanning import Source
+
+    spec = parse(suite="attack-curve", attacks=["zeroing@100000"], perplexity={"wikitext_bos": "zoo:text"})
+    with pytest.raises(ConfigError, match="eval.attacks has 'zeroing@100000', but an FFN"):
+        check_scoring(Source("zoo:planted-llama", None, False, False).spec(), spec)
