@@ -65,13 +65,17 @@ class Items:
             if journal.model_dir(row["model"]) == journal.model_dir(model):
                 self._rows[_key(row)] = row
         self._files: dict[Path, list[dict[str, Any]]] = {}
+        self._found: dict[tuple, Found] = {}
 
     def read(self, trial: str, column: Column, split: str = "test") -> Found:
         """See `read_items`."""
-        wanted = {**vars(column), "trial": trial, "split": split}
-        row = self._rows.get(_key(wanted))
-        if row is None or row["value"] is None:
-            return None
+        key = _key({**vars(column), "trial": trial, "split": split})
+        if key not in self._found:
+            row = self._rows.get(key)
+            self._found[key] = None if row is None or row["value"] is None else self._read(row, column)
+        return self._found[key]
+
+    def _read(self, row: Mapping[str, Any], column: Column) -> Found:
         judged = column.metric in JUDGE_METRICS
         found = self._judgements(row) if judged else self._answers(row)
         if not found:
