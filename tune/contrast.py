@@ -121,6 +121,8 @@ def compare(
     numbers = [found.delta, low, high, mde]
     if relative:
         numbers = [level * math.expm1(min(x, 700.0)) for x in numbers]
+    elif (scale := _scale(column, plain, value)) is not None:  # no difference is larger than the scale
+        numbers[1:3] = [min(max(x, -scale), scale) for x in numbers[1:3]]
     items = sum(s.differences.shape[1] for s in samples if s.differences is not None)
     same = all(s.differences is not None and not s.differences.any() for s in samples)
     made = Comparison(
@@ -151,12 +153,18 @@ def _tested(samples: Sequence[Sample], plain: np.ndarray, value: np.ndarray) -> 
     return found, drawn.low, drawn.high, drawn.p
 
 
+def _scale(column: Column, plain: np.ndarray, value: np.ndarray) -> float | None:
+    """Width of the scale that scores are on; None where it is not known."""
+    known = SPANS.get(_metric(column))
+    lowest, highest = min(plain.min(), value.min()), max(plain.max(), value.max())
+    return known or (1.0 if 0 <= lowest and highest <= 1 else None)
+
+
 def _span(sample: Sample) -> float:
-    """The largest difference that an item can have: of a known scale, else what was seen."""
-    metric = _metric(sample.column)
-    scores = (*sample.plain, *sample.value)
-    largest = float(np.abs(sample.differences).max()) if sample.differences is not None else 0.0
-    return SPANS.get(metric, 1.0 if 0 <= min(scores) and max(scores) <= 1 and largest <= 1 else largest)
+    """The largest difference that an item can have: that of its scale, else what was seen."""
+    largest = float(np.abs(sample.differences).max())
+    scale = _scale(sample.column, np.array(sample.plain), np.array(sample.value))
+    return largest if scale is None else max(scale, largest)
 
 
 def unknown(

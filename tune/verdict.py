@@ -10,7 +10,6 @@ Single tasks are corrected by Holm over the tasks, without attack and under each
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -50,46 +49,47 @@ class Verdict:
 
 @dataclass
 class Setting:
-    """The trials of one setting in one cell by seed; `settings` are its effective spec with dotted keys."""
+    """The trials of one setting by their seeds; `config` is its effective spec with dotted keys."""
 
     arm: str
-    setting: str
-    cell: dict[str, Any]
-    settings: dict[str, Any]
+    id: str
+    config: dict[str, Any]
     trials: dict[int, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        return setting_label(self.arm, self.settings)
+        return setting_label(self.arm, self.config)
 
 
 def verdicts(journal: Journal, model: str) -> list[Verdict]:
     """The MacDrop finalists of each cell, best first, then its placebos; what a running sweep has so far.
 
-    Empty without final trials, or without a plain adapter that shares a seed and a benchmark with them. With
-    `sweep.seeds: 0` the search's own trials are compared.
+    Empty before anything was selected for the final stage, and without a plain adapter that shares a seed and a
+    benchmark with a finalist.
     """
-    content = journal.finding(journal.model_dir(model) / "finalists.json") or {}
-    trials = [t for t in journal.trials() if slug(t.get("model", "")) == slug(model)]
-    final = [t for t in trials if t.get("stage") == "final"]
-    fresh = bool(final) and content.get("seeds") != []
-    groups = _groups(final or _chosen(trials, content))
+    content = journal.finding(journal.finalists_file(model)) or {}
+    seeds = content.get("seeds", [])
+    trials = [t for t in journal.trials() if slug(t["model"]) == slug(model) and t.get("seed") in seeds]
+    settings = _by_setting(trials)
     samples = Samples(journal, model)
     name = next((t["model"] for t in trials), model)
-    tried = content.get("tried")
-    if not isinstance(tried, int):
-        searched = [t for t in trials if t.get("arm") == "macdrop" and t.get("stage") == "search"]
-        tried = len({t.get("setting") for t in searched})
+    run = _Run(name, content.get("tried", 0), len(seeds), fresh=seeds != [journal.config().get("seed", 0)])
     found = []
-    for cell in _unique([row["cell"] for row in content.get("cells", [])] + [group.cell for group in groups]):
-        members = [group for group in groups if group.cell == cell]
-        plain = next((group for group in _in_order(members, content, cell) if group.arm == "plain"), None)
-        others = [group for group in _in_order(members, content, cell) if group.arm != "plain"]
-        if plain is None:
-            continue
-        rows = next((group.settings.get("macdrop.k") for group in others if group.arm == "macdrop"), None)
-        made = [compared for group in others if (compared := against(samples, plain, group, rows))]
-        found += [_verdict(one, made, _Run(name, tried, len(content.get("seeds") or []), fresh)) for one in made]
+    for row in content.get("cells", []):
+        chosen = [*row["macdrop"], *row["placebos"].values()]
+        plain, others = settings.get(row["plain"]), [settings[setting] for setting in chosen if setting in settings]
+        if plain is not None:
+            rows = next((other.config.get("macdrop.k") for other in others if other.arm == "macdrop"), None)
+            made = [one for other in others if (one := against(samples, plain, other, rows)) is not None]
+            found += [_verdict(one, made, row["cell"], run) for one in made]
+    return found
+
+
+def _by_setting(trials: Iterable[Mapping[str, Any]]) -> dict[str, Setting]:
+    found: dict[str, Setting] = {}
+    for t in trials:
+        setting = found.setdefault(t["setting"], Setting(t["arm"], t["setting"], flatten(t["config"])))
+        setting.trials[t["seed"]] = t["trial"]
     return found
 
 
@@ -97,7 +97,7 @@ def verdicts(journal: Journal, model: str) -> list[Verdict]:
 class Against:
     """All comparisons of one setting with plain."""
 
-    group: Setting
+    setting: Setting
     plain: Setting
     headline: Comparison | None
     attacked: Comparison | None
@@ -114,25 +114,25 @@ class _Run:
     fresh: bool
 
 
-def _verdict(found: Against, all_of_cell: Sequence[Against], run: _Run) -> Verdict:
-    group, main = found.group, found.headline or found.attacked
+def _verdict(found: Against, of_cell: Sequence[Against], cell: dict[str, Any], run: _Run) -> Verdict:
+    setting, main = found.setting, found.headline or found.attacked
     more = [telling.statement(found.attacked)] if found.attacked is not None and found.attacked is not main else []
     more += telling.of_perplexity(found.rows, main)
-    if group.arm == "macdrop":
-        for other in (other for other in all_of_cell if other.group.arm != "macdrop"):
-            more += telling.of_placebo(other.group.label, found.headline, other.headline)
-            more += telling.of_placebo(other.group.label, found.attacked, other.attacked)
+    if setting.arm == "macdrop":
+        for other in (other for other in of_cell if other.setting.arm != "macdrop"):
+            more += telling.of_placebo(other.setting.label, found.headline, other.headline)
+            more += telling.of_placebo(other.setting.label, found.attacked, other.attacked)
         more += telling.provenance(main, run.tried, run.seeds, run.fresh)
     return Verdict(
         model=run.model,
-        cell=group.cell,
-        setting=group.setting,
-        label=group.label,
-        arm=group.arm,
+        cell=cell,
+        setting=setting.id,
+        label=setting.label,
+        arm=setting.arm,
         headline=found.headline,
         attacked=found.attacked,
         rows=found.rows,
-        sentence=telling.sentence(run.model, group.label, found.plain.label, main),
+        sentence=telling.sentence(run.model, setting.label, found.plain.label, main),
         more=more,
         seeds=main.seeds if main else (),
         tried=run.tried,
@@ -141,7 +141,10 @@ def _verdict(found: Against, all_of_cell: Sequence[Against], run: _Run) -> Verdi
 
 
 def against(samples: Samples, plain: Setting, other: Setting, rows: int | None) -> Against | None:
-    """All columns that both have with a seed in common; None where there are none."""
+    """All columns that both have with a seed in common; None where there are none.
+
+    rows: how many of them are dropped in training, whose zeroing is the attack that is spoken of.
+    """
     columns = samples.columns(plain.trials, other.trials)
     if not columns:
         return None
@@ -212,41 +215,3 @@ def _by(columns: Iterable[Column], key: Callable[[Column], Any]) -> list[list[Co
     for column in columns:
         groups.setdefault(key(column), []).append(column)
     return list(groups.values())
-
-
-# --- trials ---
-
-
-def _chosen(trials: Iterable[Mapping[str, Any]], content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """With no seeds for a final stage, the search's own trials of the settings that went on."""
-    if content.get("seeds") != []:
-        return []
-    settings = {name for row in content.get("cells", []) for name in _settings(row)}
-    return [t for t in trials if t.get("setting") in settings]
-
-
-def _settings(row: Mapping[str, Any]) -> list[str]:
-    return [row.get("plain"), *row.get("macdrop", []), *row.get("placebos", {}).values()]
-
-
-def _groups(trials: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    found: dict[tuple, Setting] = {}
-    for t in trials:
-        cell, arm = t.get("cell") or {}, t.get("arm", "")
-        key = (json.dumps(cell, sort_keys=True), arm, t.get("setting") or "")
-        group = found.setdefault(key, Setting(arm, key[2], cell, flatten(t.get("config") or {})))
-        group.trials[t.get("seed")] = t["trial"]
-    return list(found.values())
-
-
-def _in_order(groups: Sequence[Setting], content: Mapping[str, Any], cell: Mapping[str, Any]) -> list[Setting]:
-    """As finalists.json has them: plain, MacDrop best first, placebos; what it does not have comes last."""
-    rows = [row for row in content.get("cells", []) if row["cell"] == cell]
-    order = _settings(rows[0]) if rows else []
-    place = {setting: i for i, setting in enumerate(order)}
-    arms = {"plain": 0, "macdrop": 1}
-    return sorted(groups, key=lambda g: (place.get(g.setting, len(order)), arms.get(g.arm, 2), g.arm))
-
-
-def _unique(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({json.dumps(cell, sort_keys=True): cell for cell in cells}.values())

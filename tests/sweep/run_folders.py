@@ -21,13 +21,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from tune.blocks import MacDropSpec
+from tune.blocks import ARMS, MacDropSpec
 from tune.files import atomic_write_json
 from tune.journal import BASE, Journal
 from tune.spec import TrainSpec, dump, slug
 
-ARM_SCOPES = {"plain": "massive", "macdrop": "massive", "random_rows": "random", "all_rows": "all"}
-ARM_SCOPES |= {"activations": "activations"}
 OFF = {"k": 0, "p0": 0.0, "schedule": "step", "alpha": None}
 SEARCHED = [
     {"k": 3, "p0": 0.8683, "schedule": "exp", "alpha": 0.05},
@@ -214,7 +212,7 @@ def make_run(
     """Write a run folder of one or several models and return its Journal.
 
     Args:
-        seeds: the fresh seeds of the final stage; none: no final stage.
+        seeds: of the final stage; none: it has not begun; (0,): the search's own trials are compared (sweep.seeds: 0).
         arms: arms of the final stage, besides the base, which is always scored.
         effect: (arm, attack) -> true accuracy more than plain has; perplexity falls by the factor exp(-2 effect).
         tried: MacDrop settings of the search, at most `len(SEARCHED)`; the last of five or more has diverged.
@@ -224,7 +222,8 @@ def make_run(
         lost: (arm, seed) of final trials that are still running.
     """
     models, cells = [model] if isinstance(model, str) else list(model), list(cells or [{}])
-    journal = Journal.create(folder, _config(models, cells, arms, attacks, len(seeds)), command="macdrop sweep demo")
+    fresh = len([seed for seed in seeds if seed])
+    journal = Journal.create(folder, _config(models, cells, arms, attacks, fresh), command="macdrop sweep demo")
     journal.write_environment()
     maker = _Maker(journal, attacks, effect, items, seed_sd, correlation, judge)
     for name in models:
@@ -237,9 +236,10 @@ def make_run(
             "statuses": {"done": tried * len(cells)} if tried < 5 else
             {"done": (tried - 1) * len(cells), "diverged": len(cells)},
             "objectives": [{"name": "eval_loss", "goal": "minimize"}],
-            "seeds": list(seeds), "pareto": best, "cells": [made["finalists"] for made in found],
+            "seeds": list(seeds), "pareto": best, "cells": [made["row"] for made in found],
+            "settings": {setting: spec for made in found for setting, spec in made["settings"].items()},
         }  # fmt: skip
-        atomic_write_json(journal.model_dir(name) / "finalists.json", record)
+        atomic_write_json(journal.finalists_file(name), record)
     journal.add_scores(maker.rows)
     journal.set_status(status)
     return journal
@@ -254,49 +254,44 @@ def _cell(
         arm = "macdrop" if number else "plain"
         loss = 0.8 + 0.01 * number if number else 0.83
         ended = "diverged" if number >= 5 and number == tried else "done"
-        trial = _trial(maker, model, cell, arm, block, 0, "search", loss, ended)
+        trial = _trial(maker, _spec(model, cell, arm, block, 0), cell, "search", loss, ended)
         searched += [trial] if number else []
         if ended == "done":
             maker.score(model, trial, arm, 0, "validation")
-    settings = {}
-    for arm in arms:
-        block = OFF if arm == "plain" else SEARCHED[0]
-        settings[arm] = setting_id(_spec(model, cell, arm, block, 0))
+    specs = {arm: _spec(model, cell, arm, OFF if arm == "plain" else SEARCHED[0], 0) for arm in arms}
+    for arm, spec in specs.items():
         for seed in seeds:
             ended = None if (arm, seed) in lost else "done"
-            trial = _trial(maker, model, cell, arm, block, seed, "final", 0.81, ended)
+            trial = _trial(maker, spec.model_copy(update={"seed": seed}), cell, "final", 0.81, ended)
             if ended:
                 maker.score(model, trial, arm, seed, "test")
-    placebos = {arm: setting for arm, setting in settings.items() if arm not in ("plain", "macdrop")}
-    macdrop = [settings["macdrop"]] if "macdrop" in settings else []
-    finalists = {"cell": dict(cell), "plain": settings.get("plain"), "macdrop": macdrop, "placebos": placebos}
-    return {"searched": searched, "finalists": finalists}
+    ids = {arm: spec.setting_id() for arm, spec in specs.items()}
+    row = {"cell": dict(cell), "plain": ids.get("plain"), "macdrop": [ids["macdrop"]] if "macdrop" in ids else []}
+    row["placebos"] = {arm: setting for arm, setting in ids.items() if arm not in ("plain", "macdrop")}
+    return {"searched": searched, "row": row, "settings": {ids[arm]: dump(spec) for arm, spec in specs.items()}}
 
 
 def _trial(
-    maker: _Maker, model: str, cell: Mapping[str, Any], arm: str, block: Mapping[str, Any], seed: int, stage: str,
-    loss: float, ended: str | None,
-) -> str:  # fmt: skip
-    spec = _spec(model, cell, arm, block, seed)
-    record = maker.journal.trial(f"{slug(model)}-{arm}-{digest(spec)}")
-    record.start(spec, model=model, arm=arm, seed=seed)
-    about = {"stage": stage, "setting": setting_id(spec), "cell": dict(cell)}
-    atomic_write_json(record.folder / "trial.json", record.info | about)
+    maker: _Maker, spec: TrainSpec, cell: Mapping[str, Any], stage: str, loss: float, ended: str | None
+) -> str:
+    record, block = maker.journal.trial(spec.trial_id()), spec.macdrop
+    about = {"model": spec.model_name_or_path, "arm": spec.arm, "seed": spec.seed, "setting": spec.setting_id()}
+    record.start(dump(spec), **about, stage=stage, cell=cell)
     loss += 0.002 * generator(record.id, "loss").standard_normal()
     record.log(_curve(block, loss, generator(record.id, "curve")))
-    record.adapter_dir.mkdir()
+    record.adapter_dir.mkdir(exist_ok=True)
     dropped = sum(row.get("entries_dropped", 0) for row in record.metrics()) * 5
     summary = {"step": STEPS, "total_steps": STEPS, "train_loss": loss - 0.1, "eval_loss": loss, "seconds": 9.5}
-    summary |= {"entries_dropped": dropped, "entries_masked": 63360 if block["k"] else 0, "resumed_from": 0}
+    summary |= {"entries_dropped": dropped, "entries_masked": 63360 if block.p0 else 0, "resumed_from": 0}
     if ended == "diverged":
         record.finish(ended, "Step 31 of 100: loss nan, gradient norm nan; training has diverged.")
     elif ended:
-        record.finish(ended, None, **summary, rows_hooked=2 * block["k"])
+        record.finish(ended, None, **summary, rows_hooked=2 * block.k)
     return record.id
 
 
-def _curve(block: Mapping[str, Any], loss: float, draws: np.random.Generator) -> list[dict[str, Any]]:
-    config = MacDropSpec(**block).config(seed=0)
+def _curve(block: MacDropSpec, loss: float, draws: np.random.Generator) -> list[dict[str, Any]]:
+    config = block.config(seed=0)
     rows: list[dict[str, Any]] = [{"step": 0, "eval_loss": 5.9}]
     for step in range(5, STEPS + 1, 5):
         p = config.probability(step, STEPS, 1, 1) if config.enabled else 0.0
@@ -310,25 +305,17 @@ def _curve(block: Mapping[str, Any], loss: float, draws: np.random.Generator) ->
     return rows
 
 
-def _spec(model: str, cell: Mapping[str, Any], arm: str, block: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    spec = TrainSpec(
+def _spec(model: str, cell: Mapping[str, Any], arm: str, block: Mapping[str, Any], seed: int) -> TrainSpec:
+    return TrainSpec(
         model_name_or_path=model, cutoff_len=64, val_size=0.1, lora_rank=8, learning_rate=2e-3, max_steps=STEPS,
-        eval_steps=50, logging_steps=5, seed=seed, macdrop=MacDropSpec(**block), **cell,
-    )  # fmt: skip
-    content = dump(spec)
-    content["macdrop"]["scope"] = ARM_SCOPES[arm]
-    return content
-
-
-def setting_id(spec: Mapping[str, Any]) -> str:
-    """8 hex digits of a spec without its seed and logging keys."""
-    return digest({key: value for key, value in spec.items() if key not in ("seed", "logging_steps", "save_steps")})
+        eval_steps=50, logging_steps=5, seed=seed, macdrop=MacDropSpec(**block, scope=ARMS.get(arm, "massive")), **cell,
+    ).canonical()  # fmt: skip
 
 
 def _config(
     models: list[str], cells: Sequence[Mapping[str, Any]], arms: Sequence[str], attacks: Sequence[str], seeds: int
 ) -> dict[str, Any]:
-    spec = {key: value for key, value in _spec(models[0], {}, "plain", OFF, 0).items() if key != "model_name_or_path"}
+    spec = {key: value for key, value in dump(_spec("", {}, "plain", OFF, 0)).items() if key != "model_name_or_path"}
     parameters: dict[str, Any] = {"macdrop.k": {"values": [3, 5]}, "macdrop.p0": {"min": 0.4, "max": 1.0}}
     parameters |= {"macdrop.schedule": {"values": ["step", "constant", "exp"]}}
     parameters |= {key: {"values": [cell[key] for cell in cells]} for key in (cells[0] if cells else ())}
