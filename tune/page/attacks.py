@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune.benchmarks.spec import PLAIN, parse_attack
 from tune.columns import EVAL_LOSS, Column
-from tune.journal import BASE, Journal
+from tune.journal import Journal
 from tune.page.drawing import LEGEND, colour, draw, legend, plain_log, tidy
 from tune.page.figure import Figure, words_to_name
 from tune.page.select import (
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from tune.verdict import Verdict
 
+BANDS = ("plain", "macdrop")
+"""Arms whose seeds are drawn as a band; with all of them nothing could be told apart."""
 HEAD = ["setting", "arm", "attack", "k", "attacked_rows", "mean", "min", "max", "seeds", "unit"]
 TITLES = {"zeroing": "Zeroing: the top k rows set to 0", "retaining": "Retaining: all but the top k rows set to 0"}
 
@@ -84,7 +86,7 @@ def _curves(model: ModelResults, cell: Cell, groups: list[Group], columns: list[
     told = " and ".join(where.get(place, place) for place in places)
     told += " (merged: hollow marks, thin)" if len(places) > 1 else ""
     caption = (
-        f"Mean over seeds, band from lowest to highest ({seeds_words(groups)}); {better(first)}. Attacked: {told}."
+        f"Mean over seeds ({seeds_words(groups)}), bands from lowest to highest; {better(first)}. Attacked: {told}."
         + (" k = 0 is the untouched model. " if "zeroing" in kinds else " ")
         + settings_words(groups)
     )
@@ -112,7 +114,7 @@ def _curve(
         return
     second = len(places) > 1 and place == "merged"
     tone, x = colour(tint(group.arm)), [row[3] for row in found]
-    if group.arm != BASE and any(row[8] > 1 for row in found):
+    if group.arm in BANDS and not second and any(row[8] > 1 for row in found):
         axes.fill_between(x, [row[6] for row in found], [row[7] for row in found], color=tone, alpha=0.18, linewidth=0,
                           zorder=front(group.arm) - 1)  # fmt: skip
     axes.plot(

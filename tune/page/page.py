@@ -12,7 +12,7 @@ from urllib.parse import quote
 from tune.files import atomic_write_text
 from tune.page.figure import Figure
 from tune.page.figures import figures
-from tune.page.generations import Question, generations
+from tune.page.generations import QUESTIONS, Question, generations
 from tune.page.palette import stylesheet
 from tune.page.select import attack_words, cells
 from tune.parts.findings import PLANTED
@@ -34,7 +34,7 @@ LIMITED = ("comparisons", "attacks")
 OPEN = 3
 PICTURED = 2
 """Findings of a model that have their intervals beside them; those of the others stand below."""
-FOLDED = ("trials",)
+FOLDED = ("trials", "attacks")
 LONG = 14
 """Tables of more rows are behind a line to open, as are those of FOLDED parts."""
 ROWS = 40
@@ -157,7 +157,7 @@ def _render(reports: list[Report], views: list[ModelView]) -> str:
     style = stylesheet() + (folder / "style.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         reports=reports, views=views, style=Markup(style), safe=Markup, words=WORDS, folded=FOLDED, rows_shown=ROWS,
-        long=LONG, planted=PLANTED, pictured=PICTURED, attack_words=attack_words,
+        long=LONG, planted=PLANTED, pictured=PICTURED, asked=QUESTIONS, attack_words=attack_words,
         title=reports[0].title if len(reports) == 1 else f"MacDrop report: {len(reports)} runs",
     )  # fmt: skip
 
