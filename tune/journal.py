@@ -266,11 +266,13 @@ class TrialRecord:
         stage: str = FINALS,
         setting: str | None = None,
         cell: Mapping[str, Any] | None = None,
+        drawn: Mapping[str, Any] | None = None,
     ) -> None:
         """Record that the trial runs. Called again after a restart, it counts the attempt and keeps the first start.
 
         stage: one of `STAGES`. setting: `TrainSpec.setting_id`, equal for trials that differ in their seed alone.
         cell: the searched kind of adapter (`tune.finalists`), within which plain and MacDrop are compared.
+        drawn: the searched values behind the trial; None for one that no search asked for.
         """
         assert stage in STAGES, stage
         before = self.info
@@ -283,6 +285,7 @@ class TrialRecord:
             stage=stage,
             setting=setting,
             cell=dict(cell or {}),
+            drawn=drawn,
             status="running",
             reason=None,
             started=before.get("started") or now(),

@@ -25,7 +25,8 @@ class Order:
 
     `spec` is a dumped TrainSpec; `folder` the trial's folder; `data` the cache of tokenised data; `weights` the file
     with the massive weights, None for a plain adapter; `width` the number of workers a lane must have; `stage` (one of
-    `tune.journal.STAGES`) decides what the adapter is scored on; `cell` is the searched kind of adapter.
+    `tune.journal.STAGES`) decides what the adapter is scored on; `cell` is the searched kind of adapter; `drawn` are
+    the values that a search drew for it.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Order:
     width: int
     stage: str = FINALS
     cell: dict[str, Any] = field(default_factory=dict)
+    drawn: dict[str, Any] | None = None
 
 
 @dataclass

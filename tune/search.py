@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.tune import choice as one_of
@@ -35,20 +37,36 @@ def values(config: dict[str, Any]) -> dict[str, Any]:
     return config.get(POINT, config)
 
 
-def searcher(study: Study, sweep: SweepSpec) -> Searcher | SearchAlgorithm:
-    """Grid and random by Tune's variant generator, or Optuna's TPE; all repeat for a `search_seed`."""
+@dataclass(frozen=True)
+class Past:
+    """What an earlier run of the same folder drew, and what came of it.
+
+    `objectives` None: stopped, failed or diverged; `ended` False: to be drawn again, as it was interrupted.
+    """
+
+    drawn: dict[str, Any]
+    objectives: tuple[float, ...] | None
+    ended: bool = True
+
+
+def searcher(study: Study, sweep: SweepSpec, past: Sequence[Past] = ()) -> Searcher | SearchAlgorithm:
+    """Grid and random by Tune's variant generator, or Optuna's TPE; all repeat for a `search_seed`.
+
+    Optuna's draws depend on results and their order, so that a resumed search goes on from its `past`.
+    """
     if sweep.search_alg == "optuna":
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
         # Until five trials are done TPE draws at random; a small sweep would see nothing else with the default of ten.
-        sampler = optuna.samplers.TPESampler(seed=sweep.search_seed, n_startup_trials=5)
+        # A resumed one must not draw its first points again.
+        sampler = optuna.samplers.TPESampler(seed=sweep.search_seed + len(past), n_startup_trials=5)
         names = [metric.name for metric in sweep.metric]
         modes = [{"minimize": "min", "maximize": "max"}[metric.goal] for metric in sweep.metric]
         if len(names) == 1:
-            return _Optuna(metric=names[0], mode=modes[0], sampler=sampler)
-        return _Optuna(metric=names, mode=modes, sampler=sampler)
+            return _Optuna(past, metric=names[0], mode=modes[0], sampler=sampler)
+        return _Optuna(past, metric=names, mode=modes, sampler=sampler)
     return BasicVariantGenerator(random_state=sweep.search_seed)
 
 
@@ -58,6 +76,24 @@ class _Optuna(OptunaSearch):
     `OptunaSearch` looks for every metric in every report, takes the last report of a stopped trial for its result, and
     with several metrics tells Optuna values of None, which it refuses, so that the trial would stay open for ever.
     """
+
+    def __init__(self, past: Sequence[Past], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._past = tuple(past)
+
+    def set_search_properties(self, metric: Any, mode: Any, config: dict[str, Any], **spec: Any) -> bool:
+        done = super().set_search_properties(metric, mode, config, **spec)
+        from optuna.trial import TrialState, create_trial
+
+        for past in self._past:
+            if not past.ended:
+                self._ot_study.enqueue_trial(past.drawn)
+                continue
+            state = TrialState.PRUNED if past.objectives is None else TrialState.COMPLETE
+            self._ot_study.add_trial(
+                create_trial(state=state, values=past.objectives, params=past.drawn, distributions=self._space)
+            )
+        return done
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if self.metric in result if isinstance(self.metric, str) else True:

@@ -20,7 +20,7 @@ from tune.files import atomic_write_json
 from tune.finalists import Candidate
 from tune.journal import FINALS, SEARCH, Journal
 from tune.plan import Study
-from tune.search import param_space, scheduler, searcher
+from tune.search import Past, param_space, scheduler, searcher
 from tune.spec import MacDropSpec, RunSpec, TrainSpec
 from tune.supervisor import Supervisor
 from tune.trial import CancelStopped, Desk, run_trial
@@ -130,20 +130,37 @@ class StudyRun:
             if (record["model"], record["stage"]) == (model, SEARCH)
         ]
 
+    def _past(self) -> list[Past]:
+        """What Optuna drew in an earlier run of this folder; what failed then is tried again."""
+        drawn = {record["trial"]: record.get("drawn") for record in self.journal.trials()}
+        return [
+            Past(
+                drawn[found.trial],
+                found.values if found.selectable else None,
+                ended=found.begun and found.status in ("done", "stopped", "diverged"),
+            )
+            for found in self._candidates()
+            if drawn[found.trial] is not None
+        ]
+
     def _tune(self, desk: Desk, time_budget_s: float | None) -> None:
         sweep = self.spec.sweep
         trainable = functools.partial(run_trial, desk=desk)
         # A share of the head's own resource: a trial only waits, so it must not take a CPU from the lanes.
         trainable = ray.tune.with_resources(trainable, {"CPU": 0, "node:__internal_head__": 0.001})
         grid = self.study.trials is not None
+        past = self._past() if sweep.search_alg == "optuna" else []
+        samples = 1 if grid else sweep.num_samples - sum(each.ended for each in past)
+        if samples < 1:
+            return
         Tuner(
             trainable,
             param_space=param_space(self.study),
             # Searcher and scheduler know their metrics: Tune refuses several, and two that differ.
             tune_config=TuneConfig(
-                search_alg=searcher(self.study, sweep),
+                search_alg=searcher(self.study, sweep, past),
                 scheduler=scheduler(self.study, sweep, self.cuts),
-                num_samples=1 if grid else sweep.num_samples,
+                num_samples=samples,
                 max_concurrent_trials=sweep.max_concurrent_trials,
                 time_budget_s=time_budget_s,
                 reuse_actors=True,

@@ -70,6 +70,7 @@ class Supervisor:
                 *(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0),
                 stage=record["stage"],
                 cell=record["cell"],
+                drawn=record.get("drawn"),
             )
             outcome = {key: record.get(key) for key in ("step", "total_steps", "eval_loss")}
             jobs = self._jobs[record["stage"]]
@@ -171,7 +172,7 @@ class Supervisor:
         model, seed = order.spec["model_name_or_path"], order.spec["seed"]
         spec = TrainSpec.model_validate(order.spec)
         arm = spec.arm
-        about = {"stage": order.stage, "setting": spec.setting_id(), "cell": order.cell}
+        about = {"stage": order.stage, "setting": spec.setting_id(), "cell": order.cell, "drawn": order.drawn}
         if entry.state == "running":
             record.start(order.spec, model=model, arm=arm, seed=seed, **about)
         elif entry.state == "trained":

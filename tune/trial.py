@@ -38,7 +38,7 @@ class Desk:
     weights: str | None
     width: int
 
-    def order(self, spec: TrainSpec, stage: str) -> Order:
+    def order(self, spec: TrainSpec, stage: str, drawn: dict[str, Any] | None = None) -> Order:
         """The order for a canonical fine-tuning in a stage of its study; its folder lies in the run folder."""
         name = spec.trial_id()
         return Order(
@@ -52,6 +52,7 @@ class Desk:
             width=self.width,
             stage=stage,
             cell=self.study.cell(spec),
+            drawn=drawn,
         )
 
 
@@ -61,7 +62,7 @@ def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
     Raises:
         TrialEnded: the fine-tuning failed, diverged or was stopped.
     """
-    order = desk.order(desk.study.searched(values(config)), SEARCH)
+    order = desk.order(desk.study.searched(values(config)), SEARCH, values(config))
     call(desk.dispatcher, "place", order, ray.tune.get_context().get_trial_id())
     step = -1
     while True:

@@ -134,6 +134,28 @@ def test_the_scheduler_cuts_the_worse_of_what_is_comparable():
 
 
 @pytest.mark.ray
+def test_a_resumed_search_goes_on_from_what_it_drew():
+    from optuna.trial import TrialState
+
+    from tune.search import Past, param_space, searcher
+
+    score = [{"name": "eval_loss"}, {"name": "zero_shot/a/acc", "goal": "maximize"}]
+    overrides = ["model=m", "sweep.search_alg=optuna", "validation.zero_shot=[a]", SEARCH[-1]]
+    spec = load(None, [*overrides, "sweep.parameters.macdrop.k=[3, 5]"], replace={"sweep.metric": score})
+    (study,) = studies(spec)
+    drawn = [{"macdrop.p0": p0, "macdrop.k": 3} for p0 in (0.25, 0.5, 0.75)]
+    past = [Past(drawn[0], (0.5, 0.75)), Past(drawn[1], None), Past(drawn[2], None, ended=False)]
+    found = searcher(study, spec.sweep, past)
+    found.set_search_properties(None, None, param_space(study))
+    told = [(trial.state, trial.params, trial.values) for trial in found._ot_study.trials[:2]]
+    assert told == [(TrialState.COMPLETE, drawn[0], [0.5, 0.75]), (TrialState.PRUNED, drawn[1], None)]
+    assert found.suggest("interrupted") == drawn[2]
+    fresh = searcher(study, spec.sweep)
+    fresh.set_search_properties(None, None, param_space(study))
+    assert found.suggest("next") != fresh.suggest("first"), "the first draw would come again"
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("several", [False, True])
 def test_a_trial_without_its_objectives_counts_as_pruned(several):
     from optuna.trial import TrialState

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -57,3 +59,23 @@ def test_only_scores_give_way_in_a_narrow_terminal(width):
     table = shown(width).splitlines()[-4:]
     assert any("model-macdrop-2" in line and "queued" in line for line in table)
     assert max(map(len, table)) <= width
+
+
+def test_the_stage_and_what_remains_of_it_are_told():
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=120))
+    book = OrderBook()
+    book.lane_up("lane", 1, "host")
+    progress.stage(SimpleNamespace(name="model"), "search", 3)
+    for name, stage in (("one", "search"), ("two", "search"), ("three", "final")):
+        book.place(replace(order(name), stage=stage), "trial")
+    book.take("lane", None)
+    progress.show(book.snapshot(), scoring=0)
+    assert progress._line.startswith("model   search 0/3   lanes 1 of 1 busy")
+    book.failed("one", "failed", "no reason")
+    progress.ended(book.entries["one"])
+    text = out.getvalue()
+    assert "model: search, 3 trial(s)" in text and "one failed (no reason) (search 1/3)" in text
+    progress.stage(SimpleNamespace(name="model"), "final", 1)
+    progress.show(book.snapshot(), scoring=0)
+    assert "final 0/1" in progress._line
