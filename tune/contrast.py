@@ -90,8 +90,14 @@ class Comparison:
         unit = unit_of(self)
         if unit == "points" and self.mde > SPANS.get(_metric(self.column), 1.0):
             return "no difference, however large, would have been seen"
+        return f"a difference of {self.detectable} or more would have been seen"
+
+    @property
+    def detectable(self) -> str:
+        """`mde` as people say it: 3.3 points; empty where it is not known."""
+        unit = unit_of(self)
         size = f"{_said(self, self.mde).lstrip('+')}{'' if unit in ('', '%') else ' '}{unit}"
-        return f"a difference of {size} or more would have been seen"
+        return "" if math.isnan(self.mde) else size
 
 
 def compare(

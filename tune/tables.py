@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-#: What counts as a number in a cell: sign, digits, and what stands with them (interval, ±, %, units, seed SD).
-NUMBER = re.compile(r"[<+\-−]?(\d|\.\d|inf\b|nan\b)[\d.,e+\-−%]*(\s*[±x×\[(/|].*|\s*%|\s*[a-zA-Z]{1,3})?")
+#: What counts as a number in a cell: sign and digits, a unit, then an error or an interval.
+NUMBER = re.compile(r"[<+\-]?(\d|inf\b)[\d.,e+\-]*\s*(%|[a-zA-Z]{1,6})?(\s*[±\[(].*)?")
 _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
     "\\": r"\textbackslash{}",

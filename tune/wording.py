@@ -13,23 +13,15 @@ REASON_LENGTH = 300
 
 
 def number(value: float | str | None) -> str:
-    """Four significant digits; `value` may be the text "inf", None gives an empty cell."""
-    return "" if value is None else value if isinstance(value, str) else _digits(value, "#.4g")
-
-
-def change(value: float) -> str:
-    """A difference with its sign, three significant digits."""
-    return _digits(value, "+#.3g")
-
-
-def error(value: float | None) -> str:
-    """ ±0.012, empty where it is not known."""
-    return "" if value is None else f" ±{_digits(value, '#.2g')}"
+    """Four significant digits; `value` may be the text "inf", None and nan give an empty cell."""
+    if value is None or value != value:
+        return ""
+    return value if isinstance(value, str) else format(value, "#.4g").removesuffix(".")
 
 
 def probability(value: float | None) -> str:
-    """A p value."""
-    return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+    """A p value; nan and None give an empty cell."""
+    return "" if value is None or value != value else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def setting(value: Any) -> str:
@@ -74,7 +66,3 @@ def under(column: Column, separator: str) -> str:
     if column.attack == "none":
         return ""
     return f"{separator}{column.attack}" + (f"{separator}{column.attack_on} rows" if column.attack_on else "")
-
-
-def _digits(value: float, form: str) -> str:
-    return format(value, form).removesuffix(".")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tune.labels import NAMES
 from tune.parts.subject import Subject
 from tune.results import ModelResults
 from tune.tables import Part, Table
-from tune.wording import change, head, number, one_line, probability, setting, short
+from tune.wording import head, number, one_line, probability, setting, short
 
 if TYPE_CHECKING:
     from tune.verdict import Comparison, Verdict
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 PLANTED = "PLANTED: the massive weights of this built-in model were put there on purpose. A demonstration, no evidence."
 ONE_SEED = "One seed per setting: differences hold for this seed only; they are no claim about the method."
 READING = (
-    "Difference: mean over shared seeds, paired by item, with its 95 % interval; p after Holm over the tasks; "
-    "detectable: the smallest difference that this run could have told from noise in 80 % of cases."
+    "Means over shared seeds, shares in percent. Difference: paired by item, with its 95 % interval; p after Holm over "
+    "the tasks; detectable: the smallest difference, in the same unit, that this run sees in 80 % of cases."
 )
 
 
@@ -86,21 +88,33 @@ def placebos(subject: Subject) -> Part:
     return Part(title, ["Not run (sweep.arms has no placebo): whether other dropout would do as well is not known."])
 
 
-def _against(subject: Subject, title: str, wanted) -> Part:
+def _against(subject: Subject, title: str, wanted: Callable[[str], bool]) -> Part:
     chosen = [found for found in subject.verdicts if wanted(found.arm) and found.rows]
-    return Part(title, [READING] if chosen else [], [_table(found) for found in chosen])
+    one_seed = [ONE_SEED] if any(len(found.seeds) < 2 for found in chosen) else []
+    return Part(title, [READING, *one_seed] if chosen else [], [_table(found) for found in chosen])
 
 
 def _table(found: Verdict) -> Table:
     first = found.rows[0]
-    seeds = ", ".join(map(str, found.seeds))
-    title = f"{first.label} against {first.against}, seed(s) {seeds}"
-    names = ["", first.against, first.label.partition(" ")[0], "difference [95 %]", "p", "p (Holm)", "detectable"]
-    return Table(title, [*names, "items", "says"], [_row(row) for row in found.rows])
+    places = {row.column.attack_on for row in found.rows if row.column.attack_on}
+    where = f", attacks on {places.pop()} rows" if len(places) == 1 else ""
+    title = f"{first.label} against {first.against}, seed(s) {', '.join(map(str, found.seeds))}{where}"
+    head = ["", "plain", NAMES.get(found.arm, found.arm), "difference [95 %]", "p (Holm)", "detectable", "says"]
+    return Table(title, head, [_row(row, placed=not where) for row in found.rows])
 
 
-def _row(row: Comparison) -> list[str]:
-    interval = f"{change(row.delta)} [{change(row.low)}, {change(row.high)}]"
-    tests = [probability(row.p), probability(row.p_holm), number(row.mde)]
-    told = [one_line(head(row.column)), number(row.plain), number(row.value), interval, *tests]
-    return [*told, str(row.items or ""), short(row.words)]
+def _row(row: Comparison, *, placed: bool) -> list[str]:
+    """Shares in percent; `placed`: say which rows an attack hits."""
+    column = row.column if placed else replace(row.column, attack_on=None)
+    levels = [level(row, value) for value in (row.plain, row.value)]
+    says = row.verdict if row.per_seed else short(row.words, 60)
+    detectable = row.detectable.removesuffix(" points")
+    return [one_line(head(column)), *levels, row.amount, probability(row.p_holm), detectable, says]
+
+
+def level(row: Comparison, value: float) -> str:
+    """A mean of one arm, in percent where differences are told in points of 100."""
+    from tune.contrast import unit_of
+
+    percent = unit_of(row) == "points" and row.column.metric != "chrf"
+    return f"{100 * value:.1f}" if percent else number(value)
