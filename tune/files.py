@@ -118,8 +118,11 @@ def read_jsonl(path: str | os.PathLike, problems: list[str] | None = None) -> li
     rows = []
     for number, line in enumerate(text.split("\n")[:-1], 1):  # what follows the last newline is torn, or empty
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("it holds no object")
+            rows.append(row)
+        except ValueError as error:
             told = f"{path}, line {number}: not JSON ({error}). The file was changed by hand?"
             if problems is None:
                 raise ValueError(told) from error

@@ -133,11 +133,14 @@ def make_report(run_dir: str | os.PathLike) -> Report:
 
 
 def _verdicts(journal: Journal, model: ModelResults) -> list[Verdict]:
+    """None, with the reason among the journal's problems, where a damaged file stops the statistics."""
+    from tune.verdict import verdicts
+
     try:
-        from tune.verdict import verdicts
-    except ImportError:
+        return verdicts(journal, model.display) if model.trials("macdrop") else []
+    except Exception as error:  # a file of another shape than ours: there is no end to what that may raise
+        journal.problems.append(f"no verdict on {model.display}: {type(error).__name__}: {one_line(str(error))}")
         return []
-    return verdicts(journal, model.display) if model.trials("macdrop") else []
 
 
 def _about(journal: Journal, models: list[ModelResults]) -> list[str]:
@@ -167,7 +170,7 @@ def _bullets(lines) -> str:
 def _items(lines: list[str]) -> str:
     if not lines:
         return ""
-    items = "\n".join(rf"\item {latex(one_line(line))}" for line in lines)
+    items = "\n".join(rf"\item{{}} {latex(one_line(line))}" for line in lines)  # {}: a "[" is no argument
     return f"\\begin{{itemize}}\n{items}\n\\end{{itemize}}"
 
 

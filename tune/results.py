@@ -193,7 +193,7 @@ def _model(
         groups=_groups(lines),
         columns=eval_loss + sorted([*columns, *means], key=place),
         shown=eval_loss + sorted([*tested, *(mean for mean in means if mean.split == "test")], key=place),
-        keys=_varied(lines, list((config.get("sweep") or {}).get("parameters") or {})),
+        keys=_varied(lines, list(_block(_block(config, "sweep"), "parameters"))),
         objectives=objectives,
         best=best,
     )
@@ -303,13 +303,13 @@ def _setting_text(settings: Mapping[str, Any], arm: str) -> str:
 
 
 def _objectives(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    metric = (config.get("sweep") or {}).get("metric") or {}
+    metric = _block(config, "sweep").get("metric") or {}
     several = metric if isinstance(metric, list) else [metric]
     return [(one.get("name", EVAL_LOSS.metric), one.get("goal", "minimize")) for one in several]
 
 
 def _models(config: Mapping[str, Any]) -> list[str]:
-    entries = (config.get("sweep") or {}).get("models") or [config.get("model_name_or_path")]
+    entries = _block(config, "sweep").get("models") or [config.get("model_name_or_path")]
     names = [entry.get("model_name_or_path") if isinstance(entry, Mapping) else entry for entry in entries]
     return [name for name in names if name]
 
@@ -319,10 +319,16 @@ def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:
     names: dict[str, str | None] = {}
     for block in ("validation", "eval"):
         for section in SECTIONS:
-            for name, entry in ((config.get(block) or {}).get(section) or {}).items():
+            for name, entry in _block(_block(config, block), section).items():
                 entry = entry if isinstance(entry, Mapping) else {}
                 names |= dict.fromkeys((name, entry.get("task") or name), entry.get("metric"))
     return names
+
+
+def _block(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A block of a run file; empty where it is missing or no block."""
+    found = config.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _usable(journal: Journal, records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tune.parts import attacks, cost, findings, generations, paper, trials
 from tune.parts.subject import Subject
 from tune.tables import Part
+from tune.wording import one_line
 
 BUILDERS: dict[str, Callable[[Subject], Part]] = {
     "verdict": findings.verdict,
@@ -23,8 +24,19 @@ BUILDERS: dict[str, Callable[[Subject], Part]] = {
     "trials": trials.trials,
 }
 """In the order of the report."""
+UNREADABLE = "Left out: a file of the run that this part needs is damaged"
 
 
 def parts(subject: Subject) -> dict[str, Part]:
-    """All parts of a model, by their keys; those that have nothing to say are empty (false)."""
-    return {key: build(subject) for key, build in BUILDERS.items()}
+    """All parts of a model, by their keys; those that have nothing to say are empty (false).
+
+    What a damaged file leads to costs the part that needs it and no other: the part says so.
+    """
+    return {key: _made(key, build, subject) for key, build in BUILDERS.items()}
+
+
+def _made(key: str, build: Callable[[Subject], Part], subject: Subject) -> Part:
+    try:
+        return build(subject)
+    except Exception as error:  # a file of another shape than ours: there is no end to what that may raise
+        return Part(key.capitalize(), [f"{UNREADABLE} ({type(error).__name__}: {one_line(str(error))})."])

@@ -68,7 +68,7 @@ def reproduce(subject: Subject) -> Part:
     seeds = sorted({line.seed for line in final if line.seed is not None})
     installed = environment.get("versions") or {}
     versions = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
-    lines = [f"Started with: {run['command']}"]
+    lines = [f"Started with: {run.get('command', 'not known')}"]
     lines += [f"Again: macdrop sweep {journal.run_dir / 'config.yaml'} output_dir=FOLDER (spec {spec_digest(config)})."]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
     lines += [f"Versions: {versions}."] if versions else []

@@ -19,7 +19,7 @@ PLANTED = "PLANTED: the massive weights of this built-in model were put there on
 ONE_SEED = "One seed per setting: differences hold for this seed only; they are no claim about the method."
 READING = (
     "Means over shared seeds, shares in percent. Difference: paired by item, with its 95 % interval; p after Holm over "
-    "the tasks; detectable: the smallest difference, in the same unit, that this run sees in 80 % of cases."
+    "the tasks; detects: the smallest difference, in the same unit, that this run sees in 80 % of cases."
 )
 
 
@@ -99,7 +99,7 @@ def _table(found: Verdict) -> Table:
     places = {row.column.attack_on for row in found.rows if row.column.attack_on}
     where = f", attacks on {places.pop()} rows" if len(places) == 1 else ""
     title = f"{first.label} against {first.against}, seed(s) {', '.join(map(str, found.seeds))}{where}"
-    head = ["", "plain", NAMES.get(found.arm, found.arm), "difference [95 %]", "p (Holm)", "detectable", "says"]
+    head = ["", "plain", NAMES.get(found.arm, found.arm), "difference [95 %]", "p (Holm)", "detects", "says"]
     return Table(title, head, [_row(row, placed=not where) for row in found.rows])
 
 
@@ -108,8 +108,8 @@ def _row(row: Comparison, *, placed: bool) -> list[str]:
     column = row.column if placed else replace(row.column, attack_on=None)
     levels = [level(row, value) for value in (row.plain, row.value)]
     says = row.verdict if row.per_seed else short(row.words, 60)
-    detectable = row.detectable.removesuffix(" points")
-    return [one_line(head(column)), *levels, row.amount, probability(row.p_holm), detectable, says]
+    amount, detects = row.amount.replace(" points", " pts"), row.detectable.removesuffix(" points")
+    return [one_line(head(column)), *levels, amount, probability(row.p_holm), detects, says]
 
 
 def level(row: Comparison, value: float) -> str:
