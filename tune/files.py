@@ -11,7 +11,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,17 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> 
     return len(lines)
 
 
-def read_jsonl(path: str | os.PathLike, problems: list[str] | None = None) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: str | os.PathLike, problems: list[str] | None = None, needs: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Rows of a file written by `append_jsonl`; a missing file is an empty list, a torn last line is left out.
 
     Args:
         problems: where damaged lines are described, each once, instead of raised.
+        needs: keys that each row must have.
 
     Raises:
-        ValueError: a complete line is no JSON object; the message has file and line.
+        ValueError: a complete line is no JSON object, or lacks a key; the message has file and line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
@@ -119,25 +122,28 @@ def read_jsonl(path: str | os.PathLike, problems: list[str] | None = None) -> li
     for number, line in enumerate(text.split("\n")[:-1], 1):  # what follows the last newline is torn, or empty
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("it holds no object")
+            _check_keys(row, needs)
             rows.append(row)
         except ValueError as error:
-            told = f"{path}, line {number}: not JSON ({error}). The file was changed by hand?"
+            kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
+            told = f"{path}, line {number}: {kind}({error}). The file was changed by hand?"
             if problems is None:
                 raise ValueError(told) from error
             problems += [told] if told not in problems else []
     return rows
 
 
-def read_mapping(path: str | os.PathLike, problems: list[str] | None = None) -> dict[str, Any] | None:
+def read_mapping(
+    path: str | os.PathLike, problems: list[str] | None = None, needs: Collection[str] = ()
+) -> dict[str, Any] | None:
     """The mapping that a .json or .yaml file holds.
 
     Args:
         problems: where a damaged file is described, once, and None returned, instead of raised.
+        needs: keys that the mapping must have.
 
     Raises:
-        ValueError: the file cannot be read as a mapping; the message has the path.
+        ValueError: the file cannot be read as a mapping, or lacks a key; the message has the path.
     """
     path = Path(path)
     try:
@@ -151,8 +157,7 @@ def read_mapping(path: str | os.PathLike, problems: list[str] | None = None) -> 
                 found = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(error) from error
-        if not isinstance(found, dict):
-            raise ValueError("it holds no mapping")
+        _check_keys(found, needs)
     except (OSError, ValueError) as error:
         told = f"{path} is damaged: {' '.join(str(error).split())}"
         if problems is None:
@@ -180,6 +185,15 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item"):
         return plain(value.item())
     raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
+
+
+def _check_keys(found: Any, needs: Collection[str]) -> None:
+    """Raise a ValueError unless `found` is a mapping with these keys."""
+    if not isinstance(found, dict):
+        raise ValueError("it holds no mapping")
+    missing = [key for key in needs if key not in found]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
 
 
 def _cut_torn_line(handle: int) -> int:

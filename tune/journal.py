@@ -53,6 +53,7 @@ SCORE_COLUMNS = (
     *("model", "arm", "trial", "seed", "split", "benchmark", "task", "version", "metric", "attack", "attack_on"),
     *("value", "stderr", "n", "higher_is_better", "batch_size", "limit", "num_fewshot"),
 )
+_SCORE_NEEDS = ("model", "trial", "benchmark", "task", "metric", "value")
 
 
 class Journal:
@@ -178,7 +179,7 @@ class Journal:
         records = []
         for file in (self.run_dir / "trials").glob("*/trial.json"):
             config = file.with_name("config.yaml")
-            record = read_mapping(file, self.problems)
+            record = read_mapping(file, self.problems, needs=("trial", "model"))
             if record is not None:
                 settings = read_mapping(config, self.problems) if config.exists() else None
                 records.append({"stage": FINALS, "setting": None, "cell": {}, **record, "config": settings or {}})
@@ -214,7 +215,8 @@ class Journal:
             return []
         stamp = (state.st_size, state.st_mtime_ns)
         if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
-            rows = [{"split": TEST, **row} for row in read_jsonl(self.scores_file, self.problems)]
+            kept = read_jsonl(self.scores_file, self.problems, needs=_SCORE_NEEDS)
+            rows = [{"split": TEST, **row} for row in kept]
             latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in rows}
             self._read = (stamp, list(latest.values()))
         return [dict(row) for row in self._read[1]]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WIDTH = 116
 """Characters that a table may take, so that it is readable in a terminal of 120."""
+MAX_PROBLEMS = 5
+"""Damaged files that are listed."""
 LATEX_HEAD = r"""% {title}
 % Written by macdrop. For \input into a document whose preamble has:
 %   \usepackage[utf8]{{inputenc}} \usepackage{{booktabs,textcomp}}
@@ -34,11 +36,11 @@ LATEX_HEAD = r"""% {title}
 
 @dataclass(frozen=True)
 class Report:
-    """See `make_report`. `about` are sentences on the run; `verdicts` are by `ModelResults.name`."""
+    """See `make_report`. `facts` are sentences on the run; `verdicts` are by `ModelResults.name`."""
 
     run_dir: Path
     name: str
-    about: list[str]
+    facts: list[str]
     models: list[ModelResults]
     verdicts: dict[str, list[Verdict]]
     journal: Journal
@@ -49,6 +51,15 @@ class Report:
         if model.name not in self._parts:
             self._parts[model.name] = parts(Subject(self.journal, model, self.verdicts[model.name]))
         return self._parts[model.name]
+
+    @property
+    def about(self) -> list[str]:
+        """Sentences on the run, and what is damaged in it, the first `MAX_PROBLEMS` of it."""
+        for model in self.models:  # all that is read has been read then
+            self.parts(model)
+        found = [problem.replace(f"{self.run_dir}/", "") for problem in self.journal.problems or []]
+        more = [f"DAMAGED: {len(found) - MAX_PROBLEMS} more such files or lines."] if len(found) > MAX_PROBLEMS else []
+        return [*self.facts, *(f"DAMAGED, left out: {problem}" for problem in found[:MAX_PROBLEMS]), *more]
 
     def headlines(self) -> list[str]:
         """The verdict of each model in a sentence, with the model's name."""
@@ -133,13 +144,13 @@ def make_report(run_dir: str | os.PathLike) -> Report:
 
 
 def _verdicts(journal: Journal, model: ModelResults) -> list[Verdict]:
-    """None, with the reason among the journal's problems, where a damaged file stops the statistics."""
+    """None, with the reason as the model's `trouble`, where a damaged file stops the statistics."""
     from tune.verdict import verdicts
 
     try:
         return verdicts(journal, model.display) if model.trials("macdrop") else []
     except Exception as error:  # a file of another shape than ours: there is no end to what that may raise
-        journal.problems.append(f"no verdict on {model.display}: {type(error).__name__}: {one_line(str(error))}")
+        model.trouble = f"a file of the run is damaged ({type(error).__name__}: {one_line(str(error))})."
         return []
 
 
@@ -155,7 +166,12 @@ def _about(journal: Journal, models: list[ModelResults]) -> list[str]:
         gpus = ", ".join(environment.get("gpus") or []) or "no GPU"
         about.append(f"Machine: {environment.get('host')}, {environment.get('cpus')} CPUs, {gpus}.")
     about.append("MacDrop's masks are off in every score.")
-    return about + [f"DAMAGED: {problem}" for problem in journal.problems or []]
+    begun = {file.parent.name for file in (journal.run_dir / "trials").glob("*/trial.json")}
+    lost = [folder.name for folder in (journal.run_dir / "trials").glob("*/") if folder.name not in begun]
+    about += [f"MISSING: trial.json of {', '.join(sorted(lost))}; not yet written, or lost."] if lost else []
+    done = [line for line in trials if line.status == "done"]
+    about += ["MISSING: there are no scores."] if done and not journal.score_rows() else []
+    return about
 
 
 def _named(model: ModelResults, sentence: str) -> str:

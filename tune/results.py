@@ -16,7 +16,7 @@ from typing import Any
 
 from tune.benchmarks.spec import SECTIONS
 from tune.columns import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
-from tune.journal import BASE, SCORE_KEY, Journal
+from tune.journal import BASE, Journal
 from tune.labels import NAMES, flatten, setting_label
 from tune.spec import slug
 
@@ -91,7 +91,8 @@ class ModelResults:
 
     `lines` come in the order base, plain, MacDrop (best first), placebos; `groups` are those of the final stage. Of all
     `columns` those in `shown` are worth a table; `keys` are the settings that vary; `objectives` are (name, goal);
-    `finalists` is finalists.json, empty where there is none; `best` is the MacDrop line that the objective prefers.
+    `finalists` is finalists.json, empty where there is none; `best` is the MacDrop line that the objective prefers;
+    `trouble` says why there are no statistics, where a damaged file is the reason.
     """
 
     name: str
@@ -107,6 +108,7 @@ class ModelResults:
     keys: list[str]
     objectives: list[tuple[str, str]]
     best: Line | None
+    trouble: str | None = None
 
     def trials(self, *arms: str, stage: str | None = None) -> list[Line]:
         """The trials of these arms (of all without any) in a stage."""
@@ -134,8 +136,7 @@ class ModelResults:
 
 def collect(journal: Journal) -> list[ModelResults]:
     """The results of each model of a run, in the order of its spec; works on a run that is still going."""
-    config, trials, rows = journal.config(), _usable(journal, journal.trials(), "trial", "model"), journal.score_rows()
-    rows = _usable(journal, rows, *SCORE_KEY[:5], "value")
+    config, trials, rows = journal.config(), journal.trials(), journal.score_rows()
     names = [slug(name) for name in _models(config)]
     names += [slug(item["model"]) for item in (*trials, *rows)]
     display = {slug(name): name for name in (*(item["model"] for item in (*trials, *rows)), *_models(config))}
@@ -329,14 +330,3 @@ def _block(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A block of a run file; empty where it is missing or no block."""
     found = config.get(key)
     return found if isinstance(found, Mapping) else {}
-
-
-def _usable(journal: Journal, records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
-    """The records that have these keys; a lenient journal notes the others, any other raises a KeyError."""
-    whole = [record for record in records if all(key in record for key in keys)]
-    if len(whole) < len(records):
-        told = f"{len(records) - len(whole)} record(s) without {', '.join(keys)} are left out."
-        if journal.problems is None:
-            raise KeyError(told)
-        journal.problems.append(told)
-    return whole

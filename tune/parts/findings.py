@@ -35,6 +35,8 @@ def verdict(subject: Subject) -> Part:
 
 def no_verdict(model: ModelResults) -> list[str]:
     """Why nothing can be said of MacDrop on this model, and the best trial so far."""
+    if model.trouble:
+        return [f"No verdict: {model.trouble}"]
     if not model.lines:
         return ["No verdict: nothing is trained or scored yet."]
     if not model.trials("macdrop"):
