@@ -20,7 +20,9 @@ PIPED_WIDTH = 120
 
 
 def report(runs: Sequence[Path], *, format: str, output: Path | None) -> None:
-    """Print the report of runs and write it: of one run into its own folder, of several into `output` only.
+    """Print the report of runs and write it: of one run into its own folder, of several into `output` if it is given.
+
+    The numbers of the page's figures always go to figures/ of their run.
 
     Raises:
         ConfigError: an unknown format, a folder that is no run, a run given twice, an `output` that cannot be used.

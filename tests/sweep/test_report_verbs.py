@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from run_folders import make_run
 
 from tune.journal import Journal
 
-FILES = ("report.csv", "report.md", "report.tex")
+FILES = ("report.csv", "report.html", "report.md", "report.tex")
 ATTACKS = ("none", "zeroing@3")
 
 
@@ -48,13 +49,15 @@ def test_a_report_is_printed_and_written(shell, runs):
     assert "PLANTED" in ended.out and "MacDrop against plain" in ended.out
     before = {name: (runs / "one" / name).read_text() for name in FILES}
     assert shell("report", "one").new == []
-    assert {name: (runs / "one" / name).read_text() for name in FILES} == before
+    assert {name: (runs / "one" / name).read_text() for name in FILES} == before  # deterministic
 
 
-@pytest.mark.parametrize("format, file", [("markdown", "report.md"), ("csv", "report.csv"), ("latex", "report.tex")])
-def test_what_is_printed_is_what_is_written(format, file, shell, runs):
-    ended = shell("report", "one", "--format", format)
-    assert ended.code == 0 and ended.out == (runs / "one" / file).read_text()
+def test_what_is_printed_is_what_is_written(shell, runs):
+    files = {"markdown": "report.md", "csv": "report.csv", "latex": "report.tex"}
+    shell("report", "one", "two", "--output", "both")
+    for format, file in files.items():
+        ended = shell("report", "one", "two", "--format", format)
+        assert ended.code == 0 and ended.new == [] and ended.out == (runs / "both" / file).read_text()
 
 
 def test_several_runs_are_printed_and_written_where_asked(shell, runs):
@@ -63,7 +66,7 @@ def test_several_runs_are_printed_and_written_where_asked(shell, runs):
     assert "zoo:planted-llama" in ended.out and "org/other" in ended.out
     ended = shell("report", "one", "two", "new", "--output", "both")
     assert ended.code == 0 and {f"both/{name}" for name in FILES} <= set(ended.new)
-    assert not any(name.startswith(("one/report", "two/report")) for name in ended.new)
+    assert all(name.startswith(("both/", "one/figures/", "two/figures/")) for name in ended.new)
     assert set(pandas.read_csv(runs / "both/report.csv").run) == {"one", "two"}
     assert "MacDrop report: new" in (runs / "both/report.md").read_text()
 
@@ -152,16 +155,20 @@ def test_a_damaged_run_is_reported_as_far_as_it_goes(case, shell, runs):
     damage, told = DAMAGED[case]
     damage(runs / "one")
     before = {path: path.read_bytes() for path in (runs / "one").rglob("*") if path.is_file()}
-    ended = shell("report", "one")
-    assert ended.code == 0 and "Traceback" not in ended.out + ended.err
+    ended = shell("report", "one", "new")  # of two runs nothing is written
+    assert ended.code == 0 and "Traceback" not in ended.out + ended.err and ended.new == []
     assert told in " ".join(ended.out.split()), ended.out[:3000]
     assert "Scores as in the paper" in ended.out or case == "no scores"  # the rest is there
     assert {path: path.read_bytes() for path in before} == before  # nothing of the run is touched
 
 
-def test_a_damaged_run_is_compared_as_far_as_it_goes(shell, runs):
-    for damage in (torn, answers_lost, put("models/*/finalists.json", "{")):
+def test_a_run_damaged_in_many_places_is_written_and_compared(shell, runs):
+    for damage in (torn, garbage, answers_lost, put("models/*/*.json", "{"), put("trials/*/metrics.jsonl", "{x\n")):
         damage(runs / "one")
+    ended = shell("report", "one")
+    assert ended.code == 0 and {f"one/{name}" for name in FILES} <= set(ended.new)
+    text = (runs / "one/report.md").read_text()
+    assert text.count("DAMAGED, left out: ") == 5 and re.search(r"DAMAGED: \d+ more", text)
     ended = shell("compare", "one")
     assert ended.code == 0 and "zoo:planted-llama LoRA (one)" in ended.out
 
