@@ -215,6 +215,7 @@ def spread(runs: list[Run], number: int | None) -> list[Run]:
 def opening(setting: Setting, root: Path) -> Any:
     """What the actors make resident; the first of them finds and proves the massive weights."""
     from tune.benchmarks import EvalSpec
+    from tune.benchmarks.spec import TEST
     from tune.evaluators import Opening
     from tune.spec import TrainSpec
 
@@ -225,7 +226,7 @@ def opening(setting: Setting, root: Path) -> Any:
     block = {"batch_size": setting.batch_size, "limit": setting.limit, "zero_shot": entries}
     return Opening(
         spec=TrainSpec(model_name_or_path=setting.model),
-        eval=EvalSpec.parse(block | {"attacks": [PLAIN, *setting.attacks]}),
+        blocks={TEST: EvalSpec.parse(block | {"attacks": [PLAIN, *setting.attacks]})},
         weights=str(root / "massive_weights.json"),
         scan=bool(setting.attacks),
         k=K,
@@ -246,6 +247,7 @@ class ByActors:
 def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
     """A pool under a running Ray."""
     from tune.benchmarks import jobs
+    from tune.benchmarks.spec import TEST
     from tune.evaluators import Item, Pool
 
     opened = opening(setting, root)
@@ -255,7 +257,7 @@ def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
         pool.open(opened)
         ready = time.perf_counter()
         for adapter in adapters:
-            for job in jobs(opened.eval):
+            for job in jobs(opened.blocks[TEST]):
                 answers = root / "answers" / f"{Path(adapter).name}-{job.key.replace('/', '-')}.jsonl"
                 pool.submit(Item({"adapter": adapter}, job, adapter, str(answers)))
         found: dict[Run, Scores] = {}

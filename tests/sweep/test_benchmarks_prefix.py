@@ -125,6 +125,15 @@ def test_nothing_is_shared_across_adapters_and_merges(block, tokenizer, tmp_path
         base = model.unload()
 
 
+def test_validation_benchmarks_share_as_well(block, tokenizer, tmp_path):
+    model, weights = build("LlamaConfig")
+    scorer = Scorer(model, tokenizer, EvalSpec.parse(block), weights)
+    prefix = PrefixCache()
+    for job in scorer.jobs():
+        scorer.score(dataclasses.replace(job, split="validation"), prefix=prefix)
+    assert prefix.calls_saved == 2 * (BATCHES * 3 - 1)
+
+
 def test_generation_runs_as_ever(tokenizer, tmp_path):
     model, weights = build("LlamaConfig")
     entry = {"g": {"data": "zoo:generate", "limit": 2, "max_new_tokens": 4, "metrics": ["chrf"]}}

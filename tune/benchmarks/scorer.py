@@ -8,7 +8,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -191,8 +190,9 @@ class Scorer:
     @contextlib.contextmanager
     def _sharing(self, job: Job, model: Any, prefix: PrefixCache | None) -> Iterator[Logits]:
         """How to compute logits: with what other attacks of the entry left in `prefix`, where that is possible."""
-        benchmark = _unattacked(job)
-        several = sum(_unattacked(other) == benchmark and other.attack_on != "merged" for other in self.jobs()) > 1
+        benchmark = (job.split, job.benchmark, job.task)
+        on_base = [other for other in self.jobs() if other.attack_on != "merged"]
+        several = sum((other.benchmark, other.task) == benchmark[1:] for other in on_base) > 1
         if prefix is None or job.attack_on == "merged" or not several or self.weights is None:
             yield plain_logits
             return
@@ -227,10 +227,6 @@ class Scorer:
         if suite:
             merged["settings"] = f"{merged['settings']} suite={suite}"
         return {key: merged[key] for key in Row.__annotations__}  # type: ignore[return-value]
-
-
-def _unattacked(job: Job) -> Job:
-    return replace(job, attack=PLAIN, attack_on=None)
 
 
 def _with_bos(tokenizer: Any, add_bos: bool | None) -> Any:
