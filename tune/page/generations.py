@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tune.files import read_jsonl
 from tune.journal import BASE, Journal
 from tune.page.select import best_groups, cells, tint
+from tune.parts.generations import answered
+from tune.parts.subject import Subject
 from tune.results import Line, ModelResults
 
 QUESTIONS = 8
@@ -23,7 +23,6 @@ class Reply:
     """A model's answer in one turn. `score` is the judge's, None where it is not judged or could not be read."""
 
     text: str
-    ended: str
     judged: bool = False
     score: float | None = None
     feedback: tuple[str, ...] = ()
@@ -37,6 +36,16 @@ class Speaker:
     colour: str
     seed: int | None
     replies: list[Reply]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one trial (or the base) has answered, by question, and what the judge said of it."""
+
+    line: Line
+    label: str
+    answers: dict[str, dict[str, Any]]
+    judged: dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -61,12 +70,12 @@ def generations(journal: Journal, model: ModelResults) -> dict[str, list[Questio
     """
     speakers = list(_speakers(model))
     found: dict[str, list[Question]] = {}
+    subject = Subject(journal, model, [])
     for entry in _entries(journal, model, speakers):
-        by_line = [(line, label, _rows(journal, model, line, entry)) for line, label in speakers]
-        present = [(line, label, rows) for line, label, rows in by_line if rows]
-        if present:
-            said = {line.trial: _judgements(journal, model, line, entry) for line, _, _ in present}
-            found[entry] = _pick([_question(item, present, said) for item in present[0][2]])
+        told = [Told(line, label, *answered(subject, line, entry)) for line, label in speakers]
+        told = [one for one in told if one.answers]
+        if told:
+            found[entry] = _pick([_question(item, told) for item in told[0].answers])
     return found
 
 
@@ -91,39 +100,27 @@ def _entries(journal: Journal, model: ModelResults, speakers: list[tuple[Line, s
     return sorted(name.removesuffix("-none.jsonl") for name in names)
 
 
-def _rows(journal: Journal, model: ModelResults, line: Line, entry: str) -> dict[str, dict[str, Any]]:
-    rows = read_jsonl(journal.answers_dir(model.display, line.trial) / f"generation-{entry}-none.jsonl")
-    return {str(row["question_id"]): row for row in rows if row.get("answers")}
-
-
-def _judgements(journal: Journal, model: ModelResults, line: Line, entry: str) -> dict[str, dict[str, Any]]:
-    """ "question/turn" -> the latest judge's row; rows of attacked answers are left out."""
-    folder: Path = journal.answers_dir(model.display, line.trial).parent / "judgements"
-    files = sorted(folder.glob(f"{entry}--*.jsonl"), key=lambda file: (file.stat().st_mtime, file.name))
-    rows = read_jsonl(files[-1]) if files else []
-    return {str(row["item"]): row for row in rows if row.get("attack", "none") == "none"}
-
-
-def _question(
-    item: str, present: list[tuple[Line, str, dict[str, dict[str, Any]]]], said: dict[str, dict[str, dict[str, Any]]]
-) -> Question:
-    first = present[0][2][item]
+def _question(item: str, told: list[Told]) -> Question:
+    first = told[0].answers[item]
     speakers = [
-        Speaker(label, tint(line.arm), line.seed, [_reply(rows[item], turn, said[line.trial].get(f"{item}/{turn}"))
-                                                   for turn in range(len(rows[item]["answers"]))])
-        for line, label, rows in present if item in rows
-    ]  # fmt: skip
+        Speaker(one.label, tint(one.line.arm), one.line.seed, _replies(one, item))
+        for one in told
+        if item in one.answers
+    ]
     turns = [_cut(str(turn)) for turn in first.get("turns") or []]
     return Question(item, str(first.get("category") or ""), turns, _cut(str(first.get("reference") or "")), speakers)
 
 
-def _reply(row: dict[str, Any], turn: int, judged: dict[str, Any] | None) -> Reply:
-    ended = (row.get("ended") or [])[turn : turn + 1]
-    text = _cut(str(row["answers"][turn]))
+def _replies(one: Told, item: str) -> list[Reply]:
+    judged = {str(row["item"]).rpartition("/")[2]: row for row in one.judged.get(item, [])}  # turns count from 1
+    texts = one.answers[item]["answers"]
+    return [_reply(str(text), judged.get(str(turn))) for turn, text in enumerate(texts, 1)]
+
+
+def _reply(text: str, judged: dict[str, Any] | None) -> Reply:
     if judged is None:
-        return Reply(text, "".join(ended))
-    feedback = tuple(_cut(str(said)) for said in judged.get("feedback") or [])
-    return Reply(text, "".join(ended), True, judged.get("score"), feedback)
+        return Reply(_cut(text))
+    return Reply(_cut(text), True, judged.get("score"), tuple(_cut(str(said)) for said in judged.get("feedback") or []))
 
 
 def _pick(questions: list[Question]) -> list[Question]:

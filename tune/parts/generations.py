@@ -8,6 +8,7 @@ from tune.benchmarks.spec import PLAIN, Job
 from tune.files import read_jsonl
 from tune.parts.subject import Subject
 from tune.results import Group, Line, ModelResults
+from tune.spec import slug
 from tune.tables import Part, Table
 from tune.wording import short
 
@@ -48,7 +49,7 @@ def _done(group: Group) -> list[Line]:
 
 
 def _table(subject: Subject, entry: str, pair: tuple[Line, Line]) -> Table:
-    answers, judged = zip(*(_answered(subject, line, entry) for line in pair), strict=True)
+    answers, judged = zip(*(answered(subject, line, entry) for line in pair), strict=True)
     shared = [key for key in answers[0] if key in answers[1]]
     head = ["question", "prompt", "plain", "MacDrop"]
     head += ["judged plain", "judged MacDrop"] if any(judged) else []
@@ -62,7 +63,7 @@ def _table(subject: Subject, entry: str, pair: tuple[Line, Line]) -> Table:
     return Table(entry, head, rows, wrap=True)
 
 
-def _answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """question -> its row of the answers file, and question -> its judgements; damaged lines are left out and noted."""
     journal = subject.journal
     folder = journal.answers_dir(subject.model.name, line.trial)
@@ -80,7 +81,8 @@ def _judgements(subject: Subject, line: Line, entry: str, problems: list[str]) -
     """Of each item the last judgement, by the judge whose score is in the run: the last one asked."""
     wanted = {"trial": line.trial, "task": entry, "metric": "judge_score", "attack": PLAIN}
     for row in subject.journal.score_rows():
-        if row.get("judgements") and all(row.get(key) == value for key, value in wanted.items()):
+        mine = slug(row["model"]) == subject.model.name  # every model's base is the trial "base"
+        if mine and row.get("judgements") and all(row.get(key) == value for key, value in wanted.items()):
             kept = read_jsonl(subject.journal.run_dir / row["judgements"], problems)
             return {str(judgement["item"]): judgement for judgement in kept if "item" in judgement}
     return {}
