@@ -11,6 +11,8 @@ from judge_fixtures import ANSWERS, GOOD, Endpoint, answered_run, completion
 
 from macdrop.errors import BenchmarkError, ConfigError
 from tune.benchmarks import judge_endpoint
+from tune.columns import Column
+from tune.items import read_items
 from tune.judging import judge_run
 
 pytestmark = pytest.mark.timeout(60)
@@ -79,8 +81,13 @@ def test_a_run_is_judged(run, capsys):
 
 def test_answers_under_attack_are_judged_apart(tmp_path):
     journal = answered_run(tmp_path / "run", attacks=("none", "zeroing@3"))
-    with Endpoint(lambda number, body: GOOD) as server:
+    with Endpoint(lambda n, body: "?" if "\nAda." in body["messages"][0]["content"] else GOOD) as server:
         assert judge(journal, server) == 0
+    for row in journal.score_rows():  # whoever compares trials finds the items of every score
+        if row["metric"] == "judge_score" and row["n"]:
+            items = read_items(journal, row["model"], row["trial"], Column.of(row))
+            assert sum(value == 4 for value in items.values()) == row["n"]
+            assert set(items) >= ({"81/1", "81/2"} if "qa" not in row["task"] else {"481/1", "482/1"})
     found = {(row["attack"], row["attack_on"], row["entry"]) for row in journal.score_rows() if row["value"] == 4.0}
     assert found == {("none", None, "spec_bench"), ("zeroing@3", "base", "spec_bench")}
     names = [file.name for file in (journal.trial("final-1").folder / "judgements").iterdir()]
