@@ -57,7 +57,9 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
     tokenizers = [check_study(study.spec, study.parameters, attacks, spec.sweep.arms) for study in planned]
     for block in (spec.eval, spec.validation):
         check_files(block)
-        check_judging(block)
+    if spec.validation.judge is not None:
+        raise ConfigError("validation.judge: searched trials are not judged. Write the judge under eval.")
+    check_judging(spec.eval)
     checked: dict[str, Checked] = {}
     asha = spec.sweep.scheduler == "asha"
     needed = asha or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]

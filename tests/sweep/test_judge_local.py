@@ -194,3 +194,8 @@ def test_eval_judges_what_it_has_generated(shell, sure):
     assert "planted-llama base" in ended.out and "judge_score" in ended.out
     again = shell("judge", "out", f"model={sure}", "max_new_tokens=12")
     assert again.code == 0 and "6 were judged before" in again.out
+
+
+def test_searched_trials_are_not_judged(shell):
+    told = shell.refused("sweep", "demo", "--dry-run", "validation.judge.model=zoo:planted-llama")
+    assert "validation.judge: searched trials are not judged" in told

@@ -11,7 +11,6 @@ from judge_fixtures import ANSWERS, CONVERSATIONS, talking_model
 
 from tune.benchmarks.judge import Question
 from tune.benchmarks.judge_spec import JudgeSpec
-from tune.blocks import SweepSpec
 from tune.journal import Journal
 from tune.spec import RaySpec, RunSpec
 
@@ -60,7 +59,7 @@ def test_a_sweep_judges_at_its_end(tmp_path, model):
         "output_dir": str(tmp_path / "run"),
         **{"dataset": "zoo:train", "cutoff_len": 64, "val_size": 8, "max_steps": 2, "learning_rate": 1e-3},
         **{"lora_rank": 2, "lora_alpha": 4, "lora_target": ["q_proj"], "per_device_train_batch_size": 2},
-        "sweep": {"arms": ["base", "plain"], **({"seeds": 0} if "seeds" in SweepSpec.model_fields else {})},
+        "sweep": {"arms": ["base", "plain"], "seeds": 0},
         "eval": {
             "generation": {"spec_bench": {"data": str(tmp_path / "q.jsonl"), "max_new_tokens": 4}},
             "judge": {"model": model, "max_new_tokens": 12, "batch_size": 4},
