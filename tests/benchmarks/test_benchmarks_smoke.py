@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import calibration
 import demo
 import lanes
 import measure
@@ -157,3 +158,20 @@ def test_both_ways_give_the_same_result(script, arguments, expected):
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
+
+
+def test_calibration_prints_its_rates(capsys):
+    assert calibration.simulated([3], [60], 40)
+    told = capsys.readouterr().out
+    assert "helps or hurts where nothing differs <= 5 %: met" in told
+    assert "twice the detectable difference is found in >= 80 %: met" in told
+
+
+def test_calibration_counts_splits_with_an_interval():
+    names = [f"t{i}" for i in range(12)]
+    drawn = [frozenset(names[i] for i in (a, (a + 3) % 12, (a + 5) % 12, (a + 7) % 12)) for a in range(12)]
+    found = [calibration.Split(trials, False, number == 0, False, True) for number, trials in enumerate(drawn)]
+    assert calibration.show(found, names, lambda one: one.headline) == ("0.0 % [0.0, 70.8]", 0.0)  # 3 without sharing
+    text, low = calibration.show(found, names, lambda one: one.attacked)
+    assert text.startswith("8.3 % [0.0, ") and low == 0
+    assert calibration.show(found, names, lambda one: one.any_attacked) == ("100.0 % [100.0, 100.0]", 1.0)
