@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from macdrop.errors import nearest
-from tune.benchmarks.spec import PLAIN, EvalSpec, jobs
+from tune.benchmarks.spec import PLAIN, SECTIONS, EvalSpec, jobs
 from tune.blocks import EVAL_LOSS, SweepSpec
 
 
@@ -38,6 +38,34 @@ def check_metrics(sweep: SweepSpec, test: EvalSpec, validation: EvalSpec) -> Non
             f"sweep.metric.name is {name!r}, but no benchmark of the validation block gives such a score."
             f"{nearest(name, [EVAL_LOSS, *selectable])}\nAllowed: {allowed}{more}."
         )
+
+
+def check_apart(test: EvalSpec, validation: EvalSpec) -> None:
+    """Refuse rows that would both select and be reported on, and a judge in the search.
+
+    Raises:
+        ValueError: a benchmark of the validation block reads what one of the eval block reads.
+    """
+    if validation.judge is not None:
+        raise ValueError("validation.judge: a judge scores the answers of the final stage. Write it under eval.")
+    tested = {rows: where for where, found in _rows(test) for rows in found}
+    for where, found in _rows(validation):
+        for rows in found & set(tested):
+            raise ValueError(
+                f"validation.{where} and eval.{tested[rows]} score the same rows ({rows[0]}): what is selected by them "
+                "looks better on them than it is.\nGive validation other data, or another split of them."
+            )
+
+
+def _rows(block: EvalSpec) -> list[tuple[str, set[tuple[str | None, ...]]]]:
+    """Of each benchmark its key in the block, and what it reads: files, hub data or an lm-eval task, with a split."""
+    found = []
+    for section in SECTIONS:
+        for name, entry in getattr(block, section).items():
+            sources = entry.data or [getattr(entry, "task", None) or name]
+            about = (getattr(entry, "name", None), getattr(entry, "split", None))
+            found.append((f"{section}.{name}", {(source, *about) for source in sources}))
+    return found
 
 
 def check_early_stops(sweep: SweepSpec, eval_steps: Sequence[int | None]) -> None:

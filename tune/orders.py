@@ -8,7 +8,7 @@ placing the same fine-tuning twice follows the first one.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tune.journal import FINALS
@@ -87,7 +87,7 @@ class OrderBook:
             if entry.state == "stopped":
                 self._requeue(entry)
         if entry.order.stage != order.stage == FINALS:
-            entry.order = order
+            entry.order = replace(order, drawn=entry.order.drawn)
             if entry.state == "done":
                 entry.state = "trained"
                 self._changed(order.id)

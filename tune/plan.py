@@ -92,6 +92,12 @@ def studies(run: RunSpec) -> list[Study]:
                 f"A sweep trains placebos beside MacDrop: list them under sweep.arms ({', '.join(PLACEBOS)})."
             )
     planned = [_study(run, spec) for spec in run.studies()]
+    for study in planned:
+        if study.placebos and not study.drops:
+            raise ConfigError(
+                f"sweep.arms has {', '.join(study.placebos)}, but no trial of {study.name} drops anything to compare "
+                "with: macdrop.p0 or macdrop.k is 0.\nSet both above 0, or search them."
+            )
     by_name: dict[str, str] = {}
     for study in planned:
         model = study.spec.model_name_or_path

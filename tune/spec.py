@@ -21,7 +21,7 @@ from macdrop.schedules import SCHEDULES
 from tune.benchmarks.spec import EvalSpec
 from tune.blocks import MacDropSpec, Metric, RaySpec, Space, Strict, SweepSpec
 from tune.explain import ELSEWHERE, build
-from tune.objectives import check_early_stops, check_metrics
+from tune.objectives import check_apart, check_early_stops, check_metrics
 from tune.specfile import merge, normalise, override, read_override, read_yaml, undot
 
 __all__ = [
@@ -205,6 +205,7 @@ class RunSpec(TrainSpec):
         studies = self.studies()
         for study in studies:
             _check_space(study, self.sweep.parameters)
+        check_apart(self.eval, self.validation)
         check_metrics(self.sweep, self.eval, self.validation)
         check_early_stops(self.sweep, [study.eval_steps for study in studies])
         return self

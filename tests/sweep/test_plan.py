@@ -210,6 +210,11 @@ def test_the_outline_says_what_selects_and_what_is_compared():
     assert benchmark_runs(run, [found]) == (9 + 1) * 1 + (3 + 1) * 2
 
 
+def test_placebos_of_nothing_are_refused():
+    with pytest.raises(ConfigError, match="no trial of planted-llama drops"):
+        study("macdrop.p0=0", "sweep.arms=[plain, macdrop, random_rows]")
+
+
 def test_a_study_without_a_search_scores_no_validation():
     run = load(None, [MODEL, "eval.zero_shot=[a]", "validation.zero_shot=[b]"])
     assert benchmark_runs(run, studies(run)) == 6 + 1
