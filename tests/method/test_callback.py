@@ -78,9 +78,12 @@ def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("schedule", ["step", "epoch_before", "constant"])
-def test_a_trainer_run_equals_a_loop_with_macdrop(tmp_path, schedule):
-    config = MacDropConfig(k=K, p0=0.8, schedule=schedule, seed=5)
+@pytest.mark.parametrize(
+    ("schedule", "scope"),
+    [("step", "massive"), ("epoch_before", "massive"), ("constant", "massive"), ("step", "activations")],
+)
+def test_a_trainer_run_equals_a_loop_with_macdrop(tmp_path, schedule, scope):
+    config = MacDropConfig(k=K, p0=0.8, schedule=schedule, seed=5, scope=scope)
     callback = MacDropCallback(tiny.massive_weights(), config)
     trainer = trainer_of(callback, tmp_path, eval_strategy="steps", eval_steps=2)
     before = weights_of(trainer.model)

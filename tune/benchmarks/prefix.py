@@ -20,7 +20,7 @@ from torch import nn
 
 from macdrop.errors import MacDropError
 
-#: Bytes of outputs kept by default. A later batch that finds it full is computed in full each time: to drop the oldest
+#: Bytes of outputs kept by default; on a GPU no more than a quarter of what is free. A later batch that finds it full is computed in full each time: to drop the oldest
 #: would help no one, as every attack goes through the batches in the same order.
 BUDGET = 1 << 30
 _BELOW = -1  # the place of what the layers below layer l make, among the parts of layer l
@@ -42,7 +42,7 @@ class PrefixCache:
         self.calls_saved = 0
         self._of: tuple[Any, Hashable] = (None, None)
         self._batches: dict[Hashable, Kept] = {}
-        self._bytes, self._full = 0, False
+        self._room, self._bytes, self._full = budget, 0, False
         self._site: _Site | None = None
         #: How each kind of model fared when its first shared batch was computed in full as well.
         self._trusted: dict[Hashable, bool] = {}
@@ -58,6 +58,7 @@ class PrefixCache:
         if self._of[0] is not model or self._of[1] != benchmark:
             self.clear()
             self._of = (model, benchmark)
+            self._room = _room(model, self.budget)
         with ExitStack() as stack:
             site = _find(model, weights)
             if site is not None and self._trusted.get(site.kind, True):
@@ -86,7 +87,7 @@ class PrefixCache:
         with self._site.mode(record=kept):
             logits = plain_logits(model, ids, mask)
         size = sum(_size(value) for value in kept.values())
-        if not kept or self._bytes + size > self.budget:
+        if not kept or self._bytes + size > self._room:
             self._full = True
         else:
             self._batches[key] = kept
@@ -207,6 +208,12 @@ def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+def _room(model: nn.Module, budget: int) -> int:
+    """Bytes that may be kept where the model is."""
+    device = next(model.parameters()).device
+    return min(budget, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else budget
 
 
 def _key(ids: torch.Tensor, mask: torch.Tensor | None) -> Hashable:
