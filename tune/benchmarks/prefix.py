@@ -20,8 +20,9 @@ from torch import nn
 
 from macdrop.errors import MacDropError
 
-#: Bytes of outputs kept by default; on a GPU no more than a quarter of what is free. A later batch that finds it full is computed in full each time: to drop the oldest
-#: would help no one, as every attack goes through the batches in the same order.
+#: Bytes of outputs kept by default; on a GPU no more than a quarter of what is free. A later batch that finds it full
+#: is computed in full each time: to drop the oldest would help no one, as every attack goes through the batches in the
+#: same order.
 BUDGET = 1 << 30
 _BELOW = -1  # the place of what the layers below layer l make, among the parts of layer l
 
