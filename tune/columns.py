@@ -45,10 +45,11 @@ class Column:
 
     @property
     def name(self) -> str:
-        """As a search metric is written: benchmark/task/metric[@attack]; the validation loss is eval_loss."""
+        """As a search metric is written: benchmark/task/metric[@attack], a mean's task being `mean`; or eval_loss."""
         if self == EVAL_LOSS:
             return self.metric
-        return f"{self.benchmark}/{self.task}/{self.metric}" + ("" if self.attack == "none" else f"@{self.attack}")
+        task = self.task.partition(" of ")[0] if self.is_mean else self.task
+        return f"{self.benchmark}/{task}/{self.metric}" + ("" if self.attack == "none" else f"@{self.attack}")
 
 
 EVAL_LOSS = Column("validation", "", "eval_loss", higher_is_better=False)
@@ -133,6 +134,16 @@ def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -
                 how = tuple(dict.fromkeys(pair for cell in found for pair in cell.how))
                 cells[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in found) or None, how)
     return list(means)
+
+
+def named_scores(rows: Iterable[Mapping[str, Any]], asked: Mapping[str, str | None]) -> dict[str, float]:
+    """One adapter's scores and their means by `Column.name`; of an attack on base and merged rows the one on base."""
+    scores = {Column.of(row): Cell.of(row) for row in rows if row["value"] is not None}
+    add_means([scores], primary_columns(scores, asked))
+    found: dict[str, float] = {}
+    for column in sorted(scores, key=lambda column: column.attack_on or ""):
+        found.setdefault(column.name, scores[column].value)
+    return found
 
 
 def is_part(column: Column, columns: Collection[Column]) -> bool:

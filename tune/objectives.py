@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from macdrop.errors import nearest
 from tune.benchmarks.spec import PLAIN, SECTIONS, EvalSpec, jobs
 from tune.blocks import EVAL_LOSS, SweepSpec
+from tune.columns import AVERAGED
 
 
 def score_name(benchmark: str, task: str, metric: str, attack: str) -> str:
@@ -82,8 +83,14 @@ def check_early_stops(sweep: SweepSpec, eval_steps: Sequence[int | None]) -> Non
 
 
 def _forms(block: EvalSpec) -> list[str]:
-    """The scores of a block, with METRIC for the metrics, which only a task itself knows."""
-    return list(dict.fromkeys(score_name(job.benchmark, job.task, "METRIC", job.attack) for job in jobs(block)))
+    """The scores of a block and their means, with METRIC for the metrics, which only a task itself knows."""
+    listed = jobs(block)
+    forms = [score_name(job.benchmark, job.task, "METRIC", job.attack) for job in listed]
+    for section in AVERAGED:
+        if len({job.task for job in listed if job.benchmark == section}) > 1:
+            attacks = dict.fromkeys(job.attack for job in listed if job.benchmark == section)
+            forms += [score_name(section, "mean", "METRIC", attack) for attack in attacks]
+    return list(dict.fromkeys(forms))
 
 
 def _form(name: str) -> str:

@@ -10,14 +10,15 @@ from ray.actor import ActorHandle
 from ray.tune import Stopper
 
 from tune.benchmarks.spec import VALIDATION, Job
+from tune.columns import named_scores
 from tune.dispatch import call
 from tune.evaluators import Item, Opening, Pool, Result
 from tune.journal import BASE, FINALS, SEARCH, Journal
 from tune.lanes import Lanes
-from tune.objectives import score_name
 from tune.orders import FINAL, Entry, Order
 from tune.plan import Study
 from tune.progress import Progress
+from tune.results import asked_for
 from tune.spec import TrainSpec, dump
 
 TICK_S = 0.2
@@ -109,13 +110,8 @@ class Supervisor:
 
     def validation_scores(self, trial: str) -> dict[str, float]:
         """Scores of the search as `sweep.metric` names them: benchmark/task/metric, with @attack where there is one."""
-        found: dict[str, float] = {}
-        # Of an attack on base rows and on merged ones, the searcher sees the first.
-        for row in sorted(self._journal.score_rows(), key=lambda row: row["attack_on"] or ""):
-            if (row["trial"], row["split"]) == (trial, VALIDATION):
-                name = score_name(row["benchmark"], row["task"], row["metric"], row["attack"])
-                found.setdefault(name, row["value"])
-        return found
+        rows = [r for r in self._journal.score_rows() if (r["trial"], r["split"]) == (trial, VALIDATION)]
+        return named_scores(rows, asked_for(self._journal.config()))
 
     def study_failed(self, study: Study, reason: str) -> None:
         """A model could not be used at all."""

@@ -193,3 +193,23 @@ def test_an_attack_on_more_rows_than_there_are_is_refused_before_the_model_is_lo
     spec = parse(suite="attack-curve", attacks=["zeroing@100000"], perplexity={"wikitext_bos": "zoo:text"})
     with pytest.raises(ConfigError, match="eval.attacks has 'zeroing@100000', but an FFN"):
         check_scoring(Source("zoo:planted-llama", None, False, False).spec(), spec)
+
+
+def test_the_mean_of_the_validation_suite_is_an_objective():
+    from tune.columns import named_scores
+    from tune.results import asked_for
+
+    metric = "sweep.metric={name: zero_shot/mean/acc, goal: maximize}"
+    spec = load(None, ["model=zoo:planted-llama", "validation.suite=validation", metric])
+    rows = [
+        {"benchmark": "zero_shot", "task": task, "metric": name, "attack": "none", "attack_on": None, "value": value,
+         "stderr": None, "n": 10, "split": "validation"}
+        for number, task in enumerate(ZERO_SHOT) for name, value in (("acc", 0.1), ("acc_norm", 0.2 + number / 10))
+    ]  # fmt: skip
+    found = named_scores(rows, asked_for(dump(spec)))
+    assert found["zero_shot/mean/acc"] == pytest.approx(
+        (0.2 + 0.3 + 0.1 + 0.5 + 0.1) / 5
+    )  # acc_norm, as the suite says
+    assert found["zero_shot/boolq/acc_norm"] == pytest.approx(0.4)
+    with pytest.raises(ConfigError, match="no benchmark of the validation block gives such a score"):
+        load(None, ["model=zoo:planted-llama", "validation.zero_shot=[piqa]", metric])
