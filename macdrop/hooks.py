@@ -182,7 +182,7 @@ class MacDrop:
     @property
     def _must_run(self) -> bool:
         """Any micro-batch runs the masked layers, except those of one expert: its tokens may all go to others."""
-        return self.weights.expert is None
+        return bool(self._sites) and self.weights.expert is None
 
     def _count(self, keep: torch.Tensor) -> None:
         """Called by every site at its first use in a micro-step, with the mask of one matrix or of the activations."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import re
 import shlex
@@ -129,8 +130,14 @@ def test_every_recipe_is_listed():
 
 
 @pytest.mark.parametrize("code", [code for code in blocks("python") if "pandas" not in code])
-def test_python_blocks_run(code):
-    exec(compile(code, "README.md", "exec"), {})
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    """Those for a trainer that is not installed are only parsed."""
+    monkeypatch.chdir(tmp_path)
+    compiled = compile(code, "README.md", "exec")
+    for trainer in ("trl", "llamafactory", "axolotl"):
+        if f"from {trainer}" in code and importlib.util.find_spec(trainer) is None:
+            return
+    exec(compiled, {})
 
 
 def test_the_line_for_pandas_reads_a_run_folder(tmp_path, monkeypatch):

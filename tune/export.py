@@ -120,10 +120,8 @@ def read_trial(folder: Path) -> Exported:
 
 
 def _verdicts(journal: Journal, model: str) -> list[str]:
-    try:
-        from tune.verdict import verdicts
-    except ImportError:
-        return []
+    from tune.verdict import verdicts
+
     return [verdict.sentence for verdict in verdicts(journal, model) if verdict.arm == "macdrop"]
 
 

@@ -153,11 +153,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 def _card(seen: Seen) -> Card:
     config = yaml.safe_load((seen.record.folder / "config.yaml").read_text(encoding="utf-8"))
     spec = TrainSpec.model_validate(config)
-    return Card(seen.name, _setting(spec), f"seed-{spec.seed}", dict(_flat(config)))
-
-
-def _setting(spec: TrainSpec) -> str:
-    return spec.setting_id() if hasattr(spec, "setting_id") else spec.model_copy(update={"seed": 0}).trial_id()[-8:]
+    return Card(seen.name, spec.setting_id(), f"seed-{spec.seed}", dict(_flat(config)))
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
