@@ -205,7 +205,7 @@ def split(journal: Any, trials: Sequence[str], seeds: int, splits: int, seed: in
     for _ in range(splits):
         drawn = [str(name) for name in draws.choice(np.array(trials), 2 * seeds, replace=False)]
         arms = [dict(enumerate(drawn[side::2])) for side in (0, 1)]
-        plain, other = (Setting(arm, "", {}, {}, arms[i]) for i, arm in enumerate(("plain", "macdrop")))
+        plain, other = (Setting(arm, "", {}, arms[i]) for i, arm in enumerate(("plain", "macdrop")))
         made = against(samples, plain, other, 3)
         said = [row.verdict != "cannot tell" for row in made.rows if not row.column.is_mean]
         clean = [row.column.attack == "none" for row in made.rows if not row.column.is_mean]
