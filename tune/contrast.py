@@ -78,7 +78,9 @@ class Comparison:
 
     @property
     def amount(self) -> str:
-        """The difference and its interval as people say it: +0.4 points [-1.9, +2.7]."""
+        """The difference and its interval as people say it: +0.4 points [-1.9, +2.7]; empty where it is not known."""
+        if math.isnan(self.delta):
+            return ""
         said = [_said(self, x) for x in (self.delta, self.low, self.high)]
         unit = unit_of(self)
         interval = "" if math.isnan(self.low) else f" [{said[1]}, {said[2]}]"

@@ -13,7 +13,7 @@ from macdrop.errors import DataError
 from tune.benchmarks.spec import Job
 from tune.columns import Column
 from tune.files import read_jsonl
-from tune.journal import Journal
+from tune.journal import SCORE_KEY, Journal
 
 Value = float | tuple[float, float]
 """Of an item: its score; of a perplexity's window: (summed negative log-likelihood in nats, tokens or words)."""
@@ -77,7 +77,10 @@ class Items:
 
     def _read(self, row: Mapping[str, Any], column: Column) -> Found:
         judged = column.metric in JUDGE_METRICS
-        found = self._judgements(row) if judged else self._answers(row)
+        try:
+            found = self._judgements(row) if judged else self._answers(row)
+        except KeyError as error:
+            raise DataError(f"{self._place(row)}: an item has no {error}; the file is damaged.") from error
         if not found:
             return None
         values = list(found.values())
@@ -106,9 +109,8 @@ class Items:
 
     def _place(self, row: Mapping[str, Any]) -> Path:
         folder = self._journal.answers_dir(self._model, row["trial"])
-        key = Job(row["benchmark"], _entry(row), row["attack"], row["attack_on"]).key
-        prefix = "validation/" if row.get("split") == "validation" else ""
-        return folder / ((prefix + key).replace("/", "-") + ".jsonl")
+        key = Job(row["benchmark"], _entry(row), row["attack"], row["attack_on"], row["split"]).key
+        return folder / f"{key.replace('/', '-')}.jsonl"
 
     # --- judgements ---
 
@@ -179,7 +181,7 @@ def _entry(row: Mapping[str, Any]) -> str:
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
-    keys = ("trial", "benchmark", "task", "metric", "attack", "attack_on")
-    return tuple(row.get(key) for key in keys) + (row.get("split") or "test",)
+    """What makes a score one score of a model."""
+    return tuple(row.get(key) for key in SCORE_KEY[1:])
 
 

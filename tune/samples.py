@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from macdrop.errors import DataError
+from tune.benchmarks.spec import TEST
 from tune.columns import Column, is_part, primary_columns
 from tune.contrast import Sample
 from tune.items import RATIOS, Items, matched
@@ -31,7 +32,7 @@ class Samples:
         self._asked = asked_for(journal.config())
         self._scores: dict[tuple[str, Column], float | None] = {}
         for row in journal.score_rows():
-            if slug(row["model"]) == slug(model) and (row.get("split") or "test") == "test":
+            if slug(row["model"]) == slug(model) and row["split"] == TEST:
                 self._scores[row["trial"], Column.of(row)] = row["value"]
 
     def columns(self, plain: Trials, other: Trials) -> list[Column]:

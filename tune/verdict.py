@@ -69,7 +69,7 @@ def verdicts(journal: Journal, model: str) -> list[Verdict]:
     """
     content = journal.finding(journal.finalists_file(model)) or {}
     seeds = content.get("seeds", [])
-    trials = [t for t in journal.trials() if slug(t["model"]) == slug(model) and t.get("seed") in seeds]
+    trials = [t for t in journal.trials() if slug(t.get("model", "")) == slug(model) and t.get("seed") in seeds]
     settings = _by_setting(trials)
     samples = Samples(journal, model)
     name = next((t["model"] for t in trials), model)
@@ -88,7 +88,7 @@ def verdicts(journal: Journal, model: str) -> list[Verdict]:
 def _by_setting(trials: Iterable[Mapping[str, Any]]) -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for t in trials:
-        setting = found.setdefault(t["setting"], Setting(t["arm"], t["setting"], flatten(t["config"])))
+        setting = found.setdefault(t["setting"], Setting(t.get("arm", ""), t["setting"], flatten(t["config"])))
         setting.trials[t["seed"]] = t["trial"]
     return found
 

@@ -114,6 +114,9 @@ def test_damaged_answers_are_named(tmp_path):
     file.write_text(whole.replace('"acc": 1.0', '"acc": 0.0'))
     with pytest.raises(DataError, match="items of zero_shot/qa/acc average 0, but its score is"):
         read_items(journal, MODEL, trial, column)
+    file.write_text(whole.replace('"metrics"', '"metric"', 1))
+    with pytest.raises(DataError, match="zero_shot-qa-none.jsonl: an item has no 'metrics'; the file is damaged"):
+        read_items(journal, MODEL, trial, column)
     file.unlink()
     assert read_items(journal, MODEL, trial, column) is None
 
