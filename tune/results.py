@@ -191,7 +191,7 @@ def _model(
         proof=proof,
         finalists=finalists or {},
         lines=lines,
-        groups=_groups(lines),
+        groups=_groups(lines, finalists or {}),
         columns=eval_loss + sorted([*columns, *means], key=place),
         shown=eval_loss + sorted([*tested, *(mean for mean in means if mean.split == "test")], key=place),
         keys=_varied(lines, list(_block(_block(config, "sweep"), "parameters"))),
@@ -249,8 +249,8 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
     return ranked[0] if ranked else None
 
 
-def _groups(lines: list[Line]) -> list[Group]:
-    """The settings of the final stage (of the search where there was no other), in the order of their lines."""
+def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
+    """The settings of the final stage (of the search where there was no other), by arm, kind of adapter and rank."""
     trials = [line for line in lines if line.arm != BASE]
     final = [line for line in trials if line.stage != "search"] or [line for line in trials if _tested(line)] or trials
     by_id: dict[tuple[str, str], list[Line]] = {}
@@ -258,8 +258,15 @@ def _groups(lines: list[Line]) -> list[Group]:
         by_id.setdefault((line.arm, line.group), []).append(line)
     made = []
     kinds = {arm: number for number, arm in enumerate(dict.fromkeys(arm for arm, _ in by_id))}
-    order = sorted(by_id.items(), key=lambda item: (kinds[item[0][0]], [str(v) for v in item[1][0].cell.values()]))
-    for (arm, group), members in order:
+    rows = finalists.get("cells") if isinstance(finalists.get("cells"), list) else []
+    ranked = [setting for row in rows if isinstance(row, Mapping) for setting in row.get("macdrop") or ()]
+
+    def place(item: tuple[tuple[str, str], list[Line]]) -> tuple:
+        (arm, group), members = item
+        rank = ranked.index(group) if group in ranked else len(ranked)
+        return kinds[arm], [str(value) for value in members[0].cell.values()], rank
+
+    for (arm, group), members in sorted(by_id.items(), key=place):
         members = sorted(members, key=lambda line: (line.seed is None, line.seed))
         made.append(Group(setting_label(members[0].arm, members[0].settings), arm, group, members[0].cell, members))
     shared = [group.label for group in made]

@@ -174,7 +174,7 @@ def test_several_objectives_have_a_front(tmp_path):
     atomic_write_yaml(journal.run_dir / "config.yaml", config)
     report = make_report(journal.run_dir)
     front = report.parts(report.models[0])["pareto"]
-    assert "beaten by no other" in front.lines[0] and front.tables[0].head[-2] == "zero_shot\nqa\nacc"
+    assert "which no other of their kind" in front.lines[0] and front.tables[0].head[-2] == "zero_shot\nqa\nacc"
     assert front.tables[0].rows and all(front.tables[0].rows[0][-4:])
 
 

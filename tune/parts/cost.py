@@ -6,12 +6,12 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from tune.journal import BASE, Journal
 from tune.labels import NAMES
 from tune.parts.subject import Subject
+from tune.reproduce import FROZEN, SCRIPT
 from tune.results import Line, ModelResults
 from tune.tables import Part, Table
 from tune.wording import count, hours, number
@@ -72,8 +72,11 @@ def reproduce(subject: Subject) -> Part:
     lines += [f"Again: macdrop sweep {journal.run_dir / 'config.yaml'} output_dir=FOLDER (spec {spec_digest(config)})."]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
     lines += [f"Versions: {versions}."] if versions else []
-    scripts = [script for line in final for script in _scripts(journal.trial(line.trial).folder)]
-    lines += [f"One trial without Ray: {scripts[0]} ({len(scripts)} such script(s))."] if scripts else []
+    folders = [folder for line in final if ((folder := journal.trial(line.trial).folder) / SCRIPT).is_file()]
+    if folders:
+        command = (journal.finding(folders[0] / FROZEN) or {}).get("command") or f"python {SCRIPT}"
+        told = f"{len(folders)} of {len(final)} trials have such a script"
+        lines.append(f"One trial without Ray: cd {folders[0]} && {command} ({told}).")
     return Part("Reproduce", lines)
 
 
@@ -81,10 +84,6 @@ def spec_digest(config: dict[str, Any]) -> str:
     """12 hex digits of a run's effective spec, but for the folder that it was written to."""
     content = {key: value for key, value in config.items() if key != "output_dir"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _scripts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("reproduce.*"))
 
 
 def _speed(subject: Subject, line: Line) -> float | None:

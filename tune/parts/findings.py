@@ -47,8 +47,10 @@ def no_verdict(model: ModelResults) -> list[str]:
         return [f"No verdict yet: no MacDrop trial is done and has {model.objectives[0][0]}."]
     own = {key: model.best.setting(f"macdrop.{key}") for key in ("k", "p0", "schedule", "alpha")}
     told = ", ".join(f"{key} {setting(value)}" for key, value in own.items() if value is not None)
-    lines = ["No verdict yet: no plain and MacDrop adapter of the final stage share a seed and a scored benchmark."]
-    return [*lines, f"Best MacDrop trial by {model.objectives[0][0]}: {model.best.label} ({told}), of {model.tried} "
+    why = "No verdict yet: no plain and MacDrop adapter of the final stage share a seed and a scored benchmark."
+    if not model.finalists:
+        why = "No verdict: no setting was selected for a final stage (finalists.json), whose seeds a verdict stands on."
+    return [why, f"Best MacDrop trial by {model.objectives[0][0]}: {model.best.label} ({told}), of {model.tried} "
             "setting(s) tried."]  # fmt: skip
 
 

@@ -25,14 +25,15 @@ def search(subject: Subject) -> Part:
 
 
 def pareto(subject: Subject) -> Part:
-    """The trials that no other beats in every objective."""
+    """The trials that no other of their cell beats in every objective."""
     model = subject.model
     front = model.finalists.get("pareto") or []
     chosen = [line for line in model.lines if line.trial in front]
     if len(model.objectives) < 2 or not chosen:
         return Part("Pareto front")
     goals = ", ".join(f"{name} ({goal})" for name, goal in model.objectives)
-    lines = [f"{len(chosen)} of {len(model.searched)} trials are beaten by no other in all of: {goals}."]
+    of = [line for line in model.searched if line.arm == "macdrop"]
+    lines = [f"{len(chosen)} of {len(of)} MacDrop trials, which no other of their kind of adapter beats in all: {goals}."]
     return Part("Pareto front", lines, [_table(model, "Pareto front", chosen, objectives=True)])
 
 
