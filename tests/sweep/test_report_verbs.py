@@ -135,7 +135,7 @@ DAMAGED = {
     "no trial.json": (lambda run: next(run.glob("trials/*-plain-*/trial.json")).unlink(), "MISSING: trial.json of"),
     "a trial.json of another shape": (put("trials/*-random_rows-*/trial.json", "[]"), "it holds no mapping"),
     "half a config of a trial": (put("trials/*-random_rows-*/config.yaml", "a: [1,"), "config.yaml is damaged"),
-    "a torn last line of scores": (torn, "helps"),
+    "a torn last line of scores": (torn, "MacDrop against plain"),
     "damaged lines of scores": (garbage, "scores.jsonl, line 4: not JSON"),
     "no scores": (lambda run: (run / "scores.jsonl").unlink(), "MISSING: there are no scores."),
     "half a finalists.json": (cut("models/*/finalists.json", 60), "finalists.json is damaged"),
@@ -146,7 +146,7 @@ DAMAGED = {
     "damaged answers": (put("trials/*/answers/zero_shot-qa-none.jsonl", '{"task"\n'), "zero_shot-qa-none.jsonl"),
     "damaged metrics": (put("trials/*/metrics.jsonl", "{x\n"), "metrics.jsonl, line 1"),
     "half an environment": (put("environment.json", "{"), "environment.json is damaged"),
-    "a config of another shape": (put("config.yaml", "sweep: 3\n"), "helps"),
+    "a config of another shape": (put("config.yaml", "sweep: 3\n"), "MacDrop against plain"),
 }
 
 

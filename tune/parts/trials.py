@@ -33,7 +33,7 @@ def pareto(subject: Subject) -> Part:
         return Part("Pareto front")
     goals = ", ".join(f"{name} ({goal})" for name, goal in model.objectives)
     of = [line for line in model.searched if line.arm == "macdrop"]
-    lines = [f"{len(chosen)} of {len(of)} MacDrop trials, which no other of their kind of adapter beats in all: {goals}."]
+    lines = [f"{len(chosen)} of {len(of)} MacDrop trials, which no other of their adapter beats in all: {goals}."]
     return Part("Pareto front", lines, [_table(model, "Pareto front", chosen, objectives=True)])
 
 
