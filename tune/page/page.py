@@ -120,7 +120,7 @@ def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) 
     keys = [key for key in ORDER if key in parts or any(one.figure.part == key for one in shown)]
     keys += [key for key in parts if key not in ORDER]
     run_dir, kinds = report.run_dir, len(cells(model))
-    told = [PLANTED, *(one.sentence for one in report.verdicts.get(model.name, []))]
+    told = [PLANTED, *(line for one in report.verdicts.get(model.name, []) for line in (one.sentence, *one.more))]
     return ModelView(
         id=f"r{number}-{model.name}",
         run=report.name,
