@@ -110,7 +110,7 @@ def as_in_the_paper(journal: Journal) -> None:
 
 
 def test_the_papers_figures_stand_below_ours_where_the_setting_is_the_same(tmp_path):
-    journal = make_run(tmp_path / "run", model=MODEL, tried=1, items=20, attacks=("none", "zeroing@3"))
+    journal = make_run(tmp_path / "run", model=MODEL, tried=1, items=20, attacks=("none", "zeroing@3", "zeroing@5"))
     report = make_report(journal.run_dir)
     part = report.parts(report.models[0])["paper"]
     assert not any("arXiv" in cells[0] for table in part.tables for cells in table.rows)
@@ -118,10 +118,13 @@ def test_the_papers_figures_stand_below_ours_where_the_setting_is_the_same(tmp_p
     as_in_the_paper(journal)
     report = make_report(journal.run_dir)
     part = report.parts(report.models[0])["paper"]
-    clean, attacked = part.tables[:2]
+    clean, attacked, base_attacked = part.tables[:3]
     assert clean.head == ["", "ARC-E", "BoolQ", "mean"]
     pairs = zip(clean.rows, clean.rows[1:], strict=False)
     below = {ours[0].split()[0]: theirs for ours, theirs in pairs if "arXiv" in theirs[0]}
     assert below["base"] == ["  paper (arXiv 2410.01866v2)", "77.4", "81.4", "73"]
     assert below["plain"][1:] == ["", "", "76"] and below["+"][1:] == ["", "", "76.5"]
     assert [cells[-1] for cells in attacked.rows if "arXiv" in cells[0]] == ["40.4", "47.7"]
+    assert "zeroing@5" in base_attacked.title  # of which the paper has the base model
+    theirs = [cells[1:] for cells in base_attacked.rows if "arXiv" in cells[0]]
+    assert theirs == [["29.1", "41.8", "39.4"]]

@@ -52,7 +52,7 @@ def tables(subject: Subject) -> Part:
         held = [column for column in _columns(model, section) if section.holds(column)]
         clean = {(column.task, column.metric) for column in held if column.attack == PLAIN}
         columns = [column for column in held if (column.task, column.metric) in clean]
-        for attack in _attacks(columns):
+        for attack in _attacks(model, columns):
             shown = [column for column in columns if (column.attack, column.attack_on) == attack]
             rows = []
             for group in groups:
@@ -90,12 +90,12 @@ def _columns(model: ModelResults, section: Section) -> list[Column]:
     return [column for column in shown if "/" not in column.task or column.benchmark != "generation"]
 
 
-def _attacks(columns: list[Column]) -> list[tuple[str, str | None]]:
-    """Without attack, then the paper's attack, or the first one where that was not run."""
+def _attacks(model: ModelResults, columns: list[Column]) -> list[tuple[str, str | None]]:
+    """Without attack, the paper's (or the first, where that was not run), and those that it has of this base model."""
     found = list(dict.fromkeys((column.attack, column.attack_on) for column in columns))
     kinds = [attack for attack, _ in found if attack != PLAIN]
     chosen = ATTACK if ATTACK in kinds else next(iter(kinds), None)
-    return [attack for attack in found if attack[0] in (PLAIN, chosen)]
+    return [attack for attack in found if attack[0] in (PLAIN, chosen) or base_figures(model.display, attack[0])]
 
 
 def _published(
