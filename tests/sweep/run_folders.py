@@ -58,6 +58,8 @@ class _Maker:
     correlation: float
     judge: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=lambda: {BASE: BASE})
+    """What the draws of a trial depend on: not its id, which changes with every new key of a run file."""
 
     def rate(self, task: str, arm: str, attack: str, shift: float) -> float:
         plain = 0.3 if arm == BASE else TASKS.get(task, 0.7)
@@ -66,7 +68,7 @@ class _Maker:
 
     def hits(self, model: str, trial: str, task: str, attack: str, rate: float) -> np.ndarray:
         shared = generator(model, task, attack).standard_normal(self.items)
-        own = generator(model, trial, task, attack).standard_normal(self.items)
+        own = generator(model, self.names[trial], task, attack).standard_normal(self.items)
         z = math.sqrt(self.correlation) * shared + math.sqrt(1 - self.correlation) * own
         return (norm.cdf(z) < rate).astype(float)
 
@@ -75,7 +77,7 @@ class _Maker:
         tag = {"model": model, "arm": arm, "trial": trial, "seed": seed, "split": split}
         folder = self.journal.answers_dir(model, trial)
         folder.mkdir(parents=True, exist_ok=True)
-        luck = generator(model, trial, "seed").standard_normal() * self.seed_sd
+        luck = generator(model, self.names[trial], "seed").standard_normal() * self.seed_sd
         for attack in self.attacks if split == "test" else self.attacks[:1]:
             under = {"attack": attack, "attack_on": None if attack == "none" else "base"}
             self._zero_shot(tag | under, folder, luck)
@@ -101,7 +103,7 @@ class _Maker:
 
     def _perplexity(self, tag: dict[str, Any], folder: Path, luck: float) -> None:
         shared = generator(tag["model"], "text").standard_normal(self.items)
-        own = generator(tag["model"], tag["trial"], "text", tag["attack"]).standard_normal(self.items)
+        own = generator(tag["model"], self.names[tag["trial"]], "text", tag["attack"]).standard_normal(self.items)
         mean = 2.6 - 2 * (self.rate("text", tag["arm"], tag["attack"], luck) - 0.7)
         tokens = np.full(self.items, 63)
         nll = tokens * (mean + 0.3 * shared + 0.05 * own)
@@ -131,7 +133,7 @@ class _Maker:
         """Spec-Bench: two categories of three questions, those of the first with two turns, judged where asked."""
         items, judged = [], []
         quality = 5 * self.rate("spec_bench", tag["arm"], tag["attack"], luck)
-        draws = generator(tag["model"], tag["trial"], "spec_bench", tag["attack"])
+        draws = generator(tag["model"], self.names[tag["trial"]], "spec_bench", tag["attack"])
         for i in range(6):
             category = CATEGORIES[i // 3]
             turns = [f"Write a line about number {i}.", "Now shorter."][: 2 - i // 3]
@@ -204,8 +206,8 @@ def make_run(
     judge: bool = False,
     attacks: Sequence[str] = ("none", "zeroing@1", "zeroing@3", "zeroing@5", "zeroing@10", "retaining@3"),
     cells: Sequence[Mapping[str, Any]] | None = None,
-    seed_sd: float = 0.01,
-    correlation: float = 0.7,
+    seed_sd: float = 0.003,
+    correlation: float = 0.97,
     lost: Iterable[tuple[str, int]] = (),
     status: str = "done",
 ) -> Journal:
@@ -277,8 +279,9 @@ def _trial(
     record, block = maker.journal.trial(spec.trial_id()), spec.macdrop
     about = {"model": spec.model_name_or_path, "arm": spec.arm, "seed": spec.seed, "setting": spec.setting_id()}
     record.start(dump(spec), **about, stage=stage, cell=cell)
-    loss += 0.002 * generator(record.id, "loss").standard_normal()
-    record.log(_curve(block, loss, generator(record.id, "curve")))
+    name = maker.names[record.id] = f"{spec.arm} {stage} {spec.seed} {sorted(cell.items())} {block.k} {block.p0}"
+    loss += 0.002 * generator(name, "loss").standard_normal()
+    record.log(_curve(block, loss, generator(name, "curve")))
     record.adapter_dir.mkdir(exist_ok=True)
     dropped = sum(row.get("entries_dropped", 0) for row in record.metrics()) * 5
     summary = {"step": STEPS, "total_steps": STEPS, "train_loss": loss - 0.1, "eval_loss": loss, "seconds": 9.5}
