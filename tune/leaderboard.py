@@ -41,7 +41,7 @@ TITLE = "Leaderboard"
 READING = (
     "headline: MacDrop minus plain over the final stage's seeds, on what the verdict stands on; attacked: the same "
     "under attack; perplexity: MacDrop's over plain's, below 1 is better; tried: MacDrop settings of the search; "
-    "sensitive: whether the model depends on its massive weights; hours: training and scoring."
+    "sensitive: whether the model depends on its massive weights; hours: training and scoring of all its trials."
 )
 
 
@@ -63,8 +63,7 @@ def compare(runs: Sequence[Path], *, sort: str | None, format: str, output: Path
             known ending. ResourceError: `output` cannot be written; what is printed has been.
     """
     from tune.files import atomic_write_text
-    from tune.report import make_report
-    from tune.reporting import check_format, check_runs, report_console
+    from tune.reporting import check_format, check_runs, read, report_console
     from tune.terminal import line
 
     check_format(format)
@@ -72,7 +71,7 @@ def compare(runs: Sequence[Path], *, sort: str | None, format: str, output: Path
     if sort is not None and sort not in COLUMNS:
         raise ConfigError(f"--sort {sort!r} is no column.{nearest(sort, COLUMNS)} Columns: {', '.join(COLUMNS)}.")
     written = _ending(output) if output else None
-    rows = ordered([row for run in runs for row in rows_of(make_report(run))], sort or "headline")
+    rows = ordered([row for report in read(runs) for row in rows_of(report)], sort or "headline")
     if format == "terminal":
         from tune.report import print_part
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,19 +29,31 @@ def report(runs: Sequence[Path], *, format: str, output: Path | None) -> None:
         ConfigError: an unknown format, a folder that is no run, a run given twice, an `output` that cannot be used.
         ResourceError: the files cannot be written; what is printed has been.
     """
-    from tune.report import make_report
     from tune.terminal import line
 
     check_format(format)
     check_runs(runs)
     check_output(runs, output)
-    made = [make_report(run) for run in runs]
+    made = read(runs)
     show(made, format)
     folder = output or (made[0].run_dir if len(made) == 1 else None)
     written = write(made, folder) if folder else []
     if format == "terminal":
         told = ", ".join(map(str, written)) if written else "nothing: several runs go into files by --output FOLDER"
         line("written", told)
+
+
+def read(runs: Sequence[Path]) -> list[Report]:
+    """The reports of runs; those that share a name are called by their folders.
+
+    Raises:
+        ConfigError: a folder is no run.
+    """
+    from tune.report import make_report
+
+    made = [make_report(run) for run in runs]
+    names = [each.name for each in made]
+    return [replace(each, name=str(each.run_dir)) if names.count(each.name) > 1 else each for each in made]
 
 
 def show(reports: Sequence[Report], format: str) -> None:

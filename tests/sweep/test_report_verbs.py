@@ -207,6 +207,9 @@ def test_the_leaderboard_sorts_and_is_written(shell, runs):
     make_run(runs / "three", tried=3, items=20, attacks=ATTACKS, effect={("macdrop", "none"): 0.1})
     by_headline = pandas.read_csv(io.StringIO(shell("compare", "one", "three", "--format", "csv").out))
     assert list(by_headline["run"]) == ["three", "one"] and set(by_headline["model"]) == {"zoo:planted-llama"}
+    shutil.copytree(runs / "one", runs / "other" / "one")
+    same_name = pandas.read_csv(io.StringIO(shell("compare", "one", "other/one", "--format", "csv").out))
+    assert sorted(same_name["run"]) == ["one", "other/one"]
     by_tried = pandas.read_csv(io.StringIO(shell("compare", "three", "one", "--sort", "tried", "--format", "csv").out))
     assert list(by_tried["tried"]) == [2, 3]
     by_run = pandas.read_csv(io.StringIO(shell("compare", "three", "one", "--sort", "run", "--format", "csv").out))
