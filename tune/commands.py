@@ -22,7 +22,7 @@ def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
     from tune.plan import check_local, one_lane
     from tune.spec import load
 
-    spec = load(_recipe(file), overrides)
+    spec = load(recipe(file), overrides)
     folder = Path(spec.output_dir or _fresh_dir(file or "train"))
     models = spec.studies()
     if len(models) != 1:
@@ -94,7 +94,7 @@ def evaluate(
     if file is None and not overrides and not suites and source.model.startswith("zoo:"):
         file = DEMO
     overrides = [f"eval.suite={suites}", *overrides] if suites else overrides
-    spec = load(_recipe(file), overrides, replace={"sweep.models": [], "model_name_or_path": source.model})
+    spec = load(recipe(file), overrides, replace={"sweep.models": [], "model_name_or_path": source.model})
     wanted = _jobs_of_one(spec.eval, adapter)
     if not wanted:
         raise ConfigError(
@@ -149,7 +149,7 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
     from tune.plan import check_local, studies
     from tune.spec import load
 
-    spec = load(_started_with(overrides) if resume and file is None else _recipe(file or DEMO), overrides)
+    spec = load(_started_with(overrides) if resume and file is None else recipe(file or DEMO), overrides)
     if spec.output_dir is None:
         if resume:
             raise ConfigError("--resume needs output_dir=FOLDER, the folder of the run to go on with.")
@@ -282,12 +282,12 @@ def _show_plan(spec: Any, planned: list[Any]) -> None:
     line("resources", resources(spec.ray, cluster_gpus=0).sum + ("" if gpus else " (one GPU each where there are any)"))
 
 
-def _recipe(name: str | None) -> Path | None:
+def recipe(name: str | None) -> Path | None:
     """A file, or the shipped recipe of that name."""
     if name is None:
         return None
     path = Path(name)
-    shipped = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
+    shipped = {shown.stem: shown for shown in sorted(RECIPES.glob("*.yaml"))}
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     if name in shipped:

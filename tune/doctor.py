@@ -124,12 +124,12 @@ def _machine() -> Iterator[Check]:
     cpus = len(os.sched_getaffinity(0))
     fix = "" if cpus >= 2 else "Keep ray.num_workers at 1: each worker takes a CPU."
     yield Check("CPUs", cpus >= 2, f"{cpus}", fix, needed=False)
-    free, total = (value / 2**30 for value in _memory())
+    free, total = (value / 2**30 for value in memory())
     fix = "" if free >= MEMORY_GIB else f"Free {MEMORY_GIB:g} GiB, or lower ray.lanes and ray.evaluators."
     yield Check("memory", free >= MEMORY_GIB, f"{free:.1f} of {total:.1f} GiB free", fix)
 
 
-def _memory() -> tuple[int, int]:
+def memory() -> tuple[int, int]:
     """(free, total) bytes; a container's limit counts where there is one."""
     page = os.sysconf("SC_PAGE_SIZE")
     free, total = page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")

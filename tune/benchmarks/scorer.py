@@ -111,6 +111,7 @@ class Scorer:
         answers_path: str | Path | None = None,
         drop: Any | None = None,
         prefix: PrefixCache | None = None,
+        limit: int | None = None,
     ) -> list[Row]:
         """Score one job.
 
@@ -121,6 +122,7 @@ class Scorer:
             drop: a `macdrop.MacDrop` attached to the model; it is asserted to mask nothing.
             prefix: what the plain score and the attacks of one entry share, kept by the caller from job to job while
                 the weights stay what they are. The scores are the same to the bit.
+            limit: items of each task, instead of the entry's own `limit`.
 
         Returns:
             rows, at least one of which has the job's task as its `task`; parts of it (categories of Spec-Bench, members
@@ -133,10 +135,8 @@ class Scorer:
         self._check_attack(job)
         model = self.model if model is None else model
         entry = self.spec.entry(job)
-        batch_size, limit = (
-            self.spec.inherited(entry, "batch_size") or self.spec.batch_size,
-            self.spec.inherited(entry, "limit"),
-        )
+        batch_size = self.spec.inherited(entry, "batch_size") or self.spec.batch_size
+        limit = limit or self.spec.inherited(entry, "limit")
         with quiet(), masks_off(model, drop), self._under(job, model), self._sharing(job, model, prefix) as logits:
             rows, items = self._measure(job, entry, self._data(job), model, batch_size, limit, logits)
         if answers_path is not None:
@@ -147,6 +147,19 @@ class Scorer:
         scored = [self._row(job, row, batch_size, limit) for row in rows]
         assert any(row["task"] == job.task for row in scored), "every job has a row of its own name"
         return scored
+
+    def items(self, job: Job, limit: int | None = None) -> int:
+        """How many documents, windows or questions `score` goes through."""
+        data = self._data(job)
+        limit = limit or self.spec.inherited(self.spec.entry(job), "limit")
+        if job.benchmark == "perplexity":
+            return len(data.windows[:limit])
+        if job.benchmark == "generation":
+            from tune.benchmarks.generation import select
+
+            return len(select(data.questions, limit))
+        sizes = [len(task.eval_docs) for task in data.loaded["tasks"].values()]
+        return sum(sizes if limit is None else [min(size, limit) for size in sizes])
 
     def _data(self, job: Job) -> Any:
         """The resident tasks or data of the job's entry, loaded on first use."""
