@@ -27,8 +27,8 @@ PRICES = Path(__file__).with_name("prices.yaml")
 ASSUMED = (
     f"Assumed: {START_S:.0f} s to start and {TRIAL_S:.0f} s a trial to hand over; lanes and evaluators work side by "
     "side, each device as fast as the one probed, and more workers cost no time for their gradients; nothing is "
-    f"stopped early and no trial drawn twice. The range is the spread of the probe's steps, its upper end times {SLACK:g}. "
-    "Judging is not in it."
+    "stopped early and no trial drawn twice. The range is the spread of the probe's steps, its upper end times "
+    f"{SLACK:g}. Judging is not in it."
 )
 
 
