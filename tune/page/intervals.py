@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tune.benchmarks.spec import PLAIN
+from tune.items import RATIOS
 from tune.journal import Journal
 from tune.labels import NAMES
 from tune.page.drawing import colour, draw, signed
@@ -49,9 +50,19 @@ class Row:
         return SHORT + HEADING * bool(self.heading)
 
     @property
-    def scale(self) -> int:
-        """1, or 100 for shares, which are drawn in points of percent."""
+    def scale(self) -> float:
+        """What a difference is multiplied by: 100 for shares, in points; perplexities are in percent of plain's."""
+        if self.relative:
+            return 100 / self.comparison.plain
         return 100 if is_share(self.comparison.column.metric) else 1
+
+    @property
+    def relative(self) -> bool:
+        return self.comparison.column.metric.partition(",")[0] in RATIOS and self.comparison.plain > 0
+
+    @property
+    def unit(self) -> str:
+        return "perplexity, % of plain" if self.relative else difference_unit(self.comparison.column)
 
 
 def verdict_figures(journal: Journal, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
@@ -112,8 +123,7 @@ def _forest(model: ModelResults, name: str, part: str, title: str, caption: str,
         return Figure(name, part, title, "Nothing to compare yet.")
     panels: dict[tuple, list[Row]] = {}
     for row in rows:
-        column = row.comparison.column
-        panels.setdefault((difference_unit(column), column.higher_is_better), []).append(row)
+        panels.setdefault((row.unit, row.comparison.column.higher_is_better), []).append(row)
     heights = [sum(row.height for row in found) for found in panels.values()]
 
     def paint(canvas: Canvas) -> None:
@@ -133,7 +143,9 @@ def _forest(model: ModelResults, name: str, part: str, title: str, caption: str,
 def _panel(axes: Axes, rows: list[Row], unit: str, higher: bool | None) -> None:
     """Rows of one unit, from the top down; the y axis is in CSS pixels."""
     low, high, top = *_reach(rows), 0.0
-    widest, margin = max(-low, high), 0.04 * (high - low)
+    known = [abs(row.scale * row.comparison.delta) for row in rows if math.isfinite(row.comparison.delta)]
+    widest = max(known, default=1.0)
+    margin = 0.04 * (high - low)
     axes.set_xlim(low - margin, high + margin)
     for row in rows:
         y = top + row.height - (SHORT / 2 if row.words else 11)
@@ -213,10 +225,10 @@ def _short_names(members: list[Verdict]) -> list[str]:
 
 
 def _numbers(row: Row) -> list:
-    """As drawn: shares in points of percent."""
+    """As drawn: shares in points of percent, perplexities in percent of the plain adapter's."""
     one, scale = row.comparison, row.scale
     column = one.column
     about = [one.label, one.arm, column.task, column.metric, column.attack, column.attack_on or ""]
     sizes = [scale * value for value in (one.delta, one.low, one.high)]
-    about += [difference_unit(column), *sizes, one.p, one.p_holm, scale * one.mde]
+    about += [row.unit, *sizes, one.p, one.p_holm, scale * one.mde]
     return [*about, one.verdict, len(one.seeds), one.items, " ".join(str(scale * seed) for seed in one.per_seed)]
