@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import bdtr, ndtr, ndtri, stdtrit
+from scipy.special import bdtr, gammaincinv, ndtr, ndtri, poch, stdtrit
 
+Numbers = float | np.ndarray
 LEVEL = 0.05
 POWER = 0.8
 SMALLEST_P = 1e-16
+SEED_NODES = (np.arange(128) + 0.5) / 128
+_Z, _W = np.polynomial.hermite_e.hermegauss(5)
+ITEM_NODES, ITEM_WEIGHTS = ndtr(_Z), np.outer(_W, _W) / _W.sum() ** 2
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
@@ -154,10 +158,11 @@ class Paired:
         margin^2 = t(seeds - 1)^2 v_seed + t(items - 1)^2 max(v_item - v_rest, 0),  at least t(items - 1)^2 v_item
 
     with Student's t of each source's own degrees of freedom. Interval, p-value and detectable difference all come from
-    this one margin, so that they never contradict each other. What speaks for it: with true variances of any ratio and
-    2 to 10 seeds it errs in at most 5 % of cases, where Satterthwaite's degrees of freedom err in up to 13 % (2 seeds),
-    and the rule that both single tests must be significant in up to 11 % (10 seeds, items that favour one arm); and
-    where these two are honest it finds more than they do or the same (tests/benchmarks/calibration.py shows rates).
+    this one margin (`_square`), so that they never contradict each other. What speaks for it: with true variances of
+    any ratio and 2 to 10 seeds it errs in at most 5 % of cases, where Satterthwaite's degrees of freedom err in up to
+    13 % (2 seeds), and the rule that both single tests must be significant in up to 11 % (10 seeds, items that favour
+    one arm); and where these two are honest it finds more than they do or the same (tests/benchmarks/calibration.py
+    shows rates).
 
     With one seed `v_seed` is nan and the margin holds for these very adapters only; without items `v_item` is nan.
     """
@@ -171,11 +176,18 @@ class Paired:
 
     def margin(self, level: float = LEVEL) -> float:
         """Half the width of the interval of level 1 - `level`; nan where nothing is known of the noise."""
-        return self._quantile(level / 2)
+        t_seed, t_item = _t(self.df_seed, level / 2), _t(self.df_item, level / 2)
+        return math.sqrt(_square(self.v_seed, self.v_item, self.v_rest, t_seed, t_item))
 
     def detectable(self, level: float = LEVEL, power: float = POWER) -> float:
-        """The smallest true difference that a test of this `level` finds with this `power` (Bloom 1995)."""
-        return self._quantile(level / 2) + self._quantile(1 - power)
+        """The true difference that a test of this `level` finds with this `power`, as far as the run's own noise tells.
+
+        The square root of an unbiased variance of df degrees of freedom is too small by a factor c4(df) on average, by
+        20 % for two seeds (Holtzman 1950). Both sources are divided by theirs, so that the difference named is on
+        average not below the one that the true variances give.
+        """
+        v_seed, v_item = self.v_seed / _c4(self.df_seed) ** 2, self.v_item / _c4(self.df_item) ** 2
+        return minimum_detectable(replace(self, v_seed=v_seed, v_item=v_item), level, power)
 
     def p(self) -> float:
         """Two-sided p-value: the level at which the margin just reaches the difference."""
@@ -192,17 +204,35 @@ class Paired:
             low, high = (low, middle) if reached else (middle, high)
         return math.exp(high)
 
-    def _quantile(self, tail: float) -> float:
-        """What the average exceeds by noise alone with probability `tail`."""
-        seed, item = self.v_seed, self.v_item
-        of_items = math.nan if math.isnan(item) else _t(self.df_item, tail) ** 2 * item
-        if math.isnan(seed):
-            return math.sqrt(of_items)
-        of_seeds = _t(self.df_seed, tail) ** 2 * seed
-        if math.isnan(item):
-            return math.sqrt(of_seeds)
-        own = max(item - self.v_rest, 0.0) * _t(self.df_item, tail) ** 2
-        return math.sqrt(max(of_seeds + own, of_items))
+
+def minimum_detectable(true: Paired, level: float = LEVEL, power: float = POWER) -> float:
+    """The smallest true difference whose margin of error is exceeded, on its side, with probability `power`.
+
+    The variances of `true` are the true ones. Those that a run would measure are independent of its difference and of
+    each other, each its true variance times chi-square / df of its degrees of freedom (mean squares of the two-way
+    layout with normal noise; Searle, Casella and McCulloch 1992, section 4.3), those of the rest being the product of
+    the other two. So the margin M is random, and
+
+        power(difference) = E[ Phi((difference - M) / sigma) ],  sigma^2 = true variance of the average,
+
+    which is solved for the difference. With seeds only it is the power of Student's test (noncentral t; Cohen 1988).
+    The expectation is a quadrature: midpoints of the seeds' chi-square, Gauss and Hermite's nodes of the other two
+    (power within 0.002; with fewer than five items too large by up to 0.1).
+    """
+    sigma = math.sqrt(_square(true.v_seed, true.v_item, true.v_rest))
+    if not sigma > 0:
+        return sigma
+    seed = true.v_seed * _chi_square(true.df_seed, SEED_NODES)[:, None, None]  # axes: seeds, items, rest
+    item = true.v_item * _chi_square(true.df_item, ITEM_NODES)[:, None]
+    rest = true.v_rest * _chi_square(true.df_seed * true.df_item, ITEM_NODES)
+    t_seed, t_item = _t(true.df_seed, level / 2), _t(true.df_item, level / 2)
+    margins = np.sqrt(_square(seed, item, rest, t_seed, t_item)) / sigma
+    low, high = 0.0, float(margins.max()) + float(ndtri(power))
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        reached = np.vdot(ndtr(middle - margins).sum(axis=0), ITEM_WEIGHTS) >= power * SEED_NODES.size
+        low, high = (low, middle) if reached else (middle, high)
+    return high * sigma
 
 
 def paired(blocks: Sequence[np.ndarray], *, spans: Sequence[float] | None = None) -> Paired:
@@ -286,6 +316,23 @@ def _of_items(block: np.ndarray, span: float) -> tuple[float, float]:
         return v_item, 0.0
     rest = block - block.mean(axis=1, keepdims=True) - items + items.mean()
     return v_item, float((rest**2).sum()) / ((seeds - 1) * (n - 1)) / (seeds * n)
+
+
+def _square(seed: Numbers, item: Numbers, rest: Numbers, t_seed: float = 1.0, t_item: float = 1.0) -> Numbers:
+    """The squared margin of `Paired` from its variances; with t = 1 the variance of the average. nan is not known."""
+    of_items = t_item**2 * item
+    own = np.fmax(t_item**2 * (item - rest), 0.0)
+    return np.fmax(t_seed**2 * seed + own, of_items)
+
+
+def _chi_square(df: float, shares: np.ndarray) -> np.ndarray:
+    """Quantiles of chi-square / df; its mean is 1."""
+    return gammaincinv(df / 2, shares) * 2 / df if df > 0 else np.full_like(shares, math.nan)
+
+
+def _c4(df: float) -> float:
+    """Mean of the root of chi-square / df."""
+    return math.sqrt(2 / df) * float(poch(df / 2, 0.5)) if df > 0 else math.nan
 
 
 def _t(df: float, tail: float) -> float:

@@ -1,12 +1,13 @@
 """How often the verdict is wrong where nothing differs, and how often it finds what does.
 
-    python tests/benchmarks/calibration.py [--experiments 2000] [--seeds 2 3 5] [--items 60 200 2000]
+    python tests/benchmarks/calibration.py [--experiments 1000] [--seeds 2 3 5] [--items 60 200 2000] [--processes 2]
     python tests/benchmarks/calibration.py --zoo FOLDER [--fine-tunings 60] [--steps 60] [--splits 1000] [--minutes 4]
 
 Simulated: two arms that do not differ, under several kinds of noise, each experiment judged by the rule that judges a
 run (`tune.contrast`). "headline" is the share of experiments whose headline says helps or hurts, "any task" the share
-in which a single task does after Holm; both must be at most 5 %. Then twice the difference that such runs call
-detectable is planted, and must be found in at least 80 %. Intervals are exact binomial ones of 95 %.
+in which a single task does after Holm; both must be at most 5 %. Then the difference that such runs call detectable
+(the mean over runs) is planted, and twice that: both must be found in at least 80 %. Intervals are exact binomial ones
+of 95 %.
 
 With --zoo real fine-tunings take the place of simulated ones: many plain adapters of a built-in model that differ in
 nothing but their seed, in one process and one engine, scored without attack and under one, kept in FOLDER (a run
@@ -23,7 +24,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "sweep"))
 
 import numpy as np
 from measure import machine, table
-from simulated import Design, Rate, tell
+from simulated import Design, Rate, found, harm, tell
 
 LEVEL, POWER = 0.05, 0.8
 MODEL = "zoo:planted-llama"
@@ -59,59 +62,76 @@ NOISE: dict[str, dict[str, Any]] = {
 PLANTED = ("hits, seeds do not matter", "hits, seeds differ by 2 points", "perplexity, seeds differ by 3 %")
 
 
-def alike(seeds: Sequence[int], items: Sequence[int], experiments: int) -> list[tuple]:
-    """Rows of the first table: rates of helps or hurts where the arms do not differ."""
-    rows = []
-    for noise, settings in NOISE.items():
-        for s in seeds:
-            for n in items:
-                told = tell(Design(s, n, **settings), experiments, seed=len(rows))
-                rows.append((noise, s, n, told.headline, told.any_task))
-    return rows
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: a noise and a size, simulated with a seed of its own."""
+
+    noise: str
+    seeds: int
+    items: int
+    experiments: int
+    seed: int
+
+    @property
+    def design(self) -> Design:
+        return Design(self.seeds, self.items, **NOISE[self.noise])
 
 
-def planted(seeds: Sequence[int], items: Sequence[int], experiments: int) -> list[tuple]:
-    """Rows of the second table: how often once and twice the detectable difference is found, where it fits."""
-    rows = []
-    for noise in PLANTED:
-        for s in seeds:
-            for n in items:
-                design = Design(s, n, **NOISE[noise])
-                size = tell(design, experiments // 4, seed=len(rows)).detectable
-                if not design.perplexity and 2 * size > design.rate - 0.1:
-                    continue
-                sign = 1 if design.perplexity else -1
-                true = [math.log1p(times * size) if design.perplexity else -times * size for times in (1, 2)]
-                found = [tell(replace(design, effect=e), experiments // 4, seed=len(rows) + 1).right for e in true]
-                assert all(sign * e > 0 for e in true)
-                rows.append((noise, s, n, f"{100 * size:.1f}", *found))
-    return rows
+def alike(line: Line) -> tuple:
+    """A row of the first table: rates of helps or hurts where the arms do not differ."""
+    told = tell(line.design, line.experiments, line.seed)
+    return line.noise, line.seeds, line.items, told.headline, told.any_task
 
 
-def simulated(seeds: Sequence[int], items: Sequence[int], experiments: int) -> bool:
-    first = alike(seeds, items, experiments)
-    head = ("arms that do not differ", "seeds", "items", "headline", "any task")
-    print(f"{experiments} experiments a line, two tasks each\n")
-    print(table(head, [(*row[:3], *(rate.show() for rate in row[3:])) for row in first]), flush=True)
-    rates = [rate for row in first for rate in row[3:]]
-    total = Rate(sum(rate.count for rate in rates), sum(rate.n for rate in rates))
-    honest = _target("helps or hurts where nothing differs", rates, total)
-    second = planted(seeds, items, experiments)
+def planted(line: Line) -> tuple | None:
+    """A row of the second table: how often once and twice the detectable difference is found; None if it is too large.
+
+    The arm that is hurt answers at least a tenth of the items right.
+    """
+    design = line.design
+    effect = harm(design, line.experiments // 2, line.seed)
+    if not design.perplexity and 2 * -effect > design.rate - 0.1:
+        return None
+    rates = [found(replace(design, effect=x * effect), line.experiments, line.seed + 1) for x in (1, 2)]
+    size = math.expm1(effect) if design.perplexity else -effect
+    return line.noise, line.seeds, line.items, f"{100 * size:.1f}", *rates
+
+
+def simulated(seeds: Sequence[int], items: Sequence[int], experiments: int, processes: int) -> bool:
+    sizes = [(s, n) for s in seeds for n in items]
+    lines = [Line(noise, *size, experiments, 10 * i) for i, (noise, size) in enumerate(product(NOISE, sizes))]
+    with ProcessPoolExecutor(processes) as pool:
+        first = list(pool.map(alike, lines))
+        head = ("arms that do not differ", "seeds", "items", "headline", "any task")
+        print(f"{experiments} experiments a line, two tasks each\n")
+        print(table(head, [(*row[:3], *(rate.show() for rate in row[3:])) for row in first]), flush=True)
+        honest = _target("helps or hurts where nothing differs", [rate for row in first for rate in row[3:]])
+        second = [row for row in pool.map(planted, [line for line in lines if line.noise in PLANTED]) if row]
     head = ("arms that differ", "seeds", "items", "detectable, points or %", "found at 1 x", "found at 2 x")
-    print("\n" + table(head, [(*row[:4], *(rate.show() for rate in row[4:])) for row in second]), flush=True)
-    shares = [row[5].share for row in second]
-    found = min(shares) >= POWER
-    print(f"\ntarget twice the detectable difference is found in >= 80 %: {'met' if found else 'not met'} "
-          f"(least {100 * min(shares):.1f} %)")  # fmt: skip
-    return honest and found
+    print("\n" + table(head, [(*row[:4], *(rate.show() for rate in row[4:])) for row in second]))
+    return honest & all([_found(times, [row[3 + times] for row in second]) for times in (1, 2)])
 
 
-def _target(what: str, rates: Sequence[Rate], total: Rate) -> bool:
+def _found(times: int, rates: Sequence[Rate]) -> bool:
+    """A line is under the target where its interval is; one in forty would be by chance at exactly 80 %."""
+    under = sum(rate.interval[1] < POWER for rate in rates)
+    least = min(rates, key=lambda rate: rate.share)
+    print(f"\ntarget {times} x the detectable difference is found in >= 80 %: "
+          f"{'met' if not under else f'not met by {under} of {len(rates)}'} "
+          f"(all {_total(rates).show()}; least {least.show()})", flush=True)  # fmt: skip
+    return not under
+
+
+def _total(rates: Sequence[Rate]) -> Rate:
+    return Rate(sum(rate.count for rate in rates), sum(rate.n for rate in rates))
+
+
+def _target(what: str, rates: Sequence[Rate]) -> bool:
     """A line is over the target where its interval is; one in forty would be by chance at exactly 5 %."""
     over = sum(rate.interval[0] > LEVEL for rate in rates)
     most = max(rates, key=lambda rate: rate.share)
     print(f"\ntarget {what} <= 5 %: {'met' if not over else f'not met by {over} of {len(rates)}'} "
-          f"(all {total.show()}; most {most.show()})")  # fmt: skip
+          f"(all {_total(rates).show()}; most {most.show()})")  # fmt: skip
     return not over
 
 
@@ -251,9 +271,10 @@ def real(folder: Path, number: int, steps: int, seeds: Sequence[int], splits: in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiments", type=int, default=2000, help="simulated runs a line (default 2000)")
+    parser.add_argument("--experiments", type=int, default=1000, help="simulated runs a line (default 1000)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 5], help="seeds an arm (default 2 3 5)")
     parser.add_argument("--items", type=int, nargs="+", default=[60, 200, 2000], help="items a task, simulated")
+    parser.add_argument("--processes", type=int, default=2, help="that simulate side by side (default 2)")
     parser.add_argument("--zoo", type=Path, metavar="FOLDER", help="real fine-tunings instead, kept in FOLDER")
     parser.add_argument("--fine-tunings", type=int, default=60, help="how many (default 60)")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each (default 60)")
@@ -264,7 +285,7 @@ def main() -> int:
     if min(given.seeds) < 2 or given.fine_tunings <= 2 * max(given.seeds):
         parser.error("an arm needs two seeds or more, and --fine-tunings more than two arms' worth")
     if given.zoo is None:
-        return 0 if simulated(given.seeds, given.items, given.experiments) else 1
+        return 0 if simulated(given.seeds, given.items, given.experiments, given.processes) else 1
     done = real(given.zoo, given.fine_tunings, given.steps, given.seeds, given.splits, given.minutes)
     return 0 if done else 1
 

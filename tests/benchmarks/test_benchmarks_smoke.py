@@ -161,10 +161,11 @@ def test_both_ways_give_the_same_result(script, arguments, expected):
 
 
 def test_calibration_prints_its_rates(capsys):
-    assert calibration.simulated([3], [60], 40)
+    assert calibration.simulated([3], [60], 40, 1)
     told = capsys.readouterr().out
     assert "helps or hurts where nothing differs <= 5 %: met" in told
-    assert "twice the detectable difference is found in >= 80 %: met" in told
+    for times in (1, 2):
+        assert f"{times} x the detectable difference is found in >= 80 %: met" in told
 
 
 def test_calibration_counts_splits_with_an_interval():

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from scipy.stats import binomtest
 
 from tune.columns import Column
-from tune.contrast import CANNOT_TELL, HELPS, Comparison, Sample, compare, corrected
+from tune.contrast import CANNOT_TELL, HELPS, HURTS, Comparison, Sample, compare, corrected
 from tune.stats import linearised
 
 TOKENS = 63
@@ -81,14 +81,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class Told:
-    """Of many experiments: how often the headline says helps or hurts, how often any task does (after Holm), how often
-    the headline says what the effect is, and the median of the detectable differences that it names.
-    """
+    """Of many experiments: how often the headline says helps or hurts, how often any task does (after Holm)."""
 
     headline: Rate
     any_task: Rate
-    right: Rate
-    detectable: float
 
 
 def about(samples: list[Sample]) -> dict[str, str]:
@@ -108,16 +104,23 @@ def tasks(samples: list[Sample]) -> list[Comparison]:
 def tell(design: Design, experiments: int, seed: int = 0) -> Told:
     """Run `experiments` experiments; repeats for a seed."""
     draws = np.random.default_rng(seed)
-    main, rows = [], []
-    for _ in range(experiments):
-        samples = design.samples(draws)
-        main.append(headline(samples))
-        rows.append(tasks(samples))
-    wanted = HELPS if (design.effect > 0) != design.perplexity else "hurts"
-    levels = [c.mde / c.plain if design.perplexity else c.mde for c in main]
+    made = [design.samples(draws) for _ in range(experiments)]
     return Told(
-        headline=Rate(sum(c.verdict != CANNOT_TELL for c in main), experiments),
-        any_task=Rate(sum(any(c.verdict != CANNOT_TELL for c in row) for row in rows), experiments),
-        right=Rate(sum(c.verdict == wanted for c in main), experiments),
-        detectable=float(np.median(levels)),
+        headline=Rate(sum(headline(samples).verdict != CANNOT_TELL for samples in made), experiments),
+        any_task=Rate(sum(any(c.verdict != CANNOT_TELL for c in tasks(samples)) for samples in made), experiments),
     )
+
+
+def harm(design: Design, experiments: int, seed: int = 0) -> float:
+    """The effect that hurts as much as such runs call detectable on average; of perplexities a logarithm."""
+    draws = np.random.default_rng(seed)
+    made = [headline(design.samples(draws)) for _ in range(experiments)]
+    sizes = [math.log1p(c.mde / c.plain) if design.perplexity else -c.mde for c in made]
+    return float(np.mean(sizes))
+
+
+def found(design: Design, experiments: int, seed: int = 0) -> Rate:
+    """How often the headline says what the effect is."""
+    draws = np.random.default_rng(seed)
+    wanted = HELPS if (design.effect > 0) != design.perplexity else HURTS
+    return Rate(sum(headline(design.samples(draws)).verdict == wanted for _ in range(experiments)), experiments)
