@@ -226,7 +226,7 @@ def zoo_build(
         int | None, typer.Option(help="Seed of weights, plant and data (default: the shipped one).")
     ] = None,
 ) -> None:
-    """Train a built-in model anew by its recipe (about a minute)."""
+    """Build a built-in model anew by its recipe (training takes about a minute)."""
     from tune import commands
 
     commands.zoo_build(name, output, seed)

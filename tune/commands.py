@@ -226,10 +226,8 @@ def doctor(*, ray: bool) -> bool:
 def zoo_list() -> None:
     from tune.zoo import PREFIX, ZOO, ZOO_DATA
 
-    models = [
-        (PREFIX + model.name, f"{model.description} ({'sensitive' if model.sensitive else 'not sensitive'})")
-        for model in ZOO.values()
-    ]
+    told = {True: "sensitive", False: "not sensitive", None: "judge"}
+    models = [(PREFIX + model.name, f"{model.description} ({told[model.sensitive]})") for model in ZOO.values()]
     lines([*models, *((PREFIX + data.name, f"{data.kind}: {data.description}") for data in ZOO_DATA.values())])
 
 
@@ -239,7 +237,7 @@ def zoo_build(name: str, output: Path, seed: int | None) -> None:
     def show(step: int, steps: int, numbers: dict[str, float]) -> None:
         status.update(f"step {step} of {steps}  " + "  ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
 
-    with console.status("Training") as status:
+    with console.status("Building") as status:
         folder = build(name, output, seed=seed, progress=show)
     line("written", str(folder))
     line("next", f"macdrop zoo verify {name} --path {folder}")

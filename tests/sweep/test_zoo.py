@@ -16,7 +16,7 @@ from macdrop.attack import attacked
 from macdrop.errors import ConfigError
 from macdrop.proof import perplexity
 from macdrop.scan import find_massive_weights
-from tune.zoo import ZOO, ZOO_DATA, build, builder, resolve, verify, world, zoo_path
+from tune.zoo import SUBJECTS, ZOO_DATA, build, builder, resolve, verify, world, zoo_path
 from tune.zoo.builder import RECIPES, make_model, validation_blocks, write_data
 from tune.zoo.plant import fill_zero_rows, plant_massive_rows
 from tune.zoo.pretrain import Schedule, pretrain, rows_silenced, token_loss
@@ -45,7 +45,7 @@ def read_rows(name: str) -> list[dict]:
 
 
 class TestShippedModels:
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", SUBJECTS)
     def test_meets_its_thresholds(self, name):
         checks = verify(name)
         assert len(checks) >= 12
@@ -55,7 +55,7 @@ class TestShippedModels:
         failed = {check.name for check in verify("planted-llama", zoo_path("insensitive-llama")) if not check.ok}
         assert {"zeroing@3 / perplexity", "zeroing@5 / perplexity", "verdict of the proof"} <= failed
 
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", SUBJECTS)
     def test_is_small_and_says_planted(self, name):
         folder = zoo_path(name)
         card = json.loads((folder / "zoo.json").read_text())
@@ -63,10 +63,10 @@ class TestShippedModels:
         assert parameters == card["parameters"] <= 300_000
         assert all(file.stat().st_size < 1_000_000 for file in folder.iterdir())
         assert card["planted"] is True and "not evidence" in card["statement"]
-        assert card["recipe"]["family"] == ZOO[name].family
-        assert (card["recipe"]["schedule"]["hinge_weight"] > 0) == ZOO[name].sensitive
+        assert card["recipe"]["family"] == SUBJECTS[name].family
+        assert (card["recipe"]["schedule"]["hinge_weight"] > 0) == SUBJECTS[name].sensitive
 
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", SUBJECTS)
     def test_card_tells_the_recipe_that_the_code_would_build(self, name):
         card = json.loads((zoo_path(name) / "zoo.json").read_text())
         recipe = dataclasses.asdict(RECIPES[name])
@@ -75,7 +75,7 @@ class TestShippedModels:
         _, plant = make_model(RECIPES[name], card["seed"])
         assert (plant.layer, list(plant.rows)) == (card["planted_layer"], card["planted_rows"])
 
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", SUBJECTS)
     def test_every_row_has_a_norm_for_dora_to_divide_by(self, name):
         model = AutoModelForCausalLM.from_pretrained(zoo_path(name))
         linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
@@ -233,14 +233,14 @@ class TestBuild:
             assert (folder / file).read_bytes() == (zoo_path("planted-phi3") / file).read_bytes()
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", SUBJECTS)
     def test_rebuilt_model_meets_the_thresholds(self, name, tmp_path):
         folder = build(name, tmp_path / name)
         checks = verify(name, folder)
         assert all(check.ok for check in checks), [check for check in checks if not check.ok]
 
 
-@pytest.fixture(scope="module", params=list(ZOO))
+@pytest.fixture(scope="module", params=list(SUBJECTS))
 def tokenizer(request):
     return AutoTokenizer.from_pretrained(zoo_path(request.param))
 

@@ -1,7 +1,8 @@
-"""The built-in tiny models and the data of their synthetic world.
+"""The built-in tiny models, the data of their synthetic world, and a toy judge.
 
 Everything here is reachable by a name that starts with ``zoo:``, wherever a model or a data file is asked for. The
-massive weights of these models are *planted*: a fixture for tests and a demonstration, never evidence.
+massive weights of these models are *planted*, and the judge is a toy: fixtures for tests and a demonstration, never
+evidence.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from macdrop.errors import ConfigError, nearest
 
@@ -23,12 +24,16 @@ _HOME = Path(__file__).parent
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A built-in model; `sensitive`: perplexity breaks when its massive rows are zeroed."""
+    """A built-in model: a subject, to fine-tune and attack, or a judge of answers.
+
+    sensitive: perplexity breaks when its massive rows are zeroed; None for a judge, which has none.
+    """
 
     name: str
     family: str
-    sensitive: bool
+    sensitive: bool | None
     description: str
+    role: Literal["subject", "judge"] = "subject"
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,17 @@ ZOO: dict[str, ZooModel] = {
         ZooModel("planted-llama", "llama", True, "gated FFN, 4 layers, planted rows it depends on"),
         ZooModel("planted-phi3", "phi3", True, "fused gate_up FFN, 4 layers, planted rows it depends on"),
         ZooModel("insensitive-llama", "llama", False, "gated FFN, 3 layers, planted rows it can do without"),
+        ZooModel(
+            "toy-judge",
+            "llama",
+            None,
+            "a toy for eval.judge.model: its score is a fixed function of which letters occur, no judgement",
+            role="judge",
+        ),
     )
 }
+#: Those with planted massive rows.
+SUBJECTS: dict[str, ZooModel] = {name: model for name, model in ZOO.items() if model.role == "subject"}
 
 ZOO_DATA: dict[str, ZooData] = {
     data.name: data
@@ -108,7 +122,7 @@ def build(
     seed: int | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Path:
-    """Train a built-in model anew and write it to `out_dir`: see `tune.zoo.builder.build_model`."""
+    """Build a built-in model anew and write it to `out_dir`: see `tune.zoo.builder.build_model`."""
     from tune.zoo.builder import build_model
 
     return build_model(name, out_dir, seed=seed, progress=progress)

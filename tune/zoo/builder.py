@@ -16,7 +16,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from macdrop.errors import ConfigError
-from tune.zoo import get_model, world
+from tune.zoo import get_model, toy_judge, world
 from tune.zoo.plant import Plant, PlantSettings, fill_zero_rows, plant_massive_rows
 from tune.zoo.pretrain import Progress, Schedule, pretrain
 from tune.zoo.tokenizer import MAX_LENGTH, make_tokenizer
@@ -89,26 +89,39 @@ def validation_blocks() -> torch.Tensor:
 def build_model(
     name: str, out_dir: str | os.PathLike[str], *, seed: int | None = None, progress: Progress | None = None
 ) -> Path:
-    """Train the built-in model `name` and write it to `out_dir`, all of it or nothing.
+    """Train the built-in model `name`, or construct the judge, and write it to `out_dir`, all of it or nothing.
 
-    Takes one to four minutes on one thread. The same seed gives the same weights on the same machine and libraries;
-    without a seed it is that of the shipped model.
-    `ConfigError`: no such model, or `out_dir` cannot be written, or is there and not empty.
+    Training takes one to four minutes on one thread. The same seed gives the same weights on the same machine and
+    libraries; without a seed it is that of the shipped model.
+    `ConfigError`: no such model, a seed for the judge, or `out_dir` cannot be written, or is there and not empty.
     """
-    recipe = RECIPES[get_model(name).name]
+    model_info = get_model(name)
+    if model_info.role == "judge" and seed is not None:
+        raise ConfigError(f"{model_info.name} is constructed, nothing of it is drawn: leave the seed out.")
     target = Path(out_dir)
     _refuse_existing(target)
-    seed = recipe.seed if seed is None else seed
     with _staged(target) as folder, _one_thread():
-        model, plant = make_model(recipe, seed)
-        blocks = world.token_blocks(world.make_world(WORLD_SEED), TRAIN_SEED, TRAIN_BLOCKS)
-        losses = pretrain(model, plant, torch.tensor(blocks), recipe.schedule, seed=seed, progress=progress)
-        fill_zero_rows(model, plant, seed)
+        if model_info.role == "judge":
+            model, tokenizer = toy_judge.make_model(), toy_judge.make_tokenizer()
+            card = _judge_card(model_info.name, model)
+        else:
+            tokenizer = make_tokenizer()
+            model, card = _trained(model_info.name, seed, progress)
         model.save_pretrained(folder)
-        _save_tokenizer(folder)
-        card = _card(name, recipe, seed, plant, model, losses)
+        _save_tokenizer(tokenizer, folder)
         (folder / "zoo.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return target
+
+
+def _trained(name: str, seed: int | None, progress: Progress | None) -> tuple[transformers.PreTrainedModel, dict]:
+    """A subject, planted and trained, and its card."""
+    recipe = RECIPES[name]
+    seed = recipe.seed if seed is None else seed
+    model, plant = make_model(recipe, seed)
+    blocks = world.token_blocks(world.make_world(WORLD_SEED), TRAIN_SEED, TRAIN_BLOCKS)
+    losses = pretrain(model, plant, torch.tensor(blocks), recipe.schedule, seed=seed, progress=progress)
+    fill_zero_rows(model, plant, seed)
+    return model, _card(name, recipe, seed, plant, model, losses)
 
 
 def write_data(out_dir: str | os.PathLike[str]) -> dict[str, Path]:
@@ -131,9 +144,9 @@ def write_data(out_dir: str | os.PathLike[str]) -> dict[str, Path]:
     return {path.stem: path for path in sorted(target.iterdir())}
 
 
-def _save_tokenizer(folder: Path) -> None:
+def _save_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast, folder: Path) -> None:
     """Save the tokenizer under a class name that transformers 4 knows too (5 writes one of its own)."""
-    make_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -154,8 +167,23 @@ def _card(
         "parameters": model.num_parameters(),
         "recipe": {key: value for key, value in asdict(recipe).items() if key != "seed"},
         "final_losses": {key: round(value, 4) for key, value in losses.items()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": _versions(),
     }
+
+
+def _judge_card(name: str, model: transformers.PreTrainedModel) -> dict:
+    return {
+        "name": name,
+        "planted": False,
+        "statement": "A toy, no judgement: its score is a fixed function of which letters occur in the response.",
+        "parameters": model.num_parameters(),
+        "recipe": {"letters": toy_judge.LETTERS, "middle": toy_judge.MIDDLE, "step": toy_judge.STEP},
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _refuse_existing(target: Path) -> None:

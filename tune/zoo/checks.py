@@ -1,7 +1,7 @@
 """Verify that a built-in model still shows what it was built to show.
 
-The bounds leave room around what ten builds of sensitive models gave. Their damage is random by seed, perplexity under
-zeroing of 3 or 5 rows x 15 to x 1,980, so no check asks for an exact factor.
+The bounds of the subjects leave room around what ten builds of sensitive models gave. Their damage is random by seed,
+perplexity under zeroing of 3 or 5 rows x 15 to x 1,980, so no check asks for an exact factor.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from macdrop.load import load_model, load_tokenizer
 from macdrop.proof import perplexity, prove
 from macdrop.scan import checkpoint_fingerprint, find_massive_weights
 from macdrop.weights import MassiveWeights
-from tune.zoo import get_model, world, zoo_path
+from tune.benchmarks.judge import Question, prompt
+from tune.benchmarks.judge_local import LocalJudge
+from tune.benchmarks.judge_spec import JudgeSpec
+from tune.benchmarks.rubrics import load as load_rubric
+from tune.zoo import get_model, resolve, toy_judge, world, zoo_path
 from tune.zoo.builder import WORLD_SEED, validation_blocks
 from tune.zoo.scoring import choice_accuracy, exact_match, sink_attention
 
 ROWS = 5
 RANDOM_DRAWS = 5
 SINK_BLOCKS = 32
+JUDGED = 16
 _BATCH = 64
 
 
@@ -49,6 +54,8 @@ def verify_model(name: str, path: str | os.PathLike[str] | None = None) -> list[
     model_info = get_model(name)
     folder = Path(path) if path is not None else zoo_path(name)
     card = _read_card(folder)
+    if model_info.role == "judge":
+        return _judgements(folder)
     model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
     fingerprint = checkpoint_fingerprint(str(folder))
     weights = find_massive_weights(model, tokenizer, source=model_info.name, fingerprint=fingerprint)
@@ -110,6 +117,38 @@ def _abilities(model: PreTrainedModel, planted_layer: int, blocks: torch.Tensor)
         _at_least("fact accuracy", choice_accuracy(model, world.choice_tasks(people)["fact"]), 0.9),
         _at_least("copy exact match", exact_match(model, generation["copy"]), 0.8),
         Check("qa exact match, before fine-tuning", answered, "0.1 to 0.6", 0.1 <= answered <= 0.6),
+    ]
+
+
+def _judgements(folder: Path) -> list[Check]:
+    """Of a judge: what it says of lines of the validation text, cut to several lengths."""
+    lines = Path(resolve("zoo:text")).read_text(encoding="utf-8").splitlines()[:JUDGED]
+    answers = ["", "MMM", "éèê", *(line[: 8 + 4 * i] for i, line in enumerate(lines))]
+    rubric = load_rubric("helpfulness").scale("").text()
+    asked = [Question(f"{i}/1", "", 1, prompt("Say it.", answer, rubric)) for i, answer in enumerate(answers)]
+    asked += [Question(f"{i}/2", "", 2, prompt("Do.", answer, rubric, "A.")) for i, answer in enumerate(answers)]
+    spec = JudgeSpec(model=str(folder), max_new_tokens=8, retries=0)
+
+    def scores(batch_size: int) -> dict[str, int | None]:
+        judge = LocalJudge(spec.model_copy(update={"batch_size": batch_size}))
+        return {judgement.question.item: judgement.score for judgement in judge.judge(asked)}
+
+    found = scores(8)
+    parsed = sum(score is not None for score in found.values())
+    as_reckoned = sum(
+        found[f"{i}/{turn}"] == toy_judge.expected_score(answer) for i, answer in enumerate(answers) for turn in (1, 2)
+    )
+    different = len({score for score in found.values() if score is not None})
+    shipped, made = load_model(str(folder)).state_dict(), toy_judge.make_model().state_dict()
+    same = shipped.keys() == made.keys() and all(torch.equal(shipped[key], made[key]) for key in made)
+    other = scores(3)
+    again = sum(other[item] == score for item, score in found.items())
+    return [
+        Check("answers with a score", parsed, f"= {len(asked)}", parsed == len(asked)),
+        Check("scores as reckoned from the letters", as_reckoned, f"= {len(asked)}", as_reckoned == len(asked)),
+        _at_least("different scores", different, 3),
+        Check("same scores in other batches", again, f"= {len(asked)}", again == len(asked)),
+        Check("weights of its recipe", "equal" if same else "other", "equal", same),
     ]
 
 
