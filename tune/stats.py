@@ -210,14 +210,14 @@ def minimum_detectable(true: Paired, level: float = LEVEL, power: float = POWER)
 
     The variances of `true` are the true ones. Those that a run would measure are independent of its difference and of
     each other, each its true variance times chi-square / df of its degrees of freedom (mean squares of the two-way
-    layout with normal noise; Searle, Casella and McCulloch 1992, section 4.3), those of the rest being the product of
+    layout with normal noise; Searle, Casella and McCulloch 1992), those of the rest being the product of
     the other two. So the margin M is random, and
 
         power(difference) = E[ Phi((difference - M) / sigma) ],  sigma^2 = true variance of the average,
 
     which is solved for the difference. With seeds only it is the power of Student's test (noncentral t; Cohen 1988).
     The expectation is a quadrature: midpoints of the seeds' chi-square, Gauss and Hermite's nodes of the other two
-    (power within 0.002; with fewer than five items too large by up to 0.1).
+    (power within 0.002, with five items within 0.02, with fewer too large by up to 0.15).
     """
     sigma = math.sqrt(_square(true.v_seed, true.v_item, true.v_rest))
     if not sigma > 0:
