@@ -190,8 +190,9 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
     finally:
         progress.finished()
     made = [make_report(spec.output_dir)]
-    reporting.show(made, "terminal")
+    reporting.show(made, "terminal", reporting.BRIEF)
     line("report", ", ".join(map(str, reporting.write(made, made[0].run_dir))))
+    line("more", f"macdrop report {spec.output_dir}   (attacks, search, cost, how to reproduce ...)")
     return failures
 
 

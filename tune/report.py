@@ -7,6 +7,7 @@ Terminal, Markdown and LaTeX are here, CSV is in `tune.report_csv`, files and th
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,8 +71,8 @@ class Report:
             told += [_named(model, sentence) + planted for sentence in found or no_verdict(model)[:1]]
         return told
 
-    def terminal(self, console: Console) -> None:
-        """Print to a rich console, within its width."""
+    def terminal(self, console: Console, keys: Collection[str] | None = None) -> None:
+        """Print to a rich console, within its width; of the parts only those with `keys`, where these are given."""
         from rich.markup import escape
 
         console.print()
@@ -81,8 +82,9 @@ class Report:
         for model in self.models:
             console.print()
             console.rule(f"[bold]{escape(model.display)}", align="left")
-            for part in filter(None, self.parts(model).values()):
-                print_part(console, part)
+            for key, part in self.parts(model).items():
+                if part and (keys is None or key in keys):
+                    print_part(console, part)
 
     def markdown(self) -> str:
         """The same as Markdown."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tune.report import Report
 
 FORMATS = ("terminal", "markdown", "csv", "latex")
+BRIEF = ("verdict", "paper", "comparisons")
+"""Parts of a report that stand at the end of a sweep; the rest is a screen or two more."""
 PIPED_WIDTH = 120
 """Columns of a report that goes into a pipe."""
 
@@ -56,11 +58,11 @@ def read(runs: Sequence[Path]) -> list[Report]:
     return [replace(each, name=str(each.run_dir)) if names.count(each.name) > 1 else each for each in made]
 
 
-def show(reports: Sequence[Report], format: str) -> None:
-    """Print reports."""
+def show(reports: Sequence[Report], format: str, keys: Sequence[str] | None = None) -> None:
+    """Print reports; in a terminal only the parts with `keys`, where these are given."""
     if format == "terminal":
         for made in reports:
-            made.terminal(report_console())
+            made.terminal(report_console(), keys)
     else:
         print(text(reports, format), end="")
 
