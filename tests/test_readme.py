@@ -16,10 +16,12 @@ import typer
 import yaml
 from pydantic import BaseModel
 
+from tune import suites
+from tune.benchmarks.judge_spec import JudgeSpec
 from tune.cli import app
 from tune.commands import RECIPES
 from tune.spec import Metric, RunSpec, Space, load
-from tune.specfile import ALIASES
+from tune.specfile import ALIASES, read_override
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,15 +68,30 @@ def test_the_two_commands_are_there():
 
 
 @pytest.mark.parametrize("command", own_commands())
-def test_every_command_can_be_typed(command, tmp_path):
+def test_every_command_can_be_typed(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bring_suite_files("data", "PATH")
     verb, params = parsed(command)
     words = params.get("config") or []
     if not words or (params.get("resume") and "=" in words[0]):
         return  # the demo, or a run folder's own spec
+    if verb == "judge":
+        JudgeSpec.model_validate(dict(read_override(word) for word in words))
+        return
     file, overrides = (None, words) if "=" in words[0] else (words[0], words[1:])
     if verb == "eval":
         overrides = [*overrides, f"model_name_or_path={params['model']}", "sweep.models=[]"]
     load(yaml_file(file, tmp_path), overrides)
+
+
+def bring_suite_files(*folders: str) -> None:
+    """Lay out empty files as `eval.local` wants them: the keys are checked here, not the data."""
+    for suite in suites.names():
+        for file in suites.load(suite).files.values():
+            for folder in folders:
+                path = Path(folder, file)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
 
 
 def yaml_file(name: str | None, folder: Path) -> Path | None:
@@ -121,9 +138,9 @@ def number(word: str) -> float:
     return float(re.sub(r"[()x,;:]", "", word))
 
 
-def test_every_recipe_is_listed():
-    listed = set(re.findall(r"^\| `([\w.-]+)` \|", section("On real models"), re.MULTILINE))
-    assert listed == {path.stem for path in RECIPES.glob("*.yaml")}
+def test_every_recipe_and_suite_is_listed():
+    listed = re.findall(r"^\| `([\w.-]+)` \|", section("On real models"), re.MULTILINE)
+    assert sorted(listed) == sorted([*(path.stem for path in RECIPES.glob("*.yaml")), *suites.names()])
 
 
 # --- code ---
@@ -172,7 +189,8 @@ def keys(kind: type[BaseModel], prefix: str = "") -> dict[str, str]:
         default = "required" if field.is_required() else f"`{as_yaml(field.get_default(call_default_factory=True))}`"
         found[prefix + name] = default
         if inner:
-            found |= keys(inner[0], f"{prefix}{name}.{'KEY' if inner[0] is Space else 'NAME'}.")
+            named = "" if inner[0] is JudgeSpec else "KEY." if inner[0] is Space else "NAME."
+            found |= keys(inner[0], f"{prefix}{name}.{named}")
     return found
 
 
