@@ -13,7 +13,10 @@ import yaml
 from macdrop import errors
 from tune.cli import _split
 
-VERBS = ("scan", "attack", "train", "eval", "sweep", "report", "doctor", "zoo list", "zoo build", "zoo verify")
+VERBS = (
+    *("scan", "attack", "train", "eval", "suites", "judge", "plan", "export", "sweep", "report", "compare", "doctor"),
+    *("zoo list", "zoo build", "zoo verify"),
+)
 
 
 # --- help ---
