@@ -134,14 +134,16 @@ def test_zoo_list_names_models_and_data_below_each_other(shell):
 
 
 def test_a_dry_run_shows_spec_trials_and_resources_and_writes_no_run(shell):
-    ended = shell("sweep", "demo", "--dry-run", "sweep.search_alg=grid", "sweep.parameters={macdrop.p0: [0.2, 0.8]}")
-    assert ended.code == 0
+    grid = ["sweep.search_alg=grid", "sweep.parameters={macdrop.p0: [0.2, 0.8]}", "sweep.metric={name: eval_loss}"]
+    ended = shell("sweep", "demo", "--dry-run", *grid)
+    assert ended.code == 0, ended.err
     text, _, plan = ended.out.partition("\n\n")
     resolved = yaml.safe_load(text)
     assert resolved["sweep"]["parameters"] == {"macdrop.p0": [0.2, 0.8]} and resolved["learning_rate"] == 2e-3
     assert plan.count("macdrop.p0=0.2") == plan.count("macdrop.p0=0.8") == 2
     assert len([line for line in plan.splitlines() if line.startswith("plain ")]) == 2
-    assert "6 fine-tunings" in plan and "= 2 CPU, 0 GPU" in plan and "100 optimizer steps" in plan
+    assert plan.count("on seeds 1, 2, 3: 9 fine-tunings") == 2 and "24 fine-tunings" in plan
+    assert "= 2 CPU, 0 GPU" in plan and "100 optimizer steps" in plan
     assert all(name.startswith("cache/data/") for name in ended.new), "the tokenised data alone are kept"
     (shell.folder / "again.yaml").write_text(text)
     assert shell("sweep", "again.yaml", "--dry-run").out.partition("\n\n")[2] == plan
@@ -193,6 +195,6 @@ def test_train_then_attack_and_score_the_adapter(shell):
     benchmark = ["eval.perplexity.t={data: zoo:text, window: 64, limit: 4}", "eval.attacks=[none,zeroing@3]"]
     ended = shell("eval", "zoo:planted-llama", *benchmark, "--adapter", "out/adapter", "--output", "scores")
     assert ended.code == 0, ended.err
-    assert "zeroing@3 on base" in ended.out and "scores/scores.jsonl" in ended.new
+    assert "zeroing@3" in ended.out and "on base" in ended.out and "scores/scores.jsonl" in ended.new
     refused = shell("eval", "zoo:planted-llama", *benchmark, "--output", "scores")
     assert refused.code == 2 and "is not empty" in refused.err

@@ -198,4 +198,4 @@ def test_eval_judges_what_it_has_generated(shell, sure):
 
 def test_searched_trials_are_not_judged(shell):
     told = shell.refused("sweep", "demo", "--dry-run", "validation.judge.model=zoo:planted-llama")
-    assert "validation.judge: searched trials are not judged" in told
+    assert "validation.judge: a judge scores the answers of the final stage" in told
