@@ -137,7 +137,7 @@ def test_a_dry_run_shows_spec_trials_and_resources_and_writes_no_run(shell):
     grid = ["sweep.search_alg=grid", "sweep.parameters={macdrop.p0: [0.2, 0.8]}", "sweep.metric={name: eval_loss}"]
     ended = shell("sweep", "demo", "--dry-run", *grid)
     assert ended.code == 0, ended.err
-    text, _, plan = ended.out.partition("\n\n")
+    text, _, plan = ended.out.partition("\n\nplanted-llama (")
     resolved = yaml.safe_load(text)
     assert resolved["sweep"]["parameters"] == {"macdrop.p0": [0.2, 0.8]} and resolved["learning_rate"] == 2e-3
     assert plan.count("macdrop.p0=0.2") == plan.count("macdrop.p0=0.8") == 2
@@ -146,7 +146,7 @@ def test_a_dry_run_shows_spec_trials_and_resources_and_writes_no_run(shell):
     assert "= 2 CPU, 0 GPU" in plan and "100 optimizer steps" in plan
     assert all(name.startswith("cache/data/") for name in ended.new), "the tokenised data alone are kept"
     (shell.folder / "again.yaml").write_text(text)
-    assert shell("sweep", "again.yaml", "--dry-run").out.partition("\n\n")[2] == plan
+    assert shell("sweep", "again.yaml", "--dry-run").out.partition("\n\nplanted-llama (")[2] == plan
 
 
 def test_scan_proves_and_writes(shell):
