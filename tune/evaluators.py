@@ -175,7 +175,12 @@ class Pool:
         return len(self._waiting) + len(self._running)
 
     def step(self) -> list[Result]:
-        """Hand out what is waiting and collect what is ready, without waiting."""
+        """Collect what is ready and hand out what is waiting, without waiting."""
+        ready: list[ray.ObjectRef] = []
+        if self._running:
+            ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        # Collected first, so that an actor that is done goes on at once.
+        results = [result for ref in ready if (result := self._collect(ref))]
         while self._idle and self._waiting:
             actor = self._idle.pop()
             item = self._next(actor)
@@ -183,10 +188,7 @@ class Pool:
             self._last[actor] = item
             item.attempts += 1
             self._running[actor.score.remote(item)] = (actor, item)
-        if not self._running:
-            return []
-        ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-        return [result for ref in ready if (result := self._collect(ref))]
+        return results
 
     def close(self) -> None:
         """End all actors; safe to call twice."""

@@ -21,7 +21,8 @@ from tune.progress import Progress
 from tune.results import asked_for
 from tune.spec import TrainSpec, dump
 
-TICK_S = 0.2
+#: Short beside a benchmark of a tiny model: an actor that is done waits for it.
+TICK_S = 0.1
 
 
 class Supervisor:
