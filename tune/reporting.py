@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tune.report import Report
 
 FORMATS = ("terminal", "markdown", "csv", "latex")
-BRIEF = ("verdict", "paper", "comparisons")
+BRIEF = ("verdict", "weights", "paper", "comparisons")
 """Parts of a report that stand at the end of a sweep; the rest is a screen or two more."""
 PIPED_WIDTH = 120
 """Columns of a report that goes into a pipe."""
