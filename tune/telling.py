@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tune.contrast import CANNOT_TELL, HELPS, Comparison
 from tune.items import RATIOS
+from tune.stats import sign_test
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy (acc_norm)"}
 
@@ -37,6 +38,14 @@ def of_perplexity(rows: Sequence[Comparison], main: Comparison | None) -> list[s
     """A statement for each text whose perplexity without attack is told apart."""
     told = [row for row in rows if row.column.attack == "none" and row.column.metric in RATIOS]
     return [statement(row) for row in told if row.verdict != CANNOT_TELL and row.column != (main and main.column)]
+
+
+def of_seeds(main: Comparison | None) -> list[str]:
+    """In how many of several seeds the setting was above and below plain, with the sign test."""
+    if main is None or len(main.per_seed) < 2:
+        return []
+    above, below, p = sign_test(main.per_seed)
+    return [f"Seed by seed: above plain in {above} of {len(main.per_seed)}, below in {below} (sign test, p = {p:.2g})."]
 
 
 def of_placebo(label: str, mine: Comparison | None, theirs: Comparison | None) -> list[str]:

@@ -116,7 +116,8 @@ class _Run:
 
 def _verdict(found: Against, of_cell: Sequence[Against], cell: dict[str, Any], run: _Run) -> Verdict:
     setting, main = found.setting, found.headline or found.attacked
-    more = [telling.statement(found.attacked)] if found.attacked is not None and found.attacked is not main else []
+    more = telling.of_seeds(main)
+    more += [telling.statement(found.attacked)] if found.attacked is not None and found.attacked is not main else []
     more += telling.of_perplexity(found.rows, main)
     if setting.arm == "macdrop":
         for other in (other for other in of_cell if other.setting.arm != "macdrop"):

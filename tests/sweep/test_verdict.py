@@ -88,11 +88,15 @@ def test_what_is_said(found):
     macdrop, random = found
     assert macdrop.sentence.startswith(f"MacDrop k 3 p0 0.87 exp 0.05 hurts on {MODEL}: mean zero-shot accuracy -")
     assert "5 seeds, 80 items, against plain LoRA." in macdrop.sentence
-    assert macdrop.more[0].startswith("Under zeroing@3: helps, mean zero-shot accuracy +")
+    assert macdrop.more[1].startswith("Under zeroing@3: helps, mean zero-shot accuracy +")
     assert any(line.startswith("Without attack: hurts, text perplexity +") for line in macdrop.more)
     assert any("Chosen among 2 MacDrop settings, then trained again on fresh seeds" in line for line in macdrop.more)
     assert f"cannot be told from plain LoRA on {MODEL}" in random.sentence
     assert "or more would have been seen in 80 % of cases." in random.sentence
+
+
+def test_the_sign_over_seeds_follows_the_headline(found):
+    assert found[0].more[0] == "Seed by seed: above plain in 0 of 5, below in 5 (sign test, p = 0.062)."
 
 
 def test_a_placebo_that_helps_as_well_is_told(tmp_path):
