@@ -1,0 +1,1 @@
+"""Launch files, the launcher, and a network of hosts to launch on."""
