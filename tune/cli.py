@@ -253,10 +253,14 @@ def _split(arguments: list[str] | None) -> tuple[str | None, list[str]]:
 
 def main() -> None:
     """Entry point of the `macdrop` command; our own errors become a message and an exit code, never a traceback."""
+    from cluster.errors import LaunchError
     from macdrop.errors import MacDropError, ResourceError
 
     try:
         app()
+    except LaunchError as error:
+        print(f"macdrop: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except MacDropError as error:
         code = BAD_CONFIG if isinstance(error, ValueError) else TRIALS_FAILED
         code = NO_RESOURCES if isinstance(error, ResourceError) else code
