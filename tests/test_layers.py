@@ -42,6 +42,7 @@ FRONT_DOOR = "tune.cli"
 #: module -> what importing it must not load.
 LIGHT = {
     "macdrop": {"torch", "transformers", "ray", "deepspeed", "peft", "lm_eval", "datasets"},
+    "cluster.cli": {"torch", "transformers", "ray", "deepspeed", "pydantic", "pandas", "numpy", "yaml", "jinja2"},
     "tune.cli": {"torch", "transformers", "ray", "deepspeed", "peft", "lm_eval", "datasets", "pydantic", "pandas"},
     "tune.spec": {"torch", "transformers", "ray", "deepspeed", "peft", "lm_eval", "datasets"},
     "tune.plan": {"torch", "transformers", "ray", "deepspeed", "peft", "lm_eval", "datasets"},

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli import app as cluster
+
 app = typer.Typer(
     name="macdrop",
     help="MacDrop (massive weights curriculum dropout): find massive weights, fine-tune, sweep, score, report.",
@@ -23,6 +25,7 @@ zoo = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(zoo, name="zoo")
+app.add_typer(cluster, name="cluster")
 
 #: Exit codes, also in the README.
 TRIALS_FAILED, BAD_CONFIG, NO_RESOURCES, INTERRUPTED = 1, 2, 3, 130

@@ -16,6 +16,8 @@ from tune.cli import _split
 VERBS = (
     *("scan", "attack", "train", "eval", "suites", "judge", "plan", "export", "sweep", "report", "compare", "doctor"),
     *("zoo list", "zoo build", "zoo verify"),
+    *(f"cluster {verb}" for verb in ("render", "check", "up", "submit", "status", "logs", "fetch", "down")),
+    "cluster spot-watch",
 )
 
 
@@ -23,14 +25,15 @@ VERBS = (
 
 
 def test_the_verbs_are_those_that_are_tested(shell):
-    from tune.cli import app, zoo
+    from tune.cli import app, cluster, zoo
 
     named = {command.name or command.callback.__name__ for command in app.registered_commands}
-    named |= {f"zoo {command.name}" for command in zoo.registered_commands}
+    for group, verbs in (("zoo", zoo), ("cluster", cluster)):
+        named |= {f"{group} {command.name or command.callback.__name__}" for command in verbs.registered_commands}
     assert named == set(VERBS)
 
 
-@pytest.mark.parametrize("verb", ["", "zoo", *VERBS])
+@pytest.mark.parametrize("verb", ["", "zoo", "cluster", *VERBS])
 def test_help_shows_an_example(verb, shell):
     ended = shell(*verb.split(), "--help")
     assert ended.code == 0 and "Usage: macdrop" in ended.out
