@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from macdrop.errors import MacDropError, TrainingDiverged
 from tune.dispatch import call
-from tune.orders import Order
+from tune.orders import GO_ON, Order
 from tune.spec import RaySpec, TrainSpec
 
 #: How often an idle lane asks for an order, and for how long before it lets the other ranks know that it still lives.
@@ -67,9 +67,11 @@ def _work(config: dict[str, Any]) -> None:
     dispatcher, lane = config["dispatcher"], config["lane"]
     # Orders travel between ranks over gloo also where gradients travel over NCCL: they are Python objects.
     control = dist.new_group(backend="gloo")
+    nodes: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id(), group=control)
     if dist.get_rank() == 0:
         host = ray.util.get_node_ip_address()
-        call(dispatcher, "lane_up", lane, dist.get_world_size(), host)
+        call(dispatcher, "lane_up", lane, dist.get_world_size(), host, nodes)
     engine = None
     while True:
         message = [_ask(dispatcher, lane, engine) if dist.get_rank() == 0 else None]
@@ -77,7 +79,7 @@ def _work(config: dict[str, Any]) -> None:
         if message[0] == "closed":
             return
         if message[0] != "idle":
-            engine = _train(dispatcher, message[0], engine)
+            engine = _train(dispatcher, lane, message[0], engine)
 
 
 def _ask(dispatcher: ActorHandle, lane: str, engine: Any) -> Order | str:
@@ -93,7 +95,7 @@ def _ask(dispatcher: ActorHandle, lane: str, engine: Any) -> Order | str:
     return "idle"
 
 
-def _train(dispatcher: ActorHandle, order: Order, engine: Any) -> Any:
+def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any:
     """Train one order and tell the dispatcher; returns the engine to go on with."""
     from dataclasses import asdict
 
@@ -123,39 +125,39 @@ def _train(dispatcher: ActorHandle, order: Order, engine: Any) -> Any:
             prepared,
             folder,
             weights=weights,
-            observe=_Relay(dispatcher, order) if first else None,
+            observe=_Relay(dispatcher, lane, order) if first else None,
         )
     except MacDropError as error:
         # Raised on every rank alike: the lane goes on with the next order, and with the engine if no step was cut.
         if first:
             state = "diverged" if isinstance(error, TrainingDiverged) else "failed"
-            call(dispatcher, "failed", order.id, state, str(error))
+            call(dispatcher, "failed", order.id, state, str(error), lane)
         return engine if isinstance(error, (TrainingDiverged, ValueError)) else None
     except Exception as error:
         # On some ranks only, or in the middle of a step: the worker group must be made anew.
         call(dispatcher, "lost", order.id, f"{type(error).__name__}: {error}")
         raise
     if first:
-        call(dispatcher, "trained", order.id, asdict(outcome))
+        call(dispatcher, "trained", order.id, asdict(outcome), lane)
     return engine
 
 
 class _Relay:
     """Rank 0's observer: writes each step's metrics into the trial's folder and passes them on without waiting."""
 
-    def __init__(self, dispatcher: ActorHandle, order: Order) -> None:
+    def __init__(self, dispatcher: ActorHandle, lane: str, order: Order) -> None:
         from tune.journal import TrialRecord
 
-        self.dispatcher, self.order = dispatcher, order
+        self.dispatcher, self.lane, self.order = dispatcher, lane, order
         self.record = TrialRecord(Path(order.folder))
         self.answer: ray.ObjectRef | None = None
 
     def __call__(self, metrics: dict[str, Any]) -> bool:
         self.record.log([metrics])
         # The answer to the last report has arrived by now, so that no step waits for the dispatcher.
-        go_on = self.answer is None or ray.get(self.answer)
-        self.answer = self.dispatcher.call.remote("progress", self.order.id, metrics)
-        return go_on
+        word = GO_ON if self.answer is None else ray.get(self.answer)
+        self.answer = self.dispatcher.call.remote("progress", self.order.id, metrics, self.lane)
+        return word == GO_ON
 
 
 def _silence() -> None:

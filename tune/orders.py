@@ -3,11 +3,14 @@
 The dispatcher actor is this book behind Ray calls. An order goes queued -> running -> trained -> done; it ends early as
 stopped (its followers gave up on it), diverged or failed. Orders are named by their content (`TrainSpec.trial_id`), so
 placing the same fine-tuning twice follows the first one.
+
+What the book holds is a function of the calls it got, and a call that comes twice changes nothing: the dispatcher may
+be made again from a log of its calls (`tune.order_log`), and Ray sends a call again whose answer was lost.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +20,8 @@ from tune.journal import FINALS
 FINAL = frozenset({"done", "stopped", "diverged", "failed"})
 #: A worker may die under an order (node lost, out of memory); after this many lost lanes the order counts as failed.
 MAX_ATTEMPTS = 3
+#: What `OrderBook.progress` answers: train on, end without an adapter, or save what is there and make room.
+GO_ON, STOP, LEAVE = "go_on", "stop", "leave"
 
 
 @dataclass(frozen=True)
@@ -44,31 +49,34 @@ class Order:
 
 @dataclass
 class Entry:
-    """An order and what became of it."""
+    """An order and what became of it. `limit` is the attempts it has, given how its lanes were lost.
+
+    `last` are the metrics of the newest step: to be shown, and no part of what a book that is made again must know.
+    """
 
     order: Order
     state: str = "queued"
     lane: str | None = None
     attempts: int = 0
+    limit: int = MAX_ATTEMPTS
     followers: set[str] = field(default_factory=set)
     cancelled: bool = False
-    last: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict, compare=False)
     evaluated: list[dict[str, Any]] = field(default_factory=list)
     outcome: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     scores: dict[str, float] | None = None
-    started: float | None = None
-    ended: float | None = None
 
 
+@dataclass
 class OrderBook:
     """Who trains what. Every method is quick; callers poll."""
 
-    def __init__(self) -> None:
-        self.entries: dict[str, Entry] = {}
-        self.lanes: dict[str, dict[str, Any]] = {}
-        self._closing: set[str] = set()
-        self._changes: list[str] = []
+    entries: dict[str, Entry] = field(default_factory=dict)
+    lanes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _closing: set[str] = field(default_factory=set)
+    _drained: set[str] = field(default_factory=set)
+    _changes: list[str] = field(default_factory=list)
 
     # ------------------------------------------------------------- followers
 
@@ -95,8 +103,13 @@ class OrderBook:
         return entry.state
 
     def record(self, order: Order, state: str, outcome: dict[str, Any], scores: dict[str, float] | None) -> None:
-        """Enter an order that an earlier run of the same folder has done, or trained without scoring all of it."""
+        """Enter an order that an earlier run of the same folder has done, or trained without scoring all of it.
+
+        Nothing happens to an order that is in the book.
+        """
         assert state in ("done", "trained")
+        if order.id in self.entries:
+            return
         self.entries[order.id] = Entry(order, state=state, outcome=outcome, scores=scores)
         if state == "trained":
             self._changed(order.id)
@@ -133,91 +146,118 @@ class OrderBook:
 
     # ----------------------------------------------------------------- lanes
 
-    def lane_up(self, lane: str, width: int, host: str) -> None:
-        """A lane's workers are ready; an order that it had before it was restarted goes back into the queue."""
+    def lane_up(self, lane: str, width: int, host: str, nodes: Collection[str] = ()) -> None:
+        """A lane's workers are ready on `nodes`; an order it had before it was restarted goes back into the queue."""
         self.lane_down(lane, "its worker died")
-        self.lanes[lane] = {"width": width, "host": host, "order": None}
+        self.lanes[lane] = {"width": width, "host": host, "nodes": list(nodes), "order": None}
 
     def lane_down(self, lane: str, reason: str) -> None:
-        """A lane is gone; its order is queued again, or fails after `MAX_ATTEMPTS` lost lanes."""
+        """A lane is gone; its order is queued again, or fails after the attempts it has."""
         self.lanes.pop(lane, None)
         for entry in self.entries.values():
             if entry.lane == lane and entry.state == "running":
+                entry.reason = entry.reason or reason
                 if entry.cancelled:
                     self._end(entry, "stopped", "stopped")
-                elif entry.attempts >= MAX_ATTEMPTS:
-                    self._end(entry, "failed", f"{entry.reason or reason} (tried {entry.attempts} times)")
-                else:
+                elif not self._exhausted(entry):
                     self._requeue(entry)
 
     def take(self, lane: str, engine_key: str | None) -> Order | None:
-        """The next order for a lane: one that fits the engine it has, else the oldest of its width."""
+        """The next order for a lane: one that fits the engine it has, else the oldest of its width.
+
+        A lane that asks again before it told how its order ended is given that order again.
+        """
+        if lane not in self.lanes:
+            return None
+        if running := self.lanes[lane]["order"]:
+            return self.entries[running].order
         width = self.lanes[lane]["width"]
         waiting = [e for e in self.entries.values() if e.state == "queued" and e.order.width == width]
-        if not waiting or lane in self._closing:
+        if not waiting or self.closing(lane):
             return None
         fitting = [entry for entry in waiting if entry.order.engine_key == engine_key]
         entry = (fitting or waiting)[0]
-        entry.state, entry.lane, entry.started = "running", lane, time.time()
+        entry.state, entry.lane = "running", lane
         entry.attempts += 1
+        entry.reason, entry.limit = None, MAX_ATTEMPTS
         self.lanes[lane]["order"] = entry.order.id
         self._changed(entry.order.id)
         return entry.order
 
     def closing(self, lane: str) -> bool:
-        return lane in self._closing
+        """Whether a lane should end: it was asked to, its nodes are about to go, or it was taken for dead."""
+        return lane not in self.lanes or lane in self._closing or self._leaving(lane)
 
     def close(self, lane: str) -> None:
         """Ask a lane to end once its order is finished."""
         self._closing.add(lane)
 
-    def progress(self, order_id: str, metrics: dict[str, Any]) -> bool:
-        """Take the metrics of a step; False tells the lane to stop."""
+    def drain(self, nodes: Collection[str]) -> None:
+        """Nodes are about to go: lanes with a worker there save what they have, give their order back and end."""
+        self._drained |= set(nodes)
+
+    def progress(self, order_id: str, metrics: dict[str, Any], lane: str | None = None) -> str:
+        """Take the metrics of a step from a lane; answers `GO_ON`, `STOP` or `LEAVE`."""
         entry = self.entries[order_id]
         entry.last = metrics
         # A retried order repeats the steps after its last checkpoint: the first word on a step has been passed on.
         if metrics.get("eval_loss") is not None and all(m["step"] != metrics["step"] for m in entry.evaluated):
             entry.evaluated.append(metrics)
-        return not entry.cancelled
+        if entry.cancelled or not self._has(entry, lane):
+            return STOP
+        return LEAVE if self._leaving(entry.lane) else GO_ON
 
-    def trained(self, order_id: str, outcome: dict[str, Any]) -> None:
-        """A fine-tuning has ended with its adapter on disk."""
+    def trained(self, order_id: str, outcome: dict[str, Any], lane: str | None = None) -> None:
+        """A fine-tuning has ended with its adapter on disk, or was told to stop or to leave.
+
+        lane: who says so; the word of a lane that no longer has the order counts for nothing.
+        """
         entry = self.entries[order_id]
+        if not self._has(entry, lane):
+            return
         self._release(entry)
         entry.outcome = outcome
-        if outcome["status"] == "stopped" and not entry.cancelled:
-            # Wanted again after its lane had been told to stop: it goes on from its newest checkpoint.
-            entry.attempts -= 1
-            self._requeue(entry)
-        elif outcome["status"] == "stopped":
-            self._end(entry, "stopped", f"stopped at step {outcome['step']} of {outcome['total_steps']}")
-        else:
+        if outcome["status"] not in ("stopped", "left"):
             entry.state = "trained"
             self._changed(order_id)
+        elif entry.cancelled:
+            self._end(entry, "stopped", f"stopped at step {outcome['step']} of {outcome['total_steps']}")
+        else:
+            # Its lane had to go, or it was wanted again after its lane was told to stop: its newest checkpoint counts.
+            if outcome["status"] == "left":
+                self.close(entry.lane)
+            entry.attempts -= 1
+            self._requeue(entry)
 
-    def failed(self, order_id: str, state: str, reason: str) -> None:
-        """A fine-tuning has ended without an adapter; `state` is failed or diverged."""
+    def failed(self, order_id: str, state: str, reason: str, lane: str | None = None) -> None:
+        """A fine-tuning has ended without an adapter; `state` is failed or diverged, `lane` as for `trained`."""
         assert state in ("failed", "diverged")
         entry = self.entries[order_id]
-        self._release(entry)
-        self._end(entry, state, reason)
+        if self._has(entry, lane):
+            self._release(entry)
+            self._end(entry, state, reason)
 
-    def lost(self, order_id: str, reason: str) -> None:
-        """The lane is about to die under an order; keep why, in case it is not tried again."""
-        self.entries[order_id].reason = reason
+    def lost(self, order_id: str, reason: str, attempts: int = MAX_ATTEMPTS) -> None:
+        """Why a lane is about to die under an order, or just died, and how often such an order is tried in all."""
+        entry = self.entries[order_id]
+        if entry.state in ("running", "queued") and entry.attempts:
+            entry.reason, entry.limit = reason, attempts
+            if entry.state == "queued":
+                self._exhausted(entry)
 
     # ------------------------------------------------------------ supervisor
 
     def scored(self, order_id: str, scores: dict[str, float], reason: str | None) -> None:
         """All benchmarks of a trained order are through; `reason` names those that failed."""
         entry = self.entries[order_id]
-        entry.scores = scores
-        self._end(entry, "done", reason)
+        if entry.state == "trained":
+            entry.scores = scores
+            self._end(entry, "done", reason)
 
-    def changes(self) -> list[Entry]:
-        """Entries whose state changed since the last call."""
-        changed, self._changes = dict.fromkeys(self._changes), []
-        return [self.entries[order_id] for order_id in changed]
+    def changes(self, after: int) -> tuple[int, list[Entry]]:
+        """How many changes of a state there were so far, and the entries of those later than `after`."""
+        changed = dict.fromkeys(self._changes[after:])
+        return len(self._changes), [self.entries[order_id] for order_id in changed]
 
     def snapshot(self) -> dict[str, Any]:
         """What a progress table shows."""
@@ -239,11 +279,26 @@ class OrderBook:
 
     # --------------------------------------------------------------- details
 
+    def _has(self, entry: Entry, lane: str | None) -> bool:
+        """Whether the order is running, on this lane if one is named."""
+        return entry.state == "running" and lane in (None, entry.lane)
+
+    def _leaving(self, lane: str) -> bool:
+        return not self._drained.isdisjoint(self.lanes[lane]["nodes"])
+
+    def _exhausted(self, entry: Entry) -> bool:
+        """End an order that lost as many lanes as it may."""
+        if entry.attempts < entry.limit:
+            return False
+        tried = f" (tried {entry.attempts} times)" if entry.attempts > 1 else ""
+        self._end(entry, "failed", f"{entry.reason}{tried}")
+        return True
+
     def _requeue(self, entry: Entry) -> None:
-        """Back into the queue as if it had never ended; a lost lane's reason is kept for the last attempt."""
+        """Back into the queue as if it had never ended; why its lane was lost is kept until it is taken again."""
         if entry.state == "stopped":
             entry.reason, entry.attempts = None, 0
-        entry.state, entry.lane, entry.ended, entry.outcome = "queued", None, None, {}
+        entry.state, entry.lane, entry.outcome = "queued", None, {}
         self._changed(entry.order.id)
 
     def _release(self, entry: Entry) -> None:
@@ -251,7 +306,7 @@ class OrderBook:
             self.lanes[entry.lane]["order"] = None
 
     def _end(self, entry: Entry, state: str, reason: str | None) -> None:
-        entry.state, entry.reason, entry.ended = state, reason, time.time()
+        entry.state, entry.reason = state, reason
         self._changed(entry.order.id)
 
     def _changed(self, order_id: str) -> None:

@@ -42,6 +42,7 @@ class Supervisor:
         self._jobs, self._progress = jobs, progress
         self._lock = threading.Lock()
         self._pending: dict[str, dict[str, Any]] = {}
+        self._seen = 0
         self._error: BaseException | None = None
         self._failed: set[str] = set()
         self._end = threading.Event()
@@ -90,7 +91,7 @@ class Supervisor:
             with self._lock:
                 orders = call(self._dispatcher, "snapshot")["orders"]
                 settled = all(row["state"] in FINAL for row in orders if row["study"] == study.name)
-                if settled and not self._pending and not self._pool.busy and not self._dirty():
+                if settled and not self._pending and not self._pool.busy and not self._take_changes():
                     return
             time.sleep(TICK_S)
 
@@ -148,17 +149,16 @@ class Supervisor:
             self._error = error
 
     def _tick(self) -> None:
-        for entry in call(self._dispatcher, "changes"):
-            self._changed(entry)
+        self._take_changes()
         for result in self._pool.step():
             self._scored(result)
         snapshot = call(self._dispatcher, "snapshot")
         self._lanes.check(len(snapshot["lanes"]))
         self._progress.show(snapshot, self._pool.busy)
 
-    def _dirty(self) -> bool:
-        """Whether a change has come in since the last tick; it is worked off at once."""
-        changes = call(self._dispatcher, "changes")
+    def _take_changes(self) -> bool:
+        """Whether orders have changed since the last look; the changes are worked off at once."""
+        self._seen, changes = call(self._dispatcher, "changes", self._seen)
         for entry in changes:
             self._changed(entry)
         return bool(changes)

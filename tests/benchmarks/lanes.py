@@ -123,13 +123,15 @@ def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tu
     lanes.open()
     started: dict[str, float] = {}
     ended: dict[str, float] = {}
+    seen = 0
     try:
         while len(ended) < len(orders):
-            for entry in call(dispatcher, "changes"):
+            seen, changes = call(dispatcher, "changes", seen)
+            for entry in changes:
                 if entry.state in ("failed", "diverged", "stopped"):
                     raise RuntimeError(f"{entry.order.id} {entry.state}: {entry.reason}")
-                if entry.started:
-                    started[entry.order.id] = entry.started
+                if entry.state in ("running", "trained"):
+                    started.setdefault(entry.order.id, time.time())
                 if entry.state == "trained":
                     ended[entry.order.id] = time.time()
             lanes.check(len(call(dispatcher, "snapshot")["lanes"]))
