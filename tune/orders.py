@@ -10,7 +10,7 @@ be made again from a log of its calls (`tune.order_log`), and Ray sends a call a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,6 +64,8 @@ class Entry:
     last: dict[str, Any] = field(default_factory=dict, compare=False)
     evaluated: list[dict[str, Any]] = field(default_factory=list)
     outcome: dict[str, Any] = field(default_factory=dict)
+    #: The last step that a search saw of an order which it gave up.
+    judged: int | None = None
     reason: str | None = None
     scores: dict[str, float] | None = None
 
@@ -80,14 +82,15 @@ class OrderBook:
 
     # ------------------------------------------------------------- followers
 
-    def place(self, order: Order, follower: str) -> str:
+    def place(self, order: Order, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> str:
         """Queue an order, or follow the equal one that is there; returns its state.
 
         A trial of the search that is placed for the final stage is not trained again, but scored for that stage.
+        evaluated: validations of an earlier run of the same folder, which the followers have yet to hear of.
         """
         entry = self.entries.get(order.id)
         if entry is None:
-            entry = self.entries[order.id] = Entry(order)
+            entry = self.entries[order.id] = Entry(order, evaluated=list(evaluated))
             self._changed(order.id)
         elif entry.state == "stopped" or (entry.cancelled and entry.state == "running"):
             # Wanted again by somebody after its only follower gave up.
@@ -102,22 +105,35 @@ class OrderBook:
         entry.followers.add(follower)
         return entry.state
 
-    def record(self, order: Order, state: str, outcome: dict[str, Any], scores: dict[str, float] | None) -> None:
-        """Enter an order that an earlier run of the same folder has done, or trained without scoring all of it.
+    def record(
+        self,
+        order: Order,
+        state: str,
+        outcome: dict[str, Any],
+        scores: dict[str, float] | None,
+        reason: str | None = None,
+    ) -> None:
+        """Enter an order that an earlier run of the same folder has ended, or trained without scoring all of it.
 
         Nothing happens to an order that is in the book.
         """
-        assert state in ("done", "trained")
+        assert state in FINAL | {"trained"}
         if order.id in self.entries:
             return
-        self.entries[order.id] = Entry(order, state=state, outcome=outcome, scores=scores)
+        self.entries[order.id] = Entry(order, state=state, outcome=outcome, scores=scores, reason=reason)
         if state == "trained":
             self._changed(order.id)
 
-    def cancel(self, order_id: str, follower: str) -> None:
-        """A follower gives up; without any other the order stops at the lane's next step."""
+    def cancel(self, order_id: str, follower: str, judged: int | None = None) -> None:
+        """A follower gives up; without any other the order stops at the lane's next step.
+
+        judged: the last step whose validation the follower has seen.
+        """
         entry = self.entries.get(order_id)
-        if entry is None or entry.state in FINAL or entry.state == "trained":
+        if entry is None or entry.state in FINAL:
+            return
+        entry.judged = judged
+        if entry.state == "trained":
             return
         entry.followers.discard(follower)
         if entry.followers:

@@ -130,7 +130,7 @@ class _AfterDecay(AsyncHyperBandScheduler):
             super().on_trial_add(controller, trial)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if trial.trial_id not in self._trial_info or result["step"] >= self._cuts.total:
+        if trial.trial_id not in self._trial_info or not 0 <= result.get("step", -1) < self._cuts.total:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)
 

@@ -181,6 +181,8 @@ class Supervisor:
             if entry.state in ("failed", "diverged"):
                 self._failed.add(order.id)
             outcome = {key: value for key, value in entry.outcome.items() if key != "status"}
+            if entry.judged is not None:
+                outcome["judged"] = entry.judged
             record.finish(entry.state, entry.reason, **about, **outcome)
             self._progress.ended(entry)
 

@@ -14,7 +14,7 @@ from ray.tune import Callback
 from macdrop.errors import MacDropError
 from tune.blocks import EVAL_LOSS
 from tune.dispatch import call
-from tune.journal import SEARCH
+from tune.journal import SEARCH, TrialRecord
 from tune.orders import FINAL, Order
 from tune.plan import Study
 from tune.search import FINISHED, values
@@ -60,10 +60,12 @@ def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
     """Tune's function trainable.
 
     Raises:
-        TrialEnded: the fine-tuning failed, diverged or was stopped.
+        TrialEnded: the fine-tuning failed.
     """
     order = desk.order(desk.study.searched(values(config)), SEARCH, values(config))
-    call(desk.dispatcher, "place", order, ray.tune.get_context().get_trial_id())
+    # What an earlier run of this folder validated, a scheduler has to hear of: a resumed lane begins after it.
+    evaluated = [row for row in TrialRecord(Path(order.folder)).metrics() if row.get(EVAL_LOSS) is not None]
+    call(desk.dispatcher, "place", order, ray.tune.get_context().get_trial_id(), evaluated)
     step = -1
     while True:
         news = call(desk.dispatcher, "poll", order.id, step)
@@ -73,8 +75,10 @@ def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
         if news["state"] in FINAL:
             break
         time.sleep(POLL_EVERY_S)
+    if news["state"] == "failed":
+        raise TrialEnded(f"{order.id}: {news['reason']}")
     if news["state"] != "done":
-        raise TrialEnded(f"{order.id} {news['state']}: {news['reason']}")
+        return  # stopped or diverged: an end that says something about the setting, but has no objective
     outcome = news["outcome"]
     last = {"step": outcome["step"], EVAL_LOSS: outcome["eval_loss"], FINISHED: True}
     ray.tune.report({**last, **news["scores"]})
@@ -94,4 +98,5 @@ class CancelStopped(Callback):
 
     def _cancel(self, trial: Any) -> None:
         name = self.desk.study.searched(values(trial.config)).trial_id()
-        call(self.desk.dispatcher, "cancel", name, trial.trial_id)
+        last = trial.last_result or {}
+        call(self.desk.dispatcher, "cancel", name, trial.trial_id, None if last.get(FINISHED) else last.get("step"))
