@@ -22,6 +22,11 @@ def total_steps(spec: TrainSpec, examples: int, global_batch: int) -> int:
     return max(1, round(spec.num_train_epochs * steps_per_epoch(examples, global_batch)))
 
 
+def save_interval(spec: TrainSpec, steps: int) -> int:
+    """Optimizer steps between checkpoints to resume from; 0 for none. `save_steps: null` is a tenth, rounded up."""
+    return math.ceil(steps / 10) if spec.save_steps is None else spec.save_steps
+
+
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
     """The order (examples,) in which epoch `epoch` (from 0) shows the examples."""
     return np.random.default_rng([seed, epoch]).permutation(examples)

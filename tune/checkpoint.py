@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "MANIFEST.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Checkpoints that a fine-tuning under way keeps, the newest ones.
+KEPT = 2
 
 
 @dataclass

@@ -40,11 +40,11 @@ def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
         line("resuming", f"from {checkpoint}")
     from tune.train import train as run
 
-    def show(metrics: dict[str, Any]) -> bool:
+    def show(metrics: dict[str, Any]) -> str:
         parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}"]
         parts += [f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None]
         console.print("  ".join(parts), highlight=False, soft_wrap=True)
-        return True
+        return "go_on"
 
     outcome = run(spec, folder, observe=show, resume=resume)
     line("adapter", str(folder / "adapter"))
@@ -70,8 +70,10 @@ def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
 
 def _newest(folder: Path, newest: Any) -> Path:
     checkpoint = newest(folder / "checkpoints")
+    if checkpoint is None and (folder / "adapter").is_dir():
+        raise ConfigError(f"{folder} has been trained to its end: there is nothing to go on with.")
     if checkpoint is None:
-        raise ConfigError(f"{folder} has no checkpoint to go on from. Leave --resume out, or set save_steps next time.")
+        raise ConfigError(f"{folder} has no checkpoint to go on from. Leave --resume out.")
     return checkpoint
 
 

@@ -17,6 +17,7 @@ from macdrop.errors import ConfigError, TrainingInvariantError
 from tune import checkpoint as checkpoints
 from tune.checkpoint import MOMENTS, AdapterState
 from tune.process import quiet
+from tune.ranks import all_do
 from tune.spec import TrainSpec
 from tune.zero import deepspeed_config
 
@@ -202,14 +203,25 @@ class Engine:
             sums.append(int(data.view(integers[data.element_size()]).sum(dtype=torch.int64)))
         return tuple(sums)
 
-    def check_after_training(self, state: AdapterState) -> None:
-        """Assert that the base is untouched and that the adapter moved.
+    def check_base(self) -> None:
+        """Assert that the base is untouched; a collective.
 
         Raises:
-            TrainingInvariantError: one of them does not hold.
+            TrainingInvariantError: it is not, on any rank.
         """
-        if self.base_digest() != self._base_digest:
-            raise TrainingInvariantError("The frozen base weights changed during the fine-tuning.")
+
+        def compare() -> None:
+            if self.base_digest() != self._base_digest:
+                raise TrainingInvariantError("The frozen base weights changed during the fine-tuning.")
+
+        all_do(compare)
+
+    def check_moved(self, state: AdapterState) -> None:
+        """Assert that training has moved the adapter.
+
+        Raises:
+            TrainingInvariantError: it has not.
+        """
         if not any(bool(tensor.any()) for name, tensor in state.weights.items() if "lora_B" in name):
             raise TrainingInvariantError("lora_B is still zero after training: the adapter did not learn anything.")
 

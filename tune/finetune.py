@@ -1,41 +1,50 @@
-"""One fine-tuning in the current process group: a live `Engine`, MacDrop on the frozen rows, and the loop.
+"""One fine-tuning in the current process group: where it starts, when it is saved and stopped, what it leaves behind.
 
-Called on every rank with the same arguments, by a lane's Ray Train workers as by a single process. Nothing in here
-depends on what the engine trained before: batches, masks, learning rate and dropout are functions of (seed, step).
+Called on every rank with the same arguments, by a lane's Ray Train workers as by a single process. What is computed in
+a step is in `tune.training`; nothing depends on what the engine trained before.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from macdrop.errors import CheckpointError, ConfigError, MacDropError, TrainingDiverged
+from macdrop.errors import CheckpointError, ConfigError, TrainingDiverged
 from tune import checkpoint as checkpoints
-from tune.batching import Batches, learning_rates, total_steps
+from tune.batching import save_interval
 from tune.checkpoint import AdapterState
+from tune.ranks import all_do, rank0_does
 from tune.spec import TrainSpec
+from tune.training import Training
 
 if TYPE_CHECKING:
-    import torch
-
-    from macdrop import MacDrop, MassiveWeights
-    from tune.data import Examples, Prepared
+    from macdrop import MassiveWeights
+    from tune.data import Prepared
     from tune.engine import Engine
 
-#: Called on rank 0 with the metrics of each logged step; returns False to stop the fine-tuning early.
-Observer = Callable[[dict[str, Any]], bool]
-KEPT_CHECKPOINTS = 2
+#: What an observer may answer; `stop` ends the fine-tuning early with its adapter, `leave` with a checkpoint to go on
+#: from, at once. Either is heard at the next step.
+Word = Literal["go_on", "stop", "leave"]
+#: Called on rank 0 with the metrics of each logged step.
+Observer = Callable[[dict[str, Any]], Word]
+#: How words travel between the ranks: by their place. Rank 0 alone has one, so a sum over ranks is that word; `failed`
+#: is said for an observer that raised.
+WORDS = ("go_on", "stop", "leave", "failed")
+#: In the adapter's folder: how its fine-tuning ended.
+OUTCOME = "outcome.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a fine-tuning ended. Losses in nats per answer token, `eval_loss` with masks off."""
+    """How a fine-tuning ended: `done`, `stopped`, or `left` (a checkpoint to go on from, and no adapter).
+
+    Losses in nats per answer token, `eval_loss` with masks off.
+    """
 
     status: str
     step: int
@@ -59,219 +68,144 @@ def finetune(
     observe: Observer | None = None,
     resume: bool = True,
 ) -> Outcome:
-    """Train one adapter into `folder` (`adapter/`, and `checkpoints/` every `save_steps`).
+    """Train one adapter into `folder` (`adapter/`, and meanwhile `checkpoints/` every `tune.batching.save_interval`).
 
-    With `resume` the newest whole checkpoint in the folder is continued at its exact step.
+    With `resume` the newest whole checkpoint in the folder is continued at its exact step, and a fine-tuning that is
+    done there is not done again. An error on one rank is raised on all of them.
 
     Raises:
         ConfigError: the spec does not fit the engine, the model or the data.
         CheckpointError: the checkpoint belongs to other settings.
         TrainingDiverged: a loss or gradient norm is not finite; the engine can be used on.
         TrainingInvariantError: the base changed or the adapter did not move.
+        ResourceError: the folder cannot be written; the engine can be used on.
     """
     if spec.engine_key() != engine.key:
         raise ConfigError("This engine was built for other settings; build one from this spec.")
-    return _Run(engine, spec, data, folder, weights, observe).run(resume)
+    return _Run(Training(engine, spec, data, weights), folder, observe).run(resume)
 
 
 class _Run:
     """The state of one fine-tuning; a class only so that the steps below need no dozen arguments."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        spec: TrainSpec,
-        data: Prepared,
-        folder: Path,
-        weights: MassiveWeights | None,
-        observe: Observer | None,
-    ) -> None:
-        self.engine, self.spec, self.data, self.folder, self.observe = engine, spec, data, folder, observe
-        self.batches = Batches(
-            len(data.train),
-            seed=spec.seed,
-            per_device=spec.per_device_train_batch_size,
-            accumulation=spec.gradient_accumulation_steps,
-            world=engine.world,
-        )
-        self.steps = total_steps(spec, len(data.train), self.batches.global_batch)
-        self.epochs = self.batches.epoch(self.steps)
-        self.rate = learning_rates(spec, self.steps)
-        self.config = spec.macdrop.config(seed=spec.seed)
-        self.drop = _macdrop(engine, weights, self.config)
+    def __init__(self, training: Training, folder: Path, observe: Observer | None) -> None:
+        self.training, self.engine, self.spec = training, training.engine, training.spec
+        self.folder, self.checkpoints, self.observe = folder, folder / "checkpoints", observe
+        self.steps = training.steps
+        self.interval = save_interval(self.spec, self.steps)
         #: Entries dropped and masked before the checkpoint that is resumed from.
         self.before = (0, 0)
+        self.step = self.resumed_from = 0
         self.eval_loss: float | None = None
         self.train_loss: float | None = None
+        self.rows = 0
+        #: The observer's, on rank 0, until all ranks raise it.
+        self.error: Exception | None = None
 
     # ------------------------------------------------------------------- loop
 
     def run(self, resume: bool) -> Outcome:
         started = time.monotonic()
-        checkpoint = checkpoints.newest(self.folder / "checkpoints") if resume else None
-        state = self._load(checkpoint)
-        first = state.step
-        rows = self.drop.attach() if self.drop else 0
+        finished = rank0_does(self._finished) if resume else None
+        if finished is not None:
+            return Outcome(**finished)
+        self._start(rank0_does(lambda: checkpoints.newest(self.checkpoints)) if resume else None)
+        drop = self.training.drop
+        self.rows = drop.attach() if drop else 0
         try:
-            self._set_optimizer()
-            status = self._train(first)
+            self.training.set_optimizer()
+            status = self._train()
         finally:
-            if self.drop:
-                self.drop.detach()
-        final = self._state(self.step)
-        self.engine.check_after_training(final)
-        if self.engine.rank == 0:
-            self._write_adapter(final)
-        _barrier()
-        return Outcome(
+            if drop:
+                drop.detach()
+        final = self._state()
+        self.engine.check_base()
+        dropped, masked = self._entries()
+        outcome = Outcome(
             status=status,
             step=self.step,
             total_steps=self.steps,
             train_loss=self.train_loss,
             eval_loss=self.eval_loss,
-            entries_dropped=self._entries()[0],
-            entries_masked=self._entries()[1],
-            rows_hooked=rows,
+            entries_dropped=dropped,
+            entries_masked=masked,
+            rows_hooked=self.rows,
             seconds=time.monotonic() - started,
-            resumed_from=first,
+            resumed_from=self.resumed_from,
         )
+        if status == "left":
+            rank0_does(lambda: self._write_checkpoint(final))
+            rank0_does(self._raise)
+        else:
+            self.engine.check_moved(final)
+            rank0_does(lambda: self._write_adapter(final, outcome))
+        return outcome
 
-    def _train(self, first: int) -> str:
-        self.step = first
-        if first == 0 and self.spec.eval_steps:
-            self.eval_loss = self._validate()
-            self._report({"step": 0, "eval_loss": self.eval_loss})
-        stop = False
-        for step in range(first + 1, self.steps + 1):
-            metrics, stop = self._step(step, stop)
+    def _train(self) -> str:
+        """Train from `self.step` on; returns how it ended."""
+        every, logged = self.spec.eval_steps, self.spec.logging_steps
+        word = "go_on"
+        if self.step == 0 and every:
+            self.eval_loss = self.training.validate()
+            word = self._report({"step": 0, "eval_loss": self.eval_loss})
+        for step in range(self.step + 1, self.steps + 1):
+            done = self.training.step(step, WORDS.index(word))
+            metrics, said = done.metrics, WORDS[done.wish]
+            if not done.finite:
+                self._report(metrics)
+                raise TrainingDiverged(
+                    f"Step {step} of {self.steps}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
+                    f"training has diverged. Lower learning_rate ({self.spec.learning_rate}) or set max_grad_norm "
+                    f"({self.spec.max_grad_norm})."
+                )
             self.step, self.train_loss = step, metrics["loss"]
-            last = step == self.steps or stop
-            if last or (self.spec.eval_steps and step % self.spec.eval_steps == 0):
-                self.eval_loss = metrics["eval_loss"] = self._validate()
-            if last or step % self.spec.logging_steps == 0 or "eval_loss" in metrics:
-                stop = self._report(metrics) or stop
-            if self.spec.save_steps and step % self.spec.save_steps == 0 and step < self.steps:
-                self._save(step)
-            if last and step < self.steps:
-                return "stopped"
-        return "done"
+            if said == "failed":
+                rank0_does(self._raise)
+            left = said == "leave" and step < self.steps
+            last = not left and (step == self.steps or said == "stop")
+            if last or (every and step % every == 0 and not left):
+                self.eval_loss = metrics["eval_loss"] = self.training.validate()
+            if last or step % logged == 0 or "eval_loss" in metrics:
+                word = self._report(metrics)
+            if left:
+                return "left"
+            if last:
+                break
+            if self.interval and step % self.interval == 0:
+                self._save()
+        return "done" if self.step == self.steps else "stopped"
 
-    def _step(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
-        """One optimizer step. `stop` is rank 0's wish; the reduced wish of all ranks comes back."""
-        import torch
+    def _report(self, metrics: dict[str, Any]) -> str:
+        """Show rank 0's observer the metrics; one of `WORDS`."""
+        if self.engine.rank != 0 or self.observe is None or self.error is not None:
+            return "go_on" if self.error is None else "failed"
+        try:
+            return self.observe(metrics)
+        except Exception as error:
+            self.error = error
+            return "failed"
 
-        started = time.monotonic()
-        engine, rank = self.engine.engine, self.engine.rank
-        p = self._probability(step)
-        rate = self.rate(step)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        picked = self.batches.step(step)
-        label_tokens = int(self.data.train.label_counts[picked].sum())
-        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-        dropped = self.drop.entries_dropped if self.drop else 0
-        engine.train()
-        for micro in range(self.batches.accumulation):
-            number = (step - 1) * self.batches.accumulation + micro
-            # Dropout of the adapter or the base model: repeats in a resumed run, differs between ranks.
-            torch.manual_seed((self.spec.seed * 1_000_003 + number) * self.engine.world + rank)
-            with self.drop.micro_step(p, number) if self.drop else nullcontext():
-                nats = self._nats(self.data.train, picked[micro, rank])
-                # DeepSpeed averages over micro-steps and ranks; the loss is the mean over the step's answer tokens.
-                engine.backward(nats * (self.batches.accumulation * self.engine.world / label_tokens))
-            loss_sum += nats.detach().double()
-            norm = self._gradient_norm() if micro == self.batches.accumulation - 1 else None
-            engine.step()
-        norm = norm if norm is not None else engine.get_global_grad_norm()
-        norm = float("nan") if norm is None else float(norm)
-        total = torch.stack([loss_sum, loss_sum.new_tensor(float(not math.isfinite(norm))), loss_sum.new_tensor(stop)])
-        torch.distributed.all_reduce(total)
-        loss = float(total[0]) / label_tokens
-        metrics = {
-            "step": step,
-            "epoch": self.batches.epoch(step),
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "p": p,
-            "entries_dropped": (self.drop.entries_dropped if self.drop else 0) - dropped,
-            "tokens_per_second": int(self.data.train.lengths[picked].sum()) / (time.monotonic() - started),
-        }
-        if not math.isfinite(loss) or total[1] > 0:
-            self._report(metrics)
-            raise TrainingDiverged(
-                f"Step {step} of {self.steps}: loss {loss}, gradient norm {norm}; training has diverged. "
-                f"Lower learning_rate ({self.spec.learning_rate}) or set max_grad_norm ({self.spec.max_grad_norm})."
-            )
-        return metrics, bool(total[2] > 0)
-
-    def _nats(self, examples: Examples, picked: Any) -> torch.Tensor:
-        """Sum over the answer tokens of a micro-batch of -log p, in fp32."""
-        import torch
-        from torch.nn.functional import cross_entropy
-
-        from tune.data import collate
-
-        batch = collate([examples[int(index)] for index in picked], self.engine.tokenizer.pad_token_id or 0)
-        batch = {name: tensor.to(self.engine.engine.device) for name, tensor in batch.items()}
-        logits = self.engine.engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        targets = batch["labels"][:, 1:]  # (B, T - 1)
-        return cross_entropy(
-            logits[:, :-1].float().reshape(-1, logits.shape[-1]),
-            targets.reshape(-1),
-            ignore_index=-100,
-            reduction="sum",
-        ).to(torch.float32)
-
-    def _gradient_norm(self) -> float | None:
-        """Stage 0 in fp32: DeepSpeed clips with the norm but does not keep it, and zeroes the gradients in `step`."""
-        import torch
-
-        if self.spec.zero_stage or self.spec.bf16:
-            return None
-        return float(
-            torch.nn.utils.get_total_norm([p.grad for p in self.engine._adapter.values() if p.grad is not None])
-        )
-
-    def _probability(self, step: int) -> float:
-        if not self.drop:
-            return 0.0
-        return self.config.probability(step, self.steps, self.batches.epoch(step), self.epochs)
-
-    # ------------------------------------------------------------- validation
-
-    def _validate(self) -> float | None:
-        """Mean nats per answer token of the validation examples, masks off and asserted off; None without any."""
-        import torch
-
-        examples = self.data.validation
-        if examples is None or len(examples) == 0:
-            return None
-        dropped = self.drop.entries_dropped if self.drop else 0
-        engine = self.engine.engine
-        size, world, rank = self.spec.per_device_eval_batch_size, self.engine.world, self.engine.rank
-        total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        engine.eval()
-        with torch.no_grad():
-            # Every rank runs equally many forwards, as ZeRO-3 gathers in each; a rank without examples repeats one.
-            for start in range(0, len(examples), size * world):
-                mine = range(start + rank * size, min(start + (rank + 1) * size, len(examples)))
-                nats = self._nats(examples, mine if len(mine) else [0])
-                if len(mine):
-                    total += total.new_tensor([float(nats), float(examples.label_counts[list(mine)].sum())])
-        engine.train()
-        torch.distributed.all_reduce(total)
-        if self.drop and self.drop.entries_dropped != dropped:
-            raise MacDropError("Weights were dropped while the validation loss was measured.")
-        return float(total[0] / total[1])
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
 
     # ------------------------------------------------------- state and output
 
-    def _load(self, checkpoint: Path | None) -> AdapterState:
+    def _finished(self) -> dict[str, Any] | None:
+        """How this very fine-tuning ended, if its adapter lies whole in the folder already."""
+        try:
+            checkpoints.verify(self.folder / "adapter")
+            told = json.loads((self.folder / "adapter" / OUTCOME).read_text())
+        except (CheckpointError, OSError, ValueError):
+            return None
+        return told["outcome"] if told["meta"] == self._meta() and told["outcome"]["status"] == "done" else None
+
+    def _start(self, checkpoint: Path | None) -> None:
+        """Put the step-0 state, or that of a checkpoint, into the engine."""
         if checkpoint is None:
             state = self.engine.initial_state(self.spec.seed)
         else:
-            state = AdapterState.load(checkpoint)
+            state = all_do(lambda: AdapterState.load(checkpoint))
             expected = self._meta()
             differing = {
                 key: (state.meta.get(key), value) for key, value in expected.items() if state.meta.get(key) != value
@@ -283,58 +217,36 @@ class _Run:
                 )
         self.engine.load_state(state)
         self.before = tuple(state.meta.get("entries", (0, 0)))
-        return state
+        self.step = self.resumed_from = state.step
 
     def _meta(self) -> dict[str, Any]:
-        return {"trial": self.spec.trial_id(), "total_steps": self.steps, "global_batch": self.batches.global_batch}
+        batch = self.training.batches.global_batch
+        return {"trial": self.spec.trial_id(), "total_steps": self.steps, "global_batch": batch}
 
-    def _state(self, step: int) -> AdapterState:
-        return self.engine.read_state(step, {**self._meta(), "entries": list(self._entries())})
+    def _state(self) -> AdapterState:
+        return self.engine.read_state(self.step, {**self._meta(), "entries": list(self._entries())})
 
     def _entries(self) -> tuple[int, int]:
         """Entries dropped, and masked, since step 0."""
-        dropped, masked = (self.drop.entries_dropped, self.drop.entries_masked) if self.drop else (0, 0)
+        drop = self.training.drop
+        dropped, masked = (drop.entries_dropped, drop.entries_masked) if drop else (0, 0)
         return self.before[0] + dropped, self.before[1] + masked
 
-    def _set_optimizer(self) -> None:
-        for group in self.engine.engine.optimizer.param_groups:
-            group["betas"] = (self.spec.adam_beta1, self.spec.adam_beta2)
-            group["eps"] = self.spec.adam_epsilon
-            group["weight_decay"] = self.spec.weight_decay
+    def _save(self) -> None:
+        state = self._state()
+        rank0_does(lambda: self._write_checkpoint(state))
 
-    def _save(self, step: int) -> None:
-        state = self._state(step)
-        if self.engine.rank == 0:
-            root = self.folder / "checkpoints"
-            self.engine.save_checkpoint(state, root / checkpoints.folder_name(step))
-            checkpoints.prune(root, KEPT_CHECKPOINTS)
+    def _write_checkpoint(self, state: AdapterState) -> None:
+        self.engine.save_checkpoint(state, self.checkpoints / checkpoints.folder_name(state.step))
+        checkpoints.prune(self.checkpoints, checkpoints.KEPT)
 
-    def _write_adapter(self, state: AdapterState) -> None:
+    def _write_adapter(self, state: AdapterState, outcome: Outcome) -> None:
+        """The adapter and, with it, how it was made; a fine-tuning that is done needs its checkpoints no more."""
+        self._raise()
         staging = self.folder / ".tmp-adapter"
         shutil.rmtree(staging, ignore_errors=True)
         self.engine.write_adapter(state, staging)
+        (staging / OUTCOME).write_text(json.dumps({"outcome": asdict(outcome), "meta": self._meta()}, indent=1))
         checkpoints.commit(staging, self.folder / "adapter")
-
-    def _report(self, metrics: dict[str, Any]) -> bool:
-        """Show rank 0's observer the metrics; True when it wants to stop."""
-        if self.engine.rank != 0 or self.observe is None:
-            return False
-        return not self.observe(metrics)
-
-
-def _macdrop(engine: Engine, weights: MassiveWeights | None, config: Any) -> MacDrop | None:
-    from macdrop import MacDrop
-
-    if not config.enabled:
-        return None
-    if weights is None:
-        raise ConfigError(
-            "MacDrop needs the model's massive weights. Scan it first (`macdrop scan MODEL`), or set macdrop.p0 to 0."
-        )
-    return MacDrop(engine.engine.module, weights, config)
-
-
-def _barrier() -> None:
-    import torch
-
-    torch.distributed.barrier()
+        if outcome.status == "done":
+            shutil.rmtree(self.checkpoints, ignore_errors=True)

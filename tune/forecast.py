@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from macdrop.errors import ConfigError
+from tune.batching import save_interval
+from tune.checkpoint import KEPT, MOMENTS
 from tune.plan import Study, resources
 from tune.spec import RaySpec, RunSpec
 
@@ -84,8 +86,11 @@ def forecast_study(study: Study, steps: int, found: Measured, ray: RaySpec) -> F
         tail = scoring / max(trials, 1)
         seconds += max(rounds + tail, scoring / ray.evaluators) if trials else scoring / ray.evaluators
     trained, scored = study.count * one, sum(scoring for _, scoring in stages) + study.base * found.tests
-    checkpoints = 4 * found.adapter if study.spec.save_steps else 0
-    disk = study.count * (found.adapter + checkpoints) + found.data
+    disk = study.count * found.adapter + found.data
+    if save_interval(study.spec, steps):
+        # Of what is being trained alone: the kept ones and the one in the making, each weights and moments in fp32.
+        whole = (1 + len(MOMENTS)) * found.adapter * (2 if study.spec.bf16 else 1)
+        disk += min(ray.lanes, study.count) * (KEPT + 1) * whole
     disk += (study.count + study.base) * found.answers * ANSWER_BYTES
     hours = seconds / 3600
     return Forecast(

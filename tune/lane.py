@@ -105,6 +105,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any
     from tune import data
     from tune.engine import Engine
     from tune.finetune import finetune
+    from tune.ranks import rank0_does
     from tune.reproduce import write_script
 
     first = dist.get_rank() == 0
@@ -117,8 +118,8 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any
         prepared = data.load(data.prepare(spec, engine.tokenizer, order.data))
         weights = MassiveWeights.load(order.weights) if order.weights else None
         folder = Path(order.folder)
-        if first:
-            write_script(folder, prepared, weights, Path(order.weights or ""), dist.get_world_size())
+        scan, world = Path(order.weights or ""), dist.get_world_size()
+        rank0_does(lambda: write_script(folder, prepared, weights, scan, world))
         outcome = finetune(
             engine,
             spec,
@@ -152,12 +153,12 @@ class _Relay:
         self.record = TrialRecord(Path(order.folder))
         self.answer: ray.ObjectRef | None = None
 
-    def __call__(self, metrics: dict[str, Any]) -> bool:
+    def __call__(self, metrics: dict[str, Any]) -> str:
         self.record.log([metrics])
         # The answer to the last report has arrived by now, so that no step waits for the dispatcher.
         word = GO_ON if self.answer is None else ray.get(self.answer)
         self.answer = self.dispatcher.call.remote("progress", self.order.id, metrics, self.lane)
-        return word == GO_ON
+        return word
 
 
 def _silence() -> None:

@@ -143,12 +143,13 @@ def _train(folder: Path, spec: TrainSpec, frozen: dict[str, Any], stop_at: int |
         shutil.rmtree(target, ignore_errors=True)
     dist.barrier()
 
-    def watch(metrics: dict[str, Any]) -> bool:
+    def watch(metrics: dict[str, Any]) -> str:
         if metrics["step"]:
             print(f"step {metrics['step']}  loss {metrics['loss']:.4f}", flush=True)
         # A wish to stop is heard at the next step: a trial that was stopped at step n was told so at n - 1 at latest.
-        return stop_at is None or metrics["step"] + 1 < stop_at
+        return "go_on" if stop_at is None or metrics["step"] + 1 < stop_at else "stop"
 
+    spec = spec.model_copy(update={"save_steps": 0})
     outcome = finetune(engine, spec, prepared, target, weights=weights, observe=watch, resume=False)
     if alone:
         dist.destroy_process_group()

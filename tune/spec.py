@@ -110,7 +110,7 @@ class TrainSpec(Strict):
 
     logging_steps: int = Field(1, ge=1)
     eval_steps: int | None = Field(None, ge=1)
-    save_steps: int | None = Field(None, ge=1)
+    save_steps: int | None = Field(None, ge=0)
 
     macdrop: MacDropSpec = MacDropSpec()
 

@@ -93,15 +93,15 @@ def probe(run: RunSpec, study: Study) -> Measured:
 
 def _train(engine: Any, spec: TrainSpec, prepared: Any, weights: Any) -> tuple[list[float], float]:
     """(seconds of each timed step, seconds of a validation)."""
-    from tune.finetune import finetune
+    from tune.finetune import Word, finetune
 
     steps = WARM_STEPS + STEPS
-    settings = {"max_steps": steps, "logging_steps": 1, "eval_steps": None, "save_steps": None}
+    settings = {"max_steps": steps, "logging_steps": 1, "eval_steps": None, "save_steps": 0}
     moments = []
 
-    def watch(metrics: dict[str, Any]) -> bool:
+    def watch(metrics: dict[str, Any]) -> Word:
         moments.append(time.monotonic())
-        return True
+        return "go_on"
 
     with tempfile.TemporaryDirectory() as folder:
         short = spec.model_copy(update=settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.finetune import Observer, Outcome, finetune
+from tune.finetune import Observer, Outcome, Word, finetune
 from tune.mirror import OneTrial
 from tune.spec import RunSpec, TrainSpec, dump
 from tune.weights import cache_dir
@@ -46,6 +46,7 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
     from tune.files import atomic_write_json, atomic_write_yaml
     from tune.journal import TrialRecord
     from tune.process import prepare_process
+    from tune.ranks import rank0_does
     from tune.reproduce import write_script
 
     prepare_process(threads)
@@ -56,19 +57,21 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
 
     record = TrialRecord(folder)
 
-    def watch(metrics: dict[str, Any]) -> bool:
+    def watch(metrics: dict[str, Any]) -> Word:
         record.log([metrics])
-        return observe(metrics) if observe else True
+        return observe(metrics) if observe else "go_on"
 
-    if dist.get_rank() == 0:
+    def prepare() -> None:
         atomic_write_yaml(folder / "config.yaml", dump(spec))
         scan = folder / "massive_weights.json"
         if weights:
             weights.save(scan)
         write_script(folder, prepared, weights, scan, dist.get_world_size())
+
+    rank0_does(prepare)
     outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch)
-    if dist.get_rank() == 0:
-        atomic_write_json(folder / "trial.json", {"model": spec.model_name_or_path, "arm": spec.arm, **asdict(outcome)})
+    about = {"model": spec.model_name_or_path, "arm": spec.arm, **asdict(outcome)}
+    rank0_does(lambda: atomic_write_json(folder / "trial.json", about))
     return outcome
 
 

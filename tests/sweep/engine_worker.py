@@ -41,9 +41,9 @@ def digest(engine: Engine) -> str:
 def train(engine: Engine, wanted, folder: Path, *, stop_after: int | None = None) -> dict:
     losses = []
 
-    def observe(metrics: dict) -> bool:
+    def observe(metrics: dict) -> str:
         losses.append((metrics["step"], metrics["loss"], metrics["grad_norm"], metrics["entries_dropped"]))
-        return stop_after is None or metrics["step"] < stop_after
+        return "stop" if stop_after is not None and metrics["step"] >= stop_after else "go_on"
 
     prepared = data.load(data.prepare(wanted, engine.tokenizer, OUT / "data"))
     outcome = finetune(engine, wanted, prepared, folder, weights=scanned(wanted), observe=observe)

@@ -42,12 +42,16 @@ def train(folder: Path, observe=None, **changes) -> tuple[list[dict], object]:
 
     rows: list[dict] = []
 
-    def watch(metrics: dict) -> bool:
+    def watch(metrics: dict) -> str:
         rows.append(metrics)
-        return observe(metrics) if observe else True
+        return observe(metrics) if observe else "go_on"
 
     outcome = train_here(TrainSpec(**{**SMALL, **changes}), folder, observe=watch, threads=1)
     return rows, outcome
+
+
+def stop_after(step: int, word: str = "stop"):
+    return lambda metrics: word if metrics["step"] >= step else "go_on"
 
 
 def losses(rows: list[dict]) -> list[float]:
@@ -132,11 +136,11 @@ def test_a_changed_base_is_noticed(tmp_path):
 
     from transformers import LlamaForCausalLM
 
-    def tamper(metrics: dict) -> bool:
+    def tamper(metrics: dict) -> str:
         for thing in gc.get_objects():
             if isinstance(thing, LlamaForCausalLM) and hasattr(thing, "peft_config"):
                 thing.lm_head.weight.data[0, 0] += 1
-        return True
+        return "go_on"
 
     with pytest.raises(TrainingInvariantError, match="base weights changed"):
         train(tmp_path, tamper)
@@ -150,14 +154,14 @@ def test_an_adapter_that_did_not_move_is_noticed(tmp_path):
 
 
 def test_resume_refuses_other_settings(tmp_path):
-    train(tmp_path, lambda metrics: metrics["step"] < 2, save_steps=2)
+    train(tmp_path, stop_after(2), save_steps=2)
     with pytest.raises(CheckpointError, match="other settings"):
         train(tmp_path, save_steps=2, seed=1)
 
 
 def test_counts_continue_over_a_resume(tmp_path):
     _, whole = train(tmp_path / "whole")
-    train(tmp_path / "cut", lambda metrics: metrics["step"] < 2, save_steps=2)
+    train(tmp_path / "cut", stop_after(2), save_steps=2)
     rows, resumed = train(tmp_path / "cut", save_steps=2)
     assert resumed.resumed_from == 2 and losses(rows)
     assert (resumed.entries_dropped, resumed.entries_masked) == (whole.entries_dropped, whole.entries_masked)
@@ -191,3 +195,57 @@ def test_a_placebo_trains_and_drops(arm, tmp_path):
     assert outcome.status == "done" and outcome.rows_hooked > 0
     assert abs(outcome.entries_dropped / outcome.entries_masked - 0.5) < 0.1
     assert json.loads((tmp_path / "run" / "trial.json").read_text())["arm"] == arm
+
+
+def adapter_of(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def steps_saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("*"))
+
+
+def test_leave_saves_at_once_and_loses_nothing(tmp_path):
+    """Told to leave where no checkpoint is due: one is made at that step, and the bits are the same in the end."""
+    train(tmp_path / "whole")
+    rows, left = train(tmp_path / "cut", stop_after(1, "leave"), save_steps=0)
+    assert (left.status, left.step, len(losses(rows))) == ("left", 2, 2)
+    assert steps_saved(tmp_path / "cut") == ["step-00000002"] and not (tmp_path / "cut" / "adapter").exists()
+    rows, done = train(tmp_path / "cut", save_steps=0)
+    assert (done.status, done.resumed_from, [row["step"] for row in rows]) == ("done", 2, [3, 4])
+    assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole")
+    assert train(tmp_path / "late", stop_after(3, "leave"))[1].status == "done", "heard at the last step"
+
+
+def test_what_is_done_keeps_no_checkpoint_and_is_not_done_again(tmp_path):
+    rows, done = train(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert train(tmp_path) == ([], done)
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    assert losses(train(tmp_path)[0]) == losses(rows), "a damaged one is made anew"
+    assert train(tmp_path, seed=1)[0], "another fine-tuning"
+
+
+@pytest.mark.parametrize("save_steps, saved", [(None, [1, 2, 3]), (0, []), (2, [2])])
+def test_checkpoints_are_made_every_tenth_of_the_steps_by_default(save_steps, saved, tmp_path):
+    """Steps as they were there after each step; two are kept."""
+    seen = []
+
+    def look(metrics: dict) -> str:
+        seen.append(steps_saved(tmp_path))
+        return "go_on"
+
+    train(tmp_path, look, save_steps=save_steps)
+    names = [f"step-{step:08d}" for step in saved]
+    assert seen[-1] == names[-2:] and set().union(*seen) == set(names)
+
+
+def test_an_observer_that_fails_ends_the_fine_tuning(tmp_path):
+    def fail(metrics: dict) -> str:
+        if metrics["step"] >= 2:
+            raise OSError("no metrics can be written")
+        return "go_on"
+
+    with pytest.raises(OSError, match="no metrics"):
+        train(tmp_path, fail)
+    assert not (tmp_path / "adapter").exists()

@@ -42,7 +42,10 @@ def test_the_hours_are_rounds_of_trials_and_what_scoring_adds():
     assert made.hours == pytest.approx((10 + 60 + 20 + search + final) / 3600)
     assert made.low == pytest.approx(made.hours * 0.75)
     assert made.high == pytest.approx(made.hours * 1.5 * forecast.SLACK)
-    assert made.disk == 8 * 1000 + 50 + 9 * 7 * forecast.ANSWER_BYTES
+    checkpoints = 3 * 3 * 1000  # two kept and one in the making, each weights and two moments, of one lane
+    assert made.disk == 8 * 1000 + checkpoints + 50 + 9 * 7 * forecast.ANSWER_BYTES
+    none = forecast_study(study(save_steps=0), 10, FOUND, RaySpec())
+    assert none.disk == made.disk - checkpoints
 
 
 def test_more_lanes_and_evaluators_shorten_the_wall_clock_alone():

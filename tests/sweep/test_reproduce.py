@@ -46,7 +46,11 @@ def trained(tmp_path_factory) -> Path:
         patch.setenv("MACDROP_CACHE", str(root / "cache"))
         patch.chdir(root)
         spec = TrainSpec(**SMALL, dataset="train.jsonl")
-        outcome = train_here(spec, root / "trial", observe=lambda metrics: metrics["step"] < 2, threads=1)
+
+        def stop_at_2(metrics: dict) -> str:
+            return "go_on" if metrics["step"] < 2 else "stop"
+
+        outcome = train_here(spec, root / "trial", observe=stop_at_2, threads=1)
         assert (outcome.status, outcome.step, outcome.total_steps) == ("stopped", 3, 4)
         assert outcome.entries_dropped > 0
         yield root / "trial"

@@ -414,7 +414,7 @@ def test_train_on_two_workers_equals_the_lane(tmp_path):
     settings = {"model_name_or_path": "zoo:planted-llama", "ray": {"dashboard": False, "num_workers": 2}}
     spec = make(tmp_path / "run", **settings)
     seen = []
-    outcome = train(spec, tmp_path / "train", observe=lambda metrics: seen.append(metrics) or True, resume=False)
+    outcome = train(spec, tmp_path / "train", observe=lambda metrics: seen.append(metrics) or "go_on", resume=False)
     assert outcome.status == "done" and [row["step"] for row in seen if "loss" in row] == list(range(1, 7))
     failures, _ = run(make(tmp_path / "run", **settings, sweep={"arms": ["macdrop"], "seeds": 0}))
     (trial,) = trials(tmp_path / "run")
@@ -426,7 +426,7 @@ def test_train_on_two_workers_equals_the_lane(tmp_path):
     assert "equal        the recorded adapter" in reproduced(tmp_path / "run", trial["trial"], tmp_path / "elsewhere")
     with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
         bad = make(tmp_path / "bad", **settings, learning_rate=DIVERGES)
-        train(bad, tmp_path / "bad", observe=lambda metrics: True, resume=False)
+        train(bad, tmp_path / "bad", observe=lambda metrics: "go_on", resume=False)
 
 
 def reproduced(run_dir: Path, trial: str, elsewhere: Path) -> str:
