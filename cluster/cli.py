@@ -45,9 +45,9 @@ def check(
 ) -> None:
     """Before `up`: what Ray lets pass. With --after: wait for the nodes, and tell why one does not come."""
     if after:
-        from cluster import launch
+        from cluster import launch_up
 
-        raise typer.Exit(launch.check_after(file, nodes=nodes, timeout=timeout))
+        raise typer.Exit(launch_up.check_after(file, nodes=nodes, timeout=timeout))
     from cluster import check as checking
 
     raise typer.Exit(checking.run(file))
@@ -61,9 +61,9 @@ def up(
     dry_run: DryRun = False,
 ) -> None:
     """Check the file, make token and secrets ready, start the cluster and wait for its nodes."""
-    from cluster import launch
+    from cluster import launch_up
 
-    raise typer.Exit(launch.up(file, nodes=nodes, timeout=timeout, dry_run=dry_run))
+    raise typer.Exit(launch_up.up(file, nodes=nodes, timeout=timeout, dry_run=dry_run))
 
 
 @app.command(epilog="Example: macdrop cluster submit cluster.yaml llama-3.2-1b sweep.num_samples=40 --name llama")
@@ -134,3 +134,11 @@ def spot_watch(
     from cluster import spot
 
     raise typer.Exit(spot.watch(cloud, interval=interval, address=address))
+
+
+@app.command("on-head", hidden=True, epilog="Example: macdrop cluster on-head nodes jobs runs")
+def on_head(topics: Annotated[list[str], typer.Argument(help="nodes, jobs, runs, log.")]) -> None:
+    """What the other verbs ask on the head: one line of JSON."""
+    from cluster import launch_head
+
+    launch_head.tell(topics)

@@ -17,7 +17,7 @@ VERBS = (
     *("scan", "attack", "train", "eval", "suites", "judge", "plan", "export", "sweep", "report", "compare", "doctor"),
     *("zoo list", "zoo build", "zoo verify"),
     *(f"cluster {verb}" for verb in ("render", "check", "up", "submit", "status", "logs", "fetch", "down")),
-    "cluster spot-watch",
+    *("cluster spot-watch", "cluster on-head"),
 )
 
 

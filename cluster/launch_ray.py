@@ -1,0 +1,85 @@
+"""Clusters that `ray up` makes: rented machines and on-premise hosts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster import hosts, secrets
+from cluster.errors import LaunchFailed
+from cluster.launch_causes import causes
+from cluster.launch_kind import Kind
+
+
+class Ray(Kind):
+    tools = ("ray", "ssh", "rsync")
+    carries_token = True
+
+    def prepare(self, values: dict[str, str]) -> None:
+        file = secrets.path()
+        self.shell.say(f"$ write {file} (0600)   # {', '.join(values) or 'no secrets'}")
+        if not self.shell.dry_run:
+            secrets.write(values, file)
+
+    def create(self) -> None:
+        self.shell.run(["ray", "up", "-y", str(self.file.path)], check="the cluster did not start")
+
+    def on_head(self, script: str) -> list[str]:
+        return ["ray", "exec", str(self.file.path), script]
+
+    def put(self, source: Path, target: str) -> None:
+        self.shell.run(
+            ["ray", "rsync-up", str(self.file.path), str(source), target], check=f"{source} was not copied to the head"
+        )
+
+    def get(self, source: str, target: Path, leave: Sequence[str]) -> None:
+        """By Ray's own rsync, which takes what to leave out from the file: from a copy of it, then."""
+        content = {**self.file.content, "rsync_exclude": list(leave), "rsync_filter": []}
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, self.file.path.name)
+            copy.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            command = ["ray", "rsync-down", str(copy), f"{source}/", f"{target}/"]
+            self.shell.run(command, check=f"{source} was not copied")
+
+    def destroy(self) -> list[str]:
+        done = self.shell.run(["ray", "down", "-y", str(self.file.path)])
+        problems = [] if done.ok else [f"`ray down` ended with {done.code}: look above."]
+        return [*problems, *self._sweep_hosts()]
+
+    def _sweep_hosts(self) -> list[str]:
+        """`ray down` ends a rented machine, but of on-premise hosts it stops Ray on the head only."""
+        everywhere = self._hosts()
+        if not everywhere:
+            return []
+        ssh = hosts.Ssh.of(self.file)
+        hosts.stop_ray(self.shell, ssh, everywhere)
+        running, silent = hosts.left(self.shell, ssh, everywhere)
+        if not (running or silent or self.shell.dry_run):
+            self.shell.say(f"no Ray process is left on {', '.join(everywhere)}")
+        return [
+            *(f"{host} still runs Ray:\n    " + "\n    ".join(lines) for host, lines in running.items()),
+            *(f"not looked at: {words}" for words in silent.values()),
+        ]
+
+    def why(self, nodes: list[dict[str, Any]] | None) -> list[str]:
+        found = []
+        try:
+            found = causes(self.ask("log", shown=False).get("log", []))
+        except LaunchFailed as error:
+            found = [str(error)]
+        alive = {node["address"] for node in nodes or [] if node["alive"]}
+        version = next((node["ray"] for node in nodes or []), None)
+        missing = [host for host in self._hosts() if host not in alive]
+        if missing:
+            ssh = hosts.Ssh.of(self.file)
+            probed = hosts.probe(self.shell, ssh, missing, self.file.head_host, version)
+            found = [*(told for host in missing for told in probed[host]), *found]
+        dead = [node for node in nodes or [] if not node["alive"] and node["reason"]]
+        return [*found, *(f"{node['address']} was a node and is dead: {node['reason']}" for node in dead)]
+
+    def _hosts(self) -> tuple[str, ...]:
+        return (self.file.head_host, *self.file.worker_hosts) if self.file.head_host else ()
