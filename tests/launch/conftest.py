@@ -1,1 +1,18 @@
 """Launch files, the launcher, and a network of hosts to launch on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import netlab
+import pytest
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[netlab.Lab]:
+    """A laptop and three hosts; skips where there can be none."""
+    if reason := netlab.missing():
+        pytest.skip(reason)
+    with netlab.Lab() as lab:
+        yield lab
+    assert lab.leftovers() == []
