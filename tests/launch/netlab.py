@@ -34,8 +34,17 @@ NETWORK = "10.77.0"
 LAPTOP = "laptop"
 #: Where a machine's namespaces differ from its neighbour's; `nsenter` and `unshare` spell the options alike.
 NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid")
-PACKAGES = {"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "ip": "iproute2", "unshare": "util-linux"}
+#: Tool -> the Debian package that has it.
+PACKAGES = {
+    **{"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "ip": "iproute2"},
+    **{"unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"},
+}
 PATH = f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def lacking() -> list[str]:
+    """Debian packages with tools that are not here."""
+    return sorted({package for tool, package in PACKAGES.items() if not shutil.which(tool, path=PATH)})
 
 
 @functools.cache
@@ -45,15 +54,14 @@ def missing() -> str | None:
         return "the network lab needs Linux namespaces"
     if os.geteuid() != 0:
         return "the network lab needs root"
-    if subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True).returncode:
-        return "this machine does not let root make namespaces"
-    lacking = [package for tool, package in PACKAGES.items() if not shutil.which(tool, path=PATH)]
-    if lacking and shutil.which("apt-get"):
+    if lacking() and shutil.which("apt-get"):
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for line in (["update"], ["install", "-y", "--no-install-recommends", *lacking]):
+        for line in (["update"], ["install", "-y", "--no-install-recommends", *lacking()]):
             subprocess.run(["apt-get", "-q", *line], env=environment, capture_output=True, timeout=300)
-    lacking = [package for tool, package in PACKAGES.items() if not shutil.which(tool, path=PATH)]
-    return f"the network lab needs the package(s) {', '.join(lacking)}" if lacking else None
+    if lacking():
+        return f"the network lab needs the package(s) {', '.join(lacking())}"
+    refused = subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True).returncode
+    return "this machine does not let root make namespaces" if refused else None
 
 
 def until(holds: Callable[[], object], timeout: float, what: str, interval: float = 0.05) -> float:
@@ -152,9 +160,7 @@ class Lab:
         self.state = Path(tempfile.mkdtemp(prefix="netlab-"))
         self.shared = self.state / "shared"
         names = {LAPTOP: 1} | {f"h{number}": 10 + number for number in range(1, hosts + 1)}
-        self.machines = {
-            name: Machine(name, f"{NETWORK}.{last}", self.state / name) for name, last in names.items()
-        }
+        self.machines = {name: Machine(name, f"{NETWORK}.{last}", self.state / name) for name, last in names.items()}
         self.laptop = self.machines[LAPTOP]
         self.hosts = [machine for name, machine in self.machines.items() if name != LAPTOP]
         self.namespaces: set[str] = set()

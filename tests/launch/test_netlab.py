@@ -1,4 +1,4 @@
-"""The network lab itself: machines of their own that can be killed, cut off and booted, and of which nothing is left."""
+"""The network lab itself: machines that can be killed, cut off and booted, and of which nothing is left."""
 
 from __future__ import annotations
 
