@@ -18,8 +18,7 @@ import yaml
 from cluster.errors import BadLaunchFile
 
 RAY, KUBERAY, SLURM = "ray", "kuberay", "slurm"
-#: A variable set in shell text: NAME=word, not a flag's (--NAME=word) nor part of a longer name.
-_ASSIGNMENT = re.compile(r"""(?<![\w$./-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|(?:'[^']*'|\\.|[^\s;&|()<>'"])*)""")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -219,14 +218,26 @@ def parse(text: str, path: Path) -> ClusterFile:
 
 
 def assignments(shell: str) -> dict[str, str]:
-    """Variables that shell text sets, unquoted but not expanded; the first assignment counts."""
+    """Variables that shell text sets, or writes down to be set, unquoted but not expanded; the first one counts."""
     found: dict[str, str] = {}
-    for name, word in _ASSIGNMENT.findall(shell):
-        try:
-            found.setdefault(name, "".join(shlex.split(word)))
-        except ValueError:
-            found.setdefault(name, word)
+    for word in _words(shell):
+        set_here = _ASSIGNMENT.fullmatch(word)
+        if set_here:
+            found.setdefault(set_here[1], set_here[2])
+        elif "export " in word and word != shell:  # printf 'export NAME=value\n' >> ~/.bashrc
+            found = assignments(word.replace("\\n", "\n")) | found
     return found
+
+
+def _words(shell: str) -> list[str]:
+    """The words of shell text, without quotes; where quotes do not match, those of its lines that can be read."""
+    lexer = shlex.shlex(shell, posix=True, punctuation_chars=";&|()<>")
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    try:
+        return list(lexer)
+    except ValueError:
+        lines = shell.splitlines()
+        return [word for line in lines for word in _words(line)] if len(lines) > 1 else []
 
 
 def sbatch_lines(text: str) -> list[tuple[int, str, str]]:
@@ -235,7 +246,7 @@ def sbatch_lines(text: str) -> list[tuple[int, str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.startswith("#"):
             break
-        for word in shlex.split(line.removeprefix("#SBATCH"), comments=True) if line.startswith("#SBATCH") else []:
+        for word in _words(line.removeprefix("#SBATCH")) if re.match(r"#SBATCH\s", line) else []:
             key, _, value = word.removeprefix("--").partition("=")
             found.append((number, key, value))
     return found

@@ -1,0 +1,201 @@
+"""What `macdrop cluster render` does: a commented launch file from a few answers, no value able to break out of it."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.answers import Required, read
+from cluster.errors import BadLaunchFile, nearest
+from cluster.targets import EFA_CARDS, TARGETS, Target
+
+if TYPE_CHECKING:
+    import jinja2
+
+TEMPLATES = Path(__file__).parent / "templates"
+EXAMPLES = Path(__file__).parent / "examples"
+
+
+def run(target: str | None, words: Sequence[str], *, output: Path | None, force: bool = False) -> None:
+    """List the targets, list one's answers (no words given, and some needed), or render to `output` or the terminal.
+
+    Raises BadLaunchFile: an unknown target, an answer that cannot be used, or a file that is there already.
+    """
+    if target is None:
+        list_targets()
+        return
+    chosen = find(target)
+    if not words and any(answer.default is Required for answer in chosen.answers):
+        list_answers(chosen)
+        return
+    text = render(chosen, words)
+    if output is None:
+        print(text, end="")
+        return
+    if output.exists() and not force:
+        raise BadLaunchFile(f"{output} is there already, and may have been edited: name another file, or add --force.")
+    _write(output, text)
+    print(f"{output} written. Look through it, then:\n  macdrop cluster check {shlex.quote(str(output))}")
+
+
+def find(name: str) -> Target:
+    """The target of that name. Raises BadLaunchFile."""
+    if name not in TARGETS:
+        raise BadLaunchFile(f"there is no target {name!r}: {', '.join(TARGETS)}.{nearest(name, TARGETS)}")
+    return TARGETS[name]
+
+
+def render(target: Target, words: Sequence[str]) -> str:
+    """The launch file that key=value `words` make. Raises BadLaunchFile."""
+    values = read(target.answers, _with_source(target, words), target.name)
+    for rule in target.rules:
+        wrong = rule(values)
+        if wrong:
+            raise BadLaunchFile(f"{wrong}.")
+    command = shlex.join(["macdrop", "cluster", "render", target.name, *words])
+    return environment().get_template(target.template).render(values | _derived(target, values), command=command)
+
+
+def example(target: Target) -> str:
+    """The shipped example: rendered with the target's example answers."""
+    return render(target, target.example.split())
+
+
+def _derived(target: Target, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What templates need beside the answers."""
+    derived: dict[str, Any] = {"target": target}
+    if "family" in values:
+        derived["source_image"] = f"projects/deeplearning-platform-release/global/images/family/{values['family']}"
+    if values.get("machine") in EFA_CARDS:
+        derived["cards"] = EFA_CARDS[values["machine"]]
+    return derived
+
+
+def _with_source(target: Target, words: Sequence[str]) -> list[str]:
+    """The clone that macdrop runs from is what hosts install, unless another is named or none is wanted."""
+    clone = Path(__file__).parents[1]
+    takes = any(answer.name == "source" for answer in target.answers)
+    told = any(word.startswith("source=") or word == "install=none" for word in words)
+    return [*words, f"source={clone}"] if takes and not told and (clone / "pyproject.toml").is_file() else list(words)
+
+
+# --- templates ---
+
+
+class _Safe(str):
+    """Text that went through a filter, and may stand in a launch file."""
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Templates in which a value that went through no filter is an error, not an injection."""
+    import jinja2
+
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalized,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {"yaml": _yaml, "sh": _sh, "sh_path": _sh_path, "comment": _comment, "fixed": _fixed}
+    made.tests["address"] = _is_address
+    made.globals["export"] = _export
+    return made
+
+
+def _finalized(value: Any) -> Any:
+    if isinstance(value, _Safe | int) or not value:
+        return value
+    raise TypeError(f"a template writes {value!r} without a filter")
+
+
+def _yaml(value: Any) -> _Safe:
+    """A YAML flow scalar or list; JSON is YAML as long as nothing needs an escape that only JSON has."""
+    return _Safe(json.dumps(value, ensure_ascii=False))
+
+
+def _sh(value: Any) -> _Safe:
+    """One word of a shell command."""
+    return _Safe(shlex.quote(str(value)))
+
+
+def _sh_path(value: str) -> _Safe:
+    """One word of a shell command; ~/ at its beginning keeps its meaning."""
+    return _Safe(f'"$HOME"/{shlex.quote(value[2:])}' if value.startswith("~/") else shlex.quote(value))
+
+
+def _comment(value: str) -> _Safe:
+    """The rest of a comment line."""
+    return _Safe("".join(letter if letter.isprintable() else " " for letter in value))
+
+
+def _fixed(value: str) -> _Safe:
+    """Text of the templates themselves, never an answer."""
+    if value not in ("", "head", "worker", "[aws]", "[gcp]", "[azure]", "efa", "efa-only"):
+        raise TypeError(f"{value!r} is no text of the templates")
+    return _Safe(value)
+
+
+def _export(name: str, value: str) -> _Safe:
+    """A shell word that holds an export statement, for the file that hosts read their variables from."""
+    return _Safe(shlex.quote(f"export {name}={shlex.quote(value)}"))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+# --- the terminal ---
+
+
+def list_targets() -> None:
+    """All targets, one a line."""
+    for target in TARGETS.values():
+        print(f"{target.name:<12} {target.help}")
+    print("\n`macdrop cluster render TARGET` lists the answers of one.")
+
+
+def list_answers(target: Target) -> None:
+    """The answers of a target, those that must be given first, and an example."""
+    rows = [(f"{answer.name}={_default(answer)}", answer.help) for answer in target.answers]
+    required = [answer.default is Required for answer in target.answers]
+    width = max(len(left) for left, _ in rows)
+    print(f"{target.help}. Answers that must be given:")
+    for wanted in (True, False):
+        if not wanted:
+            print("Others, with their defaults:")
+        for (left, right), needed in zip(rows, required, strict=True):
+            if needed is wanted:
+                print(f"  {left:<{width}}  {right}")
+    print(f"Example:\n  macdrop cluster render {target.name} {target.example} --output cluster.yaml")
+
+
+def _default(answer: Any) -> str:
+    from cluster.answers import Like
+
+    if answer.default is Required:
+        return answer.example
+    if isinstance(answer.default, Like):
+        return f"({answer.default.name})"
+    return "" if answer.default in (None, ()) else str(answer.default)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
