@@ -29,11 +29,12 @@ def render(
     ] = None,
     answers: Annotated[list[str] | None, typer.Argument(help="Answers as key=value; TARGET alone lists them.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write (default: print it).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
-    """Write a commented, checked launch file from a few answers."""
+    """Write a commented launch file from a few answers. No TARGET: list them; TARGET alone: list its answers."""
     from cluster import render as rendering
 
-    rendering.run(target, answers or [], output=output)
+    rendering.run(target, answers or [], output=output, force=force)
 
 
 @app.command(epilog="Examples: macdrop cluster check cluster.yaml | macdrop cluster check cluster.yaml --after")
