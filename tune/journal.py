@@ -4,7 +4,7 @@
     config.yaml          the effective spec
     environment.json     versions, host, CPUs, GPUs
     scores.jsonl         one line a score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
-    models/<slug>/       massive_weights.json, proof.json, finalists.json (what the search selected)
+    models/<slug>/       massive_weights.json, proof.json, draws.jsonl (of Optuna), finalists.json (what was selected)
     trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, stage, setting, cell, status, reason,
                          times, summary), metrics.jsonl (one line a logged step), adapter/, answers/*.jsonl
 
@@ -161,6 +161,9 @@ class Journal:
         """What one of a model's files holds; None where it is missing (or damaged, for a lenient journal)."""
         return read_mapping(file, self.problems) if file.is_file() else None
 
+    def draws_file(self, model: str) -> Path:
+        return self.model_dir(model) / "draws.jsonl"
+
     def finalists_file(self, model: str) -> Path:
         return self.model_dir(model) / "finalists.json"
 
@@ -316,6 +319,10 @@ class TrialRecord:
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, by step."""
         return read_jsonl(self.folder / "metrics.jsonl", self.problems)
+
+    def note(self, **content: Any) -> None:
+        """Add to what is recorded, whatever the status."""
+        self._write(**{**self.info, **content})
 
     def finish(self, status: str, reason: str | None = None, **summary: Any) -> None:
         """Record how the trial ended (one of `ENDED`) and anything to keep of it: eval_loss, steps, seconds ..."""

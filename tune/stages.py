@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray.tune
 from ray.actor import ActorHandle
 from ray.tune import RunConfig, TuneConfig, Tuner
 
-from tune import finalists
+from tune import finalists, past
 from tune.asha import Cuts
 from tune.benchmarks.spec import PLAIN, TEST, VALIDATION, Job, jobs
 from tune.dispatch import call
@@ -20,7 +20,7 @@ from tune.files import atomic_write_json
 from tune.finalists import Candidate
 from tune.journal import FINALS, SEARCH, Journal
 from tune.plan import Study
-from tune.search import Past, param_space, scheduler, searcher
+from tune.search import optuna_searcher, param_space, points, scheduler
 from tune.spec import MacDropSpec, RunSpec, TrainSpec
 from tune.supervisor import Supervisor
 from tune.trial import CancelStopped, Desk, run_trial
@@ -45,6 +45,8 @@ class StudyRun:
     journal: Journal
     supervisor: Supervisor
     dispatcher: ActorHandle
+    #: Trials of an earlier run of the same folder that are not to be trained again -> the states of their orders.
+    standing: dict[str, str] = field(default_factory=dict)
 
     def run(self, time_budget_s: float | None) -> float:
         """Run what is not done yet of the study; returns the seconds spent searching.
@@ -52,7 +54,7 @@ class StudyRun:
         time_budget_s: for the search. The selection and the final stage follow, however it ended.
         """
         desk = self._open()
-        self.supervisor.resume_finished(self.study)
+        self.standing = self.supervisor.resume_finished(self.study)
         spent = 0.0
         if self.study.count:
             file = self.journal.finalists_file(self.study.name)
@@ -123,43 +125,48 @@ class StudyRun:
 
     def _candidates(self) -> list[Candidate]:
         """The trials of the search, as the journal has them."""
-        model = self.study.spec.model_name_or_path
-        return [
-            finalists.candidate(record, self.supervisor.validation_scores(record["trial"]), self.spec.sweep.metric)
-            for record in self.journal.trials()
-            if (record["model"], record["stage"]) == (model, SEARCH)
-        ]
+        return [self._candidate(record) for record in self._searched()]
 
-    def _past(self) -> list[Past]:
-        """What Optuna drew in an earlier run of this folder; what failed then is tried again."""
-        drawn = {record["trial"]: record.get("drawn") for record in self.journal.trials()}
+    def _candidate(self, record: dict[str, Any]) -> Candidate:
+        scores = self.supervisor.validation_scores(record["trial"])
+        return finalists.candidate(record, scores, self.spec.sweep.metric)
+
+    def _searched(self) -> list[dict[str, Any]]:
+        """What trial.json of each trial of the search holds, those included that the final stage has taken over."""
+        same = (self.study.spec.model_name_or_path, self.study.spec.seed)
         return [
-            Past(
-                drawn[found.trial],
-                found.values if found.selectable else None,
-                ended=found.begun and found.status in ("done", "stopped", "diverged"),
-            )
-            for found in self._candidates()
-            if drawn[found.trial] is not None
+            record
+            for record in self.journal.trials()
+            if (record["model"], record["seed"]) == same and record["arm"] in ("plain", "macdrop")
         ]
 
     def _tune(self, desk: Desk, time_budget_s: float | None) -> None:
-        sweep = self.spec.sweep
+        """What is left of the search: trials that ended in an earlier run are not run again, but known."""
+        sweep, records = self.spec.sweep, {record["trial"]: record for record in self._searched()}
+        draws = self.journal.draws_file(self.study.name)
+        listed = points(self.study, sweep)
+        drawn = past.draws(draws, records.values()) if listed is None else listed
+        reports = self._reports(drawn, records)
+        searcher = None
+        if listed is None:
+            known = [self._past(values, records, reports) for values in drawn]
+            samples = sweep.num_samples - sum(each.state != past.OPEN for each in known)
+            searcher = optuna_searcher(sweep, known, functools.partial(past.remember, draws))
+        else:
+            listed = [values for values in listed if self.standing.get(self._name(values), "trained") == "trained"]
+            samples = min(1, len(listed))
+        if samples < 1:
+            return
         trainable = functools.partial(run_trial, desk=desk)
         # A share of the head's own resource: a trial only waits, so it must not take a CPU from the lanes.
         trainable = ray.tune.with_resources(trainable, {"CPU": 0, "node:__internal_head__": 0.001})
-        grid = self.study.trials is not None
-        past = self._past() if sweep.search_alg == "optuna" else []
-        samples = 1 if grid else sweep.num_samples - sum(each.ended for each in past)
-        if samples < 1:
-            return
         Tuner(
             trainable,
-            param_space=param_space(self.study),
+            param_space=param_space(self.study, listed),
             # Searcher and scheduler know their metrics: Tune refuses several, and two that differ.
             tune_config=TuneConfig(
-                search_alg=searcher(self.study, sweep, past),
-                scheduler=scheduler(self.study, sweep, self.cuts),
+                search_alg=searcher,
+                scheduler=scheduler(self.study, sweep, self.cuts, reports),
                 num_samples=samples,
                 max_concurrent_trials=sweep.max_concurrent_trials,
                 time_budget_s=time_budget_s,
@@ -173,3 +180,24 @@ class StudyRun:
                 verbose=0,
             ),
         ).fit()
+
+    def _name(self, values: dict[str, Any]) -> str:
+        return self.study.searched(values).trial_id()
+
+    def _reports(
+        self, drawn: list[dict[str, Any]], records: dict[str, dict[str, Any]]
+    ) -> dict[str, list[tuple[int, float]]]:
+        """What searched trials that are trained no more had reported. Others report all of it again, as they go on."""
+        names = dict.fromkeys(self._name(values) for values in drawn)
+        return {
+            name: past.judged(records[name], self.journal.trial(name).metrics())
+            for name in names
+            if name in self.standing and name in records
+        }
+
+    def _past(self, values: dict[str, Any], records: dict[str, Any], reports: dict[str, Any]) -> past.Past:
+        name = self._name(values)
+        if name not in records:
+            return past.Past(values, past.OPEN)
+        objectives = self._candidate(records[name]).values
+        return past.past(values, self.standing.get(name), records[name], objectives, reports.get(name, ()))

@@ -13,9 +13,11 @@ from tune.benchmarks.spec import VALIDATION, Job
 from tune.columns import named_scores
 from tune.dispatch import call
 from tune.evaluators import Item, Opening, Pool, Result
-from tune.journal import BASE, FINALS, SEARCH, Journal
+from tune.finetune import Outcome
+from tune.journal import BASE, FINALS, SEARCH, Journal, now
 from tune.lanes import Lanes
 from tune.orders import FINAL, Entry, Order
+from tune.past import standing
 from tune.plan import Study
 from tune.progress import Progress
 from tune.results import asked_for
@@ -36,8 +38,14 @@ class Supervisor:
         pool: Pool,
         jobs: dict[str, list[Job]],
         progress: Progress,
+        *,
+        retry_failed: bool = False,
     ) -> None:
-        """jobs: what the trials of each stage are scored on; the base is scored on all of it."""
+        """jobs: what the trials of each stage are scored on; the base is scored on all of it.
+
+        retry_failed: train what failed or diverged in an earlier run of the same folder once more.
+        """
+        self._retry_failed = retry_failed
         self._journal, self._dispatcher, self._lanes, self._pool = journal, dispatcher, lanes, pool
         self._jobs, self._progress = jobs, progress
         self._lock = threading.Lock()
@@ -62,23 +70,39 @@ class Supervisor:
                 self._score(f"{study.name}:{BASE}", tag, None, jobs)
         return weights
 
-    def resume_finished(self, study: Study) -> None:
-        """Enter what an earlier run of this folder has trained; of it, only missing scores are still to be made."""
+    def resume_finished(self, study: Study) -> dict[str, str]:
+        """Enter what an earlier run of this folder has ended; of what is trained, missing scores are still to be made.
+
+        Returns:
+            The states of the orders entered, by trial.
+        """
+        entered = {}
         for record in self._journal.trials():
-            if record["status"] != "done" or record["model"] != study.spec.model_name_or_path:
+            if record["model"] != study.spec.model_name_or_path:
                 continue
-            spec = TrainSpec.model_validate(record["config"])
             folder = self._journal.trial(record["trial"]).folder
+            state = standing(
+                record,
+                adapter=(folder / "adapter").is_dir(),
+                scored=not self._missing(record["model"], record["trial"], self._jobs[record["stage"]]),
+                retry_failed=self._retry_failed,
+            )
+            if state is None:
+                continue
+            entered[record["trial"]] = state
+            if state in ("failed", "diverged"):
+                self._failed.add(record["trial"])
+            spec = TrainSpec.model_validate(record["config"])
             order = Order(
                 *(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0),
                 stage=record["stage"],
                 cell=record["cell"],
                 drawn=record.get("drawn"),
             )
-            outcome = {key: record.get(key) for key in ("step", "total_steps", "eval_loss")}
-            jobs = self._jobs[record["stage"]]
-            state = "trained" if self._missing(record["model"], record["trial"], jobs) else "done"
-            call(self._dispatcher, "record", order, state, outcome, self.validation_scores(record["trial"]))
+            outcome = {key: record[key] for key in Outcome.__dataclass_fields__ if key in record and key != "status"}
+            scores = self.validation_scores(record["trial"])
+            call(self._dispatcher, "record", order, state, outcome, scores, record.get("reason"))
+        return entered
 
     def wait(self, study: Study) -> None:
         """Wait until every order and every score of the study is settled.
@@ -173,6 +197,8 @@ class Supervisor:
         if entry.state == "running":
             record.start(order.spec, model=model, arm=arm, seed=seed, **about)
         elif entry.state == "trained":
+            if "trained" not in record.info:  # else it comes from an earlier run, or is wanted for another stage
+                record.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
             tag = {"model": model, "arm": arm, "trial": order.id, "seed": seed}
             self._score(order.id, tag, str(record.adapter_dir), self._jobs[order.stage])
         elif entry.state in FINAL:

@@ -119,7 +119,7 @@ def test_the_scheduler_cuts_the_worse_of_what_is_comparable():
     assert scheduler(study, spec.sweep, None) is None
     cut = {}
     for name, loss in (("step", 1.0), ("constant", 9.0), ("step", 2.0), ("step", 0.5)):
-        config = {"macdrop.schedule": name, "macdrop.p0": 0.5}
+        config = {"macdrop.schedule": name, "macdrop.p0": 0.5 + loss / 100}
         trial = SimpleNamespace(trial_id=f"{name} {loss}", config=config)
         asha.on_trial_add(None, trial)
         for step in range(5, 101, 5):
@@ -134,33 +134,11 @@ def test_the_scheduler_cuts_the_worse_of_what_is_comparable():
 
 
 @pytest.mark.ray
-def test_a_resumed_search_goes_on_from_what_it_drew():
-    from optuna.trial import TrialState
-
-    from tune.search import Past, param_space, searcher
-
-    score = [{"name": "eval_loss"}, {"name": "zero_shot/a/acc", "goal": "maximize"}]
-    overrides = ["model=m", "sweep.search_alg=optuna", "validation.zero_shot=[a]", SEARCH[-1]]
-    spec = load(None, [*overrides, "sweep.parameters.macdrop.k=[3, 5]"], replace={"sweep.metric": score})
-    (study,) = studies(spec)
-    drawn = [{"macdrop.p0": p0, "macdrop.k": 3} for p0 in (0.25, 0.5, 0.75)]
-    past = [Past(drawn[0], (0.5, 0.75)), Past(drawn[1], None), Past(drawn[2], None, ended=False)]
-    found = searcher(study, spec.sweep, past)
-    found.set_search_properties(None, None, param_space(study))
-    told = [(trial.state, trial.params, trial.values) for trial in found._ot_study.trials[:2]]
-    assert told == [(TrialState.COMPLETE, drawn[0], [0.5, 0.75]), (TrialState.PRUNED, drawn[1], None)]
-    assert found.suggest("interrupted") == drawn[2]
-    fresh = searcher(study, spec.sweep)
-    fresh.set_search_properties(None, None, param_space(study))
-    assert found.suggest("next") != fresh.suggest("first"), "the first draw would come again"
-
-
-@pytest.mark.ray
 @pytest.mark.parametrize("several", [False, True])
 def test_a_trial_without_its_objectives_counts_as_pruned(several):
     from optuna.trial import TrialState
 
-    from tune.search import param_space, searcher
+    from tune.search import optuna_searcher, param_space
 
     score = {"name": "zero_shot/a/acc", "goal": "maximize"}
     spec = load(
@@ -169,8 +147,8 @@ def test_a_trial_without_its_objectives_counts_as_pruned(several):
         replace={"sweep.metric": [{"name": "eval_loss"}, score] if several else score},
     )
     (study,) = studies(spec)
-    found = searcher(study, spec.sweep)
-    found.set_search_properties(None, None, param_space(study))
+    found = optuna_searcher(spec.sweep)
+    found.set_search_properties(None, None, param_space(study, None))
     last = {"training_iteration": 2, "step": 9, "eval_loss": 0.5}
     results = {
         "whole": {**last, "finished": True, "zero_shot/a/acc": 0.75},
