@@ -59,7 +59,7 @@ class Answer:
         except ValueError:
             pass
         example = f", for example {self.name}={self.example}" if self.example else ""
-        raise BadLaunchFile(f"{self.name}={_shown(text)}: must be {kind.says}{example}. {self.help}.")
+        raise BadLaunchFile(f"{self.name}={_shown(text)}: must be {kind.says}{example}.")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read(answers: Sequence[Answer], words: Sequence[str], what: str) -> dict[str
             raise BadLaunchFile(f"{name}= has no value. {known[name].help}.")
     missing = [answer for answer in answers if answer.default is Required and answer.name not in given]
     if missing:
-        lines = [f"  {answer.name}={answer.example or '...':<28} {answer.help}" for answer in missing]
+        lines = [f"  {f'{answer.name}={answer.example}':<38} {answer.help}" for answer in missing]
         raise BadLaunchFile("\n".join([f"{what} cannot be rendered without:", *lines]))
     values = {answer.name: given.get(answer.name, answer.default) for answer in answers}
     return {name: values[value.name] if isinstance(value, Like) else value for name, value in values.items()}
