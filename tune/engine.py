@@ -8,7 +8,6 @@ checkpoint holds; there is no other path, so a reused engine gives the bits of a
 from __future__ import annotations
 
 import math
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,30 +156,32 @@ class Engine:
                     getattr(state, moment)[name] = _cpu32(safe_get_full_optimizer_state(parameter, moment))
         return state
 
-    def save_checkpoint(self, state: AdapterState, folder: Path) -> None:
-        """Write a checkpoint folder atomically; rank 0 alone."""
-        staging = folder.with_name(f".tmp-{folder.name}")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        self.write_adapter(state, staging)
-        state.save(staging)
-        checkpoints.commit(staging, folder)
+    def write_checkpoint(self, state: AdapterState, folder: Path) -> None:
+        """Put a checkpoint into a folder, which is an adapter of its own; rank 0 alone."""
+        state.save(folder, self._names(state))
+        self._write_config(folder)
 
     def write_adapter(self, state: AdapterState, folder: Path) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT itself does, in the working precision."""
         import torch
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
         dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
-        named = {name: tensor.to(dtype) for name, tensor in state.weights.items()}
-        tensors = get_peft_model_state_dict(
-            self.model, state_dict=named, adapter_name=ADAPTER, save_embedding_layers=False
+        names = self._names(state)
+        tensors = {names[name]: tensor.to(dtype) for name, tensor in state.weights.items()}
+        checkpoints.write_tensors(tensors, folder / checkpoints.ADAPTER)
+        self._write_config(folder)
+
+    def _names(self, state: AdapterState) -> dict[str, str]:
+        """Parameter name -> name in an adapter's file, by PEFT's own translation."""
+        from peft import get_peft_model_state_dict
+
+        translated = get_peft_model_state_dict(
+            self.model, state_dict=dict(state.weights), adapter_name=ADAPTER, save_embedding_layers=False
         )
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
-        )
+        by_tensor = {id(tensor): name for name, tensor in translated.items()}
+        return {name: by_tensor[id(tensor)] for name, tensor in state.weights.items()}
+
+    def _write_config(self, folder: Path) -> None:
         config = self.model.peft_config[ADAPTER]
         training, config.inference_mode = config.inference_mode, True
         try:

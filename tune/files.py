@@ -1,22 +1,54 @@
 """Writing files so that a crash never leaves half of one: temporary file + fsync + rename, and whole-line appends.
 
-Every failure to write (disk full, no permission) is a `ResourceError` that names the path and the remedy.
+Every failure to write (disk full, no permission) is a `ResourceError` that names the path and the remedy. Storage that
+is gone for a moment is waited for, where the caller names a folder (`within`) that was there before: see `lasting`.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
+import logging
 import math
 import os
+import re
+import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from macdrop.errors import ResourceError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Trouble(NamedTuple):
+    """What an error number of storage means for a user; `passes` where waiting may help."""
+
+    remedy: str
+    passes: bool
+
+
+_UNREACHABLE = Trouble("The storage cannot be reached: see to the mount, then resume the run.", True)
+TROUBLES = {
+    errno.ENOSPC: Trouble("The disk is full: free some space, or choose another output_dir.", False),
+    errno.EDQUOT: Trouble("The disk quota is used up: free some space, or choose another output_dir.", False),
+    errno.EROFS: Trouble("The file system is read-only: choose another output_dir.", True),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO), _UNREACHABLE
+    ),
+}
+ELSE = Trouble("Choose an output_dir that this user can write to.", False)
+#: For how long storage is waited for, and the longest pause between two tries; seconds.
+PATIENCE_S, PAUSE_S = 120.0, 5.0
+#: At the end of a line that is not the last of its `append_jsonl`; and all of a text up to the last that is.
+MORE = " "
+_WHOLE = re.compile(rb".*[^ ]\n", re.DOTALL)
 
 
 @contextmanager
@@ -25,13 +57,68 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedies = {
-            errno.ENOSPC: "The disk is full: free some space, or choose another output_dir.",
-            errno.EDQUOT: "The disk quota is used up: free some space, or choose another output_dir.",
-            errno.EROFS: "The file system is read-only: choose another output_dir.",
-        }
-        remedy = remedies.get(error.errno, "Choose an output_dir that this user can write to.")
+        remedy = TROUBLES.get(error.errno, ELSE).remedy
         raise ResourceError(f"Cannot write {os.fspath(path)}: {error.strerror or error}.\n{remedy}") from error
+
+
+def lasting(action: Callable[[], T], within: str | os.PathLike | None) -> T:
+    """Run `action`, and again while the storage of the folder `within` is gone, for `PATIENCE_S` at most.
+
+    Gone is what `TROUBLES` says passes, and a folder that is missing; without `within` nothing is tried again.
+    """
+    pause, until = 0.1, time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            gone = error.errno == errno.ENOENT and within is not None and not os.path.isdir(within)
+            passes = gone or TROUBLES.get(error.errno, ELSE).passes
+            if within is None or not passes or time.monotonic() + pause > until:
+                if gone:
+                    raise OSError(errno.ENOTCONN, f"{os.fspath(within)} is gone") from error
+                raise
+            if pause == 0.1:
+                told = "is not there" if gone else error.strerror
+                log.warning("The storage of %s is gone (%s): waiting up to %g s for it.", within, told, PATIENCE_S)
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSE_S)
+
+
+def ensure_folder(folder: str | os.PathLike, within: str | os.PathLike) -> None:
+    """`make_folder`, and `within` is waited for."""
+    with writing(folder):
+        lasting(lambda: make_folder(folder, within), within)
+
+
+def stat(path: str | os.PathLike, within: str | os.PathLike | None = None) -> os.stat_result | None:
+    """What is known of a file, None where there is none: `within` is waited for, so a file is missing only if it is."""
+
+    def look() -> os.stat_result | None:
+        try:
+            return os.stat(path)
+        except FileNotFoundError:
+            if within is not None and not os.path.isdir(within):
+                raise
+            return None
+
+    return lasting(look, within)
+
+
+def make_folder(folder: str | os.PathLike, within: str | os.PathLike | None = None) -> None:
+    """Make a folder and those above it, but never `within` or above: that is storage which is gone.
+
+    Raises:
+        FileNotFoundError: `within` is missing.
+    """
+    folder = Path(folder)
+    if within is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    for part in [*reversed(folder.relative_to(within).parents), folder.relative_to(within)]:
+        if part.name:
+            (Path(within) / part).mkdir(exist_ok=True)
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(folder))
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
@@ -45,11 +132,12 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.close(handle)
 
 
-def atomic_write_text(path: str | os.PathLike, text: str) -> Path:
+def atomic_write_text(path: str | os.PathLike, text: str, within: str | os.PathLike | None = None) -> Path:
     """Write `text` (UTF-8) so that readers see the old file or the new one, whole. Folders are made as needed."""
     path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        make_folder(path.parent, within)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
         try:
             with open(temporary, "x", encoding="utf-8") as file:
@@ -58,54 +146,75 @@ def atomic_write_text(path: str | os.PathLike, text: str) -> Path:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise
         sync_folder(path.parent)
+
+    with writing(path):
+        lasting(write, within)
     return path
 
 
-def atomic_write_json(path: str | os.PathLike, value: Any) -> Path:
+def atomic_write_json(path: str | os.PathLike, value: Any, within: str | os.PathLike | None = None) -> Path:
     """Write `value` as indented JSON; see `plain` for what is allowed in it."""
-    return atomic_write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    return atomic_write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n", within)
 
 
-def atomic_write_yaml(path: str | os.PathLike, value: Any) -> Path:
+def atomic_write_yaml(path: str | os.PathLike, value: Any, within: str | os.PathLike | None = None) -> Path:
     """Write `value` as YAML in the order given; see `plain` for what is allowed in it."""
     import yaml
 
-    return atomic_write_text(path, yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True))
+    return atomic_write_text(path, yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True), within)
 
 
-def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Append rows as JSON lines and return their number.
+def append_jsonl(
+    path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], within: str | os.PathLike | None = None
+) -> int:
+    """Append rows as JSON lines, all of them or none, and return their number.
 
-    All of them go out in one `os.write` under an exclusive lock, so that processes writing at once never mix their
-    lines and a crash can tear the last line only. A torn last line left by an earlier crash is cut off first.
+    They go out in one `os.write` under an exclusive lock, so that processes writing at once never mix their lines. All
+    lines of a call but the last end in a space, which JSON does not mind: it says that more belongs to them, so that
+    what a crash has torn in the middle is passed over by readers and cut off by the next call.
     """
     path = Path(path)
-    lines = [json.dumps(plain(row), allow_nan=False) + "\n" for row in rows]
+    lines = [json.dumps(plain(row), allow_nan=False) for row in rows]
     if not lines:
         return 0
-    data = "".join(lines).encode()
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    data = (f"{MORE}\n".join(lines) + "\n").encode()
+    tries = itertools.count()
+
+    def append() -> None:
+        again = next(tries) > 0
+        make_folder(path.parent, within)
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            end = _cut_torn_line(handle)
-            written = os.write(handle, data)
-            if written != len(data):  # the disk filled up in the middle: take the part back, leave whole lines only
-                os.ftruncate(handle, end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            end = _cut_torn(handle)
+            if again and os.pread(handle, len(data), max(0, end - len(data))) == data:
+                return  # an error came, and yet it was written
+            try:
+                if os.write(handle, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:  # a part may be there: take it back, so that a second try doubles nothing
+                with suppress(OSError):
+                    os.ftruncate(handle, end)
+                raise
         finally:
             os.close(handle)
+
+    with writing(path):
+        lasting(append, within)
     return len(lines)
 
 
 def read_jsonl(
-    path: str | os.PathLike, problems: list[str] | None = None, needs: Collection[str] = ()
+    path: str | os.PathLike,
+    problems: list[str] | None = None,
+    needs: Collection[str] = (),
+    within: str | os.PathLike | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of a file written by `append_jsonl`; a missing file is an empty list, a torn last line is left out.
+    """Rows of a file written by `append_jsonl`; a missing file is an empty list, what a crash tore is left out.
 
     Args:
         problems: where damaged lines are described, each once, instead of raised.
@@ -114,12 +223,14 @@ def read_jsonl(
     Raises:
         ValueError: a complete line is no JSON object, or lacks a key; the message has file and line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    if stat(path, within) is None:
         return []
+    text = lasting(lambda: Path(path).read_text(encoding="utf-8", errors="replace"), within)
     rows = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):  # what follows the last newline is torn, or empty
+    lines = text.split("\n")[:-1]  # what follows the last newline is torn, or empty
+    while lines and lines[-1].endswith(MORE):
+        lines.pop()
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             _check_keys(row, needs)
@@ -134,7 +245,10 @@ def read_jsonl(
 
 
 def read_mapping(
-    path: str | os.PathLike, problems: list[str] | None = None, needs: Collection[str] = ()
+    path: str | os.PathLike,
+    problems: list[str] | None = None,
+    needs: Collection[str] = (),
+    within: str | os.PathLike | None = None,
 ) -> dict[str, Any] | None:
     """The mapping that a .json or .yaml file holds.
 
@@ -147,7 +261,7 @@ def read_mapping(
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = lasting(lambda: path.read_text(encoding="utf-8"), within)
         if path.suffix == ".json":
             found = json.loads(text)
         else:
@@ -196,19 +310,14 @@ def _check_keys(found: Any, needs: Collection[str]) -> None:
         raise ValueError(f"it has no {', '.join(missing)}")
 
 
-def _cut_torn_line(handle: int) -> int:
-    """Truncate the open file after its last newline; return the size that is left, in bytes."""
-    end = os.lseek(handle, 0, os.SEEK_END)
-    start = end
-    while start > 0:
-        step = min(start, 65536)
-        block = os.pread(handle, step, start - step)
-        newline = block.rfind(b"\n")
-        if newline >= 0:
-            start = start - step + newline + 1
-            break
-        start -= step
-    if start != end:
-        os.ftruncate(handle, start)
-    return start
-
+def _cut_torn(handle: int) -> int:
+    """Truncate the open file after the last whole call of `append_jsonl`; return the size that is left, in bytes."""
+    size = end = os.lseek(handle, 0, os.SEEK_END)
+    whole = None
+    while end > 0 and whole is None:
+        end = max(0, end - 65536)
+        whole = _WHOLE.match(os.pread(handle, size - end, end))
+    left = end + whole.end() if whole else 0
+    if left != size:
+        os.ftruncate(handle, left)
+    return left

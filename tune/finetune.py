@@ -18,6 +18,7 @@ from macdrop.errors import CheckpointError, ConfigError, TrainingDiverged
 from tune import checkpoint as checkpoints
 from tune.batching import save_interval
 from tune.checkpoint import AdapterState
+from tune.files import lasting, writing
 from tune.ranks import all_do, rank0_does
 from tune.spec import TrainSpec
 from tune.training import Training
@@ -106,10 +107,11 @@ class _Run:
 
     def run(self, resume: bool) -> Outcome:
         started = time.monotonic()
+        rank0_does(self._tidy)
         finished = rank0_does(self._finished) if resume else None
         if finished is not None:
             return Outcome(**finished)
-        self._start(rank0_does(lambda: checkpoints.newest(self.checkpoints)) if resume else None)
+        self._start(rank0_does(self._newest) if resume else None)
         drop = self.training.drop
         self.rows = drop.attach() if drop else 0
         try:
@@ -191,6 +193,12 @@ class _Run:
 
     # ------------------------------------------------------- state and output
 
+    def _tidy(self) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for root in (self.folder, self.checkpoints):
+                checkpoints.tidy(root)
+
     def _finished(self) -> dict[str, Any] | None:
         """How this very fine-tuning ended, if its adapter lies whole in the folder already."""
         try:
@@ -199,6 +207,14 @@ class _Run:
         except (CheckpointError, OSError, ValueError):
             return None
         return told["outcome"] if told["meta"] == self._meta() and told["outcome"]["status"] == "done" else None
+
+    def _newest(self) -> Path | None:
+        def look() -> Path | None:
+            found = checkpoints.newest(self.checkpoints)
+            self.folder.stat()  # nothing found in storage that is gone is no new beginning
+            return found
+
+        return lasting(look, self.folder)
 
     def _start(self, checkpoint: Path | None) -> None:
         """Put the step-0 state, or that of a checkpoint, into the engine."""
@@ -237,16 +253,18 @@ class _Run:
         rank0_does(lambda: self._write_checkpoint(state))
 
     def _write_checkpoint(self, state: AdapterState) -> None:
-        self.engine.save_checkpoint(state, self.checkpoints / checkpoints.folder_name(state.step))
+        folder = self.checkpoints / checkpoints.folder_name(state.step)
+        checkpoints.write_folder(folder, lambda staging: self.engine.write_checkpoint(state, staging), self.folder)
         checkpoints.prune(self.checkpoints, checkpoints.KEPT)
 
     def _write_adapter(self, state: AdapterState, outcome: Outcome) -> None:
         """The adapter and, with it, how it was made; a fine-tuning that is done needs its checkpoints no more."""
         self._raise()
-        staging = self.folder / ".tmp-adapter"
-        shutil.rmtree(staging, ignore_errors=True)
-        self.engine.write_adapter(state, staging)
-        (staging / OUTCOME).write_text(json.dumps({"outcome": asdict(outcome), "meta": self._meta()}, indent=1))
-        checkpoints.commit(staging, self.folder / "adapter")
+
+        def write(staging: Path) -> None:
+            self.engine.write_adapter(state, staging)
+            (staging / OUTCOME).write_text(json.dumps({"outcome": asdict(outcome), "meta": self._meta()}, indent=1))
+
+        checkpoints.write_folder(self.folder / "adapter", write, self.folder)
         if outcome.status == "done":
             shutil.rmtree(self.checkpoints, ignore_errors=True)

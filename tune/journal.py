@@ -34,6 +34,7 @@ from tune.files import (
     plain,
     read_jsonl,
     read_mapping,
+    stat,
 )
 from tune.spec import slug
 
@@ -121,11 +122,11 @@ class Journal:
 
     def run(self) -> dict[str, Any]:
         """name, created, status, command, macdrop, layout; finished once it is."""
-        return read_mapping(self.run_dir / "run.json")
+        return read_mapping(self.run_dir / "run.json", within=self.run_dir)
 
     def config(self) -> dict[str, Any]:
         """The effective spec."""
-        return read_mapping(self.run_dir / "config.yaml")
+        return read_mapping(self.run_dir / "config.yaml", within=self.run_dir)
 
     def environment(self) -> dict[str, Any]:
         """What `write_environment` found; empty before."""
@@ -142,7 +143,7 @@ class Journal:
     def write_environment(self) -> dict[str, Any]:
         """Record versions and hardware of this machine in environment.json and return them."""
         found = environment()
-        atomic_write_json(self.run_dir / "environment.json", found)
+        atomic_write_json(self.run_dir / "environment.json", found, within=self.run_dir)
         return found
 
     # --- models ---
@@ -172,7 +173,7 @@ class Journal:
     def trial(self, trial_id: str) -> TrialRecord:
         """The record of a trial; nothing is written before its `start`."""
         assert trial_id and Path(trial_id).name == trial_id, trial_id
-        return TrialRecord(self.run_dir / "trials" / trial_id, self.problems)
+        return TrialRecord(self.run_dir / "trials" / trial_id, self.problems, within=self.run_dir)
 
     def trials(self) -> list[dict[str, Any]]:
         """What trial.json of each trial holds, with its `config`; in order of start.
@@ -208,17 +209,17 @@ class Journal:
         for row in rows:
             missing = [key for key in (*SCORE_KEY, "arm", "value") if key not in row]
             assert not missing, f"score without {missing}: {row}"
-        return append_jsonl(self.scores_file, [{**dict.fromkeys(SCORE_COLUMNS), **row} for row in rows])
+        rows = [{**dict.fromkeys(SCORE_COLUMNS), **row} for row in rows]
+        return append_jsonl(self.scores_file, rows, within=self.run_dir)
 
     def score_rows(self) -> list[dict[str, Any]]:
         """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""
-        try:
-            state = self.scores_file.stat()
-        except FileNotFoundError:
+        state = stat(self.scores_file, within=self.run_dir)
+        if state is None:
             return []
         stamp = (state.st_size, state.st_mtime_ns)
         if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
-            kept = read_jsonl(self.scores_file, self.problems, needs=_SCORE_NEEDS)
+            kept = read_jsonl(self.scores_file, self.problems, needs=_SCORE_NEEDS, within=self.run_dir)
             rows = [{"split": TEST, **row} for row in kept]
             latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in rows}
             self._read = (stamp, list(latest.values()))
@@ -233,14 +234,14 @@ class Journal:
         return pandas.DataFrame(rows, columns=[*SCORE_COLUMNS, *extra])
 
     def _write_run(self, **content: Any) -> None:
-        atomic_write_json(self.run_dir / "run.json", content)
+        atomic_write_json(self.run_dir / "run.json", content, within=self.run_dir)
 
 
 class TrialRecord:
-    """The folder of one trial, written by one process at a time."""
+    """The folder of one trial, written by one process at a time. `within`: a folder above it that is there already."""
 
-    def __init__(self, folder: Path, problems: list[str] | None = None) -> None:
-        self.folder, self.problems = folder, problems
+    def __init__(self, folder: Path, problems: list[str] | None = None, within: Path | None = None) -> None:
+        self.folder, self.problems, self._within = folder, problems, within
         self._last_step: int | None = None
 
     @property
@@ -255,7 +256,9 @@ class TrialRecord:
     def info(self) -> dict[str, Any]:
         """trial.json; before `start` only the name and status pending."""
         file = self.folder / "trial.json"
-        return read_mapping(file) if file.exists() else {"trial": self.id, "status": "pending"}
+        if stat(file, self._within) is None:
+            return {"trial": self.id, "status": "pending"}
+        return read_mapping(file, within=self._within)
 
     @property
     def status(self) -> str:
@@ -281,7 +284,7 @@ class TrialRecord:
         """
         assert stage in STAGES, stage
         before = self.info
-        atomic_write_yaml(self.folder / "config.yaml", config)
+        atomic_write_yaml(self.folder / "config.yaml", config, within=self._within)
         self._write(
             trial=self.id,
             model=model,
@@ -308,17 +311,17 @@ class TrialRecord:
         file = self.folder / "metrics.jsonl"
         first = rows[0]["step"]
         if self._last_step is None:
-            self._last_step = max((row["step"] for row in read_jsonl(file)), default=-1)
+            self._last_step = max((row["step"] for row in read_jsonl(file, within=self._within)), default=-1)
         if first <= self._last_step:
-            rows = [row for row in read_jsonl(file) if row["step"] < first] + rows
-            atomic_write_text(file, "".join(json.dumps(plain(row)) + "\n" for row in rows))
+            rows = [row for row in read_jsonl(file, within=self._within) if row["step"] < first] + rows
+            atomic_write_text(file, "".join(json.dumps(plain(row)) + "\n" for row in rows), within=self._within)
         else:
-            append_jsonl(file, rows)
+            append_jsonl(file, rows, within=self._within)
         self._last_step = rows[-1]["step"]
 
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, by step."""
-        return read_jsonl(self.folder / "metrics.jsonl", self.problems)
+        return read_jsonl(self.folder / "metrics.jsonl", self.problems, within=self._within)
 
     def note(self, **content: Any) -> None:
         """Add to what is recorded, whatever the status."""
@@ -330,7 +333,7 @@ class TrialRecord:
         self._write(**{**self.info, "status": status, "reason": reason, "finished": now(), **summary})
 
     def _write(self, **content: Any) -> None:
-        atomic_write_json(self.folder / "trial.json", content)
+        atomic_write_json(self.folder / "trial.json", content, within=self._within)
 
 
 def now() -> str:

@@ -104,6 +104,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any
     from macdrop import MassiveWeights
     from tune import data
     from tune.engine import Engine
+    from tune.files import ensure_folder
     from tune.finetune import finetune
     from tune.ranks import rank0_does
     from tune.reproduce import write_script
@@ -118,6 +119,8 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any
         prepared = data.load(data.prepare(spec, engine.tokenizer, order.data))
         weights = MassiveWeights.load(order.weights) if order.weights else None
         folder = Path(order.folder)
+        # Of a run that is there: a folder that is gone is not made anew, but waited for.
+        rank0_does(lambda: ensure_folder(folder, folder.parents[1]))
         scan, world = Path(order.weights or ""), dist.get_world_size()
         rank0_does(lambda: write_script(folder, prepared, weights, scan, world))
         outcome = finetune(
@@ -150,7 +153,7 @@ class _Relay:
         from tune.journal import TrialRecord
 
         self.dispatcher, self.lane, self.order = dispatcher, lane, order
-        self.record = TrialRecord(Path(order.folder))
+        self.record = TrialRecord(Path(order.folder), within=Path(order.folder))
         self.answer: ray.ObjectRef | None = None
 
     def __call__(self, metrics: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
     engine = Engine(spec)
     prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
 
-    record = TrialRecord(folder)
+    record = TrialRecord(folder, within=folder)
 
     def watch(metrics: dict[str, Any]) -> Word:
         record.log([metrics])

@@ -64,7 +64,8 @@ def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
     """
     order = desk.order(desk.study.searched(values(config)), SEARCH, values(config))
     # What an earlier run of this folder validated, a scheduler has to hear of: a resumed lane begins after it.
-    evaluated = [row for row in TrialRecord(Path(order.folder)).metrics() if row.get(EVAL_LOSS) is not None]
+    record = TrialRecord(Path(order.folder), within=Path(desk.run_dir))
+    evaluated = [row for row in record.metrics() if row.get(EVAL_LOSS) is not None]
     call(desk.dispatcher, "place", order, ray.tune.get_context().get_trial_id(), evaluated)
     step = -1
     while True:

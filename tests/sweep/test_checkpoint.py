@@ -9,7 +9,21 @@ import pytest
 import torch
 
 from macdrop.errors import CheckpointError
-from tune.checkpoint import MANIFEST, MOMENTS, AdapterState, commit, folder_name, newest, prune, verify
+from tune.checkpoint import (
+    ASIDE,
+    MANIFEST,
+    MOMENTS,
+    STAGING,
+    AdapterState,
+    commit,
+    folder_name,
+    newest,
+    prune,
+    sha256,
+    tidy,
+    verify,
+    write_folder,
+)
 
 NAMES = ("model.layers.0.q_proj.lora_A.default.weight", "model.layers.0.q_proj.lora_B.default.weight", "bare")
 
@@ -128,6 +142,96 @@ def test_commit_replaces_an_older_folder_whole(tmp_path):
     write(tmp_path, 3, seed=1)
     assert equal(AdapterState.load(folder), state(3, seed=1)) and not (folder / "left over").exists()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_the_adapter_is_in_it_once(tmp_path):
+    """Weights and two moments, and a few hundred bytes of names for each tensor."""
+    big = AdapterState(*({name: torch.randn(64, 512) for name in NAMES} for _ in range(3)))
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    big.save(staging)
+    commit(staging, tmp_path / "x")
+    adapter = sum(tensor.numel() * 4 for tensor in big.weights.values())
+    assert sum(path.stat().st_size for path in (tmp_path / "x").iterdir()) < 3.02 * adapter
+
+
+def test_a_checkpoint_is_an_adapter_under_the_names_it_is_given(tmp_path):
+    from safetensors.torch import load_file
+
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    state().save(staging, {name: f"peft.{name}" for name in NAMES})
+    commit(staging, tmp_path / "x")
+    assert set(load_file(tmp_path / "x" / "adapter_model.safetensors")) == {f"peft.{name}" for name in NAMES}
+    assert equal(AdapterState.load(tmp_path / "x"), state())
+
+
+def test_an_upload_that_was_killed_at_any_byte_is_passed_over(tmp_path):
+    """Files arrive in any order, the last of them in part: each one cut at many bytes, with those after it missing."""
+    whole, torn = write(tmp_path, 3), write(tmp_path, 6)
+    contents = {path.name: path.read_bytes() for path in torn.iterdir()}
+    tried = 0
+    for name, content in contents.items():
+        for size in {0, 1, len(content) - 1, *range(7, len(content), max(1, len(content) // 40))}:
+            (torn / name).write_bytes(content[:size])
+            assert newest(tmp_path) == whole, (name, size)
+            tried += 1
+        (torn / name).unlink()
+        assert newest(tmp_path) == whole, name
+        (torn / name).write_bytes(content)
+    assert tried > 100 and newest(tmp_path) == torn
+    for name in contents:
+        (torn / name).unlink()
+        assert newest(tmp_path) == whole
+
+
+def test_what_a_killed_writer_left_is_cleaned_and_the_only_whole_copy_kept(tmp_path):
+    folder = write(tmp_path, 3)
+    aside = folder.with_name(f"{ASIDE}{folder.name}")
+    folder.rename(aside)  # killed between the two renames of `commit`
+    (tmp_path / f"{STAGING}{folder.name}").mkdir()
+    assert newest(tmp_path) == aside and equal(AdapterState.load(aside), state())
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name] and newest(tmp_path) == folder
+    write(tmp_path / "other", 3, seed=1).rename(aside)  # killed before the older one was deleted
+    tidy(tmp_path / "none")
+    tidy(tmp_path)
+    assert not aside.exists() and equal(AdapterState.load(folder), state())
+
+
+def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path):
+    folder = write(tmp_path, 3)
+    outside = tmp_path / "outside"
+    outside.write_text("x")
+    (folder / MANIFEST).write_text(json.dumps({"../outside": sha256(outside)}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        verify(folder)
+
+
+def test_a_sealed_folder_of_another_kind_is_told(tmp_path):
+    for part in ("names", "step"):
+        folder = write(tmp_path / part, 3)
+        told = json.loads((folder / "state.json").read_text())
+        del told[part]
+        (folder / "state.json").write_text(json.dumps(told))
+        (folder / MANIFEST).unlink()
+        folder.rename(tmp_path / part / "staging")
+        commit(tmp_path / part / "staging", folder)
+        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+            AdapterState.load(folder)
+
+
+def test_a_writer_that_fails_leaves_the_older_folder_and_nothing_else(tmp_path):
+    folder = write(tmp_path, 3)
+
+    def fail(staging: Path) -> None:
+        (staging / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(folder, fail, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert equal(AdapterState.load(folder), state())
 
 
 def test_commit_goes_on_after_one_that_was_killed(tmp_path):

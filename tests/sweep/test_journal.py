@@ -147,8 +147,25 @@ def test_a_score_without_its_names_is_not_written(journal):
     assert journal.score_rows() == []
 
 
+def test_a_writer_killed_at_any_byte_leaves_all_rows_of_a_benchmark_or_none(journal):
+    """A benchmark is scored again if it has no row, so a part of its rows must not count, nor come twice."""
+    journal.add_scores([score()])
+    before = journal.scores_file.stat().st_size
+    journal.add_scores([score(task=f"group/{part}") for part in "abc"])
+    whole = journal.scores_file.read_bytes()
+    for size in range(before, len(whole)):
+        journal.scores_file.write_bytes(whole[:size])
+        assert [row["task"] for row in Journal(journal.run_dir).score_rows()] == ["qa"]
+        if size % 10 == 0:
+            journal.add_scores([score(task=f"group/{part}") for part in "abc"])
+            assert journal.scores_file.read_bytes() == whole
+    journal.scores_file.write_bytes(whole)
+    assert len(pandas.read_json(journal.scores_file, lines=True)) == len(Journal(journal.run_dir).score_rows()) == 4
+
+
 def test_a_torn_last_line_is_left_out_and_healed(journal):
-    journal.add_scores([score(), score(task="other")])
+    journal.add_scores([score()])
+    journal.add_scores([score(task="other")])
     whole = journal.scores_file.read_bytes()
     journal.scores_file.write_bytes(whole[:-30])
     assert [row["task"] for row in journal.score_rows()] == ["qa"]
