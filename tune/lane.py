@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from macdrop.errors import MacDropError, TrainingDiverged
-from tune.dispatch import call
+from tune.dispatch import DispatcherLost, answer, ask, call
 from tune.orders import GO_ON, Order
 from tune.spec import RaySpec, TrainSpec
 
@@ -131,6 +131,8 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any
             weights=weights,
             observe=_Relay(dispatcher, lane, order) if first else None,
         )
+    except DispatcherLost:
+        raise  # Nobody is there to be told.
     except MacDropError as error:
         # Raised on every rank alike: the lane goes on with the next order, and with the engine if no step was cut.
         if first:
@@ -159,8 +161,8 @@ class _Relay:
     def __call__(self, metrics: dict[str, Any]) -> str:
         self.record.log([metrics])
         # The answer to the last report has arrived by now, so that no step waits for the dispatcher.
-        word = GO_ON if self.answer is None else ray.get(self.answer)
-        self.answer = self.dispatcher.call.remote("progress", self.order.id, metrics, self.lane)
+        word = GO_ON if self.answer is None else answer(self.answer)
+        self.answer = ask(self.dispatcher, "progress", self.order.id, metrics, self.lane)
         return word
 
 

@@ -158,7 +158,8 @@ class _Optuna(OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         names = [self.metric] if isinstance(self.metric, str) else self.metric
         whole = result and result.get(FINISHED) and all(_finite(result.get(name)) for name in names)
-        super().on_trial_complete(trial_id, result if whole else None, error)
+        failed = error or bool(result and result.get(FAILED))
+        super().on_trial_complete(trial_id, result if whole else None, failed)
 
 
 def scheduler(

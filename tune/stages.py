@@ -9,7 +9,7 @@ from typing import Any
 
 import ray.tune
 from ray.actor import ActorHandle
-from ray.tune import RunConfig, TuneConfig, Tuner
+from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 
 from tune import finalists, past
 from tune.asha import Cuts
@@ -23,7 +23,7 @@ from tune.plan import Study
 from tune.search import optuna_searcher, param_space, points, scheduler
 from tune.spec import MacDropSpec, RunSpec, TrainSpec
 from tune.supervisor import Supervisor
-from tune.trial import CancelStopped, Desk, run_trial
+from tune.trial import RESTARTS, CancelStopped, Desk, run_trial
 from tune.weights import cache_dir
 
 #: The follower of orders that no Tune trial placed: baselines of the search, and all of the final stage.
@@ -176,6 +176,7 @@ class StudyRun:
                 name=f"tune-{self.study.name}-{int(time.time())}",
                 storage_path=str(self.journal.run_dir / "ray"),
                 callbacks=[CancelStopped(desk)],
+                failure_config=FailureConfig(max_failures=RESTARTS),
                 stop=self.supervisor.stopper(),
                 verbose=0,
             ),

@@ -12,7 +12,7 @@ import ray
 from macdrop.errors import ConfigError, MacDropError, ResourceError
 from tune.check import check_inputs
 from tune.cluster_state import check_cluster, connect
-from tune.dispatch import start_dispatcher
+from tune.dispatch import dispatching
 from tune.evaluators import Pool
 from tune.journal import Journal
 from tune.judge_actors import judge_sweep
@@ -55,7 +55,7 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
         journal.set_status("running")
         stack.push(functools.partial(_leave, journal))
         progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
-        dispatcher = start_dispatcher()
+        dispatcher = stack.enter_context(dispatching(run_dir / "ray"))
         lanes = Lanes(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
         stack.callback(lanes.close)
         pool = Pool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])

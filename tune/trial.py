@@ -11,20 +11,18 @@ import ray.tune
 from ray.actor import ActorHandle
 from ray.tune import Callback
 
-from macdrop.errors import MacDropError
 from tune.blocks import EVAL_LOSS
 from tune.dispatch import call
 from tune.journal import SEARCH, TrialRecord
 from tune.orders import FINAL, Order
+from tune.past import FAILED
 from tune.plan import Study
 from tune.search import FINISHED, values
 from tune.spec import TrainSpec, dump
 
 POLL_EVERY_S = 0.2
-
-
-class TrialEnded(MacDropError):
-    """A fine-tuning ended without scores; the message says why. Tune records it and goes on."""
+#: Times that Tune starts a trial's actor again after its process died; the order knows nothing of it.
+RESTARTS = 5
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,9 @@ class Desk:
 
 
 def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
-    """Tune's function trainable.
+    """Tune's function trainable: when Tune starts it again, it follows the order that it had placed.
 
-    Raises:
-        TrialEnded: the fine-tuning failed.
+    However the order ended, the function returns: Tune would try again what the lanes have tried.
     """
     order = desk.order(desk.study.searched(values(config)), SEARCH, values(config))
     # What an earlier run of this folder validated, a scheduler has to hear of: a resumed lane begins after it.
@@ -76,13 +73,13 @@ def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
         if news["state"] in FINAL:
             break
         time.sleep(POLL_EVERY_S)
-    if news["state"] == "failed":
-        raise TrialEnded(f"{order.id}: {news['reason']}")
-    if news["state"] != "done":
-        return  # stopped or diverged: an end that says something about the setting, but has no objective
-    outcome = news["outcome"]
-    last = {"step": outcome["step"], EVAL_LOSS: outcome["eval_loss"], FINISHED: True}
-    ray.tune.report({**last, **news["scores"]})
+    if news["state"] == "done":
+        outcome = news["outcome"]
+        last = {"step": outcome["step"], EVAL_LOSS: outcome["eval_loss"], FINISHED: True}
+        ray.tune.report({**last, **news["scores"]})
+    elif news["state"] == "failed":
+        ray.tune.report({FAILED: True})
+    # stopped or diverged: an end that says something about the setting, but has no objective
 
 
 class CancelStopped(Callback):

@@ -111,33 +111,33 @@ def digest(folder: Path) -> str:
 
 def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tuple[float, float, list[Trained]]:
     """Train all in one lane; returns seconds in all, seconds until the first began, and the trials in their order."""
-    from tune.dispatch import call, start_dispatcher
+    from tune.dispatch import call, dispatching
     from tune.lanes import Lanes
 
     orders = [_order(spec, inputs, root) for spec in specs]
-    dispatcher = start_dispatcher()
-    for order in orders:
-        call(dispatcher, "place", order, "benchmark")
-    began = time.time()
-    lanes = Lanes(dispatcher, ray_spec, 0.0, root / "ray")
-    lanes.open()
     started: dict[str, float] = {}
     ended: dict[str, float] = {}
     seen = 0
-    try:
-        while len(ended) < len(orders):
-            seen, changes = call(dispatcher, "changes", seen)
-            for entry in changes:
-                if entry.state in ("failed", "diverged", "stopped"):
-                    raise RuntimeError(f"{entry.order.id} {entry.state}: {entry.reason}")
-                if entry.state in ("running", "trained"):
-                    started.setdefault(entry.order.id, time.time())
-                if entry.state == "trained":
-                    ended[entry.order.id] = time.time()
-            lanes.check(len(call(dispatcher, "snapshot")["lanes"]))
-            time.sleep(POLL_S)
-    finally:
-        lanes.close()
+    with dispatching(root / "ray") as dispatcher:
+        for order in orders:
+            call(dispatcher, "place", order, "benchmark")
+        began = time.time()
+        lanes = Lanes(dispatcher, ray_spec, 0.0, root / "ray")
+        lanes.open()
+        try:
+            while len(ended) < len(orders):
+                seen, changes = call(dispatcher, "changes", seen)
+                for entry in changes:
+                    if entry.state in ("failed", "diverged", "stopped"):
+                        raise RuntimeError(f"{entry.order.id} {entry.state}: {entry.reason}")
+                    if entry.state in ("running", "trained"):
+                        started.setdefault(entry.order.id, time.time())
+                    if entry.state == "trained":
+                        ended[entry.order.id] = time.time()
+                lanes.check(len(call(dispatcher, "snapshot")["lanes"]))
+                time.sleep(POLL_S)
+        finally:
+            lanes.close()
     last = max(ended.values())
     starts = [*(started[order.id] for order in orders), last]
     assert starts == sorted(starts), "a lane takes its orders as they were placed"
