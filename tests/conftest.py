@@ -20,6 +20,25 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "method"))  # helpers beside the tests: `import reference`, `tiny`
 
 
+#: Tests so marked start processes of their own, or Ray; never two of them at once.
+STARTS_PROCESSES = {"zero", "ray", "cluster"}
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite; none beside pytest's own where tests are named, so that -s and --pdb work."""
+    return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under xdist one process runs all tests that start processes, and first; the other one the rest, file by file."""
+    if not hasattr(config, "workerinput"):
+        return
+    alone = {item for item in items if any(mark.name in STARTS_PROCESSES for mark in item.iter_markers())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("processes" if item in alone else item.path.name))
+    items.sort(key=lambda item: item not in alone)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Small matrices are faster on one thread, and sums then have one order."""

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import os
-import socket
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,17 +21,19 @@ def prepare_process(threads: int = 1) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if torch.distributed.is_initialized():
-        # DeepSpeed derives a missing local rank from host names, which several workers of one host share.
-        os.environ.setdefault("LOCAL_RANK", "0")
-    else:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
-        if os.environ["MASTER_PORT"] == "0":
-            os.environ["MASTER_PORT"] = str(_free_port())
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    import deepspeed
+    # DeepSpeed derives a missing local rank from host names, which several workers of one host share.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if "MASTER_PORT" in os.environ:
+            torch.distributed.init_process_group(backend)
+        else:
+            # A group of one needs no port, which another process could take first.
+            os.environ.update(RANK="0", WORLD_SIZE="1")
+            alone = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1)
+    with _hidden("mlflow"):
+        import deepspeed
 
     # On a CPU DeepSpeed would compile a shared-memory all-reduce first (over a minute); gradients here go over gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -56,7 +58,14 @@ def quiet():
         yield
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def _hidden(module: str):
+    """Not importable within, unless it has been imported: DeepSpeed's autotuner would load all of MLflow, for 2 s."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]

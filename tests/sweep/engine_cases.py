@@ -15,6 +15,9 @@ CASES = {
     f"zero{stage}-{'dora' if dora else 'lora'}-{'bf16' if bf16 else 'fp32'}": (stage, dora, bf16)
     for stage, dora, bf16 in product(range(4), (False, True), (False, True))
 }
+#: Every stage, both kinds of adapter and both types are run by default; the other half of their product is slow.
+QUICK = [name for name, (_, dora, bf16) in CASES.items() if dora == bf16]
+REST = [name for name in CASES if name not in QUICK]
 
 
 def spec(case: str, *, seed: int, p0: float, **others) -> TrainSpec:
