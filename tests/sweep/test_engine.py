@@ -17,8 +17,6 @@ from engine_cases import CASES, INTERRUPTED_AFTER, QUICK, REST, STEPS, WORLD
 pytestmark = pytest.mark.zero
 
 HERE = Path(__file__).parent
-
-
 every_case = pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)])
 
 
@@ -29,8 +27,7 @@ def found(tmp_path_factory) -> Callable[[tuple[str, ...]], dict]:
 
 
 @pytest.fixture
-def results(found, request) -> dict:
-    case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
+def results(found, case) -> dict:
     return found(tuple(REST if case in REST else QUICK))
 
 
