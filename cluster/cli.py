@@ -129,12 +129,12 @@ def down(file: File, yes: Yes = False, dry_run: DryRun = False) -> None:
 def spot_watch(
     cloud: Annotated[str | None, typer.Option(help="aws, gcp or azure (default: the one that answers).")] = None,
     interval: Annotated[float, typer.Option(min=0.01, help="Seconds between two questions.")] = 5.0,
-    address: Annotated[str | None, typer.Option(help="Address of the Ray head (default: the local node's).")] = None,
+    node_id: Annotated[str | None, typer.Option(help="Only this node (default: all Ray nodes of this host).")] = None,
 ) -> None:
     """On a spot node: when the cloud announces its end, drain the Ray node, so that its work is saved at once."""
     from cluster import spot
 
-    raise typer.Exit(spot.watch(cloud, interval=interval, address=address))
+    raise typer.Exit(spot.watch(cloud, interval=interval, node_id=node_id))
 
 
 @app.command("on-head", hidden=True, epilog="Example: macdrop cluster on-head nodes jobs runs")

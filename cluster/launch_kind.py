@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ from cluster.launch_shell import Done, Shell
 
 #: Seconds for an answer from the head: a remote login shell, Python and Ray have to start.
 ANSWER = 120
+#: What Ray answers to a job in the first seconds of its head; seconds until it is asked again, and how often.
+NOT_YET, AGAIN, ATTEMPTS = "No available agent to submit job", 5.0, 12
 #: Lines that a remote terminal adds to what a command prints.
 NOISE = re.compile(
     r"^(Fetched IP: |Shared connection to \S+ closed|bash: (cannot set terminal|no job control)|Loaded cached provider"
@@ -170,8 +173,16 @@ class Kind:
         """Start a job; its id. Raises LaunchFailed."""
         if isinstance(job.recipe, Path):
             self.put(job.recipe, job.copied)
-        self.shell.run(self.on_head(submission(job)), check=f"the job of run {job.run!r} was not started")
-        return job.id
+        command = self.on_head(submission(job))
+        for attempt in range(ATTEMPTS):
+            done = self.shell.follow(command, quietly(self.shell.say))
+            if done.ok:
+                return job.id
+            if NOT_YET not in done.text or attempt + 1 == ATTEMPTS:
+                break
+            self.shell.say(f"Ray is still starting on the head; again in {AGAIN:.0f} s")
+            time.sleep(AGAIN)
+        raise LaunchFailed(f"the job of run {job.run!r} was not started: {self.unanswered(done)}")
 
     def follow(self, job: str, show: Callable[[str], None], *, go_on: bool = True) -> Done:
         """Print a job's log from its beginning, until the job ends (go_on) or the log does."""
@@ -192,7 +203,7 @@ def submission(job: Job) -> str:
     recipe = shlex.quote(str(job.recipe))
     if isinstance(job.recipe, Path):
         recipe = f"{storage}/recipes/{job.run}.yaml"
-        steps.append(f"mv {job.copied} {recipe} || exit 3")
+        steps.append(f"cp {job.copied} {recipe} || exit 3")
     steps.append(f"resume=; test -e {run}/run.json && resume=--resume")
     options = {
         "--submission-id": job.id,

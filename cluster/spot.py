@@ -1,0 +1,269 @@
+"""On a spot node: hear from the cloud that the machine goes, and drain its Ray node, so that work there is saved.
+
+Every cloud has a metadata service on the machine that tells of it, between 30 s (Google, Azure) and 2 minutes (AWS)
+ahead. Ray's autoscaler hears none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from cluster.errors import BadLaunchFile, Missing, nearest
+
+#: Seconds for an answer of the metadata service.
+ANSWER = 5.0
+#: Seconds without a Ray node on this host, at start or later, after which there is nothing to watch for.
+ALONE = 600.0
+#: Seconds between looks for Ray nodes of this host, and between lines about a service that does not answer.
+LOOK, TELL = 30.0, 300.0
+#: Seconds between a rented machine's notice and its end where the cloud does not tell the time.
+GOOGLE_NOTICE, SHORTEST = 30, 5
+#: Seconds for `ray drain-node`: it imports Ray.
+DRAIN = 60
+
+
+@dataclass(frozen=True)
+class Notice:
+    """The end of this machine, `seconds` from now, or a mere hint at it (`final` is False)."""
+
+    text: str
+    seconds: int = 0
+    final: bool = True
+
+
+class Metadata:
+    """A cloud's metadata service. `base`: its URL; the proxy of the environment is never asked."""
+
+    base = "http://169.254.169.254"
+
+    def __init__(self, base: str | None = None) -> None:
+        self.base = base or os.environ.get("MACDROP_METADATA_URL") or self.base
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+    def get(self, path: str, headers: dict[str, str] | None = None, method: str = "GET") -> str | None:
+        """The answer, or None for "there is no such thing" (404). Raises OSError."""
+        request = urllib.request.Request(self.base + path, headers=headers or {}, method=method)
+        try:
+            with self._open(request, timeout=ANSWER) as answer:
+                return answer.read().decode("utf-8", errors="replace")
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    def here(self) -> bool:
+        """Whether this is that cloud."""
+        raise NotImplementedError
+
+    def notice(self) -> Notice | None:
+        """What the service tells now. Raises OSError or ValueError where it gives no answer that can be read."""
+        raise NotImplementedError
+
+
+class Aws(Metadata):
+    """IMDSv2: each question carries a token that is asked for first."""
+
+    _token: str | None = None
+
+    def ask(self, path: str) -> str | None:
+        for _ in range(2):
+            if self._token is None:
+                lasting = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
+                self._token = self.get("/latest/api/token", lasting, "PUT")
+            try:
+                return self.get(path, {"X-aws-ec2-metadata-token": self._token or ""})
+            except urllib.error.HTTPError as error:
+                if error.code != 401:
+                    raise
+                self._token = None  # it has expired
+        raise OSError("the metadata service refuses its own token")
+
+    def here(self) -> bool:
+        return self.ask("/latest/meta-data/instance-id") is not None
+
+    def notice(self) -> Notice | None:
+        told = self.ask("/latest/meta-data/spot/instance-action")
+        if told is not None:
+            action = json.loads(told)
+            when = datetime.fromisoformat(action["time"].replace("Z", "+00:00"))
+            return Notice(f"AWS will {action['action']} this spot instance at {action['time']}", _until(when))
+        told = self.ask("/latest/meta-data/events/recommendations/rebalance")
+        return told and Notice("AWS sees a higher risk that this spot instance is interrupted", final=False) or None
+
+
+class Google(Metadata):
+    base = "http://metadata.google.internal"
+    _flavor = {"Metadata-Flavor": "Google"}
+
+    def here(self) -> bool:
+        return self.get("/computeMetadata/v1/instance/id", self._flavor) is not None
+
+    def notice(self) -> Notice | None:
+        told = self.get("/computeMetadata/v1/instance/preempted", self._flavor) or ""
+        if told.strip().upper() != "TRUE":
+            return None
+        return Notice("Google preempts this machine", GOOGLE_NOTICE)
+
+
+class Azure(Metadata):
+    """The first question turns scheduled events on, which may take two minutes; `here` asks it."""
+
+    _header = {"Metadata": "true"}
+    _name: str | None = None
+
+    def here(self) -> bool:
+        self.get("/metadata/scheduledevents?api-version=2020-07-01", self._header)
+        return self._own() is not None
+
+    def notice(self) -> Notice | None:
+        told = self.get("/metadata/scheduledevents?api-version=2020-07-01", self._header)
+        for event in json.loads(told or "{}").get("Events", []):
+            # Events of a whole availability set are told to each of its machines.
+            if event.get("EventType") == "Preempt" and self._own() in (None, *event.get("Resources", [])):
+                when = event.get("NotBefore") or ""
+                seconds = _until(parsedate_to_datetime(when)) if when else SHORTEST
+                return Notice(f"Azure evicts this spot machine{f' at {when}' if when else ' now'}", seconds)
+        return None
+
+    def _own(self) -> str | None:
+        if self._name is None:
+            self._name = self.get("/metadata/instance/compute/name?api-version=2021-02-01&format=text", self._header)
+        return self._name
+
+
+CLOUDS: dict[str, type[Metadata]] = {"aws": Aws, "gcp": Google, "azure": Azure}
+
+
+def watch(
+    cloud: str | None,
+    *,
+    interval: float = 5.0,
+    node_id: str | None = None,
+    say: Callable[[str], None] | None = None,
+    alone: float = ALONE,
+) -> int:
+    """Ask until the machine's end is announced, drain its Ray nodes, and end with them; 0.
+
+    Args:
+        interval: seconds between two questions.
+        node_id: hex id of the only Ray node to drain.
+        alone: seconds without a Ray node on this host after which it ends, too.
+
+    Raises:
+        BadLaunchFile: no such cloud.
+        Missing: no cloud was named, and none answers.
+    """
+    say = say or _say
+    metadata = _service(cloud)
+    seen = looked = time.monotonic()
+    complained = hinted = -TELL
+    say(f"watching for the end of this spot machine ({type(metadata).__name__}, every {interval:g} s)")
+    while True:
+        now = time.monotonic()
+        try:
+            notice = metadata.notice()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            notice = None
+            if now - complained >= TELL:
+                complained = now
+                say(f"no answer from the metadata service, which is asked again: {error}")
+        if notice and notice.final:
+            _leave(notice, node_id, interval, say)
+            return 0
+        if notice and now - hinted >= TELL:
+            hinted = now
+            say(f"{notice.text}; nothing is done yet")
+        if now - looked >= min(LOOK, alone):
+            looked = now
+            if ray_nodes(node_id):
+                seen = now
+            elif now - seen >= alone:
+                say("no Ray node has run here for a while: nothing is left to watch for")
+                return 0
+        time.sleep(interval)
+
+
+def _leave(notice: Notice, node_id: str | None, interval: float, say: Callable[[str], None]) -> None:
+    """Drain the nodes of this host, again where that fails, and wait until they are gone or their time is over."""
+    deadline = time.monotonic() + max(notice.seconds, SHORTEST)
+    drained: set[str] = set()
+    say(f"{notice.text}, in {notice.seconds} s")
+    while nodes := ray_nodes(node_id):
+        for node, address in nodes.items():
+            left = int(deadline - time.monotonic())
+            if node not in drained and left >= 0 and _drain(node, address, notice.text, left, say):
+                drained.add(node)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(min(interval, 1.0))
+    say("no Ray node runs here any more")
+
+
+def _drain(node: str, address: str, text: str, seconds: int, say: Callable[[str], None]) -> bool:
+    command = ["ray", "drain-node", "--address", address, "--node-id", node]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", text]
+    command += ["--deadline-remaining-seconds", str(seconds)]
+    environment = {"RAY_AUTH_MODE": "token", **os.environ}
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DRAIN, env=environment
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        say(f"node {node[:12]} was not drained, trying again: {error}")
+        return False
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
+        say(f"node {node[:12]} was not drained, trying again: {last[0][:300]}")
+        return False
+    say(f"node {node[:12]} is drained: no new work, and {seconds} s to save the work in hand")
+    return True
+
+
+def ray_nodes(only: str | None = None, processes: Path = Path("/proc")) -> dict[str, str]:
+    """Ray nodes of this host, from the arguments of their raylets: hex id -> address of their head (host:port)."""
+    found = {}
+    for file in processes.glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue  # it has ended
+        if words[0].endswith("raylet/raylet"):
+            flags = dict(word.removeprefix("--").partition("=")[::2] for word in words[1:] if word.startswith("--"))
+            node, address = flags.get("node_id"), flags.get("gcs-address")
+            if node and address and only in (None, node):
+                found[node] = address
+    return found
+
+
+def _service(cloud: str | None) -> Metadata:
+    if cloud is not None:
+        if cloud not in CLOUDS:
+            raise BadLaunchFile(f"--cloud {cloud!r} is none of {', '.join(CLOUDS)}.{nearest(cloud, CLOUDS)}")
+        return CLOUDS[cloud]()
+    for kind in CLOUDS.values():
+        metadata = kind()
+        try:
+            if metadata.here():
+                return metadata
+        except (OSError, ValueError):
+            continue
+    raise Missing(f"no cloud's metadata service answers here. Name the cloud: --cloud {' or '.join(CLOUDS)}.")
+
+
+def _until(when: datetime) -> int:
+    """Seconds from now, at least none."""
+    return max(0, int((when - datetime.now(UTC)).total_seconds()))
+
+
+def _say(text: str) -> None:
+    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}Z {text}", flush=True)
