@@ -43,6 +43,7 @@ def check(
     after: Annotated[bool, typer.Option("--after", help="Of a cluster that is up: wait for its nodes.")] = False,
     nodes: Nodes = None,
     timeout: Timeout = 600,
+    crd: Annotated[Path | None, typer.Option(help="Folder with KubeRay's CRDs: then every key is checked.")] = None,
 ) -> None:
     """Before `up`: what Ray lets pass. With --after: wait for the nodes, and tell why one does not come."""
     if after:
@@ -51,7 +52,7 @@ def check(
         raise typer.Exit(launch_up.check_after(file, nodes=nodes, timeout=timeout))
     from cluster import check as checking
 
-    raise typer.Exit(checking.run(file))
+    raise typer.Exit(checking.run(file, crd))
 
 
 @app.command(epilog="Example: HF_TOKEN=... macdrop cluster up cluster.yaml")

@@ -174,6 +174,29 @@ class ClusterFile:
         return {key: value for _, key, value in sbatch_lines(self.text)} if self.kind == SLURM else {}
 
 
+#: Short options of sbatch.
+SBATCH_SHORT = {
+    **{
+        "A": "account",
+        "a": "array",
+        "b": "begin",
+        "C": "constraint",
+        "c": "cpus-per-task",
+        "D": "chdir",
+        "d": "dependency",
+    },
+    **{"e": "error", "F": "nodefile", "G": "gpus", "H": "hold", "i": "input", "J": "job-name", "k": "no-kill"},
+    **{
+        "L": "licenses",
+        "M": "clusters",
+        "m": "distribution",
+        "N": "nodes",
+        "n": "ntasks",
+        "o": "output",
+        "p": "partition",
+    },
+    **{"q": "qos", "s": "oversubscribe", "t": "time", "W": "wait", "w": "nodelist", "x": "exclude"},
+}
 #: Keys of a Ray YAML that hold lists of shell commands, in the order in which a host runs them.
 COMMANDS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
@@ -246,8 +269,15 @@ def sbatch_lines(text: str) -> list[tuple[int, str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.startswith("#"):
             break
-        for word in _words(line.removeprefix("#SBATCH")) if re.match(r"#SBATCH\s", line) else []:
-            key, _, value = word.removeprefix("--").partition("=")
+        words = _words(line.removeprefix("#SBATCH")) if re.match(r"#SBATCH\s", line) else []
+        while words:
+            word = words.pop(0)
+            if word.startswith("--"):
+                key, _, value = word[2:].partition("=")
+            else:
+                key, value = SBATCH_SHORT.get(word[1:2], word), word[2:]
+            if words and not value and not words[0].startswith("-"):
+                value = words.pop(0)
             found.append((number, key, value))
     return found
 
