@@ -159,10 +159,11 @@ def probe(shell: Shell, ssh: Ssh, hosts: Iterable[str], head: str, version: str 
         version: Ray's on the head, None where that is not known.
     """
     ended = on_all(shell, ssh, hosts, probe_script(head))
-    return {host: _causes(ssh, host, done, head, version) for host, done in ended.items()}
+    return {host: read_probe(ssh, host, done, head, version) for host, done in ended.items()}
 
 
-def _causes(ssh: Ssh, host: str, done: Done, head: str, version: str | None) -> list[str]:
+def read_probe(ssh: Ssh, host: str, done: Done, head: str, version: str | None) -> list[str]:
+    """What the answer of one host tells."""
     facts = {}
     for line in done.text.splitlines():
         _, mark, told = line.partition(MARK)

@@ -18,9 +18,9 @@ POLL = 5.0
 
 def up(path: Path, *, nodes: int | None, timeout: float, dry_run: bool) -> int:
     """Check, token, secrets, start, and wait for the nodes: 0 when they are all there, else 1 with the causes."""
-    import importlib.util
+    from cluster import check
 
-    if importlib.util.find_spec("cluster.check") and importlib.import_module("cluster.check").run(path):
+    if check.run(path):
         raise BadLaunchFile(f"nothing was started: mend {path} first, as told above.")
     kind = open_kind(path, dry_run=dry_run)
     values = secrets.values(kind.file.secrets)

@@ -16,3 +16,11 @@ def lab() -> Iterator[netlab.Lab]:
     with netlab.Lab() as lab:
         yield lab
     assert lab.leftovers() == []
+
+
+@pytest.fixture
+def laptop(tmp_path, monkeypatch, capsys):
+    """A machine to type `macdrop cluster ...` on; see `launching`."""
+    from launching import Laptop
+
+    return Laptop(tmp_path, monkeypatch, capsys)
