@@ -22,10 +22,17 @@ CONNECT, ANSWER = 10, 90
 AT_ONCE = 16
 #: Seconds by which clocks may differ before it is worth a line.
 SKEW = 30
-#: Ray's processes as `ps` shows them. The brackets keep the search from finding itself.
+#: Ray's processes as `ps` shows them; dead ones that nobody waited for it shows in [brackets]. The brackets here keep
+#: the search from finding itself.
 PROCESSES = "|".join(
     (
-        *("[r]aylet/raylet ", "[g]cs_server/gcs_server ", "[r]ay::", "/[r]ay/_private/log_monitor\\.py"),
+        *(
+            "[r]aylet/raylet ",
+            "gcs/[g]cs_server ",
+            "(^| )[r]ay::",
+            "(^| )[r]ay-dashboard",
+            "/[r]ay/_private/log_monitor\\.py",
+        ),
         *("/[r]ay/dashboard/(agent|dashboard)\\.py", "/[r]ay/_private/runtime_env/agent/main\\.py"),
         *("/[r]ay/autoscaler/_private/monitor\\.py", "/[r]ay/autoscaler/v2/monitor\\.py"),
         *("/[r]ay/_private/workers/(default|setup)_worker\\.py", "/[r]ay/util/client/server"),
