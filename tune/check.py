@@ -14,6 +14,7 @@ from tune.batching import Batches, total_steps
 from tune.benchmarks.spec import PLAIN, EvalSpec, jobs, parse_attack
 from tune.blocks import ARMS, EVAL_LOSS
 from tune.plan import Study
+from tune.resuming import check_new
 from tune.spec import RunSpec, Space, TrainSpec, with_values
 from tune.trackers import check as check_trackers
 from tune.weights import cache_dir
@@ -102,13 +103,13 @@ def check_judging(block: EvalSpec) -> None:
     check_judge(block.judge)
 
 
-def check_folder(folder: Path, *, resume: bool) -> None:
-    """Refuse a folder that holds something, but for `resume`; what is in it is not touched."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
-        raise ConfigError(
-            f"output_dir {str(folder)!r} exists and is not empty.\n"
-            "Add --resume to go on with the run in it, or choose another output_dir."
-        )
+def check_folder(folder: Path, *, resume: bool, remedy: str | None = None) -> None:
+    """Refuse a folder that holds something, but for `resume`; what is in it is not touched.
+
+    remedy: the command that goes on there.
+    """
+    if not resume:
+        check_new(folder, remedy)
     standing = next((parent for parent in folder.absolute().parents if parent.exists()), None)
     if standing is not None and not standing.is_dir():
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {standing} is a file.")

@@ -165,6 +165,9 @@ def sweep(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show spec, trials and resources; start nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: also train again what failed or diverged.")
+    ] = False,
     recipes: Annotated[bool, typer.Option("--recipes", help="List the shipped recipes.")] = False,
 ) -> None:
     """Compare plain and MacDrop adapters on many models: search, train, score, report. No argument: the demo."""
@@ -174,7 +177,7 @@ def sweep(
         commands.list_recipes()
         return
     file, overrides = _split(config)
-    failures = commands.sweep(file, overrides, dry_run=dry_run, resume=resume)
+    failures = commands.sweep(file, overrides, dry_run=dry_run, resume=resume, retry_failed=retry_failed)
     raise typer.Exit(TRIALS_FAILED if failures else 0)
 
 

@@ -62,6 +62,7 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
             options["_temp_dir"] = "/tmp/ray"
     else:
         options["address"] = spec.address
+    before = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
@@ -71,7 +72,7 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
         ) from None
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler aborts the process; an end from outside should close the run as Ctrl-C does.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+        signal.signal(signal.SIGTERM, before if callable(before) else lambda *_: sys.exit(TERMINATED))
     return context.dashboard_url or "", True
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from macdrop.errors import BenchmarkError, ConfigError, nearest
+from macdrop.errors import BenchmarkError, ConfigError, MacDropError, nearest
 from tune.scanning import Source, check_adapter
 from tune.terminal import console, line, lines, quiet_libraries
 
@@ -32,7 +33,7 @@ def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
     quiet_libraries()
     from tune.check import check_folder, check_trackers, check_training
 
-    check_folder(folder, resume=resume)
+    check_folder(folder, resume=resume, remedy=shlex.join(["macdrop", *sys.argv[1:], "--resume"]))
     check_trackers(spec.report_to, folder)
     with console.status("Reading model settings and data"):
         steps = check_training(models[0], spec.ray.num_workers)
@@ -147,10 +148,16 @@ def _jobs_of_one(block: Any, adapter: Path | None) -> list[Any]:
     return [job for job in jobs(block) if not (same and job.attack_on == "merged")]
 
 
-def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool) -> int:
+def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool, retry_failed: bool = False) -> int:
     from tune.plan import check_local, studies
+    from tune.resuming import resume_command
     from tune.spec import load
+    from tune.stopping import stoppable
 
+    if retry_failed and not resume:
+        raise ConfigError("--retry-failed is about the run in a folder: add --resume.")
+    if resume and file is not None and Path(file).is_dir():
+        file, overrides = None, [f"output_dir={file}", *overrides]
     spec = load(_started_with(overrides) if resume and file is None else recipe(file or DEMO), overrides)
     if spec.output_dir is None:
         if resume:
@@ -161,7 +168,8 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
     quiet_libraries()
     from tune.check import check_folder, check_inputs
 
-    check_folder(Path(spec.output_dir), resume=resume)
+    folder = Path(spec.output_dir)
+    check_folder(folder, resume=resume, remedy=resume_command(folder, overrides))
     if dry_run:
         _show_plan(spec, planned)
         with console.status("Reading models' settings, data and benchmark files"):
@@ -174,23 +182,25 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
         return 0
     with console.status("Loading"):
         from tune import reporting
-        from tune.cluster_state import TERMINATED
         from tune.progress import Progress
         from tune.report import make_report
         from tune.sweep import run
 
     progress = Progress(console)
-    try:
-        failures = run(spec, resume=resume, progress=progress)
-    except (KeyboardInterrupt, SystemExit) as end:
-        progress.finished()
-        line("to go on", f"macdrop sweep --resume output_dir={spec.output_dir}")
-        if isinstance(end, SystemExit):
-            # Whatever code the call that SIGTERM came into made of it.
-            sys.exit(TERMINATED)
-        raise
-    finally:
-        progress.finished()
+    with stoppable(lambda text: line("stopping", text)) as stop:
+        try:
+            failures = run(spec, resume=resume, retry_failed=retry_failed, progress=progress, stop=stop)
+        except BaseException as error:
+            progress.finished()
+            if stop.signal is None:
+                raise
+            if isinstance(error, MacDropError):
+                line("stopped", str(error))
+            if (folder / "run.json").exists():
+                line("to go on", resume_command(folder, overrides))
+            stop.leave()
+        finally:
+            progress.finished()
     made = [make_report(spec.output_dir)]
     reporting.show(made, "terminal", reporting.BRIEF)
     line("report", ", ".join(map(str, reporting.write(made, made[0].run_dir))))
@@ -200,13 +210,18 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
 
 def _started_with(overrides: list[str]) -> Path:
     """The effective config in the folder of the run to go on with."""
-    from tune.journal import Journal
+    from tune.claim import claimed
+    from tune.repair import check_run, mend
     from tune.specfile import read_override
 
     folder = dict(read_override(override) for override in overrides).get("output_dir")
     if folder is None:
         raise ConfigError("--resume needs output_dir=FOLDER, the folder of the run to go on with.")
-    return Journal.open(str(folder)).run_dir / "config.yaml"
+    check_run(Path(str(folder)))
+    with claimed(Path(str(folder))):
+        for note in mend(Path(str(folder))):
+            line("mended", note)
+    return Path(str(folder)) / "config.yaml"
 
 
 def list_recipes() -> None:

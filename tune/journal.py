@@ -36,6 +36,7 @@ from tune.files import (
     read_mapping,
     stat,
 )
+from tune.resuming import check_new
 from tune.spec import slug
 
 if TYPE_CHECKING:
@@ -78,12 +79,7 @@ class Journal:
             ResourceError: it cannot be written.
         """
         path = Path(run_dir)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            run = " It holds a run." if (path / "run.json").exists() else ""
-            raise ConfigError(
-                f"output_dir {str(path)!r} exists and is not empty.{run}\n"
-                "Add --resume to go on with the run in it, or choose another output_dir."
-            )
+        check_new(path)
         journal = cls(path)
         atomic_write_yaml(path / "config.yaml", spec)
         journal._write_run(
@@ -93,6 +89,7 @@ class Journal:
             command=" ".join(sys.argv) if command is None else command,
             macdrop=version("macdrop"),
             layout=LAYOUT,
+            spec=plain(spec),  # the copy from which config.yaml is mended
         )
         return journal
 

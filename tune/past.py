@@ -43,8 +43,10 @@ def standing(record: Mapping[str, Any], *, adapter: bool, scored: bool, retry_fa
     record: its trial.json. adapter: whether a whole adapter lies in its folder. scored: whether it has all its scores.
     """
     status = record["status"]
-    if status == "done" or (status == "running" and record.get("trained") and adapter):
-        return "done" if scored and status == "done" else "trained"
+    if status == "done" and scored:
+        return status  # also where its adapter was deleted to save room
+    if status == "done" or (status == "running" and record.get("trained")):
+        return "trained" if adapter else None
     if status == "stopped":
         return status if record.get("step") is not None else None  # given up before it began: it says nothing
     if status == "failed":

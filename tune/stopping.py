@@ -24,7 +24,7 @@ class Stop:
         if self.signal is not None:
             self.leave()
         self.signal = number
-        self._tell("Stopping: fine-tunings that are running save a checkpoint. Once more to stop at once.")
+        self._tell("running fine-tunings save a checkpoint; once more to stop at once")
         # Whatever the call that it comes into makes of the exception: `signal` says that it was no failure.
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.code)
 

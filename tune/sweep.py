@@ -9,8 +9,9 @@ from typing import Any
 
 import ray
 
-from macdrop.errors import ConfigError, MacDropError, ResourceError
+from macdrop.errors import MacDropError, ResourceError
 from tune.check import check_inputs
+from tune.claim import claimed
 from tune.cluster_state import check_cluster, connect
 from tune.dispatch import dispatching
 from tune.evaluators import Pool
@@ -20,40 +21,52 @@ from tune.lanes import Lanes
 from tune.mirror import Mirror, trials_of_run
 from tune.plan import gpu_shares, resources, studies
 from tune.progress import Progress
+from tune.repair import check_run, mend
+from tune.resuming import check_same
 from tune.spec import RunSpec, dump
 from tune.stages import StudyRun, jobs_of_stages
+from tune.stopping import Stop
 from tune.supervisor import Supervisor
 
 
-def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
+def run(
+    spec: RunSpec, *, resume: bool = False, retry_failed: bool = False, progress: Progress, stop: Stop | None = None
+) -> int:
     """Run every study of `spec` into its output folder.
+
+    resume: what of it is not done yet. retry_failed: also what failed or diverged. stop: tells an end from outside,
+    whatever exception it became, from a failure.
 
     Returns:
         The number of trials that did not end well.
 
     Raises:
-        ConfigError: the spec does not fit its models or data, or the folder holds another run.
+        ConfigError: the spec does not fit its models or data, the folder holds another run, is in use, or is damaged
+            beyond repair.
         ResourceError: the cluster has too little, with the arithmetic.
     """
     assert spec.output_dir is not None, "the command line gives every run a folder"
     planned = studies(spec)
     run_dir = Path(spec.output_dir).absolute()
-    if resume and _settings(Journal.open(run_dir).config()) != _settings(dump(spec)):
-        raise ConfigError(
-            f"{run_dir} was started with another spec (its config.yaml). Resume it with that file, or choose "
-            "another output_dir."
-        )
-    checked = check_inputs(spec, planned)
     with ExitStack() as stack:
+        if resume:
+            check_run(run_dir)
+            stack.enter_context(claimed(run_dir))
+            for note in mend(run_dir):
+                progress.note(note)
+            check_same(run_dir, dump(RunSpec.model_validate(Journal.open(run_dir).config())), dump(spec))
+        checked = check_inputs(spec, planned)
         address, joined = connect(spec.ray)
         if joined:
             stack.callback(ray.shutdown)
         gpus = check_cluster(spec.ray)
         # The folder comes last: whatever is refused above leaves nothing behind.
+        if not resume:
+            stack.enter_context(claimed(run_dir))
         journal = Journal.open(run_dir) if resume else Journal.create(run_dir, dump(spec))
         journal.write_environment()
         journal.set_status("running")
-        stack.push(functools.partial(_leave, journal))
+        stack.push(functools.partial(_leave, journal, stop))
         progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
         dispatcher = stack.enter_context(dispatching(run_dir / "ray"))
         lanes = Lanes(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
@@ -63,7 +76,9 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
         # Closed after the supervisor, whose last changes it copies.
         followed = functools.partial(trials_of_run, Journal(run_dir))
         stack.callback(Mirror(spec.report_to, run_dir, followed, progress.note).close)
-        supervisor = Supervisor(journal, dispatcher, lanes, pool, jobs_of_stages(spec), progress)
+        supervisor = Supervisor(
+            journal, dispatcher, lanes, pool, jobs_of_stages(spec), progress, retry_failed=retry_failed
+        )
         stack.callback(supervisor.close)
         if any(study.count for study in planned):
             lanes.open()
@@ -90,14 +105,12 @@ def run(spec: RunSpec, *, resume: bool = False, progress: Progress) -> int:
     return failures
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """A dumped spec without the folder, which may be written in several ways, and the trackers, which may change."""
-    return {key: value for key, value in config.items() if key not in ("output_dir", "report_to")}
-
-
-def _leave(journal: Journal, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+def _leave(
+    journal: Journal, stop: Stop | None, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+) -> None:
     """Record how the run ended, whatever ended it."""
     if kind is None:
         journal.set_status("done")
-    else:
-        journal.set_status("interrupted" if issubclass(kind, (KeyboardInterrupt, SystemExit)) else "failed")
+        return
+    stopped = issubclass(kind, (KeyboardInterrupt, SystemExit)) or (stop is not None and stop.signal is not None)
+    journal.set_status("interrupted" if stopped else "failed")
