@@ -122,7 +122,7 @@ def _machines(file: ClusterFile, provider: dict[str, Any]) -> Iterator[Finding]:
                 "when it is taken away, the whole cluster goes with it",
                 "rent the head on demand; workers may be spot",
             )
-        elif "spot-watch" not in file.shell:
+        elif "cluster spot-watch" not in file.shell:
             yield note(
                 where,
                 "spot machines without a watch",

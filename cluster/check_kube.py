@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.errors import BadLaunchFile
-from cluster.files import ClusterFile, _dict
+from cluster.files import LOADER, ClusterFile, _dict
 from cluster.findings import Finding, environment_findings, error, note, place, unknown_keys
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?")
@@ -184,7 +184,7 @@ def _definitions(file: ClusterFile, folder: Path) -> Iterator[Finding]:
     """Each document of ray.io against the openAPIV3Schema of its definition, with no key beside it allowed."""
     import jsonschema
 
-    schemas = _schemas(folder)
+    schemas = read_definitions(folder)
     for document in file.documents:
         api, kind = str(document.get("apiVersion")), str(document.get("kind"))
         if not api.startswith("ray.io/"):
@@ -200,7 +200,7 @@ def _definitions(file: ClusterFile, folder: Path) -> Iterator[Finding]:
             where = place(*fault.absolute_path)
             if fault.validator == "additionalProperties":
                 known = _dict(fault.schema).get("properties", {})
-                yield from unknown_keys(fault.instance, known, where if fault.absolute_path else "", where)
+                yield from unknown_keys(fault.instance, known, where if fault.absolute_path else "", "the definition")
             elif fault.validator == "required":
                 missing = [key for key in fault.validator_value if key not in fault.instance]
                 yield error(where, f"{', '.join(missing)} is missing", "Kubernetes refuses it", f"add {missing[0]}:")
@@ -209,12 +209,12 @@ def _definitions(file: ClusterFile, folder: Path) -> Iterator[Finding]:
                 yield error(where, f"breaks the rule {rule}", "Kubernetes refuses it", "mend the value")
 
 
-def _schemas(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def read_definitions(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """(kind, apiVersion) -> schema. Raises BadLaunchFile: no definitions there."""
     files = sorted(folder.glob("*.y*ml")) if folder.is_dir() else [folder]
     found = {}
     try:
-        documents = [each for file in files for each in yaml.load_all(file.read_text(), Loader=_loader())]
+        documents = [each for file in files for each in yaml.load_all(file.read_text(), Loader=LOADER)]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
         raise BadLaunchFile(f"--crd {folder}: cannot be read: {fault}") from None
     for document in map(_dict, documents):
@@ -226,11 +226,6 @@ def _schemas(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     if not found:
         raise BadLaunchFile(f"--crd {folder}: no CustomResourceDefinition there.")
     return found
-
-
-def _loader() -> Any:
-    """libyaml where there is one: a definition has a megabyte."""
-    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:

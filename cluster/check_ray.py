@@ -28,15 +28,13 @@ _TYPES = {"integer": "a whole number", "number": "a number", "string": "text", "
 def findings(file: ClusterFile) -> Iterator[Finding]:
     """All findings of one file; where its types are wrong, only these and the provider's."""
     refused = list(_schema(file.content))
-    prepared, told = (None, []) if refused else _prepared(file.content)
     yield from refused
-    yield from told
     yield from cloud_findings(file)
-    if prepared is None:
+    if refused:
         return
-    merged = ClusterFile(
-        file.path, file.kind, file.text, (prepared,)
-    )  # Ray's defaults stand where the file has nothing
+    prepared, told = _prepared(file.content)
+    yield from told
+    merged = replace(file, documents=(prepared,))  # Ray's defaults stand where the file has nothing
     yield from _workers(file)
     for role in (HEAD, WORKER):
         yield from _start(file, merged, role)
@@ -63,7 +61,7 @@ def _schema(content: dict[str, Any]) -> Iterator[Finding]:
         where = place(*fault.absolute_path)
         if fault.validator == "additionalProperties":
             known = _dict(fault.schema).get("properties", {})
-            yield from unknown_keys(fault.instance, known, where if fault.absolute_path else "", where)
+            yield from unknown_keys(fault.instance, known, where if fault.absolute_path else "", "Ray's schema")
         elif fault.validator == "required":
             missing = [key for key in fault.validator_value if key not in fault.instance]
             yield error(where, f"{', '.join(missing)} is missing", "Ray requires it", f"add {missing[0]}:")

@@ -17,6 +17,8 @@ import yaml
 
 from cluster.errors import BadLaunchFile
 
+#: libyaml where there is one: launch files and KubeRay's definitions are long.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 RAY, KUBERAY, SLURM = "ray", "kuberay", "slurm"
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
@@ -224,7 +226,7 @@ def parse(text: str, path: Path) -> ClusterFile:
             raise BadLaunchFile(f"{path} is a script without #SBATCH lines: sbatch would not know what to ask for.")
         return ClusterFile(path, SLURM, text)
     try:
-        documents = tuple(document for document in yaml.safe_load_all(text) if document is not None)
+        documents = tuple(document for document in yaml.load_all(text, Loader=LOADER) if document is not None)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""

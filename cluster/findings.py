@@ -49,7 +49,7 @@ def unknown_keys(given: Any, known: Iterable[str], where: str, of: str) -> Itera
         if key not in known:
             hint = nearest(key, known).strip()
             yield error(
-                place(*([where] if where else []), key),
+                f"{where}.{place(key)}".removeprefix("."),
                 f"{of} has no key {str(key)[:60]!r}",
                 "Ray passes over it in silence, or the launch fails late",
                 hint or f"one of {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}",

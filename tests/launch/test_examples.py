@@ -1,0 +1,133 @@
+"""The shipped launch files: equal to what their templates render, accepted by Ray and by our own checks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from cluster import check, files, render
+from cluster.findings import ERROR
+from cluster.targets import TARGETS
+
+targets = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+
+
+@targets
+def test_the_example_is_what_the_template_renders(target):
+    assert (render.EXAMPLES / target.file).read_text(encoding="utf-8") == render.example(target)
+
+
+def test_there_are_no_other_examples():
+    assert {path.name for path in render.EXAMPLES.iterdir()} == {target.file for target in TARGETS.values()}
+
+
+@targets
+def test_the_example_passes_the_checks_without_a_network(target, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a check went online"))
+    found = check.check(files.load(render.EXAMPLES / target.file))
+    assert [finding for finding in found if finding.severity == ERROR] == []
+    # What is missing is what only the user's machine has: a clone, an ssh key.
+    assert all("not on this machine" in finding.what for finding in found), found
+
+
+@targets
+def test_the_example_says_what_made_it_and_what_comes_next(target):
+    text = (render.EXAMPLES / target.file).read_text(encoding="utf-8")
+    assert f"macdrop cluster render {target.name} " in text
+    assert "macdrop cluster check FILE" in text and "macdrop cluster" in text.partition("check FILE")[2]
+
+
+@targets
+def test_every_host_gets_token_keepalive_storage_and_secrets_by_name(target):
+    file = files.load(render.EXAMPLES / target.file)
+    assert file.token
+    assert file.storage == "/shared"
+    assert file.secrets[0] == "HF_TOKEN"
+    assert file.environment["RAY_grpc_client_keepalive_time_ms"] == "15000"
+    assert file.environment["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+@targets
+def test_shell_commands_of_the_example_are_shell(target):
+    file = files.load(render.EXAMPLES / target.file)
+    scripts = [file.text] if file.kind == files.SLURM else [t for key in files.COMMANDS for t in file.commands(key)]
+    scripts += [text for document in file.documents for text in (document.get("data") or {}).values()]
+    for script in scripts:
+        done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert done.returncode == 0, f"{script}\n{done.stderr}"
+
+
+def test_setup_commands_do_what_they_say(tmp_path):
+    """The part that writes the hosts' environment, run twice in a home of its own."""
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray/auth_token").write_text("not a token")
+    (home / ".bashrc").write_text("export OLD=1\n")
+    command = files.load(render.EXAMPLES / "local.yaml").commands("setup_commands")[0]
+    for _ in range(2):
+        subprocess.run(["bash", "-c", command], env={"HOME": str(home), "PATH": "/usr/bin:/bin"}, check=True)
+    assert (home / ".bashrc").read_text().count("macdrop") == 1
+    assert (home / ".bashrc").read_text().endswith("export OLD=1\n")
+    assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+    shown = subprocess.run(
+        ["bash", "-c", ". ~/.bashrc; echo $OLD $RAY_AUTH_MODE $MACDROP_CACHE $MACDROP_SECRETS"],
+        env={"HOME": str(home), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout.split() == ["1", "token", "/shared/cache", "HF_TOKEN,WANDB_API_KEY"]
+
+
+@pytest.mark.skipif(not shutil.which("pkill"), reason="needs procps")
+def test_the_slurm_script_ends_on_all_nodes_with_the_code_of_the_sweep(tmp_path, code=3):
+    """With stand-ins: srun makes two nodes as processes; Ray never returns on the second, as the real one does not."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    tools = {
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\n'
+        'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@"; code=$?; wait; exit $code',
+        "ray": '[ "$1" = symmetric-run ] || exit 0\n[ "$SLURM_NODEID" = 0 ] || { sleep 600 & wait; }\n'
+        'while [ "$1" != -- ]; do shift; done; shift; exec "$@"',
+        "macdrop": f'echo "$@" > {tmp_path}/called; exit {code}',
+        "hostname": "echo 10.0.0.1 10.0.0.2",
+    }
+    for name, text in tools.items():
+        (bin / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin / name).chmod(0o755)
+    words = f"nodes=2 gpus=0 cpus=1 venv={tmp_path} storage=/shared".split()
+    script = render.render(TARGETS["slurm"], words).replace("=/shared\n", f"={tmp_path}/shared\n")
+    (tmp_path / "shared").mkdir()
+    env = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NAME": "macdrop"}
+    with open(tmp_path / "log", "w") as log:
+        done = subprocess.run(
+            ["bash", "-c", script, "script", "demo", "seed=1 2"], env=env, stdout=log, stderr=log, timeout=60
+        )
+    assert done.returncode == code, (tmp_path / "log").read_text()
+    run = tmp_path / "shared/runs/macdrop"
+    assert (tmp_path / "called").read_text() == f"sweep demo seed=1 2 ray.address=auto output_dir={run}\n"
+    assert list((tmp_path / "shared").iterdir()) == []  # the note is gone
+
+
+def test_the_job_of_kubernetes_resumes_where_a_run_is(tmp_path):
+    (document,) = [d for d in files.load(render.EXAMPLES / "kuberay-job.yaml").documents if d["kind"] == "ConfigMap"]
+    (tmp_path / "macdrop").write_text('#!/bin/bash\necho "$@"\n')
+    (tmp_path / "macdrop").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MACDROP_STORAGE": str(tmp_path)}
+    run = ["bash", "-c", document["data"]["sweep.sh"]]
+    first = subprocess.run(run, env=env, capture_output=True, text=True).stdout
+    (tmp_path / "runs/llama").mkdir(parents=True)
+    second = subprocess.run(run, env=env, capture_output=True, text=True).stdout
+    ending = f"ray.address=auto output_dir={tmp_path}/runs/llama\n"
+    assert first == f"sweep llama-3.2-1b sweep.num_samples=40 {ending}"
+    assert second == f"sweep --resume {ending}"
+
+
+def test_the_command_in_an_example_makes_it_again():
+    for target in TARGETS.values():
+        text = (render.EXAMPLES / target.file).read_text(encoding="utf-8")
+        (command,) = re.findall(r"Made by: macdrop cluster render \S+ (.*)", text)
+        assert yaml.safe_dump(command) and render.render(target, command.replace("'", "").split()) == text

@@ -1,0 +1,65 @@
+"""KubeRay manifests against the operator's own resource definitions, which are no part of this repository."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster import check, check_kube, files, render
+from cluster.errors import BadLaunchFile
+from cluster.findings import ERROR
+
+READ = check_kube.read_definitions  # before the fixture puts its own there
+MANIFESTS = ("kuberay.yaml", "kuberay-job.yaml")
+
+
+@pytest.fixture(scope="module")
+def crd():
+    """The folder with the definitions; each has a megabyte, so both are read once."""
+    root = Path(os.environ.get("MACDROP_SHARED", Path(__file__).parents[3] / "shared"))
+    if not (root / "data/kuberay").is_dir():
+        pytest.skip("no definitions of KubeRay's resources")
+    definitions = check_kube.read_definitions(root / "data/kuberay")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_kube, "read_definitions", lambda _: definitions)
+        yield root / "data/kuberay"
+
+
+def found(text: str, crd) -> list[tuple[str, str]]:
+    file = files.parse(text, render.EXAMPLES / "kuberay.yaml")
+    return [(each.where, each.what) for each in check.check(file, crd) if each.severity == ERROR]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_the_examples_fit_the_definitions(name, crd):
+    assert found((render.EXAMPLES / name).read_text(encoding="utf-8"), crd) == []
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("idleTimeoutSeconds", "idleTimeoutSecond", "autoscalerOptions.idleTimeoutSecond"),
+        ('num-cpus: "0"', "num-cpus: 0", "rayStartParams.num-cpus"),
+        ("mode: token", "mode: tokens", "authOptions.mode"),
+        ("secretName:", "secretNam:", "authOptions.secretNam"),
+        ("terminationGracePeriodSeconds: 120", 'terminationGracePeriodSeconds: "120"', "terminationGracePeriodSeconds"),
+        ("claimName:", "claimNam:", "claimNam"),
+        ("preStop:", "prestop:", "lifecycle.prestop"),
+        ("replicas: 2", 'replicas: "2"', "replicas"),
+        ("containers:", "container:", "container"),
+    ],
+)
+def test_a_slip_is_found_where_it_is(name, old, new, where, crd):
+    text = (render.EXAMPLES / name).read_text(encoding="utf-8")
+    assert old in text
+    assert any(place.endswith(where) for place, _ in found(text.replace(old, new), crd))
+
+
+def test_a_folder_without_definitions_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"kind": "Secret"}))
+    with pytest.raises(BadLaunchFile, match="no CustomResourceDefinition"):
+        READ(tmp_path)
