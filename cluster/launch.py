@@ -60,6 +60,9 @@ def submit(path: Path, recipe: str, overrides: list[str], *, name: str | None, f
     """Start a sweep and follow its log: the job's exit code, or 0 at once without `follow`."""
     kind = open_kind(path, dry_run=dry_run)
     job = _job(recipe, overrides, name)
+    for name in _stays_here(job):
+        kind.shell.say(f"note: {name} is a file of this machine. The sweep looks for it on the cluster: copy it to the "
+                       f"storage, {kind.file.storage}, and give that path.")  # fmt: skip
     if not dry_run:
         running = [other for other in kind.jobs() if other["run"] == job.run and other["status"] in RUNNING]
         if running:
@@ -97,6 +100,26 @@ def _job(recipe: str, overrides: list[str], name: str | None) -> Job:
             f"--name {run!r}: a run's name has letters, digits, dots, dashes and underscores, at most 63."
         )
     return Job(run, file if file.is_file() else recipe, tuple(overrides), stamp())
+
+
+def _stays_here(job: Job) -> list[str]:
+    """Files of this machine that recipe and overrides name; a copied recipe does not bring them along."""
+    import yaml
+
+    waiting: list[Any] = [override.partition("=")[2] for override in job.overrides]
+    if isinstance(job.recipe, Path):
+        try:
+            waiting.append(yaml.safe_load(job.recipe.read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise BadLaunchFile(f"recipe {job.recipe}: {' '.join(str(error).split())}") from None
+    found = []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and re.search(r"\.\w+$", value) and Path(value).is_file():
+            found.append(value)
+    return sorted(set(found))
 
 
 def _look(kind: Kind, run: str) -> str:

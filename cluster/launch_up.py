@@ -74,6 +74,8 @@ def wait(kind: Kind, wanted: int, timeout: float) -> int:
                     told.add(cause.splitlines()[0])
                     kind.shell.say(f"the autoscaler's log says: {cause}")
         except LaunchError as error:
+            if str(error) != problem:
+                kind.shell.say(f"the head: {error}\nwaiting for it (Ctrl-C ends the waiting, not the cluster)")
             problem = str(error)
         first = False
         alive = sorted(_shown(node) for node in known or [] if node["alive"])
@@ -85,8 +87,6 @@ def wait(kind: Kind, wanted: int, timeout: float) -> int:
         if time.monotonic() >= deadline:
             break
         time.sleep(min(POLL, max(0.0, deadline - time.monotonic())))
-    if problem:
-        kind.shell.say(f"the head: {problem}")
     kind.shell.say(f"{len(alive)} of {wanted} nodes came within {timeout:.0f} s. Looking for the cause ...")
     for cause in kind.why(known) or [
         "no cause was found in the logs; they are on the head: /tmp/ray/session_latest/logs"

@@ -245,13 +245,15 @@ def test_ctrl_c_leaves_the_job_running(laptop, tmp_path):
 
 def test_a_recipe_file_is_copied_and_goes_to_the_storage(laptop):
     started(laptop)
-    Path("my sweep.yaml").write_text("seed: 1\n")
+    Path("my sweep.yaml").write_text("seed: 1\ndataset: [mine.jsonl, far.jsonl]\n")
+    Path("mine.jsonl").touch()
     assert laptop.run("submit", laptop.file("local"), "my sweep.yaml", "--name", "mine", "--no-follow") == 0, laptop.err
     copied = laptop.tools.find("rsync-up")["argv"]
     assert copied[:2] == ["ray", "rsync-up"] and copied[3] == "my sweep.yaml"
     script = laptop.tools.find("ray job submit")["argv"][3]
     assert f'cp {copied[4]} "$MACDROP_STORAGE"/recipes/mine.yaml' in script
     assert "step" not in laptop.out
+    assert "note: mine.jsonl is a file of this machine" in laptop.out and "far.jsonl" not in laptop.out
 
 
 def test_a_head_that_has_just_started_is_asked_again(laptop, monkeypatch):
@@ -269,6 +271,7 @@ def test_a_head_that_has_just_started_is_asked_again(laptop, monkeypatch):
     ("words", "told_so"),
     [
         (["nope.yaml"], "is not there"),
+        (["broken.yaml"], "recipe broken.yaml"),
         (["demo", "seed"], "no key=value"),
         (["demo", "output_dir=runs/x"], "--name NAME"),
         (["demo", "ray.address=auto"], "ray.address is given by submit itself"),
@@ -278,6 +281,7 @@ def test_a_head_that_has_just_started_is_asked_again(laptop, monkeypatch):
     ],
 )
 def test_a_submission_that_cannot_be_is_refused_before_anything_is_called(words, told_so, laptop):
+    Path("broken.yaml").write_text("a: [")
     assert laptop.run("submit", laptop.file("local"), *words) == 2
     assert told_so in laptop.err and laptop.tools.calls == []
 
