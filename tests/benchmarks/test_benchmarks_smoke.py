@@ -10,6 +10,7 @@ from pathlib import Path
 import calibration
 import demo
 import lanes
+import launch
 import measure
 import pytest
 import scoring
@@ -176,3 +177,11 @@ def test_calibration_counts_splits_with_an_interval():
     text, low = calibration.show(found, names, lambda one: one.attacked)
     assert text.startswith("8.3 % [0.0, ") and low == 0
     assert calibration.show(found, names, lambda one: one.any_attacked) == ("100.0 % [100.0, 100.0]", 1.0)
+
+
+def test_launch_tells_what_a_lost_host_costs():
+    told = launch.report(33.7, [("kill", 41.24, 22, 25), ("cut", 61.0, 26, 25)])
+    assert "host kill                41.2           22           25" in told
+    assert "target up to 3 nodes <= 90 s: met (33.700 s)" in told
+    assert "target time lost, host cut <= 60 s: not met (61.000 s)" in told
+    assert "target steps again, host cut <= 25: not met (26.000)" in told

@@ -30,6 +30,8 @@ REPOSITORY = Path(__file__).parents[2]
 INIT = Path(__file__).with_name("netlab_machine.sh")
 HOME = pwd.getpwuid(os.getuid()).pw_dir
 SHARED = Path("/srv")
+#: Set in the environment, it lets the lab's folder stay, with the hosts' homes and logs.
+KEEP = "NETLAB_KEEP"
 NETWORK = "10.77.0"
 LAPTOP = "laptop"
 #: Where a machine's namespaces differ from its neighbour's; `nsenter` and `unshare` spell the options alike.
@@ -97,6 +99,10 @@ def inhabitants(namespaces: set[str]) -> list[int]:
     return found
 
 
+def _pairs(variables: Mapping[str, str]) -> list[str]:
+    return [f"{name}={value}" for name, value in variables.items()]
+
+
 @dataclass
 class Machine:
     """One machine of the lab: `run` and `start` act on it, as its user with a login's environment."""
@@ -107,16 +113,13 @@ class Machine:
     init: int | None = None
     links: list[subprocess.Popen] = field(default_factory=list)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return {"HOME": HOME, "USER": "root", "PATH": PATH, "LANG": "C.UTF-8", "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
-
     def line(self, command: Sequence[str | os.PathLike], variables: Mapping[str, str]) -> list[str]:
         if self.init is None:
             raise RuntimeError(f"{self.name} is off")
-        enter = ["nsenter", f"--target={self.init}", *NAMESPACES, "env", "-i"]
-        shell = ["bash", "-c", 'cd; . ~/.bashrc; exec "$@"', "bash", *map(str, command)]
-        return [*enter, *(f"{key}={value}" for key, value in {**self.environment, **variables}.items()), *shell]
+        login = {"HOME": HOME, "USER": "root", "LANG": "C.UTF-8", "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
+        enter = ["nsenter", f"--target={self.init}", *NAMESPACES, "env", "-i", *_pairs(login)]
+        shell = ["bash", "-c", 'cd; . ~/.bashrc; exec env "$@"', "bash", *_pairs(variables)]
+        return [*enter, *shell, *map(str, command)]
 
     def start(self, *command: str | os.PathLike, log: Path, **variables: str) -> subprocess.Popen:
         """Start a command; what it says goes to the end of `log`, never into a pipe that nobody empties."""
@@ -243,7 +246,8 @@ class Lab:
                 machine.init = None
             self.init = None
             until(lambda: not inhabitants(self.namespaces), 20, "the processes of the lab to end")
-        shutil.rmtree(self.state, ignore_errors=True)
+        if KEEP not in os.environ:
+            shutil.rmtree(self.state, ignore_errors=True)
 
     def leftovers(self) -> list[str]:
         """What of this lab is still on the real machine: processes, mounts, interfaces, folders."""
@@ -253,7 +257,7 @@ class Lab:
             *(f"process {pid}" for pid in inhabitants(self.namespaces)),
             *(f"mount {line}" for line in mounts if str(self.state) in line),
             *(f"interface {name}" for name in interfaces if name in {*self.machines, "switch"}),
-            *([f"folder {self.state}"] if self.state.exists() else []),
+            *([f"folder {self.state}"] if self.state.exists() and KEEP not in os.environ else []),
         ]
 
     def _remember(self, init: int) -> None:
