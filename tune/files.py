@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from macdrop.errors import ResourceError
+from macdrop.errors import ConfigError, ResourceError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def read_jsonl(
         needs: keys that each row must have.
 
     Raises:
-        ValueError: a complete line is no JSON object, or lacks a key; the message has file and line.
+        ConfigError: a complete line is no JSON object, or lacks a key; the message has file and line.
     """
     if stat(path, within) is None:
         return []
@@ -235,11 +235,11 @@ def read_jsonl(
             row = json.loads(line)
             _check_keys(row, needs)
             rows.append(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
             told = f"{path}, line {number}: {kind}({error}). The file was changed by hand?"
             if problems is None:
-                raise ValueError(told) from error
+                raise ConfigError(told) from error
             problems += [told] if told not in problems else []
     return rows
 
@@ -257,7 +257,7 @@ def read_mapping(
         needs: keys that the mapping must have.
 
     Raises:
-        ValueError: the file cannot be read as a mapping, or lacks a key; the message has the path.
+        ConfigError: the file cannot be read as a mapping, or lacks a key; the message has the path.
     """
     path = Path(path)
     try:
@@ -272,10 +272,10 @@ def read_mapping(
             except yaml.YAMLError as error:
                 raise ValueError(error) from error
         _check_keys(found, needs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         told = f"{path} is damaged: {' '.join(str(error).split())}"
         if problems is None:
-            raise ValueError(told) from error
+            raise ConfigError(told) from error
         problems += [told] if told not in problems else []
         return None
     return found

@@ -39,7 +39,8 @@ def detect_format(row: Row) -> str:
     if "messages" in columns:
         return "messages"
     if "conversations" in columns:
-        first = columns["conversations"][0] if columns["conversations"] else {}
+        turns = columns["conversations"]
+        first = turns[0] if isinstance(turns, list) and turns else {}
         return "messages" if isinstance(first, dict) and "role" in first else "sharegpt"
     if "instruction" in columns and "output" in columns:
         return "alpaca"
@@ -73,7 +74,8 @@ def converter(format: str) -> Callable[[Row], Conversation]:
 
 def _alpaca(row: Row) -> Conversation:
     turns = _system(row)
-    for pair in row.values.get("history") or []:
+    history = row.values.get("history") or []
+    for pair in history if isinstance(history, (list, tuple)) else [history]:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise DataError(f"{row.where}: history must be a list of [question, answer] pairs, found {str(pair):.60}.")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
@@ -113,7 +115,7 @@ def _turns(row: Row, column: str, role_key: str, text_key: str, roles: dict[str,
             found = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)[:60]
             raise DataError(f"{row.where}: turn {number} of {column} needs {role_key} and {text_key}; found {found}.")
         role, text = entry[role_key], entry[text_key]
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise DataError(f"{row.where}: turn {number} has {role_key} {role!r}; allowed are {', '.join(roles)}.")
         if not isinstance(text, str):
             raise DataError(f"{row.where}: {text_key} of turn {number} must be text, found a {type(text).__name__}.")
