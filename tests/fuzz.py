@@ -40,6 +40,7 @@ from mutations import ODD, Damage, damaged_file, damages  # noqa: E402
 from cluster.errors import LaunchError  # noqa: E402
 from macdrop.errors import MacDropError  # noqa: E402
 
+REPORT_EVERY = 50
 OURS = (MacDropError, LaunchError)
 DATA = {
     "alpaca.jsonl": [{"instruction": "Add.", "input": "2 and 3", "output": "5", "history": [["a", "b"]], "system": "s"},
@@ -92,6 +93,15 @@ def unchanged(before: dict[str, bytes], folder: Path) -> None:
     apart = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if apart:
         raise Finding(f"changed or left behind: {apart}")
+
+
+def restore(folder: Path, whole: dict[str, bytes]) -> None:
+    """Make a folder hold these files again, and no others."""
+    for name in content(folder).keys() - whole.keys():
+        (folder / name).unlink()
+    for name, text in whole.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != text:
+            (folder / name).write_bytes(text)
 
 
 @contextlib.contextmanager
@@ -195,39 +205,50 @@ def data(folder: Path) -> Callable[[Any], str]:
 
 
 def runs(folder: Path) -> Callable[[Any], str]:
-    """Every fiftieth input makes a whole report, which takes longest."""
+    """Read as a report reads it, then mended and read as a resumed sweep does; a whole report now and then."""
     from run_folders import make_run
 
     from tune.journal import Journal
     from tune.plan import studies
+    from tune.repair import check_run, mend
     from tune.report import make_report
     from tune.results import collect
     from tune.spec import load
 
     make_run(folder / "run", seeds=(1, 2), items=6, tried=2, attacks=("none", "zeroing@3"), judge=True)
     run = folder / "run"
-    names = sorted(name for name, text in content(run).items() if text)
+    whole = content(run)
+    names = sorted(name for name, text in whole.items() if text)
     turn = 0
 
     def resumed() -> None:
         journal = Journal.open(run)
-        journal.trials(), journal.score_rows(), journal.environment()
+        journal.score_rows(), journal.environment()
         for record in journal.trials():
             journal.trial(record["trial"]).metrics()
         studies(load(run / "config.yaml"))
+        if again := mend(run):
+            raise Finding(f"mended twice: {again}")
 
     def read(drawn: tuple[int, list[Damage]]) -> str:
         nonlocal turn
         turn += 1
         file = run / names[drawn[0] % len(names)]
-        with replaced(file, damaged_file(file.name, file.read_bytes(), drawn[1])):
-            before = content(run)
-            lenient = quietly(lambda: collect(Journal.open(run, lenient=True)))
-            strict = quietly(resumed)
-            if turn % 50 == 0:
+        file.write_bytes(damaged_file(file.name, file.read_bytes(), drawn[1]))
+        before = content(run)
+        try:
+            ended = quietly(lambda: collect(Journal.open(run, lenient=True)))
+            if turn % REPORT_EVERY == 0:
                 quietly(lambda: make_report(run).markdown())
             unchanged(before, run)
-        return f"read: {lenient}, resumed: {strict}"
+            mended = quietly(lambda: (check_run(run), mend(run)))
+            if mended == "works" and (refused := quietly(resumed)) != "works":
+                raise Finding(f"mended, and yet refused with {refused}")
+            if mended != "works":
+                unchanged(before, run)
+        finally:
+            restore(run, whole)
+        return f"read: {ended}, resumed: {mended}"
 
     return read
 
@@ -285,6 +306,7 @@ def adapters(folder: Path) -> Callable[[Any], str]:
 
 def launches(folder: Path) -> Callable[[Any], str]:
     from cluster import files
+    from cluster.check import check
     from cluster.render import EXAMPLES, render
     from cluster.targets import TARGETS
 
@@ -293,6 +315,7 @@ def launches(folder: Path) -> Callable[[Any], str]:
 
     def looked_at(file: Path) -> None:
         launch = files.load(file)
+        check(launch)
         for name in dir(type(launch)):
             if isinstance(getattr(type(launch), name), property) or name == "environment":
                 getattr(launch, name)
@@ -305,7 +328,7 @@ def launches(folder: Path) -> Callable[[Any], str]:
             made: list[str] = []
             ended = quietly(lambda: made.append(render(target, [*target.example, *words])))
             # What was rendered of whatever answers must be a launch file.
-            return f"render: {ended if not made else quietly(lambda: files.parse(made[0], folder / 'x'))}"
+            return f"render: {ended if not made else quietly(lambda: check(files.parse(made[0], folder / 'x')))}"
         example = examples[which % len(examples)]
         file = folder / example.name
         file.write_bytes(damaged_file(example.name, example.read_bytes(), done))
