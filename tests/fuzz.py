@@ -99,8 +99,12 @@ def restore(folder: Path, whole: dict[str, bytes]) -> None:
     """Make a folder hold these files again, and no others."""
     for name in content(folder).keys() - whole.keys():
         (folder / name).unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
     for name, text in whole.items():
         if not (folder / name).is_file() or (folder / name).read_bytes() != text:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(text)
 
 
@@ -206,7 +210,7 @@ def data(folder: Path) -> Callable[[Any], str]:
 
 def runs(folder: Path) -> Callable[[Any], str]:
     """Read as a report reads it, then mended and read as a resumed sweep does; a whole report now and then."""
-    from run_folders import make_run
+    from run_folders import make_resumable_run
 
     from tune.journal import Journal
     from tune.plan import studies
@@ -215,8 +219,7 @@ def runs(folder: Path) -> Callable[[Any], str]:
     from tune.results import collect
     from tune.spec import load
 
-    make_run(folder / "run", seeds=(1, 2), items=6, tried=2, attacks=("none", "zeroing@3"), judge=True)
-    run = folder / "run"
+    run = make_resumable_run(folder / "run")
     whole = content(run)
     names = sorted(name for name, text in whole.items() if text)
     turn = 0

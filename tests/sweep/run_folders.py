@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import norm
 
 from tune.blocks import ARMS, MacDropSpec
-from tune.files import atomic_write_json
+from tune.files import atomic_write_json, atomic_write_yaml
 from tune.journal import BASE, Journal
 from tune.spec import TrainSpec, dump, slug
 
@@ -245,6 +245,32 @@ def make_run(
     journal.add_scores(maker.rows)
     journal.set_status(status)
     return journal
+
+
+def make_resumable_run(folder: Path) -> Path:
+    """A finished run of one model that `tune.repair` finds whole: full run file, adapters, checkpoints and draws."""
+    from tune import past
+    from tune.checkpoint import commit, folder_name
+    from tune.spec import load
+
+    arms = ("plain", "macdrop")
+    journal = make_run(folder, seeds=(1,), items=4, attacks=("none",), tried=1, arms=arms)
+    spec = dump(load(None, ["model=zoo:planted-llama", "eval_steps=50", "macdrop.p0=0.6", "eval.zero_shot=[arc_easy]"]))
+    atomic_write_yaml(folder / "config.yaml", spec)
+    atomic_write_json(folder / "run.json", {**journal.run(), "spec": spec})
+    for record in journal.trials():
+        trial = folder / "trials" / record["trial"]
+        if record["status"] == "done":
+            for place in ("adapter", f"checkpoints/{folder_name(3)}"):
+                staging = trial / "staging"
+                staging.mkdir(parents=True)
+                (staging / "adapter_model.safetensors").write_bytes(bytes(range(200)))
+                (staging / "adapter_config.json").write_text("{}")
+                (trial / place).parent.mkdir(exist_ok=True)
+                commit(staging, trial / place)
+    for number in range(3):
+        past.remember(journal.draws_file("zoo:planted-llama"), number, {"macdrop.p0": number / 10})
+    return folder
 
 
 def _cell(

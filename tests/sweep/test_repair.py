@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_folders import make_run
+from run_folders import make_resumable_run
 
 from macdrop.errors import ConfigError
 from tune import past
-from tune.checkpoint import commit, folder_name, newest
+from tune.checkpoint import newest
 from tune.finalists import final_specs
 from tune.journal import Journal
 from tune.repair import check_run, mend
-from tune.spec import RunSpec, dump, load
+from tune.spec import RunSpec
 
 DAMAGE = {
     "empty": lambda data: b"",
@@ -29,32 +29,7 @@ DAMAGE = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A finished run of one model, its trials named by their content, with adapters, checkpoints and draws."""
-    made = make_run(
-        tmp_path_factory.mktemp("runs") / "made",
-        seeds=(1,),
-        items=4,
-        attacks=("none",),
-        tried=1,
-        arms=("plain", "macdrop"),
-    )
-    folder = made.run_dir
-    journal = Journal.open(folder)
-    spec = dump(load(None, ["model=zoo:planted-llama", "eval_steps=50", "macdrop.p0=0.6", "eval.zero_shot=[arc_easy]"]))
-    (folder / "config.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
-    run = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**run, "spec": spec}))
-    for record in journal.trials():
-        trial = folder / "trials" / record["trial"]
-        if record["status"] == "done":
-            for place in ("adapter", f"checkpoints/{folder_name(3)}"):
-                staging = trial / "staging"
-                staging.mkdir(parents=True)
-                (staging / "adapter_model.safetensors").write_bytes(bytes(range(200)))
-                (staging / "adapter_config.json").write_text("{}")
-                (trial / place).parent.mkdir(exist_ok=True)
-                commit(staging, trial / place)
-    for number in range(3):
-        past.remember(journal.draws_file("zoo:planted-llama"), number, {"macdrop.p0": number / 10})
+    folder = make_resumable_run(tmp_path_factory.mktemp("runs") / "made")
     assert mend(folder) == [], "nothing is damaged"
     return folder
 
