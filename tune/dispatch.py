@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from macdrop.errors import ResourceError
+from tune.files import atomic_write_text
 from tune.order_log import LoggedBook
 
 #: Ray's own resource of the head node (1.0 in all): small shares of it keep light actors there and cost no CPU.
@@ -31,7 +32,7 @@ def dispatching(folder: Path) -> Iterator[ActorHandle]:
 
     The actor takes no CPU. When its process dies, Ray starts it again and sends again what it had not answered.
     """
-    log = folder / f"orders-{uuid.uuid4().hex[:8]}.jsonl"
+    log = atomic_write_text(folder / f"orders-{uuid.uuid4().hex[:8]}.jsonl", "")
     dispatcher = _Dispatcher.options(resources={HEAD: 0.001}).remote(log)
     try:
         yield dispatcher

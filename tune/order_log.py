@@ -6,12 +6,14 @@ each. A process that dies in the middle of a call has not answered it: the calle
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ResourceError
-from tune.files import append_jsonl, plain, read_jsonl
+from tune.files import append_jsonl, lasting, plain, read_jsonl
 from tune.orders import Order, OrderBook
 
 #: Methods that only look.
@@ -24,11 +26,14 @@ class LoggedBook:
     """The book of a log file: what the file tells, and every call from then on."""
 
     def __init__(self, file: Path) -> None:
-        """Make the book again from its file; without one it is empty.
+        """Make the book again from its file, which may be empty.
 
         Raises:
+            OSError: the file is not there, also after its storage was waited for. It is not taken for an empty one:
+                to whom asks, a book without orders says that all is done.
             ValueError: a whole line of the file is damaged.
         """
+        lasting(lambda: os.stat(file), file.parent)
         self.book = OrderBook()
         self._file = file
         self._unwritten: list[dict[str, Any]] = []
@@ -50,13 +55,12 @@ class LoggedBook:
         return getattr(self.book, row["method"])(*map(_read, row["arguments"]))
 
     def _write(self, row: dict[str, Any]) -> None:
-        """Append a line. While the disk is full the lines wait, in their order: a run must not end for its log."""
+        """Append a line. While the disk is full or gone the lines wait in their order: no run must end for its log."""
         self._unwritten.append(row)
-        try:
-            append_jsonl(self._file, self._unwritten)
-        except ResourceError:
-            return
-        self._unwritten = []
+        with suppress(ResourceError):
+            if self._file.exists():
+                append_jsonl(self._file, self._unwritten)
+                self._unwritten = []
 
 
 def _written(argument: Any) -> Any:

@@ -93,7 +93,7 @@ def folder():
 
 def fresh(folder: Path) -> Path:
     file = folder / "orders.jsonl"
-    file.unlink(missing_ok=True)
+    file.write_text("")
     return file
 
 
@@ -149,7 +149,7 @@ def test_a_log_cut_at_any_byte_is_the_log_of_the_calls_before(folder, calls, cut
 
 
 def test_what_changes_nothing_leaves_no_line(tmp_path):
-    file = tmp_path / "orders.jsonl"
+    file = fresh(tmp_path)
     book = LoggedBook(file)
     replay(book, BEGUN)
     book.call("take", "l", None)
@@ -165,7 +165,7 @@ def test_what_changes_nothing_leaves_no_line(tmp_path):
 
 
 def test_a_damaged_line_is_refused_with_its_place(tmp_path):
-    file = tmp_path / "orders.jsonl"
+    file = fresh(tmp_path)
     replay(LoggedBook(file), BEGUN)
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join([lines[0], "{oops\n", *lines[1:]]))
@@ -173,8 +173,13 @@ def test_a_damaged_line_is_refused_with_its_place(tmp_path):
         LoggedBook(file)
 
 
+def test_a_log_that_is_gone_is_not_taken_for_an_empty_one(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        LoggedBook(tmp_path / "orders.jsonl")
+
+
 def test_a_full_disk_delays_the_log_and_nothing_else(tmp_path, monkeypatch):
-    file = tmp_path / "orders.jsonl"
+    file = fresh(tmp_path)
     book = LoggedBook(file)
 
     def full(*arguments):
@@ -183,13 +188,17 @@ def test_a_full_disk_delays_the_log_and_nothing_else(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(order_log, "append_jsonl", full)
         replay(book, BEGUN[:2])
+    file.rename(file.with_name("elsewhere"))  # and its storage goes, too
+    replay(book, BEGUN[2:3])
     assert not file.exists()
-    replay(book, BEGUN[2:])
+    file.with_name("elsewhere").rename(file)
+    assert not file.read_text()
+    replay(book, BEGUN[3:])
     assert LoggedBook(file).book == book.book and len(file.read_text().splitlines()) == len(BEGUN)
 
 
 def test_an_order_is_read_as_it_was_written(tmp_path):
-    book = LoggedBook(tmp_path / "orders.jsonl")
-    book.call("place", order("a"), "tom")
-    (entry,) = LoggedBook(tmp_path / "orders.jsonl").book.entries.values()
+    file = fresh(tmp_path)
+    LoggedBook(file).call("place", order("a"), "tom")
+    (entry,) = LoggedBook(file).book.entries.values()
     assert entry.order == order("a") and asdict(entry.order) == asdict(order("a"))

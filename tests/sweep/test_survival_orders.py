@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -174,3 +175,59 @@ def test_nothing_of_it_is_shown_and_nothing_is_left(disturbed):
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < deadline:
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
+
+
+def test_a_fine_tuning_that_failed_is_not_tried_again_by_tune(tmp_path):
+    """Optuna hears of a failure, which it forgets, as the setting may be worth something."""
+    from optuna.trial import TrialState
+    from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+
+    from tune.dispatch import call, dispatching
+    from tune.plan import studies
+    from tune.search import optuna_searcher, param_space
+    from tune.trial import RESTARTS, CancelStopped, Desk, run_trial
+
+    spec = RunSpec.model_validate({**SPEC, "output_dir": str(tmp_path)})
+    (study,) = studies(spec)
+    searcher = optuna_searcher(spec.sweep)
+    over = threading.Event()
+    with dispatching(tmp_path / "ray") as dispatcher:
+        call(dispatcher, "lane_up", "lane", 1, "host")
+
+        def fail() -> None:
+            while not over.wait(0.05):
+                if order := call(dispatcher, "take", "lane", None):
+                    call(dispatcher, "failed", order.id, "failed", "no reason", "lane")
+
+        lane = threading.Thread(target=fail, daemon=True)
+        lane.start()
+        desk = Desk(dispatcher, study, str(tmp_path), "", None, 1)
+        results = Tuner(
+            functools.partial(run_trial, desk=desk),
+            param_space=param_space(study, None),
+            tune_config=TuneConfig(search_alg=searcher, num_samples=1),
+            run_config=RunConfig(
+                storage_path=str(tmp_path / "ray"),
+                callbacks=[CancelStopped(desk)],
+                failure_config=FailureConfig(max_failures=RESTARTS),
+                verbose=0,
+            ),
+        ).fit()
+        over.set()
+        lane.join()
+        orders = call(dispatcher, "snapshot")["orders"]
+    assert [row["state"] for row in orders] == ["failed"] and not results.errors
+    assert [trial.state for trial in searcher._ot_study.trials] == [TrialState.FAIL]
+
+
+def test_a_dispatcher_that_cannot_come_back_is_told_as_such(tmp_path):
+    from macdrop.errors import ResourceError
+    from tune.dispatch import call, dispatching
+
+    with pytest.raises(ResourceError, match="does not answer"), dispatching(tmp_path) as dispatcher:
+        call(dispatcher, "lane_up", "lane", 1, "host")
+        (log,) = tmp_path.glob("orders-*")
+        log.write_text("{oops\n")
+        assert kill(DISPATCHER) == 1
+        call(dispatcher, "snapshot")
+    assert log.exists(), "it is kept for whoever looks into it"
