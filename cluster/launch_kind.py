@@ -92,6 +92,11 @@ class Kind:
         """Nodes that must come, the head among them."""
         return 1 + self.file.workers[0]
 
+    @property
+    def next(self) -> str:
+        """The command to type after `up`."""
+        return f"macdrop cluster submit {self.file.path} demo"
+
     # --- what a kind defines ---
 
     def prepare(self, secrets: dict[str, str]) -> None:

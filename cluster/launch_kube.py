@@ -24,6 +24,11 @@ class Kube(Kind):
     tools = ("kubectl", "tar")
 
     @property
+    def next(self) -> str:
+        job = self.file.resource == "RayJob"
+        return f"macdrop cluster logs {self.file.path} --follow" if job else super().next
+
+    @property
     def carries_token(self) -> bool:
         return self._token_secret is not None
 
@@ -38,9 +43,17 @@ class Kube(Kind):
         for name, held in wanted.items():
             command = self._kubectl("apply", "-f", "-")
             self.shell.show(command, f"   # Secret {name}: {', '.join(held) or 'auth_token'}")
-            done = self.shell.ask(command, shown=False, stdin=secrets.manifest(name, self.file.namespace, held))
+            done = self.shell.ask(command, shown=False, stdin=self._secret(name, held))
             if not done.ok:
                 raise LaunchFailed(f"Secret {name!r} was not made: {done.tail}")
+
+    def _secret(self, name: str, held: dict[str, str]) -> str:
+        return secrets.manifest(name, self.file.namespace, held, self._labels)
+
+    @property
+    def _labels(self) -> dict[str, str]:
+        """What tells our Secrets from those that somebody made by hand, which `down` leaves alone."""
+        return {"app.kubernetes.io/managed-by": "macdrop", "macdrop/cluster": self.file.name}
 
     def create(self) -> None:
         self.shell.run(self._kubectl("apply", "-f", str(self.file.path)), check="the cluster was not made")
@@ -61,9 +74,8 @@ class Kube(Kind):
         selector = ["-l", f"ray.io/cluster={cluster}"] if cluster else []
         if selector:
             self.shell.run(self._kubectl("wait", "--for=delete", "pod", *selector, f"--timeout={GONE}s"))
-        names = [*self._secret_names, *([self._token_secret] if self._token_secret else [])]
-        if names:
-            self.shell.run(self._kubectl("delete", "secret", "--ignore-not-found", *names))
+        ours = ",".join(f"{name}={value}" for name, value in self._labels.items())
+        self.shell.run(self._kubectl("delete", "secret", "-l", ours))
         left = self._pods() if selector and not self.shell.dry_run else []
         return [f"pod {pod['metadata']['name']} is still there ({pod['status'].get('phase')})" for pod in left]
 

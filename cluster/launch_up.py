@@ -32,7 +32,7 @@ def up(path: Path, *, nodes: int | None, timeout: float, dry_run: bool) -> int:
     kind.create()
     code = wait(kind, nodes or kind.wanted, timeout)
     if not code and not dry_run:
-        kind.shell.say(f"next: macdrop cluster submit {path} demo")
+        kind.shell.say(f"next: {kind.next}")
     return code
 
 

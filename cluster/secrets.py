@@ -65,8 +65,8 @@ def write(found: Mapping[str, str], file: Path | None = None) -> Path:
     return file
 
 
-def manifest(name: str, namespace: str | None, found: Mapping[str, str]) -> str:
+def manifest(name: str, namespace: str | None, found: Mapping[str, str], labels: Mapping[str, str]) -> str:
     """A Kubernetes Secret, to be piped into `kubectl apply -f -`."""
-    metadata = {"name": name, **({"namespace": namespace} if namespace else {})}
+    metadata = {"name": name, "labels": dict(labels), **({"namespace": namespace} if namespace else {})}
     data = {key: base64.b64encode(value.encode()).decode() for key, value in found.items()}
     return json.dumps({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": data})

@@ -169,6 +169,7 @@ def test_kubernetes_up_submit_and_down(laptop, monkeypatch):
     laptop.tools.answer("get pods", pods())
     assert laptop.run("down", file, "--yes") == 0, laptop.out
     assert any("delete --ignore-not-found -f kuberay.yaml" in line for line in laptop.tools.lines)
+    assert any("delete secret -l app.kubernetes.io/managed-by=macdrop," in line for line in laptop.tools.lines)
     assert any("wait --for=delete" in line for line in laptop.tools.lines)
 
 
