@@ -196,7 +196,7 @@ def status(path: Path, *, dry_run: bool) -> int:
     answer = kind.ask("nodes", "jobs", "runs")
     if dry_run:
         return 0
-    running = set()
+    running: set[str] | None = None
     for topic, tell in (("nodes", _nodes_told), ("jobs", _jobs_told), ("runs", _runs_told)):
         try:
             found = kind.told(answer, topic)
@@ -210,7 +210,7 @@ def status(path: Path, *, dry_run: bool) -> int:
     return code
 
 
-def _nodes_told(nodes: list[dict[str, Any]], _: set[str]) -> str:
+def _nodes_told(nodes: list[dict[str, Any]], _: set[str] | None) -> str:
     def state(node: dict[str, Any]) -> str:
         return "dead" if not node["alive"] else "draining" if node["draining"] else "alive"
 
@@ -223,16 +223,16 @@ def _nodes_told(nodes: list[dict[str, Any]], _: set[str]) -> str:
     return table(("node", "host", "part", "state", "CPUs", "GPUs", "reason"), map(row, ordered))
 
 
-def _jobs_told(jobs: list[dict[str, Any]], _: set[str]) -> str:
+def _jobs_told(jobs: list[dict[str, Any]], _: set[str] | None) -> str:
     rows = [(job["id"], job["run"], job["status"].lower(), "" if job["code"] is None else job["code"]) for job in jobs]
     return table(("job", "run", "state", "exit code"), rows)
 
 
-def _runs_told(runs: list[dict[str, Any]], running: set[str]) -> str:
+def _runs_told(runs: list[dict[str, Any]], running: set[str] | None) -> str:
     rows = []
     for run in runs:
         state = run["status"] or "?"
-        if state == "running" and run["run"] not in running:
+        if state == "running" and running is not None and run["run"] not in running:
             state = "broken off (submit it again to go on)"
         trials = ", ".join(f"{count} {name}" for name, count in run["trials"].items())
         rows.append((run["run"], state, run["created"] or "", run["finished"] or "", trials))

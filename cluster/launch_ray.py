@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,39 @@ class Ray(Kind):
 
     def create(self) -> None:
         self.shell.run(["ray", "up", "-y", str(self.file.path)], check="the cluster did not start")
+
+    def ask(self, *topics: str, **more: Any) -> dict[str, Any]:
+        """As of every kind; a cluster of on-premise hosts that this machine has forgotten is found again first."""
+        try:
+            return super().ask(*topics, **more)
+        except LaunchFailed:
+            if not self._found_again():
+                raise
+            return super().ask(*topics, **more)
+
+    def _found_again(self) -> bool:
+        """Ray keeps what it knows of on-premise hosts below /tmp, which a reboot clears: `ray exec` then finds no head,
+        and another `up` would end what runs there. Ask the host itself, and let Ray write down what is so.
+        """
+        if not self.file.head_host or self._known():
+            return False
+        running, _ = hosts.left(self.shell, hosts.Ssh.of(self.file), [self.file.head_host])
+        if not any("gcs_server" in line for line in running.get(self.file.head_host, [])):
+            return False
+        from ray.autoscaler._private.local import node_provider
+
+        provider = node_provider.LocalNodeProvider(self.file.content["provider"], self.file.name)
+        node_provider.record_local_head_state_if_needed(provider)
+        self.shell.say(f"this machine had forgotten the cluster (its /tmp was cleared); {self.file.head_host} runs it")
+        return True
+
+    def _known(self) -> bool:
+        """Whether Ray's note has the head running; a failed `ray exec` leaves one in which it is not."""
+        file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", f"cluster-{self.file.name}.state")
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))[self.file.head_host]["state"] == "running"
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def on_head(self, script: str) -> list[str]:
         return ["ray", "exec", str(self.file.path), script]

@@ -366,3 +366,23 @@ def test_no_answer_of_the_head_is_put_into_words(said, remedy, laptop):
     laptop.tools.answer("on-head", {"out": said, "code": 1})
     assert laptop.run("status", laptop.file("local")) == 1
     assert remedy in laptop.err and "Traceback" not in laptop.err
+
+
+def test_a_cluster_that_this_machine_forgot_is_found_again(laptop, monkeypatch, tmp_path):
+    """After a reboot of the laptop Ray's note of the head is gone, and the cluster is not."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "forgotten"))
+    note = tmp_path / "forgotten" / "ray" / "cluster-macdrop.state"
+    note.parent.mkdir(parents=True)
+    states = {f"10.0.0.{n}": {"state": "terminated", "tags": {"ray-node-type": "worker"}} for n in (2, 3)}
+    note.write_text(json.dumps({"10.0.0.1": {"state": "terminated", "tags": {"ray-node-type": "head"}}, **states}))
+    laptop.tools.answer(
+        "on-head", {"out": "Head node of cluster (macdrop) not found!", "code": 1}, told(jobs=[], nodes=[], runs=[])
+    )
+    laptop.tools.answer("^ssh .*asked", f"{MARK}asked\n")
+    file = laptop.file("local")
+    assert laptop.run("status", file) == 1 and "macdrop cluster up" in laptop.err, "nothing runs there"
+    laptop.tools.answer("^ssh .*asked", f"{MARK}asked\n 7 /x/gcs/gcs_server --log_dir=x\n")
+    assert laptop.run("status", file) == 0, laptop.err
+    assert "had forgotten the cluster" in laptop.out
+    noted = json.loads(note.read_text())
+    assert noted["10.0.0.1"]["state"] == "running" and noted["10.0.0.1"]["tags"]["ray-node-status"] == "up-to-date"
