@@ -40,7 +40,9 @@ def test_up_makes_token_and_secrets_starts_and_waits(laptop):
     laptop.tools.answer("on-head nodes", told(nodes=THREE[:1], log=[]), told(nodes=THREE[:2], log=[]),
                         told(nodes=THREE, log=[]))  # fmt: skip
     assert laptop.run("up", file) == 0, laptop.err
-    assert [line.split(" ")[1] for line in laptop.tools.lines] == ["get-auth-token", "exec", "up", *["exec"] * 3]
+    called = [" ".join(call["argv"][:2]) for call in laptop.tools.calls]
+    looked = ["ray get-auth-token", "ray exec", "ssh -i"]
+    assert called == [*looked, "ray up", *["ray exec"] * 3]
     assert laptop.tools.find("ray up")["argv"] == ["ray", "up", "-y", file]
     assert all(call["environment"]["RAY_AUTH_MODE"] == "token" for call in laptop.tools.calls)
     held = {".ray/auth_token": TOKEN, ".macdrop/secrets.env": "".join(f"export {k}={v}\n" for k, v in SECRETS.items())}
