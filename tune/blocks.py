@@ -220,5 +220,6 @@ class RaySpec(Strict):
     cpus_per_evaluator: float = Field(0.0, ge=0)
     gpus_per_evaluator: float | None = Field(None, ge=0)
     resource_timeout_s: float = Field(120.0, gt=0)
+    step_timeout_s: float = Field(1800.0, gt=0)
     threads_per_worker: int = Field(1, ge=1)
     dashboard: bool = True

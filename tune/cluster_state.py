@@ -18,10 +18,13 @@ from tune.spec import RaySpec
 
 #: Exit code after SIGTERM, as a shell has it.
 TERMINATED = 143
-#: Set before Ray starts. Train V2 asks its workers once a second; Tune's own loggers and the usage report are off.
+#: Set before Ray starts. Train V2 asks its workers twice a second, and takes one that is silent for two minutes (not
+#: ten) for dead; Tune's own loggers and the usage report are off.
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    # Controllers do not restart anything on a spot notice: lanes are drained by the driver (tune.lanes).
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -215,7 +215,7 @@ def _deepspeed(found: dict, error: str) -> Check:
 def _ray(found: dict, error: str) -> Check:
     ok = found.get("nodes") == 1 and bool(found.get("dashboard"))
     words = f"starts, State API answers at {found['dashboard']}" if ok else error or "starts, but without its dashboard"
-    fix = 'Run: pip install "ray[default,train,tune]" (stopped trials need the dashboard); end other Ray processes.'
+    fix = 'Run: pip install "ray[default,train,tune]" (its page and `ray job submit` need the dashboard).'
     return Check("ray start", ok, words, "" if ok else fix)
 
 

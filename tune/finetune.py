@@ -68,11 +68,13 @@ def finetune(
     weights: MassiveWeights | None = None,
     observe: Observer | None = None,
     resume: bool = True,
+    beat: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train one adapter into `folder` (`adapter/`, and meanwhile `checkpoints/` every `tune.batching.save_interval`).
 
     With `resume` the newest whole checkpoint in the folder is continued at its exact step, and a fine-tuning that is
-    done there is not done again. An error on one rank is raised on all of them.
+    done there is not done again. An error on one rank is raised on all of them. Every rank calls `beat` after each
+    micro-step and each validation batch.
 
     Raises:
         ConfigError: the spec does not fit the engine, the model or the data.
@@ -83,7 +85,7 @@ def finetune(
     """
     if spec.engine_key() != engine.key:
         raise ConfigError("This engine was built for other settings; build one from this spec.")
-    return _Run(Training(engine, spec, data, weights), folder, observe).run(resume)
+    return _Run(Training(engine, spec, data, weights, beat), folder, observe).run(resume)
 
 
 class _Run:

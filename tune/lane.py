@@ -5,50 +5,106 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 from ray.actor import ActorHandle
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig
 
 from macdrop.errors import MacDropError, TrainingDiverged
 from tune.dispatch import DispatcherLost, answer, ask, call
+from tune.failures import Failure, classify
 from tune.orders import GO_ON, Order
+from tune.reaper import Trainer
 from tune.spec import RaySpec, TrainSpec
+from tune.watchdog import Watchdog, stack_file, stacks
 
 #: How often an idle lane asks for an order, and for how long before it lets the other ranks know that it still lives.
 ASK_EVERY_S = 0.1
 TELL_RANKS_EVERY_S = 5.0
-#: Times that Ray Train replaces a lane's worker group after the death of a worker.
-RESTARTS = 5
+#: Times that Ray Train replaces a lane's worker group within one run; a new run follows (`tune.lanes`).
+RESTARTS = 3
+#: Ranks that wait for each other in vain give up within this of one another.
+STACKS_S = 2.0
 
 
 def run_lane(name: str, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path) -> None:
-    """Start a lane and wait for its end; `OrderBook.close` ends it.
+    """Start a lane and wait for its end; `OrderBook.close` ends it. A `Reaper` must be at work beside it.
 
     Raises:
         ray.train.TrainingFailedError: workers died more often than `RESTARTS`.
+        ray.exceptions.RayActorError: the run's controller died.
     """
-    resources = {"CPU": spec.cpus_per_worker}
-    if gpus_per_worker:
-        resources["GPU"] = gpus_per_worker
-    TorchTrainer(
+    told = {"lane": name, "dispatcher": dispatcher, "step_timeout_s": spec.step_timeout_s}
+    trainer(
         _work,
-        train_loop_config={"lane": name, "dispatcher": dispatcher, "threads": spec.threads_per_worker},
-        scaling_config=ScalingConfig(
-            num_workers=spec.num_workers,
-            use_gpu=bool(gpus_per_worker),
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
+        {**told, "threads": spec.threads_per_worker},
+        spec,
+        gpus_per_worker,
+        RunConfig(
             name=name,
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=RESTARTS),
+            # A lane that waits for resources has not failed.
+            failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=-1),
+            callbacks=[_TellLoss(**told)],
         ),
     ).fit()
+
+
+def trainer(
+    work: Callable[[dict[str, Any]], None], config: dict[str, Any], spec: RaySpec, gpus: float, run: RunConfig
+) -> Trainer:
+    """A Train run of `spec.num_workers` workers with `gpus` each."""
+    resources = {"CPU": spec.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    return Trainer(
+        work,
+        train_loop_config=config,
+        # Where ranks wait in vain, the watchdog speaks first: it knows where.
+        torch_config=TorchConfig(timeout_s=int(collective_timeout_s(spec.step_timeout_s))),
+        scaling_config=ScalingConfig(num_workers=spec.num_workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        run_config=run,
+    )
+
+
+def collective_timeout_s(step_timeout_s: float) -> float:
+    """How long ranks wait for one another: half an hour is torch's own, for a rank that tokenises or loads a model."""
+    return max(1800.0, 2 * step_timeout_s)
+
+
+class _TellLoss(UserCallback):
+    """Runs in the lane's controller: tells the dispatcher why workers died, so that another lane can take the order."""
+
+    def __init__(self, dispatcher: ActorHandle, lane: str, step_timeout_s: float) -> None:
+        self.dispatcher, self.lane, self.step_timeout_s = dispatcher, lane, step_timeout_s
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        held = call(self.dispatcher, "held", self.lane)
+        folder = Path(held[0].folder) if held else None
+        tell_loss(self.dispatcher, self.lane, why(worker_exceptions, folder, self.step_timeout_s))
+
+
+def why(errors: dict[int, Exception], folder: Path | None, step_timeout_s: float) -> Failure:
+    """What failed, with the stacks that the ranks left in the trial's folder, if they hung."""
+    if folder is None or not stacks(folder):
+        return classify(errors)
+    time.sleep(STACKS_S)
+    named = [str(file.relative_to(folder.parent.parent)) for file in stacks(folder)]
+    return classify(errors, stacks=named, step_timeout_s=step_timeout_s)
+
+
+def tell_loss(dispatcher: ActorHandle, lane: str, failure: Failure) -> bool:
+    """A lane is lost: its order is queued again, or fails if that is its fault. Returns whether it had one."""
+    held = call(dispatcher, "held", lane)
+    if held:
+        order, step = held
+        call(dispatcher, "lost", order.id, failure.reason, failure.attempts, step)
+    call(dispatcher, "lane_down", lane, failure.reason)
+    return held is not None
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -66,7 +122,7 @@ def _work(config: dict[str, Any]) -> None:
     _silence()
     dispatcher, lane = config["dispatcher"], config["lane"]
     # Orders travel between ranks over gloo also where gradients travel over NCCL: they are Python objects.
-    control = dist.new_group(backend="gloo")
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=collective_timeout_s(config["step_timeout_s"])))
     nodes: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id(), group=control)
     if dist.get_rank() == 0:
@@ -79,7 +135,9 @@ def _work(config: dict[str, Any]) -> None:
         if message[0] == "closed":
             return
         if message[0] != "idle":
-            engine = _train(dispatcher, lane, message[0], engine)
+            file = stack_file(Path(message[0].folder), dist.get_rank())
+            with Watchdog(file, config["step_timeout_s"]) as watchdog:
+                engine = _train(dispatcher, lane, message[0], engine, watchdog)
 
 
 def _ask(dispatcher: ActorHandle, lane: str, engine: Any) -> Order | str:
@@ -95,7 +153,7 @@ def _ask(dispatcher: ActorHandle, lane: str, engine: Any) -> Order | str:
     return "idle"
 
 
-def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any:
+def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any, watchdog: Watchdog) -> Any:
     """Train one order and tell the dispatcher; returns the engine to go on with."""
     from dataclasses import asdict
 
@@ -106,7 +164,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any
     from tune.engine import Engine
     from tune.files import ensure_folder
     from tune.finetune import finetune
-    from tune.ranks import rank0_does
+    from tune.ranks import all_do, rank0_does
     from tune.reproduce import write_script
 
     first = dist.get_rank() == 0
@@ -116,7 +174,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any
             del engine  # Two bases at once may not fit.
             engine = None
             engine = Engine(spec)
-        prepared = data.load(data.prepare(spec, engine.tokenizer, order.data))
+        prepared = all_do(lambda: data.load(data.prepare(spec, engine.tokenizer, order.data)))
         weights = MassiveWeights.load(order.weights) if order.weights else None
         folder = Path(order.folder)
         # Of a run that is there: a folder that is gone is not made anew, but waited for.
@@ -130,6 +188,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any
             folder,
             weights=weights,
             observe=_Relay(dispatcher, lane, order) if first else None,
+            beat=watchdog.beat,
         )
     except DispatcherLost:
         raise  # Nobody is there to be told.
@@ -139,10 +198,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any) -> Any
             state = "diverged" if isinstance(error, TrainingDiverged) else "failed"
             call(dispatcher, "failed", order.id, state, str(error), lane)
         return engine if isinstance(error, (TrainingDiverged, ValueError)) else None
-    except Exception as error:
-        # On some ranks only, or in the middle of a step: the worker group must be made anew.
-        call(dispatcher, "lost", order.id, f"{type(error).__name__}: {error}")
-        raise
+    # Any other error is on some ranks only, or in the middle of a step: the worker group is made anew.
     if first:
         call(dispatcher, "trained", order.id, asdict(outcome), lane)
     return engine

@@ -17,7 +17,7 @@ from tune.files import append_jsonl, lasting, plain, read_jsonl
 from tune.orders import Order, OrderBook
 
 #: Methods that only look.
-LOOKS = frozenset({"poll", "closing", "snapshot", "changes"})
+LOOKS = frozenset({"poll", "closing", "held", "snapshot", "changes"})
 #: Marks an argument that is an order; no other mapping of the book's methods has this key.
 ORDER = "order"
 

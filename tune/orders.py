@@ -49,8 +49,10 @@ class Order:
 
 @dataclass
 class Entry:
-    """An order and what became of it. `limit` is the attempts it has, given how its lanes were lost.
+    """An order and what became of it.
 
+    `attempts` are those in a row that got no further than step `reached`, `limit` how many of them it has, given how
+    its lanes were lost.
     `last` are the metrics of the newest step: to be shown, and no part of what a book that is made again must know.
     """
 
@@ -58,6 +60,7 @@ class Entry:
     state: str = "queued"
     lane: str | None = None
     attempts: int = 0
+    reached: int = 0
     limit: int = MAX_ATTEMPTS
     followers: set[str] = field(default_factory=set)
     cancelled: bool = False
@@ -253,10 +256,24 @@ class OrderBook:
             self._release(entry)
             self._end(entry, state, reason)
 
-    def lost(self, order_id: str, reason: str, attempts: int = MAX_ATTEMPTS) -> None:
-        """Why a lane is about to die under an order, or just died, and how often such an order is tried in all."""
+    def held(self, lane: str) -> tuple[Order, int] | None:
+        """The order that a lane is at, and the last step of it that was heard of."""
+        order_id = self.lanes[lane]["order"] if lane in self.lanes else None
+        if order_id is None:
+            return None
+        entry = self.entries[order_id]
+        return entry.order, entry.last.get("step", 0)
+
+    def lost(self, order_id: str, reason: str, attempts: int = MAX_ATTEMPTS, step: int = 0) -> None:
+        """Why a lane is about to die under an order, or just died, and how often such an order is tried in a row.
+
+        step: where it was; an order that got further than ever before has all its attempts again. On machines that come
+        and go, a long one would else never end.
+        """
         entry = self.entries[order_id]
         if entry.state in ("running", "queued") and entry.attempts:
+            if step > entry.reached:
+                entry.reached, entry.attempts = step, 1
             entry.reason, entry.limit = reason, attempts
             if entry.state == "queued":
                 self._exhausted(entry)

@@ -177,7 +177,7 @@ class Supervisor:
         for result in self._pool.step():
             self._scored(result)
         snapshot = call(self._dispatcher, "snapshot")
-        self._lanes.check(len(snapshot["lanes"]))
+        self._lanes.check(snapshot, scoring=bool(self._pool.busy))
         self._progress.show(snapshot, self._pool.busy)
 
     def _take_changes(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def train(spec: RunSpec, folder: Path, *, observe: Observer, resume: bool) -> Ou
     return outcome
 
 
-def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threads: int) -> Outcome:
+def train_here(
+    spec: TrainSpec, folder: Path, *, observe: Observer | None, threads: int, beat: Callable[[], None] = lambda: None
+) -> Outcome:
     """Train in the current process group (of one, unless torchrun or Ray Train made a larger one)."""
     import torch.distributed as dist
 
@@ -69,7 +72,7 @@ def train_here(spec: TrainSpec, folder: Path, *, observe: Observer | None, threa
         write_script(folder, prepared, weights, scan, dist.get_world_size())
 
     rank0_does(prepare)
-    outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch)
+    outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch, beat=beat)
     about = {"model": spec.model_name_or_path, "arm": spec.arm, **asdict(outcome)}
     rank0_does(lambda: atomic_write_json(folder / "trial.json", about))
     return outcome

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,16 @@ class Training:
         ConfigError: MacDrop is on, and there are no massive weights.
     """
 
-    def __init__(self, engine: Engine, spec: TrainSpec, data: Prepared, weights: MassiveWeights | None) -> None:
-        self.engine, self.spec, self.data = engine, spec, data
+    def __init__(
+        self,
+        engine: Engine,
+        spec: TrainSpec,
+        data: Prepared,
+        weights: MassiveWeights | None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """beat: called after each micro-step and each validation batch."""
+        self.engine, self.spec, self.data, self.beat = engine, spec, data, beat
         self.batches = Batches(
             len(data.train),
             seed=spec.seed,
@@ -88,6 +97,7 @@ class Training:
             loss_sum += nats.detach().double()
             norm = self._gradient_norm() if micro == self.batches.accumulation - 1 else None
             engine.step()
+            self.beat()
         norm = norm if norm is not None else engine.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
         ours = [float(not math.isfinite(norm)), float(wish)]
@@ -158,6 +168,7 @@ class Training:
                 nats = self._nats(examples, mine if len(mine) else [0])
                 if len(mine):
                     total += total.new_tensor([float(nats), float(examples.label_counts[list(mine)].sum())])
+                self.beat()
         engine.train()
         torch.distributed.all_reduce(total)
         if self.drop and self.drop.entries_dropped != dropped:

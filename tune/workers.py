@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, UserCallback
 
 from macdrop.errors import MacDropError
 from tune.cluster_state import check_cluster, connect
+from tune.failures import of_run
 from tune.finetune import Outcome
+from tune.lane import trainer, why
 from tune.plan import gpu_shares, one_lane
+from tune.reaper import Reaper, Trainer, end_runs
 from tune.spec import RaySpec, TrainSpec, dump
+from tune.watchdog import Watchdog, stack_file
 
-#: A killed worker costs the steps since the last checkpoint; after this many the run ends.
-RESTARTS = 3
+#: Times that a run is started whose controller was killed.
+RUNS = 3
+#: How long a run that was killed is waited for.
+CLOSE_S = 5.0
+
+
+class _Limit(UserCallback):
+    """Runs in the controller: ends a run that fails as often as that kind of failure may happen to it."""
+
+    def __init__(self, folder: Path, step_timeout_s: float) -> None:
+        self.folder, self.step_timeout_s, self.failures = folder, step_timeout_s, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        failure = why(worker_exceptions, self.folder, self.step_timeout_s)
+        self.failures += 1
+        if self.failures >= failure.attempts:
+            # What a callback raises ends the run, which Train's own limits cannot do by the kind of failure.
+            raise MacDropError(failure.reason)
 
 
 class Workers:
@@ -31,30 +52,38 @@ class Workers:
         spec = one_lane(spec)
         self._joined = connect(spec)[1]
         gpus = gpu_shares(spec, check_cluster(spec))[0]
-        resources = {"CPU": spec.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-        trainer = TorchTrainer(
+        run = trainer(
             _work,
-            train_loop_config={
+            {
                 "spec": dump(train_spec),
                 "folder": str(self._folder),
                 "threads": spec.threads_per_worker,
+                "step_timeout_s": spec.step_timeout_s,
             },
-            scaling_config=ScalingConfig(
-                num_workers=spec.num_workers, use_gpu=bool(gpus), resources_per_worker=resources
-            ),
-            run_config=RunConfig(
+            spec,
+            gpus,
+            RunConfig(
                 name=f"train-{int(time.time())}",
                 storage_path=str(self._folder / "ray"),
-                failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=RESTARTS),
+                # How often workers may fail is `_Limit`'s to say; resources are waited for by the minute.
+                failure_config=FailureConfig(
+                    max_failures=-1, controller_failure_limit=math.ceil(spec.resource_timeout_s / 60)
+                ),
+                callbacks=[_Limit(self._folder, spec.step_timeout_s)],
             ),
         )
-        self._thread = threading.Thread(target=self._fit, args=(trainer,), name="workers", daemon=True)
+        self._reaper = Reaper()
+        self._thread = threading.Thread(target=self._fit, args=(run,), name="workers", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        if self._thread.is_alive():
+            end_runs()
+            self._thread.join(timeout=CLOSE_S)
+        self._reaper.close()
         if self._joined:
             ray.shutdown()
 
@@ -77,15 +106,22 @@ class Workers:
             failure.unlink()
             raise getattr(errors, told["type"], MacDropError)(told["message"])
         if self._error is not None:
-            raise MacDropError(f"The workers failed: {self._error}") from None
+            raise MacDropError(f"The workers failed. {of_run(self._error).reason}") from None
         told = json.loads((self._folder / "trial.json").read_text())
         return Outcome(**{name: told[name] for name in Outcome.__dataclass_fields__})
 
-    def _fit(self, trainer: TorchTrainer) -> None:
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            self._error = error
+    def _fit(self, run: Trainer) -> None:
+        for _ in range(RUNS):
+            try:
+                self._error = None
+                run.fit()
+                return
+            except RayActorError as error:
+                # The controller was killed, and its workers with it; the newest checkpoint counts.
+                self._error = error
+            except Exception as error:
+                self._error = error
+                return
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -96,7 +132,9 @@ def _work(config: dict[str, Any]) -> None:
 
     folder = Path(config["folder"])
     try:
-        train_here(TrainSpec.model_validate(config["spec"]), folder, observe=None, threads=config["threads"])
+        with Watchdog(stack_file(folder, dist.get_rank()), config["step_timeout_s"]) as watchdog:
+            spec = TrainSpec.model_validate(config["spec"])
+            train_here(spec, folder, observe=None, threads=config["threads"], beat=watchdog.beat)
     except MacDropError as error:
         # Raised on every rank alike; raising it on would only make Ray Train try again.
         if dist.get_rank() == 0:

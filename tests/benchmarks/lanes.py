@@ -134,7 +134,7 @@ def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tu
                         started.setdefault(entry.order.id, time.time())
                     if entry.state == "trained":
                         ended[entry.order.id] = time.time()
-                lanes.check(len(call(dispatcher, "snapshot")["lanes"]))
+                lanes.check(call(dispatcher, "snapshot"))
                 time.sleep(POLL_S)
         finally:
             lanes.close()

@@ -202,6 +202,18 @@ def test_how_a_lane_was_lost_decides_how_often_its_order_is_tried():
     assert book.entries["a"].reason == "a bug (tried 4 times)"
 
 
+def test_an_order_that_gets_further_has_all_its_attempts_again():
+    """On machines that come and go a long order must end one day; one that dies at the same step again must fail."""
+    book = book_in("running")
+    for step, state in [(100, "queued"), (200, "queued"), (300, "queued"), (300, "failed")]:
+        book.take("l", None)
+        book.progress("a", {"step": step})
+        assert book.held("l") == (order(), step)
+        book.lost("a", "killed", 2, step)
+        book.lane_up("l", 1, "host")
+        assert book.entries["a"].state == state and book.held("l") is None
+
+
 def test_why_a_lane_was_lost_may_be_known_only_after_it():
     book = book_in("running")
     book.lane_down("l", "its worker died")

@@ -1,0 +1,187 @@
+"""Lanes through everything: worker killed, worker stopped, controller killed, and none of it seen in the bytes.
+
+One order is trained undisturbed, then the same fine-tuning under the disturbances, by lanes of two workers under
+ZeRO-2. Two lanes are wanted and there is room for one: whenever it falls, the other takes its place. The order book and
+the lanes are the real ones; Tune and the evaluators, which only wait beside them, are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lane_scene import Scene, scene_of
+
+from macdrop.errors import ResourceError
+from tune.spec import RaySpec, TrainSpec
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+#: Long beside a micro-step of the tiny model, also on a busy machine.
+STEP_TIMEOUT_S = 5.0
+WIDTH = 2
+RAY = RaySpec(
+    dashboard=False,
+    lanes=2,
+    num_workers=WIDTH,
+    cpus_per_worker=round(0.6 * (os.cpu_count() or 1) / WIDTH, 2),
+    step_timeout_s=STEP_TIMEOUT_S,
+)
+SPEC = TrainSpec(
+    model_name_or_path="zoo:planted-llama",
+    dataset="zoo:train",
+    cutoff_len=64,
+    val_size=0,
+    eval_steps=None,
+    lora_rank=2,
+    lora_target=["q_proj", "gate_proj", "up_proj"],
+    per_device_train_batch_size=4,
+    zero_stage=2,
+    max_steps=300,
+    save_steps=20,
+    learning_rate=2e-3,
+    macdrop={"p0": 0.0},
+).canonical()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory):
+    import ray
+
+    from tune.cluster_state import connect
+
+    os.environ["MACDROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    connect(RaySpec(dashboard=False))
+    yield
+    ray.shutdown()
+    del os.environ["MACDROP_CACHE"]
+
+
+def worker() -> int:
+    """The process of one of the workers."""
+    return _actors("RayTrainWorker")[-1].pid
+
+
+def leader() -> int:
+    """The process of the controller whose lane has its resources."""
+    from tune.reaper import _groups
+
+    makers = [group.creator_actor_id for group in _groups() if group.state == group.CREATED]
+    return next(row.pid for row in _actors("TrainController") if row.actor_id in makers)
+
+
+def _actors(kind: str) -> list[Any]:
+    from tune.reaper import _actors
+
+    return _actors(kind)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def storm(tmp_path_factory) -> Scene:
+    import tune.lanes
+    from tune.evaluators import _Evaluator
+    from tune.reaper import _groups
+
+    with scene_of(tmp_path_factory.mktemp("storm"), RAY) as scene:
+        scene.place("calm", SPEC, WIDTH)
+        started = time.monotonic()
+        scene.lanes.open()
+        scene.reach("calm", "running", 1)
+        scene.recovered["start"] = time.monotonic() - started
+        scene.reach("calm", "trained")
+        scene.place("storm", SPEC, WIDTH)
+        scene.disturb("worker killed", 60, lambda: os.kill(worker(), signal.SIGKILL))
+        scene.disturb("worker stopped", 120, lambda: os.kill(worker(), signal.SIGSTOP))
+        scene.disturb("controller killed", 180, lambda: os.kill(leader(), signal.SIGKILL))
+        scene.reach("storm", "trained")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tune.lanes, "ROOM_AFTER_S", 0.0)
+            evaluator = _Evaluator.options(num_cpus=WIDTH * RAY.cpus_per_worker).remote()
+            scene.wait(lambda snapshot: any(row.pid for row in _actors("_Evaluator")), scoring=True)
+            scene.evaluator_lived = True
+            del evaluator
+    scene.left = _groups() + _actors("TrainController") + _actors("RayTrainWorker")
+    print({name: f"{seconds:.1f} s" for name, seconds in scene.recovered.items()})
+    print("groups gone:", {name: f"{seconds:.1f} s" for name, seconds in scene.reaped.items()})
+    return scene
+
+
+def test_the_adapter_is_that_of_an_undisturbed_run(storm):
+    assert digest(storm.folder / "trials" / "calm") == digest(storm.folder / "trials" / "storm")
+
+
+def test_every_loss_is_told(storm):
+    killed, hung, headless = storm.reasons
+    assert killed.startswith("Worker") and killed.endswith("was killed, or crashed.")
+    assert "ray.step_timeout_s = 5 s" in hung and "trials/storm/stacks/rank-" in hung
+    assert headless.startswith("The process that leads the lane's workers (process")
+
+
+def test_a_hang_leaves_the_stack_of_the_rank_that_waited(storm):
+    (file,) = (storm.folder / "trials" / "storm" / "stacks").iterdir()
+    told = file.read_text()
+    assert "Timeout" in told and "finetune.py" in told
+    assert not (storm.folder / "trials" / "calm" / "stacks").exists()
+
+
+def test_a_lane_that_waits_for_resources_is_no_failure(storm):
+    assert storm.most_up == 1
+
+
+def test_no_process_and_no_placement_group_outlives_its_lane(storm):
+    assert set(storm.reaped) == {"worker killed", "worker stopped", "controller killed"} and storm.left == []
+
+
+def test_evaluators_get_the_resources_of_an_idle_lane(storm):
+    assert storm.evaluator_lived
+
+
+def test_what_nothing_fits_is_said_with_the_way_to_go_on(tmp_path):
+    from tune.reaper import _groups
+
+    spec = RAY.model_copy(update={"cpus_per_worker": 1000.0, "resource_timeout_s": 1.0, "lanes": 1})
+    with scene_of(tmp_path, spec) as scene:
+        scene.lanes.open()
+        with pytest.raises(ResourceError, match="of 1000 CPU.s. within ray.resource_timeout_s = 1 s") as error:
+            scene.wait(lambda snapshot: False)
+    assert "In use" in str(error.value) and f"macdrop sweep --resume output_dir={tmp_path}" in str(error.value)
+    assert _groups() == [] and _actors("TrainController") == []
+
+
+def test_the_control_store_tells_what_the_reaper_asks_it():
+    """Ray's private tables and accessors, and the cleaner that the reaper replaces: here a new Ray is found out."""
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from tune.reaper import Trainer, draining, orphans, reap
+
+    @ray.remote(num_cpus=0)
+    class Maker:
+        def make(self) -> None:
+            self.group = ray.util.placement_group([{"CPU": 0.1}])
+            ray.get(self.group.ready())
+
+    maker = Maker.remote()
+    ray.get(maker.make.remote())
+    assert orphans() == [] and draining() == []
+    ray.kill(maker)
+    deadline = time.monotonic() + 30
+    while not (found := orphans()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(found) == 1 and reap() == 1
+    while orphans() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert orphans() == []
+    runs = [kind(print, scaling_config=ScalingConfig()) for kind in (TorchTrainer, Trainer)]
+    kinds = [{type(callback).__name__ for callback in run._create_default_callbacks()} for run in runs]
+    assert kinds[0] - kinds[1] == {"PlacementGroupCleanerCallback"} and kinds[1] < kinds[0]
