@@ -77,7 +77,7 @@ def claimed(folder: Path) -> Iterator[Claim]:
             if holder is not None and (why := alive(holder, _age(file))):
                 raise ConfigError(_refusal(folder, holder, why))
             about = {"host": socket.gethostname(), "since": _now(), "command": " ".join(sys.argv)}
-            atomic_write_json(file, {"token": token, "pid": os.getpid(), **_here(os.getpid()), **about})
+            atomic_write_json(file, {"token": token, "pid": os.getpid(), **process(os.getpid()), **about})
     claim = Claim(folder, token)
     claim._thread.start()
     try:
@@ -91,7 +91,7 @@ def alive(holder: dict[str, Any], age_s: float) -> str | None:
 
     age_s: how long ago the claim was touched.
     """
-    here = _here(holder.get("pid") or 0)
+    here = process(holder.get("pid") or 0)
     if holder.get("where") == here["where"]:
         same = here["begun"] is not None and here["begun"] == holder.get("begun")
         return f"process {holder['pid']} of this machine is alive" if same else None
@@ -107,7 +107,7 @@ def _refusal(folder: Path, holder: dict[str, Any], why: str) -> str:
     )
 
 
-def _here(pid: int) -> dict[str, Any]:
+def process(pid: int) -> dict[str, Any]:
     """What tells a process from one that had its number earlier or elsewhere; `begun` is None if there is none."""
     words = [socket.gethostname()]
     for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(), _namespace):

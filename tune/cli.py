@@ -168,6 +168,9 @@ def sweep(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="With --resume: also train again what failed or diverged.")
     ] = False,
+    clear_leftovers: Annotated[
+        bool, typer.Option("--clear-leftovers", help="Clear what dead runs hold on the cluster; else it asks.")
+    ] = False,
     recipes: Annotated[bool, typer.Option("--recipes", help="List the shipped recipes.")] = False,
 ) -> None:
     """Compare plain and MacDrop adapters on many models: search, train, score, report. No argument: the demo."""
@@ -177,7 +180,8 @@ def sweep(
         commands.list_recipes()
         return
     file, overrides = _split(config)
-    failures = commands.sweep(file, overrides, dry_run=dry_run, resume=resume, retry_failed=retry_failed)
+    how = {"resume": resume, "retry_failed": retry_failed, "clear_leftovers": clear_leftovers}
+    failures = commands.sweep(file, overrides, dry_run=dry_run, **how)
     raise typer.Exit(TRIALS_FAILED if failures else 0)
 
 

@@ -148,7 +148,15 @@ def _jobs_of_one(block: Any, adapter: Path | None) -> list[Any]:
     return [job for job in jobs(block) if not (same and job.attack_on == "merged")]
 
 
-def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool, retry_failed: bool = False) -> int:
+def sweep(
+    file: str | None,
+    overrides: list[str],
+    *,
+    dry_run: bool,
+    resume: bool,
+    retry_failed: bool = False,
+    clear_leftovers: bool = False,
+) -> int:
     from tune.plan import check_local, studies
     from tune.resuming import resume_command
     from tune.spec import load
@@ -189,7 +197,8 @@ def sweep(file: str | None, overrides: list[str], *, dry_run: bool, resume: bool
     progress = Progress(console)
     with stoppable(lambda text: line("stopping", text)) as stop:
         try:
-            failures = run(spec, resume=resume, retry_failed=retry_failed, progress=progress, stop=stop)
+            how = {"resume": resume, "retry_failed": retry_failed, "clear_leftovers": clear_leftovers}
+            failures = run(spec, **how, progress=progress, stop=stop)
         except BaseException as error:
             progress.finished()
             if stop.signal is None:

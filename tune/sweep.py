@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from macdrop.errors import MacDropError, ResourceError
+from tune import leftovers
 from tune.check import check_inputs
 from tune.claim import claimed
 from tune.cluster_state import check_cluster, connect
@@ -30,12 +31,18 @@ from tune.supervisor import Supervisor
 
 
 def run(
-    spec: RunSpec, *, resume: bool = False, retry_failed: bool = False, progress: Progress, stop: Stop | None = None
+    spec: RunSpec,
+    *,
+    resume: bool = False,
+    retry_failed: bool = False,
+    clear_leftovers: bool = False,
+    progress: Progress,
+    stop: Stop | None = None,
 ) -> int:
     """Run every study of `spec` into its output folder.
 
-    resume: what of it is not done yet. retry_failed: also what failed or diverged. stop: tells an end from outside,
-    whatever exception it became, from a failure.
+    resume: what of it is not done yet. retry_failed: also what failed or diverged. clear_leftovers: of dead runs,
+    without asking. stop: tells an end from outside, whatever exception it became, from a failure.
 
     Returns:
         The number of trials that did not end well.
@@ -59,6 +66,7 @@ def run(
         address, joined = connect(spec.ray)
         if joined:
             stack.callback(ray.shutdown)
+            leftovers.look(local=spec.ray.address is None, clear=clear_leftovers, tell=progress.note)
         gpus = check_cluster(spec.ray)
         # The folder comes last: whatever is refused above leaves nothing behind.
         if not resume:
