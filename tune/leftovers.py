@@ -53,7 +53,7 @@ def on_cluster() -> list[Leftover]:
         actor = ActorTableData.FromString(row)
         if actor.job_id in dead and actor.class_name in TRAIN_ACTORS and actor.state != ActorTableData.DEAD:
             told = f"an actor {actor.class_name}{_of(dead[actor.job_id])}"
-            found.append(Leftover(told, lambda name=actor.actor_id: _kill(name)))
+            found.append(Leftover(told, lambda row=actor: _kill(row.name, row.ray_namespace)))
     return found
 
 
@@ -65,8 +65,11 @@ def _of(job: Any) -> str:
     return f", of job {job.job_id.hex()} (driver {job.driver_pid} on {job.driver_address.ip_address}), which is dead"
 
 
-def _kill(actor_id: bytes) -> None:
-    ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID(actor_id), True)
+def _kill(name: str, namespace: str) -> None:
+    try:
+        ray.kill(ray.get_actor(name, namespace=namespace))
+    except ValueError:
+        pass  # gone meanwhile
 
 
 # --- Ray sessions of this machine ---
