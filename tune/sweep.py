@@ -59,9 +59,7 @@ def run(
         if resume:
             check_run(run_dir)
             stack.enter_context(claimed(run_dir))
-            for note in mend(run_dir):
-                progress.note(note)
-            check_same(run_dir, dump(RunSpec.model_validate(Journal.open(run_dir).config())), dump(spec))
+            _take_up(run_dir, spec, progress)
         checked = check_inputs(spec, planned)
         address, joined = connect(spec.ray)
         if joined:
@@ -111,6 +109,13 @@ def run(
             failures += judge_sweep(spec, journal, progress, gpus=gpu_shares(spec.ray, gpus)[1])
         progress.finished()
     return failures
+
+
+def _take_up(run_dir: Path, spec: RunSpec, progress: Progress) -> None:
+    """Mend an earlier run's folder, and refuse it to a spec that is another run's."""
+    for note in mend(run_dir):
+        progress.note(note)
+    check_same(run_dir, dump(RunSpec.model_validate(Journal.open(run_dir).config())), dump(spec))
 
 
 def _leave(
