@@ -102,7 +102,7 @@ def tell_loss(dispatcher: ActorHandle, lane: str, failure: Failure) -> bool:
     held = call(dispatcher, "held", lane)
     if held:
         order, step = held
-        call(dispatcher, "lost", order.id, failure.reason, failure.attempts, step)
+        call(dispatcher, "lost", order.id, failure.reason, failure.attempts, step, failure.kind)
     call(dispatcher, "lane_down", lane, failure.reason)
     return held is not None
 

@@ -69,6 +69,7 @@ class Entry:
     outcome: dict[str, Any] = field(default_factory=dict)
     #: The last step that a search saw of an order which it gave up.
     judged: int | None = None
+    kind: str | None = None
     reason: str | None = None
     scores: dict[str, float] | None = None
 
@@ -254,6 +255,7 @@ class OrderBook:
         entry = self.entries[order_id]
         if self._has(entry, lane):
             self._release(entry)
+            entry.kind = None
             self._end(entry, state, reason)
 
     def held(self, lane: str) -> tuple[Order, int] | None:
@@ -264,17 +266,19 @@ class OrderBook:
         entry = self.entries[order_id]
         return entry.order, entry.last.get("step", 0)
 
-    def lost(self, order_id: str, reason: str, attempts: int = MAX_ATTEMPTS, step: int = 0) -> None:
+    def lost(
+        self, order_id: str, reason: str, attempts: int = MAX_ATTEMPTS, step: int = 0, kind: str | None = None
+    ) -> None:
         """Why a lane is about to die under an order, or just died, and how often such an order is tried in a row.
 
-        step: where it was; an order that got further than ever before has all its attempts again. On machines that come
-        and go, a long one would else never end.
+        step: where it was; an order that got further than ever before has all its attempts again: on machines that come
+        and go, a long one would else never end. kind: of the failure; a resumed run tries again what lay with a machine.
         """
         entry = self.entries[order_id]
         if entry.state in ("running", "queued") and entry.attempts:
             if step > entry.reached:
                 entry.reached, entry.attempts = step, 1
-            entry.reason, entry.limit = reason, attempts
+            entry.reason, entry.limit, entry.kind = reason, attempts, kind
             if entry.state == "queued":
                 self._exhausted(entry)
 

@@ -209,6 +209,8 @@ class Supervisor:
             outcome = {key: value for key, value in entry.outcome.items() if key != "status"}
             if entry.judged is not None:
                 outcome["judged"] = entry.judged
+            if entry.state == "failed":
+                outcome["kind"] = entry.kind
             record.finish(entry.state, entry.reason, **about, **outcome)
             self._progress.ended(entry)
 

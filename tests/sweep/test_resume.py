@@ -18,7 +18,7 @@ import yaml
 
 from tune.checkpoint import sha256
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 #: Optuna, one trial at a time; MacDrop trials are long enough to be killed in the middle, between two checkpoints.
 SPEC = {
