@@ -272,7 +272,7 @@ class OrderBook:
         """Why a lane is about to die under an order, or just died, and how often such an order is tried in a row.
 
         step: where it was; an order that got further than ever before has all its attempts again: on machines that come
-        and go, a long one would else never end. kind: of the failure; a resumed run tries again what lay with a machine.
+        and go, a long one would else never end. kind: of the failure; a resumed run tries some again.
         """
         entry = self.entries[order_id]
         if entry.state in ("running", "queued") and entry.attempts:
