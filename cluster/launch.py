@@ -15,7 +15,7 @@ from cluster.errors import BadLaunchFile, LaunchError, LaunchFailed, Missing
 from cluster.launch_kind import Job, Kind, stamp
 from cluster.launch_shell import Shell, confirmed, table
 
-#: Seconds before a dropped line is taken up again, and how often.
+#: Seconds before a dropped line is taken up again, and how often. Doubled each time: a laptop may be away for a minute.
 AGAIN, ATTEMPTS = 3.0, 5
 #: Names within a run's folder that stay on the storage: large, or of no use elsewhere.
 STAYS = ("/ray/", "checkpoints/", "*.tmp")
@@ -152,7 +152,7 @@ def _follow(kind: Kind, run: str, job: str) -> int:
             return _ended(kind, run, found)
         if attempt + 1 < ATTEMPTS:
             shell.say(f"the log broke off; asking again ({attempt + 1} of {ATTEMPTS - 1})")
-            time.sleep(AGAIN)
+            time.sleep(AGAIN * 2**attempt)
     shell.say(f"The job may well go on. To look again: {_look(kind, run)}")
     return Missing.exit_code
 

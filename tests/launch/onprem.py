@@ -19,9 +19,9 @@ TRAINS, OF_RAY = "ray::RayTrainWorker", re.compile(r"ray::|raylet|gcs_server|/ra
 #: What `ray up` and `ray exec` say of their own steps.
 OF_RAYS_LAUNCHER = re.compile(r"\sV*(INFO|WARN) \w+\.py:|^(Shared connection|Warning: Permanently added)")
 #: The demo, changed as a user would: one model, few trials, each long enough to be hit; every step is logged.
-STEPS = 250
+STEPS = 200
 SWEEP = (
-    *("sweep.models=[zoo:planted-llama]", "sweep.arms=[base, plain, macdrop]", "sweep.seeds=2", "sweep.num_samples=3"),
+    *("sweep.models=[zoo:planted-llama]", "sweep.arms=[base, plain, macdrop]", "sweep.seeds=2", "sweep.num_samples=2"),
     *(f"max_steps={STEPS}", "logging_steps=1", "ray.num_workers=2", "eval.attacks=[none, zeroing@3]"),
 )
 #: Steps between two checkpoints, unless told otherwise.

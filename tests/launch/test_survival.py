@@ -48,23 +48,24 @@ def test_nobody_talks_to_it_without_the_token(cluster):
 
 def test_a_sweep_survives_its_hosts_and_the_laptop(cluster, tmp_path):
     lab, run = cluster.lab, Run(cluster, "survivor")
-    submit = cluster.submit(run.name, log=tmp_path / "submit.log")
+    log = tmp_path / "submit.log"
+    submit = cluster.submit(run.name, log=log)
     until(run.training, 240, "the first trial", 0.5)
     lab.cut("laptop")
     cluster.say("the laptop leaves in the middle of submit")
     losses = [run.hit(lambda host: lab.kill(host.name), "kill")]
     lab.boot(losses[0].host.name)
     lab.mend("laptop")
-    submit.terminate()
-    submit.wait(30)
     cluster.say("the laptop and the killed host are back")
     cluster.wait_for_nodes()
     losses.append(run.hit(lambda host: lab.cut(host.name), "cut"))
     assert max(loss.again for loss in losses) <= SAVED_EVERY, losses
     until(run.ended, 400, "the sweep to end", 0.5)
     lab.mend(losses[1].host.name)
+    assert submit.wait(60) == 0, "submit found back to its job, and told of its end"
+    cluster.say(f"submit ended: {log.read_text().splitlines()[-1]}")
     cluster.verb("status", FILE)
-    check_whole(run, cluster.verb("logs", FILE, run.name), trials=8)
+    check_whole(run, cluster.verb("logs", FILE, run.name), trials=7)
     cluster.verb("fetch", FILE, run.name)
     home = Path(f"{lab.laptop.root}{HOME}", "runs", run.name)
     assert (home / "scores.jsonl").read_bytes() == (run.folder / "scores.jsonl").read_bytes()
