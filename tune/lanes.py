@@ -31,8 +31,8 @@ CLOSE_S = 20.0
 LOOK_EVERY_S = 1.0
 #: Evaluators that have work and get no resources for so long have an idle lane's.
 ROOM_AFTER_S = 10.0
-#: Their class, as Ray's table of actors has it.
-EVALUATOR = "_Evaluator"
+#: How the name of their class ends.
+EVALUATOR = "Evaluator"
 
 
 class Lanes:

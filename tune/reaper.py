@@ -105,7 +105,7 @@ def _groups() -> list[Any]:
 
 
 def _actors(kind: str) -> list[Any]:
-    """This job's actors of a class that are not dead."""
+    """This job's actors, but the dead, of a class whose name ends so: the table has it with the function around it."""
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     rows = [ActorTableData.FromString(row) for row in _accessor().get_actor_table(job, None)]
-    return [row for row in rows if row.class_name == kind and row.state != ActorTableData.DEAD]
+    return [row for row in rows if row.class_name.endswith(kind) and row.state != ActorTableData.DEAD]

@@ -87,9 +87,14 @@ def digest(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def storm(tmp_path_factory) -> Scene:
+    import ray
+
     import tune.lanes
-    from tune.evaluators import _Evaluator
     from tune.reaper import _groups
+
+    @ray.remote(num_cpus=WIDTH * RAY.cpus_per_worker)
+    class Evaluator:
+        """Holds what a lane held."""
 
     with scene_of(tmp_path_factory.mktemp("storm"), RAY) as scene:
         scene.place("calm", SPEC, WIDTH)
@@ -105,8 +110,8 @@ def storm(tmp_path_factory) -> Scene:
         scene.reach("storm", "trained")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tune.lanes, "ROOM_AFTER_S", 0.0)
-            evaluator = _Evaluator.options(num_cpus=WIDTH * RAY.cpus_per_worker).remote()
-            scene.wait(lambda snapshot: any(row.pid for row in _actors("_Evaluator")), scoring=True)
+            evaluator = Evaluator.remote()
+            scene.wait(lambda snapshot: any(row.pid for row in _actors("Evaluator")), scoring=True)
             scene.evaluator_lived = True
             del evaluator
     scene.left = _groups() + _actors("TrainController") + _actors("RayTrainWorker")
