@@ -63,7 +63,7 @@ def run(
         checked = check_inputs(spec, planned)
         address, joined = connect(spec.ray)
         if joined:
-            stack.callback(ray.shutdown)
+            stack.callback(_disconnect, stop)
             leftovers.look(local=spec.ray.address is None, clear=clear_leftovers, tell=progress.note)
         gpus = check_cluster(spec.ray)
         # The folder comes last: whatever is refused above leaves nothing behind.
@@ -116,6 +116,13 @@ def _take_up(run_dir: Path, spec: RunSpec, progress: Progress) -> None:
     for note in mend(run_dir):
         progress.note(note)
     check_same(run_dir, dump(RunSpec.model_validate(Journal.open(run_dir).config())), dump(spec))
+
+
+def _disconnect(stop: Stop | None) -> None:
+    """Leave Ray. A process that was told to stop ends at once, and what it started of Ray with it: a shutdown would
+    wait, and brings the process down where the signal came to Ray's processes, too."""
+    if stop is None or stop.signal is None:
+        ray.shutdown()
 
 
 def _leave(
