@@ -132,7 +132,8 @@ def left(shell: Shell, ssh: Ssh, hosts: Iterable[str]) -> tuple[dict[str, list[s
     for host, done in on_all(shell, ssh, hosts, script, inside=False).items():
         before, mark, after = done.text.partition(f"{MARK}asked")
         if mark:
-            found = [line.strip()[:120] for line in after.splitlines() if line.strip()]
+            # What the login shell says on its own (no terminal, no job control) may come late.
+            found = [line.strip()[:120] for line in after.splitlines() if re.match(r"\s*\d+ ", line)]
             running.update({host: found} if found else {})
         elif not shell.dry_run:
             silent[host] = ssh.told(host, done)

@@ -80,7 +80,7 @@ def test_fetch_of_no_run_tells_those_that_are_there(laptop):
 
 def test_down_stops_jobs_cluster_and_ray_on_every_host_and_looks(laptop):
     laptop.tools.answer("on-head jobs", told(jobs=[job("a", "SUCCEEDED", 0), job("b", "RUNNING", None, 2)]))
-    laptop.tools.answer("^ssh .*asked", f"{MARK}asked\n")
+    laptop.tools.answer("^ssh .*asked", f"{MARK}asked\nbash: no job control in this shell\n")
     file = laptop.file("local")
     assert laptop.run("down", file, "--yes") == 0, laptop.out + laptop.err
     lines = laptop.tools.lines
