@@ -110,9 +110,11 @@ def there(head, laptop, monkeypatch):
 def test_a_job_runs_ends_and_is_found_again(there):
     laptop, file = there
     assert laptop.run("submit", file, "demo", "ends=well") == 0, laptop.out + laptop.err
-    assert "sweep sweep demo ends=well ray.address=auto output_dir=" in laptop.out and "--resume" not in laptop.out
+    assert re.search(
+        r"^sweep sweep demo ends=well ray.address=auto output_dir=\S+/runs/demo$", laptop.out, re.MULTILINE
+    )
     assert laptop.run("submit", file, "demo", "ends=badly") == 7
-    assert re.search(r"sweep sweep demo .*--resume", laptop.out), "its folder is there"
+    assert re.search(r"^sweep sweep demo .* --resume$", laptop.out, re.MULTILINE), "its folder is there"
     assert laptop.run("status", file) == 0
     assert re.search(r"demo-\S+ +demo +succeeded +0", laptop.out) and re.search(r"demo +failed +7", laptop.out)
     assert re.search(r"^demo +done", laptop.out, re.MULTILINE)
