@@ -39,6 +39,8 @@ UNANSWERED: dict[str, str] = {
     " Start it: macdrop cluster up {file}",
     r"macdrop: (command )?not found": "the head has no `macdrop`: install it there (setup_commands, or the image)",
     r"No such command|No such option": "the head has an older macdrop than this machine: install the same there",
+    r"[Uu]nauthenticated|[Aa]uthentication token|AuthenticationError": "the head's shell lacks the token that its Ray "
+    "wants: ~/.ray/auth_token (file_mounts) and `export RAY_AUTH_MODE=token` in ~/.bashrc (setup_commands)",
     r"rsync: (command )?not found": "the head has no rsync: apt install rsync there",
     r"ray: (command )?not found": "the head has no `ray` on the PATH of a login shell (setup_commands, ~/.bashrc)",
 }

@@ -359,6 +359,7 @@ def test_a_head_that_cannot_tell_says_what_to_do(problem, remedy, laptop):
     ("said", "remedy"),
     [
         ("Head node of cluster (macdrop) not found!", "macdrop cluster up"),
+        ("Token authentication is enabled but no authentication token was found", "lacks the token that its Ray wants"),
         ("bash: macdrop: command not found", "the head has no `macdrop`"),
         ("ubuntu@10.0.0.1: Permission denied (publickey).", "10.0.0.1 does not take this key"),
         ("something else", "something else"),

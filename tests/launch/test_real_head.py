@@ -68,6 +68,7 @@ def head(tmp_path_factory):
         program.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["MACDROP_STORAGE"] = str(home / "storage")
     environment |= {"PATH": f"{home / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tree)}
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=0", f"--port={gcs}", f"--dashboard-port={web}"]
     command += ["--dashboard-host=127.0.0.1", f"--temp-dir={folder}", "--node-ip-address=127.0.0.1"]
@@ -139,4 +140,6 @@ def test_without_the_token_the_error_says_so(there, monkeypatch, tmp_path):
     laptop, file = there
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert laptop.run("status", file) == 1
-    assert "lacks the token that its Ray wants" in laptop.out and "Traceback" not in laptop.out + laptop.err
+    assert (
+        "lacks the token that its Ray wants" in laptop.out + laptop.err and "Traceback" not in laptop.out + laptop.err
+    )
