@@ -281,6 +281,20 @@ def read_mapping(
     return found
 
 
+def of_kinds(
+    path: Path, found: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], problems: list[str] | None
+) -> bool:
+    """Whether the values of a file's mapping have the kinds named, where they are there; `problems` as above."""
+    wrong = next((key for key, kind in kinds.items() if key in found and type(found[key]) not in kind), None)
+    if wrong is None:
+        return True
+    told = f"{path} is damaged: {wrong} cannot be {found[wrong]!r:.80}"
+    if problems is None:
+        raise ConfigError(told)
+    problems += [told] if told not in problems else []
+    return False
+
+
 def plain(value: Any) -> Any:
     """`value` with numpy and torch scalars, paths and tuples made plain JSON values; non-finite numbers become None.
 

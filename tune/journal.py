@@ -31,6 +31,7 @@ from tune.files import (
     atomic_write_json,
     atomic_write_text,
     atomic_write_yaml,
+    of_kinds,
     plain,
     read_jsonl,
     read_mapping,
@@ -55,6 +56,13 @@ SCORE_COLUMNS = (
     *("model", "arm", "trial", "seed", "split", "benchmark", "task", "version", "metric", "attack", "attack_on"),
     *("value", "stderr", "n", "higher_is_better", "batch_size", "limit", "num_fewshot"),
 )
+#: Of trial.json the kinds of values that readers rely on; what is missing is another matter.
+_TRIAL_KINDS = {
+    **dict.fromkeys(("trial", "model", "arm", "status", "stage"), (str,)),
+    **dict.fromkeys(("started", "setting", "reason"), (str, type(None))),
+    **dict.fromkeys(("cell", "drawn"), (dict, type(None))),
+    **dict.fromkeys(("seed", "step", "train_loss", "eval_loss", "seconds", "attempts"), (int, float, type(None))),
+}
 _SCORE_NEEDS = ("model", "trial", "benchmark", "task", "metric", "value")
 
 
@@ -181,7 +189,7 @@ class Journal:
         for file in (self.run_dir / "trials").glob("*/trial.json"):
             config = file.with_name("config.yaml")
             record = read_mapping(file, self.problems, needs=("trial", "model"))
-            if record is not None:
+            if record is not None and of_kinds(file, record, _TRIAL_KINDS, self.problems):
                 settings = read_mapping(config, self.problems) if config.exists() else None
                 records.append({"stage": FINALS, "setting": None, "cell": {}, **record, "config": settings or {}})
         return sorted(records, key=lambda record: (record.get("started") or "", record["trial"]))

@@ -153,10 +153,6 @@ def test_the_sweep_goes_on_where_there_is_room(seen):
     assert seen.trial["status"] == "done" and seen.trial["step"] == SETTINGS["max_steps"]
 
 
-def test_a_lost_node_counts_as_an_attempt_and_a_spot_notice_does_not(seen):
-    assert seen.trial["attempts"] == 2, seen.trial
-
-
 def test_a_spot_notice_costs_no_step(seen):
     """The lane saves what it has when it is told, also between two checkpoints."""
     assert seen.trial["resumed_from"] >= seen.drained_at > seen.lost_at - SETTINGS["save_steps"]
