@@ -226,7 +226,7 @@ def runs(folder: Path) -> Callable[[Any], str]:
 
     def resumed() -> None:
         journal = Journal.open(run)
-        journal.score_rows(), journal.environment()
+        journal.score_rows()  # environment.json is written anew
         for record in journal.trials():
             journal.trial(record["trial"]).metrics()
         studies(load(run / "config.yaml"))
