@@ -66,8 +66,12 @@ def reap() -> int:
 
 
 def orphans() -> list[Any]:
-    """Placement groups of this job that a dead actor has made and that are not meant to outlive it."""
-    return [group for group in _groups() if group.creator_actor_dead and not group.is_detached]
+    """Placement groups of this job that a dead actor has made and that are not meant to outlive it.
+
+    Those that the driver made, as Tune does for its trials, have no actor, which the table counts as a dead one.
+    """
+    made = [group for group in _groups() if not ray.ActorID(group.creator_actor_id).is_nil()]
+    return [group for group in made if group.creator_actor_dead and not group.is_detached]
 
 
 def end_runs(*, waiting: bool = False) -> int:

@@ -178,6 +178,8 @@ def test_the_control_store_tells_what_the_reaper_asks_it():
 
     maker = Maker.remote()
     ray.get(maker.make.remote())
+    own = ray.util.placement_group([{"CPU": 0.1}])  # as Tune makes them: by the driver, no actor
+    ray.get(own.ready())
     assert orphans() == [] and draining() == []
     ray.kill(maker)
     deadline = time.monotonic() + 30
@@ -186,7 +188,8 @@ def test_the_control_store_tells_what_the_reaper_asks_it():
     assert len(found) == 1 and reap() == 1
     while orphans() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert orphans() == []
+    assert orphans() == [] and ray.util.placement_group_table(own)["state"] == "CREATED"
+    ray.util.remove_placement_group(own)
     runs = [kind(print, scaling_config=ScalingConfig()) for kind in (TorchTrainer, Trainer)]
     kinds = [{type(callback).__name__ for callback in run._create_default_callbacks()} for run in runs]
     assert kinds[0] - kinds[1] == {"PlacementGroupCleanerCallback"} and kinds[1] < kinds[0]
