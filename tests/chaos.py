@@ -75,6 +75,10 @@ KINDS: dict[str, tuple[str, int]] = {
     "sweep": ("", 1),
 }
 KILLS_A_SWEEP = 6
+#: Detached actors that Ray keeps for a whole cluster, without resources.
+RAYS_OWN = {"_AutoscalingCoordinatorActor"}
+#: What the recipe trains: a plain adapter and two others in the search, the plain and the better one on a fresh seed.
+PLANNED = 5
 #: Seconds: the longest pause before a kill; for how long a sign of life is waited for, which each kill also adds to a
 #: sweep's limit; and the least of that limit, which is `PATIENCE` times as long as the undisturbed sweep took.
 PAUSE_S, RECOVERY_S, LIMIT_S, PATIENCE = 4.0, 60.0, 240.0, 3.0
@@ -354,7 +358,8 @@ def _left_on_cluster() -> list[str]:
     from ray.util.placement_group import placement_group_table
 
     groups = [f"placement group {g['name']}" for g in placement_group_table().values() if g["state"] != "REMOVED"]
-    alive = [f"actor {a['ActorClassName']}" for a in actors().values() if a["State"] not in ("DEAD",)]
+    names = [actor["ActorClassName"] for actor in actors().values() if actor["State"] != "DEAD"]
+    alive = [f"actor {name}" for name in names if name not in RAYS_OWN]
     used = {name: ray.cluster_resources()[name] - free for name, free in ray.available_resources().items()}
     return groups + alive + ([f"CPUs {used['CPU']:g}"] if used.get("CPU") else [])
 
@@ -373,6 +378,9 @@ def chaos(kills: int, seed: int, output: Path) -> Tally:
         tally.violation(f"the undisturbed sweep failed:\n{undisturbed.end()}")
         return tally
     reference = read(undisturbed.folder, lambda text: tally.violation(f"undisturbed: {text}"))
+    if Counter(reference.statuses.values()) != {"done": PLANNED}:
+        tally.violation(f"the undisturbed sweep is not whole: {reference.statuses}\n{undisturbed.end()}")
+        return tally
     spent = time.monotonic() - undisturbed.started
     tally.tell(f"undisturbed: {spent:.0f} s, {len(reference.adapters)} adapters, {len(reference.scores)} scores")
     number = idle = 0

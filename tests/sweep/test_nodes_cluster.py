@@ -43,7 +43,7 @@ class Seen:
 
     folder: Path
     nodes: list[str] = field(default_factory=list)
-    #: The step of the newest checkpoint when a node went, and where training went on.
+    #: The steps that were trained when a node was lost, and when one was to be taken away.
     lost_at: int = 0
     drained_at: int = 0
     evaluated_on: set[str] = field(default_factory=set)
@@ -95,11 +95,12 @@ def seen(cluster, tmp_path_factory) -> Iterator[Seen]:
     try:
         (first,) = wait(lambda: saved(found.folder) and places(TRAINER))
         found.nodes.append(first)
-        found.lost_at = steps(found.folder)
         cluster.remove_node(node(cluster, first), allow_graceful=False)
         cluster.add_node(num_cpus=1)
-        # It trains on once the steps after the last checkpoint have been written again, and more.
-        wait(lambda: places(TRAINER) - {first} and steps(found.folder) > found.lost_at)
+        wait(lambda: places(TRAINER) - {first})
+        # The first trainer is gone for long by now: it trains on once there are more steps than that one has left.
+        found.lost_at = steps(found.folder)
+        wait(lambda: steps(found.folder) > found.lost_at)
         (second,) = places(TRAINER) - {first}
         (third,) = {each.node_id for each in cluster.worker_nodes} - {second}
         found.drained_at = steps(found.folder)
@@ -155,7 +156,7 @@ def test_the_sweep_goes_on_where_there_is_room(seen):
 
 def test_a_spot_notice_costs_no_step(seen):
     """The lane saves what it has when it is told, also between two checkpoints."""
-    assert seen.trial["resumed_from"] >= seen.drained_at > seen.lost_at - SETTINGS["save_steps"]
+    assert seen.trial["resumed_from"] >= seen.drained_at > seen.lost_at
 
 
 def test_the_adapter_is_that_of_an_undisturbed_run(seen, tmp_path, monkeypatch):
