@@ -83,7 +83,12 @@ def _run_files(run_dir: Path) -> list[str]:
         atomic_write_json(about, {**run, "layout": LAYOUT, "spec": config})
         return notes
     copy = run.get("spec")
-    if isinstance(copy, dict) and (config is None or flat(config) != flat(copy)):
+    if copy is not None and not _is_whole(copy) and config is not None:
+        # A copy that is damaged itself mends nothing.
+        notes = [f"{_aside(about)}: what it holds of the spec is written anew from config.yaml"]
+        atomic_write_json(about, {**run, "spec": config})
+        return notes
+    if _is_whole(copy) and (config is None or flat(config) != flat(copy)):
         notes = [f"{_aside(spec)}: config.yaml is written anew as the run was started, from run.json"]
         atomic_write_yaml(spec, copy)
         return notes
@@ -110,6 +115,14 @@ def _config(file: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
     return config
+
+
+def _is_whole(copy: Any) -> bool:
+    """Whether the spec in run.json is one, with all its keys."""
+    try:
+        return flat(dump(RunSpec.model_validate(copy))).keys() <= flat(copy).keys()
+    except UNREADABLE:
+        return False
 
 
 # --- trials ---

@@ -88,7 +88,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         )
     try:
         raw = _parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is no YAML: {_where(error)}.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values, for example\n  model_name_or_path: zoo:planted-llama")
@@ -106,7 +106,7 @@ def read_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"{text!r} is no override. Write key=value, for example learning_rate=1e-4.")
     try:
         return key.strip(), _parse(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"The value of {key} is no YAML: {_where(error)}.\n"
             f"Quote a text with special characters, twice because of the shell: {key}='\"...\"'"
