@@ -219,7 +219,12 @@ class RaySpec(Strict):
     gpus_per_worker: float | None = Field(None, ge=0)
     cpus_per_evaluator: float = Field(0.0, ge=0)
     gpus_per_evaluator: float | None = Field(None, ge=0)
-    resource_timeout_s: float = Field(120.0, gt=0)
+    resource_timeout_s: float | None = Field(None, gt=0)
     step_timeout_s: float = Field(1800.0, gt=0)
     threads_per_worker: int = Field(1, ge=1)
     dashboard: bool = True
+
+    @property
+    def patience_s(self) -> float:
+        """`resource_timeout_s`; without it a cluster gets the time in which it replaces a machine that was lost."""
+        return self.resource_timeout_s or (120.0 if self.address is None else 3600.0)

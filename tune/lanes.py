@@ -85,6 +85,11 @@ class Lanes:
             self._launch()
         self._check_any(up)
 
+    @property
+    def waited_s(self) -> float:
+        """For how long no lane has had its workers, though one should."""
+        return time.monotonic() - self._none_since if self._none_since else 0.0
+
     def close(self) -> None:
         """Have every lane save what it is at and end, and wait for it; safe to call twice.
 
@@ -141,15 +146,15 @@ class Lanes:
 
     def _check_any(self, up: dict[str, Any]) -> None:
         """Raise if all lanes that should be there have been waiting for too long."""
-        now = time.monotonic()
-        self._none_since = (self._none_since or now) if self._wanted and not up else None
-        if self._none_since and now - self._none_since > self._spec.resource_timeout_s:
+        waiting = self._wanted and not up
+        self._none_since = (self._none_since or time.monotonic()) if waiting else None
+        if self.waited_s > self._spec.patience_s:
             from tune.cluster_state import holders
 
             gpus = f" and {self._gpus:g} GPU(s)" if self._gpus else ""
             raise ResourceError(
                 f"No lane got its {self._spec.num_workers} worker(s) of {self._spec.cpus_per_worker:g} CPU(s){gpus} "
-                f"within ray.resource_timeout_s = {self._spec.resource_timeout_s:g} s.\n{holders()}\n{self._resume()}"
+                f"within ray.resource_timeout_s = {self._spec.patience_s:g} s.\n{holders()}\n{self._resume()}"
             )
 
     def _resume(self) -> str:

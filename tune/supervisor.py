@@ -25,6 +25,8 @@ from tune.spec import TrainSpec, dump
 
 #: Short beside a benchmark of a tiny model: an actor that is done waits for it.
 TICK_S = 0.1
+#: Lanes start, and come back after a kill, in less.
+TELL_WAITING_S = 60.0
 
 
 class Supervisor:
@@ -52,6 +54,7 @@ class Supervisor:
         self._pending: dict[str, dict[str, Any]] = {}
         self._seen = 0
         self._error: BaseException | None = None
+        self._waits = False
         self._failed: set[str] = set()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
@@ -178,6 +181,9 @@ class Supervisor:
             self._scored(result)
         snapshot = call(self._dispatcher, "snapshot")
         self._lanes.check(snapshot, scoring=bool(self._pool.busy))
+        if (waits := self._lanes.waited_s > TELL_WAITING_S) and not self._waits:
+            self._progress.note("no lane has its workers; waiting for resources")
+        self._waits = waits
         self._progress.show(snapshot, self._pool.busy)
 
     def _take_changes(self) -> bool:

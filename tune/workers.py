@@ -67,7 +67,7 @@ class Workers:
                 storage_path=str(self._folder / "ray"),
                 # How often workers may fail is `_Limit`'s to say; resources are waited for by the minute.
                 failure_config=FailureConfig(
-                    max_failures=-1, controller_failure_limit=math.ceil(spec.resource_timeout_s / 60)
+                    max_failures=-1, controller_failure_limit=math.ceil(spec.patience_s / 60)
                 ),
                 callbacks=[_Limit(self._folder, spec.step_timeout_s)],
             ),
