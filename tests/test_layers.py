@@ -20,7 +20,8 @@ FILE_LINES, TEST_LINES, FUNCTION_LINES = 350, 450, 80
 RAY_FILES = {
     f"tune/{name}.py"
     for name in (
-        *("cluster_state", "dispatch", "evaluators", "judge_actors", "lane", "lanes", "leftovers", "reaper", "search"),
+        *("cluster_state", "crew", "dispatch", "evaluators", "judge_actors", "lane", "lanes", "leftovers", "reaper"),
+        "search",
         *("stages", "supervisor", "sweep", "trial", "workers"),
     )
 }

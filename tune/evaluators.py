@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
 
-from macdrop.errors import MacDropError
 from tune.benchmarks.spec import PLAIN, EvalSpec, Job
+from tune.crew import MAX_ATTEMPTS, Crew, Done, Member
 from tune.spec import TrainSpec
-
-#: A benchmark under which this many actors died is given up.
-MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -39,12 +35,16 @@ class Opening:
 
 @dataclass
 class Item:
-    """One benchmark of one adapter (None: the base model). `tag` comes back with the result."""
+    """One benchmark of one adapter (None: the base model). `tag` comes back with the result.
+
+    `answers` is the file for what was measured item by item, `within` a folder above it that is there.
+    """
 
     tag: dict[str, Any]
     job: Job
     adapter: str | None
     answers: str
+    within: str | None = None
     attempts: int = 0
 
     @property
@@ -64,8 +64,7 @@ class Result:
     calls_saved: int = 0  # of layers, by what was shared with other attacks
 
 
-@ray.remote(max_restarts=0)
-class _Evaluator:
+class Evaluator(Member):
     """One resident model. A new model takes the place of the last one in the same process."""
 
     def __init__(self) -> None:
@@ -76,7 +75,7 @@ class _Evaluator:
         self.prefix: Any = None
         self.in_place = ExitStack()
 
-    def open(self, opening: Opening) -> str | None:
+    def prepare(self, opening: Opening) -> str | None:
         """Load model, tokenizer and tasks, find the massive weights; returns their file, None without."""
         import torch
 
@@ -111,7 +110,7 @@ class _Evaluator:
             atomic_write_json(Path(opening.weights).with_name("proof.json"), proved.to_dict())
         elif Path(opening.weights).is_file():
             weights = MassiveWeights.load(opening.weights)
-        self.slot = AdapterSlot(model)
+        self.slot = AdapterSlot(model, sealed=True)
         self.model, self.adapter = model, None
         for split, block in opening.blocks.items():
             self.scorers[split] = Scorer(model, tokenizer, block, weights)
@@ -129,76 +128,69 @@ class _Evaluator:
             self.adapter = item.adapter
         saved = self.prefix.calls_saved
         scorer = self.scorers[item.job.split]
-        rows = scorer.score(item.job, model=self.model, answers_path=item.answers, prefix=self.prefix)
+        rows = scorer.score(
+            item.job, model=self.model, answers_path=item.answers, prefix=self.prefix, within=item.within
+        )
         return rows, time.monotonic() - started, self.prefix.calls_saved - saved
 
 
 class Pool:
-    """Gives items to idle actors, replaces actors that die.
+    """Gives items to idle actors; an item whose actor died is given out again.
 
     An actor goes on with the benchmark it has just scored, under its other attacks; else with one that no other actor
     is at, of the adapter it has; else with whatever is waiting, so that none is idle.
     """
 
-    def __init__(self, size: int, *, cpus: float, gpus: float) -> None:
-        self._make = _Evaluator.options(num_cpus=cpus, num_gpus=gpus).remote
-        self._idle: list[ActorHandle] = [self._make() for _ in range(size)]
+    def __init__(self, size: int, *, cpus: float, gpus: float, kind: type[Member] = Evaluator) -> None:
+        self._crew = Crew(kind, size, cpus=cpus, gpus=gpus)
         self._last: dict[ActorHandle, Item] = {}
         self._waiting: deque[Item] = deque()
-        self._running: dict[ray.ObjectRef, tuple[ActorHandle, Item]] = {}
-        self._opening: Opening | None = None
 
     def open(self, opening: Opening) -> str | None:
         """Make a model resident in every actor; returns the file of its massive weights, None if it has none.
 
         Raises:
-            MacDropError: the model cannot be loaded, scanned or scored.
+            MacDropError: the model cannot be loaded, scanned or scored, or actors die of it.
         """
-        assert not self._running, "a pool is opened for a model when nothing is being scored"
-        self._opening = opening
-        first, *others = self._idle
         self._last = {}
-        try:
-            weights = ray.get(first.open.remote(opening))
-            self._opening = replace(opening, scan=False)
-            ray.get([actor.open.remote(self._opening) for actor in others])
-        except RayTaskError as error:
-            raise cause_of(error) from None
-        return weights
+        return self._crew.open(opening, lambda opening: replace(opening, scan=False))
 
     def submit(self, item: Item) -> None:
         self._waiting.append(item)
 
+    def drain(self, nodes: Collection[str]) -> None:
+        """Nodes (Ray's ids) that will be gone soon: their actors finish what they are at, and are made elsewhere."""
+        self._crew.drain(nodes)
+
     @property
     def busy(self) -> int:
         """Items waiting or being scored."""
-        return len(self._waiting) + len(self._running)
+        return len(self._waiting) + len(self._crew.work)
 
     def step(self) -> list[Result]:
-        """Collect what is ready and hand out what is waiting, without waiting."""
-        ready: list[ray.ObjectRef] = []
-        if self._running:
-            ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        """Collect what is ready and hand out what is waiting, without waiting.
+
+        Raises:
+            MacDropError: no actor is left, and new ones do not come up.
+        """
         # Collected first, so that an actor that is done goes on at once.
-        results = [result for ref in ready if (result := self._collect(ref))]
-        while self._idle and self._waiting:
-            actor = self._idle.pop()
+        results = [result for done in self._crew.ready() if (result := self._result(done))]
+        while self._crew.idle and self._waiting:
+            actor = self._crew.idle[-1]
             item = self._next(actor)
             self._waiting.remove(item)
             self._last[actor] = item
             item.attempts += 1
-            self._running[actor.score.remote(item)] = (actor, item)
+            self._crew.give(actor, "score", item)
         return results
 
     def close(self) -> None:
         """End all actors; safe to call twice."""
-        for actor in [*self._idle, *(actor for actor, _ in self._running.values())]:
-            ray.kill(actor)
-        self._idle, self._running = [], {}
+        self._crew.close()
 
     def _next(self, actor: ActorHandle) -> Item:
         last = self._last.get(actor)
-        taken = {item.group for _, item in self._running.values()}
+        taken = {item.group for item in self._crew.work}
 
         def cost(item: Item) -> tuple[bool, bool, bool]:
             return last is None or item.group != last.group, item.group in taken, not self._holds(actor, item.adapter)
@@ -209,33 +201,19 @@ class Pool:
         """A fresh actor holds the base model, and no adapter."""
         return adapter == (self._last[actor].adapter if actor in self._last else None)
 
-    def _collect(self, ref: ray.ObjectRef) -> Result | None:
-        actor, item = self._running.pop(ref)
-        try:
-            rows, seconds, saved = ray.get(ref)
-        except RayActorError as error:
-            self._replace(actor)
+    def _result(self, done: Done) -> Result | None:
+        """None where the item is scored again, because its actor died."""
+        item: Item = done.work
+        if done.died:
+            self._last.pop(done.actor, None)
+            item.attempts -= done.excused
             if item.attempts < MAX_ATTEMPTS:
                 self._waiting.appendleft(item)
                 return None
-            return Result(item, error=f"the evaluation actor died {item.attempts} times: {error}")
-        except RayTaskError as error:
-            self._idle.append(actor)
+            return Result(item, error=f"the evaluation actor died {item.attempts} times: {done.died}")
+        if done.error:
             # What the actor holds is unknown after an error half-way.
-            self._last.pop(actor, None)
-            return Result(item, error=str(cause_of(error)))
-        self._idle.append(actor)
+            self._last.pop(done.actor, None)
+            return Result(item, error=str(done.error))
+        rows, seconds, saved = done.value
         return Result(item, rows, seconds=seconds, calls_saved=saved)
-
-    def _replace(self, dead: ActorHandle) -> None:
-        self._last.pop(dead, None)
-        actor = self._make()
-        # Calls to an actor run in order, so it may be handed out at once.
-        actor.open.remote(self._opening)
-        self._idle.append(actor)
-
-
-def cause_of(error: RayTaskError) -> MacDropError:
-    """Our own error as it was raised in the actor; any other with its type's name."""
-    cause = error.cause
-    return cause if isinstance(cause, MacDropError) else MacDropError(f"{type(cause).__name__}: {cause}")

@@ -4,58 +4,67 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
-
+from macdrop.errors import MacDropError
 from tune.assess import Judge, judge_at_end, make_judge
 from tune.benchmarks.judge import Judgement, Question
 from tune.benchmarks.judge_spec import JudgeSpec
-from tune.evaluators import MAX_ATTEMPTS, cause_of
+from tune.crew import MAX_ATTEMPTS, Crew, Member
 from tune.journal import Journal
 from tune.judging import answers_of
 from tune.progress import Progress
 from tune.spec import RunSpec
 
 
-@ray.remote(max_restarts=0)
-class _JudgeActor:
+class _JudgeActor(Member):
     """One resident judge."""
 
-    def open(self, spec: JudgeSpec, threads: int) -> None:
+    def prepare(self, argument: tuple[JudgeSpec, int]) -> None:
         import torch
 
         from tune.benchmarks.judge_local import LocalJudge
 
+        spec, threads = argument
         torch.set_num_threads(threads)
         self.local = LocalJudge(spec)
 
-    def judge(self, asked: Sequence[Question]) -> list[Judgement]:
-        return list(self.local.judge(asked))
+    def judge(self, batch: _Batch) -> list[Judgement]:
+        return list(self.local.judge(batch.asked))
+
+
+@dataclass
+class _Batch:
+    """Questions that are judged together, and how many actors were given them."""
+
+    asked: list[Question]
+    attempts: int = 0
 
 
 class ActorJudge:
     """`size` actors with the same judge.
 
     Raises:
-        MacDropError: the judge cannot be loaded.
+        MacDropError: the judge cannot be loaded, or actors die of it.
     """
 
-    def __init__(self, spec: JudgeSpec, *, size: int, cpus: float, gpus: float, threads: int) -> None:
-        self._spec, self._threads = spec, threads
-        self._new = _JudgeActor.options(num_cpus=cpus, num_gpus=gpus).remote
-        self._actors: list[ActorHandle] = []
+    def __init__(
+        self,
+        spec: JudgeSpec,
+        *,
+        size: int,
+        cpus: float,
+        gpus: float,
+        threads: int,
+        kind: type[Member] = _JudgeActor,
+    ) -> None:
+        self._batch_size = spec.batch_size
+        self._crew = Crew(kind, size, cpus=cpus, gpus=gpus)
         try:
-            ray.get([self._open() for _ in range(size)])
-        except RayTaskError as error:
+            self._crew.open((spec, threads))
+        except MacDropError:
             self.close()
-            raise cause_of(error) from None
-
-    def _open(self) -> ray.ObjectRef:
-        actor = self._new()
-        self._actors.append(actor)
-        return actor.open.remote(self._spec, self._threads)
+            raise
 
     def judge(self, asked: Sequence[Question]) -> Iterator[Judgement]:
         """Judgements, batch by batch. A batch under which actors die again and again is one of errors.
@@ -64,38 +73,26 @@ class ActorJudge:
             MacDropError: the judge failed.
         """
         order = sorted(asked, key=lambda question: -len(question.prompt))
-        size = self._spec.batch_size
-        waiting = deque((order[at : at + size], 1) for at in range(0, len(order), size))
-        idle = list(self._actors)
-        running: dict[ray.ObjectRef, tuple[ActorHandle, list[Question], int]] = {}
-        while waiting or running:
-            while idle and waiting:
-                actor, (batch, attempt) = idle.pop(), waiting.popleft()
-                running[actor.judge.remote(batch)] = (actor, batch, attempt)
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for ref in ready:
-                actor, batch, attempt = running.pop(ref)
-                try:
-                    judged = ray.get(ref)
-                except RayTaskError as error:
-                    raise cause_of(error) from None
-                except RayActorError as error:
-                    self._actors.remove(actor)
-                    self._open()
-                    idle.append(self._actors[-1])
-                    if attempt < MAX_ATTEMPTS:
-                        waiting.appendleft((batch, attempt + 1))
-                        continue
-                    told = f"the judge's actor died {attempt} times: {str(error).splitlines()[0]}"
-                    judged = [Judgement(question, error=told) for question in batch]
+        waiting = deque(_Batch(order[at : at + self._batch_size]) for at in range(0, len(order), self._batch_size))
+        while waiting or self._crew.work:
+            while self._crew.idle and waiting:
+                batch = waiting.popleft()
+                batch.attempts += 1
+                self._crew.give(self._crew.idle[-1], "judge", batch)
+            for done in self._crew.ready(timeout=None):
+                batch = done.work
+                if done.error:
+                    raise done.error
+                if not done.died:
+                    yield from done.value
+                elif batch.attempts < MAX_ATTEMPTS:
+                    waiting.appendleft(batch)
                 else:
-                    idle.append(actor)
-                yield from judged
+                    told = f"the judge's actor died {batch.attempts} times: {done.died}"
+                    yield from (Judgement(question, error=told) for question in batch.asked)
 
     def close(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        self._crew.close()
 
 
 def judge_sweep(spec: RunSpec, journal: Journal, progress: Progress, *, gpus: float) -> int:
@@ -129,5 +126,3 @@ def judge_sweep(spec: RunSpec, journal: Journal, progress: Progress, *, gpus: fl
         note=progress.note,
         show=progress.judged,
     )
-
-

@@ -229,7 +229,7 @@ class Supervisor:
         self._pending[name] = {"left": len(missing), "errors": []}
         for job in missing:
             file = answers / f"{job.key.replace('/', '-')}.jsonl"
-            self._pool.submit(Item({**tag, "name": name}, job, adapter, str(file)))
+            self._pool.submit(Item({**tag, "name": name}, job, adapter, str(file), str(self._journal.run_dir)))
         if not missing:
             self._settle(name)
 

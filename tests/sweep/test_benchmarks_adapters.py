@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+import os
+import shutil
 
 import benchmark_fixtures as fix
 import pytest
@@ -12,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from macdrop.errors import CheckpointError, ConfigError
 from tune.benchmarks import AdapterSlot, EvalSpec, Job, Scorer, merged_weights
 from tune.benchmarks.decode import greedy
+from tune.checkpoint import commit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 IDS = torch.arange(2, 34)[None]
@@ -200,3 +205,105 @@ def test_swapping_and_merging_leave_other_families_whole_too(tmp_path, family):
         assert layers and torch.allclose(merged, plain, atol=1e-4) and not torch.equal(merged, plain)
         assert torch.equal(model(input_ids=ids).logits, plain)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def change_config(**changes):
+    def change(folder):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def set_a_value(value):
+    def change(folder):
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / WEIGHTS)
+        next(iter(tensors.values()))[0, 0] = value
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+    return change
+
+
+def as_pickle(folder):
+    torch.save({}, folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def cut(share):
+    return lambda folder: os.truncate(folder / WEIGHTS, int(share * (folder / WEIGHTS).stat().st_size))
+
+
+WEIGHTS = "adapter_model.safetensors"
+DAMAGED = {
+    "a pickle": (as_pickle, "is a pickle, which may run code"),
+    "empty": (cut(0), "is damaged"),
+    "half a header": (cut(0.01), "is damaged"),
+    "half": (cut(0.5), "is damaged"),
+    "no safetensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 1000), "is damaged"),
+    "nan": (set_a_value(math.nan), "not finite"),
+    "inf": (set_a_value(-math.inf), "not finite"),
+    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "holds no mapping"),
+    "no text": (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe{"), "is damaged"),
+    "tensors without a layer": (change_config(target_modules=["q_proj"]), "there is no layer for"),
+    "a rank of nothing": (change_config(r=0), "does not fit"),
+    "a rank of words": (change_config(r="many"), "does not fit"),
+    "targets of nothing": (change_config(target_modules=None), "does not fit"),
+    "a pattern that is none": (change_config(rank_pattern={"(": 3}), "does not fit"),
+    "drawn from the base": (change_config(init_lora_weights="olora"), "init_lora_weights 'olora'"),
+    "parts of its own": (change_config(modules_to_save=["lm_head"]), "modules_to_save"),
+    "tokens of its own": (change_config(trainable_token_indices=[1]), "trainable_token_indices"),
+    "layers twice": (change_config(layer_replication=[[0, 1], [0, 1]]), "layer_replication"),
+    "code by name": (change_config(megatron_config={"a": 1}, megatron_core="antigravity"), "megatron_config"),
+    "another kind": (change_config(peft_type="IA3"), "peft_type 'IA3'"),
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A resident base with a good adapter beside it, and what both answer."""
+    base = fix.tiny_llama()
+    good, _ = save_adapter(tmp_path_factory.mktemp("adapters") / "good")
+    slot, plain = AdapterSlot(base), logits(base)
+    with slot.adapter(good) as model:
+        return slot, good, plain, logits(model)
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_adapter_is_refused_with_its_reason_and_leaves_no_trace(bench, damage, tmp_path):
+    slot, good, plain, adapted = bench
+    before = {name: p.clone() for name, p in slot.base.named_parameters()}
+    bad = shutil.copytree(good, tmp_path / "bad")
+    do, told = DAMAGED[damage]
+    do(bad)
+    with pytest.raises((CheckpointError, ConfigError), match=told) as caught, slot.adapter(bad):
+        pass
+    assert str(bad) in str(caught.value)
+    assert {name for name, _ in slot.base.named_parameters()} == set(before)
+    assert all(torch.equal(p, before[name]) for name, p in slot.base.named_parameters())
+    assert torch.equal(logits(slot.base), plain)
+    with slot.adapter(good) as model:
+        assert torch.equal(logits(model), adapted)
+
+
+def test_a_sealed_adapter_must_be_what_was_written(bench, tmp_path):
+    """One flipped byte is a finite number, too: the manifest tells it, where there is one."""
+    slot, good, *_ = bench
+    folder = tmp_path / "sealed"
+    commit(shutil.copytree(good, tmp_path / "staging"), folder)
+    with slot.adapter(folder), AdapterSlot(fix.tiny_llama(), sealed=True).adapter(folder):
+        pass
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-4] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum differs"), slot.adapter(folder):
+        pass
+    (folder / "MANIFEST.json").unlink()
+    with slot.adapter(folder):
+        pass
+    with (
+        pytest.raises(CheckpointError, match="no MANIFEST"),
+        AdapterSlot(fix.tiny_llama(), sealed=True).adapter(folder),
+    ):
+        pass

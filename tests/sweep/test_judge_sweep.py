@@ -106,6 +106,6 @@ def test_an_actor_that_dies_is_replaced(model):
     for judgement in judge.judge(asked):
         judged.append(judgement)
         if len(judged) == 2:
-            ray.kill(judge._actors[0])
+            ray.kill(judge._crew.idle[0])
     judge.close()
     assert sorted(j.question.item for j in judged) == [q.item for q in asked] and all(j.score == 4 for j in judged)

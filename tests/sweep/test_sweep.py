@@ -391,7 +391,7 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
     for job in sorted(jobs(block), key=lambda job: job.attack):  # plain scores first, then the attacks
         pool.submit(Item({"name": job.key}, job, None, str(tmp_path / "answers.jsonl")))
     results = pool.step()
-    (actor, _) = next(iter(pool._running.values()))
+    (actor, _) = next(iter(pool._crew._busy.values()))
     ray.kill(actor)
     deadline = time.monotonic() + 120
     while pool.busy and time.monotonic() < deadline:

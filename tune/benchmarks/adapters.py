@@ -13,10 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from macdrop.errors import CheckpointError, ConfigError
+from tune.checkpoint import ADAPTER, MANIFEST, verify
 
 PROBE_LENGTH = 16
+#: Keys of adapter_config.json with which PEFT would write to the base, replace parts of it or import what is named in
+#: them -> the values with which it does not.
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None),
+    "modules_to_save": (None,),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+    "megatron_config": (None,),
+}
 
 
 class AdapterSlot:
@@ -30,10 +42,19 @@ class AdapterSlot:
         base: a bare causal language model.
         probe: token ids for the check; by default 16 ids spread over the vocabulary.
         autocast_adapter_dtype: PEFT's switch: adapters in 16 bit are held in fp32, as for any PEFT user.
+        sealed: take adapters with a manifest alone, as `tune.checkpoint` writes them; one that is there is checked
+            in any case.
     """
 
-    def __init__(self, base: Any, *, probe: Sequence[int] | None = None, autocast_adapter_dtype: bool = True) -> None:
-        self.base = base
+    def __init__(
+        self,
+        base: Any,
+        *,
+        probe: Sequence[int] | None = None,
+        autocast_adapter_dtype: bool = True,
+        sealed: bool = False,
+    ) -> None:
+        self.base, self._sealed = base, sealed
         self.delta: float | None = None
         self._autocast = autocast_adapter_dtype
         vocabulary = base.get_input_embeddings().num_embeddings
@@ -46,7 +67,8 @@ class AdapterSlot:
         """Put the adapter of `folder` in place for the `with` block.
 
         Raises:
-            ConfigError: `folder` holds no PEFT adapter. CheckpointError: the adapter does not fit this model.
+            ConfigError: `folder` holds no PEFT adapter, or one that would change the base.
+            CheckpointError: the adapter is damaged, or does not fit this model.
         """
         if folder is None:
             self.delta = 0.0
@@ -71,9 +93,9 @@ class AdapterSlot:
             self.base.train(training)
 
     def _load(self, folder: Path) -> Any:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
 
-        _check_folder(folder)
+        _check_folder(folder, self._sealed)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -86,10 +108,14 @@ class AdapterSlot:
                     low_cpu_mem_usage=True,
                     torch_device=str(self.base.device),
                 )
-        except (RuntimeError, ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever PEFT makes of a folder, the base must be bare again
             self._unwrap()
             raise CheckpointError(f"The adapter in {folder} does not fit this model: {str(error)[:400]}") from error
         missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+        if not missing:
+            # PEFT is silent about tensors that it has no layer for.
+            left = sorted(_names(folder / ADAPTER) - set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+            missing = [f"there is no layer for {', '.join(left)}"] if left else []
         if missing:
             model.unload()
             raise CheckpointError(f"The adapter in {folder} does not fit this model: {missing[0][:400]}")
@@ -114,21 +140,47 @@ class AdapterSlot:
             model.train(training)
 
 
-def _check_folder(folder: Path) -> None:
-    config = folder / "adapter_config.json"
+def _check_folder(folder: Path, sealed: bool) -> None:
+    """Refuse what is no adapter, is damaged, or would be loaded by running code or by writing to the base."""
+    config, weights = folder / "adapter_config.json", folder / ADAPTER
     if not config.is_file():
         raise ConfigError(f"{folder} holds no adapter: there is no adapter_config.json in it.")
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise CheckpointError(f"{folder} holds no adapter weights: adapter_model.safetensors is missing.")
+    if not weights.is_file():
+        pickled = " Its adapter_model.bin is a pickle, which may run code when it is read: load it with PEFT where you "
+        pickled += "trust it, and save it again with safe_serialization=True."
+        told = pickled if (folder / "adapter_model.bin").is_file() else ""
+        raise CheckpointError(f"{folder} holds no adapter weights: {ADAPTER} is missing.{told}")
+    if sealed or (folder / MANIFEST).is_file():
+        verify(folder)
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{config} is damaged: {error}") from None
-    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
+        _check_safetensors(weights)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"The adapter in {folder} is damaged: {error}") from None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"The adapter in {folder} is damaged: adapter_config.json holds no mapping.")
+    given = {key: settings.get(key) for key in HARMLESS}
+    wrong = [f"{key} {value!r}" for key, value in given.items() if value not in HARMLESS[key]]
+    if settings.get("peft_type") != "LORA" or wrong:
+        told = ", ".join([f"peft_type {settings.get('peft_type')!r}", *wrong])
         raise ConfigError(
-            f"The adapter in {folder} has peft_type {settings.get('peft_type')!r} and bias {settings.get('bias')!r}; "
-            "only LORA (with DoRA and rsLoRA) with bias 'none' leaves the resident base as it is."
+            f"The adapter in {folder} has {told}; only LORA (with DoRA and rsLoRA) that adds to linear layers and was "
+            "not initialised from the base leaves the resident base as it is."
         )
+
+
+def _names(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return set(tensors.keys())
+
+
+def _check_safetensors(file: Path) -> None:
+    """Raise a ValueError unless every tensor can be read and is finite."""
+    names = _names(file)
+    with safe_open(file, framework="pt") as tensors:
+        for name in sorted(names):
+            if not tensors.get_tensor(name).isfinite().all():
+                raise ValueError(f"{name} in {file.name} holds values that are not finite.")
 
 
 @contextmanager

@@ -112,6 +112,7 @@ class Scorer:
         drop: Any | None = None,
         prefix: PrefixCache | None = None,
         limit: int | None = None,
+        within: str | Path | None = None,
     ) -> list[Row]:
         """Score one job.
 
@@ -123,6 +124,7 @@ class Scorer:
             prefix: what the plain score and the attacks of one entry share, kept by the caller from job to job while
                 the weights stay what they are. The scores are the same to the bit.
             limit: items of each task, instead of the entry's own `limit`.
+            within: a folder above `answers_path` whose storage is waited for; see `tune.files.lasting`.
 
         Returns:
             rows, at least one of which has the job's task as its `task`; parts of it (categories of Spec-Bench, members
@@ -143,7 +145,7 @@ class Scorer:
             lines = (
                 json.dumps(item | {"attack": job.attack, "attack_on": job.attack_on}, default=str) for item in items
             )
-            atomic_write_text(answers_path, "".join(line + "\n" for line in lines))
+            atomic_write_text(answers_path, "".join(line + "\n" for line in lines), within)
         scored = [self._row(job, row, batch_size, limit) for row in rows]
         assert any(row["task"] == job.task for row in scored), "every job has a row of its own name"
         return scored

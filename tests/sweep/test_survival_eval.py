@@ -1,0 +1,208 @@
+"""Evaluation and judge actors that die, at work or while they are made ready: only what was in hand is done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from macdrop.errors import MacDropError
+from tune.benchmarks.judge import Judgement, Question
+from tune.benchmarks.judge_spec import JudgeSpec
+from tune.benchmarks.spec import EvalSpec, Job, jobs
+from tune.crew import MAX_ATTEMPTS, Member
+from tune.evaluators import Item, Opening, Pool
+from tune.judge_actors import ActorJudge
+from tune.spec import RaySpec, RunSpec
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+class Fragile(Member):
+    """In the place of a real actor: writes down what it does, and dies by SIGKILL as often as the folder says."""
+
+    def _do(self, name: str) -> None:
+        with open(self.folder / "log", "a") as file:
+            file.write(f"{name} {os.getpid()}\n")
+        done = Counter(line.split()[0] for line in (self.folder / "log").read_text().splitlines())
+        told = json.loads((self.folder / "told.json").read_text())
+        if done[name] <= told["deaths"].get(name, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name in told["errors"]:
+            raise MacDropError(f"{name} cannot be done")
+
+    def prepare(self, opening) -> str:
+        self.folder = Path(opening.weights if isinstance(opening, Opening) else opening[0].model)
+        self._do("open")
+        return opening.weights if isinstance(opening, Opening) else ""
+
+    def score(self, item):
+        self._do(item.tag["name"])
+        return [{"value": 1.0}], 0.0, 0
+
+    def judge(self, batch):
+        for question in batch.asked:
+            self._do(question.item)
+        return [Judgement(question, score=5) for question in batch.asked]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory):
+    import ray
+
+    from tune.cluster_state import connect
+
+    os.environ["MACDROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    connect(RaySpec(dashboard=False))
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.shutdown()
+    del os.environ["MACDROP_CACHE"]
+
+
+def tell(folder: Path, errors=(), **deaths: int) -> None:
+    (folder / "log").write_text("")
+    (folder / "told.json").write_text(json.dumps({"deaths": deaths, "errors": list(errors)}))
+
+
+def log(folder: Path) -> list[str]:
+    return [line.split()[0] for line in (folder / "log").read_text().splitlines()]
+
+
+def opening(folder: Path) -> Opening:
+    return Opening(None, {}, str(folder), scan=True, k=1, threads=1)
+
+
+def finish(pool: Pool) -> dict[str, str | None]:
+    """Name -> error of every result; each comes once."""
+    results = []
+    deadline = time.monotonic() + 120
+    while pool.busy and time.monotonic() < deadline:
+        results += pool.step()
+        time.sleep(0.02)
+    assert len({result.item.tag["name"] for result in results}) == len(results)
+    return {result.item.tag["name"]: result.error for result in results}
+
+
+@pytest.fixture
+def pool():
+    made = Pool(2, cpus=0, gpus=0, kind=Fragile)
+    yield made
+    made.close()
+
+
+def submit(pool: Pool, names: str) -> None:
+    for name in names:
+        pool.submit(Item({"name": name}, Job("perplexity", name), None, ""))
+
+
+def test_only_the_benchmark_in_hand_is_done_again_and_a_poisoned_one_is_given_up(pool, tmp_path):
+    tell(tmp_path, b=1, e=MAX_ATTEMPTS)
+    assert pool.open(opening(tmp_path)) == str(tmp_path)
+    submit(pool, "abcdefgh")
+    found = finish(pool)
+    assert {name for name, error in found.items() if error} == {"e"}
+    assert f"the evaluation actor died {MAX_ATTEMPTS} times" in found["e"]
+    done = Counter(log(tmp_path))
+    assert done.pop("open") == 2 + 1 + MAX_ATTEMPTS, "each death costs one actor"
+    assert done == {name: {"b": 2, "e": MAX_ATTEMPTS}.get(name, 1) for name in "abcdefgh"}
+
+
+def test_actors_killed_while_they_open_a_model_are_replaced(pool, tmp_path):
+    tell(tmp_path, open=2)
+    pool.open(opening(tmp_path))
+    submit(pool, "ab")
+    assert finish(pool) == {"a": None, "b": None}
+    tell(tmp_path, open=100)
+    with pytest.raises(MacDropError, match="(?s)3 actors died while they were made ready: .*lower ray.evaluators"):
+        pool.open(opening(tmp_path))
+    tell(tmp_path)
+    pool.open(opening(tmp_path))  # the next model, say
+    submit(pool, "ab")
+    assert finish(pool) == {"a": None, "b": None} and log(tmp_path).count("open") == 2
+
+
+def test_a_replacement_that_does_not_come_up_costs_the_actor_alone_while_there_is_another(pool, tmp_path):
+    tell(tmp_path)
+    pool.open(opening(tmp_path))
+    tell(tmp_path, ["open"], a=1)
+    submit(pool, "abc")
+    assert finish(pool) == {"a": None, "b": None, "c": None}
+    tell(tmp_path, ["open"], d=1)
+    submit(pool, "d")
+    with pytest.raises(MacDropError, match="open cannot be done"):
+        finish(pool)
+
+
+def test_actors_of_a_node_that_leaves_are_made_elsewhere(pool, tmp_path):
+    import ray
+
+    tell(tmp_path, b=1)
+    pool.open(opening(tmp_path))
+    submit(pool, "ab")
+    pool.step()
+    before = {actor for actor, _ in pool._crew._busy.values()}
+    pool.drain([ray.get_runtime_context().get_node_id()])
+    assert finish(pool) == {"a": None, "b": None}
+    assert len(before) == 2 and not before & {*pool._crew.idle, *pool._crew._coming.values()}
+    assert log(tmp_path).count("a") == 1
+
+
+def test_a_judges_actors_are_as_hard_to_kill(tmp_path):
+    tell(tmp_path, **{"open": 1, "q1": 1, "q2": MAX_ATTEMPTS})
+    spec = JudgeSpec.model_construct(model=str(tmp_path), batch_size=1)
+    judge = ActorJudge(spec, size=1, cpus=0, gpus=0, threads=1, kind=Fragile)
+    judged = {j.question.item: j for j in judge.judge([Question(f"q{i}", "", 1, "x") for i in range(4)])}
+    judge.close()
+    assert [judged[f"q{i}"].score for i in (0, 1, 3)] == [5, 5, 5]
+    assert f"died {MAX_ATTEMPTS} times" in judged["q2"].error
+    assert Counter(log(tmp_path)) == {"open": 2 + 1 + MAX_ATTEMPTS, "q0": 1, "q1": 2, "q2": MAX_ATTEMPTS, "q3": 1}
+
+
+def test_a_damaged_adapter_costs_its_own_scores_alone(tmp_path):
+    """A real model: the good adapter scores the same before and after a damaged one and the base."""
+    good = make_adapter(tmp_path / "good")
+    bad = make_adapter(tmp_path / "bad")
+    content = bytearray((bad / "adapter_model.safetensors").read_bytes())
+    content[-4] ^= 1
+    (bad / "adapter_model.safetensors").write_bytes(content)
+    block = EvalSpec.parse({"batch_size": 8, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
+    spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
+    pool = Pool(1, cpus=0, gpus=0)
+    pool.open(Opening(spec, {"test": block}, str(tmp_path / "weights.json"), scan=False, k=3, threads=1))
+    (job,) = jobs(block)
+    found = []
+    for number, adapter in enumerate((good, bad, None, good)):
+        pool.submit(Item({"name": number}, job, adapter and str(adapter), str(tmp_path / "run" / "a.jsonl")))
+        while pool.busy:
+            found += pool.step()
+            time.sleep(0.02)
+    pool.close()
+    first, damaged, base, again = found
+    assert "is damaged: its checksum differs" in damaged.error and not damaged.rows
+    assert first.rows == again.rows and first.rows != base.rows and not base.error
+    assert [result.item.attempts for result in found] == [1, 1, 1, 1]
+
+
+def make_adapter(folder: Path) -> Path:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from macdrop import load_model
+    from tune.checkpoint import commit
+    from tune.zoo import resolve
+
+    torch.manual_seed(1)
+    model = get_peft_model(load_model(resolve("zoo:planted-llama")), LoraConfig(r=2, target_modules=["gate_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    model.save_pretrained(folder.with_name(f"staging-{folder.name}"))
+    commit(folder.with_name(f"staging-{folder.name}"), folder)
+    return folder

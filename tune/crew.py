@@ -1,0 +1,215 @@
+"""Actors of one kind that all hold the same thing, and take work one piece at a time; the dead are replaced.
+
+The owner hands work to whoever is idle and asks for what is done. A piece whose actor died comes back as such: whether
+it is tried again is the owner's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from macdrop.errors import MacDropError
+
+#: A piece of work under which this many actors died is given up; so is making actors, of which so many died at once.
+MAX_ATTEMPTS = 3
+#: CPUs of an actor that wants none, where the head node has none either: Ray would put it there.
+SLIVER = 0.001
+HEAD = "node:__internal_head__"
+
+
+class Member:
+    """What a crew's actors are. `prepare` is for the kind to say."""
+
+    def prepare(self, argument: Any) -> Any:
+        raise NotImplementedError
+
+    def open(self, argument: Any) -> tuple[Any, str]:
+        """Make ready; returns what `prepare` does, and the node's id."""
+        return self.prepare(argument), ray.get_runtime_context().get_node_id()
+
+
+@dataclass
+class Done:
+    """A finished piece of work: what the actor answered, the error it raised, or why it died.
+
+    `excused`: its node was about to leave, so the work is not to blame.
+    """
+
+    actor: ActorHandle
+    work: Any
+    value: Any = None
+    error: MacDropError | None = None
+    died: str | None = None
+    excused: bool = False
+
+
+class Crew:
+    """`size` actors of a kind. Those in `idle` are ready, or will be before they begin what they are given."""
+
+    def __init__(self, kind: type[Member], size: int, *, cpus: float, gpus: float) -> None:
+        share = cpus or (SLIVER if _head_without_cpus() else 0)
+        self._make = ray.remote(max_restarts=0, num_cpus=share, num_gpus=gpus)(kind).remote
+        self.idle: list[ActorHandle] = [self._make() for _ in range(size)]
+        self._busy: dict[ray.ObjectRef, tuple[ActorHandle, Any]] = {}
+        self._coming: dict[ray.ObjectRef, ActorHandle] = {}
+        self._nodes: dict[ActorHandle, str] = {}
+        self._leaving: set[str] = set()
+        self._argument: Any = None
+        self._lost = 0
+
+    def open(self, argument: Any, then: Callable[[Any], Any] = lambda argument: argument) -> Any:
+        """Make every actor ready: the first one with `argument`, the others, and later ones, with `then` of it.
+
+        An actor that dies is replaced. Returns what the first one answered.
+
+        Raises:
+            MacDropError: an actor raised it, or `MAX_ATTEMPTS` of them died. The crew can be opened again.
+        """
+        assert not self._busy, "a crew is opened when it has no work"
+        first, *others = [*self.idle, *self._coming.values()]
+        self.idle, self._coming, self._argument, self._lost = [], {}, then(argument), 0
+        try:
+            (answer,) = self._opened([first], argument)
+        except MacDropError:
+            self.idle += others
+            raise
+        self._opened(others, self._argument)
+        return answer
+
+    def _opened(self, actors: Iterable[ActorHandle], argument: Any) -> list[Any]:
+        waiting = {actor.open.remote(argument): actor for actor in actors}
+        answers = []
+        while waiting:
+            (ref,), _ = ray.wait(list(waiting), num_returns=1)
+            actor = waiting.pop(ref)
+            try:
+                answer, self._nodes[actor] = ray.get(ref)
+            except RayTaskError as error:
+                self.idle += [actor, *waiting.values()]
+                raise cause_of(error) from None
+            except RayError as error:
+                self._forget(actor)
+                actor = self._make()
+                if not self._survived(error):
+                    self.idle += [actor, *waiting.values()]
+                    raise self._given_up(error) from None
+                waiting[actor.open.remote(argument)] = actor
+            else:
+                answers.append(answer)
+                self.idle.append(actor)
+        return answers
+
+    def give(self, actor: ActorHandle, call: str, work: Any) -> None:
+        """Have an idle actor begin with a piece of work, the argument of its method `call`."""
+        self.idle.remove(actor)
+        self._busy[getattr(actor, call).remote(work)] = (actor, work)
+
+    @property
+    def work(self) -> list[Any]:
+        """What is being done."""
+        return [work for _, work in self._busy.values()]
+
+    def ready(self, timeout: float | None = 0) -> list[Done]:
+        """What is done by now; waits for a first piece up to `timeout` seconds (None: as long as it takes).
+
+        Raises:
+            MacDropError: actors that are to replace dead ones die or fail as they are made ready, and none is left.
+        """
+        refs = [*self._busy, *self._coming]
+        if not refs:
+            return []
+        ray.wait(refs, num_returns=1, timeout=timeout)
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        done = []
+        for ref in ready:
+            if ref in self._busy:
+                done.append(self._collect(ref))
+            else:
+                self._welcome(ref)
+        return done
+
+    def _collect(self, ref: ray.ObjectRef) -> Done:
+        actor, work = self._busy.pop(ref)
+        try:
+            done = Done(actor, work, ray.get(ref))
+        except RayTaskError as error:
+            done = Done(actor, work, error=cause_of(error))
+        except RayError as error:
+            excused = self._nodes.get(actor) in self._leaving
+            self._replace(actor)
+            return Done(actor, work, died=str(error).splitlines()[0], excused=excused)
+        self._lost = 0
+        if self._nodes.get(actor) in self._leaving:
+            self._replace(actor)
+        else:
+            self.idle.append(actor)
+        return done
+
+    def _welcome(self, ref: ray.ObjectRef) -> None:
+        """A replacement is ready, or is replaced itself."""
+        actor = self._coming.pop(ref)
+        try:
+            _, self._nodes[actor] = ray.get(ref)
+            self.idle.append(actor)
+        except RayError as error:
+            self._forget(actor)
+            if self._survived(error):
+                self._replace(actor)
+            elif not (self.idle or self._busy or self._coming):
+                raise self._given_up(error) from None
+
+    def drain(self, nodes: Collection[str]) -> None:
+        """Actors on these nodes get no more work and are replaced elsewhere, those at work once they are done."""
+        self._leaving |= set(nodes)
+        for actor in [actor for actor in self.idle if self._nodes.get(actor) in self._leaving]:
+            self.idle.remove(actor)
+            self._replace(actor)
+
+    def close(self) -> None:
+        """End all actors; safe to call twice."""
+        for actor in [*self.idle, *self._coming.values(), *(actor for actor, _ in self._busy.values())]:
+            with suppress(RayError):
+                ray.kill(actor)
+        self.idle, self._busy, self._coming = [], {}, {}
+
+    def _replace(self, actor: ActorHandle) -> None:
+        self._forget(actor)
+        new = self._make()
+        self._coming[new.open.remote(self._argument)] = new
+
+    def _forget(self, actor: ActorHandle) -> None:
+        self._nodes.pop(actor, None)
+        with suppress(RayError):
+            ray.kill(actor)  # one that cannot be reached may live
+
+    def _survived(self, error: RayError) -> bool:
+        """Count an actor that was lost before it was ready; whether another one may be made."""
+        self._lost += 1
+        return self._lost < MAX_ATTEMPTS
+
+    def _given_up(self, error: RayError) -> MacDropError:
+        if isinstance(error, RayTaskError):
+            return cause_of(error)
+        return MacDropError(
+            f"{self._lost} actors died while they were made ready: {str(error).splitlines()[0]}\n"
+            "Too little memory is the usual reason: lower ray.evaluators or batch sizes, or use larger machines."
+        )
+
+
+def cause_of(error: RayTaskError) -> MacDropError:
+    """Our own error as it was raised in the actor; any other with its type's name."""
+    cause = error.cause
+    return cause if isinstance(cause, MacDropError) else MacDropError(f"{type(cause).__name__}: {cause}")
+
+
+def _head_without_cpus() -> bool:
+    """Whether the head node, where light actors would land, is kept free of work."""
+    heads = [node["Resources"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]]
+    return any(not resources.get("CPU") for resources in heads)
