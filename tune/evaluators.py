@@ -64,7 +64,7 @@ class Result:
     calls_saved: int = 0  # of layers, by what was shared with other attacks
 
 
-class Evaluator(Member):
+class _Evaluator(Member):
     """One resident model. A new model takes the place of the last one in the same process."""
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class Pool:
     is at, of the adapter it has; else with whatever is waiting, so that none is idle.
     """
 
-    def __init__(self, size: int, *, cpus: float, gpus: float, kind: type[Member] = Evaluator) -> None:
+    def __init__(self, size: int, *, cpus: float, gpus: float, kind: type[Member] = _Evaluator) -> None:
         self._crew = Crew(kind, size, cpus=cpus, gpus=gpus)
         self._last: dict[ActorHandle, Item] = {}
         self._waiting: deque[Item] = deque()

@@ -20,6 +20,7 @@ from tune.journal import Journal
 from tune.judge_actors import judge_sweep
 from tune.lanes import Lanes
 from tune.mirror import Mirror, trials_of_run
+from tune.nodes import check_nodes
 from tune.plan import gpu_shares, resources, studies
 from tune.progress import Progress
 from tune.repair import check_run, mend
@@ -66,6 +67,7 @@ def run(
             stack.callback(_disconnect, stop)
             leftovers.look(local=spec.ray.address is None, clear=clear_leftovers, tell=progress.note)
         gpus = check_cluster(spec.ray)
+        check_nodes(spec, planned, run_dir, progress.note)
         # The folder comes last: whatever is refused above leaves nothing behind.
         if not resume:
             stack.enter_context(claimed(run_dir))
