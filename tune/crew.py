@@ -19,9 +19,8 @@ from macdrop.errors import MacDropError
 
 #: A piece of work under which this many actors died is given up; so is making actors, of which so many died at once.
 MAX_ATTEMPTS = 3
-#: CPUs of an actor that wants none, where the head node has none either: Ray would put it there.
-SLIVER = 0.001
-HEAD = "node:__internal_head__"
+#: Ray's own label of every node, and its own resource of the head.
+NODE_ID, HEAD = "ray.io/node-id", "node:__internal_head__"
 
 
 class Member:
@@ -54,8 +53,8 @@ class Crew:
     """`size` actors of a kind. Those in `idle` are ready, or will be before they begin what they are given."""
 
     def __init__(self, kind: type[Member], size: int, *, cpus: float, gpus: float) -> None:
-        share = cpus or (SLIVER if _head_without_cpus() else 0)
-        self._make = ray.remote(max_restarts=0, num_cpus=share, num_gpus=gpus)(kind).remote
+        options = {"max_restarts": 0, "num_cpus": cpus, "num_gpus": gpus, "label_selector": _off_bare_heads()}
+        self._make = ray.remote(**options)(kind).remote
         self.idle: list[ActorHandle] = [self._make() for _ in range(size)]
         self._busy: dict[ray.ObjectRef, tuple[ActorHandle, Any]] = {}
         self._coming: dict[ray.ObjectRef, ActorHandle] = {}
@@ -209,7 +208,10 @@ def cause_of(error: RayTaskError) -> MacDropError:
     return cause if isinstance(cause, MacDropError) else MacDropError(f"{type(cause).__name__}: {cause}")
 
 
-def _head_without_cpus() -> bool:
-    """Whether the head node, where light actors would land, is kept free of work."""
-    heads = [node["Resources"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]]
-    return any(not resources.get("CPU") for resources in heads)
+def _off_bare_heads() -> dict[str, str]:
+    """Ray's label selector for every node but a head without CPUs, which is kept free of work: an actor that asks for
+    none would land there, and a sliver of a CPU would take the room of a whole one from a lane elsewhere."""
+    for node in ray.nodes():
+        if node["Alive"] and HEAD in node["Resources"] and not node["Resources"].get("CPU"):
+            return {NODE_ID: f"!{node['NodeID']}"}
+    return {}
