@@ -181,6 +181,7 @@ class Supervisor:
             self._scored(result)
         snapshot = call(self._dispatcher, "snapshot")
         self._lanes.check(snapshot, scoring=bool(self._pool.busy))
+        self._pool.drain(self._lanes.leaving)
         if (waits := self._lanes.waited_s > TELL_WAITING_S) and not self._waits:
             self._progress.note("no lane has its workers; waiting for resources")
         self._waits = waits
