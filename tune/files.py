@@ -19,11 +19,13 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from macdrop.errors import ConfigError, ResourceError
 
 T = TypeVar("T")
+Kinds = Mapping[str, tuple[type, ...]]
 log = logging.getLogger(__name__)
 
 
@@ -213,12 +215,14 @@ def read_jsonl(
     problems: list[str] | None = None,
     needs: Collection[str] = (),
     within: str | os.PathLike | None = None,
+    kinds: Kinds = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Rows of a file written by `append_jsonl`; a missing file is an empty list, what a crash tore is left out.
 
     Args:
         problems: where damaged lines are described, each once, instead of raised.
         needs: keys that each row must have.
+        kinds: what the values of some keys may be, where they are there.
 
     Raises:
         ConfigError: a complete line is no JSON object, or lacks a key; the message has file and line.
@@ -233,7 +237,7 @@ def read_jsonl(
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            _check_keys(row, needs)
+            _check(row, needs, kinds)
             rows.append(row)
         except (ValueError, RecursionError) as error:
             kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
@@ -249,12 +253,14 @@ def read_mapping(
     problems: list[str] | None = None,
     needs: Collection[str] = (),
     within: str | os.PathLike | None = None,
+    kinds: Kinds = MappingProxyType({}),
 ) -> dict[str, Any] | None:
     """The mapping that a .json or .yaml file holds.
 
     Args:
         problems: where a damaged file is described, once, and None returned, instead of raised.
         needs: keys that the mapping must have.
+        kinds: what the values of some keys may be, where they are there.
 
     Raises:
         ConfigError: the file cannot be read as a mapping, or lacks a key; the message has the path.
@@ -271,7 +277,7 @@ def read_mapping(
                 found = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(error) from error
-        _check_keys(found, needs)
+        _check(found, needs, kinds)
     except (OSError, ValueError, RecursionError) as error:
         told = f"{path} is damaged: {' '.join(str(error).split())}"
         if problems is None:
@@ -279,20 +285,6 @@ def read_mapping(
         problems += [told] if told not in problems else []
         return None
     return found
-
-
-def of_kinds(
-    path: Path, found: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], problems: list[str] | None
-) -> bool:
-    """Whether the values of a file's mapping have the kinds named, where they are there; `problems` as above."""
-    wrong = next((key for key, kind in kinds.items() if key in found and type(found[key]) not in kind), None)
-    if wrong is None:
-        return True
-    told = f"{path} is damaged: {wrong} cannot be {found[wrong]!r:.80}"
-    if problems is None:
-        raise ConfigError(told)
-    problems += [told] if told not in problems else []
-    return False
 
 
 def plain(value: Any) -> Any:
@@ -315,13 +307,16 @@ def plain(value: Any) -> Any:
     raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
 
 
-def _check_keys(found: Any, needs: Collection[str]) -> None:
-    """Raise a ValueError unless `found` is a mapping with these keys."""
+def _check(found: Any, needs: Collection[str], kinds: Kinds) -> None:
+    """Raise a ValueError unless `found` is a mapping with these keys, and values of these kinds."""
     if not isinstance(found, dict):
         raise ValueError("it holds no mapping")
     missing = [key for key in needs if key not in found]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
+    for key, kind in kinds.items():
+        if key in found and type(found[key]) not in kind:
+            raise ValueError(f"{key} cannot be {found[key]!r:.80}")
 
 
 def _cut_torn(handle: int) -> int:

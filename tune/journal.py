@@ -31,7 +31,6 @@ from tune.files import (
     atomic_write_json,
     atomic_write_text,
     atomic_write_yaml,
-    of_kinds,
     plain,
     read_jsonl,
     read_mapping,
@@ -56,13 +55,14 @@ SCORE_COLUMNS = (
     *("model", "arm", "trial", "seed", "split", "benchmark", "task", "version", "metric", "attack", "attack_on"),
     *("value", "stderr", "n", "higher_is_better", "batch_size", "limit", "num_fewshot"),
 )
-#: Of trial.json the kinds of values that readers rely on; what is missing is another matter.
-_TRIAL_KINDS = {
-    **dict.fromkeys(("trial", "model", "arm", "status", "stage"), (str,)),
-    **dict.fromkeys(("started", "setting", "reason"), (str, type(None))),
-    **dict.fromkeys(("cell", "drawn"), (dict, type(None))),
-    **dict.fromkeys(("seed", "step", "train_loss", "eval_loss", "seconds", "attempts"), (int, float, type(None))),
-}
+#: The kinds of values that readers of trial.json and scores.jsonl rely on.
+_TEXT, _NUMBER, _TRIAL = (str, type(None)), (int, float, type(None)), ("trial", "model", "arm", "status", "stage")
+_TRIAL_KINDS = dict.fromkeys(_TRIAL, (str,)) | dict.fromkeys(("started", "setting", "reason"), _TEXT)
+_TRIAL_KINDS |= dict.fromkeys(("seed", "step", "train_loss", "eval_loss", "seconds", "attempts"), _NUMBER)
+_TRIAL_KINDS |= dict.fromkeys(("cell", "drawn"), (dict, type(None)))
+_SCORE_KINDS = dict.fromkeys(("model", "trial", "benchmark", "task", "metric", "split"), (str,))
+_SCORE_KINDS |= dict.fromkeys(("arm", "attack", "attack_on", "entry", "judgements", "settings"), _TEXT)
+_SCORE_KINDS |= dict.fromkeys(("value", "stderr", "n", "seed", "seconds"), _NUMBER)
 _SCORE_NEEDS = ("model", "trial", "benchmark", "task", "metric", "value")
 
 
@@ -188,8 +188,8 @@ class Journal:
         records = []
         for file in (self.run_dir / "trials").glob("*/trial.json"):
             config = file.with_name("config.yaml")
-            record = read_mapping(file, self.problems, needs=("trial", "model"))
-            if record is not None and of_kinds(file, record, _TRIAL_KINDS, self.problems):
+            record = read_mapping(file, self.problems, needs=("trial", "model"), kinds=_TRIAL_KINDS)
+            if record is not None:
                 settings = read_mapping(config, self.problems) if config.exists() else None
                 records.append({"stage": FINALS, "setting": None, "cell": {}, **record, "config": settings or {}})
         return sorted(records, key=lambda record: (record.get("started") or "", record["trial"]))
@@ -224,7 +224,7 @@ class Journal:
             return []
         stamp = (state.st_size, state.st_mtime_ns)
         if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
-            kept = read_jsonl(self.scores_file, self.problems, needs=_SCORE_NEEDS, within=self.run_dir)
+            kept = read_jsonl(self.scores_file, self.problems, _SCORE_NEEDS, within=self.run_dir, kinds=_SCORE_KINDS)
             rows = [{"split": TEST, **row} for row in kept]
             latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in rows}
             self._read = (stamp, list(latest.values()))

@@ -20,7 +20,7 @@ from tune.environment import version
 from tune.files import MORE, atomic_write_json, atomic_write_text, atomic_write_yaml, read_mapping
 from tune.journal import BASE, ENDED, LAYOUT, RUN_STATUSES, SCORE_KEY, STAGES, now
 from tune.resuming import flat
-from tune.spec import RunSpec, TrainSpec, dump
+from tune.spec import RunSpec, TrainSpec, dump, load
 
 #: What went wrong with a file that cannot be believed.
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)
@@ -110,7 +110,7 @@ def _run(file: Path) -> dict[str, Any]:
 def _config(file: Path) -> dict[str, Any]:
     """A run file with all its keys: one that was cut off may still be a run file, but of another run."""
     config = read_mapping(file)
-    whole = dump(RunSpec.model_validate(config))
+    whole = dump(load(file))
     missing = flat(whole).keys() - flat(config).keys()
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")

@@ -242,7 +242,8 @@ def make_run(
             "settings": {setting: spec for made in found for setting, spec in made["settings"].items()},
         }  # fmt: skip
         atomic_write_json(journal.finalists_file(name), record)
-    journal.add_scores(maker.rows)
+    for row in maker.rows:  # rows of one call stand or fall together
+        journal.add_scores([row])
     journal.set_status(status)
     return journal
 

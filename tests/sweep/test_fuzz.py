@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fuzz  # noqa: E402
 
-INPUTS = {"recipes": 60, "data": 60, "runs": 40, "launches": 60}
+INPUTS = {"recipes": 60, "data": 60, "runs": 40, "adapters": 20, "launches": 60}
 
 
 @pytest.mark.parametrize("target", INPUTS)
