@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig
 
-from macdrop.errors import MacDropError, TrainingDiverged
+from macdrop.errors import MacDropError, ResourceError, TrainingDiverged
 from tune.dispatch import DispatcherLost, answer, ask, call
 from tune.failures import Failure, classify
 from tune.orders import GO_ON, Order
@@ -197,7 +197,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any, watchd
         if first:
             state = "diverged" if isinstance(error, TrainingDiverged) else "failed"
             call(dispatcher, "failed", order.id, state, str(error), lane)
-        return engine if isinstance(error, (TrainingDiverged, ValueError)) else None
+        return engine if isinstance(error, (TrainingDiverged, ResourceError, ValueError)) else None
     # Any other error is on some ranks only, or in the middle of a step: the worker group is made anew.
     if first:
         call(dispatcher, "trained", order.id, asdict(outcome), lane)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import calibration
+import checkpoints
 import demo
 import lanes
 import launch
@@ -51,6 +52,12 @@ def test_the_steps_that_are_compared_compute_what_they_say():
     timings = step.interleave(bench.variants(), 2)
     assert all(torch.equal(weight, old) for weight, old in zip(bench.edited, before, strict=True))
     assert "macdrop / plain" in step.report("tiny", timings)
+
+
+def test_a_checkpoint_is_held_against_the_adapter_and_a_step():
+    timings = measure.Timings({"step": [(0.02, 0.0)] * 3, "checkpoint": [(0.04, 0.0)] * 3})
+    text = checkpoints.report("r = 8", checkpoints.Size(310, 100), timings)
+    assert "9 checkpoints: 2.91%" in text and "one second: 0.060%" in text and "met (3.100)" in text
 
 
 def test_lanes_are_compared_on_different_fine_tunings_that_share_an_engine():
