@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -71,12 +72,22 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
     except (ConnectionError, RuntimeError) as error:
         raise ResourceError(
             f"No Ray cluster at ray.address {spec.address!r}: {error}\n"
-            "Start one (`ray start --head`), or leave ray.address out to use this machine."
+            f"Start one (`ray start --head`), or leave ray.address out to use this machine.{token_hint()}"
         ) from None
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler aborts the process; an end from outside should close the run as Ctrl-C does.
         signal.signal(signal.SIGTERM, before if callable(before) else lambda *_: sys.exit(TERMINATED))
     return context.dashboard_url or "", True
+
+
+def token_hint() -> str:
+    """What this machine lacks to join a cluster that asks for a token, as a line; Ray says only that it cannot."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return f"\nA cluster that asks for a token wants RAY_AUTH_MODE=token here, and its token in {token}."
+    if not token.is_file() and "RAY_AUTH_TOKEN" not in os.environ:
+        return f"\nThere is no token in {token}: copy that of the cluster's head (mode 600)."
+    return "\nIs the token of this machine the cluster's?"
 
 
 def check_cluster(spec: RaySpec) -> float:
