@@ -11,17 +11,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# A process keeps the mode that Ray first met in it, and clusters of several nodes in one process know no token.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
+import functools
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "method"))  # helpers beside the tests: `import reference`, `tiny`
 
 
-#: Tests so marked start processes of their own, or Ray; never two of them at once.
-STARTS_PROCESSES = {"zero", "ray", "cluster"}
+#: Files with tests so marked start processes of their own, or Ray; never two of them at once.
+STARTS_PROCESSES = re.compile(r"pytest\.mark\.(zero|ray|cluster)\b")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -29,14 +34,29 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under xdist one process runs all tests that start processes, and first; the other one the rest, file by file."""
-    if not hasattr(config, "workerinput"):
-        return
-    alone = {item for item in items if any(mark.name in STARTS_PROCESSES for mark in item.iter_markers())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("processes" if item in alone else item.path.name))
-    items.sort(key=lambda item: item not in alone)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under xdist one process runs all files whose tests start processes, the other one the rest, file by file.
+
+    By the files' text: xdist's own groups need node ids that pytest 9.2 no longer lets it change.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "processes" if _starts_processes(config.rootpath / file) else file
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes comes first: it takes longest."""
+    items.sort(key=lambda item: not _starts_processes(item.path))
+
+
+@functools.cache
+def _starts_processes(file: Path) -> bool:
+    return bool(STARTS_PROCESSES.search(file.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(autouse=True)
