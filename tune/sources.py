@@ -175,6 +175,10 @@ def _read_file(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
 
 
+#: Of brackets within brackets, which Python reads some hundreds deep.
+TOO_DEEP = "a list or object within others without end. Expected a list of objects, or one object a line."
+
+
 def _json_rows(path: Path) -> Iterator[Row]:
     """A list of objects, or one object a line, whatever the suffix (hub files mix them)."""
     with open(path, encoding="utf-8-sig", newline="\n") as file:
@@ -192,6 +196,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
                         f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).\n"
                         "Expected a list of objects, or one object a line."
                     ) from error
+                except RecursionError:
+                    raise DataError(f"{path}, line {number}: {TOO_DEEP}") from None
                 yield _object_row(values, f"{path}, line {number}")
 
 
@@ -213,6 +219,8 @@ def _json_list(path: Path, text: str) -> Iterator[Row]:
             values, end = decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}).") from error
+        except RecursionError:
+            raise DataError(f"{path}, line {line}: {TOO_DEEP}") from None
         yield _object_row(values, f"{path}, line {line}")
         position = skip_space(end)
         if text[position : position + 1] == ",":

@@ -350,6 +350,8 @@ def test_of_two_processes_at_once_one_builds(tmp_path):
         ("a.json", '[\n {"instruction": "x", "output": "y"},\n {"instruction": "x"}\n]', {}, ["line 3", "output"]),
         ("a.json", '[\n {"instruction": "x", "output": "y"}\n {"instruction": "x"}\n]', {}, ["line 3", "comma"]),
         ("a.json", '[\n {"instruction": "x",\n "output": }\n]', {}, ["line 3", "not JSON"]),
+        ("a.json", "[\n" + "[" * 5000, {}, ["line 2", "within others without end"]),
+        ("a.jsonl", "\n" + '{"a":' * 5000, {}, ["line 2", "within others without end"]),
         ("a.jsonl", "[1, 2]", {}, ["line 1", "object"]),
         ("a.jsonl", '{"question": "x", "answer": "y"}\n', {}, ["question, answer", "alpaca: instruction, output"]),
         ("a.jsonl", '{"instruction": "x", "output": 3}\n', {}, ["line 1", "output must be text"]),
