@@ -94,6 +94,7 @@ def host(tmp_path, monkeypatch):
     """A `ray` that is recorded, and Ray nodes that are gone a moment after they were drained."""
     tools = Recorder(tmp_path / "tools", ("ray",))
     monkeypatch.setenv("PATH", tools.path)
+    monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setattr(spot, "TELL", 0.0)
     monkeypatch.setattr(
         spot, "ray_nodes", lambda only=None: {} if len(tools.calls) > 1 else {"ab" * 28: "10.0.0.1:6379"}
