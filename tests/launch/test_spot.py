@@ -179,6 +179,7 @@ def test_ray_nodes_are_read_from_the_arguments_of_raylets(tmp_path):
     assert spot.ray_nodes("dd", tmp_path) == {"dd": "10.0.0.2:6379"}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_real_node_is_drained(monkeypatch, tmp_path):
     """Its scheduler knows at once, with the deadline; the node that was not told of goes on."""

@@ -11,7 +11,8 @@ from lane_scene import scene_of
 
 from tune.spec import RaySpec, TrainSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(300)]
+# Slow: test_nodes_cluster.py drains a node in every run.
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 RAY = RaySpec(dashboard=False, num_workers=1, cpus_per_worker=1.0)
 #: No checkpoints but the one that a notice asks for.
