@@ -194,8 +194,8 @@ def _aws_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) 
         yield error(f"{where}.SubnetId", "is overwritten by Ray", "it reads a list, SubnetIds", "SubnetIds: [...]")
     cards, interfaces = EFA_CARDS.get(str(config.get("InstanceType"))), config.get("NetworkInterfaces")
     if cards and isinstance(interfaces, list):
-        used = {_dict(each).get("NetworkCardIndex", 0) for each in interfaces}
-        if used != set(range(cards)):
+        used = {str(_dict(each).get("NetworkCardIndex", 0)) for each in interfaces}
+        if used != set(map(str, range(cards))):
             yield note(
                 where,
                 f"{len(used)} of {cards} network cards have an interface",

@@ -296,5 +296,5 @@ def _dict(value: Any) -> dict[str, Any]:
 def _count(value: Any, otherwise: int) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return otherwise

@@ -172,14 +172,16 @@ def verify(folder: Path) -> None:
     try:
         digests = json.loads(manifest.read_text())
         whole = isinstance(digests, dict) and bool(digests) and all(Path(name).name == name for name in digests)
-    except ValueError:
+    except (ValueError, RecursionError):
         whole = False
     if not whole:
         raise CheckpointError(f"{manifest} is damaged. Use an older checkpoint of the trial, or start it anew.")
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     for name, digest in digests.items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder} lacks {name}. Use an older checkpoint of the trial, or start it anew.")
+        if name not in there:
+            told = f"{folder} lacks {name[:80]}."
+            raise CheckpointError(f"{told} Use an older checkpoint of the trial, or start it anew.")
         if sha256(path) != digest:
             raise CheckpointError(f"{path} is damaged: its checksum differs from {MANIFEST}. Use an older checkpoint.")
 
