@@ -7,6 +7,7 @@ each. A process that dies in the middle of a call has not answered it: the calle
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -42,12 +43,12 @@ class LoggedBook:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run one method of the book. Calls that change nothing, most of all, leave no line."""
-        if method in LOOKS or (method == "progress" and arguments[1].get("eval_loss") is None):
+        if method in LOOKS or _unvalidated(method, arguments):
             return getattr(self.book, method)(*arguments)
         row = plain({"method": method, "arguments": [_written(each) for each in arguments]})
         # The book sees what its file will say, also of a number that JSON does not have.
         answer = self._apply(row)
-        if not (method == "take" and answer is None):
+        if not (method == "take" and answer is None) and not _unvalidated(method, row["arguments"]):
             self._write(row)
         return answer
 
@@ -61,6 +62,11 @@ class LoggedBook:
             if self._file.exists():
                 append_jsonl(self._file, self._unwritten)
                 self._unwritten = []
+
+
+def _unvalidated(method: str, arguments: Sequence[Any]) -> bool:
+    """Metrics of a step without a validation loss: they come with each step, and nobody asks for them later."""
+    return method == "progress" and arguments[1].get("eval_loss") is None
 
 
 def _written(argument: Any) -> Any:

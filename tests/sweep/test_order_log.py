@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 from macdrop.errors import ResourceError
@@ -126,6 +127,7 @@ def test_calls_that_come_twice_change_nothing(calls):
 
 @settings(deadline=None)
 @given(calls=SEQUENCES, cut=some.integers(0, 1 << 20))
+@example(calls=[*BEGUN, ("progress", ("a", {"step": 1, "loss": 1.5, "eval_loss": math.inf}, None))], cut=0)
 def test_a_log_cut_at_any_byte_is_the_log_of_the_calls_before(folder, calls, cut):
     file = fresh(folder)
     live, expected = LoggedBook(file), OrderBook()
