@@ -237,7 +237,7 @@ def read_jsonl(
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            _check(row, needs, kinds)
+            check_mapping(row, needs, kinds)
             rows.append(row)
         except (ValueError, RecursionError) as error:
             kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
@@ -277,7 +277,7 @@ def read_mapping(
                 found = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(error) from error
-        _check(found, needs, kinds)
+        check_mapping(found, needs, kinds)
     except (OSError, ValueError, RecursionError) as error:
         told = f"{path} is damaged: {' '.join(str(error).split())}"
         if problems is None:
@@ -307,7 +307,7 @@ def plain(value: Any) -> Any:
     raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
 
 
-def _check(found: Any, needs: Collection[str], kinds: Kinds) -> None:
+def check_mapping(found: Any, needs: Collection[str], kinds: Kinds) -> None:
     """Raise a ValueError unless `found` is a mapping with these keys, and values of these kinds."""
     if not isinstance(found, dict):
         raise ValueError("it holds no mapping")

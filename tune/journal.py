@@ -55,15 +55,15 @@ SCORE_COLUMNS = (
     *("model", "arm", "trial", "seed", "split", "benchmark", "task", "version", "metric", "attack", "attack_on"),
     *("value", "stderr", "n", "higher_is_better", "batch_size", "limit", "num_fewshot"),
 )
-#: The kinds of values that readers of trial.json and scores.jsonl rely on.
+#: What readers of trial.json and scores.jsonl rely on: the kinds of values, and the keys of a score.
 _TEXT, _NUMBER, _TRIAL = (str, type(None)), (int, float, type(None)), ("trial", "model", "arm", "status", "stage")
-_TRIAL_KINDS = dict.fromkeys(_TRIAL, (str,)) | dict.fromkeys(("started", "setting", "reason"), _TEXT)
-_TRIAL_KINDS |= dict.fromkeys(("seed", "step", "train_loss", "eval_loss", "seconds", "attempts"), _NUMBER)
-_TRIAL_KINDS |= dict.fromkeys(("cell", "drawn"), (dict, type(None)))
-_SCORE_KINDS = dict.fromkeys(("model", "trial", "benchmark", "task", "metric", "split"), (str,))
-_SCORE_KINDS |= dict.fromkeys(("arm", "attack", "attack_on", "entry", "judgements", "settings"), _TEXT)
-_SCORE_KINDS |= dict.fromkeys(("value", "stderr", "n", "seed", "seconds"), _NUMBER)
-_SCORE_NEEDS = ("model", "trial", "benchmark", "task", "metric", "value")
+TRIAL_KINDS = dict.fromkeys(_TRIAL, (str,)) | dict.fromkeys(("started", "setting", "reason"), _TEXT)
+TRIAL_KINDS |= dict.fromkeys(("seed", "step", "train_loss", "eval_loss", "seconds", "attempts", "judged"), _NUMBER)
+TRIAL_KINDS |= dict.fromkeys(("cell", "drawn"), (dict, type(None)))
+SCORE_KINDS = dict.fromkeys(("model", "trial", "benchmark", "task", "metric", "split"), (str,))
+SCORE_KINDS |= dict.fromkeys(("arm", "attack", "attack_on", "entry", "judgements", "settings"), _TEXT)
+SCORE_KINDS |= dict.fromkeys(("value", "stderr", "n", "seed", "seconds"), _NUMBER)
+SCORE_NEEDS = ("model", "trial", "benchmark", "task", "metric", "value")
 
 
 class Journal:
@@ -188,7 +188,7 @@ class Journal:
         records = []
         for file in (self.run_dir / "trials").glob("*/trial.json"):
             config = file.with_name("config.yaml")
-            record = read_mapping(file, self.problems, needs=("trial", "model"), kinds=_TRIAL_KINDS)
+            record = read_mapping(file, self.problems, needs=("trial", "model"), kinds=TRIAL_KINDS)
             if record is not None:
                 settings = read_mapping(config, self.problems) if config.exists() else None
                 records.append({"stage": FINALS, "setting": None, "cell": {}, **record, "config": settings or {}})
@@ -224,7 +224,7 @@ class Journal:
             return []
         stamp = (state.st_size, state.st_mtime_ns)
         if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
-            kept = read_jsonl(self.scores_file, self.problems, _SCORE_NEEDS, within=self.run_dir, kinds=_SCORE_KINDS)
+            kept = read_jsonl(self.scores_file, self.problems, SCORE_NEEDS, within=self.run_dir, kinds=SCORE_KINDS)
             rows = [{"split": TEST, **row} for row in kept]
             latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in rows}
             self._read = (stamp, list(latest.values()))

@@ -17,8 +17,8 @@ from macdrop.errors import CheckpointError, ConfigError, NoMassiveWeights
 from tune.benchmarks.spec import TEST, Job
 from tune.checkpoint import tidy, verify
 from tune.environment import version
-from tune.files import MORE, atomic_write_json, atomic_write_text, atomic_write_yaml, read_mapping
-from tune.journal import BASE, ENDED, LAYOUT, RUN_STATUSES, SCORE_KEY, STAGES, now
+from tune.files import MORE, atomic_write_json, atomic_write_text, atomic_write_yaml, check_mapping, read_mapping
+from tune.journal import BASE, ENDED, LAYOUT, RUN_STATUSES, SCORE_KINDS, SCORE_NEEDS, STAGES, TRIAL_KINDS, now
 from tune.resuming import flat
 from tune.spec import RunSpec, TrainSpec, dump, load
 
@@ -159,11 +159,9 @@ def _trial(folder: Path) -> list[str]:
 
 def _record(file: Path) -> dict[str, Any]:
     """trial.json, with all that a resumed run makes of it."""
-    record = read_mapping(file, needs=("trial", "model", "arm", "seed", "status"))
+    record = read_mapping(file, needs=("trial", "model", "arm", "seed", "status"), kinds=TRIAL_KINDS)
     known = [record["trial"] == file.parent.name, record["status"] in (*ENDED, "running", "pending")]
-    known += [record.get("stage", STAGES[0]) in STAGES, isinstance(record.get("cell") or {}, dict)]
-    known += [isinstance(record["model"], str), isinstance(record.get("drawn") or {}, dict)]
-    known += [type(record.get(key) or 0) in (int, float) for key in ("seed", "step", "judged", "attempts")]
+    known += [record.get("stage", STAGES[0]) in STAGES]
     if not all(known):
         raise ValueError(f"{file} holds something else than a trial")
     return record
@@ -208,13 +206,8 @@ def _draw(row: Mapping[str, Any]) -> bool:
 
 
 def _score(row: Mapping[str, Any]) -> bool:
-    texts = ("model", "trial", "benchmark", "task", "metric", "arm")
-    return (
-        all(isinstance(row.get(key), str) for key in texts)
-        and all(row.get(key) is None or isinstance(row[key], str) for key in SCORE_KEY)
-        and "value" in row
-        and all(_number(row.get(key)) for key in ("value", "stderr", "n"))
-    )
+    check_mapping(row, (*SCORE_NEEDS, "arm"), {**SCORE_KINDS, "arm": (str,)})
+    return True
 
 
 def _number(value: Any) -> bool:

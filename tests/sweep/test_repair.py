@@ -157,3 +157,14 @@ def test_what_is_no_run_is_refused(tmp_path):
     for folder, word in (("none", "no such folder"), ("other", "no run.json")):
         with pytest.raises(ConfigError, match=word):
             check_run(tmp_path / folder)
+
+
+@pytest.mark.parametrize("damage", [("settings", True), ("value", "0.5"), ("arm", None), ("split", 1)])
+def test_a_score_that_readers_refuse_is_taken_out(folder, damage):
+    scores = folder / "scores.jsonl"
+    whole = Journal(folder).score_rows()
+    first, *rest = scores.read_text().splitlines(keepends=True)
+    scores.write_text("".join([json.dumps(json.loads(first) | dict([damage])) + "\n", *rest]))
+    (note,) = mend(folder)
+    assert "scored again" in note
+    assert Journal(folder).score_rows() == whole[1:]
