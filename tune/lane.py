@@ -175,7 +175,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any, watchd
             engine = None
             engine = Engine(spec)
         prepared = all_do(lambda: data.load(data.prepare(spec, engine.tokenizer, order.data)))
-        weights = MassiveWeights.load(order.weights) if order.weights else None
+        weights = all_do(lambda: MassiveWeights.load(order.weights)) if order.weights else None
         folder = Path(order.folder)
         # Of a run that is there: a folder that is gone is not made anew, but waited for.
         rank0_does(lambda: ensure_folder(folder, folder.parents[1]))
