@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import nearest
-from cluster.files import ClusterFile, _dict
+from cluster.files import ClusterFile, as_dict
 from cluster.findings import Finding, error, note, place, unknown_keys
 from cluster.targets import EFA_CARDS
 
@@ -74,7 +74,7 @@ _GCP_SCHEDULING = {
 
 def cloud_findings(file: ClusterFile) -> Iterator[Finding]:
     """Provider and machines of a Ray cluster YAML."""
-    provider = _dict(file.content.get("provider"))
+    provider = as_dict(file.content.get("provider"))
     if file.provider not in PROVIDERS:
         hint = nearest(file.provider, PROVIDERS).strip()
         yield note(
@@ -104,15 +104,15 @@ def cloud_findings(file: ClusterFile) -> Iterator[Finding]:
 
 
 def _machines(file: ClusterFile, provider: dict[str, Any]) -> Iterator[Finding]:
-    types = _dict(file.content.get("available_node_types"))
+    types = as_dict(file.content.get("available_node_types"))
     check = {"aws": _aws_machine, "gcp": _gcp_machine, "azure": _azure_machine}.get(file.provider)
     if check is None:
         return
     if file.provider == "aws":
         yield from _aws_region(provider)
     for name, kind in types.items():
-        where, config = place("available_node_types", name, "node_config"), _dict(_dict(kind).get("node_config"))
-        yield from check(config, where, _dict(_dict(kind).get("resources")))
+        where, config = place("available_node_types", name, "node_config"), as_dict(as_dict(kind).get("node_config"))
+        yield from check(config, where, as_dict(as_dict(kind).get("resources")))
         if not _spot(config):
             continue
         if name == file.content.get("head_node_type"):
@@ -135,9 +135,9 @@ def _spot(config: dict[str, Any]) -> bool:
     scheduling = config.get("scheduling")
     parts = scheduling if isinstance(scheduling, list) else [scheduling]
     return (
-        _dict(config.get("InstanceMarketOptions")).get("MarketType") == "spot"
-        or any(_dict(part).get("preemptible") or _dict(part).get("provisioningModel") == "SPOT" for part in parts)
-        or str(_dict(config.get("azure_arm_parameters")).get("priority")).lower() in ("spot", "low")
+        as_dict(config.get("InstanceMarketOptions")).get("MarketType") == "spot"
+        or any(as_dict(part).get("preemptible") or as_dict(part).get("provisioningModel") == "SPOT" for part in parts)
+        or str(as_dict(config.get("azure_arm_parameters")).get("priority")).lower() in ("spot", "low")
     )
 
 
@@ -194,7 +194,7 @@ def _aws_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) 
         yield error(f"{where}.SubnetId", "is overwritten by Ray", "it reads a list, SubnetIds", "SubnetIds: [...]")
     cards, interfaces = EFA_CARDS.get(str(config.get("InstanceType"))), config.get("NetworkInterfaces")
     if cards and isinstance(interfaces, list):
-        used = {str(_dict(each).get("NetworkCardIndex", 0)) for each in interfaces}
+        used = {str(as_dict(each).get("NetworkCardIndex", 0)) for each in interfaces}
         if used != set(map(str, range(cards))):
             yield note(
                 where,
@@ -202,7 +202,7 @@ def _aws_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) 
                 "the rest of the network idles",
                 "one each",
             )
-        if "GroupName" not in _dict(config.get("Placement")):
+        if "GroupName" not in as_dict(config.get("Placement")):
             yield note(where, "no placement group", "machines may land far apart", "Placement: {GroupName: ...}")
     session = _botocore()
     if session is None:
@@ -247,7 +247,7 @@ def _gcp_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) 
     if "machineType" not in config and "acceleratorType" not in config and "acceleratorConfig" not in config:
         yield error(where, "machineType is missing", "nothing could start", "machineType: g2-standard-8")
     scheduling = config.get("scheduling")
-    parts = [_dict(part) for part in (scheduling if isinstance(scheduling, list) else [scheduling])]
+    parts = [as_dict(part) for part in (scheduling if isinstance(scheduling, list) else [scheduling])]
     for part in parts:
         yield from unknown_keys(part, _GCP_SCHEDULING, f"{where}.scheduling", "the scheduling of an instance")
     family = str(config.get("machineType", "")).split("-")[0]
@@ -278,7 +278,7 @@ def _azure_parameters() -> frozenset[str]:
 
 def _azure_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) -> Iterator[Finding]:
     yield from unknown_keys(config, {"azure_arm_parameters", "tags"}, where, "a machine of Azure")
-    parameters = _dict(config.get("azure_arm_parameters"))
+    parameters = as_dict(config.get("azure_arm_parameters"))
     inside = f"{where}.azure_arm_parameters"
     yield from unknown_keys(
         parameters, _azure_parameters() | {"availability_zone"}, inside, "Ray's template of an Azure machine"

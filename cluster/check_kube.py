@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.errors import BadLaunchFile
-from cluster.files import LOADER, ClusterFile, _dict
+from cluster.files import LOADER, ClusterFile, as_dict
 from cluster.findings import Finding, environment_findings, error, note, place, unknown_keys
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?")
@@ -39,7 +39,7 @@ def findings(file: ClusterFile, crd: Path | None = None) -> Iterator[Finding]:
             "authOptions: {mode: token, secretName: macdrop-token}",
         )
     spec = file.cluster_spec
-    if _dict(spec.get("headGroupSpec")).get("serviceType") in ("LoadBalancer", "NodePort"):
+    if as_dict(spec.get("headGroupSpec")).get("serviceType") in ("LoadBalancer", "NodePort"):
         yield error(
             f"{base}.headGroupSpec.serviceType",
             "opens the head to the world outside",
@@ -52,7 +52,7 @@ def findings(file: ClusterFile, crd: Path | None = None) -> Iterator[Finding]:
             f"{base}.enableInTreeAutoscaling", "is off", "no worker beyond replicas would come", "true, or equal counts"
         )
     if file.resource == "RayJob":
-        yield from _job(_dict(file.content.get("spec")))
+        yield from _job(as_dict(file.content.get("spec")))
     if crd:
         yield from _definitions(file, crd)
 
@@ -65,13 +65,13 @@ def _groups(file: ClusterFile, base: str) -> Iterator[Finding]:
             f"{base}.workerGroupSpecs", "has no group", "the head runs no tasks, so nothing would run", "add a group"
         )
         workers = []
-    names = [str(_dict(group).get("groupName")) for group in workers]
+    names = [str(as_dict(group).get("groupName")) for group in workers]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield error(
             f"{base}.workerGroupSpecs", f"two groups are called {name[:60]}", "KubeRay mixes them up", "two names"
         )
-    yield from _group(file, _dict(spec.get("headGroupSpec")), f"{base}.headGroupSpec", "head")
-    for number, group in enumerate(map(_dict, workers)):
+    yield from _group(file, as_dict(spec.get("headGroupSpec")), f"{base}.headGroupSpec", "head")
+    for number, group in enumerate(map(as_dict, workers)):
         where = f"{base}.{place('workerGroupSpecs', number)}"
         low, now, high = (group.get(key) for key in ("minReplicas", "replicas", "maxReplicas"))
         counts = [count for count in (low, now, high) if count is not None]
@@ -87,9 +87,9 @@ def _groups(file: ClusterFile, base: str) -> Iterator[Finding]:
 
 
 def _group(file: ClusterFile, group: dict[str, Any], where: str, role: str) -> Iterator[Finding]:
-    pod = _dict(_dict(group.get("template")).get("spec"))
+    pod = as_dict(as_dict(group.get("template")).get("spec"))
     containers = pod.get("containers")
-    container = _dict(containers[0]) if isinstance(containers, list) and containers else {}
+    container = as_dict(containers[0]) if isinstance(containers, list) and containers else {}
     inside = f"{where}.template.spec.containers[0]"
     if not container.get("image") or not container.get("name"):
         yield error(
@@ -99,7 +99,7 @@ def _group(file: ClusterFile, group: dict[str, Any], where: str, role: str) -> I
     image = str(container["image"])
     if ":" not in image.rpartition("/")[2] or image.endswith(":latest"):
         yield note(f"{inside}.image", "has no fixed version", "two nodes may run two versions of Ray", "IMAGE:VERSION")
-    params = _dict(group.get("rayStartParams"))
+    params = as_dict(group.get("rayStartParams"))
     for key in [key for key, value in params.items() if not isinstance(value, str)]:
         yield error(place(where, "rayStartParams", key), "is no text", "Kubernetes refuses it", 'quote it: "0"')
     if role == "head" and str(params.get("num-cpus")) != "0":
@@ -109,7 +109,7 @@ def _group(file: ClusterFile, group: dict[str, Any], where: str, role: str) -> I
             "a head that runs out of memory takes the whole cluster along",
             'num-cpus: "0"',
         )
-    variables = [_dict(each) for each in container.get("env") or []]
+    variables = [as_dict(each) for each in container.get("env") or []]
     env = {str(each.get("name")): str(each["value"]) for each in variables if "value" in each}
     yield from environment_findings(env, f"{inside}.env", role)
     yield from _volumes(file, pod, container, inside, role)
@@ -126,10 +126,9 @@ def _group(file: ClusterFile, group: dict[str, Any], where: str, role: str) -> I
 def _volumes(
     file: ClusterFile, pod: dict[str, Any], container: dict[str, Any], where: str, role: str
 ) -> Iterator[Finding]:
-    mounts = {
-        str(_dict(each).get("mountPath")): str(_dict(each).get("name")) for each in container.get("volumeMounts") or []
-    }
-    volumes = {str(_dict(each).get("name")): _dict(each) for each in pod.get("volumes") or []}
+    mounted = map(as_dict, container.get("volumeMounts") or [])
+    mounts = {str(each.get("mountPath")): str(each.get("name")) for each in mounted}
+    volumes = {str(each.get("name")): each for each in map(as_dict, pod.get("volumes") or [])}
     for path, name in mounts.items():
         if name not in volumes:
             yield error(
@@ -199,7 +198,7 @@ def _definitions(file: ClusterFile, folder: Path) -> Iterator[Finding]:
         for fault in jsonschema.Draft7Validator(schema).iter_errors(filled):
             where = place(*fault.absolute_path)
             if fault.validator == "additionalProperties":
-                known = _dict(fault.schema).get("properties", {})
+                known = as_dict(fault.schema).get("properties", {})
                 yield from unknown_keys(fault.instance, known, where if fault.absolute_path else "", "the definition")
             elif fault.validator == "required":
                 missing = [key for key in fault.validator_value if key not in fault.instance]
@@ -217,8 +216,8 @@ def read_definitions(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
         documents = [each for file in files for each in yaml.load_all(file.read_text(), Loader=LOADER)]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
         raise BadLaunchFile(f"--crd {folder}: cannot be read: {fault}") from None
-    for document in map(_dict, documents):
-        spec = _dict(document.get("spec"))
+    for document in map(as_dict, documents):
+        spec = as_dict(document.get("spec"))
         if document.get("kind") == "CustomResourceDefinition":
             for version in spec.get("versions") or []:
                 key = (spec["names"]["kind"], f"{spec['group']}/{version['name']}")
@@ -247,12 +246,12 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
 def _filled(value: Any, schema: dict[str, Any]) -> Any:
     """Defaults that the server puts in before it checks."""
     if isinstance(value, dict):
-        for key, inner in _dict(schema.get("properties")).items():
+        for key, inner in as_dict(schema.get("properties")).items():
             if key not in value and isinstance(inner, dict) and "default" in inner:
                 value[key] = inner["default"]
             elif key in value:
                 _filled(value[key], inner)
     elif isinstance(value, list):
         for each in value:
-            _filled(each, _dict(schema.get("items")))
+            _filled(each, as_dict(schema.get("items")))
     return value

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.check_cloud import cloud_findings
 from cluster.errors import nearest
-from cluster.files import COMMANDS, ClusterFile, _dict, assignments
+from cluster.files import COMMANDS, ClusterFile, as_dict, assignments
 from cluster.findings import Finding, environment_findings, error, masked, note, place, unknown_keys
 
 HEAD, WORKER = "head_start_ray_commands", "worker_start_ray_commands"
@@ -56,12 +56,12 @@ def _schema(content: dict[str, Any]) -> Iterator[Finding]:
     import ray.autoscaler
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    if _dict(content.get("provider")).get("type") == "local":
+    if as_dict(content.get("provider")).get("type") == "local":
         content = {key: value for key, value in content.items() if key != "min_workers"}  # taken out by Ray before
     for fault in jsonschema.Draft7Validator(schema).iter_errors(content):
         where = place(*fault.absolute_path)
         if fault.validator == "additionalProperties":
-            known = _dict(fault.schema).get("properties", {})
+            known = as_dict(fault.schema).get("properties", {})
             yield from unknown_keys(fault.instance, known, where if fault.absolute_path else "", "Ray's schema")
         elif fault.validator == "required":
             missing = [key for key in fault.validator_value if key not in fault.instance]
@@ -102,9 +102,9 @@ def _prepared(content: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
 
 
 def _workers(file: ClusterFile) -> Iterator[Finding]:
-    types = _dict(file.content.get("available_node_types"))
+    types = as_dict(file.content.get("available_node_types"))
     for name, kind in types.items():
-        low, high = _dict(kind).get("min_workers", 0), _dict(kind).get("max_workers")
+        low, high = as_dict(kind).get("min_workers", 0), as_dict(kind).get("max_workers")
         if high is not None and low > high:
             where = place("available_node_types", name)
             yield error(where, f"min_workers {low} is above max_workers {high}", "Ray would never settle", "swap them")
@@ -196,8 +196,8 @@ def _head_start(file: ClusterFile, command: str, where: str) -> Iterator[Finding
             "the head would start no worker",
             "--autoscaling-config=~/ray_bootstrap_config.yaml",
         )
-    types = _dict(file.content.get("available_node_types"))
-    resources = _dict(_dict(types.get(str(file.content.get("head_node_type")))).get("resources"))
+    types = as_dict(file.content.get("available_node_types"))
+    resources = as_dict(as_dict(types.get(str(file.content.get("head_node_type")))).get("resources"))
     if resources.get("CPU") != 0 and option(command, "num-cpus") != "0":
         yield note(
             where,
@@ -225,7 +225,7 @@ def _worker_start(file: ClusterFile, command: str, where: str) -> Iterator[Findi
 
 
 def _mounts(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
-    mounts = _dict(file.content.get("file_mounts"))
+    mounts = as_dict(file.content.get("file_mounts"))
     if TOKEN not in mounts:
         yield error(
             "file_mounts",
@@ -262,7 +262,7 @@ def _storage(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
             "hosts would write to different folders, and none could go on with a run of another",
             "one folder, the same on all hosts",
         )
-    docker = _dict(file.content.get("docker"))
+    docker = as_dict(file.content.get("docker"))
     options = " ".join(
         str(word)
         for key in ("run_options", "head_run_options")
@@ -279,7 +279,7 @@ def _storage(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
 
 
 def _docker(file: ClusterFile) -> Iterator[Finding]:
-    docker = _dict(file.content.get("docker"))
+    docker = as_dict(file.content.get("docker"))
     if file.container and "--shm-size" not in str(docker.get("run_options")):
         severity = error if docker.get("disable_shm_size_detection") else note
         yield severity(
@@ -291,7 +291,7 @@ def _docker(file: ClusterFile) -> Iterator[Finding]:
 
 
 def _costs(file: ClusterFile) -> Iterator[Finding]:
-    if file.provider in ("aws", "azure") and _dict(file.content["provider"]).get("cache_stopped_nodes") is not False:
+    if file.provider in ("aws", "azure") and as_dict(file.content["provider"]).get("cache_stopped_nodes") is not False:
         yield note(
             "provider.cache_stopped_nodes",
             "`down` stops machines and does not end them",
@@ -316,7 +316,7 @@ def _local(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
     if file.workers[1] < len(file.worker_hosts):
         yield note("max_workers", "is below the number of worker_ips", "the others stay idle", "leave max_workers out")
     if not file.ssh_user:
-        hint = nearest("ssh_user", _dict(file.content.get("auth")))
+        hint = nearest("ssh_user", as_dict(file.content.get("auth")))
         yield error("auth.ssh_user", "is missing", "Ray cannot log in on the hosts", f"ssh_user: YOU{hint}")
     if not file.ssh_key:
         yield note(

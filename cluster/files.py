@@ -40,7 +40,7 @@ class ClusterFile:
     @property
     def provider(self) -> str:
         """aws, gcp, azure, local, ...; kuberay; slurm."""
-        return str(_dict(self.content.get("provider")).get("type")) if self.kind == RAY else self.kind
+        return str(as_dict(self.content.get("provider")).get("type")) if self.kind == RAY else self.kind
 
     @property
     def name(self) -> str:
@@ -83,7 +83,7 @@ class ClusterFile:
     @property
     def token(self) -> bool:
         """Whether the file turns token authentication on."""
-        options = _dict(_dict(self.cluster_spec).get("authOptions"))
+        options = as_dict(as_dict(self.cluster_spec).get("authOptions"))
         return self.environment.get("RAY_AUTH_MODE") == "token" or options.get("mode") == "token"
 
     @property
@@ -94,15 +94,15 @@ class ClusterFile:
             low, high = _count(nodes[0], 1), _count(nodes[2] or nodes[0], 1)
             return low - 1, high - 1
         if self.kind == KUBERAY:
-            groups = [_dict(group) for group in _dict(self.cluster_spec).get("workerGroupSpecs") or []]
+            groups = [as_dict(group) for group in as_dict(self.cluster_spec).get("workerGroupSpecs") or []]
             low = [_count(group.get("minReplicas", group.get("replicas")), 0) for group in groups]
             return sum(low), sum(_count(group.get("maxReplicas"), _count(group.get("replicas"), 0)) for group in groups)
         if self.provider == "local":
             hosts = len(self.worker_hosts)
             low, high = (_count(self.content.get(key), hosts) for key in ("min_workers", "max_workers"))
             return min(low, hosts), min(high, hosts)
-        types = _dict(self.content.get("available_node_types"))
-        others = [_dict(kind) for name, kind in types.items() if name != self.content.get("head_node_type")]
+        types = as_dict(self.content.get("available_node_types"))
+        others = [as_dict(kind) for name, kind in types.items() if name != self.content.get("head_node_type")]
         most = _count(self.content.get("max_workers"), 2)
         return (
             sum(_count(kind.get("min_workers"), 0) for kind in others),
@@ -114,27 +114,27 @@ class ClusterFile:
     @property
     def head_host(self) -> str | None:
         """Address of the head of an on-premise cluster; None where the cloud gives one."""
-        return _dict(self.content.get("provider")).get("head_ip") if self.kind == RAY else None
+        return as_dict(self.content.get("provider")).get("head_ip") if self.kind == RAY else None
 
     @property
     def worker_hosts(self) -> tuple[str, ...]:
         """Addresses of the workers of an on-premise cluster."""
-        found = _dict(self.content.get("provider")).get("worker_ips") if self.kind == RAY else None
+        found = as_dict(self.content.get("provider")).get("worker_ips") if self.kind == RAY else None
         return tuple(map(str, found)) if isinstance(found, list) else ()
 
     @property
     def ssh_user(self) -> str | None:
-        return _dict(self.content.get("auth")).get("ssh_user")
+        return as_dict(self.content.get("auth")).get("ssh_user")
 
     @property
     def ssh_key(self) -> Path | None:
-        key = _dict(self.content.get("auth")).get("ssh_private_key")
+        key = as_dict(self.content.get("auth")).get("ssh_private_key")
         return Path(str(key)).expanduser() if key else None
 
     @property
     def container(self) -> str | None:
         """Name of the container that Ray runs in on every host; None where it runs on the host itself."""
-        docker = _dict(self.content.get("docker"))
+        docker = as_dict(self.content.get("docker"))
         named = any(docker.get(key) for key in ("image", "head_image", "worker_image"))
         return str(docker.get("container_name") or "ray_docker") if named else None
 
@@ -142,7 +142,7 @@ class ClusterFile:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        return _dict(self.content.get("metadata"))
+        return as_dict(self.content.get("metadata"))
 
     @property
     def namespace(self) -> str | None:
@@ -157,16 +157,16 @@ class ClusterFile:
     @property
     def cluster_spec(self) -> dict[str, Any]:
         """The spec of the RayCluster, which a RayJob holds inside its own."""
-        spec = _dict(self.content.get("spec"))
-        return _dict(spec.get("rayClusterSpec")) if self.resource == "RayJob" else spec
+        spec = as_dict(self.content.get("spec"))
+        return as_dict(spec.get("rayClusterSpec")) if self.resource == "RayJob" else spec
 
     @property
     def containers(self) -> list[dict[str, Any]]:
         """The Ray container of the head and of each group of workers."""
         spec = self.cluster_spec
-        groups = [_dict(spec.get("headGroupSpec")), *map(_dict, spec.get("workerGroupSpecs") or [])]
-        pods = [_dict(_dict(group.get("template")).get("spec")) for group in groups]
-        return [_dict(next(iter(pod.get("containers") or []), None)) for pod in pods]
+        groups = [as_dict(spec.get("headGroupSpec")), *map(as_dict, spec.get("workerGroupSpecs") or [])]
+        pods = [as_dict(as_dict(group.get("template")).get("spec")) for group in groups]
+        return [as_dict(next(iter(pod.get("containers") or []), None)) for pod in pods]
 
     # --- Slurm ---
 
@@ -288,7 +288,7 @@ def _of_ray(document: dict[str, Any]) -> bool:
     return str(document.get("apiVersion", "")).startswith("ray.io/")
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
     """Files are read as they are; what should be a mapping and is not counts as empty, `check` tells."""
     return value if isinstance(value, dict) else {}
 
