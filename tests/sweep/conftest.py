@@ -1,8 +1,9 @@
-"""The fixture `shell`: the real command line inside the test's process, its output, exit code and what it leaves."""
+"""Fixtures: `shell`, the real command line inside the test's process, and `local_ray`, a cluster for a module."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,21 @@ class Shell:
         assert ended.new == [], f"left behind: {ended.new}"
         assert not (self.folder / "runs").exists() and not (self.folder / "out").exists()
         return ended.err
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory) -> Iterator[None]:
+    """A Ray on this machine, and a cache, that all tests of a module share."""
+    import ray
+
+    from tune.cluster_state import connect
+    from tune.spec import RaySpec
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MACDROP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        connect(RaySpec(dashboard=False))
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
+from small import SMALL
+
 from tune.spec import TrainSpec
 
 STEPS = 4
@@ -24,19 +26,13 @@ def spec(case: str, *, seed: int, p0: float, **others) -> TrainSpec:
     """A fine-tuning of the built-in model under the case's settings."""
     stage, dora, bf16 = CASES[case]
     settings = {
-        "model_name_or_path": "zoo:planted-llama",
-        "dataset": "zoo:train",
-        "cutoff_len": 64,
+        **SMALL,
         "val_size": 4,
-        "lora_rank": 2,
-        "lora_alpha": 4,
-        "lora_target": ["q_proj", "gate_proj", "up_proj"],
         "lora_dropout": 0.1,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_steps": STEPS,
         "save_steps": INTERRUPTED_AFTER,
-        "learning_rate": 2e-3,
         "zero_stage": stage,
         "use_dora": dora,
         "bf16": bf16,

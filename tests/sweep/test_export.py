@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from run_folders import make_run
+from small import SMALL
 
 from macdrop.errors import BenchmarkError, CheckpointError, ConfigError
 from tune.card import Z
@@ -18,18 +19,7 @@ from tune.spec import TrainSpec
 
 pytestmark = pytest.mark.zero
 
-SMALL = {
-    "model_name_or_path": "zoo:planted-llama",
-    "cutoff_len": 64,
-    "val_size": 8,
-    "lora_rank": 2,
-    "use_dora": True,
-    "lora_target": ["q_proj", "gate_proj"],
-    "per_device_train_batch_size": 4,
-    "max_steps": 3,
-    "learning_rate": 2e-2,
-    "zero_stage": 0,
-}
+SETTINGS = {**SMALL, "use_dora": True, "max_steps": 3, "learning_rate": 2e-2, "zero_stage": 0}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +30,7 @@ def trained(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MACDROP_CACHE", str(root / "cache"))
-        train_here(TrainSpec(**SMALL), root / "one", observe=None, threads=1)
+        train_here(TrainSpec(**SETTINGS), root / "one", observe=None, threads=1)
     return root / "one"
 
 

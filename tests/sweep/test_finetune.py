@@ -7,25 +7,14 @@ import math
 from pathlib import Path
 
 import pytest
+from small import SMALL
 
 from macdrop.errors import CheckpointError, ConfigError, TrainingDiverged, TrainingInvariantError
 from tune.spec import TrainSpec
 
 pytestmark = pytest.mark.zero
 
-SMALL = {
-    "model_name_or_path": "zoo:planted-llama",
-    "dataset": "zoo:train",
-    "cutoff_len": 64,
-    "val_size": 8,
-    "lora_rank": 2,
-    "lora_alpha": 4,
-    "lora_target": ["q_proj", "gate_proj", "up_proj"],
-    "per_device_train_batch_size": 4,
-    "max_steps": 4,
-    "learning_rate": 2e-3,
-    "zero_stage": 0,
-}
+SETTINGS = {**SMALL, "max_steps": 4, "zero_stage": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +35,7 @@ def train(folder: Path, observe=None, **changes) -> tuple[list[dict], object]:
         rows.append(metrics)
         return observe(metrics) if observe else "go_on"
 
-    outcome = train_here(TrainSpec(**{**SMALL, **changes}), folder, observe=watch, threads=1)
+    outcome = train_here(TrainSpec(**{**SETTINGS, **changes}), folder, observe=watch, threads=1)
     return rows, outcome
 
 
@@ -93,7 +82,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
     from macdrop import load_model
     from tune.zoo import resolve
 
-    model = PeftModel.from_pretrained(load_model(resolve(SMALL["model_name_or_path"])), tmp_path / "adapter")
+    model = PeftModel.from_pretrained(load_model(resolve(SETTINGS["model_name_or_path"])), tmp_path / "adapter")
     layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
     assert layer.scaling["default"] == pytest.approx(4 / math.sqrt(4))
 
@@ -108,7 +97,7 @@ def test_adapter_on_disk_is_the_model_that_was_trained(tmp_path):
     from tune.weights import cache_dir
     from tune.zoo import resolve
 
-    spec = TrainSpec(**SMALL)
+    spec = TrainSpec(**SETTINGS)
     _, outcome = train(tmp_path)
     source = resolve(spec.model_name_or_path)
     prepared = data.load(data.prepare(spec, load_tokenizer(source), cache_dir() / "data"))
@@ -177,13 +166,13 @@ def test_an_engine_refuses_a_spec_it_was_not_built_for(tmp_path):
     from tune.weights import cache_dir
 
     prepare_process()
-    spec = TrainSpec(**SMALL, macdrop={"p0": 0.0})
+    spec = TrainSpec(**SETTINGS, macdrop={"p0": 0.0})
     engine = Engine(spec)
     prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
     with pytest.raises(ConfigError, match="built for other settings"):
         finetune(engine, spec.model_copy(update={"lora_rank": 8}), prepared, tmp_path)
     with pytest.raises(ConfigError, match="massive weights"):
-        finetune(engine, TrainSpec(**SMALL), prepared, tmp_path)
+        finetune(engine, TrainSpec(**SETTINGS), prepared, tmp_path)
 
 
 @pytest.mark.parametrize("arm", ["random_rows", "all_rows", "activations"])

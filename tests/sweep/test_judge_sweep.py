@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 
 import pytest
 from judge_fixtures import ANSWERS, CONVERSATIONS, talking_model
@@ -12,22 +11,9 @@ from judge_fixtures import ANSWERS, CONVERSATIONS, talking_model
 from tune.benchmarks.judge import Question
 from tune.benchmarks.judge_spec import JudgeSpec
 from tune.journal import Journal
-from tune.spec import RaySpec, RunSpec
+from tune.spec import RunSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory):
-    import ray
-
-    from tune.cluster_state import connect
-
-    os.environ["MACDROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    connect(RaySpec(dashboard=False))
-    yield
-    ray.shutdown()
-    del os.environ["MACDROP_CACHE"]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")

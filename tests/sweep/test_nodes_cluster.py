@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from small import SMALL
 
 from tune.checkpoint import newest
 from tune.spec import RunSpec
@@ -25,10 +26,8 @@ from tune.spec import RunSpec
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 SETTINGS = {
-    "model_name_or_path": "zoo:planted-llama",
-    **{"dataset": "zoo:train", "cutoff_len": 64, "val_size": 0, "eval_steps": None, "learning_rate": 2e-3},
-    **{"lora_rank": 2, "lora_target": ["q_proj", "gate_proj", "up_proj"], "per_device_train_batch_size": 4},
-    **{"max_steps": 600, "save_steps": 20},
+    **SMALL,
+    **{"max_steps": 600, "save_steps": 20, "val_size": 0, "eval_steps": None},
     "sweep": {"arms": ["macdrop"], "seeds": 0},
     "eval": {"limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}},
     "ray": {"dashboard": False},

@@ -14,24 +14,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from small import SMALL
 
 from tune.reproduce import reproduce
 from tune.spec import TrainSpec
 
 pytestmark = pytest.mark.zero
 
-SMALL = {
-    "model_name_or_path": "zoo:planted-llama",
-    "cutoff_len": 64,
-    "val_size": 8,
-    "lora_rank": 2,
-    "lora_target": ["q_proj", "gate_proj"],
-    "per_device_train_batch_size": 4,
-    "max_steps": 4,
-    "logging_steps": 2,
-    "learning_rate": 2e-3,
-    "zero_stage": 0,
-}
+SETTINGS = {**SMALL, "max_steps": 4, "logging_steps": 2, "zero_stage": 0, "dataset": "train.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +35,7 @@ def trained(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MACDROP_CACHE", str(root / "cache"))
         patch.chdir(root)
-        spec = TrainSpec(**SMALL, dataset="train.jsonl")
+        spec = TrainSpec(**SETTINGS)
 
         def stop_at_2(metrics: dict) -> str:
             return "go_on" if metrics["step"] < 2 else "stop"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from small import SMALL
 
 from tune.checkpoint import sha256
 
@@ -22,18 +23,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 #: Optuna, one trial at a time; MacDrop trials are long enough to be killed in the middle, between two checkpoints.
 SPEC = {
-    "model_name_or_path": "zoo:planted-llama",
-    "dataset": "zoo:train",
-    "cutoff_len": 64,
-    "val_size": 8,
-    "lora_rank": 2,
-    "lora_alpha": 4,
+    **SMALL,
     "lora_target": ["q_proj", "up_proj"],
-    "per_device_train_batch_size": 4,
     "max_steps": 24,
     "eval_steps": 8,
     "save_steps": 5,
-    "learning_rate": 2e-3,
     "ray": {"dashboard": False},
     "sweep": {
         "arms": ["base", "plain", "macdrop"],

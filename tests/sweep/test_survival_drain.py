@@ -8,6 +8,7 @@ import time
 
 import pytest
 from lane_scene import scene_of
+from small import SMALL
 
 from tune.spec import RaySpec, TrainSpec
 
@@ -16,20 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.cluster, pytest.mar
 
 RAY = RaySpec(dashboard=False, num_workers=1, cpus_per_worker=1.0)
 #: No checkpoints but the one that a notice asks for.
-SPEC = TrainSpec(
-    model_name_or_path="zoo:planted-llama",
-    dataset="zoo:train",
-    cutoff_len=64,
-    val_size=0,
-    eval_steps=None,
-    lora_rank=2,
-    lora_target=["q_proj"],
-    per_device_train_batch_size=4,
-    zero_stage=0,
-    max_steps=4000,
-    save_steps=0,
-    macdrop={"p0": 0.0},
-).canonical()
+SETTINGS = {**SMALL, "val_size": 0, "eval_steps": None, "zero_stage": 0, "max_steps": 4000, "save_steps": 0}
+SPEC = TrainSpec(**SETTINGS, macdrop={"p0": 0.0}).canonical()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tune.benchmarks.spec import EvalSpec, Job, jobs
 from tune.crew import MAX_ATTEMPTS, Member
 from tune.evaluators import Item, Opening, Pool
 from tune.judge_actors import ActorJudge
-from tune.spec import RaySpec, RunSpec
+from tune.spec import RunSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -53,17 +53,13 @@ class Fragile(Member):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory):
+def _fragile_travels(local_ray):
+    """Ray's workers cannot import this file."""
     import ray
 
-    from tune.cluster_state import connect
-
-    os.environ["MACDROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    connect(RaySpec(dashboard=False))
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
-    ray.shutdown()
-    del os.environ["MACDROP_CACHE"]
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def tell(folder: Path, errors=(), **deaths: int) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 from lane_scene import Scene, scene_of
+from small import SMALL
 
 from macdrop.errors import ResourceError
 from tune.spec import RaySpec, TrainSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 
 #: Long beside a micro-step of the tiny model, also on a busy machine.
 STEP_TIMEOUT_S = 5.0
@@ -32,34 +33,8 @@ RAY = RaySpec(
     cpus_per_worker=round(0.6 * (os.cpu_count() or 1) / WIDTH, 2),
     step_timeout_s=STEP_TIMEOUT_S,
 )
-SPEC = TrainSpec(
-    model_name_or_path="zoo:planted-llama",
-    dataset="zoo:train",
-    cutoff_len=64,
-    val_size=0,
-    eval_steps=None,
-    lora_rank=2,
-    lora_target=["q_proj", "gate_proj", "up_proj"],
-    per_device_train_batch_size=4,
-    zero_stage=2,
-    max_steps=300,
-    save_steps=20,
-    learning_rate=2e-3,
-    macdrop={"p0": 0.0},
-).canonical()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory):
-    import ray
-
-    from tune.cluster_state import connect
-
-    os.environ["MACDROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    connect(RaySpec(dashboard=False))
-    yield
-    ray.shutdown()
-    del os.environ["MACDROP_CACHE"]
+SETTINGS = {**SMALL, "val_size": 0, "eval_steps": None, "zero_stage": 2, "max_steps": 300, "save_steps": 20}
+SPEC = TrainSpec(**SETTINGS, macdrop={"p0": 0.0}).canonical()
 
 
 def worker() -> int:

@@ -17,21 +17,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small import SMALL
 
-from tune.spec import RaySpec, RunSpec, TrainSpec
+from tune.spec import RunSpec, TrainSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
 
 STEPS = 30
 SPEC = {
-    "model_name_or_path": "zoo:planted-llama",
-    "dataset": "zoo:train",
-    "cutoff_len": 64,
-    "val_size": 8,
-    "lora_rank": 2,
-    "lora_alpha": 4,
-    "lora_target": ["q_proj", "gate_proj", "up_proj"],
-    "per_device_train_batch_size": 4,
+    **SMALL,
     "max_steps": STEPS,
     "eval_steps": 10,
     "ray": {"dashboard": False},
@@ -48,20 +42,6 @@ SPEC = {
     "eval": {"limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}},
 }
 DISPATCHER, TRIAL = "_Dispatcher", "ImplicitFunc"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory):
-    """A local Ray that all runs of this module share."""
-    import ray
-
-    from tune.cluster_state import connect
-
-    os.environ["MACDROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    connect(RaySpec(dashboard=False))
-    yield
-    ray.shutdown()
-    del os.environ["MACDROP_CACHE"]
 
 
 def run(folder: Path) -> str:

@@ -16,44 +16,22 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
+from small import SMALL
 
 from macdrop.errors import ConfigError, ResourceError
-from tune.spec import RaySpec, RunSpec, load
+from tune.spec import RunSpec, load
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
 
-SMALL = {
-    "dataset": "zoo:train",
-    "cutoff_len": 64,
-    "val_size": 8,
-    "lora_rank": 2,
-    "lora_alpha": 4,
-    "lora_target": ["q_proj", "gate_proj", "up_proj"],
-    "per_device_train_batch_size": 4,
-    "max_steps": 6,
-    "eval_steps": 3,
-    "learning_rate": 2e-3,
-    "ray": {"dashboard": False},
-}
+SETTINGS = {**SMALL, "max_steps": 6, "eval_steps": 3, "ray": {"dashboard": False}}
 DIVERGES = 1e30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory):
-    """A local Ray that all runs of this module share."""
-    import ray
-
-    from tune.cluster_state import connect
-
-    os.environ["MACDROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    connect(RaySpec(dashboard=False))
-    yield
-    ray.shutdown()
-    del os.environ["MACDROP_CACHE"]
-
-
 def make(folder: Path, **changes) -> RunSpec:
-    return RunSpec.model_validate({**SMALL, "output_dir": str(folder), **changes})
+    settings = {**SETTINGS, "output_dir": str(folder), **changes}
+    if "models" in settings.get("sweep", {}):
+        del settings["model_name_or_path"]
+    return RunSpec.model_validate(settings)
 
 
 def run(spec: RunSpec, *, resume: bool = False) -> tuple[int, str]:
@@ -268,7 +246,6 @@ def front(tmp_path_factory) -> tuple[Path, int, str]:
     folder = tmp_path_factory.mktemp("front") / "run"
     spec = make(
         folder,
-        model_name_or_path="zoo:planted-llama",
         max_steps=40,
         eval_steps=2,
         macdrop={"schedule": "exp", "alpha": 1.0},
@@ -311,7 +288,7 @@ def test_without_fresh_seeds_the_best_of_the_front_become_final(front):
     assert (final["plain"]["setting"], [final["macdrop"]["setting"]]) == (cell["plain"], cell["macdrop"])
     assert final["macdrop"]["trial"] in chosen["pareto"]
     rates = {load_rate(folder, trial) for trial in trials(folder) if trial["arm"] == "plain"}
-    assert rates == {SMALL["learning_rate"], load_rate(folder, final["macdrop"])}
+    assert rates == {SETTINGS["learning_rate"], load_rate(folder, final["macdrop"])}
     rows = [json.loads(line) for line in (folder / "scores.jsonl").open()]
     assert {row["arm"] for row in rows if row["split"] == "test"} == set(final)
     assert {row["trial"] for row in rows if row["split"] == "test"} == {t["trial"] for t in final.values()}
@@ -325,8 +302,8 @@ def test_killed_worker_costs_nothing_but_time(tmp_path):
     """A lane's worker dies by SIGKILL in the middle of an order: same bits as a process that nobody disturbed."""
     from tune.train import train_here
 
-    settings = {"model_name_or_path": "zoo:planted-llama", "max_steps": 60, "save_steps": 5, "eval_steps": None}
-    spec = make(tmp_path / "run", **settings, sweep={"arms": ["macdrop"], "seeds": 0}, ray={"dashboard": False})
+    settings = {"max_steps": 60, "save_steps": 5, "eval_steps": None}
+    spec = make(tmp_path / "run", **settings, sweep={"arms": ["macdrop"], "seeds": 0})
     killer = threading.Thread(target=_kill_worker, args=(tmp_path / "run",), daemon=True)
     killer.start()
     failures, _ = run(spec)
@@ -359,7 +336,6 @@ def _kill_worker(folder: Path) -> None:
 def test_time_budget_ends_a_run_in_good_order(tmp_path):
     spec = make(
         tmp_path / "run",
-        model_name_or_path="zoo:planted-llama",
         max_steps=20_000,
         eval_steps=5_000,
         sweep={"arms": ["macdrop"], "parameters": {"macdrop.p0": [0.4, 0.8]}, "time_budget_s": 15},
@@ -411,7 +387,7 @@ def test_train_on_two_workers_equals_the_lane(tmp_path):
     from macdrop.errors import TrainingDiverged
     from tune.train import train
 
-    settings = {"model_name_or_path": "zoo:planted-llama", "ray": {"dashboard": False, "num_workers": 2}}
+    settings = {"ray": {"dashboard": False, "num_workers": 2}}
     spec = make(tmp_path / "run", **settings)
     seen = []
     outcome = train(spec, tmp_path / "train", observe=lambda metrics: seen.append(metrics) or "go_on", resume=False)
@@ -441,7 +417,7 @@ def reproduced(run_dir: Path, trial: str, elsewhere: Path) -> str:
 
 
 def test_too_few_gpus_is_said_with_the_arithmetic(tmp_path):
-    spec = make(tmp_path / "run", model_name_or_path="zoo:planted-llama", ray={"gpus_per_worker": 2})
+    spec = make(tmp_path / "run", ray={"gpus_per_worker": 2})
     with pytest.raises(ResourceError) as error:
         run(spec)
     assert "needs 2" in str(error.value) and "In use" in str(error.value)
