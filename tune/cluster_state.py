@@ -8,17 +8,26 @@ import signal
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from macdrop.errors import ResourceError
-from tune.plan import check_local, resources
+from tune.plan import check_local, gpu_shares, resources
 from tune.spec import RaySpec
 
 #: Exit code after SIGTERM, as a shell has it.
 TERMINATED = 143
+#: What is free is told by the nodes now and then: a run that has just ended may still hold something for so long.
+GIVEN_BACK_S = 10.0
+LOOK_EVERY_S = 0.5
+SHARE = (
+    "on few GPUs let workers and evaluators share them, for example ray.gpus_per_worker=0.5 ray.gpus_per_evaluator=0.5."
+)
 #: Set before Ray starts. Train V2 asks its workers twice a second, and takes one that is silent for two minutes (not
 #: ten) for dead; Tune's own loggers and the usage report are off.
 SETTINGS = {
@@ -90,28 +99,71 @@ def token_hint() -> str:
     return "\nIs the token of this machine the cluster's?"
 
 
-def check_cluster(spec: RaySpec) -> float:
-    """Compare what the run needs with what the cluster has in all; returns the cluster's GPUs.
+def check_cluster(spec: RaySpec, tell: Callable[[str], None]) -> float:
+    """Compare what a run needs with what the cluster has; returns the cluster's GPUs.
+
+    On one machine all of it must be free now, but for what a run that has just ended gives back. A cluster's machines
+    come and go: one lane and one evaluator must have room in it, busy or not, and are waited for, with the autoscaler
+    asked for them; the other lanes start when there is room.
 
     Raises:
         ResourceError: with the arithmetic and who holds what.
     """
-    total = ray.cluster_resources()
-    gpus = total.get("GPU", 0.0)
-    needs = resources(spec, cluster_gpus=gpus)
-    free = ray.available_resources()
-    short = [
-        f"{name}: needs {need:g}, free {free.get(name, 0.0):g} of {total.get(name, 0.0):g}"
+    if spec.address is None:
+        return _all_now(spec)
+    least = spec.model_copy(update={"lanes": 1, "evaluators": 1})
+    deadline, told = time.monotonic() + spec.patience_s, False
+    try:
+        while short := _short(least, _total()):
+            if time.monotonic() > deadline:
+                raise ResourceError(f"{short}\nIt did not come within ray.resource_timeout_s = {spec.patience_s:g} s.")
+            if not told:
+                tell(f"{short}\nWaiting for nodes, for up to {spec.patience_s:g} s. If none will come: {SHARE}")
+                request_resources(bundles=_bundles(least))
+                told = True
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        if told:
+            request_resources(bundles=[])
+    if short := _short(spec, _total()):
+        tell(f"{short}\nWhat has no room waits for it.")
+    return _total().get("GPU", 0.0)
+
+
+def _all_now(spec: RaySpec) -> float:
+    deadline = time.monotonic() + GIVEN_BACK_S
+    while True:
+        never, now = _short(spec, _total()), _short(spec, ray.available_resources(), "free")
+        if not never and not now:
+            return _total().get("GPU", 0.0)
+        if never or time.monotonic() > deadline:
+            remedy = f"Lower ray.num_workers, ray.lanes or ray.evaluators; {SHARE}"
+            raise ResourceError(f"{never or now}\n{holders()}\n{remedy}")
+        time.sleep(LOOK_EVERY_S)
+
+
+def _total() -> dict[str, float]:
+    return ray.cluster_resources()
+
+
+def _short(spec: RaySpec, there: dict[str, float], word: str = "there") -> str | None:
+    """What a run lacks of what is there, with the sum; None if nothing."""
+    needs = resources(spec, cluster_gpus=_total().get("GPU", 0.0))
+    lines = [
+        f"{name}: needs {need:g}, {word} {there.get(name, 0.0):g}"
         for name, need in (("CPU", needs.cpus), ("GPU", needs.gpus))
-        if need > free.get(name, 0.0)
+        if need > there.get(name, 0.0)
     ]
-    if short:
-        raise ResourceError(
-            f"The run needs {needs.sum}.\n" + "\n".join(short) + f"\n{holders()}\n"
-            "Lower ray.num_workers, ray.lanes or ray.evaluators; on few GPUs let workers and evaluators share them, "
-            "for example ray.gpus_per_worker=0.5 ray.gpus_per_evaluator=0.5."
-        )
-    return gpus
+    return "\n".join([f"The run needs {needs.sum}.", *lines]) if lines else None
+
+
+def _bundles(spec: RaySpec) -> list[dict[str, float]]:
+    """One for each process of a run, for the autoscaler."""
+    gpus = gpu_shares(spec, 0.0)
+    worker, evaluator = {"CPU": spec.cpus_per_worker, "GPU": gpus[0]}, {"CPU": spec.cpus_per_evaluator, "GPU": gpus[1]}
+    bundles = [worker] * spec.num_workers * spec.lanes + [evaluator] * spec.evaluators
+    found = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+    return [bundle for bundle in found if bundle]
 
 
 def holders() -> str:

@@ -66,7 +66,7 @@ def run(
         if joined:
             stack.callback(_disconnect, stop)
             leftovers.look(local=spec.ray.address is None, clear=clear_leftovers, tell=progress.note)
-        gpus = check_cluster(spec.ray)
+        gpus = check_cluster(spec.ray, progress.note)
         check_nodes(spec, planned, run_dir, progress.note)
         # The folder comes last: whatever is refused above leaves nothing behind.
         if not resume:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ class Workers:
         self._error: BaseException | None = None
         spec = one_lane(spec)
         self._joined = connect(spec)[1]
-        gpus = gpu_shares(spec, check_cluster(spec))[0]
+        gpus = gpu_shares(spec, check_cluster(spec, lambda text: print(text, file=sys.stderr)))[0]
         run = trainer(
             _work,
             {
