@@ -72,7 +72,8 @@ def submit(path: Path, recipe: str, overrides: list[str], *, name: str | None, f
             )
     started = kind.submit(job)
     if dry_run:
-        follow and kind.follow(started, kind.shell.say)
+        if follow:
+            kind.follow(started, kind.shell.say)
         return 0
     kind.shell.say(f"run {job.run}, job {started}. It goes on without this machine; to look: {_look(kind, job.run)}")
     return _follow(kind, job.run, started) if follow else 0

@@ -134,7 +134,7 @@ def _json(file: Path) -> dict[str, Any]:
     """A file that is being replaced or damaged counts as empty: this only tells."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {"status": "damaged"}
     return found if isinstance(found, dict) else {"status": "damaged"}
 
