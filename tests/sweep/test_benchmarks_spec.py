@@ -114,6 +114,8 @@ def test_attacks_parse(text):
         ({"num_fewshot": -1}, ["num_fewshot"]),
         ({"zero_shot": {"piqa": {"dta": "x"}}}, ["eval.zero_shot.piqa.dta", "Did you mean 'data'"]),
         ({"zero_shot": ["piqa", "piqa"]}, ["twice"]),
+        ({"zero_shot": ["piqa", []]}, ["[] is no name"]),
+        ({"zero_shot": [3]}, ["3 is no name"]),
         ({"zero_shot": {"piqa": {"fewshot_data": "x"}}}, ["give data"]),
         ({"perplexity": {"w": {}}}, ["eval.perplexity.w.data"]),
         ({"perplexity": {"w": {"data": "x", "window": 8, "stride": 8}}}, ["stride 8", "at most 7"]),

@@ -103,7 +103,8 @@ def test_killed_and_resumed_is_as_if_nobody_had_disturbed_it(recipe):
 
     def in_the_middle(stage: str, number: int) -> bool:
         """So many trials of the stage are trained, and the next one is behind its second checkpoint."""
-        running = [name for name, r in records(folder).items() if r["status"] == "running" and "step" not in r]
+        of_stage = {name: record for name, record in records(folder).items() if record["stage"] == stage}
+        running = [name for name, r in of_stage.items() if r["status"] == "running" and "step" not in r]
         found = [step for name in running for step in folder.glob(f"trials/{name}/checkpoints/step-*10")]
         return trained(stage) == number and bool(found)
 

@@ -205,6 +205,8 @@ def _named(value: Any) -> Any:
         raise ValueError("a mapping of names to settings is wanted, or a list of names")
     named: dict[str, Any] = {}
     for item in items:
+        if not isinstance(item, (str, Mapping)):
+            raise ValueError(f"{item!r:.60} is no name; in a list write names, or name: settings")
         for name, entry in (_named(item) if isinstance(item, Mapping) else {item: {}}).items():
             if name in named:
                 raise ValueError(f"{name!r} is listed twice; give the second one another name")
