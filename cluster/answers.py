@@ -86,9 +86,11 @@ def read(answers: Sequence[Answer], words: Sequence[str], what: str) -> dict[str
             raise BadLaunchFile(f"{what} has no answer {_shown(name)}.{hint}")
         if name in given:
             raise BadLaunchFile(f"{name}= is given twice.")
-        given[name] = known[name].read(text) if text else () if known[name].many else None
-        if not text and known[name].default is Required:
-            raise BadLaunchFile(f"{name}= has no value. {known[name].help}.")
+        answer = known[name]
+        if not text and answer.default not in (None, ()):
+            remedy = "" if answer.default is Required else " Leave it out for the default."
+            raise BadLaunchFile(f"{name}= has no value. {answer.help}.{remedy}")
+        given[name] = answer.read(text) if text else answer.default
     missing = [answer for answer in answers if answer.default is Required and answer.name not in given]
     if missing:
         lines = [f"  {f'{answer.name}={answer.example}':<38} {answer.help}" for answer in missing]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.errors import BadLaunchFile
-from cluster.files import LOADER, ClusterFile, as_dict
+from cluster.files import LOADER, ClusterFile, as_dict, as_dicts
 from cluster.findings import Finding, environment_findings, error, note, place, unknown_keys
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?")
@@ -109,7 +109,7 @@ def _group(file: ClusterFile, group: dict[str, Any], where: str, role: str) -> I
             "a head that runs out of memory takes the whole cluster along",
             'num-cpus: "0"',
         )
-    variables = [as_dict(each) for each in container.get("env") or []]
+    variables = as_dicts(container.get("env"))
     env = {str(each.get("name")): str(each["value"]) for each in variables if "value" in each}
     yield from environment_findings(env, f"{inside}.env", role)
     yield from _volumes(file, pod, container, inside, role)
@@ -126,9 +126,8 @@ def _group(file: ClusterFile, group: dict[str, Any], where: str, role: str) -> I
 def _volumes(
     file: ClusterFile, pod: dict[str, Any], container: dict[str, Any], where: str, role: str
 ) -> Iterator[Finding]:
-    mounted = map(as_dict, container.get("volumeMounts") or [])
-    mounts = {str(each.get("mountPath")): str(each.get("name")) for each in mounted}
-    volumes = {str(each.get("name")): each for each in map(as_dict, pod.get("volumes") or [])}
+    mounts = {str(each.get("mountPath")): str(each.get("name")) for each in as_dicts(container.get("volumeMounts"))}
+    volumes = {str(each.get("name")): each for each in as_dicts(pod.get("volumes"))}
     for path, name in mounts.items():
         if name not in volumes:
             yield error(

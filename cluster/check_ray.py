@@ -263,12 +263,8 @@ def _storage(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
             "one folder, the same on all hosts",
         )
     docker = as_dict(file.content.get("docker"))
-    options = " ".join(
-        str(word)
-        for key in ("run_options", "head_run_options")
-        for word in docker.get(key) or []
-        if isinstance(word, str)
-    )
+    given = [docker.get(key) for key in ("run_options", "head_run_options")]
+    options = " ".join(str(word) for words in given if isinstance(words, list) for word in words)
     if file.container and file.storage and f":{file.storage}" not in options:
         yield error(
             "docker.run_options",

@@ -54,7 +54,7 @@ class ClusterFile:
     def environment(self) -> dict[str, str]:
         """Variables that the file sets on its hosts, as written ($NAME is left alone); the head's where they differ."""
         if self.kind == KUBERAY:
-            found = [env for container in self.containers for env in container.get("env") or []]
+            found = [env for container in self.containers for env in as_dicts(container.get("env"))]
             return {str(env.get("name")): str(env["value"]) for env in reversed(found) if "value" in env}
         return assignments(self.shell)
 
@@ -94,7 +94,7 @@ class ClusterFile:
             low, high = _count(nodes[0], 1), _count(nodes[2] or nodes[0], 1)
             return low - 1, high - 1
         if self.kind == KUBERAY:
-            groups = [as_dict(group) for group in as_dict(self.cluster_spec).get("workerGroupSpecs") or []]
+            groups = as_dicts(self.cluster_spec.get("workerGroupSpecs"))
             low = [_count(group.get("minReplicas", group.get("replicas")), 0) for group in groups]
             return sum(low), sum(_count(group.get("maxReplicas"), _count(group.get("replicas"), 0)) for group in groups)
         if self.provider == "local":
@@ -164,9 +164,9 @@ class ClusterFile:
     def containers(self) -> list[dict[str, Any]]:
         """The Ray container of the head and of each group of workers."""
         spec = self.cluster_spec
-        groups = [as_dict(spec.get("headGroupSpec")), *map(as_dict, spec.get("workerGroupSpecs") or [])]
+        groups = [as_dict(spec.get("headGroupSpec")), *as_dicts(spec.get("workerGroupSpecs"))]
         pods = [as_dict(as_dict(group.get("template")).get("spec")) for group in groups]
-        return [as_dict(next(iter(pod.get("containers") or []), None)) for pod in pods]
+        return [next(iter(as_dicts(pod.get("containers"))), {}) for pod in pods]
 
     # --- Slurm ---
 
@@ -291,6 +291,11 @@ def _of_ray(document: dict[str, Any]) -> bool:
 def as_dict(value: Any) -> dict[str, Any]:
     """Files are read as they are; what should be a mapping and is not counts as empty, `check` tells."""
     return value if isinstance(value, dict) else {}
+
+
+def as_dicts(value: Any) -> list[dict[str, Any]]:
+    """The same for a list of mappings."""
+    return [as_dict(each) for each in value] if isinstance(value, list) else []
 
 
 def _count(value: Any, otherwise: int) -> int:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cluster import token
-from cluster.files import ClusterFile
+from cluster.files import ClusterFile, as_dict
 from cluster.launch_shell import Done, Shell
 
 MARK = "macdrop-host: "
@@ -67,7 +67,7 @@ class Ssh:
 
     @classmethod
     def of(cls, file: ClusterFile) -> Ssh:
-        auth = file.content.get("auth") or {}
+        auth = as_dict(file.content.get("auth"))
         return cls(
             user=file.ssh_user or os.environ.get("USER", "root"),
             key=str(file.ssh_key) if file.ssh_key else None,

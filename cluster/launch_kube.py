@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster import secrets, token
 from cluster.errors import BadLaunchFile, LaunchFailed
+from cluster.files import as_dict, as_dicts
 from cluster.launch_causes import causes
 from cluster.launch_kind import Job, Kind
 
@@ -137,13 +138,14 @@ class Kube(Kind):
 
     @property
     def _token_secret(self) -> str | None:
-        return (self.file.cluster_spec.get("authOptions") or {}).get("secretName")
+        return as_dict(self.file.cluster_spec.get("authOptions")).get("secretName")
 
     @property
     def _secret_names(self) -> list[str]:
         """Secrets whose variables the containers take whole."""
-        sources = [source for container in self.file.containers for source in container.get("envFrom") or []]
-        return list(dict.fromkeys(source["secretRef"]["name"] for source in sources if "secretRef" in source))
+        sources = [source for container in self.file.containers for source in as_dicts(container.get("envFrom"))]
+        names = [as_dict(source.get("secretRef")).get("name") for source in sources]
+        return list(dict.fromkeys(name for name in names if name))
 
     @property
     def _container(self) -> str:

@@ -327,9 +327,10 @@ def launches(folder: Path) -> Callable[[Any], str]:
         which, done, answers = drawn
         if answers is not None:
             target = targets[which % len(targets)]
-            words = [f"{target.answers[i % len(target.answers)].name}={value}" for i, value in answers]
+            words = dict(word.split("=", 1) for word in target.example.split())
+            words |= {target.answers[i % len(target.answers)].name: value for i, value in answers}
             made: list[str] = []
-            ended = quietly(lambda: made.append(render(target, [*target.example, *words])))
+            ended = quietly(lambda: made.append(render(target, [f"{name}={value}" for name, value in words.items()])))
             # What was rendered of whatever answers must be a launch file.
             return f"render: {ended if not made else quietly(lambda: check(files.parse(made[0], folder / 'x')))}"
         example = examples[which % len(examples)]

@@ -23,7 +23,7 @@ from tune.resuming import flat
 from tune.spec import RunSpec, TrainSpec, dump, load
 
 #: What went wrong with a file that cannot be believed.
-UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 FINALISTS = ("cells", "settings", "seeds", "objectives", "tried")
 
 

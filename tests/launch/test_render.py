@@ -37,6 +37,7 @@ def refused(name: str, *words: str) -> str:
         ("head_ip", "'head_ip' is no answer: write key=value"),
         ("head_ip=10.0.0.1 head_ip=10.0.0.1", "head_ip= is given twice."),
         ("head_ip=", "head_ip= has no value."),
+        ("storage=", "storage= has no value. Folder that all hosts share, for runs and the cache. Leave it out for"),
         ("head_ip=10.0.0.1", "worker_ips=10.0.0.2,10.0.0.3"),
         ("head_ip=10.0.0.256", "head_ip='10.0.0.256': must be an IP address or a host name"),
         ("head_ip=a_b", "must be an IP address or a host name"),
