@@ -96,8 +96,9 @@ class _Run:
         self.folder, self.checkpoints, self.observe = folder, folder / "checkpoints", observe
         self.steps = training.steps
         self.interval = save_interval(self.spec, self.steps)
-        #: Entries dropped and masked before the checkpoint that is resumed from.
-        self.before = (0, 0)
+        #: Entries dropped and masked, and seconds spent, before the checkpoint that is resumed from.
+        self.before, self.spent = (0, 0), 0.0
+        self.started = time.monotonic()
         self.step = self.resumed_from = 0
         self.eval_loss: float | None = None
         self.train_loss: float | None = None
@@ -108,7 +109,6 @@ class _Run:
     # ------------------------------------------------------------------- loop
 
     def run(self, resume: bool) -> Outcome:
-        started = time.monotonic()
         rank0_does(self._tidy)
         finished = rank0_does(self._finished) if resume else None
         if finished is not None:
@@ -134,7 +134,7 @@ class _Run:
             entries_dropped=dropped,
             entries_masked=masked,
             rows_hooked=self.rows,
-            seconds=time.monotonic() - started,
+            seconds=self._seconds(),
             resumed_from=self.resumed_from,
         )
         if status == "left":
@@ -234,7 +234,7 @@ class _Run:
                     "Continue with the settings it was made with, or train into another folder."
                 )
         self.engine.load_state(state)
-        self.before = tuple(state.meta.get("entries", (0, 0)))
+        self.before, self.spent = tuple(state.meta.get("entries", (0, 0))), state.meta.get("seconds", 0.0)
         self.step = self.resumed_from = state.step
 
     def _meta(self) -> dict[str, Any]:
@@ -242,7 +242,12 @@ class _Run:
         return {"trial": self.spec.trial_id(), "total_steps": self.steps, "global_batch": batch}
 
     def _state(self) -> AdapterState:
-        return self.engine.read_state(self.step, {**self._meta(), "entries": list(self._entries())})
+        spent = {"entries": list(self._entries()), "seconds": self._seconds()}
+        return self.engine.read_state(self.step, {**self._meta(), **spent})
+
+    def _seconds(self) -> float:
+        """What the steps that count have taken; those that a crash undid do not."""
+        return self.spent + time.monotonic() - self.started
 
     def _entries(self) -> tuple[int, int]:
         """Entries dropped, and masked, since step 0."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small import SMALL
@@ -148,11 +151,19 @@ def test_resume_refuses_other_settings(tmp_path):
         train(tmp_path, save_steps=2, seed=1)
 
 
-def test_counts_continue_over_a_resume(tmp_path):
+def test_counts_continue_over_a_resume(tmp_path, monkeypatch):
+    from tune import finetune
+
+    def clock(tick: float) -> SimpleNamespace:
+        return SimpleNamespace(monotonic=functools.partial(next, itertools.count(step=tick)))
+
     _, whole = train(tmp_path / "whole")
+    monkeypatch.setattr(finetune, "time", clock(1000.0))
     train(tmp_path / "cut", stop_after(2), save_steps=2)
+    monkeypatch.setattr(finetune, "time", clock(1.0))
     rows, resumed = train(tmp_path / "cut", save_steps=2)
     assert resumed.resumed_from == 2 and losses(rows)
+    assert resumed.seconds >= 1000 and resumed.seconds % 1000, "those before the checkpoint, and those after it"
     assert (resumed.entries_dropped, resumed.entries_masked) == (whole.entries_dropped, whole.entries_masked)
     metrics = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").open()]
     assert [row["step"] for row in metrics if "loss" in row] == [1, 2, 3, 4]
