@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SPEC = {
     **SMALL,
     "lora_target": ["q_proj", "up_proj"],
-    "max_steps": 24,
-    "eval_steps": 8,
+    "max_steps": 160,
+    "eval_steps": 40,
     "save_steps": 5,
     "ray": {"dashboard": False},
     "sweep": {
