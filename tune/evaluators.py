@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from tune.benchmarks.spec import PLAIN, EvalSpec, Job
 from tune.crew import MAX_ATTEMPTS, Crew, Done, Member
 from tune.spec import TrainSpec
+from tune.watchdog import STACKS, Watchdog
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Opening:
     """What an actor needs to make a model resident; `weights` is where its massive weights are (to be) kept.
 
     `blocks` are the benchmarks of each split (`tune.benchmarks.spec.SPLITS`), all of them resident side by side.
-    With `scan` the actor finds them and proves them with k rows; else it reads them, if they are there.
+    With `scan` the actor finds them and proves them with k rows; else it reads them, if they are there. An actor that
+    begins no forward pass for `step_timeout_s` seconds in the middle of a benchmark ends itself.
     """
 
     spec: TrainSpec
@@ -31,6 +33,7 @@ class Opening:
     scan: bool
     k: int
     threads: int
+    step_timeout_s: float = 1800.0
 
 
 @dataclass
@@ -51,6 +54,12 @@ class Item:
     def group(self) -> tuple[str | None, Job]:
         """Equal for the plain score and the attacks of one benchmark of one adapter, which share most of the work."""
         return self.adapter, replace(self.job, attack=PLAIN, attack_on=None)
+
+    @property
+    def stacks(self) -> Path:
+        """Where an actor that hangs leaves what it was at: in the trial's folder, or the model's."""
+        answers = Path(self.answers)
+        return answers.parent.parent / STACKS / f"score-{answers.stem}.txt"
 
 
 @dataclass
@@ -74,6 +83,7 @@ class _Evaluator(Member):
         self.scorers: dict[str, Any] = {}
         self.prefix: Any = None
         self.in_place = ExitStack()
+        self.step_timeout_s = 0.0
 
     def prepare(self, opening: Opening) -> str | None:
         """Load model, tokenizer and tasks, find the massive weights; returns their file, None without."""
@@ -92,6 +102,7 @@ class _Evaluator(Member):
         self.scorers = {}
         self.prefix = PrefixCache()
         torch.set_num_threads(opening.threads)
+        self.step_timeout_s = opening.step_timeout_s
         spec = opening.spec
         source = resolve(spec.model_name_or_path)
         loading = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
@@ -128,9 +139,15 @@ class _Evaluator(Member):
             self.adapter = item.adapter
         saved = self.prefix.calls_saved
         scorer = self.scorers[item.job.split]
-        rows = scorer.score(
-            item.job, model=self.model, answers_path=item.answers, prefix=self.prefix, within=item.within
-        )
+        with Watchdog(item.stacks, self.step_timeout_s) as watchdog:
+            # Of the base, which an adapter calls as well; generation makes one for each token.
+            heard = self.slot.base.register_forward_pre_hook(lambda *_: watchdog.beat())
+            try:
+                rows = scorer.score(
+                    item.job, model=self.model, answers_path=item.answers, prefix=self.prefix, within=item.within
+                )
+            finally:
+                heard.remove()
         return rows, time.monotonic() - started, self.prefix.calls_saved - saved
 
 
@@ -145,6 +162,7 @@ class Pool:
         self._crew = Crew(kind, size, cpus=cpus, gpus=gpus)
         self._last: dict[ActorHandle, Item] = {}
         self._waiting: deque[Item] = deque()
+        self._step_timeout_s = 0.0
 
     def open(self, opening: Opening) -> str | None:
         """Make a model resident in every actor; returns the file of its massive weights, None if it has none.
@@ -153,6 +171,7 @@ class Pool:
             MacDropError: the model cannot be loaded, scanned or scored, or actors die of it.
         """
         self._last = {}
+        self._step_timeout_s = opening.step_timeout_s
         return self._crew.open(opening, lambda opening: replace(opening, scan=False))
 
     def submit(self, item: Item) -> None:
@@ -210,10 +229,19 @@ class Pool:
             if item.attempts < MAX_ATTEMPTS:
                 self._waiting.appendleft(item)
                 return None
-            return Result(item, error=f"the evaluation actor died {item.attempts} times: {done.died}")
+            return Result(item, error=f"the evaluation actor died {item.attempts} times: {self._why(item, done.died)}")
         if done.error:
             # What the actor holds is unknown after an error half-way.
             self._last.pop(done.actor, None)
             return Result(item, error=str(done.error))
         rows, seconds, saved = done.value
         return Result(item, rows, seconds=seconds, calls_saved=saved)
+
+    def _why(self, item: Item, died: str) -> str:
+        """Ray's word for it, or that the actor hung."""
+        try:
+            hung = item.stacks.stat().st_size > 0
+        except OSError:
+            hung = False
+        seconds = f"{self._step_timeout_s:g} s"
+        return f"no forward pass began within ray.step_timeout_s = {seconds}, see {item.stacks}" if hung else died

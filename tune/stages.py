@@ -86,6 +86,7 @@ class StudyRun:
             scan=attacked or self.study.drops,
             k=self.study.spec.macdrop.k or MacDropSpec().k,
             threads=self.spec.ray.threads_per_worker,
+            step_timeout_s=self.spec.ray.step_timeout_s,
         )
         return Desk(
             dispatcher=self.dispatcher,

@@ -1,4 +1,4 @@
-"""Ends a training process that hangs, with its stacks on disk: a dead one is started again, a stuck one never is.
+"""Ends a worker or evaluation actor that hangs, with its stacks on disk: a dead one is replaced, a stuck one never is.
 
 The timer is a thread of C (`faulthandler`): it fires while Python waits in a collective that will never end, or holds
 the interpreter's lock for ever.
@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+#: The folder of a trial, or of a model, in which stacks are left.
+STACKS = "stacks"
 #: Setting the timer takes 0.2 ms, so a beat sets it only when this share of the time has passed since it was set last.
 SLACK = 0.02
 
@@ -58,9 +60,9 @@ class Watchdog:
 
 def stack_file(folder: Path, rank: int) -> Path:
     """Where a rank leaves its stacks, in the folder of its trial."""
-    return folder / "stacks" / f"rank-{rank}.txt"
+    return folder / STACKS / f"rank-{rank}.txt"
 
 
 def stacks(folder: Path) -> list[Path]:
     """The files of the ranks that ended themselves under the newest attempt at a trial."""
-    return sorted(path for path in (folder / "stacks").glob("rank-*[0-9].txt") if path.stat().st_size)
+    return sorted(path for path in (folder / STACKS).glob("rank-*[0-9].txt") if path.stat().st_size)

@@ -17,7 +17,7 @@ from tune.benchmarks.judge import Judgement, Question
 from tune.benchmarks.judge_spec import JudgeSpec
 from tune.benchmarks.spec import EvalSpec, Job, jobs
 from tune.crew import MAX_ATTEMPTS, Member
-from tune.evaluators import Item, Opening, Pool
+from tune.evaluators import Item, Opening, Pool, _Evaluator
 from tune.judge_actors import ActorJudge
 from tune.spec import RunSpec
 
@@ -184,6 +184,47 @@ def test_a_damaged_adapter_costs_its_own_scores_alone(tmp_path):
     assert "is damaged: its checksum differs" in damaged.error and not damaged.rows
     assert first.rows == again.rows and first.rows != base.rows and not base.error
     assert [result.item.attempts for result in found] == [1, 1, 1, 1]
+
+
+class Stuck(_Evaluator):
+    """The real one, but in the benchmark of the base its third forward pass never ends."""
+
+    def prepare(self, opening):
+        found = super().prepare(opening)
+        self.model.register_forward_hook(self._pass)
+        return found
+
+    def score(self, item):
+        self.passes, self.hangs = 0, item.adapter is None
+        return super().score(item)
+
+    def _pass(self, *_):
+        self.passes += 1
+        if self.hangs and self.passes == 3:
+            time.sleep(1000)
+
+
+def test_an_actor_that_hangs_ends_with_its_stacks_and_others_go_on(tmp_path):
+    adapter = make_adapter(tmp_path / "good")
+    block = EvalSpec.parse({"batch_size": 2, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
+    spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
+    pool = Pool(1, cpus=0, gpus=0, kind=Stuck)
+    weights = str(tmp_path / "weights.json")
+    pool.open(Opening(spec, {"test": block}, weights, scan=False, k=3, threads=1, step_timeout_s=2.0))
+    (job,) = jobs(block)
+    for name, folder in (("base", None), ("trial", str(adapter))):
+        answers = str(tmp_path / name / "answers" / "qa.jsonl")
+        pool.submit(Item({"name": name}, job, folder, answers, attempts=MAX_ATTEMPTS - 1))
+    found = {}
+    deadline = time.monotonic() + 120
+    while pool.busy and time.monotonic() < deadline:
+        found |= {result.item.tag["name"]: result for result in pool.step()}
+        time.sleep(0.02)
+    pool.close()
+    stacks = tmp_path / "base" / "stacks" / "score-qa.txt"
+    told = f"died {MAX_ATTEMPTS} times: no forward pass began within ray.step_timeout_s = 2 s, see {stacks}"
+    assert told in found["base"].error and "in _pass" in stacks.read_text()
+    assert found["trial"].rows and not (tmp_path / "trial" / "stacks").exists()
 
 
 def make_adapter(folder: Path) -> Path:
