@@ -25,7 +25,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "method"))  # helpers beside the tests: `import reference`, `tiny`
 
 
-#: Files with tests so marked start processes of their own, or Ray; never two of them at once.
+#: Files with tests so marked start a Ray, never two of them at once; and those that start processes of any kind.
+STARTS_RAY = re.compile(r"pytest\.mark\.(ray|cluster)\b")
 STARTS_PROCESSES = re.compile(r"pytest\.mark\.(zero|ray|cluster)\b")
 
 
@@ -35,7 +36,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under xdist one process runs all files whose tests start processes, the other one the rest, file by file.
+    """Under xdist one process runs all files whose tests start a Ray, the other one the rest, file by file.
 
     By the files' text: xdist's own groups need node ids that pytest 9.2 no longer lets it change.
     """
@@ -44,19 +45,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "processes" if _starts_processes(config.rootpath / file) else file
+            return "ray" if _has(STARTS_RAY, config.rootpath / file) else file
 
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts processes comes first: it takes longest."""
-    items.sort(key=lambda item: not _starts_processes(item.path))
+    """What takes longest comes first: a Ray, then other processes."""
+    items.sort(key=lambda item: (not _has(STARTS_RAY, item.path), not _has(STARTS_PROCESSES, item.path)))
 
 
 @functools.cache
-def _starts_processes(file: Path) -> bool:
-    return bool(STARTS_PROCESSES.search(file.read_text(encoding="utf-8")))
+def _has(mark: re.Pattern[str], file: Path) -> bool:
+    return bool(mark.search(file.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(autouse=True)
