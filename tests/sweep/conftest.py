@@ -1,9 +1,11 @@
-"""Fixtures: `shell`, the real command line inside the test's process, and `local_ray`, a cluster for a module."""
+"""Fixtures: `shell`, the command line inside the test, `alone`, a process outside of it, `local_ray`, a cluster."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,25 @@ class Shell:
         assert ended.new == [], f"left behind: {ended.new}"
         assert not (self.folder / "runs").exists() and not (self.folder / "out").exists()
         return ended.err
+
+
+#: What a process group, or Accelerate, leaves in the environment of the process that made one.
+PROCESS_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def alone() -> Callable[..., str]:
+    """Runs a command that trains, as no member of a process group that this process may be in; its standard output."""
+
+    def run(*command: str, cwd: Path | None = None) -> str:
+        outside = {key: value for key, value in os.environ.items() if key not in PROCESS_GROUP}
+        done = subprocess.run(
+            [sys.executable, *command], cwd=cwd, env=outside, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -180,16 +179,14 @@ def test_a_damaged_scan_is_made_anew(shell):
     assert (shell.folder / kept).read_text().startswith("{\n")
 
 
-def test_train_then_attack_and_score_the_adapter(shell):
+def test_train_then_attack_and_score_the_adapter(shell, alone):
     """Training starts a process group, so it has a process of its own."""
     train = ["train", "model=zoo:planted-llama", "cutoff_len=64", "max_steps=3", "val_size=0.1", "save_steps=2"]
-    command = [sys.executable, "-m", "tune.cli", *train, "lora_rank=2", "output_dir=out"]
-    ended = subprocess.run(command, cwd=shell.folder, env=os.environ, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    lines = ended.stdout.splitlines()
+    told = alone("-m", "tune.cli", *train, "lora_rank=2", "output_dir=out", cwd=shell.folder)
+    lines = told.splitlines()
     assert lines[-1].split() == ["next", "macdrop", "eval", "zoo:planted-llama", "--adapter", "out/adapter"]
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/3", "step 2/3", "step 3/3"]
-    assert "hooked rows" in ended.stdout and (shell.folder / "out" / "adapter" / "adapter_config.json").is_file()
+    assert "hooked rows" in told and (shell.folder / "out" / "adapter" / "adapter_config.json").is_file()
 
     ended = shell("attack", "zoo:planted-llama", "--adapter", "out/adapter", "--merged", "--k", "1", "--k", "3")
     assert ended.code == 0 and "merged weights, layer 1" in ended.out

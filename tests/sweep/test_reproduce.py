@@ -6,10 +6,7 @@ Two workers, against a lane: `test_sweep.py`.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -52,14 +49,10 @@ def trial(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "moved" / "trial"))
 
 
-def test_the_script_makes_the_same_bytes_from_anywhere(trial, tmp_path):
-    # This process has made a process group of its own, whose port is taken.
-    outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    command = [sys.executable, str(trial / "reproduce.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "equal        the recorded adapter has the same bytes" in done.stdout
-    assert "trained      3 of 4 steps" in done.stdout and "differs" not in done.stdout
+def test_the_script_makes_the_same_bytes_from_anywhere(trial, tmp_path, alone):
+    told = alone(str(trial / "reproduce.py"), cwd=tmp_path)
+    assert "equal        the recorded adapter has the same bytes" in told
+    assert "trained      3 of 4 steps" in told and "differs" not in told
     made, recorded = (folder / "adapter/adapter_model.safetensors" for folder in (trial / "reproduced", trial))
     assert made.read_bytes() == recorded.read_bytes()
 

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -382,7 +380,7 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
     assert max(result.item.attempts for result in results) == 2
 
 
-def test_train_on_two_workers_equals_the_lane(tmp_path):
+def test_train_on_two_workers_equals_the_lane(tmp_path, alone):
     """`macdrop train` with two workers, and its errors as the workers raised them."""
     from macdrop.errors import TrainingDiverged
     from tune.train import train
@@ -399,21 +397,14 @@ def test_train_on_two_workers_equals_the_lane(tmp_path):
     assert (tmp_path / "run" / "trials" / trial["trial"] / file).read_bytes() == (
         tmp_path / "train" / file
     ).read_bytes()
-    assert "equal        the recorded adapter" in reproduced(tmp_path / "run", trial["trial"], tmp_path / "elsewhere")
+    # The trial's own script says the same, without Ray, on two workers, after its run folder was moved.
+    moved = Path(shutil.copytree(tmp_path / "run", tmp_path / "elsewhere"))
+    script = moved / "trials" / trial["trial"] / "reproduce.py"
+    told = alone("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
+    assert "equal        the recorded adapter" in told
     with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
         bad = make(tmp_path / "bad", **settings, learning_rate=DIVERGES)
         train(bad, tmp_path / "bad", observe=lambda metrics: "go_on", resume=False)
-
-
-def reproduced(run_dir: Path, trial: str, elsewhere: Path) -> str:
-    """What the trial's own script says, without Ray, on two workers, after its run folder was moved."""
-    shutil.copytree(run_dir, elsewhere)
-    script = elsewhere / "trials" / trial / "reproduce.py"
-    outside = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "MASTER_"))}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=outside, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def test_too_few_gpus_is_said_with_the_arithmetic(tmp_path):
