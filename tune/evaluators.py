@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from tune.benchmarks.spec import PLAIN, EvalSpec, Job
 from tune.crew import MAX_ATTEMPTS, Crew, Done, Member
 from tune.spec import TrainSpec
-from tune.watchdog import STACKS, Watchdog
+from tune.watchdog import STACKS, passes_watched, why_it_died
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,10 @@ class _Evaluator(Member):
             self.adapter = item.adapter
         saved = self.prefix.calls_saved
         scorer = self.scorers[item.job.split]
-        with Watchdog(item.stacks, self.step_timeout_s) as watchdog:
-            # Of the base, which an adapter calls as well; generation makes one for each token.
-            heard = self.slot.base.register_forward_pre_hook(lambda *_: watchdog.beat())
-            try:
-                rows = scorer.score(
-                    item.job, model=self.model, answers_path=item.answers, prefix=self.prefix, within=item.within
-                )
-            finally:
-                heard.remove()
+        with passes_watched(self.slot.base, item.stacks, self.step_timeout_s):  # an adapter calls the base as well
+            rows = scorer.score(
+                item.job, model=self.model, answers_path=item.answers, prefix=self.prefix, within=item.within
+            )
         return rows, time.monotonic() - started, self.prefix.calls_saved - saved
 
 
@@ -229,19 +224,11 @@ class Pool:
             if item.attempts < MAX_ATTEMPTS:
                 self._waiting.appendleft(item)
                 return None
-            return Result(item, error=f"the evaluation actor died {item.attempts} times: {self._why(item, done.died)}")
+            why = why_it_died(item.stacks, self._step_timeout_s, done.died)
+            return Result(item, error=f"the evaluation actor died {item.attempts} times: {why}")
         if done.error:
             # What the actor holds is unknown after an error half-way.
             self._last.pop(done.actor, None)
             return Result(item, error=str(done.error))
         rows, seconds, saved = done.value
         return Result(item, rows, seconds=seconds, calls_saved=saved)
-
-    def _why(self, item: Item, died: str) -> str:
-        """Ray's word for it, or that the actor hung."""
-        try:
-            hung = item.stacks.stat().st_size > 0
-        except OSError:
-            hung = False
-        seconds = f"{self._step_timeout_s:g} s"
-        return f"no forward pass began within ray.step_timeout_s = {seconds}, see {item.stacks}" if hung else died

@@ -4,7 +4,7 @@
     config.yaml          the effective spec
     environment.json     versions, host, CPUs, GPUs
     scores.jsonl         one line a score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
-    models/<slug>/       massive_weights.json, proof.json, draws.jsonl (of Optuna), finalists.json (what was selected)
+    models/<slug>/       massive_weights.json, proof.json, draws.jsonl (of Optuna), search_time.json, finalists.json
     trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, stage, setting, cell, status, reason,
                          times, summary), metrics.jsonl (one line a logged step), adapter/, answers/*.jsonl
 
@@ -169,6 +169,9 @@ class Journal:
 
     def draws_file(self, model: str) -> Path:
         return self.model_dir(model) / "draws.jsonl"
+
+    def search_time_file(self, model: str) -> Path:
+        return self.model_dir(model) / "search_time.json"
 
     def finalists_file(self, model: str) -> Path:
         return self.model_dir(model) / "finalists.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from macdrop.errors import MacDropError
 from tune.assess import Judge, judge_at_end, make_judge
@@ -15,34 +16,46 @@ from tune.journal import Journal
 from tune.judging import answers_of
 from tune.progress import Progress
 from tune.spec import RunSpec
+from tune.watchdog import STACKS, passes_watched, why_it_died
 
+
+@dataclass(frozen=True)
+class JudgeOpening:
+    """What an actor needs to make a judge resident. One that begins no forward pass for `step_timeout_s` seconds in the
+    middle of a batch ends itself."""
+
+    spec: JudgeSpec
+    threads: int
+    step_timeout_s: float
 
 class _JudgeActor(Member):
     """One resident judge."""
 
-    def prepare(self, argument: tuple[JudgeSpec, int]) -> None:
+    def prepare(self, opening: JudgeOpening) -> None:
         import torch
 
         from tune.benchmarks.judge_local import LocalJudge
 
-        spec, threads = argument
-        torch.set_num_threads(threads)
-        self.local = LocalJudge(spec)
+        torch.set_num_threads(opening.threads)
+        self.step_timeout_s = opening.step_timeout_s
+        self.local = LocalJudge(opening.spec)
 
     def judge(self, batch: _Batch) -> list[Judgement]:
-        return list(self.local.judge(batch.asked))
+        with passes_watched(self.local.model, batch.stacks, self.step_timeout_s):
+            return list(self.local.judge(batch.asked))
 
 
 @dataclass
 class _Batch:
-    """Questions that are judged together, and how many actors were given them."""
+    """Questions that are judged together, where an actor that hangs leaves its stacks, and how many were given them."""
 
     asked: list[Question]
+    stacks: Path
     attempts: int = 0
 
 
 class ActorJudge:
-    """`size` actors with the same judge.
+    """`size` actors with the same judge; those that hang leave their stacks in the folder `stacks`.
 
     Raises:
         MacDropError: the judge cannot be loaded, or actors die of it.
@@ -50,18 +63,18 @@ class ActorJudge:
 
     def __init__(
         self,
-        spec: JudgeSpec,
+        opening: JudgeOpening,
         *,
         size: int,
         cpus: float,
         gpus: float,
-        threads: int,
+        stacks: Path,
         kind: type[Member] = _JudgeActor,
     ) -> None:
-        self._batch_size = spec.batch_size
+        self._opening, self._stacks = opening, stacks
         self._crew = Crew(kind, size, cpus=cpus, gpus=gpus)
         try:
-            self._crew.open((spec, threads))
+            self._crew.open(opening)
         except MacDropError:
             self.close()
             raise
@@ -73,7 +86,11 @@ class ActorJudge:
             MacDropError: the judge failed.
         """
         order = sorted(asked, key=lambda question: -len(question.prompt))
-        waiting = deque(_Batch(order[at : at + self._batch_size]) for at in range(0, len(order), self._batch_size))
+        size = self._opening.spec.batch_size
+        waiting = deque(
+            _Batch(order[at : at + size], self._stacks / f"judge-{at // size + 1}.txt")
+            for at in range(0, len(order), size)
+        )
         while waiting or self._crew.work:
             while self._crew.idle and waiting:
                 batch = waiting.popleft()
@@ -88,7 +105,8 @@ class ActorJudge:
                 elif batch.attempts < MAX_ATTEMPTS:
                     waiting.appendleft(batch)
                 else:
-                    told = f"the judge's actor died {batch.attempts} times: {done.died}"
+                    why = why_it_died(batch.stacks, self._opening.step_timeout_s, done.died)
+                    told = f"the judge's actor died {batch.attempts} times: {why}"
                     yield from (Judgement(question, error=told) for question in batch.asked)
 
     def close(self) -> None:
@@ -106,11 +124,11 @@ def judge_sweep(spec: RunSpec, journal: Journal, progress: Progress, *, gpus: fl
             return make_judge(judge)
         actors = spec.ray
         return ActorJudge(
-            judge,
+            JudgeOpening(judge, actors.threads_per_worker, actors.step_timeout_s),
             size=actors.evaluators,
             cpus=actors.cpus_per_evaluator,
             gpus=gpus,
-            threads=actors.threads_per_worker,
+            stacks=journal.run_dir / STACKS,
         )
 
     try:

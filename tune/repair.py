@@ -19,6 +19,7 @@ from tune.checkpoint import tidy, verify
 from tune.environment import version
 from tune.files import MORE, atomic_write_json, atomic_write_text, atomic_write_yaml, check_mapping, read_mapping
 from tune.journal import BASE, ENDED, LAYOUT, RUN_STATUSES, SCORE_KINDS, SCORE_NEEDS, STAGES, TRIAL_KINDS, now
+from tune.past import search_time
 from tune.resuming import flat
 from tune.spec import RunSpec, TrainSpec, dump, load
 
@@ -55,6 +56,7 @@ def mend(run_dir: Path) -> list[str]:
         notes += _finding(folder / "massive_weights.json", _massive_weights, "found again")
         notes += _finding(folder / "proof.json", lambda file: read_mapping(file, needs=("verdict",)), "made again")
         notes += _finding(folder / "finalists.json", _finalists, "selected again")
+        notes += _finding(folder / "search_time.json", search_time, "time is counted anew")
         notes += _lines(folder / "draws.jsonl", _draw, "what is missing is drawn again")
         if redone:
             # The search is gone through once more: what it lacks is trained, and the same is selected.

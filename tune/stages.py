@@ -19,6 +19,7 @@ from tune.evaluators import Opening
 from tune.files import atomic_write_json
 from tune.finalists import Candidate
 from tune.journal import FINALS, SEARCH, Journal
+from tune.past import SearchTime
 from tune.plan import Study
 from tune.search import optuna_searcher, param_space, points, scheduler
 from tune.spec import MacDropSpec, RunSpec, TrainSpec
@@ -51,26 +52,27 @@ class StudyRun:
     def run(self, time_budget_s: float | None) -> float:
         """Run what is not done yet of the study; returns the seconds spent searching.
 
-        time_budget_s: for the search. The selection and the final stage follow, however it ended.
+        time_budget_s: for the search, earlier runs of the same folder included. The selection and the final stage
+        follow, however it ended.
         """
         desk = self._open()
         self.standing = self.supervisor.resume_finished(self.study)
-        spent = 0.0
+        searched = SearchTime(self.journal.search_time_file(self.study.name), self.journal.run_dir)
         if self.study.count:
             file = self.journal.finalists_file(self.study.name)
             chosen = self.journal.finding(file)
             if chosen is None:
-                started = time.monotonic()
                 if self.study.search:
-                    self._search(desk, time_budget_s)
-                spent = time.monotonic() - started
+                    left = None if time_budget_s is None else max(1.0, time_budget_s - searched.seconds)
+                    with searched, self.supervisor.timing(searched):
+                        self._search(desk, left)
                 chosen = self._select()
                 atomic_write_json(file, chosen)
             specs = finalists.final_specs(chosen)
             self.supervisor.stage(self.study, FINALS, len(specs))
             self._place(desk, specs, FINALS)
         self.supervisor.wait(self.study)
-        return spent
+        return searched.seconds
 
     def _open(self) -> Desk:
         """Make the model resident in the evaluators, score the base, find the massive weights."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -17,7 +19,7 @@ from tune.finetune import Outcome
 from tune.journal import BASE, FINALS, SEARCH, Journal, now
 from tune.lanes import Lanes
 from tune.orders import FINAL, Entry, Order
-from tune.past import standing
+from tune.past import SearchTime, standing
 from tune.plan import Study
 from tune.progress import Progress
 from tune.results import asked_for
@@ -53,6 +55,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._pending: dict[str, dict[str, Any]] = {}
         self._seen = 0
+        self._searched: SearchTime | None = None
         self._error: BaseException | None = None
         self._waits = False
         self._failed: set[str] = set()
@@ -132,6 +135,15 @@ class Supervisor:
         with self._lock:
             self._progress.stage(study, stage, trials)
 
+    @contextmanager
+    def timing(self, searched: SearchTime) -> Iterator[None]:
+        """In the `with` block the time spent searching is kept."""
+        self._searched = searched
+        try:
+            yield
+        finally:
+            self._searched = None
+
     def note(self, text: str) -> None:
         """Tell something that the run's user should know."""
         with self._lock:
@@ -176,6 +188,8 @@ class Supervisor:
             self._error = error
 
     def _tick(self) -> None:
+        if (searched := self._searched) is not None:
+            searched.keep()
         self._take_changes()
         for result in self._pool.step():
             self._scored(result)

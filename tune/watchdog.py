@@ -1,4 +1,4 @@
-"""Ends a worker or evaluation actor that hangs, with its stacks on disk: a dead one is replaced, a stuck one never is.
+"""Ends a worker or an actor that hangs, with its stacks on disk: a dead one is replaced, a stuck one never is.
 
 The timer is a thread of C (`faulthandler`): it fires while Python waits in a collective that will never end, or holds
 the interpreter's lock for ever.
@@ -10,10 +10,15 @@ import contextlib
 import faulthandler
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-#: The folder of a trial, or of a model, in which stacks are left.
+if TYPE_CHECKING:
+    import torch
+
+#: The folder of a trial, of a model or of a run, in which stacks are left.
 STACKS = "stacks"
 #: Setting the timer takes 0.2 ms, so a beat sets it only when this share of the time has passed since it was set last.
 SLACK = 0.02
@@ -56,6 +61,26 @@ class Watchdog:
         if now >= self._next:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
             self._next = now + SLACK * self._seconds
+
+
+@contextlib.contextmanager
+def passes_watched(model: torch.nn.Module, file: Path, seconds: float) -> Iterator[None]:
+    """In the `with` block a forward pass must begin every so many seconds; generation makes one for each token."""
+    with Watchdog(file, seconds) as watchdog:
+        heard = model.register_forward_pre_hook(lambda *_: watchdog.beat())
+        try:
+            yield
+        finally:
+            heard.remove()
+
+
+def why_it_died(file: Path, seconds: float, died: str) -> str:
+    """That an actor so watched hung, if it left stacks; else `died`, Ray's word for its death."""
+    try:
+        hung = file.stat().st_size > 0
+    except OSError:
+        hung = False
+    return f"no forward pass began within ray.step_timeout_s = {seconds:g} s, see {file}" if hung else died
 
 
 def stack_file(folder: Path, rank: int) -> Path:

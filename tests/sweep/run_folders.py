@@ -271,6 +271,7 @@ def make_resumable_run(folder: Path) -> Path:
                 commit(staging, trial / place)
     for number in range(3):
         past.remember(journal.draws_file("zoo:planted-llama"), number, {"macdrop.p0": number / 10})
+    past.SearchTime(journal.search_time_file("zoo:planted-llama"), journal.run_dir).keep()
     return folder
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import time
 
 import pytest
 from judge_fixtures import ANSWERS, CONVERSATIONS, talking_model
@@ -11,6 +13,7 @@ from judge_fixtures import ANSWERS, CONVERSATIONS, talking_model
 from tune.benchmarks.judge import Question
 from tune.benchmarks.judge_spec import JudgeSpec
 from tune.journal import Journal
+from tune.judge_actors import ActorJudge, JudgeOpening, _JudgeActor, judge_sweep
 from tune.spec import RunSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
@@ -69,8 +72,6 @@ def test_a_sweep_judges_at_its_end(tmp_path, model):
     assert [json.loads(line)["score"] for line in file.read_text().splitlines()] == [4] * ANSWERS
 
     # A judge that is gone fails no trial.
-    from tune.judge_actors import judge_sweep
-
     gone = {"model": "m", "base_url": "http://127.0.0.1:9/v1", "request_retries": 0}
     progress, out = make_progress()
     spec = RunSpec.model_validate({**raw, "eval": {**raw["eval"], "judge": gone}})
@@ -79,14 +80,22 @@ def test_a_sweep_judges_at_its_end(tmp_path, model):
     assert [record["status"] for record in journal.trials()] == ["done"]
 
 
-def test_an_actor_that_dies_is_replaced(model):
+class Stuck(_JudgeActor):
+    """The real one, but the first that is given the question 4/1 stands still in a forward pass."""
+
+    def judge(self, batch):
+        if batch.asked[0].item == "4/1" and not batch.stacks.exists():
+            self.local.model.register_forward_hook(lambda *_: time.sleep(1000))
+        return super().judge(batch)
+
+
+def test_an_actor_that_dies_or_hangs_is_replaced(model, tmp_path):
     import ray
 
-    from tune.judge_actors import ActorJudge
-
-    judge = ActorJudge(
-        JudgeSpec(model=model, max_new_tokens=12, batch_size=1), size=1, cpus=0, gpus=0, threads=1
-    )
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import this file
+    spec = JudgeSpec(model=model, max_new_tokens=12, batch_size=1)
+    stacks = tmp_path / "stacks"
+    judge = ActorJudge(JudgeOpening(spec, 1, 2.0), size=1, cpus=0, gpus=0, stacks=stacks, kind=Stuck)
     asked = [Question(f"{i}/1", "", 1, "Feedback: ") for i in range(6)]
     judged = []
     for judgement in judge.judge(asked):
@@ -94,4 +103,7 @@ def test_an_actor_that_dies_is_replaced(model):
         if len(judged) == 2:
             ray.kill(judge._crew.idle[0])
     judge.close()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert sorted(j.question.item for j in judged) == [q.item for q in asked] and all(j.score == 4 for j in judged)
+    (file,) = stacks.iterdir()
+    assert file.name == "judge-5.last.txt" and "in judge" in file.read_text()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from macdrop.errors import ConfigError
 from tune import past
 from tune.asha import cuts
 from tune.past import COMPLETE, FAILED, OPEN, PRUNED, Past
@@ -213,6 +214,38 @@ def test_validations_after_the_word_to_stop_were_told_nobody():
         {"step": 9, "eval_loss": None},
     ]
     assert past.judged({}, rows) == [(4, 4.0), (8, 8.0)] and past.judged({"judged": 4}, rows) == [(4, 4.0)]
+
+
+def test_time_spent_searching_adds_up_over_runs_and_deaths(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=50.0)
+    monkeypatch.setattr(past, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    file = tmp_path / "models" / "m" / "search_time.json"
+
+    def kept() -> float:
+        return past.SearchTime(file, tmp_path).seconds
+
+    assert kept() == 0 and not file.exists()
+    with past.SearchTime(file, tmp_path) as searched:
+        clock.now += 7
+        searched.keep()
+        assert kept() == 7 and searched.seconds == 7
+        clock.now += past.KEEP_EVERY_S - 1
+        searched.keep()
+        assert kept() == 7, "it is not written at each tick"
+    assert kept() == searched.seconds == 7 + past.KEEP_EVERY_S - 1
+    clock.now += 1000  # nobody searches
+    killed = past.SearchTime(file, tmp_path).__enter__()
+    clock.now += 2
+    killed.keep()
+    assert kept() == killed.seconds == 7 + past.KEEP_EVERY_S + 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"seconds": "1"}', '{"seconds": NaN}', '{"seconds": -1}'])
+def test_a_damaged_search_time_is_refused(content, tmp_path):
+    file = tmp_path / "search_time.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="search_time.json"):
+        past.SearchTime(file, tmp_path)
 
 
 def test_draws_are_kept_in_their_order(tmp_path):

@@ -55,6 +55,7 @@ FILES = {
     "finalists.json": (lambda folder: next(folder.glob("models/*/finalists.json")), "selected again"),
     "massive_weights.json": (lambda folder: next(folder.glob("models/*/massive_weights.json")), "found again"),
     "proof.json": (lambda folder: next(folder.glob("models/*/proof.json")), "made again"),
+    "search_time.json": (lambda folder: next(folder.glob("models/*/search_time.json")), "counted anew"),
     "draws.jsonl": (lambda folder: next(folder.glob("models/*/draws.jsonl")), "drawn again"),
     "trial.json": (lambda folder: first(folder, "final", "trial.json"), "trained again"),
     "trial's config.yaml": (lambda folder: first(folder, "final", "config.yaml"), "trained again"),

@@ -18,7 +18,7 @@ from tune.benchmarks.judge_spec import JudgeSpec
 from tune.benchmarks.spec import EvalSpec, Job, jobs
 from tune.crew import MAX_ATTEMPTS, Member
 from tune.evaluators import Item, Opening, Pool, _Evaluator
-from tune.judge_actors import ActorJudge
+from tune.judge_actors import ActorJudge, JudgeOpening
 from tune.spec import RunSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -38,9 +38,9 @@ class Fragile(Member):
             raise MacDropError(f"{name} cannot be done")
 
     def prepare(self, opening) -> str:
-        self.folder = Path(opening.weights if isinstance(opening, Opening) else opening[0].model)
+        self.folder = Path(opening.weights if isinstance(opening, Opening) else opening.spec.model)
         self._do("open")
-        return opening.weights if isinstance(opening, Opening) else ""
+        return str(self.folder)
 
     def score(self, item):
         self._do(item.tag["name"])
@@ -153,7 +153,7 @@ def test_actors_of_a_node_that_leaves_are_made_elsewhere(pool, tmp_path):
 def test_a_judges_actors_are_as_hard_to_kill(tmp_path):
     tell(tmp_path, **{"open": 1, "q1": 1, "q2": MAX_ATTEMPTS})
     spec = JudgeSpec.model_construct(model=str(tmp_path), batch_size=1)
-    judge = ActorJudge(spec, size=1, cpus=0, gpus=0, threads=1, kind=Fragile)
+    judge = ActorJudge(JudgeOpening(spec, 1, 60), size=1, cpus=0, gpus=0, stacks=tmp_path, kind=Fragile)
     judged = {j.question.item: j for j in judge.judge([Question(f"q{i}", "", 1, "x") for i in range(4)])}
     judge.close()
     assert [judged[f"q{i}"].score for i in (0, 1, 3)] == [5, 5, 5]

@@ -17,6 +17,7 @@ import yaml
 from small import SMALL
 
 from macdrop.errors import ConfigError, ResourceError
+from tune.past import search_time
 from tune.spec import RunSpec, load
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
@@ -296,6 +297,7 @@ def load_rate(folder: Path, trial: dict) -> float:
     return yaml.safe_load((folder / "trials" / trial["trial"] / "config.yaml").read_text())["learning_rate"]
 
 
+@pytest.mark.slow  # tests of lanes kill workers too; this one does it in a whole sweep
 def test_killed_worker_costs_nothing_but_time(tmp_path):
     """A lane's worker dies by SIGKILL in the middle of an order: same bits as a process that nobody disturbed."""
     from tune.train import train_here
@@ -331,7 +333,7 @@ def _kill_worker(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def test_time_budget_ends_a_run_in_good_order(tmp_path):
+def test_time_budget_ends_a_run_in_good_order_and_is_not_given_twice(tmp_path, monkeypatch):
     spec = make(
         tmp_path / "run",
         max_steps=20_000,
@@ -342,6 +344,14 @@ def test_time_budget_ends_a_run_in_good_order(tmp_path):
     assert failures == 0
     assert {trial["status"] for trial in trials(tmp_path / "run")} == {"stopped"}
     assert "no macdrop trial was finished" in log and finalists(tmp_path / "run")["cells"] == []
+
+    model, budgets = tmp_path / "run" / "models" / "planted-llama", []
+    assert search_time(model / "search_time.json") >= 15
+    (model / "search_time.json").write_text('{"seconds": 11.5}')
+    (model / "finalists.json").unlink()
+    monkeypatch.setattr("tune.stages.StudyRun._search", lambda self, desk, budget: budgets.append(budget))
+    assert run(spec, resume=True)[0] == 0
+    assert budgets == [3.5] and search_time(model / "search_time.json") >= 11.5
 
 
 def test_scores_survive_the_death_of_an_actor(tmp_path):
