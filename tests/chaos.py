@@ -211,8 +211,10 @@ def disturb(sweep: Sweep, wanted: int, limit_s: float, draw: random.Random, tall
         if victim is None:
             continue
         name, kill, begun = title(victim)[:50], Kill(kind), time.monotonic()
-        with suppress(psutil.Error):
+        try:
             victim.kill()
+        except psutil.NoSuchProcess:  # it ended meanwhile
+            continue
         used[kind] += 1
         mine.append(kill)
         tally.kills.append(kill)

@@ -62,6 +62,7 @@ class Crew:
         self._leaving: set[str] = set()
         self._argument: Any = None
         self._lost = 0
+        self._holds, self._resting = bool(cpus or gpus), 0
 
     def open(self, argument: Any, then: Callable[[Any], Any] = lambda argument: argument) -> Any:
         """Make every actor ready: the first one with `argument`, the others, and later ones, with `then` of it.
@@ -72,6 +73,8 @@ class Crew:
             MacDropError: an actor raised it, or `MAX_ATTEMPTS` of them died. The crew can be opened again.
         """
         assert not self._busy, "a crew is opened when it has no work"
+        self.idle += [self._make() for _ in range(self._resting)]
+        self._resting = 0
         first, *others = [*self.idle, *self._coming.values()]
         self.idle, self._coming, self._argument, self._lost = [], {}, then(argument), 0
         try:
@@ -171,17 +174,38 @@ class Crew:
             self.idle.remove(actor)
             self._replace(actor)
 
+    def rest(self) -> int:
+        """End actors without work that hold something, or wait for it, so that others can have it: how many there were.
+        `wake` makes new ones."""
+        if not self._holds:
+            return 0
+        resting = [*self.idle, *self._coming.values()]
+        for actor in resting:
+            self._forget(actor)
+        self.idle, self._coming = [], {}
+        self._resting += len(resting)
+        return len(resting)
+
+    def wake(self) -> None:
+        """Have those back that rest; they are ready when they have been made so anew."""
+        for _ in range(self._resting):
+            self._start()
+        self._resting = 0
+
     def close(self) -> None:
         """End all actors; safe to call twice."""
         for actor in [*self.idle, *self._coming.values(), *(actor for actor, _ in self._busy.values())]:
             with suppress(RayError):
                 ray.kill(actor)
-        self.idle, self._busy, self._coming = [], {}, {}
+        self.idle, self._busy, self._coming, self._resting = [], {}, {}, 0
 
     def _replace(self, actor: ActorHandle) -> None:
         self._forget(actor)
-        new = self._make()
-        self._coming[new.open.remote(self._argument)] = new
+        self._start()
+
+    def _start(self) -> None:
+        actor = self._make()
+        self._coming[actor.open.remote(self._argument)] = actor
 
     def _forget(self, actor: ActorHandle) -> None:
         self._nodes.pop(actor, None)

@@ -63,6 +63,7 @@ def iter_checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) ->
     yield writable("cache folder", cache_dir(), "Set MACDROP_CACHE to a folder that this user can write to.")
     yield _zoo()
     yield _hub()
+    yield _leftovers()
     if ray:
         yield _ray(*_probe(_RAY_PROBE, RAY_USAGE_STATS_ENABLED="0"))
 
@@ -217,6 +218,16 @@ def _ray(found: dict, error: str) -> Check:
     words = f"starts, State API answers at {found['dashboard']}" if ok else error or "starts, but without its dashboard"
     fix = 'Run: pip install "ray[default,train,tune]" (its page and `ray job submit` need the dashboard).'
     return Check("ray start", ok, words, "" if ok else fix)
+
+
+def _leftovers() -> Check:
+    name, fix = "dead runs", "The next sweep offers to clear that; with --clear-leftovers it does so unasked."
+    try:
+        from tune.leftovers import on_machine
+    except ImportError:
+        return Check(name, True, "not looked for without Ray", needed=False)
+    told = "; ".join(f"left behind: {each.told}" for each in on_machine())
+    return Check(name, not told, told or "left nothing here", fix if told else "", needed=False)
 
 
 # --- folders, models, hub ---

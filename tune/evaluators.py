@@ -176,10 +176,19 @@ class Pool:
         """Nodes (Ray's ids) that will be gone soon: their actors finish what they are at, and are made elsewhere."""
         self._crew.drain(nodes)
 
+    def rest(self) -> int:
+        """Give up what idle actors hold until something is to be scored; returns how many there were."""
+        return self._crew.rest()
+
     @property
     def busy(self) -> int:
         """Items waiting or being scored."""
-        return len(self._waiting) + len(self._crew.work)
+        return len(self._waiting) + self.at_work
+
+    @property
+    def at_work(self) -> int:
+        """Items being scored."""
+        return len(self._crew.work)
 
     def step(self) -> list[Result]:
         """Collect what is ready and hand out what is waiting, without waiting.
@@ -189,6 +198,8 @@ class Pool:
         """
         # Collected first, so that an actor that is done goes on at once.
         results = [result for done in self._crew.ready() if (result := self._result(done))]
+        if self._waiting:
+            self._crew.wake()
         while self._crew.idle and self._waiting:
             actor = self._crew.idle[-1]
             item = self._next(actor)

@@ -28,6 +28,7 @@ class JudgeOpening:
     threads: int
     step_timeout_s: float
 
+
 class _JudgeActor(Member):
     """One resident judge."""
 

@@ -31,6 +31,8 @@ CLOSE_S = 20.0
 LOOK_EVERY_S = 1.0
 #: Evaluators that have work and get no resources for so long have an idle lane's.
 ROOM_AFTER_S = 10.0
+#: In the same way, when no lane has had its workers for so long; lanes start, and come back after a kill, in less.
+STARVING_S = 60.0
 #: How the name of their class ends.
 EVALUATOR = "Evaluator"
 
@@ -60,10 +62,11 @@ class Lanes:
         for _ in range(self._wanted):
             self._launch()
 
-    def check(self, snapshot: dict[str, Any], *, scoring: bool = False) -> None:
+    def check(self, snapshot: dict[str, Any], *, scoring: bool = False, working: bool = False) -> None:
         """Replace lanes that ended, move those whose nodes will go, make room for evaluation actors.
 
-        snapshot: the order book's. scoring: benchmarks wait or are at work.
+        snapshot: the order book's. scoring: benchmarks wait or are at work. working: some are at work, on what a lane
+        may have next.
 
         Raises:
             ResourceError: there was no lane for `ray.resource_timeout_s`, or lanes end before they take an order.
@@ -83,11 +86,15 @@ class Lanes:
                 self._ended(name)
         while len(self._threads) < self._wanted:
             self._launch()
-        self._check_any(up)
+        self._check_any(up, working)
 
     @property
-    def waited_s(self) -> float:
-        """For how long no lane has had its workers, though one should."""
+    def starving(self) -> bool:
+        """Whether no lane has had its workers for long, though one should."""
+        return self._waited_s > min(STARVING_S, self._spec.patience_s / 2)
+
+    @property
+    def _waited_s(self) -> float:
         return time.monotonic() - self._none_since if self._none_since else 0.0
 
     def close(self) -> None:
@@ -144,11 +151,11 @@ class Lanes:
         if self._stillborn > RELAUNCHES * self._spec.lanes:
             raise ResourceError(f"The lanes keep failing before they take an order. {failure.reason}\n{self._resume()}")
 
-    def _check_any(self, up: dict[str, Any]) -> None:
+    def _check_any(self, up: dict[str, Any], working: bool) -> None:
         """Raise if all lanes that should be there have been waiting for too long."""
         waiting = self._wanted and not up
         self._none_since = (self._none_since or time.monotonic()) if waiting else None
-        if self.waited_s > self._spec.patience_s:
+        if self._waited_s > self._spec.patience_s and not working:
             from tune.cluster_state import holders
 
             gpus = f" and {self._gpus:g} GPU(s)" if self._gpus else ""

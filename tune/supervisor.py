@@ -27,8 +27,6 @@ from tune.spec import TrainSpec, dump
 
 #: Short beside a benchmark of a tiny model: an actor that is done waits for it.
 TICK_S = 0.1
-#: Lanes start, and come back after a kill, in less.
-TELL_WAITING_S = 60.0
 
 
 class Supervisor:
@@ -194,11 +192,13 @@ class Supervisor:
         for result in self._pool.step():
             self._scored(result)
         snapshot = call(self._dispatcher, "snapshot")
-        self._lanes.check(snapshot, scoring=bool(self._pool.busy))
+        self._lanes.check(snapshot, scoring=bool(self._pool.busy), working=bool(self._pool.at_work))
         self._pool.drain(self._lanes.leaving)
-        if (waits := self._lanes.waited_s > TELL_WAITING_S) and not self._waits:
+        if self._lanes.starving and not self._waits:
             self._progress.note("no lane has its workers; waiting for resources")
-        self._waits = waits
+        self._waits = self._lanes.starving
+        if self._waits and not self._pool.busy and (rested := self._pool.rest()):
+            self._progress.note(f"{rested} evaluation actor(s) without work make room for a lane")
         self._progress.show(snapshot, self._pool.busy)
 
     def _take_changes(self) -> bool:

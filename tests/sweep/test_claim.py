@@ -134,7 +134,7 @@ def test_the_command_that_goes_on_can_be_typed_as_it_is(tmp_path):
 
 @pytest.mark.ray
 def test_sessions_of_dead_sweeps_are_found_and_ended(tmp_path, monkeypatch):
-    from tune import leftovers
+    from tune import doctor, leftovers
 
     monkeypatch.setenv("MACDROP_CACHE", str(tmp_path))
     leftovers.remember_session(tmp_path / "session_mine")
@@ -153,9 +153,11 @@ def test_sessions_of_dead_sweeps_are_found_and_ended(tmp_path, monkeypatch):
         (note.parent / "9999999.json").write_text(json.dumps(dead))  # until the process has its command line
     assert leftovers.offer(found, clear=False, ask=None, tell=told.append) == 0 and orphan.poll() is None
     assert session in told[0] and "--clear-leftovers" in told[1]
+    check = doctor._leftovers()
+    assert not check.ok and not check.needed and session in check.found and "--clear-leftovers" in check.fix
     assert leftovers.offer(found, clear=False, ask=lambda question: True, tell=told.append) == 1
     assert orphan.wait(timeout=20) == -signal.SIGKILL
-    assert leftovers.on_machine() == [] and not (note.parent / "9999999.json").exists()
+    assert leftovers.on_machine() == [] and doctor._leftovers().ok and not (note.parent / "9999999.json").exists()
     assert (note.parent / "8888888.json").exists()
 
 

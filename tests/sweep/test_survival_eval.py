@@ -150,6 +150,34 @@ def test_actors_of_a_node_that_leaves_are_made_elsewhere(pool, tmp_path):
     assert log(tmp_path).count("a") == 1
 
 
+def test_actors_that_rest_hold_nothing_and_are_back_when_there_is_work(tmp_path):
+    import ray
+
+    def held() -> float:
+        return ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0)
+
+    def holds(cpus: float) -> bool:
+        deadline = time.monotonic() + 30
+        while abs(held() - cpus) > 1e-6 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return abs(held() - cpus) <= 1e-6
+
+    tell(tmp_path)
+    pool = Pool(2, cpus=0.25, gpus=0, kind=Fragile)
+    pool.open(opening(tmp_path))
+    assert holds(0.5) and pool.rest() == 2 and pool.rest() == 0 and holds(0.0)
+    submit(pool, "abc")
+    assert finish(pool) == {"a": None, "b": None, "c": None} and holds(0.5)
+    assert pool.rest() == 2
+    pool.open(opening(tmp_path))  # the next model
+    assert holds(0.5) and log(tmp_path).count("open") == 6
+    pool.close()
+    free = Pool(1, cpus=0, gpus=0, kind=Fragile)
+    free.open(opening(tmp_path))
+    assert free.rest() == 0, "it holds nothing that another could use"
+    free.close()
+
+
 def test_a_judges_actors_are_as_hard_to_kill(tmp_path):
     tell(tmp_path, **{"open": 1, "q1": 1, "q2": MAX_ATTEMPTS})
     spec = JudgeSpec.model_construct(model=str(tmp_path), batch_size=1)

@@ -1,18 +1,22 @@
-"""A node that is about to be taken away: its lane saves what it has at once and goes on on a node that stays."""
+"""Nodes that leave: one whose lane is told in time saves at once and goes on elsewhere, and the last one that is left
+does both, training and scoring, in turn."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
+import yaml
 from lane_scene import scene_of
 from small import SMALL
 
 from tune.spec import RaySpec, TrainSpec
 
-# Slow: test_nodes_cluster.py drains a node in every run.
+# Slow: test_nodes_cluster.py drains a node, and loses one, in every run.
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 RAY = RaySpec(dashboard=False, num_workers=1, cpus_per_worker=1.0)
@@ -71,3 +75,39 @@ def test_a_notice_costs_no_step_and_no_attempt(cluster, tmp_path):
         assert entry.attempts == 1 and entry.reason is None
     rows = [json.loads(line)["step"] for line in (tmp_path / "trials" / "a" / "metrics.jsonl").open()]
     assert rows == list(range(1, len(rows) + 1)), "no step was done twice"
+
+
+LAST = {
+    **{**SMALL, "val_size": 0, "max_steps": 100, "save_steps": 20},
+    "sweep": {"arms": ["plain", "macdrop"], "parameters": {"macdrop.p0": [0.4, 0.8]}, "seeds": 0},
+    "eval": {"limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}},
+    "ray": {"dashboard": False, "cpus_per_evaluator": 1.0, "resource_timeout_s": 40.0},
+}
+
+
+def test_lane_and_evaluator_take_turns_on_the_last_node(cluster, tmp_path):
+    """Each of them wants a whole node, and the one that trains is lost for good."""
+    from ray._private.state import actors
+
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(LAST))
+    command = [sys.executable, "-m", "tune.cli", "sweep", str(tmp_path / "recipe.yaml"), f"output_dir={folder}"]
+    with log.open("w") as out:
+        sweep = subprocess.Popen([*command, f"ray.address={cluster.address}"], stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("trials/*/checkpoints/step-*")):
+            assert sweep.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        alive = [row for row in actors().values() if row["State"] == "ALIVE"]
+        (trains,) = {row["Address"]["NodeID"] for row in alive if row["ActorClassName"] == "RayTrainWorker"}
+        (lost,) = [node for node in cluster.worker_nodes if node.node_id == trains]
+        cluster.remove_node(lost, allow_graceful=False)
+        assert sweep.wait(timeout=200) == 0, log.read_text()[-3000:]
+    finally:
+        sweep.kill()
+    assert "1 evaluation actor(s) without work make room for a lane" in log.read_text()
+    trials = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("trials/*/trial.json")}
+    assert len(trials) == 3 and {trial["status"] for trial in trials.values()} == {"done"}
+    scored = [json.loads(line) for line in (folder / "scores.jsonl").open()]
+    assert sorted(row["trial"] for row in scored if row["metric"] == "acc") == sorted(trials)
