@@ -41,6 +41,9 @@ UNANSWERED: dict[str, str] = {
     r"No such command|No such option": "the head has an older macdrop than this machine: install the same there",
     r"[Uu]nauthenticated|[Aa]uthentication token|AuthenticationError": "the head's shell lacks the token that its Ray "
     "wants: ~/.ray/auth_token (file_mounts) and `export RAY_AUTH_MODE=token` in ~/.bashrc (setup_commands)",
+    NOT_YET: "the part of Ray that starts jobs does not run on the head: most likely a process of another Ray holds its "
+    "port there, 52365 (see dashboard_agent.log in /tmp/ray/session_latest/logs). End that one, then: macdrop cluster "
+    "up {file}",
     r"rsync: (command )?not found": "the head has no rsync: apt install rsync there",
     r"ray: (command )?not found": "the head has no `ray` on the PATH of a login shell (setup_commands, ~/.bashrc)",
 }
@@ -182,13 +185,15 @@ class Kind:
             self.put(job.recipe, job.copied)
         command = self.on_head(submission(job))
         for attempt in range(ATTEMPTS):
-            done = self.shell.follow(command, quietly(self.shell.say))
-            if done.ok:
-                return job.id
+            done = self.shell.ask(command)
             if NOT_YET not in done.text or attempt + 1 == ATTEMPTS:
                 break
             self.shell.say(f"Ray is still starting on the head; again in {AGAIN:.0f} s")
             time.sleep(AGAIN)
+        if done.ok:
+            if done.text:
+                self.shell.say(quiet(done.text))
+            return job.id
         raise LaunchFailed(f"the job of run {job.run!r} was not started: {self.unanswered(done)}")
 
     def follow(self, job: str, show: Callable[[str], None], *, go_on: bool = True) -> Done:

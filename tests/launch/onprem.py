@@ -133,7 +133,7 @@ class Run:
         return self.cluster.lab.machines[name] if found[name] else None
 
     def hit(self, blow: Callable[[Machine], object], what: str) -> Loss:
-        """Strike the host that trains, in the middle of a trial, and wait until that trial goes on."""
+        """Strike the host that trains, in the middle of a trial, and wait until that trial goes on and is trained."""
         until(lambda: self.training() and self.host(), 180, f"a trial to {what}", 0.2)
         trial, host = self.training(), self.host()
         assert trial and host
@@ -142,9 +142,11 @@ class Run:
         blow(host)
         before = self._settled(trial)
         until(lambda: self.steps(trial) != before, 180, f"{trial} to go on", 0.1)
-        seconds, now = time.monotonic() - began, self.steps(trial)
-        again = max(0, before[-1] - now[-1] + 1)
-        self.cluster.say(f"{trial} goes on at step {now[-1]} after {seconds:.1f} s, {again} steps are done again")
+        seconds = time.monotonic() - began
+        until(lambda: "trained" in self.trials()[trial], 180, f"{trial} to be trained", 0.2)
+        saved = self.trials()[trial]["resumed_from"]
+        again = before[-1] - saved
+        self.cluster.say(f"{trial} went on after {seconds:.1f} s from step {saved}: {again} steps were done again")
         return Loss(trial, host, seconds, again)
 
     def _settled(self, trial: str) -> list[int]:

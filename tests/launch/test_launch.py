@@ -267,6 +267,10 @@ def test_a_head_that_has_just_started_is_asked_again(laptop, monkeypatch):
     laptop.tools.answer("ray job submit", refused, refused, "submitted")
     assert laptop.run("submit", laptop.file("local"), "demo", "--no-follow") == 0
     assert sum("ray job submit" in line for line in laptop.tools.lines) == 3
+    assert "status code 500" not in laptop.out and "submitted" in laptop.out
+    laptop.tools.answer("ray job submit", refused)
+    assert laptop.run("submit", laptop.file("local"), "demo", "--no-follow") == 1
+    assert "another Ray holds its port there, 52365" in laptop.err
 
 
 @pytest.mark.parametrize(

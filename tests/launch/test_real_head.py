@@ -71,6 +71,7 @@ def head(tmp_path_factory):
     environment["MACDROP_STORAGE"] = str(home / "storage")
     environment |= {"PATH": f"{home / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tree)}
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=0", f"--port={gcs}", f"--dashboard-port={web}"]
+    command += ["--dashboard-agent-listen-port=0"]  # agents of a Ray that has just died may hold the usual one
     command += ["--dashboard-host=127.0.0.1", f"--temp-dir={folder}", "--node-ip-address=127.0.0.1"]
     with open(home / "head.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
