@@ -41,8 +41,8 @@ UNANSWERED: dict[str, str] = {
     r"No such command|No such option": "the head has an older macdrop than this machine: install the same there",
     r"[Uu]nauthenticated|[Aa]uthentication token|AuthenticationError": "the head's shell lacks the token that its Ray "
     "wants: ~/.ray/auth_token (file_mounts) and `export RAY_AUTH_MODE=token` in ~/.bashrc (setup_commands)",
-    NOT_YET: "the part of Ray that starts jobs does not run on the head: most likely a process of another Ray holds its "
-    "port there, 52365 (see dashboard_agent.log in /tmp/ray/session_latest/logs). End that one, then: macdrop cluster "
+    NOT_YET: "the part of Ray that starts jobs does not run on the head: most likely a process of another Ray holds "
+    "its port there, 52365 (dashboard_agent.log in /tmp/ray/session_latest/logs). End that one, then: macdrop cluster "
     "up {file}",
     r"rsync: (command )?not found": "the head has no rsync: apt install rsync there",
     r"ray: (command )?not found": "the head has no `ray` on the PATH of a login shell (setup_commands, ~/.bashrc)",

@@ -15,7 +15,7 @@ actor is left. Exit code 1 with any violation. All that is printed is in FOLDER/
 from __future__ import annotations
 
 import argparse
-import hashlib
+import functools
 import json
 import os
 import random
@@ -28,19 +28,21 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import yaml
+from chaos_checks import ADAPTER, check, read, stamp
 
 #: Every process started here inherits this name, Ray's daemons too: whose it lacks is somebody else's.
 MARK, TOKEN = "MACDROP_CHAOS", uuid.uuid4().hex
 ENVIRONMENT = {
     **{MARK: TOKEN, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    # A driver gives up a lost control store after this many seconds; Ray's default is a minute.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     **{"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"},
 }
 RECIPE = {
@@ -73,7 +75,10 @@ KINDS: dict[str, tuple[str, int]] = {
     "other Ray worker": (r"ray::(?!RayTrainWorker|TrainController|_Dispatcher|ImplicitFunc|run_trial|_Evaluator"
                          r"|DashboardAgent|RuntimeEnvAgent)", 2),  # fmt: skip
     "sweep": ("", 1),
+    "Ray's own daemon": (r"\S+/core/src/ray/(gcs/gcs_server|raylet/raylet) ", 1),
 }
+#: Those that end a sweep, which is then gone on with.
+ENDS_A_SWEEP = ("sweep", "Ray's own daemon")
 KILLS_A_SWEEP = 6
 #: Detached actors that Ray keeps for a whole cluster, without resources.
 RAYS_OWN = {"_AutoscalingCoordinatorActor"}
@@ -83,7 +88,6 @@ PLANNED = 5
 #: sweep's limit; and the least of that limit, which is `PATIENCE` times as long as the undisturbed sweep took.
 PAUSE_S, RECOVERY_S, LIMIT_S, PATIENCE = 4.0, 60.0, 240.0, 3.0
 ORPHANS_S = 15.0
-ADAPTER = "adapter/adapter_model.safetensors"
 
 
 @dataclass
@@ -107,7 +111,8 @@ class Tally:
         with self.file.open("a") as file:
             file.write(stamped + "\n")
 
-    def violation(self, text: str) -> None:
+    def violation(self, text: str, of: str = "") -> None:
+        text = f"{of}: {text}" if of else text
         self.violations.append(text)
         self.tell(f"VIOLATION {text}")
 
@@ -156,36 +161,32 @@ class Sweep:
             )
 
     def victims(self, kind: str) -> list[psutil.Process]:
-        """Its processes of a kind: those it has started, or on a cluster that others share not."""
+        """Its processes of a kind: those it has started; of a cluster that others share not its daemons."""
         if kind == "sweep":
             return [psutil.Process(self.process.pid)]
+        if kind in ENDS_A_SWEEP and self._changes:
+            return []
         return [process for process in own_processes() if re.match(KINDS[kind][0], title(process))]
 
     def sign(self, kind: str) -> tuple:
         """What changes when work goes on after a kill: steps, scores, or any of both and of the trials' states."""
         steps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in self.folder.glob("trials/*/metrics.jsonl")]
-        scores = _stamp(self.folder / "scores.jsonl")
+        scores = stamp(self.folder / "scores.jsonl")
         if kind in ("train worker", "controller of a lane"):
             return tuple(steps)
         if kind == "evaluation actor":
             return (scores,)
-        return (*steps, scores, *map(_stamp, self.folder.glob("trials/*/trial.json")))
+        return (*steps, scores, *map(stamp, self.folder.glob("trials/*/trial.json")))
 
     def watch_done(self) -> None:
         """Remember the adapters of trials that are trained: they must stay as they are."""
         for file in self.folder.glob("trials/*/trial.json"):
             with suppress(OSError, ValueError):
                 if json.loads(file.read_text()).get("status") == "done":
-                    self.seen.setdefault(file.with_name("adapter") / Path(ADAPTER).name, _stamp(file.parent / ADAPTER))
+                    self.seen.setdefault(file.with_name("adapter") / Path(ADAPTER).name, stamp(file.parent / ADAPTER))
 
     def end(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
-
-
-def _stamp(file: Path) -> int:
-    with suppress(OSError):
-        return file.stat().st_mtime_ns
-    return 0
 
 
 # ------------------------------------------------------------------ one disturbed sweep
@@ -219,11 +220,15 @@ def disturb(sweep: Sweep, wanted: int, limit_s: float, draw: random.Random, tall
         mine.append(kill)
         tally.kills.append(kill)
         deadline += RECOVERY_S
-        if kind == "sweep":
-            sweep.process.wait()
+        if kind in ENDS_A_SWEEP:
+            try:
+                sweep.process.wait(timeout=RECOVERY_S)
+            except subprocess.TimeoutExpired:
+                tally.violation(f"{sweep.folder.name} outlives its Ray by {RECOVERY_S:g} s:\n{sweep.end()}")
+                return False
             _orphans_gone(sweep)
             sweep.resume()
-            used = Counter(sweep=1)
+            used = Counter({each: used[each] for each in ENDS_A_SWEEP})
         _recover(sweep, kill, begun)
         cost = "the sweep ended" if kill.lost is None else f"{kill.lost:.1f} s until work went on"
         tally.tell(f"{len(tally.kills):>3}  {sweep.folder.name}  {kind} (pid {victim.pid}, {name}): {cost}")
@@ -269,79 +274,7 @@ def _recover(sweep: Sweep, kill: Kill, begun: float) -> None:
         time.sleep(0.05)
 
 
-# ------------------------------------------------------------------ what must hold
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a run folder holds that must not depend on kills."""
-
-    statuses: dict[str, str]
-    losses: dict[str, list[tuple]]
-    adapters: dict[str, str]
-    scores: dict[tuple, float]
-
-
-SCORE_KEY = ("model", "trial", "split", "benchmark", "task", "metric", "attack", "attack_on")
-
-
-def read(folder: Path, violation: Callable[[str], None]) -> Found:
-    """Read a run folder without the help of the software under test; whatever is not whole is a violation."""
-    loaded: dict[Path, Any] = {}
-    for file in sorted(folder.rglob("*")):
-        if "ray" in file.relative_to(folder).parts[:1]:
-            continue
-        try:
-            if file.suffix == ".json":
-                loaded[file] = json.loads(file.read_text())
-            elif file.suffix == ".jsonl":
-                loaded[file] = [json.loads(line) for line in file.read_text().splitlines()]
-            elif file.suffix == ".yaml":
-                loaded[file] = yaml.safe_load(file.read_text())
-            elif file.name.endswith(".tmp"):
-                violation(f"left over: {file.relative_to(folder)}")
-        except ValueError as error:
-            violation(f"{file.relative_to(folder)} is damaged: {error}")
-    trials = {file.parent.name: rows for file, rows in loaded.items() if file.name == "trial.json"}
-    rows = loaded.get(folder / "scores.jsonl", [])
-    doubled = [key for key, n in Counter(tuple(row[name] for name in SCORE_KEY) for row in rows).items() if n > 1]
-    if doubled:
-        violation(f"scored twice: {doubled[:3]}")
-    losses = {}
-    for name in trials:
-        metrics = loaded.get(folder / "trials" / name / "metrics.jsonl", [])
-        steps = [row["step"] for row in metrics if "loss" in row]
-        if steps != sorted(set(steps)):
-            violation(f"{name}: steps {steps}")
-        losses[name] = [(row["step"], row.get("loss"), row.get("eval_loss")) for row in metrics]
-    if loaded.get(folder / "run.json", {}).get("status") != "done":
-        violation("run.json does not say done")
-    return Found(
-        statuses={name: trial["status"] for name, trial in trials.items()},
-        losses=losses,
-        adapters={
-            name: hashlib.sha256(file.read_bytes()).hexdigest()
-            for name in trials
-            if (file := folder / "trials" / name / ADAPTER).is_file()
-        },
-        scores={tuple(row[name] for name in SCORE_KEY): row["value"] for row in rows},
-    )
-
-
-def check(sweep: Sweep, reference: Found, kills: int, violation: Callable[[str], None]) -> None:
-    """Compare a disturbed sweep that has ended with the undisturbed one."""
-    found = read(sweep.folder, violation)
-    for what in ("statuses", "losses", "adapters", "scores"):
-        here, there = getattr(found, what), getattr(reference, what)
-        apart = sorted(str(key) for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-        if apart:
-            violation(f"other {what} than undisturbed: {apart[:3]} ({len(apart)} in all)")
-    again = [file.parts[-3] for file, stamp in sweep.seen.items() if _stamp(sweep.folder / file) != stamp]
-    if again:
-        violation(f"done, and trained again: {again}")
-    attempts = {file.parent.name: json.loads(file.read_text())["attempts"] for file in sweep.folder.rglob("trial.json")}
-    if sum(attempts.values()) > len(attempts) + kills:
-        violation(f"more attempts than kills ask for: {attempts}")
+# ------------------------------------------------------------------ what must not be left
 
 
 def left_behind(cluster: bool, grace_s: float = 10.0) -> list[str]:
@@ -397,7 +330,8 @@ def chaos(kills: int, seed: int, output: Path) -> Tally:
             made = len(tally.kills) - before
             idle = 0 if made else idle + 1
             if ended:
-                check(sweep, reference, made, lambda text, name=sweep.folder.name: tally.violation(f"{name}: {text}"))
+                told = functools.partial(tally.violation, of=sweep.folder.name)
+                check(sweep.folder, sweep.seen, reference, made, told)
                 if left := left_behind(bool(address)):
                     tally.violation(f"{sweep.folder.name} left behind: {left}")
         finally:

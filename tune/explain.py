@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -69,6 +70,45 @@ def build(kind: type[BaseModel], raw: dict[str, Any]) -> Any:
         for item in error.errors():
             wrong.setdefault(".".join(_place(kind, item["loc"])[0]), []).append(item)
         raise ConfigError("\n".join(_explain(kind, where, items) for where, items in wrong.items())) from None
+
+
+def believable(kind: type[BaseModel], content: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
+    """`content` without the values that a `kind` cannot have, for who reads what another version may have written.
+
+    What is left out is told in `problems`, each once, with the file's `name`. Unknown keys, and values that only do not
+    fit each other, stay.
+    """
+    content = copy.deepcopy(content)
+    while True:
+        try:
+            kind.model_validate(content)
+            return content
+        except ValidationError as error:
+            wrong = [item for item in error.errors() if item["type"] not in ("extra_forbidden", "missing")]
+        found = [(where, item) for item in wrong if (where := _holder(kind, content, item))]
+        if not found:
+            return content
+        (holder, key, dotted), item = found[0]
+        told = f"{name} is damaged, and this left out: {_explain(kind, dotted, [item])}"
+        problems += [told] if told not in problems else []
+        holder.pop(key)
+
+
+def _holder(kind: type[BaseModel], content: Any, item: dict[str, Any]) -> tuple[Any, Any, str] | None:
+    """The mapping or list that holds what an error of pydantic is about, and its key there; None for a whole block
+    whose keys do not fit each other."""
+    holder, key, walked = None, None, []
+    for name in _place(kind, item["loc"])[0]:
+        inner = dict(enumerate(content)) if isinstance(content, list) else content
+        at = int(name) if isinstance(content, list) else name
+        if not isinstance(inner, dict) or at not in inner:
+            break  # a single value may be written where a list of them is meant
+        holder, key, content = content, at, inner[at]
+        walked.append(name)
+    block = isinstance(holder, dict) and isinstance(content, dict)
+    if holder is None or (block and item["type"] == "value_error"):
+        return None
+    return holder, key, ".".join(walked)
 
 
 def _explain(kind: type[BaseModel], where: str, items: list[dict[str, Any]]) -> str:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from macdrop.errors import ConfigError
 from tune.benchmarks.spec import TEST
 from tune.environment import environment, version
+from tune.explain import believable
 from tune.files import (
     append_jsonl,
     atomic_write_json,
@@ -37,7 +38,7 @@ from tune.files import (
     stat,
 )
 from tune.resuming import check_new
-from tune.spec import slug
+from tune.spec import RunSpec, slug
 
 if TYPE_CHECKING:
     import pandas
@@ -130,8 +131,9 @@ class Journal:
         return read_mapping(self.run_dir / "run.json", within=self.run_dir)
 
     def config(self) -> dict[str, Any]:
-        """The effective spec."""
-        return read_mapping(self.run_dir / "config.yaml", within=self.run_dir)
+        """The effective spec; for a lenient journal without the values that none can have."""
+        content = read_mapping(self.run_dir / "config.yaml", within=self.run_dir)
+        return content if self.problems is None else believable(RunSpec, content, "config.yaml", self.problems)
 
     def environment(self) -> dict[str, Any]:
         """What `write_environment` found; empty before."""
@@ -159,9 +161,6 @@ class Journal:
 
     def massive_weights_file(self, model: str) -> Path:
         return self.model_dir(model) / "massive_weights.json"
-
-    def proof_file(self, model: str) -> Path:
-        return self.model_dir(model) / "proof.json"
 
     def finding(self, file: Path) -> dict[str, Any] | None:
         """What one of a model's files holds; None where it is missing (or damaged, for a lenient journal)."""

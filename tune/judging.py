@@ -12,6 +12,7 @@ from tune.benchmarks.judge_spec import JudgeSpec
 from tune.files import append_jsonl, read_jsonl
 from tune.journal import BASE, Journal
 from tune.judgements import Answers
+from tune.results import models_of
 from tune.spec import slug
 
 #: How to ask for a judge, for messages.
@@ -52,11 +53,8 @@ def answers_of(journal: Journal) -> list[Answers]:
 
 def _models(journal: Journal) -> dict[str, str]:
     """Slug -> full name of the run's models."""
-    config = journal.config()
-    listed = (config.get("sweep") or {}).get("models") or []
-    names = [entry.get("model_name_or_path") if isinstance(entry, dict) else entry for entry in listed]
-    names += [config.get("model_name_or_path"), *(row["model"] for row in journal.score_rows())]
-    return {slug(name): name for name in names if name}
+    names = [*models_of(journal.config()), *(row["model"] for row in journal.score_rows())]
+    return {slug(name): name for name in names}
 
 
 def _tagged(journal: Journal, answers: Answers) -> Answers:

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from tune.orders import FINAL
+from tune.resuming import resume_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +53,8 @@ class Progress:
         self.console.print(f"Run folder   {run_dir}", soft_wrap=True)
         self.console.print(f"Resources    {resources}", soft_wrap=True)
         self.console.print(f"Dashboard    {dashboard or 'off'}", soft_wrap=True)
+        # Now, as whatever kills this process later, Ray's own end of it included, lets it say nothing any more.
+        self.console.print(f"To resume    {resume_command(run_dir)}", soft_wrap=True)
         if self.console.is_terminal:
             self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
             self._live.start()

@@ -137,9 +137,9 @@ class ModelResults:
 def collect(journal: Journal) -> list[ModelResults]:
     """The results of each model of a run, in the order of its spec; works on a run that is still going."""
     config, trials, rows = journal.config(), journal.trials(), journal.score_rows()
-    names = [slug(name) for name in _models(config)]
+    names = [slug(name) for name in models_of(config)]
     names += [slug(item["model"]) for item in (*trials, *rows)]
-    display = {slug(name): name for name in (*(item["model"] for item in (*trials, *rows)), *_models(config))}
+    display = {slug(name): name for name in (*(item["model"] for item in (*trials, *rows)), *models_of(config))}
     return [
         _model(journal, name, display[name], *([item for item in items if slug(item["model"]) == name]
                                                for items in (trials, rows)), config)
@@ -316,10 +316,11 @@ def _objectives(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(one.get("name", EVAL_LOSS.metric), one.get("goal", "minimize")) for one in several]
 
 
-def _models(config: Mapping[str, Any]) -> list[str]:
+def models_of(config: Mapping[str, Any]) -> list[str]:
+    """The names of a run's models, in the order of its spec."""
     entries = _block(config, "sweep").get("models") or [config.get("model_name_or_path")]
     names = [entry.get("model_name_or_path") if isinstance(entry, Mapping) else entry for entry in entries]
-    return [name for name in names if name]
+    return [name for name in names if isinstance(name, str) and name]
 
 
 def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:

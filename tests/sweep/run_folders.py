@@ -383,7 +383,7 @@ def _findings(journal: Journal, model: str) -> None:
         "random": [3.728, 3.729, 3.729], "verdict": "sensitive", "text": "sensitive: perplexity 3.728 becomes 86.1",
     }  # fmt: skip
     atomic_write_json(journal.massive_weights_file(model), weights)
-    atomic_write_json(journal.proof_file(model), proof)
+    atomic_write_json(journal.model_dir(model) / "proof.json", proof)
 
 
 def generator(*key: object) -> np.random.Generator:

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pandas
 import pytest
+import yaml
 
 from macdrop.errors import ConfigError, ResourceError
 from tune import files
@@ -66,6 +67,30 @@ def test_open_refuses_what_is_no_run(tmp_path, journal):
     (journal.run_dir / "run.json").write_text('{"name": ')
     with pytest.raises(ConfigError, match="damaged"):
         Journal.open(journal.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"model_name_or_path": True}, "model_name_or_path must be a text, not True"),
+        ({"sweep": True}, "sweep must be a block of keys, not True"),
+        ({"sweep": {"models": [True, "b/two"]}}, "sweep.models.0 must be a block of keys, not True"),
+        ({"sweep": {"metric": [{"name": 3}]}}, "sweep.metric.0.name must be a text, not 3"),
+        ({"sweep": {"models": True}}, "sweep.models must be"),
+        ({"eval": {"zero_shot": {"qa": 3}}, "ray": "x"}, "eval.zero_shot.qa must be a block of keys, not 3"),
+    ],
+)
+def test_who_only_reads_gets_the_spec_without_what_none_can_hold(journal, damage, told):
+    from tune.report import make_report
+
+    (journal.run_dir / "config.yaml").write_text(yaml.safe_dump({"seed": 3, "of_another_version": 1, **damage}))
+    assert journal.config().keys() == {"seed", "of_another_version", *damage}, "who works on it sees all of it"
+    reader = Journal.open(journal.run_dir, lenient=True)
+    config = reader.config()
+    assert config["seed"] == 3 and config["of_another_version"] == 1
+    assert reader.config() == config and told in "".join(reader.problems)
+    assert len(reader.problems) == (2 if "ray" in damage else 1)
+    assert "damaged" in make_report(journal.run_dir).markdown()
 
 
 def test_environment_names_versions_and_hardware(journal):

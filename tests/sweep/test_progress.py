@@ -52,6 +52,7 @@ def test_log_and_table_tell_steps_states_scores_and_reasons():
     for word in ("127.0.0.1:8265", "model-plain-1 is training", "diverged (loss nan)", "1234", "1.25", "queued"):
         assert word in text
     assert "qa 0.5" in text and "qa@zeroing@3 0.25" in text
+    assert "To resume    macdrop sweep --resume output_dir=runs/x" in text
 
 
 @pytest.mark.parametrize("width", [80, 100])
