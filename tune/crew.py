@@ -6,7 +6,7 @@ it is tried again is the owner's to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,9 @@ class Member:
 
     def prepare(self, argument: Any) -> Any:
         raise NotImplementedError
+
+    def here(self) -> None:
+        """Answers once the actor has its resources."""
 
     def open(self, argument: Any) -> tuple[Any, str]:
         """Make ready; returns what `prepare` does, and the node's id."""
@@ -65,48 +68,52 @@ class Crew:
         self._holds, self._resting = bool(cpus or gpus), 0
 
     def open(self, argument: Any, then: Callable[[Any], Any] = lambda argument: argument) -> Any:
-        """Make every actor ready: the first one with `argument`, the others, and later ones, with `then` of it.
+        """Make an actor ready with `argument`, and have the others, and later ones, made so with `then` of it.
 
-        An actor that dies is replaced. Returns what the first one answered.
+        Returns what the first one answered, which is the first that has its resources: the others, which may have to
+        wait for theirs, come when they come. An actor that dies is replaced.
 
         Raises:
-            MacDropError: an actor raised it, or `MAX_ATTEMPTS` of them died. The crew can be opened again.
+            MacDropError: the first actor raised it, or `MAX_ATTEMPTS` of them died. The crew can be opened again.
         """
         assert not self._busy, "a crew is opened when it has no work"
-        self.idle += [self._make() for _ in range(self._resting)]
-        self._resting = 0
-        first, *others = [*self.idle, *self._coming.values()]
-        self.idle, self._coming, self._argument, self._lost = [], {}, then(argument), 0
+        actors = [*self.idle, *self._coming.values(), *(self._make() for _ in range(self._resting))]
+        first = self._quickest(actors)
+        self.idle, self._coming, self._resting = [], {}, 0
+        self._argument, self._lost = then(argument), 0
+        others = [actor for actor in actors if actor is not first]
         try:
-            (answer,) = self._opened([first], argument)
+            answer = self._opened(first, argument)
         except MacDropError:
             self.idle += others
             raise
-        self._opened(others, self._argument)
+        self._coming = {actor.open.remote(self._argument): actor for actor in others}
         return answer
 
-    def _opened(self, actors: Iterable[ActorHandle], argument: Any) -> list[Any]:
-        waiting = {actor.open.remote(argument): actor for actor in actors}
-        answers = []
-        while waiting:
+    def _quickest(self, actors: list[ActorHandle]) -> ActorHandle:
+        waiting = {actor.here.remote(): actor for actor in actors}
+        while len(waiting) > 1:
             (ref,), _ = ray.wait(list(waiting), num_returns=1)
             actor = waiting.pop(ref)
+            with suppress(RayError):  # a dead one
+                ray.get(ref)
+                return actor
+        return next(iter(waiting.values()))
+
+    def _opened(self, actor: ActorHandle, argument: Any) -> Any:
+        while True:
             try:
-                answer, self._nodes[actor] = ray.get(ref)
+                answer, self._nodes[actor] = ray.get(actor.open.remote(argument))
+                return answer
             except RayTaskError as error:
-                self.idle += [actor, *waiting.values()]
                 raise cause_of(error) from None
             except RayError as error:
                 self._forget(actor)
                 actor = self._make()
                 if not self._survived(error):
-                    self.idle += [actor, *waiting.values()]
                     raise self._given_up(error) from None
-                waiting[actor.open.remote(argument)] = actor
-            else:
-                answers.append(answer)
-                self.idle.append(actor)
-        return answers
+            finally:
+                self.idle = [actor]
 
     def give(self, actor: ActorHandle, call: str, work: Any) -> None:
         """Have an idle actor begin with a piece of work, the argument of its method `call`."""

@@ -27,6 +27,8 @@ from tune.spec import TrainSpec, dump
 
 #: Short beside a benchmark of a tiny model: an actor that is done waits for it.
 TICK_S = 0.1
+#: An actor that has not started after so long waits for resources.
+STARTING_S = 60.0
 
 
 class Supervisor:
@@ -56,6 +58,7 @@ class Supervisor:
         self._searched: SearchTime | None = None
         self._error: BaseException | None = None
         self._waits = False
+        self._opening: float | None = None
         self._failed: set[str] = set()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
@@ -65,9 +68,15 @@ class Supervisor:
 
     def open(self, study: Study, opening: Opening) -> str | None:
         """Make the study's model resident in the evaluators and score the base; returns its massive weights' file."""
-        self._progress.study(study)
         with self._lock:
+            self._progress.study(study)
+            self._opening = time.monotonic()
+        try:
+            # The loop goes on meanwhile: an actor may have to wait for what an idle lane holds.
             weights = self._pool.open(opening)
+        finally:
+            self._opening = None
+        with self._lock:
             if study.base:
                 tag = {"model": study.spec.model_name_or_path, "arm": BASE, "trial": BASE, "seed": None}
                 jobs = self._jobs[FINALS] + (self._jobs[SEARCH] if study.search else [])
@@ -189,15 +198,19 @@ class Supervisor:
         if (searched := self._searched) is not None:
             searched.keep()
         self._take_changes()
-        for result in self._pool.step():
-            self._scored(result)
+        opening = self._opening
+        if opening is None:
+            for result in self._pool.step():
+                self._scored(result)
         snapshot = call(self._dispatcher, "snapshot")
-        self._lanes.check(snapshot, scoring=bool(self._pool.busy), working=bool(self._pool.at_work))
-        self._pool.drain(self._lanes.leaving)
+        scoring = bool(self._pool.busy) or (opening is not None and time.monotonic() > opening + STARTING_S)
+        self._lanes.check(snapshot, scoring=scoring, working=bool(self._pool.at_work))
+        if opening is None:
+            self._pool.drain(self._lanes.leaving)
         if self._lanes.starving and not self._waits:
             self._progress.note("no lane has its workers; waiting for resources")
         self._waits = self._lanes.starving
-        if self._waits and not self._pool.busy and (rested := self._pool.rest()):
+        if self._waits and opening is None and not scoring and (rested := self._pool.rest()):
             self._progress.note(f"{rested} evaluation actor(s) without work make room for a lane")
         self._progress.show(snapshot, self._pool.busy)
 

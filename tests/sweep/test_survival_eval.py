@@ -86,6 +86,16 @@ def finish(pool: Pool) -> dict[str, str | None]:
     return {result.item.tag["name"]: result.error for result in results}
 
 
+def open_all(pool: Pool, folder: Path) -> str:
+    """Open the pool and wait for those actors, too, that it does not wait for."""
+    answer = pool.open(opening(folder))
+    deadline = time.monotonic() + 60
+    while pool._crew._coming and time.monotonic() < deadline:
+        pool.step()
+        time.sleep(0.02)
+    return answer
+
+
 @pytest.fixture
 def pool():
     made = Pool(2, cpus=0, gpus=0, kind=Fragile)
@@ -100,7 +110,7 @@ def submit(pool: Pool, names: str) -> None:
 
 def test_only_the_benchmark_in_hand_is_done_again_and_a_poisoned_one_is_given_up(pool, tmp_path):
     tell(tmp_path, b=1, e=MAX_ATTEMPTS)
-    assert pool.open(opening(tmp_path)) == str(tmp_path)
+    assert open_all(pool, tmp_path) == str(tmp_path)
     submit(pool, "abcdefgh")
     found = finish(pool)
     assert {name for name, error in found.items() if error} == {"e"}
@@ -112,21 +122,21 @@ def test_only_the_benchmark_in_hand_is_done_again_and_a_poisoned_one_is_given_up
 
 def test_actors_killed_while_they_open_a_model_are_replaced(pool, tmp_path):
     tell(tmp_path, open=2)
-    pool.open(opening(tmp_path))
+    open_all(pool, tmp_path)
     submit(pool, "ab")
     assert finish(pool) == {"a": None, "b": None}
     tell(tmp_path, open=100)
     with pytest.raises(MacDropError, match="(?s)3 actors died while they were made ready: .*lower ray.evaluators"):
         pool.open(opening(tmp_path))
     tell(tmp_path)
-    pool.open(opening(tmp_path))  # the next model, say
+    open_all(pool, tmp_path)  # the next model, say
     submit(pool, "ab")
     assert finish(pool) == {"a": None, "b": None} and log(tmp_path).count("open") == 2
 
 
 def test_a_replacement_that_does_not_come_up_costs_the_actor_alone_while_there_is_another(pool, tmp_path):
     tell(tmp_path)
-    pool.open(opening(tmp_path))
+    open_all(pool, tmp_path)
     tell(tmp_path, ["open"], a=1)
     submit(pool, "abc")
     assert finish(pool) == {"a": None, "b": None, "c": None}
@@ -140,7 +150,7 @@ def test_actors_of_a_node_that_leaves_are_made_elsewhere(pool, tmp_path):
     import ray
 
     tell(tmp_path, b=1)
-    pool.open(opening(tmp_path))
+    open_all(pool, tmp_path)
     submit(pool, "ab")
     pool.step()
     before = {actor for actor, _ in pool._crew._busy.values()}
@@ -164,19 +174,32 @@ def test_actors_that_rest_hold_nothing_and_are_back_when_there_is_work(tmp_path)
 
     tell(tmp_path)
     pool = Pool(2, cpus=0.25, gpus=0, kind=Fragile)
-    pool.open(opening(tmp_path))
+    open_all(pool, tmp_path)
     assert holds(0.5) and pool.rest() == 2 and pool.rest() == 0 and holds(0.0)
     submit(pool, "abc")
     assert finish(pool) == {"a": None, "b": None, "c": None} and holds(0.5)
     assert pool.rest() == 2 and holds(0.0)
     tell(tmp_path)
-    pool.open(opening(tmp_path))  # the next model
+    open_all(pool, tmp_path)  # the next model
     assert holds(0.5) and log(tmp_path) == ["open", "open"]
     pool.close()
     free = Pool(1, cpus=0, gpus=0, kind=Fragile)
     free.open(opening(tmp_path))
     assert free.rest() == 0, "it holds nothing that another could use"
     free.close()
+
+
+def test_actors_that_have_no_room_are_not_waited_for(tmp_path):
+    import ray
+
+    tell(tmp_path)
+    pool = Pool(2, cpus=0.6 * ray.cluster_resources()["CPU"], gpus=0, kind=Fragile)
+    for _ in range(2):
+        assert pool.open(opening(tmp_path)) == str(tmp_path)
+        submit(pool, "ab")
+        assert finish(pool) == {"a": None, "b": None}
+    assert len(pool._crew._coming) == 1 and log(tmp_path).count("open") == 2
+    pool.close()
 
 
 def test_a_judges_actors_are_as_hard_to_kill(tmp_path):

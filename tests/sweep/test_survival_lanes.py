@@ -2,7 +2,8 @@
 
 One order is trained undisturbed, then the same fine-tuning under the disturbances, by lanes of two workers under
 ZeRO-2. Two lanes are wanted and there is room for one: whenever it falls, the other takes its place. The order book and
-the lanes are the real ones; Tune and the evaluators, which only wait beside them, are left out.
+the lanes are the real ones; Tune and the evaluators, which only wait beside them, are left out. All of it happens
+without a dashboard and beside a second Ray: either is enough for Ray Train's own cleaner to leave placement groups.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +64,25 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
+SECOND = """
+import ray, sys
+ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="module")
-def storm(tmp_path_factory) -> Scene:
+def second_ray() -> Iterator[subprocess.Popen]:
+    """Another Ray on this machine, as long as its process has an input."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SECOND], **pipes) as process:
+        assert process.stdout.readline() == "up\n"
+        yield process
+
+
+@pytest.fixture(scope="module")
+def storm(second_ray, tmp_path_factory) -> Scene:
     import ray
 
     import tune.lanes
@@ -89,6 +110,7 @@ def storm(tmp_path_factory) -> Scene:
             scene.wait(lambda snapshot: any(row.pid for row in _actors("Evaluator")), scoring=True)
             scene.evaluator_lived = True
             del evaluator
+    assert second_ray.poll() is None
     scene.left = _groups() + _actors("TrainController") + _actors("RayTrainWorker")
     print({name: f"{seconds:.1f} s" for name, seconds in scene.recovered.items()})
     print("groups gone:", {name: f"{seconds:.1f} s" for name, seconds in scene.reaped.items()})

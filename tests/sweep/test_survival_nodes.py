@@ -78,8 +78,11 @@ def test_a_notice_costs_no_step_and_no_attempt(cluster, tmp_path):
 
 
 LAST = {
-    **{**SMALL, "max_steps": 100, "save_steps": 20},
-    "sweep": {"arms": ["plain", "macdrop"], "parameters": {"macdrop.p0": [0.4, 0.8]}, "seeds": 0},
+    **{**SMALL, "model_name_or_path": "", "max_steps": 100, "save_steps": 20, "lora_target": "all"},
+    "sweep": {
+        "models": ["zoo:planted-llama", "zoo:planted-phi3"],
+        **{"arms": ["plain", "macdrop"], "parameters": {"macdrop.p0": [0.4, 0.8]}, "seeds": 0},
+    },
     "eval": {"limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}},
     "ray": {"dashboard": False, "cpus_per_evaluator": 1.0, "resource_timeout_s": 40.0},
 }
@@ -103,12 +106,12 @@ def test_lane_and_evaluator_take_turns_on_the_last_node(cluster, tmp_path):
         (trains,) = {row["Address"]["NodeID"] for row in alive if row["ActorClassName"] == "RayTrainWorker"}
         (lost,) = [node for node in cluster.worker_nodes if node.node_id == trains]
         cluster.remove_node(lost, allow_graceful=False)
-        assert sweep.wait(timeout=200) == 0, log.read_text()[-3000:]
+        assert sweep.wait(timeout=240) == 0, log.read_text()[-3000:]
     finally:
         sweep.kill()
     assert "1 evaluation actor(s) without work make room for a lane" in log.read_text()
     trials = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("trials/*/trial.json")}
-    assert len(trials) == 3 and {trial["status"] for trial in trials.values()} == {"done"}
+    assert len(trials) == 6 and {trial["status"] for trial in trials.values()} == {"done"}
     scored = [json.loads(line) for line in (folder / "scores.jsonl").open()]
-    # Of the two that were searched the better one is scored.
-    assert sorted(row["arm"] for row in scored if row["metric"] == "acc") == ["macdrop", "plain"]
+    # Of the two that were searched for a model the better one is scored.
+    assert sorted(row["arm"] for row in scored if row["metric"] == "acc") == ["macdrop", "macdrop", "plain", "plain"]
