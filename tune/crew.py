@@ -29,9 +29,6 @@ class Member:
     def prepare(self, argument: Any) -> Any:
         raise NotImplementedError
 
-    def here(self) -> None:
-        """Answers once the actor has its resources."""
-
     def open(self, argument: Any) -> tuple[Any, str]:
         """Make ready; returns what `prepare` does, and the node's id."""
         return self.prepare(argument), ray.get_runtime_context().get_node_id()
@@ -91,7 +88,8 @@ class Crew:
         return answer
 
     def _quickest(self, actors: list[ActorHandle]) -> ActorHandle:
-        waiting = {actor.here.remote(): actor for actor in actors}
+        """The first that has its resources and lives."""
+        waiting = {actor.__ray_ready__.remote(): actor for actor in actors}
         while len(waiting) > 1:
             (ref,), _ = ray.wait(list(waiting), num_returns=1)
             actor = waiting.pop(ref)

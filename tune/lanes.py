@@ -31,7 +31,7 @@ CLOSE_S = 20.0
 LOOK_EVERY_S = 1.0
 #: Evaluators that have work and get no resources for so long have an idle lane's.
 ROOM_AFTER_S = 10.0
-#: In the same way, when no lane has had its workers for so long; lanes start, and come back after a kill, in less.
+#: Without any lane for so long, evaluators without work give up what they hold; lanes start, and come back, in less.
 STARVING_S = 60.0
 #: How the name of their class ends.
 EVALUATOR = "Evaluator"

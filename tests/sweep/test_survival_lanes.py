@@ -153,10 +153,48 @@ def test_what_nothing_fits_is_said_with_the_way_to_go_on(tmp_path):
     spec = RAY.model_copy(update={"cpus_per_worker": 1000.0, "resource_timeout_s": 1.0, "lanes": 1})
     with scene_of(tmp_path, spec) as scene:
         scene.lanes.open()
+        until = time.monotonic() + 3 * spec.patience_s
+        while time.monotonic() < until:  # what is being scored may make room
+            scene.lanes.check(scene.call("snapshot"), working=True)
+            time.sleep(0.05)
+        assert scene.lanes.starving
         with pytest.raises(ResourceError, match="of 1000 CPU.s. within ray.resource_timeout_s = 1 s") as error:
             scene.wait(lambda snapshot: False)
     assert "In use" in str(error.value) and f"macdrop sweep --resume output_dir={tmp_path}" in str(error.value)
     assert _groups() == [] and _actors("TrainController") == []
+
+
+def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_path, monkeypatch):
+    import tune.lanes
+    import tune.supervisor
+    from tune.crew import Member
+    from tune.evaluators import Opening, Pool
+    from tune.journal import Journal
+    from tune.plan import studies
+    from tune.progress import Progress
+    from tune.spec import RunSpec, dump
+
+    class Evaluator(Member):
+        def prepare(self, opening: Opening) -> str:
+            return opening.weights
+
+    monkeypatch.setattr(tune.lanes, "ROOM_AFTER_S", 0.0)
+    monkeypatch.setattr(tune.supervisor, "STARTING_S", 0.0)
+    run = RunSpec(**SMALL, sweep={"arms": ["plain"], "seeds": 0})
+    journal = Journal.create(tmp_path / "run", dump(run))
+    (study,) = studies(run)
+    with scene_of(journal.run_dir, RAY.model_copy(update={"lanes": 1})) as scene:
+        scene.lanes.open()
+        scene.wait(lambda snapshot: bool(snapshot["lanes"]))
+        pool = Pool(1, cpus=WIDTH * RAY.cpus_per_worker, gpus=0, kind=Evaluator)
+        supervisor = tune.supervisor.Supervisor(journal, scene.dispatcher, scene.lanes, pool, {}, Progress())
+        try:
+            assert supervisor.open(study, Opening(run, {}, "weights", scan=False, k=1, threads=1)) == "weights"
+            assert not scene.call("snapshot")["lanes"]
+            supervisor.check()
+        finally:
+            supervisor.close()
+            pool.close()
 
 
 def test_the_control_store_tells_what_the_reaper_asks_it():
