@@ -16,12 +16,12 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from tune import suites
-from tune.benchmarks.judge_spec import JudgeSpec
-from tune.cli import app
-from tune.commands import RECIPES
-from tune.spec import Metric, RunSpec, Space, load
-from tune.specfile import ALIASES, read_override
+from tune.cli.commands import RECIPES
+from tune.cli.main import app
+from tune.config import suites
+from tune.config.judge_spec import JudgeSpec
+from tune.config.parse import ALIASES, read_override
+from tune.config.run_spec import Metric, RunSpec, Space, load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The sweep, from the command line down to files."""

@@ -4,14 +4,14 @@
     python tests/benchmarks/calibration.py --zoo FOLDER [--fine-tunings 60] [--steps 60] [--splits 1000] [--minutes 4]
 
 Simulated: two arms that do not differ, under several kinds of noise, each experiment judged by the rule that judges a
-run (`tune.contrast`). "headline" is the share of experiments whose headline says helps or hurts, "any task" the share
+run (`comparison`). "headline" is the share of experiments whose headline says helps or hurts, "any task" the share
 in which a single task does after Holm; both must be at most 5 %. Then the difference that such runs call detectable
 (the mean over runs) is planted, and twice that: both must be found in at least 80 %. Intervals are exact binomial ones
 of 95 %.
 
 With --zoo real fine-tunings take the place of simulated ones: many plain adapters of a built-in model that differ in
 nothing but their seed, in one process and one engine, scored without attack and under one, kept in FOLDER (a run
-folder). Random disjoint splits of them into two arms go through `tune.verdict.against`, the code that a report runs.
+folder). Random disjoint splits of them into two arms go through `verdict.against`, the code that a report runs.
 Splits share fine-tunings, so the interval is the delete-one jackknife's over fine-tunings (for a share of 0 the exact
 binomial one of as many splits as are possible without sharing). After --minutes it stops; run it again to go on.
 """
@@ -33,11 +33,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1] / "sweep"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+from helpers.simulated import Design, Rate, found, harm, tell
 from measure import machine, table
-from simulated import Design, Rate, found, harm, tell
 
 LEVEL, POWER = 0.05, 0.8
 MODEL = "zoo:planted-llama"
@@ -139,7 +139,7 @@ def _target(what: str, rates: Sequence[Rate]) -> bool:
 
 
 def spec_of(seed: int, steps: int) -> Any:
-    from tune.spec import MacDropSpec, TrainSpec
+    from tune.config.run_spec import MacDropSpec, TrainSpec
 
     return TrainSpec(
         model_name_or_path=MODEL, cutoff_len=64, val_size=0.1, lora_rank=8, learning_rate=2e-3, max_steps=steps,
@@ -152,12 +152,14 @@ class Trainer:
 
     def __init__(self, journal: Any, steps: int) -> None:
         from macdrop import load_model, load_tokenizer
-        from tune import data
-        from tune.benchmarks import AdapterSlot, EvalSpec, Scorer
-        from tune.engine import Engine
-        from tune.process import prepare_process
-        from tune.weights import cache_dir, massive_weights
-        from tune.zoo import resolve
+        from tune.config.eval_spec import EvalSpec
+        from tune.data import dataset as data
+        from tune.evaluation.adapters import AdapterSlot
+        from tune.evaluation.scorer import Scorer
+        from tune.training.engine import Engine
+        from tune.training.massive_weights import cache_dir, massive_weights
+        from tune.training.process_group import prepare_process
+        from tune.zoo.catalog import resolve
 
         prepare_process(1)
         self.journal, self.steps, spec = journal, steps, spec_of(1, steps)
@@ -169,8 +171,8 @@ class Trainer:
 
     def run(self, seed: int) -> None:
         """Train, score, and only then note the trial as done."""
-        from tune.finetune import finetune
-        from tune.spec import dump
+        from tune.config.run_spec import dump
+        from tune.training.finetune import finetune
 
         spec = spec_of(seed, self.steps)
         record = self.journal.trial(spec.trial_id())
@@ -187,7 +189,7 @@ class Trainer:
 
 def fine_tunings(folder: Path, number: int, steps: int, minutes: float) -> tuple[Any, list[str]]:
     """The run folder, and its trials with seeds 1 to `number` that are done; trains those that are missing."""
-    from tune.journal import Journal
+    from tune.storage.run_folder import Journal
 
     spec = {"model_name_or_path": MODEL, "max_steps": steps, "eval": EVAL}
     journal = Journal.open(folder) if folder.exists() else Journal.create(folder, spec)
@@ -218,8 +220,8 @@ class Split:
 
 def split(journal: Any, trials: Sequence[str], seeds: int, splits: int, seed: int = 0) -> list[Split]:
     """Draw pairs of arms of `seeds` fine-tunings each, and compare them as a report does."""
-    from tune.samples import Samples
-    from tune.verdict import Setting, against
+    from tune.analysis.paired_samples import Samples
+    from tune.analysis.verdict import Setting, against
 
     samples, draws, found = Samples(journal, MODEL), np.random.default_rng(seed), []
     for _ in range(splits):

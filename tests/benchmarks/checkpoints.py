@@ -44,12 +44,12 @@ class Bench:
     """A fine-tuning that has begun, its next step, and its next checkpoint."""
 
     def __init__(self, rank: int, bf16: bool, root: Path) -> None:
-        from tune import data
-        from tune.engine import Engine
-        from tune.finetune import _Run
-        from tune.process import prepare_process
-        from tune.spec import TrainSpec
-        from tune.training import Training
+        from tune.config.run_spec import TrainSpec
+        from tune.data import dataset as data
+        from tune.training.engine import Engine
+        from tune.training.finetune import _Run
+        from tune.training.process_group import prepare_process
+        from tune.training.step import Training
 
         prepare_process()
         spec = TrainSpec(
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64])
     parser.add_argument("--rounds", type=int, default=30)
     given = parser.parse_args()
-    from tune.terminal import quiet_libraries
+    from tune.cli.console import quiet_libraries
 
     quiet_libraries()
     print(machine(), flush=True)

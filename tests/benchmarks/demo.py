@@ -82,7 +82,7 @@ def enough(found: dict[str, Any]) -> bool:
 
 
 def report(run_dir: Path, began: float | None, ended: float | None) -> str:
-    from tune.journal import Journal
+    from tune.storage.run_folder import Journal
 
     journal = Journal.open(run_dir)
     trials = journal.trials()

@@ -50,7 +50,7 @@ class Trained:
 
 def settings(number: int, steps: int) -> list[Any]:
     """`number` different fine-tunings that one engine can train, the first of them plain."""
-    from tune.spec import MacDropSpec, TrainSpec
+    from tune.config.run_spec import MacDropSpec, TrainSpec
 
     schedules = ("step", "constant", "epoch_after")
     blocks = [MacDropSpec(k=0, p0=0.0)]
@@ -77,10 +77,10 @@ class Inputs:
 
     def __init__(self, spec: Any, workers: int) -> None:
         from macdrop import load_tokenizer
-        from tune import data
-        from tune.train import scanned
-        from tune.weights import cache_dir
-        from tune.zoo import resolve
+        from tune.cli.train import scanned
+        from tune.data import dataset as data
+        from tune.training.massive_weights import cache_dir
+        from tune.zoo.catalog import resolve
 
         self.cache = cache_dir() / "data"
         self.weights = scanned(spec).save(cache_dir() / "massive_weights.json")
@@ -90,8 +90,8 @@ class Inputs:
 
     def in_steps(self, spec: Any, folder: Path) -> float:
         """Seconds in optimizer steps, from the tokens per second that each step has logged."""
-        from tune.batching import Batches
-        from tune.files import read_jsonl
+        from tune.data.batching import Batches
+        from tune.storage.atomic import read_jsonl
 
         batches = Batches(
             len(self.lengths),
@@ -111,8 +111,8 @@ def digest(folder: Path) -> str:
 
 def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tuple[float, float, list[Trained]]:
     """Train all in one lane; returns seconds in all, seconds until the first began, and the trials in their order."""
-    from tune.dispatch import call, dispatching
-    from tune.lanes import Lanes
+    from tune.distributed.lanes.dispatcher import call, dispatching
+    from tune.distributed.lanes.lane_pool import Lanes
 
     orders = [_order(spec, inputs, root) for spec in specs]
     started: dict[str, float] = {}
@@ -149,8 +149,8 @@ def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tu
 
 
 def _order(spec: Any, inputs: Inputs, root: Path) -> Any:
-    from tune.orders import Order
-    from tune.spec import dump
+    from tune.config.run_spec import dump
+    from tune.scheduling.queue import Order
 
     return Order(
         id=spec.trial_id(),
@@ -166,7 +166,7 @@ def _order(spec: Any, inputs: Inputs, root: Path) -> Any:
 
 def one_run_each(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> list[Trained]:
     """Train each in a Ray Train run of its own, one after the other."""
-    from tune.workers import Workers
+    from tune.distributed.lanes.train_run import Workers
 
     trials = []
     for spec in specs:
@@ -234,9 +234,9 @@ def main() -> None:
         os.environ["MACDROP_CACHE"] = str(root / "cache")
         import ray
 
-        from tune.cluster_state import connect
-        from tune.spec import RaySpec
-        from tune.terminal import quiet_libraries
+        from tune.cli.console import quiet_libraries
+        from tune.config.run_spec import RaySpec
+        from tune.distributed.cluster.ray_cluster import connect
 
         quiet_libraries()
         print(machine(), flush=True)

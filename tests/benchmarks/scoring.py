@@ -88,7 +88,7 @@ def make_adapters(model: str, number: int, folder: Path) -> list[str]:
     from peft import LoraConfig, get_peft_model
 
     from macdrop import load_model
-    from tune.zoo import resolve
+    from tune.zoo.catalog import resolve
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def make_bases(setting: Setting, folder: Path) -> dict[str, str]:
     """For each attack a checkpoint with its rows set to zero; without attack the model itself."""
     from macdrop import attacked, find_massive_weights, load_model, load_tokenizer
     from macdrop.attack import parse_attack
-    from tune.zoo import resolve
+    from tune.zoo.catalog import resolve
 
     source = str(resolve(setting.model))
     bases = {PLAIN: source}
@@ -132,8 +132,8 @@ def write_task(benchmark: Benchmark, folder: Path) -> None:
     """Write the task file for lm-eval's --include_path: local rows as the test split, all else as the task has it."""
     import yaml
 
-    from tune.benchmarks.catalogue import find_task
-    from tune.benchmarks.files import locate
+    from tune.data.readers import locate
+    from tune.evaluation.catalogue import find_task
 
     rows = str(locate(benchmark.data).resolve())
     kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(rows).suffix, "json")
@@ -214,10 +214,9 @@ def spread(runs: list[Run], number: int | None) -> list[Run]:
 
 def opening(setting: Setting, root: Path) -> Any:
     """What the actors make resident; the first of them finds and proves the massive weights."""
-    from tune.benchmarks import EvalSpec
-    from tune.benchmarks.spec import TEST
-    from tune.evaluators import Opening
-    from tune.spec import TrainSpec
+    from tune.config.eval_spec import TEST, EvalSpec
+    from tune.config.run_spec import TrainSpec
+    from tune.distributed.actors.evaluators import Opening
 
     entries = {
         each.name: {"data": each.data} | ({"task": each.task} if each.task else {"target_delimiter": " "})
@@ -246,9 +245,8 @@ class ByActors:
 
 def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
     """A pool under a running Ray."""
-    from tune.benchmarks import jobs
-    from tune.benchmarks.spec import TEST
-    from tune.evaluators import Item, Pool
+    from tune.config.eval_spec import TEST, jobs
+    from tune.distributed.actors.evaluators import Item, Pool
 
     opened = opening(setting, root)
     began = time.perf_counter()
@@ -327,9 +325,9 @@ def main() -> None:
     setting = Setting(given.model, suite, tuple(given.attacks), given.limit, given.batch_size, given.actors)
     import ray
 
-    from tune.cluster_state import connect
-    from tune.spec import RaySpec
-    from tune.terminal import quiet_libraries
+    from tune.cli.console import quiet_libraries
+    from tune.config.run_spec import RaySpec
+    from tune.distributed.cluster.ray_cluster import connect
 
     quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="macdrop-scoring-") as temporary:

@@ -49,7 +49,7 @@ class Laptop:
         return file
 
     def run(self, *arguments: str) -> int:
-        from tune.cli import main
+        from tune.cli.main import main
 
         self._capture.readouterr()
         self._patch.setattr(sys, "argv", ["macdrop", "cluster", *arguments])

@@ -13,7 +13,7 @@ from netlab import HOME, PATH, SHARED, until
 
 from cluster import render
 from cluster.targets import TARGETS
-from tune.journal import Journal
+from tune.storage.run_folder import Journal
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -11,7 +11,7 @@ import pytest
 from netlab import HOME, until
 from onprem import FILE, SAVED_EVERY, STEPS, Cluster, Run, ray_processes
 
-from tune.journal import SCORE_KEY, Journal
+from tune.storage.run_folder import SCORE_KEY, Journal
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-import zoo_of_families
-from zoo_of_families import FAMILIES, build_family, with_lora
+from helpers import zoo_of_families
+from helpers.zoo_of_families import FAMILIES, build_family, with_lora
 
 from macdrop.attack import Attack, attacked, attacked_rows, massive_ffn, parse_attack
 from macdrop.errors import ConfigError, NoMassiveWeights

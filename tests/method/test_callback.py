@@ -4,8 +4,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from transformers import Trainer, TrainingArguments
 
 from macdrop.callback import MacDropCallback

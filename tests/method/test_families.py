@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import transformers
-import zoo_of_families
+from helpers import zoo_of_families
+from helpers.zoo_of_families import FAMILIES, HIDDEN, LAYERS, build_family, with_lora
 from torch import nn
-from zoo_of_families import FAMILIES, HIDDEN, LAYERS, build_family, with_lora
 
 from macdrop.errors import UnsupportedModel
 from macdrop.families import FFN, find_ffn, find_ffns, peel

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from collections import OrderedDict
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.hook_cases import traces
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -20,18 +20,6 @@ K = len(tiny.ROWS)
 
 def macdrop(model, family="llama", changes=None, **config) -> MacDrop:
     return MacDrop(model, tiny.massive_weights(family, **(changes or {})), MacDropConfig(**{"k": K, **config}))
-
-
-def traces(model):
-    """Every hook and every function put on an instance, by module."""
-    found = {}
-    for name, module in model.named_modules():
-        state = vars(module)
-        hooks = [key for key, value in state.items() if isinstance(value, OrderedDict) and "hooks" in key and value]
-        patched = [key for key in ("forward", "get_weight_norm") if key in vars(module)]
-        if hooks or patched:
-            found[name] = (hooks, patched)
-    return found
 
 
 @pytest.mark.parametrize(

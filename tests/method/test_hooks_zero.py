@@ -8,17 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import reference
-import tiny
 import torch
-from zero_cases import ACCUMULATION, CASES, SEED, WORLD, P, build, micro_batch
+from helpers import reference, tiny
+from helpers.zero_cases import ACCUMULATION, CASES, SEED, WORLD, P, build, micro_batch
 
 from macdrop.attack import random_rows
 from macdrop.hooks import keep_mask
 
 pytestmark = pytest.mark.zero
 K = len(tiny.ROWS)
-WORKER = Path(__file__).with_name("zero_worker.py")
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +26,11 @@ def results(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    path = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
     ranks = []
     for rank in range(WORLD):
-        command = [sys.executable, str(WORKER), str(rank), str(WORLD), port, str(folder / "out.pt")]
+        command = [sys.executable, "-m", "helpers.zero_worker", str(rank), str(WORLD), port, str(folder / "out.pt")]
         log = open(folder / f"{rank}.log", "w")  # noqa: SIM115
         ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:

@@ -4,11 +4,11 @@ import json
 import pickle
 
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import tiny
+from helpers.zoo_of_families import build_family
 from safetensors.torch import load, save_file
-from zoo_of_families import build_family
 
 from macdrop.errors import ConfigError, UnsupportedModel
 from macdrop.load import load_model, load_tokenizer, require_fit

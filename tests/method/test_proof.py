@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from zoo_of_families import build_family
+from helpers import tiny
+from helpers.zoo_of_families import build_family
 
 from macdrop.attack import attacked
 from macdrop.errors import ConfigError, DataError

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import transformers
+from helpers.zoo_of_families import FAMILIES, HIDDEN, build_family, with_lora
 from torch import nn
-from zoo_of_families import FAMILIES, HIDDEN, build_family, with_lora
 
 from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
 from macdrop.families import FFN, find_ffn, find_ffns

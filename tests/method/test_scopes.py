@@ -1,11 +1,9 @@
 """The placebos of MacDrop equal slow references, repeat themselves, drop what they say, and leave no trace."""
 
 import pytest
-import reference
-import tiny
 import torch
-from test_hooks import ACCUMULATION, DENSE, SEED, P, accumulate, adapted, by_macdrop, worst
-from test_hooks_guards import traces
+from helpers import reference, tiny
+from helpers.hook_cases import ACCUMULATION, DENSE, SEED, P, accumulate, adapted, by_macdrop, traces, worst
 
 from macdrop.attack import random_rows
 from macdrop.config import SCOPES, MacDropConfig

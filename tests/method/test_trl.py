@@ -18,7 +18,7 @@ from macdrop import (
     load_tokenizer,
 )
 from macdrop.errors import TrainingInvariantError
-from tune.zoo import resolve
+from tune.zoo.catalog import resolve
 
 trl = pytest.importorskip("trl")
 MODEL = "zoo:planted-llama"

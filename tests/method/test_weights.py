@@ -6,7 +6,7 @@ import pickle
 import shutil
 
 import pytest
-from zoo_of_families import build_family
+from helpers.zoo_of_families import build_family
 
 from macdrop.errors import ConfigError, NoMassiveWeights
 from macdrop.fingerprint import checkpoint_folder

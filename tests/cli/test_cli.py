@@ -1,0 +1,201 @@
+"""The `macdrop` command: help that answers at once, exit codes, what the verbs print."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from macdrop import errors
+from tune.cli.main import _split
+
+VERBS = (
+    *("scan", "attack", "train", "eval", "suites", "judge", "plan", "export", "sweep", "report", "compare", "doctor"),
+    "zoo list",
+    *(f"cluster {verb}" for verb in ("render", "check", "up", "submit", "status", "logs", "fetch", "down")),
+    *("cluster spot-watch", "cluster on-head"),
+)
+
+
+# --- help ---
+
+
+def test_the_verbs_are_those_that_are_tested(shell):
+    from tune.cli.main import app, cluster, zoo
+
+    named = {command.name or command.callback.__name__ for command in app.registered_commands}
+    for group, verbs in (("zoo", zoo), ("cluster", cluster)):
+        named |= {f"{group} {command.name or command.callback.__name__}" for command in verbs.registered_commands}
+    assert named == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", ["", "zoo", "cluster", *VERBS])
+def test_help_shows_an_example(verb, shell):
+    ended = shell(*verb.split(), "--help")
+    assert ended.code == 0 and "Usage: macdrop" in ended.out
+    example = " ".join(ended.out.split()).partition("Example")[2]
+    assert f"macdrop {verb}".strip() in example
+
+
+@pytest.mark.parametrize("verb", ["", "sweep"])
+def test_help_of_the_installed_command(verb):
+    command = Path(sys.executable).with_name("macdrop")
+    if not command.is_file():
+        pytest.skip("macdrop is not installed beside this python")
+    ended = subprocess.run([command, *verb.split(), "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0 and "Example" in ended.stdout and ended.stderr == ""
+
+
+def test_help_loads_nothing_heavy():
+    """What takes a second and more to import must wait until a verb runs; no wall time is asserted."""
+    heavy = ("torch", "ray", "transformers", "deepspeed", "peft", "lm_eval", "datasets", "pandas", "numpy")
+    heavy += ("tune.config.run_spec",)
+    code = (
+        "import sys\nfrom tune.cli.main import main\nprint(*{'pydantic'} & set(sys.modules))\n"
+        "sys.argv = ['macdrop', 'sweep', '--help']\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print(*set({heavy}) & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[0] == told[-1] == "" and "Usage" in told[2]
+
+
+# --- exit codes ---
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError, 2),
+        (errors.UnsupportedModel, 2),
+        (errors.DataError, 2),
+        (errors.CheckpointError, 2),
+        (errors.ResourceError, 3),
+        (errors.TrainingDiverged, 1),
+        (errors.TrainingInvariantError, 1),
+        (errors.MacDropError, 1),
+        (errors.BenchmarkError, 1),
+    ],
+)
+def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatch):
+    from tune.cli import commands
+
+    def fail(*arguments, **options):
+        raise error("what, and how to mend it")
+
+    monkeypatch.setattr(commands, "doctor", fail)
+    ended = shell("doctor")
+    assert (ended.code, ended.err) == (code, "macdrop: what, and how to mend it\n")
+
+
+def test_ctrl_c_is_130(shell, monkeypatch):
+    from tune.cli import commands
+
+    def interrupt(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "doctor", interrupt)
+    assert shell("doctor").code == 130
+
+
+def test_failed_trials_are_1(shell, monkeypatch):
+    from tune.cli import commands
+
+    for failures, code in ((0, 0), (1, 1), (7, 1)):
+        monkeypatch.setattr(commands, "sweep", lambda *a, failures=failures, **o: failures)
+        assert shell("sweep").code == code
+
+
+# --- arguments ---
+
+
+def test_a_file_may_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a=b.yaml").write_text("")
+    assert _split(None) == (None, [])
+    assert _split(["demo"]) == ("demo", [])
+    assert _split(["my.yaml", "a=1", "b.c=2"]) == ("my.yaml", ["a=1", "b.c=2"])
+    assert _split(["a=1", "b=2"]) == (None, ["a=1", "b=2"])
+    assert _split(["a=b.yaml", "c=1"]) == ("a=b.yaml", ["c=1"])
+
+
+# --- what the verbs print ---
+
+
+def test_recipes_are_listed(shell):
+    ended = shell("sweep", "--recipes")
+    assert ended.code == 0 and any(line.startswith("demo ") for line in ended.out.splitlines())
+
+
+def test_zoo_list_names_models_and_data_below_each_other(shell):
+    lines = shell("zoo", "list").out.splitlines()
+    assert {line.split()[0] for line in lines} >= {"zoo:planted-llama", "zoo:train"}
+    starts = {len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}
+    assert len(starts) == 1, "all descriptions start in one column"
+
+
+def test_a_dry_run_shows_spec_trials_and_resources_and_writes_no_run(shell):
+    grid = ["sweep.search_alg=grid", "sweep.parameters={macdrop.p0: [0.2, 0.8]}", "sweep.metric={name: eval_loss}"]
+    ended = shell("sweep", "demo", "--dry-run", *grid)
+    assert ended.code == 0, ended.err
+    text, _, plan = ended.out.partition("\n\nplanted-llama (")
+    resolved = yaml.safe_load(text)
+    assert resolved["sweep"]["parameters"] == {"macdrop.p0": [0.2, 0.8]} and resolved["learning_rate"] == 2e-3
+    assert plan.count("macdrop.p0=0.2") == plan.count("macdrop.p0=0.8") == 2
+    assert len([line for line in plan.splitlines() if line.startswith("plain ")]) == 2
+    assert plan.count("on seeds 1, 2, 3: 9 fine-tunings") == 2 and "24 fine-tunings" in plan
+    assert "= 2 CPU, 0 GPU" in plan and "100 optimizer steps" in plan
+    assert all(name.startswith("cache/data/") for name in ended.new), "the tokenised data alone are kept"
+    (shell.folder / "again.yaml").write_text(text)
+    assert shell("sweep", "again.yaml", "--dry-run").out.partition("\n\nplanted-llama (")[2] == plan
+
+
+def test_scan_proves_and_writes(shell):
+    ended = shell("scan", "zoo:planted-llama", "--prove", "--k", "3", "--output", "found.json")
+    assert ended.code == 0, ended.err
+    for told in ("<- massive weights", "top 3 rows", "top 3 zeroed", "draw 1", "verdict", "sensitive: perplexity"):
+        assert told in ended.out
+    assert max(map(len, ended.out.splitlines())) > 80, "piped output is not wrapped"
+    assert "found.json" in ended.new
+    from macdrop import MassiveWeights
+
+    assert MassiveWeights.load(shell.folder / "found.json").layer == 1
+
+
+def test_a_known_scan_has_the_name_that_was_asked_for(shell):
+    from tune.zoo.catalog import zoo_path
+
+    shell("scan", "zoo:planted-llama")
+    ended = shell("scan", str(zoo_path("planted-llama")))
+    assert ended.new == [] and str(zoo_path("planted-llama")) in ended.out
+
+
+def test_a_damaged_scan_is_made_anew(shell):
+    first = shell("scan", "zoo:planted-llama")
+    (kept,) = first.new
+    (shell.folder / kept).write_text("{half of")
+    assert shell("scan", "zoo:planted-llama").out == first.out
+    assert (shell.folder / kept).read_text().startswith("{\n")
+
+
+def test_train_then_attack_and_score_the_adapter(shell, alone):
+    """Training starts a process group, so it has a process of its own."""
+    train = ["train", "model=zoo:planted-llama", "cutoff_len=64", "max_steps=3", "val_size=0.1", "save_steps=2"]
+    told = alone("-m", "tune.cli", *train, "lora_rank=2", "output_dir=out", cwd=shell.folder)
+    lines = told.splitlines()
+    assert lines[-1].split() == ["next", "macdrop", "eval", "zoo:planted-llama", "--adapter", "out/adapter"]
+    assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert "hooked rows" in told and (shell.folder / "out" / "adapter" / "adapter_config.json").is_file()
+
+    ended = shell("attack", "zoo:planted-llama", "--adapter", "out/adapter", "--merged", "--k", "1", "--k", "3")
+    assert ended.code == 0 and "merged weights, layer 1" in ended.out
+    assert [line.split()[0] for line in ended.out.splitlines()[-2:]] == ["1", "3"]
+
+    benchmark = ["eval.perplexity.t={data: zoo:text, window: 64, limit: 4}", "eval.attacks=[none,zeroing@3]"]
+    ended = shell("eval", "zoo:planted-llama", *benchmark, "--adapter", "out/adapter", "--output", "scores")
+    assert ended.code == 0, ended.err
+    assert "zeroing@3" in ended.out and "on base" in ended.out and "scores/scores.jsonl" in ended.new
+    refused = shell("eval", "zoo:planted-llama", *benchmark, "--output", "scores")
+    assert refused.code == 2 and "is not empty" in refused.err

@@ -1,0 +1,82 @@
+"""What a person sees: the table of a terminal, and the lines of a log."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from tune.cli.progress import Progress
+from tune.config.eval_spec import Job
+from tune.distributed.actors.evaluators import Item, Result
+from tune.scheduling.queue import Order, OrderBook
+
+pytestmark = pytest.mark.ray  # tune.distributed.actors.evaluators imports Ray; none is started
+
+
+def order(name: str) -> Order:
+    return Order(name, "model", {}, "folder", "data", None, "engine", 1)
+
+
+def scored(name: str, attack: str, value: float) -> Result:
+    row = {"task": "qa", "attack": attack, "value": value}
+    return Result(Item({"name": name}, Job("zero_shot", "qa", attack), None, "answers"), [row])
+
+
+def shown(width: int) -> str:
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=width))
+    book = OrderBook()
+    book.lane_up("lane", 1, "host")
+    for name in ("model-plain-1", "model-macdrop-2"):
+        book.place(order(name), "trial")
+    book.take("lane", None)
+    book.progress("model-plain-1", {"step": 7, "loss": 1.25, "p": 0.5, "tokens_per_second": 1234.5})
+    progress.started(Path("runs/x"), "127.0.0.1:8265", "1 lane")
+    progress.show(book.snapshot(), scoring=3)
+    progress.scored("model-plain-1", scored("model-plain-1", "none", 0.5))
+    progress.scored("model:base", scored("model:base", "zeroing@3", 0.25))
+    book.failed("model-plain-1", "diverged", "loss nan")
+    progress.ended(book.entries["model-plain-1"])
+    progress.show(book.snapshot(), scoring=0)
+    progress.console.print(progress._table())
+    return out.getvalue()
+
+
+def test_log_and_table_tell_steps_states_scores_and_reasons():
+    text = shown(160)
+    for word in ("127.0.0.1:8265", "model-plain-1 is training", "diverged (loss nan)", "1234", "1.25", "queued"):
+        assert word in text
+    assert "qa 0.5" in text and "qa@zeroing@3 0.25" in text
+    assert "To resume    macdrop sweep --resume output_dir=runs/x" in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_only_scores_give_way_in_a_narrow_terminal(width):
+    table = shown(width).splitlines()[-4:]
+    assert any("model-macdrop-2" in line and "queued" in line for line in table)
+    assert max(map(len, table)) <= width
+
+
+def test_the_stage_and_what_remains_of_it_are_told():
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=120))
+    book = OrderBook()
+    book.lane_up("lane", 1, "host")
+    progress.stage(SimpleNamespace(name="model"), "search", 3)
+    for name, stage in (("one", "search"), ("two", "search"), ("three", "final")):
+        book.place(replace(order(name), stage=stage), "trial")
+    book.take("lane", None)
+    progress.show(book.snapshot(), scoring=0)
+    assert progress._line.startswith("model   search 0/3   lanes 1 of 1 busy")
+    book.failed("one", "failed", "no reason")
+    progress.ended(book.entries["one"])
+    text = out.getvalue()
+    assert "model: search, 3 trial(s)" in text and "one failed (no reason) (search 1/3)" in text
+    progress.stage(SimpleNamespace(name="model"), "final", 1)
+    progress.show(book.snapshot(), scoring=0)
+    assert "final 0/1" in progress._line

@@ -1,0 +1,257 @@
+"""The eval block: what it accepts and refuses, the jobs it stands for, and the checks of its files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from macdrop.errors import ConfigError, DataError
+from tune.config.eval_spec import EvalSpec, Job, jobs, parse_attack
+from tune.evaluation.check import check_files
+
+
+def write(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+CHOICE = {"context": "two and two", "choices": ["four", "five"], "label": 0}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, tune.evaluation, tune.config.eval_spec, tune.evaluation.check; "
+        "print([m for m in ('torch', 'transformers', 'lm_eval', 'datasets', 'peft', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_jobs_are_entries_times_attacks_in_file_order():
+    spec = EvalSpec.parse(
+        {
+            "attacks": ["none", "zeroing@3"],
+            "zero_shot": ["arc_easy", "piqa"],
+            "perplexity": {"text": {"data": "a.txt", "attacks": "none"}},
+            "generation": {"q": "q.jsonl"},
+        }
+    )
+    found = jobs(spec)
+    assert [job.key for job in found] == [
+        "zero_shot/arc_easy/none", "zero_shot/arc_easy/zeroing@3/base", "zero_shot/piqa/none",
+        "zero_shot/piqa/zeroing@3/base", "perplexity/text/none", "generation/q/none", "generation/q/zeroing@3/base",
+    ]  # fmt: skip
+    assert pickle.loads(pickle.dumps(found)) == found and len(set(found)) == len(found)
+
+
+def test_both_places_of_an_attack_are_two_jobs_and_the_plain_score_one():
+    spec = EvalSpec.parse({"attacks": ["none", "retaining@0"], "attack_on": "both", "zero_shot": "piqa"})
+    assert [(job.attack, job.attack_on) for job in jobs(spec)] == [
+        ("none", None), ("retaining@0", "base"), ("retaining@0", "merged"),
+    ]  # fmt: skip
+
+
+def test_an_entry_inherits_what_it_does_not_set_and_null_counts_as_set():
+    spec = EvalSpec.parse({"limit": 5, "zero_shot": {"a": {"limit": None}, "b": {"limit": 2}, "c": {}}})
+    assert [spec.inherited(spec.entry(Job("zero_shot", name)), "limit") for name in "abc"] == [None, 2, 5]
+
+
+def test_a_spec_means_the_same_when_it_is_written_and_read_back():
+    spec = EvalSpec.parse(
+        {
+            "limit": 5, "num_fewshot": 2, "attacks": ["none", "zeroing@3"],
+            "zero_shot": {"a": {}, "b": {"limit": None, "num_fewshot": 0}},
+            "perplexity": {"t": {"data": "t.txt", "attacks": "none"}},
+            "generation": {"g": {"data": "q.jsonl", "limit": "3 per category"}},
+        }
+    )  # fmt: skip
+    for again in (EvalSpec.parse(spec.model_dump(mode="json")), pickle.loads(pickle.dumps(spec))):
+        assert jobs(again) == jobs(spec)
+        for job in jobs(spec):
+            for key in (
+                ("limit", "batch_size", "num_fewshot") if job.benchmark == "zero_shot" else ("limit", "batch_size")
+            ):
+                assert again.inherited(again.entry(job), key) == spec.inherited(spec.entry(job), key), (job, key)
+
+
+def test_an_empty_block_asks_for_nothing():
+    assert jobs(EvalSpec()) == jobs(EvalSpec.parse(None)) == []
+
+
+def test_limit_per_category_can_be_written_out():
+    assert EvalSpec.parse({"generation": {"s": {"data": "q", "limit": "2 per category"}}}).generation["s"].limit == 2
+
+
+@pytest.mark.parametrize("text", ["zeroing@0", "retaining@5", "random@12", "none"])
+def test_attacks_parse(text):
+    kind, k = parse_attack(text)
+    assert text in (kind, f"{kind}@{k}")
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"atacks": ["none"]}, ["atacks", "Did you mean 'attacks'"]),
+        ({"attacks": ["zeroin@3"]}, ["zeroin@3", "Did you mean 'zeroing'"]),
+        ({"attacks": ["zeroing"]}, ["zeroing@3"]),
+        ({"attacks": ["zeroing@-1"]}, ["at least 0"]),
+        ({"attacks": []}, ["no attack"]),
+        ({"attacks": ["none", "none"]}, ["twice"]),
+        ({"attacks": 3}, ["a list of attacks"]),
+        ({"zero_shot": 3}, ["list of names"]),
+        ({"zero_shot": {"piqa": [1]}}, ["eval.zero_shot.piqa"]),
+        ({"perplexity": {"w": []}}, ["eval.perplexity.w"]),
+        ({"perplexity": {"w": {"data": []}}}, ["eval.perplexity.w.data"]),
+        ({"attack_on": "adapter"}, ["attack_on", "'adapter'"]),
+        ({"batch_size": "auto"}, ["batch_size", "whole number", "'auto'"]),
+        ({"limit": 0}, ["limit", "greater than 0"]),
+        ({"limit": 0.5}, ["limit"]),
+        ({"num_fewshot": -1}, ["num_fewshot"]),
+        ({"zero_shot": {"piqa": {"dta": "x"}}}, ["eval.zero_shot.piqa.dta", "Did you mean 'data'"]),
+        ({"zero_shot": ["piqa", "piqa"]}, ["twice"]),
+        ({"zero_shot": ["piqa", []]}, ["[] is no name"]),
+        ({"zero_shot": [3]}, ["3 is no name"]),
+        ({"zero_shot": {"piqa": {"fewshot_data": "x"}}}, ["give data"]),
+        ({"perplexity": {"w": {}}}, ["eval.perplexity.w.data"]),
+        ({"perplexity": {"w": {"data": "x", "window": 8, "stride": 8}}}, ["stride 8", "at most 7"]),
+        ({"generation": {"g": {"data": "x", "metrics": ["bleu"]}}}, ["exact_match", "'bleu'"]),
+        ({"generation": {"g": {"data": "x", "format": "spec_bench", "metrics": ["chrf"]}}}, ["references"]),
+        ({"generation": {"g": {"data": "x", "limit": "two per category"}}}, ["limit"]),
+    ],
+)
+def test_bad_blocks_are_refused_with_the_key_and_the_remedy(block, words):
+    with pytest.raises(ConfigError) as error:
+        EvalSpec.parse(block)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def checked(**block: object) -> None:
+    check_files(EvalSpec.parse(block))
+
+
+def test_good_files_pass(tmp_path):
+    (tmp_path / "text.txt").write_text("some text")
+    question = {"question_id": 1, "category": "math", "turns": ["2 + 2?"]}
+    checked(
+        zero_shot={"mine": write(tmp_path / "qa.jsonl", CHOICE), "piqa": {}, "zoo_qa": "zoo:qa"},
+        perplexity={"text": str(tmp_path / "text.txt"), "hub": {"data": "Salesforce/wikitext"}},
+        generation={
+            "spec": write(tmp_path / "spec.jsonl", question),
+            "pairs": write(tmp_path / "pairs.jsonl", {"prompt": "a", "reference": ["b", "c"]}),
+            "alpaca": write(tmp_path / "alpaca.jsonl", {"instruction": "a", "input": "", "output": "b"}),
+        },
+    )
+
+
+def test_the_same_rows_are_read_from_every_format(tmp_path):
+    import pandas as pd
+
+    from tune.data.readers import read_rows
+
+    rows = [{"prompt": "a, b\nc", "reference": "x"}, {"prompt": "d", "reference": "ü"}]
+    jsonl = write(tmp_path / "r.jsonl", *rows)
+    (tmp_path / "r.json").write_text(json.dumps(rows, indent=1))
+    pd.DataFrame(rows).to_csv(tmp_path / "r.csv", index=False)
+    pd.DataFrame(rows).to_parquet(tmp_path / "r.parquet")
+    for name in ("r.json", "r.csv", "r.parquet"):
+        assert read_rows([str(tmp_path / name)]).rows == read_rows([jsonl]).rows == rows
+    assert read_rows([jsonl, jsonl]).rows == rows + rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([CHOICE, {"context": "x", "label": 0}], ["line 2", "'choices'"]),
+        ([CHOICE, {**CHOICE, "label": 2}], ["line 2", "'label'", "0 to 1"]),
+        ([{**CHOICE, "label": "four"}], ["line 1", "'label'"]),
+        ([{**CHOICE, "choices": ["four"]}], ["at least two"]),
+        ([{"question": "x"}], ["no task of lm-eval", "'context', 'choices', 'label'"]),
+    ],
+)
+def test_bad_choice_rows_are_named_by_file_line_and_column(tmp_path, rows, words):
+    path = write(tmp_path / "qa.jsonl", *rows)
+    with pytest.raises(DataError) as error:
+        checked(zero_shot={"my_questions": path})
+    assert all(word in str(error.value) for word in ["qa.jsonl", *words]), str(error.value)
+
+
+def test_rows_that_lack_the_columns_of_an_lm_eval_task_are_named(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}, {"goal": "g", "sol1": "a"})
+    with pytest.raises(DataError, match=r"p.jsonl, line 2: no 'label', 'sol2' for lm-eval's task 'piqa'"):
+        checked(zero_shot={"piqa": path})
+
+
+def test_other_bad_files(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "reference": "b"}\n{"prompt": \n')
+    (tmp_path / "blank.txt").write_text(" \n")
+    write(tmp_path / "numbers.jsonl", {"a": 1})
+    cases = {
+        "empty.jsonl": "is empty",
+        "brokn.jsonl": "Did you mean 'broken.jsonl'",
+        "broken.jsonl": "line 2: not valid JSON",
+        "numbers.jsonl": "fit no generation format",
+        "blank.txt": "rows are read from",
+    }
+    for name, words in cases.items():
+        with pytest.raises(DataError, match=words):
+            checked(generation={"g": str(tmp_path / name)})
+    with pytest.raises(DataError, match="No text"):
+        checked(perplexity={"p": str(tmp_path / "blank.txt")})
+    with pytest.raises(ConfigError, match="nothing called 'zoo:qaa'.* Did you mean"):
+        checked(zero_shot={"x": "zoo:qaa"})
+
+
+def test_an_unknown_task_without_data_gets_the_nearest_name():
+    with pytest.raises(ConfigError, match="no task 'arc_esy'. Did you mean 'arc_easy'"):
+        checked(zero_shot=["arc_esy"])
+
+
+def test_groups_and_tags_of_lm_eval_are_known():
+    checked(zero_shot=["mmlu", "ai2_arc"])
+
+
+def test_few_shot_examples_never_come_from_the_rows_that_are_scored(tmp_path):
+    row = {"question": "q", "answer": "#### 1"}
+    data = write(tmp_path / "test.jsonl", row)
+    with pytest.raises(ConfigError, match="5 few-shot examples .*\n.*fewshot_data"):
+        checked(num_fewshot=None, zero_shot={"gsm8k": data})
+    checked(num_fewshot=None, zero_shot={"gsm8k": {"data": data, "fewshot_data": write(tmp_path / "train.jsonl", row)}})
+
+
+def test_metrics_on_questions_without_references_are_refused(tmp_path):
+    path = write(tmp_path / "s.jsonl", {"question_id": 1, "category": "c", "turns": ["t"]})
+    with pytest.raises(ConfigError, match="need references"):
+        checked(generation={"s": {"data": path, "metrics": ["chrf"]}})
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "", "reference": "a"}, "'prompt'"),
+        ({"prompt": "a", "reference": []}, "'reference'"),
+        ({"instruction": "a", "input": ""}, "'output'"),
+        ({"question_id": 1, "category": "c", "turns": "one"}, "'turns'"),
+        ({"question_id": 1, "turns": ["one"]}, "'category'"),
+    ],
+)
+def test_bad_generation_rows_are_named(tmp_path, row, column):
+    with pytest.raises(DataError, match=rf"g.jsonl, line 1.*{column}"):
+        checked(generation={"g": write(tmp_path / "g.jsonl", row)})
+
+
+def test_rows_of_our_own_format_under_a_name_of_lm_eval_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no 'answerKey', 'question' for lm-eval's task 'arc_easy'"):
+        checked(zero_shot={"arc_easy": write(tmp_path / "qa.jsonl", CHOICE)})
+
+
+def test_errors_survive_pickling(tmp_path):
+    with pytest.raises(DataError) as error:
+        checked(generation={"g": str(tmp_path / "none.jsonl")})
+    again = pickle.loads(pickle.dumps(error.value))
+    assert type(again) is DataError and str(again) == str(error.value)

@@ -1,0 +1,101 @@
+"""What a node of a cluster may lack, told with node, what and remedy; the looking itself is plain functions."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from macdrop.errors import ResourceError
+from tune.config.run_spec import RaySpec, RunSpec
+from tune.distributed.cluster.node_checks import Hub, Needs, _token, check_nodes, hub_models, look, look_at, places
+from tune.scheduling.study import studies
+from tune.storage.environment import version
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def needs(tmp_path):
+    with _token(tmp_path / "runs" / "one") as (token, word):
+        yield Needs(token, word, (), (), bf16=False, weights=0, macdrop=version("macdrop"), lag=0.0)
+
+
+def test_a_node_that_has_everything_lacks_nothing(needs, tmp_path):
+    assert look(needs) == []
+    assert os.listdir(tmp_path) == [os.path.basename(needs.token)], "beside the run folder, which is not made yet"
+
+
+def test_the_token_is_taken_away(tmp_path):
+    with _token(tmp_path):
+        assert len(list(tmp_path.iterdir())) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_node_may_lack(needs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lost = replace(needs, token=str(tmp_path / "elsewhere" / "token"))
+    assert "does not see what the head wrote" in look(lost)[0] and "all nodes mount" in look(lost)[0]
+    assert "another folder" in look(replace(needs, word="other"))[0]
+    (there,) = look(replace(needs, paths=(str(tmp_path), "data/train.jsonl")))
+    assert there.startswith("has no data/train.jsonl.") and "in full" in there
+    assert "Install the same version" in look(replace(needs, macdrop="0"))[0]
+    (hub,) = look(replace(needs, hub=(Hub("nobody/nothing", None, False),)))
+    assert hub.startswith("cannot fetch nobody/nothing: ") and "HF_HOME" in hub
+
+
+def test_storage_that_may_not_be_written_is_told(needs, monkeypatch):
+    from pathlib import Path
+
+    def refuse(self, text):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    (told,) = look(needs)
+    assert told.startswith("may not write to ") and "Mount it writable" in told
+
+
+def test_what_is_looked_for_comes_from_the_run_file(tmp_path):
+    local = tmp_path / "rows.jsonl"
+    local.write_text("{}\n")
+    raw = {
+        "model_name_or_path": "someone/model",
+        "dataset": [str(local), "zoo:train"],
+        "eval": {"zero_shot": {"qa": {"data": "zoo:qa"}}, "perplexity": {"t": str(tmp_path)}},
+    }
+    spec = RunSpec.model_validate(raw)
+    from tune.config.run_spec import dump
+
+    assert set(places(dump(spec))) == {"someone/model", str(local), str(tmp_path)}
+    assert hub_models(spec, studies(spec)) == [Hub("someone/model", None, False)]
+    assert hub_models(RunSpec(model_name_or_path="zoo:planted-llama"), []) == []
+
+
+def test_a_lone_machine_pays_nothing_and_a_node_is_named(tmp_path):
+    import ray
+
+    from tune.distributed.cluster.ray_cluster import connect
+
+    connect(RaySpec(dashboard=False))
+    try:
+        spec, told = RunSpec(model_name_or_path="zoo:planted-llama"), []
+        check_nodes(spec, studies(spec), tmp_path / "run", told.append)
+        assert not told and not list(tmp_path.iterdir())
+        look_at(ray.nodes(), spec, studies(spec), tmp_path / "run", told.append)
+        gone = {**ray.nodes()[0], "NodeID": "0" * 56}
+        look_at([gone], spec, studies(spec), tmp_path / "run", told.append)
+        assert "was lost while it was looked at" in told[0]
+        away = RunSpec(model_name_or_path="zoo:planted-llama", dataset="rows.jsonl")
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        there = tmp_path / "there"
+        there.mkdir()
+        (there / "rows.jsonl").write_text("{}\n")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ResourceError, match="has no rows.jsonl") as caught:
+            patch.chdir(there)  # where the driver is; the node's tasks run elsewhere
+            look_at(ray.nodes(), away, studies(away), tmp_path / "run", told.append)
+        assert str(caught.value).startswith(f"Node {ray.nodes()[0]['NodeManagerHostname']} (")
+        assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    finally:
+        ray.shutdown()
+        os.environ.pop("HF_HUB_OFFLINE", None)

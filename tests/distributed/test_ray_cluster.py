@@ -1,0 +1,72 @@
+"""What is said of a cluster that cannot be joined, or has no room yet."""
+
+from __future__ import annotations
+
+import pytest
+
+from macdrop.errors import ResourceError
+from tune.config.run_spec import RaySpec
+from tune.distributed.cluster import ray_cluster as cluster_state
+from tune.distributed.cluster.ray_cluster import check_cluster, token_hint
+
+
+@pytest.mark.parametrize(
+    ("mode", "file", "value", "told"),
+    [
+        (None, True, None, "wants RAY_AUTH_MODE=token here"),
+        ("disabled", False, None, "wants RAY_AUTH_MODE=token here"),
+        ("token", False, None, "There is no token in"),
+        ("token", True, None, "Is the token of this machine the cluster's?"),
+        ("token", False, "secret", "Is the token of this machine the cluster's?"),
+    ],
+)
+def test_what_the_machine_lacks_is_told_and_the_token_is_not(tmp_path, monkeypatch, mode, file, value, told):
+    token = tmp_path / "auth_token"
+    if file:
+        token.write_text("secret")
+    for name, setting in {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": value, "RAY_AUTH_TOKEN_PATH": str(token)}.items():
+        monkeypatch.delenv(name, raising=False)
+        if setting is not None:
+            monkeypatch.setenv(name, setting)
+    assert told in token_hint() and "secret" not in token_hint()
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster of one head without CPUs, of processes on this machine."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from tune.distributed.cluster.ray_cluster import connect
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        connect(RaySpec(dashboard=False, address=cluster.address))
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.cluster
+def test_a_node_is_waited_for_and_the_autoscaler_asked(nodes, monkeypatch):
+    spec = RaySpec(address=nodes.address, lanes=2, cpus_per_worker=2, resource_timeout_s=60)
+    asked, told = [], []
+    monkeypatch.setattr(cluster_state, "request_resources", lambda bundles: asked.append(bundles))
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if len(told) == 1:
+            nodes.add_node(num_cpus=3)
+
+    assert check_cluster(spec, tell) == 0.0
+    assert asked == [[{"CPU": 2.0}], []], "one lane's worker, and nothing any more once it is there"
+    assert "CPU: needs 2, there 0\nWaiting for nodes, for up to 60 s. If none will come:" in told[0]
+    assert told[1:] == [told[1]] and "CPU: needs 4, there 3\nWhat has no room waits for it." in told[1]
+
+
+@pytest.mark.cluster
+def test_a_node_that_does_not_come_is_told_with_the_sum(nodes):
+    spec = RaySpec(address=nodes.address, num_workers=3, gpus_per_worker=1, resource_timeout_s=1)
+    with pytest.raises(ResourceError, match=r"(?s)3 worker.*GPU: needs 3, there 0.*ray.resource_timeout_s = 1 s"):
+        check_cluster(spec, lambda text: None)

@@ -1,0 +1,297 @@
+"""Evaluation and judge actors that die, at work or while they are made ready: only what was in hand is done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from macdrop.errors import MacDropError
+from tune.config.eval_spec import EvalSpec, Job, jobs
+from tune.config.judge_spec import JudgeSpec
+from tune.config.run_spec import RunSpec
+from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, Member
+from tune.distributed.actors.evaluators import Item, Opening, Pool, _Evaluator
+from tune.distributed.actors.judges import ActorJudge, JudgeOpening
+from tune.evaluation.judge.prompt import Judgement, Question
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+class Fragile(Member):
+    """In the place of a real actor: writes down what it does, and dies by SIGKILL as often as the folder says."""
+
+    def _do(self, name: str) -> None:
+        with open(self.folder / "log", "a") as file:
+            file.write(f"{name} {os.getpid()}\n")
+        done = Counter(line.split()[0] for line in (self.folder / "log").read_text().splitlines())
+        told = json.loads((self.folder / "told.json").read_text())
+        if done[name] <= told["deaths"].get(name, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name in told["errors"]:
+            raise MacDropError(f"{name} cannot be done")
+
+    def prepare(self, opening) -> str:
+        self.folder = Path(opening.weights if isinstance(opening, Opening) else opening.spec.model)
+        self._do("open")
+        return str(self.folder)
+
+    def score(self, item):
+        self._do(item.tag["name"])
+        return [{"value": 1.0}], 0.0, 0
+
+    def judge(self, batch):
+        for question in batch.asked:
+            self._do(question.item)
+        return [Judgement(question, score=5) for question in batch.asked]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fragile_travels(local_ray):
+    """Ray's workers cannot import this file."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def tell(folder: Path, errors=(), **deaths: int) -> None:
+    (folder / "log").write_text("")
+    (folder / "told.json").write_text(json.dumps({"deaths": deaths, "errors": list(errors)}))
+
+
+def log(folder: Path) -> list[str]:
+    return [line.split()[0] for line in (folder / "log").read_text().splitlines()]
+
+
+def opening(folder: Path) -> Opening:
+    return Opening(None, {}, str(folder), scan=True, k=1, threads=1)
+
+
+def finish(pool: Pool) -> dict[str, str | None]:
+    """Name -> error of every result; each comes once."""
+    results = []
+    deadline = time.monotonic() + 120
+    while pool.busy and time.monotonic() < deadline:
+        results += pool.step()
+        time.sleep(0.02)
+    assert len({result.item.tag["name"] for result in results}) == len(results)
+    return {result.item.tag["name"]: result.error for result in results}
+
+
+def open_all(pool: Pool, folder: Path) -> str:
+    """Open the pool and wait for those actors, too, that it does not wait for."""
+    answer = pool.open(opening(folder))
+    deadline = time.monotonic() + 60
+    while pool._crew._coming and time.monotonic() < deadline:
+        pool.step()
+        time.sleep(0.02)
+    return answer
+
+
+@pytest.fixture
+def pool():
+    made = Pool(2, cpus=0, gpus=0, kind=Fragile)
+    yield made
+    made.close()
+
+
+def submit(pool: Pool, names: str) -> None:
+    for name in names:
+        pool.submit(Item({"name": name}, Job("perplexity", name), None, ""))
+
+
+def test_only_the_benchmark_in_hand_is_done_again_and_a_poisoned_one_is_given_up(pool, tmp_path):
+    tell(tmp_path, b=1, e=MAX_ATTEMPTS)
+    assert open_all(pool, tmp_path) == str(tmp_path)
+    submit(pool, "abcdefgh")
+    found = finish(pool)
+    assert {name for name, error in found.items() if error} == {"e"}
+    assert f"the evaluation actor died {MAX_ATTEMPTS} times" in found["e"]
+    done = Counter(log(tmp_path))
+    assert done.pop("open") <= 2 + 1 + MAX_ATTEMPTS, "each death costs one actor"
+    assert done == {name: {"b": 2, "e": MAX_ATTEMPTS}.get(name, 1) for name in "abcdefgh"}
+
+
+def test_actors_killed_while_they_open_a_model_are_replaced(pool, tmp_path):
+    tell(tmp_path, open=2)
+    open_all(pool, tmp_path)
+    submit(pool, "ab")
+    assert finish(pool) == {"a": None, "b": None}
+    tell(tmp_path, open=100)
+    with pytest.raises(MacDropError, match="(?s)3 actors died while they were made ready: .*lower ray.evaluators"):
+        pool.open(opening(tmp_path))
+    tell(tmp_path)
+    open_all(pool, tmp_path)  # the next model, say
+    submit(pool, "ab")
+    assert finish(pool) == {"a": None, "b": None} and log(tmp_path).count("open") == 2
+
+
+def test_a_replacement_that_does_not_come_up_costs_the_actor_alone_while_there_is_another(pool, tmp_path):
+    tell(tmp_path)
+    open_all(pool, tmp_path)
+    tell(tmp_path, ["open"], a=1)
+    submit(pool, "abc")
+    assert finish(pool) == {"a": None, "b": None, "c": None}
+    tell(tmp_path, ["open"], d=1)
+    submit(pool, "d")
+    with pytest.raises(MacDropError, match="open cannot be done"):
+        finish(pool)
+
+
+def test_actors_of_a_node_that_leaves_are_made_elsewhere(pool, tmp_path):
+    import ray
+
+    tell(tmp_path, b=1)
+    open_all(pool, tmp_path)
+    submit(pool, "ab")
+    pool.step()
+    before = {actor for actor, _ in pool._crew._busy.values()}
+    pool.drain([ray.get_runtime_context().get_node_id()])
+    assert finish(pool) == {"a": None, "b": None}
+    assert len(before) == 2 and not before & {*pool._crew.idle, *pool._crew._coming.values()}
+    assert log(tmp_path).count("a") == 1
+
+
+def test_actors_that_rest_hold_nothing_and_are_back_when_there_is_work(tmp_path):
+    import ray
+
+    def held() -> float:
+        return ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0)
+
+    def holds(cpus: float) -> bool:
+        deadline = time.monotonic() + 30
+        while abs(held() - cpus) > 1e-6 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return abs(held() - cpus) <= 1e-6
+
+    tell(tmp_path)
+    pool = Pool(2, cpus=0.25, gpus=0, kind=Fragile)
+    open_all(pool, tmp_path)
+    assert holds(0.5) and pool.rest() == 2 and pool.rest() == 0 and holds(0.0)
+    submit(pool, "abc")
+    assert finish(pool) == {"a": None, "b": None, "c": None} and holds(0.5)
+    assert pool.rest() == 2 and holds(0.0)
+    tell(tmp_path)
+    open_all(pool, tmp_path)  # the next model
+    assert holds(0.5) and log(tmp_path) == ["open", "open"]
+    pool.close()
+    free = Pool(1, cpus=0, gpus=0, kind=Fragile)
+    free.open(opening(tmp_path))
+    assert free.rest() == 0, "it holds nothing that another could use"
+    free.close()
+
+
+def test_actors_that_have_no_room_are_not_waited_for(tmp_path):
+    import ray
+
+    tell(tmp_path)
+    pool = Pool(2, cpus=0.6 * ray.cluster_resources()["CPU"], gpus=0, kind=Fragile)
+    for _ in range(2):
+        assert pool.open(opening(tmp_path)) == str(tmp_path)
+        submit(pool, "ab")
+        assert finish(pool) == {"a": None, "b": None}
+    assert len(pool._crew._coming) == 1 and log(tmp_path).count("open") == 2
+    pool.close()
+
+
+def test_a_judges_actors_are_as_hard_to_kill(tmp_path):
+    tell(tmp_path, **{"open": 1, "q1": 1, "q2": MAX_ATTEMPTS})
+    spec = JudgeSpec.model_construct(model=str(tmp_path), batch_size=1)
+    judge = ActorJudge(JudgeOpening(spec, 1, 60), size=1, cpus=0, gpus=0, stacks=tmp_path, kind=Fragile)
+    judged = {j.question.item: j for j in judge.judge([Question(f"q{i}", "", 1, "x") for i in range(4)])}
+    judge.close()
+    assert [judged[f"q{i}"].score for i in (0, 1, 3)] == [5, 5, 5]
+    assert f"died {MAX_ATTEMPTS} times" in judged["q2"].error
+    assert Counter(log(tmp_path)) == {"open": 2 + 1 + MAX_ATTEMPTS, "q0": 1, "q1": 2, "q2": MAX_ATTEMPTS, "q3": 1}
+
+
+def test_a_damaged_adapter_costs_its_own_scores_alone(tmp_path):
+    """A real model: the good adapter scores the same before and after a damaged one and the base."""
+    good = make_adapter(tmp_path / "good")
+    bad = make_adapter(tmp_path / "bad")
+    content = bytearray((bad / "adapter_model.safetensors").read_bytes())
+    content[-4] ^= 1
+    (bad / "adapter_model.safetensors").write_bytes(content)
+    block = EvalSpec.parse({"batch_size": 8, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
+    spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
+    pool = Pool(1, cpus=0, gpus=0)
+    pool.open(Opening(spec, {"test": block}, str(tmp_path / "weights.json"), scan=False, k=3, threads=1))
+    (job,) = jobs(block)
+    found = []
+    for number, adapter in enumerate((good, bad, None, good)):
+        pool.submit(Item({"name": number}, job, adapter and str(adapter), str(tmp_path / "run" / "a.jsonl")))
+        while pool.busy:
+            found += pool.step()
+            time.sleep(0.02)
+    pool.close()
+    first, damaged, base, again = found
+    assert "is damaged: its checksum differs" in damaged.error and not damaged.rows
+    assert first.rows == again.rows and first.rows != base.rows and not base.error
+    assert [result.item.attempts for result in found] == [1, 1, 1, 1]
+
+
+class Stuck(_Evaluator):
+    """The real one, but in the benchmark of the base its third forward pass never ends."""
+
+    def prepare(self, opening):
+        found = super().prepare(opening)
+        self.model.register_forward_hook(self._pass)
+        return found
+
+    def score(self, item):
+        self.passes, self.hangs = 0, item.adapter is None
+        return super().score(item)
+
+    def _pass(self, *_):
+        self.passes += 1
+        if self.hangs and self.passes == 3:
+            time.sleep(1000)
+
+
+def test_an_actor_that_hangs_ends_with_its_stacks_and_others_go_on(tmp_path):
+    adapter = make_adapter(tmp_path / "good")
+    block = EvalSpec.parse({"batch_size": 2, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
+    spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
+    pool = Pool(1, cpus=0, gpus=0, kind=Stuck)
+    weights = str(tmp_path / "weights.json")
+    pool.open(Opening(spec, {"test": block}, weights, scan=False, k=3, threads=1, step_timeout_s=2.0))
+    (job,) = jobs(block)
+    for name, folder in (("base", None), ("trial", str(adapter))):
+        answers = str(tmp_path / name / "answers" / "qa.jsonl")
+        pool.submit(Item({"name": name}, job, folder, answers, attempts=MAX_ATTEMPTS - 1))
+    found = {}
+    deadline = time.monotonic() + 120
+    while pool.busy and time.monotonic() < deadline:
+        found |= {result.item.tag["name"]: result for result in pool.step()}
+        time.sleep(0.02)
+    pool.close()
+    stacks = tmp_path / "base" / "stacks" / "score-qa.txt"
+    told = f"died {MAX_ATTEMPTS} times: no forward pass began within ray.step_timeout_s = 2 s, see {stacks}"
+    assert told in found["base"].error and "in _pass" in stacks.read_text()
+    assert found["trial"].rows and not (tmp_path / "trial" / "stacks").exists()
+
+
+def make_adapter(folder: Path) -> Path:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from macdrop import load_model
+    from tune.training.checkpoint import commit
+    from tune.zoo.catalog import resolve
+
+    torch.manual_seed(1)
+    model = get_peft_model(load_model(resolve("zoo:planted-llama")), LoraConfig(r=2, target_modules=["gate_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    model.save_pretrained(folder.with_name(f"staging-{folder.name}"))
+    commit(folder.with_name(f"staging-{folder.name}"), folder)
+    return folder

@@ -1,0 +1,230 @@
+"""Lanes through everything: worker killed, worker stopped, controller killed, and none of it seen in the bytes.
+
+One order is trained undisturbed, then the same fine-tuning under the disturbances, by lanes of two workers under
+ZeRO-2. Two lanes are wanted and there is room for one: whenever it falls, the other takes its place. The order book and
+the lanes are the real ones; Tune and the evaluators, which only wait beside them, are left out. All of it happens
+without a dashboard and beside a second Ray: either is enough for Ray Train's own cleaner to leave placement groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.lane_scene import Scene, scene_of
+from helpers.small import SMALL
+
+from macdrop.errors import ResourceError
+from tune.config.run_spec import RaySpec, TrainSpec
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
+
+#: Long beside a micro-step of the tiny model, also on a busy machine.
+STEP_TIMEOUT_S = 5.0
+WIDTH = 2
+RAY = RaySpec(
+    dashboard=False,
+    lanes=2,
+    num_workers=WIDTH,
+    cpus_per_worker=round(0.6 * (os.cpu_count() or 1) / WIDTH, 2),
+    step_timeout_s=STEP_TIMEOUT_S,
+)
+SETTINGS = {**SMALL, "val_size": 0, "eval_steps": None, "zero_stage": 2, "max_steps": 300, "save_steps": 20}
+SPEC = TrainSpec(**SETTINGS, macdrop={"p0": 0.0}).canonical()
+
+
+def worker() -> int:
+    """The process of one of the workers."""
+    return _actors("RayTrainWorker")[-1].pid
+
+
+def leader() -> int:
+    """The process of the controller whose lane has its resources."""
+    from tune.distributed.cluster.placement_groups import _groups
+
+    makers = [group.creator_actor_id for group in _groups() if group.state == group.CREATED]
+    return next(row.pid for row in _actors("TrainController") if row.actor_id in makers)
+
+
+def _actors(kind: str) -> list[Any]:
+    from tune.distributed.cluster.placement_groups import _actors
+
+    return _actors(kind)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+SECOND = """
+import ray, sys
+ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def second_ray() -> Iterator[subprocess.Popen]:
+    """Another Ray on this machine, as long as its process has an input."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SECOND], **pipes) as process:
+        assert process.stdout.readline() == "up\n"
+        yield process
+
+
+@pytest.fixture(scope="module")
+def storm(second_ray, tmp_path_factory) -> Scene:
+    import ray
+
+    from tune.distributed.cluster.placement_groups import _groups
+    from tune.distributed.lanes import lane_pool
+
+    @ray.remote(num_cpus=WIDTH * RAY.cpus_per_worker)
+    class Evaluator:
+        """Holds what a lane held."""
+
+    with scene_of(tmp_path_factory.mktemp("storm"), RAY) as scene:
+        scene.place("calm", SPEC, WIDTH)
+        started = time.monotonic()
+        scene.lanes.open()
+        scene.reach("calm", "running", 1)
+        scene.recovered["start"] = time.monotonic() - started
+        scene.reach("calm", "trained")
+        scene.place("storm", SPEC, WIDTH)
+        scene.disturb("worker killed", 60, lambda: os.kill(worker(), signal.SIGKILL))
+        scene.disturb("worker stopped", 120, lambda: os.kill(worker(), signal.SIGSTOP))
+        scene.disturb("controller killed", 180, lambda: os.kill(leader(), signal.SIGKILL))
+        scene.reach("storm", "trained")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lane_pool, "ROOM_AFTER_S", 0.0)
+            evaluator = Evaluator.remote()
+            scene.wait(lambda snapshot: any(row.pid for row in _actors("Evaluator")), scoring=True)
+            scene.evaluator_lived = True
+            del evaluator
+    assert second_ray.poll() is None
+    scene.left = _groups() + _actors("TrainController") + _actors("RayTrainWorker")
+    print({name: f"{seconds:.1f} s" for name, seconds in scene.recovered.items()})
+    print("groups gone:", {name: f"{seconds:.1f} s" for name, seconds in scene.reaped.items()})
+    return scene
+
+
+def test_the_adapter_is_that_of_an_undisturbed_run(storm):
+    assert digest(storm.folder / "trials" / "calm") == digest(storm.folder / "trials" / "storm")
+
+
+def test_every_loss_is_told(storm):
+    killed, hung, headless = storm.reasons
+    assert killed.startswith("Worker") and killed.endswith("was killed, or crashed.")
+    assert "ray.step_timeout_s = 5 s" in hung and "trials/storm/stacks/rank-" in hung
+    assert headless.startswith("The process that leads the lane's workers (process")
+
+
+def test_a_hang_leaves_the_stack_of_the_rank_that_waited(storm):
+    (file,) = (storm.folder / "trials" / "storm" / "stacks").iterdir()
+    told = file.read_text()
+    assert "Timeout" in told and "finetune.py" in told
+    assert not (storm.folder / "trials" / "calm" / "stacks").exists()
+
+
+def test_a_lane_that_waits_for_resources_is_no_failure(storm):
+    assert storm.most_up == 1
+
+
+def test_no_process_and_no_placement_group_outlives_its_lane(storm):
+    assert set(storm.reaped) == {"worker killed", "worker stopped", "controller killed"} and storm.left == []
+
+
+def test_evaluators_get_the_resources_of_an_idle_lane(storm):
+    assert storm.evaluator_lived
+
+
+def test_what_nothing_fits_is_said_with_the_way_to_go_on(tmp_path):
+    from tune.distributed.cluster.placement_groups import _groups
+
+    spec = RAY.model_copy(update={"cpus_per_worker": 1000.0, "resource_timeout_s": 1.0, "lanes": 1})
+    with scene_of(tmp_path, spec) as scene:
+        scene.lanes.open()
+        until = time.monotonic() + 3 * spec.patience_s
+        while time.monotonic() < until:  # what is being scored may make room
+            scene.lanes.check(scene.call("snapshot"), working=True)
+            time.sleep(0.05)
+        assert scene.lanes.starving
+        with pytest.raises(ResourceError, match="of 1000 CPU.s. within ray.resource_timeout_s = 1 s") as error:
+            scene.wait(lambda snapshot: False)
+    assert "In use" in str(error.value) and f"macdrop sweep --resume output_dir={tmp_path}" in str(error.value)
+    assert _groups() == [] and _actors("TrainController") == []
+
+
+def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_path, monkeypatch):
+    from tune.cli.progress import Progress
+    from tune.config.run_spec import RunSpec, dump
+    from tune.distributed.actors.actor_pool import Member
+    from tune.distributed.actors.evaluators import Opening, Pool
+    from tune.distributed.lanes import lane_pool
+    from tune.distributed.sweep import controller
+    from tune.scheduling.study import studies
+    from tune.storage.run_folder import Journal
+
+    class Evaluator(Member):
+        def prepare(self, opening: Opening) -> str:
+            return opening.weights
+
+    monkeypatch.setattr(lane_pool, "ROOM_AFTER_S", 0.0)
+    monkeypatch.setattr(controller, "STARTING_S", 0.0)
+    run = RunSpec(**SMALL, sweep={"arms": ["plain"], "seeds": 0})
+    journal = Journal.create(tmp_path / "run", dump(run))
+    (study,) = studies(run)
+    with scene_of(journal.run_dir, RAY.model_copy(update={"lanes": 1})) as scene:
+        scene.lanes.open()
+        scene.wait(lambda snapshot: bool(snapshot["lanes"]))
+        pool = Pool(1, cpus=WIDTH * RAY.cpus_per_worker, gpus=0, kind=Evaluator)
+        supervisor = controller.Supervisor(journal, scene.dispatcher, scene.lanes, pool, {}, Progress())
+        try:
+            assert supervisor.open(study, Opening(run, {}, "weights", scan=False, k=1, threads=1)) == "weights"
+            assert not scene.call("snapshot")["lanes"]
+            supervisor.check()
+        finally:
+            supervisor.close()
+            pool.close()
+
+
+def test_the_control_store_tells_what_the_reaper_asks_it():
+    """Ray's private tables and accessors, and the cleaner that the reaper replaces: here a new Ray is found out."""
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from tune.distributed.cluster.placement_groups import Trainer, draining, orphans, reap
+
+    @ray.remote(num_cpus=0)
+    class Maker:
+        def make(self) -> None:
+            self.group = ray.util.placement_group([{"CPU": 0.1}])
+            ray.get(self.group.ready())
+
+    maker = Maker.remote()
+    ray.get(maker.make.remote())
+    own = ray.util.placement_group([{"CPU": 0.1}])  # as Tune makes them: by the driver, no actor
+    ray.get(own.ready())
+    assert orphans() == [] and draining() == []
+    ray.kill(maker)
+    deadline = time.monotonic() + 30
+    while not (found := orphans()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(found) == 1 and reap() == 1
+    while orphans() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert orphans() == [] and ray.util.placement_group_table(own)["state"] == "CREATED"
+    ray.util.remove_placement_group(own)
+    runs = [kind(print, scaling_config=ScalingConfig()) for kind in (TorchTrainer, Trainer)]
+    kinds = [{type(callback).__name__ for callback in run._create_default_callbacks()} for run in runs]
+    assert kinds[0] - kinds[1] == {"PlacementGroupCleanerCallback"} and kinds[1] < kinds[0]

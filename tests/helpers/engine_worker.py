@@ -1,0 +1,75 @@
+"""One rank of the engine proofs; `test_engine.py` starts two and reads what rank 0 writes.
+
+Run as ``engine_worker.py RANK WORLD PORT OUT CASE...``. For each case: engine 1 trains A, then B (engine reused), then
+B interrupted and resumed; engine 2, fresh, trains B. Losses and the digest of the final state are written for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+RANK, WORLD, PORT, OUT, CASES = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5:]
+os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
+os.environ.update(MASTER_PORT=PORT, DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+
+import torch.distributed as dist  # noqa: E402
+
+from helpers.engine_cases import INTERRUPTED_AFTER, spec  # noqa: E402
+from tune.cli.train import scanned  # noqa: E402
+from tune.data import dataset as data  # noqa: E402
+from tune.training.engine import Engine  # noqa: E402
+from tune.training.finetune import finetune  # noqa: E402
+from tune.training.process_group import prepare_process  # noqa: E402
+
+
+def digest(engine: Engine) -> str:
+    """Weights, both moments, and Adam's steps, to the bit."""
+    state = engine.read_state(0, {})
+    whole = hashlib.sha256()
+    for part in (state.weights, state.exp_avg, state.exp_avg_sq):
+        for name in sorted(part):
+            whole.update(part[name].numpy().tobytes())
+    steps = sorted(float(entry["step"]) for entry in engine._inner_optimizer().state.values())
+    return whole.hexdigest() + str(steps)
+
+
+def train(engine: Engine, wanted, folder: Path, *, stop_after: int | None = None) -> dict:
+    losses = []
+
+    def observe(metrics: dict) -> str:
+        losses.append((metrics["step"], metrics["loss"], metrics["grad_norm"], metrics["entries_dropped"]))
+        return "stop" if stop_after is not None and metrics["step"] >= stop_after else "go_on"
+
+    prepared = data.load(data.prepare(wanted, engine.tokenizer, OUT / "data"))
+    outcome = finetune(engine, wanted, prepared, folder, weights=scanned(wanted), observe=observe)
+    return {"losses": losses, "digest": digest(engine), "outcome": asdict(outcome)}
+
+
+def run(case: str) -> dict:
+    first, second = spec(case, seed=1, p0=0.8), spec(case, seed=2, p0=0.5)
+    engine = Engine(first)
+    found = {
+        "stage": engine.engine.zero_optimization_stage(),
+        "a": train(engine, first, OUT / case / "a"),
+        "b reused": train(engine, second, OUT / case / "b-reused"),
+        "b interrupted": train(engine, second, OUT / case / "b-cut", stop_after=INTERRUPTED_AFTER),
+    }
+    # Another fine-tuning comes between, as in a lane.
+    found["a again"] = train(engine, first, OUT / case / "a-again")
+    found["b resumed"] = train(engine, second, OUT / case / "b-cut")
+    found["b fresh"] = train(Engine(second), second, OUT / case / "b-fresh")
+    return found
+
+
+if __name__ == "__main__":
+    prepare_process()
+    results = {case: run(case) for case in CASES}
+    if RANK == 0:
+        (OUT / "results.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()

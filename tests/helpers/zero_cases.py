@@ -1,0 +1,47 @@
+"""What the ZeRO-3 proof trains, shared by its ranks and by the reference beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from helpers import tiny
+
+P, SEED, ACCUMULATION, WORLD = 0.7, 3, 2, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str = "llama"
+    dora: bool = False
+    dropout: float = 0.0
+    checkpointing: bool | None = None  # None: off; else use_reentrant
+    attach_first: bool = False  # before deepspeed.initialize
+    scope: str = "massive"
+
+
+CASES = {
+    "lora": Case(),
+    "lora, re-entrant checkpointing": Case(checkpointing=True),
+    "dora": Case(dora=True),
+    "dora, checkpointing": Case(dora=True, checkpointing=False),
+    "dora, dropout, attached first": Case(dora=True, dropout=0.3, attach_first=True),
+    "fused": Case("phi3"),
+    "conv1d, dora, dropout": Case("gpt2", dora=True, dropout=0.3),
+    "random rows, dora": Case(dora=True, scope="random"),
+    "activations, checkpointing": Case(checkpointing=False, scope="activations"),
+    "experts": Case("mixtral"),
+}
+
+
+def build(case: Case) -> torch.nn.Module:
+    model = tiny.lora(tiny.build(case.family), use_dora=case.dora, lora_dropout=case.dropout)
+    if case.checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case.checkpointing})
+        model.enable_input_require_grads()
+    return model
+
+
+def micro_batch(rank: int, index: int) -> dict[str, torch.Tensor]:
+    return tiny.batch(10 * rank + index)

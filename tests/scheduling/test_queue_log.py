@@ -1,0 +1,206 @@
+"""A book made again from its log equals the one that died: random calls, repeated calls, a log cut at any byte."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as some
+
+from macdrop.errors import ResourceError
+from tune.scheduling import queue_log as order_log
+from tune.scheduling.queue import FINAL, Order, OrderBook
+from tune.scheduling.queue_log import LoggedBook
+from tune.storage.run_folder import STAGES
+
+NAMES, LANES, NODES, FOLLOWERS = ("a", "b", "c"), ("l", "m"), ("n1", "n2"), ("tom", "ann")
+
+
+def order(name: str, stage: str = "search") -> Order:
+    spec = {"seed": 0, "macdrop": {"p0": 0.8, "exclude": []}}
+    return Order(name, "s", spec, f"/{name}", "/data", None, "e", 1, stage, {"k": 1}, {"learning_rate": 1e-3})
+
+
+def steps(status: str) -> dict:
+    return {"status": status, "step": 2, "total_steps": 4, "eval_loss": 1.0}
+
+
+def method(name: str, *arguments: some.SearchStrategy) -> some.SearchStrategy:
+    return some.tuples(some.just(name), some.tuples(*arguments))
+
+
+def metrics(step: int, loss: float | None) -> dict:
+    return {"step": step, "loss": 1.5} | ({} if loss is None else {"eval_loss": loss})
+
+
+names, lanes, nodes, followers = map(some.sampled_from, (NAMES, LANES, NODES, FOLLOWERS))
+lane_or_none = some.none() | lanes
+ends = some.builds(steps, some.sampled_from(["done", "stopped", "left"]))
+CALLS = some.one_of(
+    method("place", some.builds(order, names, some.sampled_from(STAGES)), followers),
+    method("place", some.builds(order, names), followers, some.just([metrics(1, 2.5)])),
+    method("record", some.builds(order, names), some.sampled_from(sorted({"trained", *FINAL})), ends, some.none()),
+    method("cancel", names, followers, some.none() | some.integers(1, 4)),
+    method("abandon", some.just("s"), followers),
+    method("poll", names, some.integers(-1, 4)),
+    method("lane_up", lanes, some.just(1), some.just("host"), some.lists(nodes, max_size=2)),
+    method("lane_down", lanes, some.just("its node died")),
+    method("take", lanes, some.none() | some.just("e")),
+    method("closing", lanes),
+    method("close", lanes),
+    method("drain", some.lists(nodes, max_size=2)),
+    method("progress", names, some.builds(metrics, some.integers(1, 4), some.none() | some.floats()), lane_or_none),
+    method("trained", names, ends, lane_or_none),
+    method("failed", names, some.sampled_from(["failed", "diverged"]), some.just("why"), lane_or_none),
+    method("lost", names, some.just("why"), some.integers(1, 4)),
+    method("scored", names, some.just({"qa/acc": 0.1 + 0.2}), some.none()),
+    method("changes", some.integers(0, 9)),
+    method("snapshot"),
+)
+#: What lanes do most, about two orders only, so that one call meets the other.
+few = some.sampled_from(NAMES[:2])
+WORK = some.one_of(
+    method("take", lanes, some.none()),
+    method("trained", few, ends, lane_or_none),
+    method("lane_down", lanes, some.just("died")),
+)
+#: Sequences that come far: two lanes are up and the orders are placed.
+BEGUN = [("lane_up", (lane, 1, "host", [node])) for lane, node in zip(LANES, NODES, strict=True)]
+BEGUN += [("place", (order(name), "tom")) for name in NAMES[:2]]
+SEQUENCES = some.lists(CALLS | WORK, max_size=40).map(lambda calls: BEGUN + calls)
+
+
+def replay(book: LoggedBook, calls: list) -> list:
+    """The answers to calls; what a book refuses changes nothing."""
+    answers = []
+    for name, arguments in calls:
+        with suppress(KeyError):
+            answers.append(book.call(name, *arguments))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def folder():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def fresh(folder: Path) -> Path:
+    file = folder / "orders.jsonl"
+    file.write_text("")
+    return file
+
+
+@settings(deadline=None)
+@given(calls=SEQUENCES)
+def test_a_book_made_again_equals_the_one_that_died(folder, calls):
+    file = fresh(folder)
+    live = LoggedBook(file)
+    replay(live, calls)
+    again = LoggedBook(file)
+    assert again.book == live.book
+    assert again.call("changes", 0) == live.call("changes", 0)
+    # Both go on alike, but for the metrics shown of steps without a validation.
+    calls = [each for each in calls if each[0] != "snapshot"]
+    assert replay(again, calls) == replay(live, calls) and again.book == live.book
+
+
+@settings(deadline=None)
+@given(calls=SEQUENCES)
+def test_calls_that_come_twice_change_nothing(calls):
+    once, repeated = OrderBook(), OrderBook()
+    for name, arguments in calls:
+        answers = []
+        for book in (once, repeated, repeated):
+            with suppress(KeyError):
+                answers.append(copy.deepcopy(getattr(book, name)(*arguments)))
+        assert all(answer == answers[0] for answer in answers)
+        assert once == repeated
+
+
+@settings(deadline=None)
+@given(calls=SEQUENCES, cut=some.integers(0, 1 << 20))
+@example(calls=[*BEGUN, ("progress", ("a", {"step": 1, "loss": 1.5, "eval_loss": math.inf}, None))], cut=0)
+def test_a_log_cut_at_any_byte_is_the_log_of_the_calls_before(folder, calls, cut):
+    file = fresh(folder)
+    live, expected = LoggedBook(file), OrderBook()
+    replay(live, calls)
+    whole = file.read_bytes()
+    kept = whole[: cut % (len(whole) + 1)]
+    file.write_bytes(kept)
+    again = LoggedBook(file)
+    lines = whole.splitlines(keepends=True)
+    count = kept.count(b"\n")
+    # The same calls to a book without a log, up to the cut.
+    for line in lines[:count]:
+        row = json.loads(line)
+        getattr(expected, row["method"])(*map(order_log._read, row["arguments"]))
+    assert again.book == expected
+    # Whoever had no answer asks again: the file is whole from the cut on.
+    for line in lines[count:]:
+        row = json.loads(line)
+        again.call(row["method"], *map(order_log._read, row["arguments"]))
+    assert file.read_bytes() == whole and again.book == live.book
+
+
+def test_what_changes_nothing_leaves_no_line(tmp_path):
+    file = fresh(tmp_path)
+    book = LoggedBook(file)
+    replay(book, BEGUN)
+    book.call("take", "l", None)
+    size = file.stat().st_size
+    for name, *arguments in (
+        *(("poll", "a", -1), ("snapshot",), ("changes", 0), ("closing", "l")),
+        ("progress", "a", {"step": 1, "loss": 2.0}, "l"),
+    ):
+        book.call(name, *arguments)
+    assert file.stat().st_size == size and book.call("snapshot")["orders"][0]["last"]["loss"] == 2.0
+    book.call("close", "m")
+    assert book.call("take", "m", None) is None and json.loads(file.read_text().splitlines()[-1])["method"] == "close"
+
+
+def test_a_damaged_line_is_refused_with_its_place(tmp_path):
+    file = fresh(tmp_path)
+    replay(LoggedBook(file), BEGUN)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], "{oops\n", *lines[1:]]))
+    with pytest.raises(ValueError, match="line 2"):
+        LoggedBook(file)
+
+
+def test_a_log_that_is_gone_is_not_taken_for_an_empty_one(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        LoggedBook(tmp_path / "orders.jsonl")
+
+
+def test_a_full_disk_delays_the_log_and_nothing_else(tmp_path, monkeypatch):
+    file = fresh(tmp_path)
+    book = LoggedBook(file)
+
+    def full(*arguments):
+        raise ResourceError("The disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(order_log, "append_jsonl", full)
+        replay(book, BEGUN[:2])
+    file.rename(file.with_name("elsewhere"))  # and its storage goes, too
+    replay(book, BEGUN[2:3])
+    assert not file.exists()
+    file.with_name("elsewhere").rename(file)
+    assert not file.read_text()
+    replay(book, BEGUN[3:])
+    assert LoggedBook(file).book == book.book and len(file.read_text().splitlines()) == len(BEGUN)
+
+
+def test_an_order_is_read_as_it_was_written(tmp_path):
+    file = fresh(tmp_path)
+    LoggedBook(file).call("place", order("a"), "tom")
+    (entry,) = LoggedBook(file).book.entries.values()
+    assert entry.order == order("a") and asdict(entry.order) == asdict(order("a"))

@@ -1,0 +1,171 @@
+"""Damaged run folders: every file, cut off or garbage. Mended, made again or refused, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.run_folders import make_resumable_run
+
+from macdrop.errors import ConfigError
+from tune.config.run_spec import RunSpec
+from tune.scheduling import history as past
+from tune.scheduling.selection import final_specs
+from tune.storage.repair import check_run, mend
+from tune.storage.run_folder import Journal
+from tune.training.checkpoint import newest
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2 - 3],
+    "garbage": lambda data: bytes((7 * i + 131) % 256 for i in range(len(data))),
+    "another's": lambda data: b'{"some": ["other", "file"]}\n',
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A finished run of one model, its trials named by their content, with adapters, checkpoints and draws."""
+    folder = make_resumable_run(tmp_path_factory.mktemp("runs") / "made")
+    assert mend(folder) == [], "nothing is damaged"
+    return folder
+
+
+def first(folder: Path, stage: str, pattern: str) -> Path:
+    found = [
+        file
+        for file in sorted(folder.glob(f"trials/*/{pattern}"))
+        if json.loads(
+            (folder / "trials" / file.relative_to(folder / "trials").parts[0] / "trial.json").read_text()
+        ).items()
+        >= {"stage": stage, "status": "done"}.items()
+    ]
+    return found[0]
+
+
+#: name -> the file, and what is said of it.
+FILES = {
+    "run.json": (lambda folder: folder / "run.json", "anew from config.yaml"),
+    "config.yaml": (lambda folder: folder / "config.yaml", "anew as the run was started"),
+    "environment.json": (lambda folder: folder / "environment.json", ""),
+    "scores.jsonl": (lambda folder: folder / "scores.jsonl", "scored again"),
+    "finalists.json": (lambda folder: next(folder.glob("models/*/finalists.json")), "selected again"),
+    "massive_weights.json": (lambda folder: next(folder.glob("models/*/massive_weights.json")), "found again"),
+    "proof.json": (lambda folder: next(folder.glob("models/*/proof.json")), "made again"),
+    "search_time.json": (lambda folder: next(folder.glob("models/*/search_time.json")), "counted anew"),
+    "draws.jsonl": (lambda folder: next(folder.glob("models/*/draws.jsonl")), "drawn again"),
+    "trial.json": (lambda folder: first(folder, "final", "trial.json"), "trained again"),
+    "trial's config.yaml": (lambda folder: first(folder, "final", "config.yaml"), "trained again"),
+    "metrics.jsonl": (lambda folder: first(folder, "final", "metrics.jsonl"), "gap"),
+    "answers": (lambda folder: first(folder, "final", "answers/zero_shot-qa-none.jsonl"), "made again"),
+    "adapter": (lambda folder: first(folder, "final", "adapter/adapter_model.safetensors"), "trained again"),
+    "manifest": (lambda folder: first(folder, "search", "adapter/MANIFEST.json"), "trained again"),
+    "checkpoint": (lambda folder: first(folder, "final", "checkpoints/*/adapter_model.safetensors"), ""),
+}
+#: What is appended line by line loses what was torn without a word.
+APPENDED = ("scores.jsonl", "draws.jsonl", "metrics.jsonl")
+
+
+@pytest.fixture
+def folder(whole, tmp_path) -> Path:
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_mended_or_made_again(folder, name, damage):
+    find, told = FILES[name]
+    file = find(folder)
+    journal = Journal(folder)
+    before = {record["trial"]: record for record in journal.trials()}
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    notes = mend(folder)
+    torn = (name in APPENDED and damage in ("empty", "half")) or (name, damage) == ("answers", "another's")
+    if told and not torn:
+        assert any(told in note and file.parents[0].name in note for note in notes), notes
+        assert list(folder.rglob("*.damaged")), "the damaged file is kept"
+    assert mend(folder) == [], "all of it is mended at once"
+    journal = Journal.open(folder)
+    if name == "answers":
+        scored = {row["trial"] for row in journal.score_rows() if row["task"] == "qa"}
+        assert (file.parents[1].name in scored) == torn, "scores go with their answers"
+    after = {record["trial"]: record for record in journal.trials()}
+    assert journal.run()["status"] and journal.score_rows() is not None
+    assert RunSpec.model_validate(journal.config()) and flat_equal(journal, before, after, name)
+    for trial in after:
+        journal.trial(trial).metrics()
+    found = journal.finding(journal.finalists_file("zoo:planted-llama"))
+    assert found is None or final_specs(found)
+
+
+def flat_equal(journal: Journal, before: dict, after: dict, name: str) -> bool:
+    """Only the trial that was hit is open again; of all others nothing has changed."""
+    hit = {trial for trial, record in before.items() if after.get(trial) != record}
+    if name in ("trial.json", "trial's config.yaml", "adapter", "manifest"):
+        (trial,) = hit
+        again = after.get(trial, {"status": "pending"})
+        standing = past.standing({"status": "running", **again}, adapter=False, scored=True)
+        return again["status"] != "done" and standing is None
+    return not hit
+
+
+def test_a_checkpoint_that_is_damaged_is_passed_over(folder):
+    file = FILES["checkpoint"][0](folder)
+    root = file.parents[1]
+    assert newest(root) == file.parent
+    file.write_bytes(b"")
+    assert mend(folder) == [] and newest(root) is None
+
+
+def test_a_run_file_cut_off_is_another_run_and_not_taken_for_it(folder):
+    """At every line end: what is left may be a valid run file."""
+    text = (folder / "config.yaml").read_text()
+    whole = yaml.safe_load(text)
+    lines = text.splitlines(keepends=True)
+    for end in range(0, len(lines), 20):
+        (folder / "config.yaml").write_text("".join(lines[:end]))
+        assert mend(folder) and Journal.open(folder).config() == whole
+        (folder / "config.yaml").write_text("".join(lines[:end]))
+        about = (folder / "run.json").read_text()
+        (folder / "run.json").write_text(about[: len(about) // 2])
+        with pytest.raises(ConfigError, match="(?s)run.json and .*config.yaml are damaged.*Put a copy"):
+            mend(folder)
+        (folder / "run.json").write_text(about)
+
+
+def test_rows_written_together_are_taken_out_together(folder):
+    scores = folder / "scores.jsonl"
+    rows = [dict(model="m", trial="x", arm="plain", seed=0, benchmark="zero_shot", task="qa", metric=m, attack="none",
+                 attack_on=None, value=0.125) for m in ("acc", "acc_norm")]  # fmt: skip
+    before = len(Journal(folder).score_rows())
+    Journal(folder).add_scores(rows)
+    Journal(folder).add_scores([{**rows[0], "trial": "y"}])
+    scores.write_text(
+        scores.read_text().replace('"acc_norm", "attack": "none", "attack_on": null, "value": 0.125', "x")
+    )
+    (note,) = mend(folder)
+    assert "scored again" in note
+    assert [row["trial"] for row in Journal(folder).score_rows()[before:]] == ["y"]
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "trials").mkdir()
+    for folder, word in (("none", "no such folder"), ("other", "no run.json")):
+        with pytest.raises(ConfigError, match=word):
+            check_run(tmp_path / folder)
+
+
+@pytest.mark.parametrize("damage", [("settings", True), ("value", "0.5"), ("arm", None), ("split", 1)])
+def test_a_score_that_readers_refuse_is_taken_out(folder, damage):
+    scores = folder / "scores.jsonl"
+    whole = Journal(folder).score_rows()
+    first, *rest = scores.read_text().splitlines(keepends=True)
+    scores.write_text("".join([json.dumps(json.loads(first) | dict([damage])) + "\n", *rest]))
+    (note,) = mend(folder)
+    assert "scored again" in note
+    assert Journal(folder).score_rows() == whole[1:]

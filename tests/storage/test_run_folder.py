@@ -1,0 +1,280 @@
+"""tune.storage.run_folder and tune.storage.atomic: whole or nothing, readable without Ray, safe from many writers."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pandas
+import pytest
+import yaml
+
+from macdrop.errors import ConfigError, ResourceError
+from tune.storage import atomic as files
+from tune.storage.run_folder import SCORE_COLUMNS, Journal
+
+SPEC = {"model_name_or_path": "zoo:planted-llama", "macdrop": {"k": 5, "p0": 0.8}, "learning_rate": 1e-4}
+
+
+def score(**changes) -> dict:
+    row = dict(model="m", arm="plain", trial="t1", seed=0, benchmark="zero_shot", task="qa", metric="acc")
+    row.update(attack="none", attack_on=None, value=0.5, stderr=0.1, n=60, higher_is_better=True)
+    return {**row, **changes}
+
+
+@pytest.fixture
+def journal(tmp_path) -> Journal:
+    return Journal.create(tmp_path / "run", SPEC, command="macdrop sweep x.yaml")
+
+
+# --- the run ---
+
+
+def test_a_run_folder_comes_back_as_it_was_made(journal):
+    again = Journal.open(journal.run_dir)
+    assert again.config() == SPEC
+    assert again.run()["status"] == "running" and again.run()["command"] == "macdrop sweep x.yaml"
+    assert again.run()["macdrop"] and again.run()["name"] == "run"
+    journal.set_status("done")
+    assert again.run()["status"] == "done" and again.run()["finished"] >= again.run()["created"]
+    journal.set_status("running")  # resumed
+    assert "finished" not in again.run()
+    assert again.trials() == [] and list(again.scores().columns) == list(SCORE_COLUMNS)
+    assert pickle.loads(pickle.dumps(journal)).config() == SPEC
+
+
+def test_create_refuses_a_folder_with_anything_in_it(tmp_path, journal):
+    before = sorted(journal.run_dir.iterdir())
+    with pytest.raises(ConfigError, match="--resume"):
+        Journal.create(journal.run_dir, {})
+    assert sorted(journal.run_dir.iterdir()) == before and journal.config() == SPEC
+    (tmp_path / "other").mkdir()
+    Journal.create(tmp_path / "other", {})  # an empty folder will do
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output_dir"):
+        Journal.create(tmp_path / "file", {})
+
+
+def test_open_refuses_what_is_no_run(tmp_path, journal):
+    for path, word in [(tmp_path / "nothing", "no such folder"), (tmp_path, "no run.json")]:
+        with pytest.raises(ConfigError, match=word):
+            Journal.open(path)
+    (journal.run_dir / "run.json").write_text('{"name": ')
+    with pytest.raises(ConfigError, match="damaged"):
+        Journal.open(journal.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"model_name_or_path": True}, "model_name_or_path must be a text, not True"),
+        ({"sweep": True}, "sweep must be a block of keys, not True"),
+        ({"sweep": {"models": [True, "b/two"]}}, "sweep.models.0 must be a block of keys, not True"),
+        ({"sweep": {"metric": [{"name": 3}]}}, "sweep.metric.0.name must be a text, not 3"),
+        ({"sweep": {"models": True}}, "sweep.models must be"),
+        ({"eval": {"zero_shot": {"qa": 3}}, "ray": "x"}, "eval.zero_shot.qa must be a block of keys, not 3"),
+    ],
+)
+def test_who_only_reads_gets_the_spec_without_what_none_can_hold(journal, damage, told):
+    from tune.report.report import make_report
+
+    (journal.run_dir / "config.yaml").write_text(yaml.safe_dump({"seed": 3, "of_another_version": 1, **damage}))
+    assert journal.config().keys() == {"seed", "of_another_version", *damage}, "who works on it sees all of it"
+    reader = Journal.open(journal.run_dir, lenient=True)
+    config = reader.config()
+    assert config["seed"] == 3 and config["of_another_version"] == 1
+    assert reader.config() == config and told in "".join(reader.problems)
+    assert len(reader.problems) == (2 if "ray" in damage else 1)
+    assert "damaged" in make_report(journal.run_dir).markdown()
+
+
+def test_environment_names_versions_and_hardware(journal):
+    found = journal.write_environment()
+    assert journal.environment() == found
+    assert found["versions"]["torch"] and found["cpus"] >= 1 and found["memory_gib"] > 0
+    assert isinstance(found["gpus"], list)
+
+
+def test_a_model_has_one_folder_by_either_name(journal):
+    assert journal.model_dir("meta-llama/Llama-3") == journal.model_dir("Llama-3")
+    assert journal.massive_weights_file("zoo:planted-llama").parent == journal.run_dir / "models" / "planted-llama"
+    assert journal.answers_dir("m", "base") == journal.model_dir("m") / "answers"
+    assert journal.answers_dir("m", "t1") == journal.trial("t1").folder / "answers"
+
+
+# --- trials ---
+
+
+def test_a_trial_from_start_to_end(journal):
+    trial = journal.trial("macdrop-1")
+    assert trial.status == "pending"
+    trial.start({"learning_rate": 1e-4}, model="m", arm="macdrop", seed=3)
+    assert trial.status == "running"
+    trial.log([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan"), "p": np.float32(0.5)}])
+    trial.finish("done", eval_loss=np.float64(1.5), steps=2)
+    (record,) = Journal.open(journal.run_dir).trials()
+    assert record["config"] == {"learning_rate": 1e-4} and record["eval_loss"] == 1.5 and record["attempts"] == 1
+    assert (record["model"], record["arm"], record["seed"], record["status"]) == ("m", "macdrop", 3, "done")
+    assert record["started"] <= record["finished"]
+    assert trial.metrics() == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "p": 0.5}]
+    assert len(pandas.read_json(trial.folder / "metrics.jsonl", lines=True)) == 2
+
+
+def test_a_resumed_trial_logs_each_step_once(journal):
+    journal.trial("t").log([{"step": s, "loss": s} for s in (1, 2, 3)])
+    resumed = journal.trial("t")
+    resumed.start({}, model="m", arm="plain", seed=0)
+    resumed.start({}, model="m", arm="plain", seed=0)
+    resumed.log([{"step": 2, "loss": 20}])
+    resumed.log([{"step": 3, "loss": 30}, {"step": 4, "loss": 40}])
+    assert [(row["step"], row["loss"]) for row in resumed.metrics()] == [(1, 1), (2, 20), (3, 30), (4, 40)]
+    assert resumed.info["attempts"] == 2
+
+
+def test_a_failed_trial_keeps_its_reason(journal):
+    trial = journal.trial("t")
+    trial.start({}, model="m", arm="plain", seed=0)
+    trial.finish("diverged", "loss is nan at step 3")
+    assert journal.trials()[0]["reason"] == "loss is nan at step 3"
+    with pytest.raises(AssertionError):
+        trial.finish("exploded")
+    with pytest.raises(AssertionError):
+        journal.trial("../elsewhere")
+
+
+# --- scores ---
+
+
+def test_scores_are_long_form_and_one_line_for_pandas(journal):
+    journal.add_scores([score(), score(trial="base", arm="base", value=np.float32(0.25), stderr=float("nan"))])
+    table = pandas.read_json(journal.scores_file, lines=True)
+    assert table["value"].tolist() == [0.5, 0.25] and table["trial"].tolist() == ["t1", "base"]
+    assert list(journal.scores().columns) == list(SCORE_COLUMNS)
+    assert journal.scores()["stderr"].isna().tolist() == [False, True]
+    assert journal.add_scores([]) == 0
+
+
+def test_a_later_score_replaces_the_earlier_one(journal):
+    journal.add_scores([score(), score(attack="zeroing@3", attack_on="base")])
+    journal.add_scores([score(value=0.75, settings="again")])
+    assert journal.scores()["value"].tolist() == [0.75, 0.5]
+    assert "settings" in journal.scores().columns
+
+
+def test_a_score_without_its_names_is_not_written(journal):
+    with pytest.raises(AssertionError, match="task"):
+        journal.add_scores([score(), {key: value for key, value in score().items() if key != "task"}])
+    assert journal.score_rows() == []
+
+
+def test_a_writer_killed_at_any_byte_leaves_all_rows_of_a_benchmark_or_none(journal):
+    """A benchmark is scored again if it has no row, so a part of its rows must not count, nor come twice."""
+    journal.add_scores([score()])
+    before = journal.scores_file.stat().st_size
+    journal.add_scores([score(task=f"group/{part}") for part in "abc"])
+    whole = journal.scores_file.read_bytes()
+    for size in range(before, len(whole)):
+        journal.scores_file.write_bytes(whole[:size])
+        assert [row["task"] for row in Journal(journal.run_dir).score_rows()] == ["qa"]
+        if size % 10 == 0:
+            journal.add_scores([score(task=f"group/{part}") for part in "abc"])
+            assert journal.scores_file.read_bytes() == whole
+    journal.scores_file.write_bytes(whole)
+    assert len(pandas.read_json(journal.scores_file, lines=True)) == len(Journal(journal.run_dir).score_rows()) == 4
+
+
+def test_a_torn_last_line_is_left_out_and_healed(journal):
+    journal.add_scores([score()])
+    journal.add_scores([score(task="other")])
+    whole = journal.scores_file.read_bytes()
+    journal.scores_file.write_bytes(whole[:-30])
+    assert [row["task"] for row in journal.score_rows()] == ["qa"]
+    journal.add_scores([score(task="third")])
+    assert [row["task"] for row in journal.score_rows()] == ["qa", "third"]
+    assert len(pandas.read_json(journal.scores_file, lines=True)) == 2
+    journal.scores_file.write_bytes(whole[:20])  # not one whole line
+    journal.add_scores([score(task="fourth")])
+    assert [row["task"] for row in journal.score_rows()] == ["fourth"]
+
+
+def test_a_torn_tail_longer_than_a_block(tmp_path):
+    file = tmp_path / "x.jsonl"
+    files.append_jsonl(file, [{"a": 1}])
+    with open(file, "a") as handle:
+        handle.write("x" * 200_000)
+    files.append_jsonl(file, [{"a": 2}])
+    assert files.read_jsonl(file) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_line_changed_by_hand_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        files.read_jsonl(tmp_path / "x.jsonl")
+
+
+def _write_many(path, number):
+    for i in range(20):
+        Journal(path).add_scores([score(trial=f"t{number}", task=f"{i}-{j}", pad="x" * 500) for j in range(5)])
+
+
+def test_many_writers_lose_and_mix_nothing(journal):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write_many, args=(journal.run_dir, number)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert len(files.read_jsonl(journal.scores_file)) == len(journal.score_rows()) == 4 * 20 * 5
+
+
+# --- files ---
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file = files.atomic_write_json(tmp_path / "x.json", {"a": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ResourceError, match="free some space"):
+        files.atomic_write_json(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_append_that_fills_the_disk_takes_its_part_back(tmp_path, monkeypatch):
+    file = tmp_path / "x.jsonl"
+    files.append_jsonl(file, [{"a": 1}])
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))
+    with pytest.raises(ResourceError, match="disk is full"):
+        files.append_jsonl(file, [{"a": 2}, {"a": 3}])
+    monkeypatch.undo()
+    assert file.read_text() == '{"a": 1}\n'
+
+
+def test_a_place_that_cannot_be_written_is_a_resource_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="Cannot write"):
+        Journal.create(tmp_path / "file" / "run", SPEC)
+
+
+def test_what_json_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="object"):
+        files.atomic_write_json(tmp_path / "x.json", {"a": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_journal_needs_neither_ray_nor_torch(journal):
+    code = (
+        "import sys; from tune.storage.run_folder import Journal; from tune.report.report import make_report\n"
+        f"make_report({str(journal.run_dir)!r}).markdown()\n"
+        "bad = {'ray', 'torch', 'transformers', 'deepspeed', 'lm_eval'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,262 @@
+"""Trackers, read back: real TensorBoard files, Weights & Biases offline, MLflow stores; failures harm no trial."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from macdrop.errors import ConfigError
+from tune.config.run_spec import RunSpec, TrainSpec, dump
+from tune.storage.run_folder import Journal, TrialRecord
+from tune.trackers import backends as trackers
+from tune.trackers.sync import Mirror, OneTrial, trials_of_run
+
+SPEC = TrainSpec(model_name_or_path="zoo:planted-llama", seed=3, learning_rate=2e-4).canonical()
+SCORE = {"model": SPEC.model_name_or_path, "arm": "macdrop", "benchmark": "zero_shot", "task": "qa", "metric": "acc"}
+
+
+@pytest.fixture
+def journal(tmp_path) -> Journal:
+    return Journal.create(tmp_path / "demo", {"any": "thing"}, command="macdrop sweep")
+
+
+def begin(journal: Journal, spec: TrainSpec = SPEC, steps: range = range(1, 4)):
+    record = journal.trial(spec.trial_id())
+    record.start(dump(spec), model=spec.model_name_or_path, arm=spec.arm, seed=spec.seed)
+    record.log([{"step": 0, "eval_loss": 5.0}])
+    record.log([{"step": step, "loss": 1 / step, "p": 0.5, "note": "text", "grad_norm": None} for step in steps])
+    return record
+
+
+def end(journal: Journal, record, status: str = "done") -> None:
+    rows = [("none", None, 0.75), ("zeroing@3", "base", 0.5), ("zeroing@3", "merged", 0.25)]
+    journal.add_scores(
+        [{**SCORE, "trial": record.id, "attack": a, "attack_on": on, "value": value} for a, on, value in rows]
+    )
+    record.finish(status, step=3)
+
+
+def mirror(journal: Journal, *names: str) -> list[str]:
+    """Copy what there is, as at the end of a run; returns the warnings."""
+    warnings: list[str] = []
+    made = Mirror(names, journal.run_dir, lambda: trials_of_run(journal), warnings.append)
+    made.close()
+    return warnings
+
+
+def need(name: str) -> None:
+    if importlib.util.find_spec(trackers.TRACKERS[name].package) is None:
+        pytest.skip(f"{name} is not installed")
+
+
+# --- TensorBoard ---
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for file in sorted(folder.glob("events*")):
+        data = file.read_bytes()
+        while data:  # TFRecord: length, crc, content, crc
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[12 + size + 4 :]
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value if v.HasField("simple_value")]
+    return found
+
+
+def test_tensorboard_has_every_step_on_its_own_axis_and_the_scores(journal):
+    record = begin(journal)
+    end(journal, record)
+    assert mirror(journal, "tensorboard") == []
+    found = scalars(journal.run_dir / "tensorboard" / record.id)
+    assert [(step, value) for tag, step, value in found if tag == "loss"] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, pytest.approx(1 / 3)),
+    ]
+    assert ("eval_loss", 0, 5.0) in found
+    assert not [row for row in found if row[0] in ("note", "grad_norm", "step")]
+    assert ("zero_shot/qa/acc", 3, 0.75) in found and ("zero_shot/qa/acc_zeroing_3-merged", 3, 0.25) in found
+
+
+def test_a_resumed_trial_does_not_double_its_steps(journal):
+    record = begin(journal)
+    mirror(journal, "tensorboard")  # the run was interrupted after step 3
+    assert trackers_of(record)["tensorboard"] == {"run": record.id, "step": 3, "end": "killed"}
+    record.start(dump(SPEC), model=SPEC.model_name_or_path, arm=SPEC.arm, seed=3)
+    record.log([{"step": step, "loss": 1 / step} for step in range(2, 6)])  # from the checkpoint at step 1
+    end(journal, record)
+    mirror(journal, "tensorboard")
+    mirror(journal, "tensorboard")  # nothing is left to do
+    losses = [step for tag, step, _ in scalars(journal.run_dir / "tensorboard" / record.id) if tag == "loss"]
+    assert sorted(losses) == [1, 2, 3, 4, 5]
+
+
+def trackers_of(record) -> dict:
+    import json
+
+    return json.loads((record.folder / "trackers.json").read_text())
+
+
+# --- Weights & Biases ---
+
+
+def wandb_records(run_dir: Path) -> list:
+    """The records of W&B's offline files: seven bytes, then LevelDB's log format in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found, whole = [], b""
+    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        data, at = file.read_bytes(), 7
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:
+                at += 32768 - at % 32768
+                continue
+            size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+            whole = (b"" if kind in (1, 2) else whole) + data[at + 7 : at + 7 + size]
+            at += 7 + size
+            if kind in (1, 4):
+                found.append(Record.FromString(whole))
+    return found
+
+
+def test_wandb_offline_has_group_job_type_steps_summary_and_exit_code(journal, monkeypatch):
+    need("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    trackers.check(["wandb"], journal.run_dir)
+    first = begin(journal)
+    second = begin(journal, SPEC.model_copy(update={"seed": 4}))
+    end(journal, first)
+    second.finish("diverged", "loss is nan")
+    assert mirror(journal, "wandb") == []
+    records = wandb_records(journal.run_dir)
+    runs = {r.run.display_name: r.run for r in records if r.HasField("run")}
+    assert set(runs) == {first.id, second.id}
+    assert {run.project for run in runs.values()} == {"demo"}
+    assert (runs[first.id].job_type, runs[second.id].job_type) == ("seed-3", "seed-4")
+    assert runs[first.id].run_group == runs[second.id].run_group != ""
+    history = [{i.nested_key[-1] if i.nested_key else i.key: i.value_json for i in r.history.item} for r in records]
+    losses = [(row["_step"], float(row["loss"])) for row in history if "loss" in row]
+    assert losses == 2 * [("1", 1.0), ("2", 0.5), ("3", pytest.approx(1 / 3))]
+    summary = {i.key or i.nested_key[0]: i.value_json for r in records for i in r.summary.update}
+    assert summary["zero_shot/qa/acc"] == "0.75" and summary["zero_shot/qa/acc@zeroing@3"] == "0.5"
+    assert sorted(r.exit.exit_code for r in records if r.HasField("exit")) == [0, 1]
+
+
+def test_wandb_online_without_a_login_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    need("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="WANDB_MODE=offline"):
+        trackers.check(["wandb"], tmp_path)
+
+
+# --- MLflow ---
+
+
+@pytest.mark.parametrize("store", ["default", "folder"])
+def test_mlflow_local_stores_are_read_back_with_its_client(journal, monkeypatch, store):
+    need("mlflow")
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    for name in ("MLFLOW_ALLOW_FILE_STORE", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # so that what is set in the test is taken back
+        monkeypatch.delenv(name)
+    uri = f"sqlite:///{journal.run_dir / 'mlruns/mlflow.db'}"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if store == "folder":
+        uri = (journal.run_dir / "mlruns").as_uri()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    record = begin(journal)
+    assert mirror(journal, "mlflow") == []
+    record.log([{"step": 4, "loss": 0.25}])
+    end(journal, record)
+    assert mirror(journal, "mlflow") == []
+
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    assert run.info.run_name == record.id and run.info.status == "FINISHED"
+    assert {k: run.data.tags[k] for k in ("job_type", "seed")} == {"job_type": "seed-3", "seed": "3"}
+    assert len(run.data.tags["group"]) == 8
+    assert run.data.params["learning_rate"] == "0.0002" and run.data.params["macdrop.p0"] == "0.8"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted((m.step, m.value) for m in history) == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)), (4, 0.25)]
+    assert run.data.metrics["zero_shot/qa/acc"] == 0.75 and run.data.metrics["zero_shot/qa/acc-zeroing-3"] == 0.5
+
+
+# --- what goes wrong ---
+
+
+def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(journal, monkeypatch):
+    need("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    records = [begin(journal), begin(journal, SPEC.model_copy(update={"seed": 4}))]
+    for record in records:
+        end(journal, record)
+    (warning,) = mirror(journal, "mlflow", "tensorboard")
+    assert warning.startswith("mlflow does not take the run's numbers") and len(warning.splitlines()) == 1
+    for record in records:
+        assert scalars(journal.run_dir / "tensorboard" / record.id)
+    assert mirror(journal, "tensorboard") == []
+
+
+def test_steps_that_a_tracker_did_not_take_are_sent_when_it_is_back(journal, monkeypatch):
+    record = begin(journal)
+    end(journal, record)
+    sent: list[int] = []
+    broken = [True]
+
+    class Flaky(trackers.TensorBoard):
+        def open(self, card, run):
+            return FlakyRun()
+
+    class FlakyRun:
+        id = "one"
+
+        def log(self, step, metrics):
+            if step == 2 and broken.pop():
+                raise OSError("no route to host")
+            sent.append(step)
+
+        def close(self, status, summary):
+            sent.append(status)
+
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Flaky)
+    assert len(mirror(journal, "tensorboard")) == 1
+    broken.append(False)
+    assert mirror(journal, "tensorboard") == []
+    assert sent == [0, 1, 2, 3, "finished"]
+
+
+def test_a_missing_package_is_refused_with_the_line_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers.MLflow, "package", "no_such_package")
+    with pytest.raises(ConfigError, match=r"pip install 'macdrop\[mlflow\]'"):
+        trackers.check(["tensorboard", "mlflow"], tmp_path)
+
+
+def test_report_to_is_validated_and_no_part_of_a_trial():
+    run = RunSpec(model_name_or_path="zoo:planted-llama", report_to="wandb")
+    assert run.report_to == ["wandb"] and RunSpec(model_name_or_path="x", report_to="none").report_to == []
+    assert run.studies()[0].trial_id() == RunSpec(model_name_or_path="zoo:planted-llama").studies()[0].trial_id()
+    with pytest.raises(ConfigError, match="tensorboard"):
+        from tune.config.messages import build
+
+        build(RunSpec, {"model_name_or_path": "x", "report_to": ["tensorbord"]})
+
+
+def test_one_training_is_followed_under_its_trial_id(tmp_path):
+    with OneTrial(["tensorboard"], SPEC, tmp_path, pytest.fail) as followed:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(dump(SPEC)))
+        TrialRecord(tmp_path).log([{"step": 1, "loss": 2.0}])
+        followed.status = "done"
+    assert ("loss", 1, 2.0) in scalars(tmp_path / "tensorboard" / SPEC.trial_id())
+    assert trackers_of(TrialRecord(tmp_path))["tensorboard"]["end"] == "finished"

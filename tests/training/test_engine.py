@@ -1,0 +1,99 @@
+"""One engine, fine-tuning after fine-tuning, on two gloo processes: the bits of a fresh one, and of no interruption."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.engine_cases import CASES, INTERRUPTED_AFTER, QUICK, REST, STEPS, WORLD
+
+pytestmark = pytest.mark.zero
+
+TESTS = Path(__file__).parents[1]
+every_case = pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)])
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Callable[[tuple[str, ...]], dict]:
+    """What rank 0 of two processes found for some cases; started once for each choice of them."""
+    return functools.cache(lambda cases: _run(cases, tmp_path_factory))
+
+
+@pytest.fixture
+def results(found, case) -> dict:
+    return found(tuple(REST if case in REST else QUICK))
+
+
+def _run(cases: tuple[str, ...], tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("engine")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "MACDROP_CACHE": str(out / "cache"), "PYTHONPATH": path}
+    processes = []
+    for rank in range(WORLD):
+        command = [sys.executable, "-m", "helpers.engine_worker", str(rank), str(WORLD), str(port), str(out), *cases]
+        with open(out / f"rank{rank}.log", "w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        for process in processes:
+            process.wait(timeout=500)
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(WORLD))
+    assert all(process.returncode == 0 for process in processes), logs
+    return json.loads((out / "results.json").read_text())
+
+
+@every_case
+def test_deepspeed_really_takes_the_stage(results, case):
+    assert results[case]["stage"] == CASES[case][0]
+
+
+@every_case
+def test_reused_engine_gives_the_bits_of_a_fresh_one(results, case):
+    reused, fresh = results[case]["b reused"], results[case]["b fresh"]
+    assert reused["losses"] == fresh["losses"]
+    assert reused["digest"] == fresh["digest"]
+
+
+@every_case
+def test_training_repeats_to_the_bit(results, case):
+    assert results[case]["a"]["digest"] == results[case]["a again"]["digest"]
+    assert results[case]["a"]["digest"] != results[case]["b fresh"]["digest"]
+
+
+@every_case
+def test_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(results, case):
+    cut, resumed, whole = (results[case][name] for name in ("b interrupted", "b resumed", "b fresh"))
+    assert cut["outcome"]["status"] == "stopped"
+    assert resumed["outcome"]["resumed_from"] == INTERRUPTED_AFTER
+    assert resumed["losses"] == whole["losses"][INTERRUPTED_AFTER:]
+    assert resumed["digest"] == whole["digest"]
+
+
+@every_case
+def test_masks_were_drawn_and_dropped(results, case):
+    outcome = results[case]["a"]["outcome"]
+    assert outcome["step"] == STEPS and outcome["status"] == "done"
+    assert 0 < outcome["entries_dropped"] < outcome["entries_masked"]
+    assert outcome["rows_hooked"] == 10
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+def test_stages_agree_in_fp32(found, kind):
+    """The same fine-tuning under every ZeRO stage, up to the order of sums."""
+    results = found(tuple(QUICK if kind == "lora" else REST))
+    reference = [loss for _, loss, *_ in results[f"zero0-{kind}-fp32"]["a"]["losses"]]
+    for stage in (1, 2, 3):
+        losses = [loss for _, loss, *_ in results[f"zero{stage}-{kind}-fp32"]["a"]["losses"]]
+        assert losses == pytest.approx(reference, rel=1e-4)

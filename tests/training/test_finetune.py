@@ -1,0 +1,251 @@
+"""One fine-tuning alone in one process: what the reuse proof on two processes (`test_engine.py`) does not vary."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers.small import SMALL
+
+from macdrop.errors import CheckpointError, ConfigError, TrainingDiverged, TrainingInvariantError
+from tune.config.run_spec import TrainSpec
+
+pytestmark = pytest.mark.zero
+
+SETTINGS = {**SMALL, "max_steps": 4, "zero_stage": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MACDROP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+def train(folder: Path, observe=None, **changes) -> tuple[list[dict], object]:
+    """Metrics of every step, and the outcome."""
+    from tune.cli.train import train_here
+
+    rows: list[dict] = []
+
+    def watch(metrics: dict) -> str:
+        rows.append(metrics)
+        return observe(metrics) if observe else "go_on"
+
+    outcome = train_here(TrainSpec(**{**SETTINGS, **changes}), folder, observe=watch, threads=1)
+    return rows, outcome
+
+
+def stop_after(step: int, word: str = "stop"):
+    return lambda metrics: word if metrics["step"] >= step else "go_on"
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> list[float]:
+    return losses(train(tmp_path_factory.mktemp("reference"))[0])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_cpu_offload_trains_the_same(tmp_path, reference, stage):
+    assert losses(train(tmp_path, zero_stage=stage, offload="cpu")[0]) == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_gradient_checkpointing_trains_the_same(tmp_path, reference, stage):
+    rows, _ = train(tmp_path, zero_stage=stage, gradient_checkpointing=True)
+    assert losses(rows) == pytest.approx(reference, rel=1e-5)
+
+
+def test_accumulation_is_one_large_batch(tmp_path, reference):
+    """The loss is a mean over the step's answer tokens, however they are spread over micro-steps."""
+    plain = losses(train(tmp_path / "one", macdrop={"p0": 0.0})[0])
+    spread = losses(
+        train(tmp_path / "four", macdrop={"p0": 0.0}, per_device_train_batch_size=1, gradient_accumulation_steps=4)[0]
+    )
+    assert spread == pytest.approx(plain, rel=1e-5)
+    assert plain != pytest.approx(reference, rel=1e-5)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
+    train(tmp_path, use_rslora=True, lora_rank=4)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["use_rslora"] is True and config["inference_mode"] is True
+    from peft import PeftModel
+
+    from macdrop import load_model
+    from tune.zoo.catalog import resolve
+
+    model = PeftModel.from_pretrained(load_model(resolve(SETTINGS["model_name_or_path"])), tmp_path / "adapter")
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    assert layer.scaling["default"] == pytest.approx(4 / math.sqrt(4))
+
+
+def test_adapter_on_disk_is_the_model_that_was_trained(tmp_path):
+    """The validation loss by PEFT and transformers alone equals the one that training reported."""
+    import torch
+    from peft import PeftModel
+
+    from macdrop import load_model, load_tokenizer
+    from tune.data import dataset as data
+    from tune.training.massive_weights import cache_dir
+    from tune.zoo.catalog import resolve
+
+    spec = TrainSpec(**SETTINGS)
+    _, outcome = train(tmp_path)
+    source = resolve(spec.model_name_or_path)
+    prepared = data.load(data.prepare(spec, load_tokenizer(source), cache_dir() / "data"))
+    model = PeftModel.from_pretrained(load_model(source), tmp_path / "adapter").eval()
+    total = tokens = 0.0
+    with torch.no_grad():
+        for number in range(len(prepared.validation)):
+            ids, labels = (torch.tensor(part)[None] for part in prepared.validation[number])
+            count = int((labels[:, 1:] != -100).sum())
+            total += float(model(input_ids=ids, labels=labels).loss) * count
+            tokens += count
+    assert outcome.eval_loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_divergence_is_a_clear_error_and_nothing_is_half_written(tmp_path):
+    with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
+        train(tmp_path, learning_rate=1e30)
+    assert not (tmp_path / "adapter").exists()
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_changed_base_is_noticed(tmp_path):
+    """Somebody writes to a frozen weight during training."""
+    import gc
+
+    from transformers import LlamaForCausalLM
+
+    def tamper(metrics: dict) -> str:
+        for thing in gc.get_objects():
+            if isinstance(thing, LlamaForCausalLM) and hasattr(thing, "peft_config"):
+                thing.lm_head.weight.data[0, 0] += 1
+        return "go_on"
+
+    with pytest.raises(TrainingInvariantError, match="base weights changed"):
+        train(tmp_path, tamper)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_that_did_not_move_is_noticed(tmp_path):
+    """One step, and its learning rate is the first of the warm-up: 0."""
+    with pytest.raises(TrainingInvariantError, match="lora_B"):
+        train(tmp_path, max_steps=1, warmup_ratio=1.0, macdrop={"schedule": "constant"})
+
+
+def test_resume_refuses_other_settings(tmp_path):
+    train(tmp_path, stop_after(2), save_steps=2)
+    with pytest.raises(CheckpointError, match="other settings"):
+        train(tmp_path, save_steps=2, seed=1)
+
+
+def test_counts_continue_over_a_resume(tmp_path, monkeypatch):
+    from tune.training import finetune
+
+    def clock(tick: float) -> SimpleNamespace:
+        return SimpleNamespace(monotonic=functools.partial(next, itertools.count(step=tick)))
+
+    _, whole = train(tmp_path / "whole")
+    monkeypatch.setattr(finetune, "time", clock(1000.0))
+    train(tmp_path / "cut", stop_after(2), save_steps=2)
+    monkeypatch.setattr(finetune, "time", clock(1.0))
+    rows, resumed = train(tmp_path / "cut", save_steps=2)
+    assert resumed.resumed_from == 2 and losses(rows)
+    assert resumed.seconds >= 1000 and resumed.seconds % 1000, "those before the checkpoint, and those after it"
+    assert (resumed.entries_dropped, resumed.entries_masked) == (whole.entries_dropped, whole.entries_masked)
+    metrics = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").open()]
+    assert [row["step"] for row in metrics if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_an_engine_refuses_a_spec_it_was_not_built_for(tmp_path):
+    from tune.data import dataset as data
+    from tune.training.engine import Engine
+    from tune.training.finetune import finetune
+    from tune.training.massive_weights import cache_dir
+    from tune.training.process_group import prepare_process
+
+    prepare_process()
+    spec = TrainSpec(**SETTINGS, macdrop={"p0": 0.0})
+    engine = Engine(spec)
+    prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
+    with pytest.raises(ConfigError, match="built for other settings"):
+        finetune(engine, spec.model_copy(update={"lora_rank": 8}), prepared, tmp_path)
+    with pytest.raises(ConfigError, match="massive weights"):
+        finetune(engine, TrainSpec(**SETTINGS), prepared, tmp_path)
+
+
+@pytest.mark.parametrize("arm", ["random_rows", "all_rows", "activations"])
+def test_a_placebo_trains_and_drops(arm, tmp_path):
+    from tune.config.sections import ARMS
+
+    block = {"p0": 0.5, "schedule": "constant", "scope": ARMS[arm]}
+    _, outcome = train(tmp_path / "run", max_steps=2, macdrop=block)
+    assert outcome.status == "done" and outcome.rows_hooked > 0
+    assert abs(outcome.entries_dropped / outcome.entries_masked - 0.5) < 0.1
+    assert json.loads((tmp_path / "run" / "trial.json").read_text())["arm"] == arm
+
+
+def adapter_of(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def steps_saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("*"))
+
+
+def test_leave_saves_at_once_and_loses_nothing(tmp_path):
+    """Told to leave where no checkpoint is due: one is made at that step, and the bits are the same in the end."""
+    train(tmp_path / "whole")
+    rows, left = train(tmp_path / "cut", stop_after(1, "leave"), save_steps=0)
+    assert (left.status, left.step, len(losses(rows))) == ("left", 2, 2)
+    assert steps_saved(tmp_path / "cut") == ["step-00000002"] and not (tmp_path / "cut" / "adapter").exists()
+    rows, done = train(tmp_path / "cut", save_steps=0)
+    assert (done.status, done.resumed_from, [row["step"] for row in rows]) == ("done", 2, [3, 4])
+    assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole")
+    assert train(tmp_path / "late", stop_after(3, "leave"))[1].status == "done", "heard at the last step"
+
+
+def test_what_is_done_keeps_no_checkpoint_and_is_not_done_again(tmp_path):
+    rows, done = train(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert train(tmp_path) == ([], done)
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    assert losses(train(tmp_path)[0]) == losses(rows), "a damaged one is made anew"
+    assert train(tmp_path, seed=1)[0], "another fine-tuning"
+
+
+@pytest.mark.parametrize("save_steps, saved", [(None, [1, 2, 3]), (0, []), (2, [2])])
+def test_checkpoints_are_made_every_tenth_of_the_steps_by_default(save_steps, saved, tmp_path):
+    """Steps as they were there after each step; two are kept."""
+    seen = []
+
+    def look(metrics: dict) -> str:
+        seen.append(steps_saved(tmp_path))
+        return "go_on"
+
+    train(tmp_path, look, save_steps=save_steps)
+    names = [f"step-{step:08d}" for step in saved]
+    assert seen[-1] == names[-2:] and set().union(*seen) == set(names)
+
+
+def test_an_observer_that_fails_ends_the_fine_tuning(tmp_path):
+    def fail(metrics: dict) -> str:
+        if metrics["step"] >= 2:
+            raise OSError("no metrics can be written")
+        return "go_on"
+
+    with pytest.raises(OSError, match="no metrics"):
+        train(tmp_path, fail)
+    assert not (tmp_path / "adapter").exists()

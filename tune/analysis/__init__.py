@@ -1,0 +1,1 @@
+"""From score rows to comparisons to a verdict; without Ray and torch."""

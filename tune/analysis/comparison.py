@@ -1,0 +1,234 @@
+"""Two arms on one column, as numbers and in words. Pure: scores and item differences in, a `Comparison` out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tune.analysis.items import RATIOS
+from tune.analysis.stats import LEVEL, Paired, bootstrap, holm, mcnemar, over_seeds, paired
+from tune.evaluation.score_names import Column
+
+HELPS, HURTS, CANNOT_TELL = "helps", "hurts", "cannot tell"
+SAME = "the same on every item"
+SPANS = {"chrf": 100.0, "judge_score": 4.0}
+"""Widths of scales other than 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What two arms measured on one column, with the same seeds.
+
+    plain, value: a score for each seed. differences: (seeds, items), value minus plain, and for perplexities of its
+    logarithm (`tune.analysis.stats.linearised`); None where items were not kept. note: what else is to be said of them.
+    """
+
+    column: Column
+    seeds: tuple[int, ...]
+    plain: tuple[float, ...]
+    value: tuple[float, ...]
+    differences: np.ndarray | None
+    note: str = ""
+
+    @property
+    def relative(self) -> bool:
+        """Whether arms are compared by the ratio of their scores: perplexities."""
+        return _metric(self.column) in RATIOS
+
+    def of(self, seeds: Sequence[int]) -> Sample:
+        """The same on some of the seeds."""
+        kept = [self.seeds.index(seed) for seed in seeds]
+        cut = None if self.differences is None else self.differences[kept]
+        plain, value = (tuple(scores[i] for i in kept) for scores in (self.plain, self.value))
+        return Sample(self.column, tuple(seeds), plain, value, cut, self.note)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against plain on one column.
+
+    plain, value: means over the seeds that both have (of perplexities the geometric ones); delta = value - plain in
+    the column's own unit, with its interval of 95 %; `mde` is the smallest difference that would have been found in
+    80 % of cases. Perplexities are tested by the logarithm of their ratio, and delta, low, high and mde are what that
+    means at `plain`. `p_holm` is p after Holm over the tasks of the column's family, clean or attacked. What is not
+    known is nan.
+    """
+
+    column: Column
+    arm: str
+    label: str
+    against: str
+    seeds: tuple[int, ...]
+    items: int
+    plain: float
+    value: float
+    delta: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    mde: float
+    per_seed: tuple[float, ...]
+    verdict: str
+    words: str
+    note: str = ""
+
+    @property
+    def amount(self) -> str:
+        """The difference and its interval as people say it: +0.4 points [-1.9, +2.7]; empty where it is not known."""
+        if math.isnan(self.delta):
+            return ""
+        said = [_said(self, x) for x in (self.delta, self.low, self.high)]
+        unit = unit_of(self)
+        interval = "" if math.isnan(self.low) else f" [{said[1]}, {said[2]}]"
+        return f"{said[0]}{'' if unit in ('', '%') else ' '}{unit}{interval}"
+
+    @property
+    def seen(self) -> str:
+        """What would have been seen: a difference of 3.3 points or more would have been seen."""
+        unit = unit_of(self)
+        if unit == "points" and self.mde > SPANS.get(_metric(self.column), 1.0):
+            return "no difference, however large, would have been seen"
+        return f"a difference of {self.detectable} or more would have been seen"
+
+    @property
+    def detectable(self) -> str:
+        """`mde` as people say it: 3.3 points; empty where it is not known."""
+        unit = unit_of(self)
+        size = f"{_said(self, self.mde).lstrip('+')}{'' if unit in ('', '%') else ' '}{unit}"
+        return "" if math.isnan(self.mde) else size
+
+
+def compare(
+    samples: Sequence[Sample], column: Column, *, arm: str, label: str, against: str, family: int = 1
+) -> Comparison:
+    """Compare on one column, or on the mean over the columns of several samples.
+
+    With one seed nothing is said of the method. Its p-value is McNemar's for hits and misses and the paired bootstrap's
+    otherwise: it speaks of these two adapters.
+
+    Args:
+        column: what the comparison is called; that of the sample where there is one.
+        family: number of comparisons that Holm will correct for; the detectable difference allows for it.
+    """
+    shared = [seed for seed in samples[0].seeds if all(seed in sample.seeds for sample in samples)]
+    samples = [sample.of(shared) for sample in samples]
+    relative = samples[0].relative
+    plain, value = (np.array([getattr(s, side) for s in samples], dtype=float) for side in ("plain", "value"))
+    about = {"column": column, "arm": arm, "label": label, "against": against, "seeds": tuple(shared)}
+    average = (lambda x: float(np.exp(np.log(x).mean()))) if relative else (lambda x: float(x.mean()))
+    if not (shared and np.isfinite(plain).all() and np.isfinite(value).all()):
+        return unknown(**about, words="a score is not finite" if shared else "no seed has all tasks")
+    level, per_seed = average(plain), value.mean(axis=0) - plain.mean(axis=0)
+    found, low, high, p = _tested(samples, plain, value)
+    known = len(shared) > 1
+    mde = found.detectable(LEVEL / family) if known else math.nan
+    numbers = [found.delta, low, high, mde]
+    if relative:
+        numbers = [level * math.expm1(min(x, 700.0)) for x in numbers]
+    elif (scale := _scale(column, plain, value)) is not None:  # no difference is larger than the scale
+        numbers[1:3] = [min(max(x, -scale), scale) for x in numbers[1:3]]
+    items = sum(s.differences.shape[1] for s in samples if s.differences is not None)
+    same = all(s.differences is not None and not s.differences.any() for s in samples)
+    made = Comparison(
+        **about, items=items, plain=level, value=level + numbers[0], delta=numbers[0], low=numbers[1], high=numbers[2],
+        p=1.0 if same else p, p_holm=math.nan, mde=numbers[3], per_seed=tuple(per_seed.tolist()), verdict=CANNOT_TELL,
+        words=SAME if same else "",
+    )  # fmt: skip
+    note = "; ".join(dict.fromkeys(s.note for s in samples if s.note))
+    return judge(replace(made, note=note), made.p, 1)
+
+
+def _tested(samples: Sequence[Sample], plain: np.ndarray, value: np.ndarray) -> tuple[Paired, float, float, float]:
+    """The difference (of logarithms for perplexities), its interval and p-value."""
+    relative, blocks = samples[0].relative, [s.differences for s in samples]
+    if any(block is None for block in blocks):
+        by_seed = (np.log(value) - np.log(plain) if relative else value - plain).mean(axis=0)
+        found = over_seeds(by_seed)
+    else:
+        found = paired(blocks, spans=None if relative else [_span(s) for s in samples])
+    margin, p = found.margin(), found.p()
+    interval = (found.delta - margin, found.delta + margin)
+    if len(samples[0].seeds) > 1 or len(samples) > 1 or blocks[0] is None or blocks[0].shape[1] < 2:
+        return found, *interval, p
+    (differences,) = blocks[0]
+    if set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
+        return found, *interval, mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+    drawn = bootstrap(differences)
+    return found, drawn.low, drawn.high, drawn.p
+
+
+def _scale(column: Column, plain: np.ndarray, value: np.ndarray) -> float | None:
+    """Width of the scale that scores are on; None where it is not known."""
+    known = SPANS.get(_metric(column))
+    lowest, highest = min(plain.min(), value.min()), max(plain.max(), value.max())
+    return known or (1.0 if 0 <= lowest and highest <= 1 else None)
+
+
+def _span(sample: Sample) -> float:
+    """The largest difference that an item can have: that of its scale, else what was seen."""
+    largest = float(np.abs(sample.differences).max())
+    scale = _scale(sample.column, np.array(sample.plain), np.array(sample.value))
+    return largest if scale is None else max(scale, largest)
+
+
+def unknown(
+    column: Column, words: str, *, arm: str, label: str, against: str, seeds: tuple[int, ...] = ()
+) -> Comparison:
+    """A comparison that cannot be made, and why."""
+    numbers = dict.fromkeys(("plain", "value", "delta", "low", "high", "p", "p_holm", "mde"), math.nan)
+    return Comparison(
+        column=column, arm=arm, label=label, against=against, seeds=seeds, items=0, per_seed=(), verdict=CANNOT_TELL,
+        words=f"{CANNOT_TELL}: {words}", **numbers,
+    )  # fmt: skip
+
+
+def corrected(found: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons of one family, judged after Holm; those that could not be made do not count."""
+    made = [c for c in found if not math.isnan(c.p)]
+    p_values = dict(zip(map(id, made), holm([c.p for c in made]), strict=True))
+    return [judge(c, p_values[id(c)], len(made)) if id(c) in p_values else c for c in found]
+
+
+def judge(found: Comparison, p_holm: float, family: int) -> Comparison:
+    """The verdict at `LEVEL`, with its reason."""
+    better, note = found.column.higher_is_better, f"; {found.note}" if found.note else ""
+    if len(found.seeds) < 2:
+        return replace(found, p_holm=p_holm, words=f"{CANNOT_TELL}: one seed{note}")
+    if p_holm > LEVEL or better is None:
+        reason = SAME if SAME in found.words else found.seen
+        if found.p <= LEVEL < p_holm:
+            reason = f"p {found.p:.2g} alone, {p_holm:.2g} after Holm over {family}"
+        return replace(found, p_holm=p_holm, verdict=CANNOT_TELL, words=f"{CANNOT_TELL}: {reason}{note}")
+    verdict = HELPS if (found.delta > 0) == better else HURTS
+    alike = sum((d > 0) == (found.delta > 0) and d != 0 for d in found.per_seed)
+    only = "" if found.items else ", for these items"
+    words = f"{verdict}: {'higher' if found.delta > 0 else 'lower'} in {alike} of {len(found.seeds)} seeds{only}{note}"
+    return replace(found, p_holm=p_holm, verdict=verdict, words=words)
+
+
+def unit_of(found: Comparison) -> str:
+    """What differences are told in: % of plain for perplexities, points for shares (of 100) and chrF, else nothing."""
+    metric = _metric(found.column)
+    if metric in RATIOS:
+        return "%"
+    share = 0 <= min(found.plain, found.value) and max(found.plain, found.value) <= 1
+    return "points" if metric == "chrf" or (share and metric != "judge_score") else ""
+
+
+def _said(found: Comparison, x: float) -> str:
+    unit = unit_of(found)
+    if unit == "%":
+        x = 100 * x / found.plain
+    elif unit == "points" and found.column.metric != "chrf":
+        x *= 100
+    text = f"{x:+.1f}" if unit and abs(x) < 1000 else f"{x:+.3g}"
+    return "0.0" if text in ("-0.0", "+0.0") else text
+
+
+def _metric(column: Column) -> str:
+    """Without lm-eval's filter."""
+    return column.metric.partition(",")[0]

@@ -1,0 +1,187 @@
+"""What a score was averaged from: one value for each item, from the answers files and judgements of a run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from macdrop.errors import DataError
+from tune.config.eval_spec import Job
+from tune.evaluation.score_names import Column
+from tune.storage.atomic import read_jsonl
+from tune.storage.run_folder import SCORE_KEY, Journal
+
+Value = float | tuple[float, float]
+"""Of an item: its score; of a perplexity's window: (summed negative log-likelihood in nats, tokens or words)."""
+#: The part of Spec-Bench that is no category.
+MULTI_TURN = "multi_turn"
+JUDGE_METRICS = ("judge_score", "judge_unparsed")
+RATIOS = ("perplexity", "word_perplexity", "byte_perplexity")
+"""Metrics that are exp of one ratio of sums over all items, not a mean over items."""
+
+
+Found = dict[str, Value] | None
+
+
+def read_items(journal: Journal, model: str, trial: str, column: Column, split: str = "test") -> Found:
+    """Values of the items behind one score of a trial (or of "base"), by item id; None where none were kept.
+
+    An id names the item and its content, so that two trials' items can be matched with `matched`. For a plain mean over
+    tasks of different sizes, values are weighted so that their mean is the score. An answer that a judge gave no score
+    is nan.
+
+    Raises:
+        DataError: the file is damaged, or its items do not add up to the score.
+    """
+    return Items(journal, model).read(trial, column, split)
+
+
+def matched(first: Mapping[str, Value], second: Mapping[str, Value], what: str) -> list[str]:
+    """Ids of the items that both have, in order.
+
+    Raises:
+        DataError: their ids differ. Comparing what they share would compare something else than the scores.
+    """
+    if first.keys() != second.keys():
+        lone = [key for key in (*first, *second) if (key in first) != (key in second)]
+        raise DataError(
+            f"{what}: the two were scored on different items ({len(first)} and {len(second)}; only one of them has "
+            f"{lone[0]}). They had another limit or other data. Score both with the same eval block."
+        )
+    return list(first)
+
+
+class Items:
+    """Reads the items of one model's scores; each file is read once."""
+
+    def __init__(self, journal: Journal, model: str) -> None:
+        self._journal, self._model = journal, model
+        self._rows: dict[tuple, dict[str, Any]] = {}
+        for row in journal.score_rows():
+            if journal.model_dir(row["model"]) == journal.model_dir(model):
+                self._rows[_key(row)] = row
+        self._files: dict[Path, list[dict[str, Any]]] = {}
+        self._found: dict[tuple, Found] = {}
+
+    def read(self, trial: str, column: Column, split: str = "test") -> Found:
+        """See `read_items`."""
+        key = _key({**vars(column), "trial": trial, "split": split})
+        if key not in self._found:
+            row = self._rows.get(key)
+            self._found[key] = None if row is None or row["value"] is None else self._read(row, column)
+        return self._found[key]
+
+    def _read(self, row: Mapping[str, Any], column: Column) -> Found:
+        judged = column.metric in JUDGE_METRICS
+        try:
+            found = self._judgements(row) if judged else self._answers(row)
+        except KeyError as error:
+            raise DataError(f"{self._place(row)}: an item has no {error}; the file is damaged.") from error
+        if not found:
+            return None
+        values = list(found.values())
+        if isinstance(values[0], tuple):
+            return found
+        known = [value for value in values if not math.isnan(value)]
+        mean = math.fsum(known) / len(known) if known else math.nan
+        if _equal(mean, row["value"]):
+            return found
+        if row.get("stderr") is None:  # lm-eval's aggregations other than the mean
+            return None
+        raise DataError(
+            f"{self._place(row)}: the items of {column.name} average {mean:g}, but its score is {row['value']:g}. "
+            "The file and scores.jsonl are of different evaluations."
+        )
+
+    # --- answers ---
+
+    def _answers(self, row: Mapping[str, Any]) -> Found:
+        records = self._load(self._place(row))
+        if row["benchmark"] == "perplexity":
+            return {f"window {r['window']}, {r['tokens']} tokens": (r["nll"], r["tokens"]) for r in records}
+        if row["benchmark"] == "zero_shot":
+            return _zero_shot(records, row)
+        return _generation(records, row)
+
+    def _place(self, row: Mapping[str, Any]) -> Path:
+        folder = self._journal.answers_dir(self._model, row["trial"])
+        key = Job(row["benchmark"], _entry(row), row["attack"], row["attack_on"], row["split"]).key
+        return folder / f"{key.replace('/', '-')}.jsonl"
+
+    # --- judgements ---
+
+    def _judgements(self, row: Mapping[str, Any]) -> Found:
+        """By the judge whose file the score names: there may be several. Of two lines of an item the later counts."""
+        if not row.get("judgements"):
+            return None
+        latest = {str(r["item"]): r for r in self._load(self._journal.run_dir / row["judgements"])}
+        part = row["task"].removeprefix(_entry(row)).lstrip("/")
+        mine = {
+            item: r["score"]
+            for item, r in latest.items()
+            if part in ("", r["category"]) or (part == MULTI_TURN and r["turns"] > 1)
+        }
+        if row["metric"] == "judge_unparsed":
+            return {item: float(score is None) for item, score in mine.items()}
+        return {item: math.nan if score is None else float(score) for item, score in mine.items()}
+
+    def _load(self, file: Path) -> list[dict[str, Any]]:
+        if file not in self._files:
+            try:
+                self._files[file] = read_jsonl(file)
+            except ValueError as error:
+                raise DataError(str(error)) from error
+        return self._files[file]
+
+
+def _zero_shot(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Found:
+    """Items of one task, or of all members of a group; None for a metric that is not kept item by item."""
+    metric, _, filtered = row["metric"].partition(",")
+    mine = [r for r in records if r["filter"] == (filtered or "none") and metric in r["metrics"]]
+    names = {r["task"] for r in mine}
+    member = row["task"].removeprefix(_entry(row)).lstrip("/")
+    if member:
+        mine = [r for r in mine if r["task"] == member]
+    values = {f"{r['task']}/{r['doc_id']} {r['doc_hash'][:8]}": r["metrics"][metric] for r in mine}
+    if metric in RATIOS:  # lm-eval keeps pairs (log-likelihood, words)
+        return {key: (-float(loss), float(words)) for key, (loss, words) in values.items()} or None
+    if not values or not all(isinstance(value, (int, float)) for value in values.values()):
+        return None
+    if member or len(names) < 2 or _equal(math.fsum(values.values()) / len(values), row["value"]):
+        return values
+    sizes = {name: sum(r["task"] == name for r in mine) for name in names}
+    weights = [len(mine) / (len(names) * sizes[r["task"]]) for r in mine]
+    return {key: value * weight for (key, value), weight in zip(values.items(), weights, strict=True)}
+
+
+def _generation(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Found:
+    """One value an answer: all turns of the questions that belong to the task."""
+    part = row["task"].removeprefix(_entry(row)).lstrip("/")
+    chosen = {"": lambda r: True, "multi_turn": lambda r: len(r["turns"]) > 1}
+    mine = filter(chosen.get(part, lambda r: r["category"] == part), records)
+    values: dict[str, Value] = {}
+    for r in mine:
+        content = hashlib.sha256(json.dumps([r["turns"], r.get("input")]).encode()).hexdigest()[:8]
+        for turn, value in enumerate(r.get("metrics", {}).get(row["metric"], [])):
+            values[f"question {r['question_id']}/{turn} {content}"] = float(value)
+    return values or None
+
+
+def _equal(mean: float, score: float) -> bool:
+    return math.isclose(mean, score, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _entry(row: Mapping[str, Any]) -> str:
+    """The entry of the eval: block that the score came from."""
+    return row.get("entry") or row["task"].partition("/")[0]
+
+
+def _key(row: Mapping[str, Any]) -> tuple:
+    """What makes a score one score of a model."""
+    return tuple(row.get(key) for key in SCORE_KEY[1:])
+
+

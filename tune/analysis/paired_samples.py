@@ -1,0 +1,88 @@
+"""What two arms measured on the same seeds and items, read from a run folder: `tune.analysis.comparison.Sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from macdrop.errors import DataError
+from tune.analysis.comparison import Sample
+from tune.analysis.items import RATIOS, Items, matched
+from tune.analysis.results import asked_for
+from tune.analysis.stats import linearised
+from tune.config.eval_spec import TEST
+from tune.config.run_spec import slug
+from tune.evaluation.score_names import Column, is_part, primary_columns
+from tune.storage.run_folder import Journal
+
+DESCRIPTIVE = ("repeated_4grams", "empty_share", "judge_unparsed")
+"""Metrics that describe answers and are no measure of quality: nothing is said to help or hurt by them."""
+
+Trials = Mapping[Any, str]
+"""Trials of one setting by their seeds."""
+
+
+class Samples:
+    """The test scores of one model's trials, with their items."""
+
+    def __init__(self, journal: Journal, model: str) -> None:
+        self._items = Items(journal, model)
+        self._asked = asked_for(journal.config())
+        self._scores: dict[tuple[str, Column], float | None] = {}
+        for row in journal.score_rows():
+            if slug(row["model"]) == slug(model) and row["split"] == TEST:
+                self._scores[row["trial"], Column.of(row)] = row["value"]
+
+    def columns(self, plain: Trials, other: Trials) -> list[Column]:
+        """The primary columns that say how good, parts of tasks left out, which both have with one seed at least."""
+        found = dict.fromkeys(column for _, column in self._scores)
+        primary = primary_columns([column for column in found if self._pairs(column, plain, other)], self._asked)
+        told = [c for c in primary if c.higher_is_better is not None and c.metric not in DESCRIPTIVE]
+        return [column for column in told if not is_part(column, primary)]
+
+    def read(self, column: Column, plain: Trials, other: Trials) -> Sample:
+        """The seeds that both have.
+
+        Raises:
+            DataError: a score is not finite, or the two have other items.
+        """
+        pairs = self._pairs(column, plain, other)
+        seeds, trials = tuple(pairs), list(pairs.values())
+        scores = [[self._scores[pair[side], column] for pair in trials] for side in (0, 1)]
+        lost = [str(seed) for seed, *pair in zip(seeds, *scores, strict=True) if None in pair]
+        if lost:
+            raise DataError(f"the score is not finite with seed {', '.join(lost)}")
+        sides = self._measured(column, trials)
+        if sides is None:
+            return Sample(column, seeds, tuple(scores[0]), tuple(scores[1]), None)
+        if column.metric.partition(",")[0] in RATIOS:
+            (losses, tokens), (other_losses, _) = (np.moveaxis(side, -1, 0) for side in sides)
+            differences = linearised(other_losses - losses, tokens[0])
+            return Sample(column, seeds, tuple(scores[0]), tuple(scores[1]), differences)
+        known = ~np.isnan(sides).any(axis=(0, 1))
+        if known.all():
+            return Sample(column, seeds, tuple(scores[0]), tuple(scores[1]), sides[1] - sides[0])
+        if not known.any():
+            raise DataError("no answer has a judge's score in all trials")
+        sides = sides[:, :, known]
+        means = [tuple(side.mean(axis=1).tolist()) for side in sides]
+        note = f"on the {known.sum()} of {known.size} answers that the judge scored in all trials"
+        return Sample(column, seeds, *means, sides[1] - sides[0], note)
+
+    def _pairs(self, column: Column, plain: Trials, other: Trials) -> dict[Any, tuple[str, str]]:
+        """seed -> (plain's trial, the other's), of the seeds whose both trials have the column."""
+        shared = {seed: (plain[seed], other[seed]) for seed in sorted(plain.keys() & other.keys())}
+        return {seed: pair for seed, pair in shared.items() if all((trial, column) in self._scores for trial in pair)}
+
+    def _measured(self, column: Column, pairs: Sequence[tuple[str, str]]) -> np.ndarray | None:
+        """(plain and other, seeds, items), for perplexities (..., 2); None where a trial's items were not kept."""
+        sides = [[self._items.read(pair[side], column) for pair in pairs] for side in (0, 1)]
+        if any(items is None for side in sides for items in side):
+            return None
+        first = sides[0][0]
+        for side, arm in enumerate(sides):
+            for pair, items in zip(pairs, arm, strict=True):
+                matched(first, items, f"{column.name}, {pairs[0][0]} and {pair[side]}")
+        return np.array([[[items[key] for key in first] for items in arm] for arm in sides], dtype=float)

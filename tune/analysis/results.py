@@ -1,0 +1,340 @@
+"""Journal -> what a report says, as values: who was trained in which stage, and how they scored.
+
+A *line* is one scored thing: the base model, or one trial. A *group* is one setting with all its seeds. For columns
+see `tune.evaluation.score_names`. Runs that are still going, or damaged in places, give what they have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tune.analysis.display_names import NAMES, flatten, setting_label
+from tune.config.eval_spec import SECTIONS
+from tune.config.run_spec import slug
+from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
+from tune.storage.run_folder import BASE, Journal
+
+MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
+CELL_KEYS = ("use_dora", "use_rslora")
+"""Settings that say what kind of adapter is trained: arms are compared where these are equal."""
+NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
+"""Keys that do not change what is trained, so that trials that differ in them only are compared."""
+ARM_ORDER = (BASE, "plain", "macdrop")
+"""Order of arms in tables; placebos come after them."""
+
+@dataclass
+class Line:
+    """The base model, or one trial; `settings` are the effective spec with dotted keys, `group` the setting's id."""
+
+    label: str
+    trial: str
+    arm: str
+    status: str
+    reason: str | None = None
+    seed: int | None = None
+    stage: str = "final"
+    group: str = ""
+    cell: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    scores: dict[Column, Cell] = field(default_factory=dict)
+
+    def setting(self, key: str) -> Any:
+        """A setting; MacDrop's own mean nothing to the base and plain arms."""
+        return None if key.startswith("macdrop.") and self.arm in (BASE, "plain") else self.settings.get(key)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A score over the seeds of a setting: mean, SD between seeds (None: one seed), SE over items of one seed.
+
+    `stderr` is the root mean square over seeds; it does not hold the spread between seeds, nor does `sd` that of items.
+    """
+
+    value: float
+    sd: float | None
+    stderr: float | None
+    seeds: int
+
+
+@dataclass
+class Group:
+    """One setting of the final stage with all its trials, or the base model."""
+
+    label: str
+    arm: str
+    id: str
+    cell: dict[str, Any]
+    lines: list[Line]
+
+    def spread(self, column: Column) -> Spread | None:
+        """The column over the seeds that have it; None where none has."""
+        cells = [line.scores[column] for line in self.lines if column in line.scores]
+        if not cells:
+            return None
+        values, errors = [cell.value for cell in cells], [cell.stderr for cell in cells]
+        rms = None if None in errors else math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
+        return Spread(
+            math.fsum(values) / len(values), statistics.stdev(values) if len(values) > 1 else None, rms, len(values)
+        )
+
+
+@dataclass
+class ModelResults:
+    """Everything a report says about one model.
+
+    `lines` come in the order base, plain, MacDrop (best first), placebos; `groups` are those of the final stage. Of all
+    `columns` those in `shown` are worth a table; `keys` are the settings that vary; `objectives` are (name, goal);
+    `finalists` is finalists.json, empty where there is none; `best` is the MacDrop line that the objective prefers;
+    `trouble` says why there are no statistics, where a damaged file is the reason.
+    """
+
+    name: str
+    display: str
+    planted: bool
+    weights: dict[str, Any] | None
+    proof: dict[str, Any] | None
+    finalists: dict[str, Any]
+    lines: list[Line]
+    groups: list[Group]
+    columns: list[Column]
+    shown: list[Column]
+    keys: list[str]
+    objectives: list[tuple[str, str]]
+    best: Line | None
+    trouble: str | None = None
+
+    def trials(self, *arms: str, stage: str | None = None) -> list[Line]:
+        """The trials of these arms (of all without any) in a stage."""
+        wanted = [line for line in self.lines if line.arm != BASE and (not arms or line.arm in arms)]
+        return [line for line in wanted if stage in (None, line.stage)]
+
+    @property
+    def searched(self) -> list[Line]:
+        """The trials among which the setting was chosen; in runs without stages, all of them."""
+        found = self.trials(stage="search")
+        return found or self.trials("plain", "macdrop")
+
+    @property
+    def tried(self) -> int:
+        """MacDrop settings that were tried before one was chosen."""
+        if isinstance(self.finalists.get("tried"), int):
+            return self.finalists["tried"]
+        return len({line.group for line in self.searched if line.arm == "macdrop"})
+
+    @property
+    def seeds(self) -> int:
+        """The largest number of seeds with which one MacDrop setting of the final stage was trained."""
+        return max((len({line.seed for line in g.lines}) for g in self.groups if g.arm == "macdrop"), default=0)
+
+
+def collect(journal: Journal) -> list[ModelResults]:
+    """The results of each model of a run, in the order of its spec; works on a run that is still going."""
+    config, trials, rows = journal.config(), journal.trials(), journal.score_rows()
+    names = [slug(name) for name in models_of(config)]
+    names += [slug(item["model"]) for item in (*trials, *rows)]
+    display = {slug(name): name for name in (*(item["model"] for item in (*trials, *rows)), *models_of(config))}
+    return [
+        _model(journal, name, display[name], *([item for item in items if slug(item["model"]) == name]
+                                               for items in (trials, rows)), config)
+        for name in dict.fromkeys(names)
+    ]  # fmt: skip
+
+
+def value_of(line: Line, objective: str) -> float | None:
+    """The line's value of a search metric (see `Column.name`), None while it has none; validation before test."""
+    named = [
+        ((column.split != "validation", column.attack_on or ""), cell.value)
+        for column, cell in line.scores.items()
+        if column.name == objective
+    ]
+    return min(named)[1] if named else None  # an attack on base rows comes before one on merged rows
+
+
+def _model(
+    journal: Journal,
+    name: str,
+    display: str,
+    trials: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    config: Mapping[str, Any],
+) -> ModelResults:
+    base = [Line(BASE, BASE, BASE, "done", group=BASE)] if any(row["trial"] == BASE for row in rows) else []
+    lines = base + [_line(trial) for trial in trials]
+    by_trial = {line.trial: line for line in lines}
+    columns: dict[Column, None] = {}
+    for row in rows:
+        column = Column.of(row)
+        columns[column] = None
+        if row["trial"] in by_trial and row["value"] is not None:
+            by_trial[row["trial"]].scores[column] = Cell.of(row)
+    asked = asked_for(config)
+    means = add_means([line.scores for line in lines], primary_columns(columns, asked))
+    tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
+    eval_loss = [EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []
+    weights, proof, finalists = (
+        journal.finding(journal.model_dir(name) / f"{file}.json") for file in ("massive_weights", "proof", "finalists")
+    )
+    objectives = _objectives(config)
+    best = _order(lines, objectives)
+    return ModelResults(
+        name=name,
+        display=display,
+        planted=display.startswith("zoo:") or (Path(display) / "zoo.json").is_file(),
+        weights=weights,
+        proof=proof,
+        finalists=finalists or {},
+        lines=lines,
+        groups=_groups(lines, finalists or {}),
+        columns=eval_loss + sorted([*columns, *means], key=place),
+        shown=eval_loss + sorted([*tested, *(mean for mean in means if mean.split == "test")], key=place),
+        keys=_varied(lines, list(_block(_block(config, "sweep"), "parameters"))),
+        objectives=objectives,
+        best=best,
+    )
+
+
+def _line(trial: Mapping[str, Any]) -> Line:
+    settings = flatten(trial["config"])
+    line = Line(
+        label="",
+        trial=trial["trial"],
+        arm=trial.get("arm", "macdrop"),
+        status=trial.get("status", "unknown"),
+        reason=trial.get("reason"),
+        seed=trial.get("seed"),
+        stage=trial.get("stage") or "final",
+        group=trial.get("setting") or _setting_text(settings, trial.get("arm", "macdrop")),
+        cell=trial.get("cell") or {key: settings[key] for key in CELL_KEYS if settings.get(key)},
+        settings=settings,
+        info=dict(trial),
+    )
+    if trial.get("eval_loss") is not None:
+        line.scores[EVAL_LOSS] = Cell(trial["eval_loss"])
+    return line
+
+
+def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
+    """Sort in place (base, plain, MacDrop, placebos; best first), label, return the best finished MacDrop line.
+
+    Searched trials are numbered, M1 being the best; those of the final stage get the names of their groups.
+
+    With several objectives the first one decides the order; the Pareto front is the search's answer.
+    """
+    name, goal = objectives[0]
+    sign = 1 if goal == "minimize" else -1
+
+    def key(line: Line) -> tuple:
+        value = value_of(line, name)
+        usable = value is not None and line.status == "done"
+        arm = ARM_ORDER.index(line.arm) if line.arm in ARM_ORDER else len(ARM_ORDER)
+        return arm, line.arm, not usable, sign * value if usable else 0.0
+
+    lines.sort(key=key)
+    counts: dict[str, int] = {}
+    for line in (line for line in lines if line.stage == "search" or not _staged(lines)):
+        counts[line.arm] = number = counts.get(line.arm, 0) + 1
+        if line.arm == "plain":
+            several = sum(other.arm == "plain" and other.stage == line.stage for other in lines) > 1
+            line.label = f"plain{number}" if several else "plain"
+        elif line.arm != BASE:
+            line.label = f"{'M' if line.arm == 'macdrop' else NAMES.get(line.arm, line.arm)}{number}"
+    ranked = [line for line in lines if line.arm == "macdrop" and not key(line)[2]]
+    return ranked[0] if ranked else None
+
+
+def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
+    """The settings of the final stage (of the search where there was no other), by arm, kind of adapter and rank."""
+    trials = [line for line in lines if line.arm != BASE]
+    final = [line for line in trials if line.stage != "search"] or [line for line in trials if _tested(line)] or trials
+    by_id: dict[tuple[str, str], list[Line]] = {}
+    for line in [line for line in lines if line.arm == BASE] + final:
+        by_id.setdefault((line.arm, line.group), []).append(line)
+    made = []
+    kinds = {arm: number for number, arm in enumerate(dict.fromkeys(arm for arm, _ in by_id))}
+    rows = finalists.get("cells") if isinstance(finalists.get("cells"), list) else []
+    ranked = [setting for row in rows if isinstance(row, Mapping) for setting in row.get("macdrop") or ()]
+
+    def place(item: tuple[tuple[str, str], list[Line]]) -> tuple:
+        (arm, group), members = item
+        rank = ranked.index(group) if group in ranked else len(ranked)
+        return kinds[arm], [str(value) for value in members[0].cell.values()], rank
+
+    for (arm, group), members in sorted(by_id.items(), key=place):
+        members = sorted(members, key=lambda line: (line.seed is None, line.seed))
+        made.append(Group(setting_label(members[0].arm, members[0].settings), arm, group, members[0].cell, members))
+    shared = [group.label for group in made]
+    for group in made:
+        if shared.count(group.label) > 1:
+            group.label += f" ({group.lines[0].label or group.lines[0].trial})"
+        for line in group.lines:
+            line.label = line.label or f"{group.label}, seed {line.seed}"
+    return made
+
+
+def _staged(lines: list[Line]) -> bool:
+    """Whether the run had a search of its own before the final stage."""
+    return any(line.stage == "search" for line in lines)
+
+
+def _tested(line: Line) -> bool:
+    return any(column.split == "test" and column != EVAL_LOSS for column in line.scores)
+
+
+def _varied(lines: list[Line], searched: list[str]) -> list[str]:
+    """Settings worth a table column: MacDrop's, the searched ones, and all that differ between trials."""
+    own = [f"macdrop.{key}" for key in MACDROP_KEYS]
+    trials = [line for line in lines if line.arm != BASE]
+    every = dict.fromkeys(key for line in trials for key in line.settings)
+    differing = [
+        key
+        for key in every
+        if not key.startswith("macdrop.")
+        and key not in (*NOT_SETTINGS, "seed")
+        and len({json.dumps(line.settings.get(key), default=str) for line in trials}) > 1
+    ]
+    return [key for key in dict.fromkeys([*own, *searched, *differing]) if key != "seed"]
+
+
+def _setting_text(settings: Mapping[str, Any], arm: str) -> str:
+    """A setting without its seed, for runs whose trials have no `setting`."""
+    kept = {key: value for key, value in settings.items() if key not in ("seed", *NOT_SETTINGS)}
+    if arm == "plain":
+        kept = {key: value for key, value in kept.items() if not key.startswith("macdrop.")}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _objectives(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    metric = _block(config, "sweep").get("metric") or {}
+    several = metric if isinstance(metric, list) else [metric]
+    return [(one.get("name", EVAL_LOSS.metric), one.get("goal", "minimize")) for one in several]
+
+
+def models_of(config: Mapping[str, Any]) -> list[str]:
+    """The names of a run's models, in the order of its spec."""
+    entries = _block(config, "sweep").get("models") or [config.get("model_name_or_path")]
+    names = [entry.get("model_name_or_path") if isinstance(entry, Mapping) else entry for entry in entries]
+    return [name for name in names if isinstance(name, str) and name]
+
+
+def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Names of the run's benchmarks, and of lm-eval's tasks behind them, with the metric that tables show of them."""
+    names: dict[str, str | None] = {}
+    for block in ("validation", "eval"):
+        for section in SECTIONS:
+            for name, entry in _block(_block(config, block), section).items():
+                entry = entry if isinstance(entry, Mapping) else {}
+                names |= dict.fromkeys((name, entry.get("task") or name), entry.get("metric"))
+    return names
+
+
+def _block(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A block of a run file; empty where it is missing or no block."""
+    found = config.get(key)
+    return found if isinstance(found, Mapping) else {}

@@ -1,0 +1,218 @@
+"""Does MacDrop help on a model? One verdict for each finalist and placebo of a run, with the numbers behind it.
+
+Arms are compared inside a cell (one kind of adapter) over the final stage's seeds, seed by seed and item by item: the
+rule is `stats.Paired`. A verdict stands on one comparison that is fixed beforehand, its headline: without attack,
+the mean over the zero-shot tasks (the metric that most of them have); where there is none, judge scores, then scores
+against references, then perplexity, each averaged over its tasks. The same under attack is a second statement, on
+zeroing as many rows as the cell's best MacDrop setting drops, where the run has that attack, else on its first one.
+Single tasks are corrected by Holm over the tasks, without attack and under each attack; the means stand for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+from macdrop.errors import DataError
+from tune.analysis import sentences as telling
+from tune.analysis.comparison import CANNOT_TELL, Comparison, Sample, compare, corrected, unknown
+from tune.analysis.display_names import flatten, setting_label
+from tune.analysis.paired_samples import Samples
+from tune.config.run_spec import slug
+from tune.evaluation.score_names import Column, mean_columns
+from tune.storage.run_folder import Journal
+
+__all__ = ["Comparison", "Verdict", "verdicts"]
+HEADLINES = ("zero_shot", "judge_score", "generation", "perplexity")
+"""What a verdict stands on, the first that the run has: a benchmark, or a metric of one."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run says of one setting against the plain adapter of its cell."""
+
+    model: str
+    cell: dict[str, Any]
+    setting: str
+    label: str
+    arm: str
+    headline: Comparison | None
+    attacked: Comparison | None
+    rows: list[Comparison]
+    sentence: str
+    more: list[str]
+    seeds: tuple[int, ...]
+    tried: int
+    status: str
+
+
+@dataclass
+class Setting:
+    """The trials of one setting by their seeds; `config` is its effective spec with dotted keys."""
+
+    arm: str
+    id: str
+    config: dict[str, Any]
+    trials: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return setting_label(self.arm, self.config)
+
+
+def verdicts(journal: Journal, model: str) -> list[Verdict]:
+    """The MacDrop finalists of each cell, best first, then its placebos; what a running sweep has so far.
+
+    Empty before anything was selected for the final stage, and without a plain adapter that shares a seed and a
+    benchmark with a finalist.
+    """
+    content = journal.finding(journal.finalists_file(model)) or {}
+    seeds = content.get("seeds", [])
+    trials = [t for t in journal.trials() if slug(t.get("model", "")) == slug(model) and t.get("seed") in seeds]
+    settings = _by_setting(trials)
+    samples = Samples(journal, model)
+    name = next((t["model"] for t in trials), model)
+    run = _Run(name, content.get("tried", 0), len(seeds), fresh=seeds != [journal.config().get("seed", 0)])
+    found = []
+    for row in content.get("cells", []):
+        chosen = [*row["macdrop"], *row["placebos"].values()]
+        plain, others = settings.get(row["plain"]), [settings[setting] for setting in chosen if setting in settings]
+        if plain is not None:
+            rows = next((other.config.get("macdrop.k") for other in others if other.arm == "macdrop"), None)
+            made = [one for other in others if (one := against(samples, plain, other, rows)) is not None]
+            found += [_verdict(one, made, row["cell"], run) for one in made]
+    return found
+
+
+def _by_setting(trials: Iterable[Mapping[str, Any]]) -> dict[str, Setting]:
+    found: dict[str, Setting] = {}
+    for t in trials:
+        setting = found.setdefault(t["setting"], Setting(t.get("arm", ""), t["setting"], flatten(t["config"])))
+        setting.trials[t["seed"]] = t["trial"]
+    return found
+
+
+@dataclass
+class Against:
+    """All comparisons of one setting with plain."""
+
+    setting: Setting
+    plain: Setting
+    headline: Comparison | None
+    attacked: Comparison | None
+    rows: list[Comparison]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is told of all verdicts of a model: its name, settings tried, seeds of the final stage, are they fresh."""
+
+    model: str
+    tried: int
+    seeds: int
+    fresh: bool
+
+
+def _verdict(found: Against, of_cell: Sequence[Against], cell: dict[str, Any], run: _Run) -> Verdict:
+    setting, main = found.setting, found.headline or found.attacked
+    more = telling.of_seeds(main)
+    more += [telling.statement(found.attacked)] if found.attacked is not None and found.attacked is not main else []
+    more += telling.of_perplexity(found.rows, main)
+    if setting.arm == "macdrop":
+        for other in (other for other in of_cell if other.setting.arm != "macdrop"):
+            more += telling.of_placebo(other.setting.label, found.headline, other.headline)
+            more += telling.of_placebo(other.setting.label, found.attacked, other.attacked)
+        more += telling.provenance(main, run.tried, run.seeds, run.fresh)
+    return Verdict(
+        model=run.model,
+        cell=cell,
+        setting=setting.id,
+        label=setting.label,
+        arm=setting.arm,
+        headline=found.headline,
+        attacked=found.attacked,
+        rows=found.rows,
+        sentence=telling.sentence(run.model, setting.label, found.plain.label, main),
+        more=more,
+        seeds=main.seeds if main else (),
+        tried=run.tried,
+        status=main.verdict if main else CANNOT_TELL,
+    )
+
+
+def against(samples: Samples, plain: Setting, other: Setting, rows: int | None) -> Against | None:
+    """All columns that both have with a seed in common; None where there are none.
+
+    rows: how many of them are dropped in training, whose zeroing is the attack that is spoken of.
+    """
+    columns = samples.columns(plain.trials, other.trials)
+    if not columns:
+        return None
+    about = {"arm": other.arm, "label": other.label, "against": plain.label}
+    found = {column: _read(samples, column, plain, other) for column in columns}
+    made: dict[Column, Comparison] = {}
+    for family in _by(columns, lambda column: (column.attack, column.attack_on)):
+        compared = [_mean([column], column, found, about, len(family)) for column in family]
+        made |= dict(zip(family, corrected(compared), strict=True))
+    means = [_mean(members, mean, found, about) for mean, members in mean_columns(columns).items()]
+    attack = _main_attack(columns, rows)
+    told = []
+    for chosen in (("none", None), attack):
+        main = _headline([column for column in columns if (column.attack, column.attack_on) == chosen])
+        told.append(main and _mean(main[1], main[0], found, about))
+    return Against(other, plain, *told, [*means, *made.values()])
+
+
+def _read(samples: Samples, column: Column, plain: Setting, other: Setting) -> Sample | DataError:
+    try:
+        return samples.read(column, plain.trials, other.trials)
+    except DataError as error:
+        return error
+
+
+def _mean(
+    members: Sequence[Column],
+    column: Column,
+    found: Mapping[Column, Sample | DataError],
+    about: Mapping[str, str],
+    family: int = 1,
+) -> Comparison:
+    """The comparison on the mean over `members`, which is called `column`."""
+    failed = [error for member in members if isinstance(error := found[member], DataError)]
+    if failed:
+        return unknown(column, str(failed[0]), **about)
+    return compare([found[member] for member in members], column, **about, family=family)
+
+
+def _headline(columns: Sequence[Column]) -> tuple[Column, list[Column]] | None:
+    """Of columns under one attack the first kind of `HEADLINES`, the largest of several; its name and its columns."""
+    means = mean_columns(columns)
+    for members in _by([c for c in columns if c.benchmark == "generation"], lambda column: column.metric):
+        first = members[0]
+        name = Column(first.benchmark, f"mean of {len(members)}", *astuple(first)[2:])
+        means |= {name: members} if len(members) > 1 else {}
+    single = {column: [column] for column in columns if not any(column in members for members in means.values())}
+    order = sorted((means | single).items(), key=lambda item: (_rank(item[0]), -len(item[1])))
+    return order[0] if order else None
+
+
+def _main_attack(columns: Iterable[Column], rows: int | None) -> tuple[str, str | None] | None:
+    """Zeroing of `rows` rows, else the first zeroing, else the first attack; on base rows rather than merged ones."""
+    attacks = list(dict.fromkeys((c.attack, c.attack_on) for c in columns if c.attack != "none"))
+    order = {attack: (attack[0] != f"zeroing@{rows}", not attack[0].startswith("zeroing"), attack[1] != "base")
+             for attack in attacks}  # fmt: skip
+    return min(attacks, key=lambda attack: (order[attack], attacks.index(attack))) if attacks else None
+
+
+def _rank(column: Column) -> int:
+    ranks = (i for i, name in enumerate(HEADLINES) if name in (column.benchmark, column.metric))
+    return min(ranks, default=len(HEADLINES))
+
+
+def _by(columns: Iterable[Column], key: Callable[[Column], Any]) -> list[list[Column]]:
+    """The columns in groups, in the order in which they come."""
+    groups: dict[Any, list[Column]] = {}
+    for column in columns:
+        groups.setdefault(key(column), []).append(column)
+    return list(groups.values())

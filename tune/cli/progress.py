@@ -1,0 +1,158 @@
+"""What a person sees while a run is going: a live table in a terminal, one line an event elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from tune.config.resume import resume_command
+from tune.scheduling.queue import FINAL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tune.distributed.actors.evaluators import Result
+    from tune.scheduling.queue import Entry
+    from tune.scheduling.study import Study
+
+STYLES = {
+    "running": "cyan",
+    "trained": "blue",
+    "done": "green",
+    "failed": "red",
+    "diverged": "red",
+    "stopped": "yellow",
+}
+#: Columns that keep their width when the scores do not fit the terminal.
+WIDTHS = {"state": 8, "step": 5, "loss": 7, "eval loss": 9, "p": 7, "tokens/s": 8}
+WORDS = {"trained": "scoring"}
+#: Rows of the live table; finished trials scroll off first, as the report has them all.
+MAX_ROWS = 24
+
+
+class Progress:
+    """Shows orders as they change. Called from the supervisor's thread alone, but for `started` and `finished`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._live: Live | None = None
+        self._begun = time.monotonic()
+        self._orders: dict[str, dict[str, Any]] = {}
+        #: Of each trial, and of each base model, its scores as they came in.
+        self._scores: dict[str, list[str]] = {}
+        self._states: dict[str, str] = {}
+        #: Study, stage and number of trials that are under way.
+        self._stage: tuple[str, str, int] | None = None
+        self._line = ""
+
+    def started(self, run_dir: Path, dashboard: str, resources: str) -> None:
+        self.console.print(f"Run folder   {run_dir}", soft_wrap=True)
+        self.console.print(f"Resources    {resources}", soft_wrap=True)
+        self.console.print(f"Dashboard    {dashboard or 'off'}", soft_wrap=True)
+        # Now, as whatever kills this process later, Ray's own end of it included, lets it say nothing any more.
+        self.console.print(f"To resume    {resume_command(run_dir)}", soft_wrap=True)
+        if self.console.is_terminal:
+            self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def finished(self) -> None:
+        """Take the live table away; safe to call twice."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def study(self, study: Study) -> None:
+        self._say(f"[bold]{study.name}[/bold]: {study.count} fine-tunings at most")
+
+    def stage(self, study: Study, stage: str, trials: int) -> None:
+        """A stage begins, of so many trials (at most: a searcher may draw one twice)."""
+        self._stage = (study.name, stage, trials)
+        self._say(f"[bold]{study.name}[/bold]: {stage}, {trials} trial(s)")
+
+    def note(self, text: str) -> None:
+        self._say(f"[red]{text}[/red]")
+
+    def show(self, snapshot: dict[str, Any], scoring: int) -> None:
+        """Redraw the table from the book's snapshot; in a log, say which orders have started."""
+        self._orders = {row["id"]: row for row in snapshot["orders"]}
+        lanes = snapshot["lanes"].values()
+        busy = sum(1 for lane in lanes if lane["order"])
+        self._line = f"lanes {busy} of {len(lanes)} busy   benchmarks waiting or running {scoring}"
+        if self._stage:
+            self._line = f"{self._stage[0]}   {self._remaining()}   {self._line}"
+        for name, row in self._orders.items():
+            if row["state"] != self._states.get(name) and row["state"] in ("running", "trained"):
+                if not self._live:
+                    self._say(f"{name} {'is trained' if row['state'] == 'trained' else 'is training'}")
+            self._states[name] = row["state"]
+        if self._live:
+            self._live.update(self._table())
+
+    def ended(self, entry: Entry) -> None:
+        loss = entry.outcome.get("eval_loss")
+        details = f" eval_loss {loss:.4f}" if loss is not None else ""
+        reason = f" ({entry.reason})" if entry.reason else ""
+        style = STYLES.get(entry.state, "white")
+        if entry.order.id in self._orders:
+            self._orders[entry.order.id] = {**self._orders[entry.order.id], "state": entry.state}
+        stage = f" ({self._remaining()})" if self._stage else ""
+        self._say(f"{entry.order.id} [{style}]{entry.state}[/{style}]{details}{reason}{stage}")
+
+    def scored(self, name: str, result: Result) -> None:
+        if result.rows:
+            # The first row is the task's own metric; the report has them all.
+            row = result.rows[0]
+            attack = "" if row["attack"] == "none" else f"@{row['attack']}"
+            self._scores.setdefault(name, []).append(f"{row['task']}{attack} {_number(row['value'])}")
+        if result.error:
+            self._say(f"[red]{name} {result.item.job.key}: {result.error}[/red]")
+
+    def judged(self, done: int, of: int) -> None:
+        """How far the judge has come, every tenth of the way."""
+        if of and (not done or done * 10 // of > (done - 1) * 10 // of):
+            self._say(f"judged {done} of {of} answers")
+
+    def _remaining(self) -> str:
+        """search 3/8: trials of the stage that have ended, and all of them."""
+        name, stage, trials = self._stage
+        rows = [row for row in self._orders.values() if (row["study"], row["stage"]) == (name, stage)]
+        return f"{stage} {sum(row['state'] in FINAL for row in rows)}/{max(trials, len(rows))}"
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"[dim]{time.monotonic() - self._begun:6.1f}s[/dim] {text}", soft_wrap=True, highlight=False)
+
+    def _table(self) -> Table:
+        table = Table(title=self._line or None, title_justify="left", box=None, header_style="bold")
+        longest = max((len(name) for name in (*self._orders, *self._scores)), default=0)
+        for heading, width in {"trial": longest, **WIDTHS}.items():
+            left = heading in ("trial", "state")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=True, min_width=width)
+        table.add_column("scores", no_wrap=True, overflow="ellipsis")
+        rows = sorted(self._orders.values(), key=lambda row: row["state"] in FINAL)
+        for row in rows[:MAX_ROWS]:
+            last = row["last"]
+            style = STYLES.get(row["state"], "dim")
+            table.add_row(
+                row["id"],
+                f"[{style}]{WORDS.get(row['state'], row['state'])}[/{style}]",
+                str(last.get("step", "")),
+                _number(last.get("loss")),
+                _number(last.get("eval_loss")),
+                _number(last.get("p")),
+                f"{last['tokens_per_second']:.0f}" if "tokens_per_second" in last else "",
+                ", ".join(self._scores.get(row["id"], [])),
+            )
+        for name in [name for name in self._scores if name not in self._orders]:
+            blanks = [""] * 5
+            table.add_row(name, "[green]scored[/green]", *blanks, ", ".join(self._scores[name]))
+        if len(rows) > MAX_ROWS:
+            table.caption = f"and {len(rows) - MAX_ROWS} more"
+        return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

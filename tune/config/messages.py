@@ -1,0 +1,178 @@
+"""Validation by pydantic, and what it found wrong told in words: what, the value, what is allowed, the nearest name."""
+
+from __future__ import annotations
+
+import copy
+import re
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from macdrop.errors import ConfigError, nearest
+from tune.config.parse import ALIASES
+
+#: Names of other tools for what is done in another way here: the way.
+ELSEWHERE = {
+    "lr": "Write learning_rate.",
+    "epochs": "Write num_train_epochs.",
+    "batch_size": "Write per_device_train_batch_size (training) or eval.batch_size (scoring).",
+    "warmup_steps": "Write warmup_ratio, the share of all steps.",
+    "deepspeed": "The configuration of DeepSpeed is made from zero_stage, offload and bf16.",
+    "stage": "Write zero_stage for the ZeRO stage; fine-tuning on instructions is all that is done here.",
+    "fp16": "Write bf16: true, or leave it out for fp32.",
+    "pure_bf16": "Write bf16: true.",
+    "load_in_8bit": "Quantised bases are not trained here.",
+    "load_in_4bit": "Quantised bases are not trained here.",
+    "quantization_bit": "Quantised bases are not trained here.",
+    "num_gpus": "Write ray.num_workers: one worker is one GPU.",
+    "num_workers": "Write ray.num_workers.",
+    "tasks": "Write eval.zero_shot.",
+    "suite": "Write eval.suite.",
+    "p0": "Write macdrop.p0.",
+    "k": "Write macdrop.k.",
+    "schedule": "Write macdrop.schedule.",
+    "alpha": "Write macdrop.alpha.",
+    "seed": "Set sweep.seeds, the number of fresh seeds on which what the search selects is compared.",
+    "macdrop.scope": "Placebos are compared with what the search found: list them under sweep.arms.",
+    "parameters": "Write it under sweep.",
+    "models": "Write it under sweep.",
+}
+
+_WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "dict_type": "a block of keys",
+    "model_type": "a block of keys",
+    "model_attributes_type": "a block of keys",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+}
+
+
+def build(kind: type[BaseModel], raw: dict[str, Any]) -> Any:
+    """Validate `raw` as a `kind`.
+
+    Raises:
+        ConfigError: a line (or few) for each key or value that is not allowed.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        wrong: dict[str, list[dict[str, Any]]] = {}
+        for item in error.errors():
+            wrong.setdefault(".".join(_place(kind, item["loc"])[0]), []).append(item)
+        raise ConfigError("\n".join(_explain(kind, where, items) for where, items in wrong.items())) from None
+
+
+def believable(kind: type[BaseModel], content: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
+    """`content` without the values that a `kind` cannot have, for who reads what another version may have written.
+
+    What is left out is told in `problems`, each once, with the file's `name`. Unknown keys, and values that only do not
+    fit each other, stay.
+    """
+    content = copy.deepcopy(content)
+    while True:
+        try:
+            kind.model_validate(content)
+            return content
+        except ValidationError as error:
+            wrong = [item for item in error.errors() if item["type"] not in ("extra_forbidden", "missing")]
+        found = [(where, item) for item in wrong if (where := _holder(kind, content, item))]
+        if not found:
+            return content
+        (holder, key, dotted), item = found[0]
+        told = f"{name} is damaged, and this left out: {_explain(kind, dotted, [item])}"
+        problems += [told] if told not in problems else []
+        holder.pop(key)
+
+
+def _holder(kind: type[BaseModel], content: Any, item: dict[str, Any]) -> tuple[Any, Any, str] | None:
+    """The mapping or list that holds what an error of pydantic is about, and its key there; None for a whole block
+    whose keys do not fit each other."""
+    holder, key, walked = None, None, []
+    for name in _place(kind, item["loc"])[0]:
+        inner = dict(enumerate(content)) if isinstance(content, list) else content
+        at = int(name) if isinstance(content, list) else name
+        if not isinstance(inner, dict) or at not in inner:
+            break  # a single value may be written where a list of them is meant
+        holder, key, content = content, at, inner[at]
+        walked.append(name)
+    block = isinstance(holder, dict) and isinstance(content, dict)
+    if holder is None or (block and item["type"] == "value_error"):
+        return None
+    return holder, key, ".".join(walked)
+
+
+def _explain(kind: type[BaseModel], where: str, items: list[dict[str, Any]]) -> str:
+    """What, the value, what is allowed, the nearest name. Several items are the branches of a union."""
+    item = items[0]
+    if item["type"] == "extra_forbidden":
+        return _unknown(kind, where, item)
+    told = [other for other in items if other["type"] == "value_error"]
+    if told:
+        message = str(told[0]["ctx"]["error"])
+        return f"{where}: {message}" if where else message
+    if item["type"] == "missing":
+        return f"{where} is missing."
+    context = [{**other.get("ctx", {}), "": ""} for other in items]
+    wanted = [_WANTED.get(o["type"], o["msg"]).format(**c) for o, c in zip(items, context, strict=True)]
+    allowed = re.findall(r"'([^']*)'", " ".join(w for w, o in zip(wanted, items, strict=True) if "lit" in o["type"]))
+    hint = nearest(item["input"], allowed) if isinstance(item["input"], str) else ""
+    if isinstance(item["input"], str) and item["input"].lower() in ("none", "nil"):
+        hint = hint or " Nothing is written null."
+    return f"{where} must be {' or '.join(dict.fromkeys(wanted))}, not {item['input']!r}.{hint}"
+
+
+def _unknown(kind: type[BaseModel], where: str, item: dict[str, Any]) -> str:
+    owner = _place(kind, item["loc"])[1]
+    allowed = list(owner.model_fields) if owner else []
+    key = str(item["loc"][-1])
+    top = len(item["loc"]) == 1
+    hint = f" {ELSEWHERE[key]}" if top and key in ELSEWHERE else nearest(key, [*allowed, *(ALIASES if top else ())])
+    known = f" Allowed: {', '.join(sorted(allowed))}." if 0 < len(allowed) <= 16 else ""
+    return f"{where} is no key we know.{hint}{known}"
+
+
+def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], type[BaseModel] | None]:
+    """pydantic's location without the names of union branches, and the model that owns the last key."""
+    names: list[str] = []
+    owner: type[BaseModel] | None = None
+    here: Any = kind
+    for part in location:
+        here = _descend(here, part)
+        if here is _BRANCH:
+            break
+        owner, here = here
+        names.append(str(part))
+    return names, owner
+
+
+_BRANCH = object()
+
+
+def _descend(annotation: Any, part: Any) -> Any:
+    """(owning model or None, annotation of the part), or `_BRANCH` when `part` names a branch of a union."""
+    for option in _options(annotation):
+        if isinstance(option, type) and issubclass(option, BaseModel) and isinstance(part, str):
+            field = option.model_fields.get(part)
+            return option, field.annotation if field else None
+        if get_origin(option) is dict:
+            return None, get_args(option)[1]
+        if get_origin(option) is list and isinstance(part, int):
+            return None, get_args(option)[0]
+    return _BRANCH
+
+
+def _options(annotation: Any) -> list[Any]:
+    if get_origin(annotation) in (Union, UnionType):
+        return [inner for option in get_args(annotation) for inner in _options(option)]
+    metadata = getattr(annotation, "__metadata__", None)
+    return _options(get_args(annotation)[0]) if metadata else [annotation]

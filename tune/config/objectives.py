@@ -1,0 +1,99 @@
+"""What a search may optimise: the validation loss, or scores of the block `validation:`. Pure checks of a run file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from macdrop.errors import nearest
+from tune.config.eval_spec import PLAIN, SECTIONS, EvalSpec, jobs
+from tune.config.sections import EVAL_LOSS, SweepSpec
+from tune.evaluation.score_names import AVERAGED
+
+
+def score_name(benchmark: str, task: str, metric: str, attack: str) -> str:
+    """A score as `sweep.metric` names it: benchmark/task/metric, with @attack where there is one."""
+    return f"{benchmark}/{task}/{metric}" + ("" if attack == PLAIN else f"@{attack}")
+
+
+def check_metrics(sweep: SweepSpec, test: EvalSpec, validation: EvalSpec) -> None:
+    """Refuse an objective that no validation score gives.
+
+    Raises:
+        ValueError: the metric is a test benchmark's, or nothing of that name is scored.
+    """
+    selectable, tested = _forms(validation), _forms(test)
+    for name in (metric.name for metric in sweep.metric if metric.name != EVAL_LOSS):
+        form = _form(name)
+        if form in selectable:
+            continue
+        if form in tested:
+            section, task = name.split("/")[:2]
+            raise ValueError(
+                f"sweep.metric.name is {name!r}, a score of the block eval: what is chosen by a test benchmark looks "
+                f"better on it than it is.\nGive the search data of its own under validation (validation.{section}."
+                f"{task}, other rows than the test's), or optimise {EVAL_LOSS}."
+            )
+        allowed = ", ".join((EVAL_LOSS, *selectable))
+        more = "" if selectable else "; or list benchmarks under validation, which has the shape of eval"
+        raise ValueError(
+            f"sweep.metric.name is {name!r}, but no benchmark of the validation block gives such a score."
+            f"{nearest(name, [EVAL_LOSS, *selectable])}\nAllowed: {allowed}{more}."
+        )
+
+
+def check_apart(test: EvalSpec, validation: EvalSpec) -> None:
+    """Refuse rows that would both select and be reported on, and a judge in the search.
+
+    Raises:
+        ValueError: a benchmark of the validation block reads what one of the eval block reads.
+    """
+    if validation.judge is not None:
+        raise ValueError("validation.judge: a judge scores the answers of the final stage. Write it under eval.")
+    tested = {rows: where for where, found in _rows(test) for rows in found}
+    for where, found in _rows(validation):
+        for rows in found & set(tested):
+            raise ValueError(
+                f"validation.{where} and eval.{tested[rows]} score the same rows ({rows[0]}): what is selected by them "
+                "looks better on them than it is.\nGive validation other data, or another split of them."
+            )
+
+
+def _rows(block: EvalSpec) -> list[tuple[str, set[tuple[str | None, ...]]]]:
+    """Of each benchmark its key in the block, and what it reads: files, hub data or an lm-eval task, with a split."""
+    found = []
+    for section in SECTIONS:
+        for name, entry in getattr(block, section).items():
+            sources = entry.data or [getattr(entry, "task", None) or name]
+            about = (getattr(entry, "name", None), getattr(entry, "split", None))
+            found.append((f"{section}.{name}", {(source, *about) for source in sources}))
+    return found
+
+
+def check_early_stops(sweep: SweepSpec, eval_steps: Sequence[int | None]) -> None:
+    """Refuse ASHA without validations to cut at; `eval_steps` are those of the models.
+
+    Raises:
+        ValueError: a model has no eval_steps.
+    """
+    if sweep.scheduler == "asha" and None in eval_steps:
+        raise ValueError(
+            "sweep.scheduler asha compares eval_loss while trials train, and eval_steps is not set.\n"
+            "Set eval_steps (optimizer steps between two validations), or sweep.scheduler to none."
+        )
+
+
+def _forms(block: EvalSpec) -> list[str]:
+    """The scores of a block and their means, with METRIC for the metrics, which only a task itself knows."""
+    listed = jobs(block)
+    forms = [score_name(job.benchmark, job.task, "METRIC", job.attack) for job in listed]
+    for section in AVERAGED:
+        if len({job.task for job in listed if job.benchmark == section}) > 1:
+            attacks = dict.fromkeys(job.attack for job in listed if job.benchmark == section)
+            forms += [score_name(section, "mean", "METRIC", attack) for attack in attacks]
+    return list(dict.fromkeys(forms))
+
+
+def _form(name: str) -> str:
+    score, _, attack = name.partition("@")
+    parts = score.split("/")
+    return score_name(*parts[:2], "METRIC", attack or PLAIN) if len(parts) == 3 else name

@@ -1,0 +1,249 @@
+"""Reading what a user wrote, before any of it is understood: YAML, `key=value`, aliases, dotted keys.
+
+Which keys exist is the business of `tune.config.run_spec`; what is wrong with them is told by `tune.config.messages`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from macdrop.errors import ConfigError
+
+#: Names of other tools for the same thing, accepted and translated (Axolotl, PEFT, TRL, LLaMA-Factory, Ray).
+ALIASES = {
+    "base_model": "model_name_or_path",
+    "model": "model_name_or_path",
+    "datasets": "dataset",
+    "dataset_name": "dataset",
+    "sequence_len": "cutoff_len",
+    "max_length": "cutoff_len",
+    "max_seq_length": "cutoff_len",
+    "train_on_inputs": "train_on_prompt",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_target",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "val_set_size": "val_size",
+    "ray_num_workers": "ray.num_workers",
+}
+
+#: Sections that may be written as a list of names; an override of one entry needs them as a block.
+NAMED_SECTIONS = {
+    (block, section) for block in ("eval", "validation") for section in ("zero_shot", "perplexity", "generation")
+}
+
+
+# --- text -> plain data ---
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose 3e-4 is a number, whose dates stay texts, and whose mappings have text keys, each once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is no text; put it in quotes", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] not in ("float", "timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+        r"|\.inf|\.Inf|\.INF)$|\.nan$|\.NaN$|\.NAN$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML (with the line), or no mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} is no file. Give the path of a run's YAML file; `macdrop sweep --recipes` lists ours."
+        )
+    try:
+        raw = _parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no YAML: {_where(error)}.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold keys and values, for example\n  model_name_or_path: zoo:planted-llama")
+    return raw
+
+
+def read_override(text: str) -> tuple[str, Any]:
+    """`key=value` -> (key, value); the value is YAML: numbers, true, null, [lists], {key: value}.
+
+    Raises:
+        ConfigError: there is no key, or the value is no YAML.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"{text!r} is no override. Write key=value, for example learning_rate=1e-4.")
+    try:
+        return key.strip(), _parse(value)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            f"The value of {key} is no YAML: {_where(error)}.\n"
+            f"Quote a text with special characters, twice because of the shell: {key}='\"...\"'"
+        ) from None
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
+def _where(error: Exception) -> str:
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if problem and mark else str(error)
+
+
+# --- one spelling of every key ---
+
+
+def normalise(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same with our names for other tools' names, and with blocks for dotted keys; doing it twice changes nothing.
+
+    The names under `sweep.parameters` keep their dots: they name keys.
+
+    Raises:
+        ConfigError: a key is given under two names.
+    """
+    result = _flat(raw)
+    sweep = result.get("sweep")
+    if isinstance(sweep, dict):
+        sweep = dict(sweep)
+        if isinstance(sweep.get("parameters"), dict):
+            sweep["parameters"] = _searched(sweep["parameters"])
+        if isinstance(sweep.get("models"), list):
+            sweep["models"] = [_flat(entry) if isinstance(entry, dict) else entry for entry in sweep["models"]]
+        result["sweep"] = sweep
+    return result
+
+
+def override(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`raw` (normalised) with one dotted key set; what was there, also a whole block or list, is replaced.
+
+    Raises:
+        ConfigError: the key leads into something that is no block.
+    """
+    if key.startswith("sweep.parameters."):
+        name = key.removeprefix("sweep.parameters.")
+        path = ["sweep", "parameters", ALIASES.get(name, name)]
+    else:
+        path = ALIASES.get(key, key).split(".")
+    return normalise(_set(raw, path, value, ()))
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what `top` sets; blocks are merged, all else is replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def undot(values: dict[str, Any]) -> dict[str, Any]:
+    """{'a.b': 1} -> {'a': {'b': 1}}.
+
+    Raises:
+        ConfigError: a key is set twice, or is both a block and a value.
+    """
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        path = key.split(".")
+        block = result
+        for part in path[:-1]:
+            block = block.setdefault(part, {})
+            if not isinstance(block, dict):
+                raise ConfigError(f"{key}: {part} has a value already, so that it cannot be a block.")
+        last = path[-1]
+        if isinstance(value, dict) and isinstance(block.get(last), dict):
+            twice = sorted(set(value) & set(block[last]))
+            if twice:
+                raise ConfigError(f"{key}.{twice[0]} is given twice.")
+            block[last] = {**block[last], **value}
+        elif last in block:
+            raise ConfigError(f"{key} is given twice.")
+        else:
+            block[last] = dict(value) if isinstance(value, dict) else value
+    return result
+
+
+def _flat(raw: dict[str, Any]) -> dict[str, Any]:
+    return undot(_renamed(raw))
+
+
+def _renamed(raw: dict[str, Any]) -> dict[str, Any]:
+    used: dict[str, str] = {}
+    renamed = {}
+    for key, value in raw.items():
+        name = ALIASES.get(key, key)
+        if name in used:
+            raise ConfigError(f"{used[name]} and {key} mean the same; write only {name}.")
+        used[name] = key
+        renamed[name] = value
+    return renamed
+
+
+def _searched(parameters: dict[str, Any]) -> dict[str, Any]:
+    """`macdrop: {k: [1, 5]}` is as good as `macdrop.k: [1, 5]`."""
+    dotted: dict[str, Any] = {}
+    for key, value in parameters.items():
+        nested = value.items() if key == "macdrop" and isinstance(value, dict) else None
+        for name, space in [(f"{key}.{inner}", space) for inner, space in nested] if nested else [(key, value)]:
+            if name in dotted:
+                raise ConfigError(f"sweep.parameters.{name} is given twice.")
+            dotted[name] = space
+    return _renamed(dotted)
+
+
+def _set(raw: dict[str, Any], path: list[str], value: Any, above: tuple[str, ...]) -> dict[str, Any]:
+    if len(path) == 1:
+        return {**raw, path[0]: value}
+    here = (*above, path[0])
+    inner = raw.get(path[0])
+    if here in NAMED_SECTIONS:
+        inner = named_block(inner)
+    elif here[:2] in NAMED_SECTIONS and isinstance(inner, str):
+        inner = {"data": inner}
+    if inner is None:
+        inner = {}
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{'.'.join((*above, *path))}: {'.'.join(here)} is no block of keys; set it whole.")
+    return {**raw, path[0]: _set(inner, path[1:], value, here)}
+
+
+def named_block(section: Any) -> Any:
+    """A section of benchmarks that is written as a name or a list of names, as a mapping of names to settings."""
+    if not isinstance(section, (str, list)):
+        return section
+    block: dict[str, Any] = {}
+    for item in [section] if isinstance(section, str) else section:
+        block.update(item if isinstance(item, dict) else {item: {}})
+    return block

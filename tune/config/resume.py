@@ -1,0 +1,82 @@
+"""Which keys of a run file may change when a run is resumed, and the command that resumes it. Pure; no Ray."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from macdrop.errors import ConfigError
+from tune.config.run_spec import RaySpec
+from tune.storage.run_lock import NAMES
+
+#: Of the block `ray:` what results depend on: the global batch, and the order in which a CPU adds numbers up.
+RESULTS = frozenset({"ray.num_workers", "ray.threads_per_worker"})
+#: All else in it is about machinery, and so are where a run lies, who follows it, and how many trials go at once.
+MACHINERY = frozenset({f"ray.{key}" for key in RaySpec.model_fields}) - RESULTS | {
+    *("output_dir", "report_to", "sweep.max_concurrent_trials")
+}
+
+
+def resume_command(folder: str | Path, overrides: Iterable[str] = ()) -> str:
+    """What to type to go on with the run in a folder; of `overrides` those are kept that are about machinery."""
+    words = ["macdrop", "sweep", "--resume", f"output_dir={folder}"]
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if key in MACHINERY - {"output_dir"}:
+            words.append(text)
+    return shlex.join(words)
+
+
+def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run under settings that its results depend on and that it was not started with.
+
+    started, wanted: dumped run files.
+
+    Raises:
+        ConfigError: with each key, its value then and now, and the remedy.
+    """
+    then, now = flat(started), flat(wanted)
+    keys = [key for key in dict.fromkeys((*then, *now)) if key not in MACHINERY and then.get(key) != now.get(key)]
+    if not keys:
+        return
+    told = "\n".join(f"  {key}: {_shown(then, key)} when it was started, {_shown(now, key)} now" for key in keys)
+    why = ""
+    if "ray.num_workers" in keys:
+        why = (
+            "\nWith another number of workers a step would see another batch: finished and new trials could not be "
+            "compared. More lanes (ray.lanes) use more machines."
+        )
+    raise ConfigError(
+        f"The run in {folder} was started with another spec:\n{told}{why}\nGo on with its own settings:\n"
+        f"  {resume_command(folder)}\nor choose another output_dir for these."
+    )
+
+
+def check_new(path: Path, remedy: str | None = None) -> None:
+    """Refuse a folder that holds anything but a sweep's claim of it; what is in it is not touched.
+
+    remedy: the command that goes on with the run there, if there is one.
+    """
+    if not path.exists() or (path.is_dir() and not {each.name for each in path.iterdir()} - NAMES):
+        return
+    if any((path / name).exists() for name in ("run.json", "config.yaml", "trials")):
+        go_on = f"Go on with it:\n  {remedy or resume_command(path)}\nor choose another output_dir."
+        raise ConfigError(f"output_dir {str(path)!r} exists and is not empty: it holds a run. {go_on}")
+    raise ConfigError(f"output_dir {str(path)!r} exists and is not empty: choose another output_dir.")
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys -> values; blocks without any key stay themselves."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + str(key)] = value
+    return found
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "nothing"

@@ -1,0 +1,80 @@
+"""Rubrics: what each score from 1 to 5 means, as versioned YAML; ours are in `tune/rubrics`, a user's anywhere.
+
+    name: mine
+    version: 1
+    default: {criteria: "Is it short?", scores: [endless, long, medium, short, one line]}
+    categories: {writing: {criteria: ..., scores: [...]}}     # optional: others for questions of these categories
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from macdrop.errors import ConfigError, nearest
+
+FOLDER = Path(__file__).with_name("rubrics")
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Scale(_Strict):
+    """A question to the judge, and what the scores 1, 2, 3, 4 and 5 stand for, in this order."""
+
+    criteria: Text
+    scores: Annotated[list[Text], Field(min_length=5, max_length=5)]
+
+    def text(self) -> str:
+        """As Prometheus reads it."""
+        lines = [f"Score {number}: {meaning}" for number, meaning in enumerate(self.scores, 1)]
+        return "\n".join([f"[{self.criteria}]", *lines])
+
+
+class Rubric(_Strict):
+    """A scale, and others for some categories of questions."""
+
+    name: Text
+    version: Annotated[Text, BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value)]
+    about: str = ""
+    default: Scale
+    categories: dict[str, Scale] = {}
+
+    @property
+    def id(self) -> str:
+        """NAME@VERSION, and six digits of what it says: a file may change under the same name."""
+        told = json.dumps(self.model_dump(include={"default", "categories"}), sort_keys=True)
+        return f"{self.name}@{self.version}#{hashlib.sha256(told.encode()).hexdigest()[:6]}"
+
+    def scale(self, category: str) -> Scale:
+        return self.categories.get(category, self.default)
+
+
+def load(name: str) -> Rubric:
+    """A shipped rubric by name, or the one in a YAML file.
+
+    Raises:
+        ConfigError: there is none of that name, or the file holds no rubric.
+    """
+    shipped = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    path = FOLDER / f"{name}.yaml" if name in shipped else Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"eval.judge.rubric {name!r} is neither a shipped rubric nor a YAML file.{nearest(name, shipped)} "
+            f"Rubrics: {', '.join(shipped)}."
+        )
+    from tune.config.messages import build
+    from tune.config.parse import read_yaml
+
+    raw: dict[str, Any] = read_yaml(path)
+    try:
+        return build(Rubric, raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is no rubric: {error}") from None

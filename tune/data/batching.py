@@ -1,0 +1,80 @@
+"""Which examples go into which micro-batch, and the learning rate: functions of (seed, step, rank) that repeat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from tune.config.run_spec import TrainSpec
+
+
+def steps_per_epoch(examples: int, global_batch: int) -> int:
+    """Optimizer steps that show every example once; the last batch is filled from the epoch's start."""
+    return math.ceil(examples / global_batch)
+
+
+def total_steps(spec: TrainSpec, examples: int, global_batch: int) -> int:
+    """Optimizer steps of the whole fine-tuning (`max_steps` overrides the epochs)."""
+    if spec.max_steps is not None:
+        return spec.max_steps
+    return max(1, round(spec.num_train_epochs * steps_per_epoch(examples, global_batch)))
+
+
+def save_interval(spec: TrainSpec, steps: int) -> int:
+    """Optimizer steps between checkpoints to resume from; 0 for none. `save_steps: null` is a tenth, rounded up."""
+    return math.ceil(steps / 10) if spec.save_steps is None else spec.save_steps
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order (examples,) in which epoch `epoch` (from 0) shows the examples."""
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
+class Batches:
+    """Example numbers of every micro-batch of one fine-tuning.
+
+    One optimizer step takes `world * accumulation * per_device` consecutive examples of the epoch's order. Micro-step m
+    of rank r takes the slice number `m * world + r`, so the content of a step does not depend on how it is spread over
+    ranks and micro-steps.
+    """
+
+    def __init__(self, examples: int, *, seed: int, per_device: int, accumulation: int, world: int) -> None:
+        self.examples = examples
+        self.seed = seed
+        self.per_device = per_device
+        self.accumulation = accumulation
+        self.world = world
+        self.global_batch = per_device * accumulation * world
+        self.steps_per_epoch = steps_per_epoch(examples, self.global_batch)
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def step(self, step: int) -> np.ndarray:
+        """Example numbers (accumulation, world, per_device) of optimizer step `step`, counted from 1."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, epoch_order(self.examples, self.seed, epoch))
+        order = self._epoch[1]
+        places = np.arange(position * self.global_batch, (position + 1) * self.global_batch) % self.examples
+        return order[places].reshape(self.accumulation, self.world, self.per_device)
+
+    def epoch(self, step: int) -> int:
+        """The epoch, counted from 1, that optimizer step `step`, counted from 1, belongs to."""
+        return (step - 1) // self.steps_per_epoch + 1
+
+
+def learning_rates(spec: TrainSpec, steps: int) -> Callable[[int], float]:
+    """The learning rate at optimizer step t (from 1) of `steps`, by Hugging Face's schedule of that name."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=spec.learning_rate)
+    scheduler = get_scheduler(
+        spec.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(spec.warmup_ratio * steps),
+        num_training_steps=steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: spec.learning_rate * factor(step - 1)

@@ -1,0 +1,1 @@
+"""Fault-tolerant pools of evaluation and judge actors."""

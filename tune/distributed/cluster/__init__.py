@@ -1,0 +1,1 @@
+"""The Ray cluster itself: connecting, checking nodes, freeing what dead runs hold."""

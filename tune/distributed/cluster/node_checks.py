@@ -1,0 +1,275 @@
+"""Whether every node of a cluster can do its part: one task a node looks there, before anything starts.
+
+What a node must have is plain data (`Needs`), what it lacks plain sentences (`look`, which imports nothing of Ray). The
+driver's own node is not looked at, so that a run on one machine pays nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from macdrop.errors import ResourceError
+from tune.config.run_spec import RunSpec, dump
+from tune.distributed.actors.actor_pool import HEAD
+from tune.scheduling.study import Study
+from tune.storage.atomic import atomic_write_text, writing
+from tune.storage.environment import version
+from tune.zoo.catalog import PREFIX
+
+#: How long a file may take to be seen through a network file system's caches; seconds.
+LAG_S = 30.0
+#: What a task with GPUs may wait for them; who else holds them is not ours to wait for.
+GPU_WAIT_S = 120.0
+#: Weights alone are not enough: adapter, optimizer, activations.
+HEADROOM = 1.2
+#: Keys of a run file whose value is a file or folder, or the id of something on the hub.
+PLACES = ("model_name_or_path", "dataset", "data", "fewshot_data", "path", "model")
+#: Of a repository on the hub, what a model is loaded from; never a pickle. Code only where the run file trusts it.
+PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+NOT_NEEDED = ("original/*", "consolidated*", "onnx/*")
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A model of the hub, to be fetched."""
+
+    name: str
+    revision: str | None
+    code: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What every node needs.
+
+    `token` is a file in the run folder, or what is there of the folders above it, and `word` its content; `paths` are
+    local models and data as the run file has them; `weights` the bytes of the largest model's weights on one GPU.
+    """
+
+    token: str
+    word: str
+    paths: tuple[str, ...]
+    hub: tuple[Hub, ...]
+    bf16: bool
+    weights: int
+    macdrop: str
+    lag: float = LAG_S
+
+
+def check_nodes(spec: RunSpec, planned: Sequence[Study], run_dir: Path, tell: Callable[[str], None]) -> None:
+    """Look at every node but the driver's own, and fetch hub models there. Free on one machine.
+
+    Raises:
+        ResourceError: what nodes lack, each with its remedy.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if nodes:
+        look_at(nodes, spec, planned, run_dir, tell)
+
+
+def look_at(
+    nodes: Sequence[dict[str, Any]],
+    spec: RunSpec,
+    planned: Sequence[Study],
+    run_dir: Path,
+    tell: Callable[[str], None],
+) -> None:
+    """The same for nodes as `ray.nodes` has them; raises as `check_nodes`."""
+    hub = sorted({hub.name for hub in hub_models(spec, planned)})
+    if hub:
+        tell(f"each node fetches {', '.join(hub)} where it does not have it yet")
+    with _token(run_dir) as (token, word):
+        needs = needs_of(spec, planned, token, word)
+        tasks: dict[ray.ObjectRef, tuple[dict[str, Any], float | None]]
+        tasks = {_task(look, needs, node): (node, None) for node in nodes}
+        workers = [node for node in nodes if node["Resources"].get("GPU", 0) >= 1 and HEAD not in node["Resources"]]
+        free = ray._private.state.available_resources_per_node() if workers else {}
+        for node in workers:
+            gpus = min(2, int(free.get(node["NodeID"], {}).get("GPU", 0)))
+            if gpus:
+                tasks[_task(try_gpus, needs, node, gpus=gpus)] = node, GPU_WAIT_S
+        problems = [problem for ref, (node, wait) in tasks.items() for problem in _answer(ref, node, wait, tell)]
+    if problems:
+        raise ResourceError("\n".join(problems))
+
+
+def needs_of(spec: RunSpec, planned: Sequence[Study], token: str, word: str) -> Needs:
+    """What a run's nodes must have; the size of its models is left for GPUs that are there to be compared with."""
+    paths = {place for place in places([dump(study.spec) for study in planned]) if os.path.exists(place)}
+    paths |= {place for place in places(dump(spec)) if os.path.exists(place)}
+    gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
+    return Needs(
+        token,
+        word,
+        tuple(sorted(paths)),
+        tuple(hub_models(spec, planned)),
+        bf16=any(study.spec.bf16 for study in planned),
+        weights=max((_weights_on_a_gpu(spec, study) for study in planned), default=0) if gpus else 0,
+        macdrop=version("macdrop"),
+    )
+
+
+def places(value: Any, key: str | None = None) -> Iterator[str]:
+    """Strings under `PLACES` of a dumped run file, but built-in models and data."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from places(item, name if name in PLACES else None)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from places(item, key)
+    elif isinstance(value, str) and key is not None and not value.startswith(PREFIX):
+        yield value
+
+
+def hub_models(spec: RunSpec, planned: Iterable[Study]) -> list[Hub]:
+    """The models that are neither local nor built in, the local judge's included."""
+    found = [Hub(s.spec.model_name_or_path, s.spec.model_revision, s.spec.trust_remote_code) for s in planned]
+    judge = spec.eval.judge
+    if judge is not None and not judge.base_url:
+        found.append(Hub(judge.model, judge.revision, False))
+    return [hub for hub in dict.fromkeys(found) if not hub.name.startswith(PREFIX) and not os.path.exists(hub.name)]
+
+
+# --- on the node ---
+
+
+def look(needs: Needs) -> list[str]:
+    """What this node lacks, as sentences that go on after its name."""
+    problems = []
+    mine = version("macdrop")
+    if mine != needs.macdrop:
+        problems.append(f"has macdrop {mine}, the head {needs.macdrop}. Install the same version everywhere.")
+    problems += _storage(needs)
+    problems += [
+        f"has no {path}. Put it on storage that all nodes mount, at the same path, and write the path in full."
+        for path in needs.paths
+        if not os.path.exists(path)
+    ]
+    for hub in needs.hub:
+        problems += _fetch(hub)
+    return problems
+
+
+def _storage(needs: Needs) -> list[str]:
+    folder = Path(needs.token).parent
+    told = f"output_dir must be on storage that all nodes mount (here the folder {folder})."
+    until = time.monotonic() + needs.lag
+    while True:
+        try:
+            if Path(needs.token).read_text() == needs.word:
+                break
+            return [f"sees another folder at {folder} than the head. {told}"]
+        except OSError as error:
+            if time.monotonic() > until:
+                return [f"does not see what the head wrote to {folder} ({error.strerror}). {told}"]
+            time.sleep(0.5)
+    mine = folder / f"{Path(needs.token).name}-{uuid.uuid4().hex[:8]}"
+    try:
+        mine.write_text(needs.word)
+        mine.unlink()
+    except OSError as error:
+        return [f"may not write to {folder} ({error.strerror}). Mount it writable there for user {os.getuid()}."]
+    return []
+
+
+def _fetch(hub: Hub) -> list[str]:
+    """Have the model in this node's cache of the hub; of what is there nothing is fetched again."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [*PATTERNS, "*.py"] if hub.code else list(PATTERNS)
+    try:
+        snapshot_download(hub.name, revision=hub.revision, allow_patterns=patterns, ignore_patterns=list(NOT_NEEDED))
+    except Exception as error:  # the hub's, the network's and the disk's: all of them end the same way
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return [
+            f"cannot fetch {hub.name}: {why}\n  Give the node access to the hub (HF_TOKEN for a gated model), or set "
+            "HF_HOME to shared storage that has the model."
+        ]
+    return []
+
+
+def try_gpus(needs: Needs) -> list[str]:
+    """What the GPUs of this task lack; with two of them NCCL is tried."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["has GPUs by Ray's count, and torch sees none. Install a torch build for its driver (nvidia-smi)."]
+    problems = []
+    name, memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
+    if needs.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        problems.append(f"has a {name}, which does not compute in bf16. Set bf16: false, or use a newer GPU.")
+    if needs.weights * HEADROOM > memory:
+        problems.append(
+            f"has a {name} with {memory / 2**30:.1f} GiB; the weights alone take {needs.weights / 2**30:.1f} GiB. "
+            "Use bf16: true, zero_stage: 3 on more workers, or larger GPUs."
+        )
+    try:
+        parts = [torch.ones(1024, device=f"cuda:{number}") for number in range(torch.cuda.device_count())]
+        torch.cuda.nccl.all_reduce(parts)
+        torch.cuda.synchronize()
+        if any(float(part[0]) != len(parts) for part in parts):
+            problems.append("sums wrongly over NCCL. Try NCCL_P2P_DISABLE=1, and see to the driver.")
+    except RuntimeError as error:
+        problems.append(f"fails in NCCL: {str(error).splitlines()[0]}. NCCL_DEBUG=INFO says more.")
+    return problems
+
+
+# --- on the driver ---
+
+
+@contextmanager
+def _token(run_dir: Path) -> Iterator[tuple[str, str]]:
+    """A file with a random word in the run folder, or in the nearest folder above it that is there."""
+    folder = next(place for place in (run_dir, *run_dir.parents) if place.is_dir())
+    token, word = folder / f".macdrop-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex
+    with writing(token):
+        atomic_write_text(token, word)
+    try:
+        yield str(token), word
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _task(work: Callable[[Needs], list[str]], needs: Needs, node: dict[str, Any], gpus: int = 0) -> ray.ObjectRef:
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=1)(work)
+    return task.options(scheduling_strategy=there, name=work.__name__).remote(needs)
+
+
+def _answer(ref: ray.ObjectRef, node: dict[str, Any], wait: float | None, tell: Callable[[str], None]) -> list[str]:
+    """What a node's task found, with the node's name in front; a node that is lost, or in use, is told of alone."""
+    name = f"Node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+    try:
+        return [f"{name} {problem}" for problem in ray.get(ref, timeout=wait)]
+    except GetTimeoutError:
+        ray.cancel(ref, force=True)
+        tell(f"{name}: its GPUs were not tried, as they were not free within {wait:g} s")
+        return []
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, ImportError):
+            return [f"{name} cannot import macdrop's packages: {cause}. Install the same version everywhere."]
+        return [f"{name} could not be looked at: {type(cause).__name__}: {cause}"]
+    except RayError as error:
+        tell(f"{name} was lost while it was looked at: {str(error).splitlines()[0]}")
+        return []
+
+
+def _weights_on_a_gpu(spec: RunSpec, study: Study) -> int:
+    """Bytes of a model's weights on each GPU, by its shapes alone."""
+    from tune.preflight.inputs import model_outline
+
+    size = sum(p.numel() for p in model_outline(study.spec).parameters()) * (2 if study.spec.bf16 else 4)
+    return size // spec.ray.num_workers if study.spec.zero_stage == 3 else size

@@ -1,0 +1,183 @@
+"""Joining or starting a Ray cluster, and telling whether it has what a run needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from macdrop.errors import ResourceError
+from tune.config.run_spec import RaySpec
+from tune.scheduling.study import check_local, gpu_shares, resources
+
+#: Exit code after SIGTERM, as a shell has it.
+TERMINATED = 143
+#: What is free is told by the nodes now and then: a run that has just ended may still hold something for so long.
+GIVEN_BACK_S = 10.0
+LOOK_EVERY_S = 0.5
+SHARE = (
+    "on few GPUs let workers and evaluators share them, for example ray.gpus_per_worker=0.5 ray.gpus_per_evaluator=0.5."
+)
+#: Set before Ray starts. Train V2 asks its workers twice a second, and takes one that is silent for two minutes (not
+#: ten) for dead; Tune's own loggers and the usage report are off.
+SETTINGS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    # Controllers do not restart anything on a spot notice: lanes are drained by the driver (lane_pool).
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # The newer output prints boxes whatever the verbosity.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Ctrl-C ends the whole run with its own exit code; Tune's handler would end one study and go on with the next.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # A searched score exists only in a trial's last report.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def connect(spec: RaySpec) -> tuple[str, bool]:
+    """Join the cluster at `spec.address`, or start Ray on this machine, unless this process has joined one already.
+
+    Returns the dashboard's address, and whether this call did join or start: who does so leaves with `ray.shutdown`.
+
+    Raises:
+        ConfigError: the run can never fit on this machine.
+        ResourceError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        return "", False
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # Trials that fail are told by the run itself, with their reason; Tune would print each one's whole traceback.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    for name in ("ray.train", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    check_local(spec)
+    if spec.address is None:
+        options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": spec.dashboard}
+        if "RAY_TMPDIR" not in os.environ and len(tempfile.gettempdir()) > 60:
+            # Ray's sockets live under its temporary folder and may not have long paths.
+            options["_temp_dir"] = "/tmp/ray"
+    else:
+        options["address"] = spec.address
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        context = ray.init(**options)
+    except (ConnectionError, RuntimeError) as error:
+        raise ResourceError(
+            f"No Ray cluster at ray.address {spec.address!r}: {error}\n"
+            f"Start one (`ray start --head`), or leave ray.address out to use this machine.{token_hint()}"
+        ) from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler aborts the process; an end from outside should close the run as Ctrl-C does.
+        signal.signal(signal.SIGTERM, before if callable(before) else lambda *_: sys.exit(TERMINATED))
+    return context.dashboard_url or "", True
+
+
+def token_hint() -> str:
+    """What this machine lacks to join a cluster that asks for a token, as a line; Ray says only that it cannot."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return f"\nA cluster that asks for a token wants RAY_AUTH_MODE=token here, and its token in {token}."
+    if not token.is_file() and "RAY_AUTH_TOKEN" not in os.environ:
+        return f"\nThere is no token in {token}: copy that of the cluster's head (mode 600)."
+    return "\nIs the token of this machine the cluster's?"
+
+
+def check_cluster(spec: RaySpec, tell: Callable[[str], None]) -> float:
+    """Compare what a run needs with what the cluster has; returns the cluster's GPUs.
+
+    On one machine all of it must be free now, but for what a run that has just ended gives back. A cluster's machines
+    come and go: one lane and one evaluator must have room in it, busy or not, and are waited for, with the autoscaler
+    asked for them; the other lanes start when there is room.
+
+    Raises:
+        ResourceError: with the arithmetic and who holds what.
+    """
+    if spec.address is None:
+        return _all_now(spec)
+    least = spec.model_copy(update={"lanes": 1, "evaluators": 1})
+    deadline, told = time.monotonic() + spec.patience_s, False
+    try:
+        while short := _short(least, _total()):
+            if time.monotonic() > deadline:
+                raise ResourceError(f"{short}\nIt did not come within ray.resource_timeout_s = {spec.patience_s:g} s.")
+            if not told:
+                tell(f"{short}\nWaiting for nodes, for up to {spec.patience_s:g} s. If none will come: {SHARE}")
+                request_resources(bundles=_bundles(least))
+                told = True
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        if told:
+            request_resources(bundles=[])
+    if short := _short(spec, _total()):
+        tell(f"{short}\nWhat has no room waits for it.")
+    return _total().get("GPU", 0.0)
+
+
+def _all_now(spec: RaySpec) -> float:
+    deadline = time.monotonic() + GIVEN_BACK_S
+    while True:
+        never, now = _short(spec, _total()), _short(spec, ray.available_resources(), "free")
+        if not never and not now:
+            return _total().get("GPU", 0.0)
+        if never or time.monotonic() > deadline:
+            remedy = f"Lower ray.num_workers, ray.lanes or ray.evaluators; {SHARE}"
+            raise ResourceError(f"{never or now}\n{holders()}\n{remedy}")
+        time.sleep(LOOK_EVERY_S)
+
+
+def _total() -> dict[str, float]:
+    return ray.cluster_resources()
+
+
+def _short(spec: RaySpec, there: dict[str, float], word: str = "there") -> str | None:
+    """What a run lacks of what is there, with the sum; None if nothing."""
+    needs = resources(spec, cluster_gpus=_total().get("GPU", 0.0))
+    lines = [
+        f"{name}: needs {need:g}, {word} {there.get(name, 0.0):g}"
+        for name, need in (("CPU", needs.cpus), ("GPU", needs.gpus))
+        if need > there.get(name, 0.0)
+    ]
+    return "\n".join([f"The run needs {needs.sum}.", *lines]) if lines else None
+
+
+def _bundles(spec: RaySpec) -> list[dict[str, float]]:
+    """One for each process of a run, for the autoscaler."""
+    gpus = gpu_shares(spec, 0.0)
+    worker, evaluator = {"CPU": spec.cpus_per_worker, "GPU": gpus[0]}, {"CPU": spec.cpus_per_evaluator, "GPU": gpus[1]}
+    bundles = [worker] * spec.num_workers * spec.lanes + [evaluator] * spec.evaluators
+    found = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+    return [bundle for bundle in found if bundle]
+
+
+def holders() -> str:
+    """Who holds the cluster's CPUs and GPUs: placement groups and actors with resources, one a line."""
+    from ray.util.placement_group import placement_group_table
+
+    lines = []
+    for group in placement_group_table().values():
+        if group["state"] != "REMOVED":
+            bundles = ", ".join(str(bundle) for bundle in group["bundles"].values())
+            name = group["name"] or group["placement_group_id"][:8]
+            lines.append(f"  placement group {name} ({group['state']}): {bundles}")
+    total, free = ray.cluster_resources(), ray.available_resources()
+    used = ", ".join(
+        f"{total[name] - free.get(name, 0.0):g} of {total[name]:g} {name}" for name in ("CPU", "GPU") if name in total
+    )
+    return "\n".join([f"In use: {used}.", *lines])

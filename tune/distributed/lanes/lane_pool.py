@@ -1,0 +1,189 @@
+"""The lanes of a run, kept alive from the driver: each `run_lane` blocks in a thread of its own.
+
+A lane that dies under an order is that order's affair (`failures` says how often it is tried), one that waits for
+resources has not failed: only lanes that die without an order, over and over, end a run, and a time without any lane.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from macdrop.errors import ResourceError
+from tune.config.run_spec import RaySpec
+from tune.distributed.cluster.placement_groups import Reaper, draining, end_runs, without_resources
+from tune.distributed.lanes.dispatcher import call
+from tune.distributed.lanes.lane import run_lane, tell_loss
+from tune.scheduling.failures import of_run
+
+#: So often, for each lane, Train runs may end without any order having been taken in between.
+RELAUNCHES = 2
+#: How long closing lanes are waited for; then their processes are ended.
+CLOSE_S = 20.0
+#: How often the nodes are looked at that will be taken away.
+LOOK_EVERY_S = 1.0
+#: Evaluators that have work and get no resources for so long have an idle lane's.
+ROOM_AFTER_S = 10.0
+#: Without any lane for so long, evaluators without work give up what they hold; lanes start, and come back, in less.
+STARVING_S = 60.0
+#: How the name of their class ends.
+EVALUATOR = "Evaluator"
+
+
+class Lanes:
+    """Starts the lanes, notices dead ones, closes them."""
+
+    def __init__(self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path) -> None:
+        self._dispatcher, self._spec, self._gpus, self._storage = dispatcher, spec, gpus_per_worker, storage
+        self._numbers = itertools.count(1)
+        self._threads: dict[str, threading.Thread] = {}
+        self._errors: dict[str, Exception] = {}
+        self._reaper = Reaper()
+        self._opened = False
+        self._wanted = 0  # lanes that should be there
+        self._stillborn = 0
+        self._none_since: float | None = None
+        self._starving_since: float | None = None
+        self._looked = 0.0
+        #: Nodes that are about to be taken away.
+        self.leaving: list[str] = []
+
+    def open(self) -> None:
+        """Start as many lanes as the spec says; returns at once."""
+        self._opened = True
+        self._wanted = self._spec.lanes
+        for _ in range(self._wanted):
+            self._launch()
+
+    def check(self, snapshot: dict[str, Any], *, scoring: bool = False, working: bool = False) -> None:
+        """Replace lanes that ended, move those whose nodes will go, make room for evaluation actors.
+
+        snapshot: the order book's. scoring: benchmarks wait or are at work. working: some are at work, on what a lane
+        may have next.
+
+        Raises:
+            ResourceError: there was no lane for `ray.resource_timeout_s`, or lanes end before they take an order.
+        """
+        up = snapshot["lanes"]
+        if any(lane["order"] for lane in up.values()):
+            self._stillborn = 0
+        queued = any(row["state"] == "queued" for row in snapshot["orders"])
+        now = time.monotonic()
+        if now > self._looked + LOOK_EVERY_S:
+            self._looked = now
+            self._look_at_nodes()
+            self._share(up, queued, scoring)
+        for name, thread in list(self._threads.items()):
+            if not thread.is_alive():
+                del self._threads[name]
+                self._ended(name)
+        while len(self._threads) < self._wanted:
+            self._launch()
+        self._check_any(up, working)
+
+    @property
+    def starving(self) -> bool:
+        """Whether no lane has had its workers for long, though one should."""
+        return self._waited_s > min(STARVING_S, self._spec.patience_s / 2)
+
+    @property
+    def _waited_s(self) -> float:
+        return time.monotonic() - self._none_since if self._none_since else 0.0
+
+    def close(self) -> None:
+        """Have every lane save what it is at and end, and wait for it; safe to call twice.
+
+        A thread still inside Ray would break its shutdown, so runs that do not listen are killed.
+        """
+        self._opened, self._wanted = False, 0
+        with contextlib.suppress(Exception):
+            nodes = [node for lane in call(self._dispatcher, "snapshot")["lanes"].values() for node in lane["nodes"]]
+            call(self._dispatcher, "drain", nodes)
+            for name in self._threads:
+                call(self._dispatcher, "close", name)
+            self._join(CLOSE_S, waiting=False)
+        if any(thread.is_alive() for thread in self._threads.values()):
+            with contextlib.suppress(Exception):
+                end_runs()
+            self._join(CLOSE_S, waiting=True)
+        self._threads = {}
+        self._reaper.close()
+
+    # --------------------------------------------------------------- details
+
+    def _look_at_nodes(self) -> None:
+        """Tell the book when nodes are about to be taken away."""
+        leaving = draining()
+        if leaving != self.leaving:
+            self.leaving = leaving
+            call(self._dispatcher, "drain", leaving)
+
+    def _share(self, up: dict[str, Any], queued: bool, scoring: bool) -> None:
+        """Give idle lanes' resources to evaluation actors that have none; have the lanes back when there are orders."""
+        if queued and self._opened:
+            self._wanted = self._spec.lanes
+        starving = scoring and not queued and without_resources(EVALUATOR)
+        self._starving_since = (self._starving_since or self._looked) if starving else None
+        idle = [name for name, lane in up.items() if not lane["order"]]
+        if idle and self._starving_since and self._looked - self._starving_since >= ROOM_AFTER_S:
+            self._starving_since = None
+            self._wanted = len(up) - 1
+            # One that waits for resources would be the first to take them.
+            end_runs(waiting=True)
+            call(self._dispatcher, "close", idle[0])
+
+    def _ended(self, name: str) -> None:
+        error = self._errors.pop(name, None)
+        if error is None:
+            call(self._dispatcher, "lane_down", name, "the lane ended")
+            return
+        failure = of_run(error)
+        if tell_loss(self._dispatcher, name, failure) or len(self._threads) >= self._wanted:
+            return
+        self._stillborn += 1
+        if self._stillborn > RELAUNCHES * self._spec.lanes:
+            raise ResourceError(f"The lanes keep failing before they take an order. {failure.reason}\n{self._resume()}")
+
+    def _check_any(self, up: dict[str, Any], working: bool) -> None:
+        """Raise if all lanes that should be there have been waiting for too long."""
+        waiting = self._wanted and not up
+        self._none_since = (self._none_since or time.monotonic()) if waiting else None
+        if self._waited_s > self._spec.patience_s and not working:
+            from tune.distributed.cluster.ray_cluster import holders
+
+            gpus = f" and {self._gpus:g} GPU(s)" if self._gpus else ""
+            raise ResourceError(
+                f"No lane got its {self._spec.num_workers} worker(s) of {self._spec.cpus_per_worker:g} CPU(s){gpus} "
+                f"within ray.resource_timeout_s = {self._spec.patience_s:g} s.\n{holders()}\n{self._resume()}"
+            )
+
+    def _resume(self) -> str:
+        return f"What is finished is kept: macdrop sweep --resume output_dir={self._storage.parent}"
+
+    def _launch(self) -> None:
+        name = f"lane-{next(self._numbers)}-{int(time.time())}"
+        thread = threading.Thread(target=self._run, args=(name,), name=name, daemon=True)
+        self._threads[name] = thread
+        thread.start()
+
+    def _run(self, name: str) -> None:
+        try:
+            run_lane(name, self._dispatcher, self._spec, self._gpus, self._storage)
+        except Exception as error:
+            logging.getLogger(__name__).debug("lane %s", name, exc_info=True)
+            self._errors[name] = error
+
+    def _join(self, seconds: float, *, waiting: bool) -> None:
+        """Wait for the threads; of lanes that are not up only if `waiting`."""
+        deadline = time.monotonic() + seconds
+        up = set(self._threads) if waiting else set(call(self._dispatcher, "snapshot")["lanes"])
+        for name, thread in self._threads.items():
+            if name in up:
+                thread.join(timeout=max(0.0, deadline - time.monotonic()))

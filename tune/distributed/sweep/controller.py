@@ -1,0 +1,308 @@
+"""The driver's own loop: changes into the journal, adapters to the evaluators, scores back to the orders."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.actor import ActorHandle
+from ray.tune import Stopper
+
+from tune.analysis.results import asked_for
+from tune.cli.progress import Progress
+from tune.config.eval_spec import VALIDATION, Job
+from tune.config.run_spec import TrainSpec, dump
+from tune.distributed.actors.evaluators import Item, Opening, Pool, Result
+from tune.distributed.lanes.dispatcher import call
+from tune.distributed.lanes.lane_pool import Lanes
+from tune.evaluation.score_names import named_scores
+from tune.scheduling.history import SearchTime, standing
+from tune.scheduling.queue import FINAL, Entry, Order
+from tune.scheduling.study import Study
+from tune.storage.run_folder import BASE, FINALS, SEARCH, Journal, now
+from tune.training.finetune import Outcome
+
+#: Short beside a benchmark of a tiny model: an actor that is done waits for it.
+TICK_S = 0.1
+#: An actor that has not started after so long waits for resources.
+STARTING_S = 60.0
+
+
+class Supervisor:
+    """A thread beside Tune. The only writer of trial.json and scores.jsonl, so a killed trial loses nothing."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        dispatcher: ActorHandle,
+        lanes: Lanes,
+        pool: Pool,
+        jobs: dict[str, list[Job]],
+        progress: Progress,
+        *,
+        retry_failed: bool = False,
+    ) -> None:
+        """jobs: what the trials of each stage are scored on; the base is scored on all of it.
+
+        retry_failed: train what failed or diverged in an earlier run of the same folder once more.
+        """
+        self._retry_failed = retry_failed
+        self._journal, self._dispatcher, self._lanes, self._pool = journal, dispatcher, lanes, pool
+        self._jobs, self._progress = jobs, progress
+        self._lock = threading.Lock()
+        self._pending: dict[str, dict[str, Any]] = {}
+        self._seen = 0
+        self._searched: SearchTime | None = None
+        self._error: BaseException | None = None
+        self._waits = False
+        self._opening: float | None = None
+        self._failed: set[str] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------- driver
+
+    def open(self, study: Study, opening: Opening) -> str | None:
+        """Make the study's model resident in the evaluators and score the base; returns its massive weights' file."""
+        with self._lock:
+            self._progress.study(study)
+            self._opening = time.monotonic()
+        try:
+            # The loop goes on meanwhile: an actor may have to wait for what an idle lane holds.
+            weights = self._pool.open(opening)
+        finally:
+            self._opening = None
+        with self._lock:
+            if study.base:
+                tag = {"model": study.spec.model_name_or_path, "arm": BASE, "trial": BASE, "seed": None}
+                jobs = self._jobs[FINALS] + (self._jobs[SEARCH] if study.search else [])
+                self._score(f"{study.name}:{BASE}", tag, None, jobs)
+        return weights
+
+    def resume_finished(self, study: Study) -> dict[str, str]:
+        """Enter what an earlier run of this folder has ended; of what is trained, missing scores are still to be made.
+
+        Returns:
+            The states of the orders entered, by trial.
+        """
+        entered = {}
+        for record in self._journal.trials():
+            if record["model"] != study.spec.model_name_or_path:
+                continue
+            folder = self._journal.trial(record["trial"]).folder
+            state = standing(
+                record,
+                adapter=(folder / "adapter").is_dir(),
+                scored=not self._missing(record["model"], record["trial"], self._jobs[record["stage"]]),
+                retry_failed=self._retry_failed,
+            )
+            if state is None:
+                continue
+            entered[record["trial"]] = state
+            if state in ("failed", "diverged"):
+                self._failed.add(record["trial"])
+            spec = TrainSpec.model_validate(record["config"])
+            order = Order(
+                *(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0),
+                stage=record["stage"],
+                cell=record["cell"],
+                drawn=record.get("drawn"),
+            )
+            outcome = {key: record[key] for key in Outcome.__dataclass_fields__ if key in record and key != "status"}
+            scores = self.validation_scores(record["trial"])
+            call(self._dispatcher, "record", order, state, outcome, scores, record.get("reason"))
+        return entered
+
+    def wait(self, study: Study) -> None:
+        """Wait until every order and every score of the study is settled.
+
+        Raises:
+            the error that ended the supervisor's loop.
+        """
+        while True:
+            self.check()
+            with self._lock:
+                orders = call(self._dispatcher, "snapshot")["orders"]
+                settled = all(row["state"] in FINAL for row in orders if row["study"] == study.name)
+                if settled and not self._pending and not self._pool.busy and not self._take_changes():
+                    return
+            time.sleep(TICK_S)
+
+    def check(self) -> None:
+        """Raise the error that ended the loop, if one did."""
+        if self._error is not None:
+            raise self._error
+
+    def stage(self, study: Study, stage: str, trials: int) -> None:
+        """A stage of at most so many trials begins."""
+        with self._lock:
+            self._progress.stage(study, stage, trials)
+
+    @contextmanager
+    def timing(self, searched: SearchTime) -> Iterator[None]:
+        """In the `with` block the time spent searching is kept."""
+        self._searched = searched
+        try:
+            yield
+        finally:
+            self._searched = None
+
+    def note(self, text: str) -> None:
+        """Tell something that the run's user should know."""
+        with self._lock:
+            self._progress.note(text)
+
+    def validation_scores(self, trial: str) -> dict[str, float]:
+        """Scores of the search as `sweep.metric` names them: benchmark/task/metric, with @attack where there is one."""
+        rows = [r for r in self._journal.score_rows() if (r["trial"], r["split"]) == (trial, VALIDATION)]
+        return named_scores(rows, asked_for(self._journal.config()))
+
+    def study_failed(self, study: Study, reason: str) -> None:
+        """A model could not be used at all."""
+        self._failed.add(study.name)
+        self._progress.note(f"{study.name}: {reason}")
+
+    @property
+    def broken(self) -> bool:
+        """Whether the loop has ended with an error."""
+        return self._error is not None
+
+    @property
+    def failures(self) -> int:
+        """Trials, benchmarks and studies that did not end well."""
+        return len(self._failed)
+
+    def stopper(self) -> Stopper:
+        """Stops Tune when the loop has ended with an error."""
+        return _StopOnError(self)
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=10)
+
+    # ------------------------------------------------------------------ loop
+
+    def _loop(self) -> None:
+        try:
+            while not self._end.wait(TICK_S):
+                with self._lock:
+                    self._tick()
+        except BaseException as error:
+            self._error = error
+
+    def _tick(self) -> None:
+        if (searched := self._searched) is not None:
+            searched.keep()
+        self._take_changes()
+        opening = self._opening
+        if opening is None:
+            for result in self._pool.step():
+                self._scored(result)
+        snapshot = call(self._dispatcher, "snapshot")
+        scoring = bool(self._pool.busy) or (opening is not None and time.monotonic() > opening + STARTING_S)
+        self._lanes.check(snapshot, scoring=scoring, working=bool(self._pool.at_work))
+        if opening is None:
+            self._pool.drain(self._lanes.leaving)
+        if self._lanes.starving and not self._waits:
+            self._progress.note("no lane has its workers; waiting for resources")
+        self._waits = self._lanes.starving
+        if self._waits and opening is None and not scoring and (rested := self._pool.rest()):
+            self._progress.note(f"{rested} evaluation actor(s) without work make room for a lane")
+        self._progress.show(snapshot, self._pool.busy)
+
+    def _take_changes(self) -> bool:
+        """Whether orders have changed since the last look; the changes are worked off at once."""
+        self._seen, changes = call(self._dispatcher, "changes", self._seen)
+        for entry in changes:
+            self._changed(entry)
+        return bool(changes)
+
+    def _changed(self, entry: Entry) -> None:
+        order = entry.order
+        record = self._journal.trial(order.id)
+        model, seed = order.spec["model_name_or_path"], order.spec["seed"]
+        spec = TrainSpec.model_validate(order.spec)
+        arm = spec.arm
+        about = {"stage": order.stage, "setting": spec.setting_id(), "cell": order.cell, "drawn": order.drawn}
+        if entry.state == "running":
+            record.start(order.spec, model=model, arm=arm, seed=seed, **about)
+        elif entry.state == "trained":
+            if "trained" not in record.info:  # else it comes from an earlier run, or is wanted for another stage
+                record.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
+            tag = {"model": model, "arm": arm, "trial": order.id, "seed": seed}
+            self._score(order.id, tag, str(record.adapter_dir), self._jobs[order.stage])
+        elif entry.state in FINAL:
+            if record.status == "pending":
+                record.start(order.spec, model=model, arm=arm, seed=seed, **about)
+            if entry.state in ("failed", "diverged"):
+                self._failed.add(order.id)
+            outcome = {key: value for key, value in entry.outcome.items() if key != "status"}
+            if entry.judged is not None:
+                outcome["judged"] = entry.judged
+            if entry.state == "failed":
+                outcome["kind"] = entry.kind
+            record.finish(entry.state, entry.reason, **about, **outcome)
+            self._progress.ended(entry)
+
+    # ---------------------------------------------------------------- scores
+
+    def _score(self, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[Job]) -> None:
+        """Hand out the benchmarks of an adapter, or of the base, that are not scored yet."""
+        answers = self._journal.answers_dir(tag["model"], tag["trial"])
+        missing = self._missing(tag["model"], tag["trial"], jobs)
+        self._pending[name] = {"left": len(missing), "errors": []}
+        for job in missing:
+            file = answers / f"{job.key.replace('/', '-')}.jsonl"
+            self._pool.submit(Item({**tag, "name": name}, job, adapter, str(file), str(self._journal.run_dir)))
+        if not missing:
+            self._settle(name)
+
+    def _missing(self, model: str, trial: str, jobs: list[Job]) -> list[Job]:
+        """The benchmarks among `jobs` that the journal has no score of."""
+        known = {
+            Job(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
+            for row in self._journal.score_rows()
+            if (row["model"], row["trial"]) == (model, trial)
+        }
+        return [job for job in jobs if job not in known]
+
+    def _scored(self, result: Result) -> None:
+        tag = dict(result.item.tag)
+        name = tag.pop("name")
+        if result.error:
+            self._pending[name]["errors"].append(f"{result.item.job.key}: {result.error}")
+            self._failed.add(f"{name} {result.item.job.key}")
+        else:
+            # lm-eval may name a task otherwise than the entry of the eval: block that asked for it.
+            job = result.item.job
+            extra = {"entry": job.task, "split": job.split, "seconds": round(result.seconds, 3)}
+            self._journal.add_scores([{**tag, **row, **extra} for row in result.rows])
+        self._progress.scored(name, result)
+        self._pending[name]["left"] -= 1
+        if not self._pending[name]["left"]:
+            self._settle(name)
+
+    def _settle(self, name: str) -> None:
+        errors = self._pending.pop(name)["errors"]
+        if name.endswith(f":{BASE}"):
+            return
+        call(self._dispatcher, "scored", name, self.validation_scores(name), "; ".join(errors) or None)
+
+
+class _StopOnError(Stopper):
+    def __init__(self, supervisor: Supervisor | None) -> None:
+        self._supervisor = supervisor
+
+    def __reduce__(self) -> tuple:
+        # Tune pickles its settings into the run folder; a thread cannot go along, and nobody asks the copy.
+        return _StopOnError, (None,)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._supervisor is not None and self._supervisor.broken

@@ -1,0 +1,138 @@
+"""A whole run: studies one after the other over the same lanes and evaluation actors, one folder, one table."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from macdrop.errors import MacDropError, ResourceError
+from tune.cli.progress import Progress
+from tune.config.resume import check_same
+from tune.config.run_spec import RunSpec, dump
+from tune.distributed.actors.evaluators import Pool
+from tune.distributed.actors.judges import judge_sweep
+from tune.distributed.cluster import orphans as leftovers
+from tune.distributed.cluster.node_checks import check_nodes
+from tune.distributed.cluster.ray_cluster import check_cluster, connect
+from tune.distributed.lanes.dispatcher import dispatching
+from tune.distributed.lanes.lane_pool import Lanes
+from tune.distributed.sweep.controller import Supervisor
+from tune.distributed.sweep.stop import Stop
+from tune.distributed.sweep.study_run import StudyRun, jobs_of_stages
+from tune.preflight.inputs import check_inputs
+from tune.scheduling.study import gpu_shares, resources, studies
+from tune.storage.repair import check_run, mend
+from tune.storage.run_folder import Journal
+from tune.storage.run_lock import claimed
+from tune.trackers.sync import Mirror, trials_of_run
+
+
+def run(
+    spec: RunSpec,
+    *,
+    resume: bool = False,
+    retry_failed: bool = False,
+    clear_leftovers: bool = False,
+    progress: Progress,
+    stop: Stop | None = None,
+) -> int:
+    """Run every study of `spec` into its output folder.
+
+    resume: what of it is not done yet. retry_failed: also what failed or diverged. clear_leftovers: of dead runs,
+    without asking. stop: tells an end from outside, whatever exception it became, from a failure.
+
+    Returns:
+        The number of trials that did not end well.
+
+    Raises:
+        ConfigError: the spec does not fit its models or data, the folder holds another run, is in use, or is damaged
+            beyond repair.
+        ResourceError: the cluster has too little, with the arithmetic.
+    """
+    assert spec.output_dir is not None, "the command line gives every run a folder"
+    planned = studies(spec)
+    run_dir = Path(spec.output_dir).absolute()
+    with ExitStack() as stack:
+        if resume:
+            check_run(run_dir)
+            stack.enter_context(claimed(run_dir))
+            _take_up(run_dir, spec, progress)
+        checked = check_inputs(spec, planned)
+        address, joined = connect(spec.ray)
+        if joined:
+            stack.callback(_disconnect, stop)
+            leftovers.look(local=spec.ray.address is None, clear=clear_leftovers, tell=progress.note)
+        gpus = check_cluster(spec.ray, progress.note)
+        check_nodes(spec, planned, run_dir, progress.note)
+        # The folder comes last: whatever is refused above leaves nothing behind.
+        if not resume:
+            stack.enter_context(claimed(run_dir))
+        journal = Journal.open(run_dir) if resume else Journal.create(run_dir, dump(spec))
+        journal.write_environment()
+        journal.set_status("running")
+        stack.push(functools.partial(_leave, journal, stop))
+        progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
+        dispatcher = stack.enter_context(dispatching(run_dir / "ray"))
+        lanes = Lanes(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
+        stack.callback(lanes.close)
+        pool = Pool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])
+        stack.callback(pool.close)
+        # Closed after the supervisor, whose last changes it copies.
+        followed = functools.partial(trials_of_run, Journal(run_dir))
+        stack.callback(Mirror(spec.report_to, run_dir, followed, progress.note).close)
+        supervisor = Supervisor(
+            journal, dispatcher, lanes, pool, jobs_of_stages(spec), progress, retry_failed=retry_failed
+        )
+        stack.callback(supervisor.close)
+        if any(study.count for study in planned):
+            lanes.open()
+        left = spec.sweep.time_budget_s
+        for number, study in enumerate(planned):
+            share = None if left is None else max(1.0, left / (len(planned) - number))
+            try:
+                cuts = checked[study.name].cuts
+                spent = StudyRun(spec, study, cuts, journal, supervisor, dispatcher).run(share)
+                left = None if left is None else left - spent
+            except MacDropError as error:
+                if supervisor.broken or isinstance(error, ResourceError) or len(planned) == 1:
+                    raise
+                # One model that cannot be used does not stop the others.
+                supervisor.study_failed(study, str(error))
+        failures = supervisor.failures
+        if spec.eval.judge is not None:
+            # Its model needs the memory of theirs.
+            supervisor.close()
+            pool.close()
+            lanes.close()
+            failures += judge_sweep(spec, journal, progress, gpus=gpu_shares(spec.ray, gpus)[1])
+        progress.finished()
+    return failures
+
+
+def _take_up(run_dir: Path, spec: RunSpec, progress: Progress) -> None:
+    """Mend an earlier run's folder, and refuse it to a spec that is another run's."""
+    for note in mend(run_dir):
+        progress.note(note)
+    check_same(run_dir, dump(RunSpec.model_validate(Journal.open(run_dir).config())), dump(spec))
+
+
+def _disconnect(stop: Stop | None) -> None:
+    """Leave Ray. A process that was told to stop ends at once, and what it started of Ray with it: a shutdown would
+    wait, and brings the process down where the signal came to Ray's processes, too."""
+    if stop is None or stop.signal is None:
+        ray.shutdown()
+
+
+def _leave(
+    journal: Journal, stop: Stop | None, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+) -> None:
+    """Record how the run ended, whatever ended it."""
+    if kind is None:
+        journal.set_status("done")
+        return
+    stopped = issubclass(kind, (KeyboardInterrupt, SystemExit)) or (stop is not None and stop.signal is not None)
+    journal.set_status("interrupted" if stopped else "failed")

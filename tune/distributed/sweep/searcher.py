@@ -1,0 +1,239 @@
+"""From the spec's search block to Ray Tune's space, searcher and scheduler."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ray.tune import choice as one_of
+from ray.tune import grid_search, loguniform, randint, uniform
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from tune.config.run_spec import Space, SweepSpec
+from tune.config.sections import EVAL_LOSS
+from tune.scheduling.early_stopping import Cuts
+from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, Past
+from tune.scheduling.study import Study
+
+#: Under this key listed trials carry their values: one list, so that what is left out stays out.
+POINT = "point"
+#: In the last report of a trial that was trained and scored to its end.
+FINISHED = "finished"
+
+
+def points(study: Study, sweep: SweepSpec) -> list[dict[str, Any]] | None:
+    """The points that a search will try, where they are known beforehand: a grid's, or random ones of `search_seed`.
+
+    None for a searcher whose draws depend on results.
+    """
+    if study.trials is not None:
+        return list(study.trials)
+    if sweep.search_alg != "random":
+        return None
+    draws = np.random.default_rng(sweep.search_seed)
+    space = {key: _domain(space) for key, space in study.parameters.items()}
+    return [{key: domain.sample(random_state=draws) for key, domain in space.items()} for _ in range(study.samples)]
+
+
+def param_space(study: Study, listed: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
+    """Tune's `param_space`: the points of a list, or a distribution per dotted key."""
+    if listed is not None:
+        return {POINT: grid_search(list(listed))}
+    return {key: _domain(space) for key, space in study.parameters.items()}
+
+
+def values(config: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys and values of a Tune trial's config."""
+    return config.get(POINT, config)
+
+
+def optuna_searcher(
+    sweep: SweepSpec, past: Sequence[Past] = (), remember: Callable[[int, dict[str, Any]], None] | None = None
+) -> Searcher:
+    """Optuna's TPE, going on from `past`; each new draw is given to `remember` with its number, counted from 0."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
+    names = [metric.name for metric in sweep.metric]
+    modes = [{"minimize": "min", "maximize": "max"}[metric.goal] for metric in sweep.metric]
+    one = len(names) == 1
+    return _Optuna(
+        past,
+        remember,
+        metric=names[0] if one else names,
+        mode=modes[0] if one else modes,
+        sampler=_sampler(sweep.search_seed),
+    )
+
+
+def _sampler(seed: int) -> Any:
+    """TPE whose n-th draw is a function of (seed, n) and of the trials that are known by then.
+
+    TPE's own generator would have to be wound forward by all draws before, each with the results of its time.
+    """
+    from optuna.samplers import BaseSampler, TPESampler
+
+    class PerDraw(BaseSampler):
+        tpe: TPESampler
+
+        def before_trial(self, study: Any, trial: Any) -> None:
+            drawn = np.random.SeedSequence([seed, trial.number]).generate_state(1)
+            # Until five trials are done TPE draws at random; a small sweep would see nothing else with its default.
+            self.tpe = TPESampler(seed=int(drawn[0]), n_startup_trials=5)
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+            return self.tpe.infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
+            return self.tpe.sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            return self.tpe.sample_independent(study, trial, param_name, param_distribution)
+
+        def __reduce__(self) -> tuple:
+            # Tune pickles its searcher into the run folder; nobody reads it, but a class in a function has no name.
+            return _sampler, (seed,)
+
+    return PerDraw()
+
+
+class _Optuna(OptunaSearch):
+    """Tells Optuna the truth about trials that were stopped early: they have no objective, and count as pruned.
+
+    `OptunaSearch` looks for every metric in every report, takes the last report of a stopped trial for its result, and
+    with several metrics tells Optuna values of None, which it refuses, so that the trial would stay open for ever.
+    """
+
+    def __init__(
+        self, past: Sequence[Past], remember: Callable[[int, dict[str, Any]], None] | None, **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        self._past, self._remember = tuple(past), remember
+        #: Of each trial the steps whose loss was told: Tune repeats the last report of one that ends.
+        self._told: dict[str, set[int]] = {}
+
+    def set_search_properties(self, metric: Any, mode: Any, config: dict[str, Any], **spec: Any) -> bool:
+        done = super().set_search_properties(metric, mode, config, **spec)
+        from optuna.trial import TrialState, create_trial
+
+        states = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
+        for past in self._past:
+            if past.state == OPEN:
+                self._ot_study.enqueue_trial(past.drawn)
+                continue
+            on_the_way = dict(past.reported) if self.metric == EVAL_LOSS else {}
+            self._ot_study.add_trial(
+                create_trial(
+                    state=states[past.state],
+                    values=past.objectives,
+                    params=past.drawn,
+                    distributions=self._space,
+                    intermediate_values=on_the_way,
+                )
+            )
+        return done
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        drawn = super().suggest(trial_id)
+        number = self._ot_trials[trial_id].number
+        if self._remember is not None and number >= len(self._past):
+            self._remember(number, self._ot_trials[trial_id].params)
+        return drawn
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """With one objective that is measured on the way, tell it by our own step (Tune's count starts anew)."""
+        loss, trial = result.get(EVAL_LOSS), self._ot_trials[trial_id]
+        if self.metric == EVAL_LOSS and _finite(loss) and trial_id not in self._completed_trials:
+            if result["step"] not in self._told.setdefault(trial_id, set()):
+                self._told[trial_id].add(result["step"])
+                trial.report(loss, result["step"])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        names = [self.metric] if isinstance(self.metric, str) else self.metric
+        whole = result and result.get(FINISHED) and all(_finite(result.get(name)) for name in names)
+        failed = error or bool(result and result.get(FAILED))
+        super().on_trial_complete(trial_id, result if whole else None, failed)
+
+
+def scheduler(
+    study: Study, sweep: SweepSpec, cuts: Cuts | None, known: Mapping[str, Sequence[tuple[int, float]]] | None = None
+) -> TrialScheduler | None:
+    """ASHA on our own `step` and `eval_loss`, or None; a trial that reached its end is not cut before its scores.
+
+    known: trials of an earlier run by name, with the steps and losses on which they were judged.
+    """
+    return None if cuts is None else _AfterDecay(study, sweep, cuts, known or {})
+
+
+class _AfterDecay(AsyncHyperBandScheduler):
+    """ASHA among the trials whose curriculum has decayed by the first rung (`early_stopping`); others take no part.
+
+    On its rungs a trial has the name of its fine-tuning, so that one which comes again, drawn twice or in a resumed
+    run, counts once, and is not judged again where it was let through.
+    """
+
+    def __init__(
+        self, study: Study, sweep: SweepSpec, cuts: Cuts, known: Mapping[str, Sequence[tuple[int, float]]]
+    ) -> None:
+        super().__init__(
+            time_attr="step",
+            metric=EVAL_LOSS,
+            mode="min",
+            grace_period=cuts.first,
+            reduction_factor=sweep.reduction_factor,
+            max_t=cuts.total,
+            stop_last_trials=False,
+        )
+        self._study, self._cuts = study, cuts
+        for name, reports in known.items():
+            trial = SimpleNamespace(trial_id=name)
+            super().on_trial_add(None, trial)
+            for step, loss in reports:
+                super().on_trial_result(None, trial, {"step": step, EVAL_LOSS: loss})
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        if (named := self._named(trial)) is not None:
+            super().on_trial_add(controller, named)
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("step", self._cuts.total) >= self._cuts.total:
+            return TrialScheduler.CONTINUE
+        return self._judge(controller, trial, result)
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self._judge(controller, trial, result)
+
+    def on_trial_remove(self, controller: Any, trial: Any) -> None:
+        """Its reports stay on the rungs."""
+
+    def _judge(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        named = self._named(trial)
+        if named is None or not _finite(result.get(EVAL_LOSS)):
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, named, result)
+
+    def _named(self, trial: Any) -> SimpleNamespace | None:
+        """The trial under its fine-tuning's name; None where it takes no part."""
+        spec = self._study.searched(values(trial.config))
+        return SimpleNamespace(trial_id=spec.trial_id()) if self._cuts.comparable(spec.macdrop) else None
+
+
+def _finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _domain(space: Space) -> Any:
+    if space.values is not None:
+        return one_of(space.values)
+    if space.distribution == "int_uniform":
+        return randint(int(space.min), int(space.max) + 1)
+    if space.distribution == "log_uniform":
+        return loguniform(space.min, space.max)
+    return uniform(space.min, space.max)

@@ -1,0 +1,208 @@
+"""One study of a run, stage by stage: search by validation, selection, comparison on fresh seeds."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray.tune
+from ray.actor import ActorHandle
+from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+
+from tune.config.eval_spec import PLAIN, TEST, VALIDATION, Job, jobs
+from tune.config.run_spec import MacDropSpec, RunSpec, TrainSpec
+from tune.distributed.actors.evaluators import Opening
+from tune.distributed.lanes.dispatcher import call
+from tune.distributed.sweep.controller import Supervisor
+from tune.distributed.sweep.searcher import optuna_searcher, param_space, points, scheduler
+from tune.distributed.sweep.trial import RESTARTS, CancelStopped, Desk, run_trial
+from tune.scheduling import history as past
+from tune.scheduling import selection as finalists
+from tune.scheduling.early_stopping import Cuts
+from tune.scheduling.history import SearchTime
+from tune.scheduling.selection import Candidate
+from tune.scheduling.study import Study
+from tune.storage.atomic import atomic_write_json
+from tune.storage.run_folder import FINALS, SEARCH, Journal
+from tune.training.massive_weights import cache_dir
+
+#: The follower of orders that no Tune trial placed: baselines of the search, and all of the final stage.
+BASELINE = "baseline"
+
+
+def jobs_of_stages(spec: RunSpec) -> dict[str, list[Job]]:
+    """What the trials of each stage are scored on: no test benchmark takes part in the search."""
+    return {SEARCH: jobs(spec.validation, VALIDATION), FINALS: jobs(spec.eval)}
+
+
+@dataclass
+class StudyRun:
+    """One model's study on lanes and evaluators that are there; `cuts` are what ASHA may do, None without it."""
+
+    spec: RunSpec
+    study: Study
+    cuts: Cuts | None
+    journal: Journal
+    supervisor: Supervisor
+    dispatcher: ActorHandle
+    #: Trials of an earlier run of the same folder that are not to be trained again -> the states of their orders.
+    standing: dict[str, str] = field(default_factory=dict)
+
+    def run(self, time_budget_s: float | None) -> float:
+        """Run what is not done yet of the study; returns the seconds spent searching.
+
+        time_budget_s: for the search, earlier runs of the same folder included. The selection and the final stage
+        follow, however it ended.
+        """
+        desk = self._open()
+        self.standing = self.supervisor.resume_finished(self.study)
+        searched = SearchTime(self.journal.search_time_file(self.study.name), self.journal.run_dir)
+        if self.study.count:
+            file = self.journal.finalists_file(self.study.name)
+            chosen = self.journal.finding(file)
+            if chosen is None:
+                if self.study.search:
+                    left = None if time_budget_s is None else max(1.0, time_budget_s - searched.seconds)
+                    with searched, self.supervisor.timing(searched):
+                        self._search(desk, left)
+                chosen = self._select()
+                atomic_write_json(file, chosen)
+            specs = finalists.final_specs(chosen)
+            self.supervisor.stage(self.study, FINALS, len(specs))
+            self._place(desk, specs, FINALS)
+        self.supervisor.wait(self.study)
+        return searched.seconds
+
+    def _open(self) -> Desk:
+        """Make the model resident in the evaluators, score the base, find the massive weights."""
+        wanted = jobs_of_stages(self.spec)
+        blocks = {TEST: self.spec.eval}
+        if self.study.search and wanted[SEARCH]:
+            blocks[VALIDATION] = self.spec.validation
+        attacked = any(job.attack != PLAIN for block in blocks.values() for job in jobs(block))
+        opening = Opening(
+            self.study.spec,
+            blocks,
+            str(self.journal.massive_weights_file(self.study.name)),
+            scan=attacked or self.study.drops,
+            k=self.study.spec.macdrop.k or MacDropSpec().k,
+            threads=self.spec.ray.threads_per_worker,
+            step_timeout_s=self.spec.ray.step_timeout_s,
+        )
+        return Desk(
+            dispatcher=self.dispatcher,
+            study=self.study,
+            run_dir=str(self.journal.run_dir),
+            data=str(cache_dir() / "data"),
+            weights=self.supervisor.open(self.study, opening),
+            width=self.spec.ray.num_workers,
+        )
+
+    def _place(self, desk: Desk, specs: list[TrainSpec] | tuple[TrainSpec, ...], stage: str) -> None:
+        for spec in specs:
+            call(self.dispatcher, "place", desk.order(spec, stage), BASELINE)
+
+    def _search(self, desk: Desk, time_budget_s: float | None) -> None:
+        """Baselines and searched trials, all of them trained and scored; then the plain twins of what was found."""
+        self.supervisor.stage(self.study, SEARCH, self.study.searched_count)
+        self._place(desk, self.study.plain, SEARCH)
+        if self.study.samples:
+            self._tune(desk, time_budget_s)
+            # When its time is up, Tune ends trials without telling anybody.
+            call(self.dispatcher, "abandon", self.study.name, BASELINE)
+        self.supervisor.wait(self.study)
+        twins = finalists.twins(self.study, self._candidates(), self.spec.sweep.metric)
+        if twins:
+            self._place(desk, twins, SEARCH)
+            self.supervisor.wait(self.study)
+
+    def _select(self) -> dict[str, Any]:
+        """The content of finalists.json."""
+        if not self.study.search:
+            return finalists.planned(self.study, self.spec.sweep.metric)
+        content, notes = finalists.select(self.study, self._candidates(), self.spec.sweep.metric)
+        for note in notes:
+            self.supervisor.note(f"{self.study.name}: {note}")
+        return content
+
+    def _candidates(self) -> list[Candidate]:
+        """The trials of the search, as the journal has them."""
+        return [self._candidate(record) for record in self._searched()]
+
+    def _candidate(self, record: dict[str, Any]) -> Candidate:
+        scores = self.supervisor.validation_scores(record["trial"])
+        return finalists.candidate(record, scores, self.spec.sweep.metric)
+
+    def _searched(self) -> list[dict[str, Any]]:
+        """What trial.json of each trial of the search holds, those included that the final stage has taken over."""
+        same = (self.study.spec.model_name_or_path, self.study.spec.seed)
+        return [
+            record
+            for record in self.journal.trials()
+            if (record["model"], record["seed"]) == same and record["arm"] in ("plain", "macdrop")
+        ]
+
+    def _tune(self, desk: Desk, time_budget_s: float | None) -> None:
+        """What is left of the search: trials that ended in an earlier run are not run again, but known."""
+        sweep, records = self.spec.sweep, {record["trial"]: record for record in self._searched()}
+        draws = self.journal.draws_file(self.study.name)
+        listed = points(self.study, sweep)
+        drawn = past.draws(draws, records.values()) if listed is None else listed
+        reports = self._reports(drawn, records)
+        searcher = None
+        if listed is None:
+            known = [self._past(values, records, reports) for values in drawn]
+            samples = sweep.num_samples - sum(each.state != past.OPEN for each in known)
+            searcher = optuna_searcher(sweep, known, functools.partial(past.remember, draws))
+        else:
+            listed = [values for values in listed if self.standing.get(self._name(values), "trained") == "trained"]
+            samples = min(1, len(listed))
+        if samples < 1:
+            return
+        trainable = functools.partial(run_trial, desk=desk)
+        # A share of the head's own resource: a trial only waits, so it must not take a CPU from the lanes.
+        trainable = ray.tune.with_resources(trainable, {"CPU": 0, "node:__internal_head__": 0.001})
+        Tuner(
+            trainable,
+            param_space=param_space(self.study, listed),
+            # Searcher and scheduler know their metrics: Tune refuses several, and two that differ.
+            tune_config=TuneConfig(
+                search_alg=searcher,
+                scheduler=scheduler(self.study, sweep, self.cuts, reports),
+                num_samples=samples,
+                max_concurrent_trials=sweep.max_concurrent_trials,
+                time_budget_s=time_budget_s,
+                reuse_actors=True,
+            ),
+            run_config=RunConfig(
+                name=f"tune-{self.study.name}-{int(time.time())}",
+                storage_path=str(self.journal.run_dir / "ray"),
+                callbacks=[CancelStopped(desk)],
+                failure_config=FailureConfig(max_failures=RESTARTS),
+                stop=self.supervisor.stopper(),
+                verbose=0,
+            ),
+        ).fit()
+
+    def _name(self, values: dict[str, Any]) -> str:
+        return self.study.searched(values).trial_id()
+
+    def _reports(
+        self, drawn: list[dict[str, Any]], records: dict[str, dict[str, Any]]
+    ) -> dict[str, list[tuple[int, float]]]:
+        """What searched trials that are trained no more had reported. Others report all of it again, as they go on."""
+        names = dict.fromkeys(self._name(values) for values in drawn)
+        return {
+            name: past.judged(records[name], self.journal.trial(name).metrics())
+            for name in names
+            if name in self.standing and name in records
+        }
+
+    def _past(self, values: dict[str, Any], records: dict[str, Any], reports: dict[str, Any]) -> past.Past:
+        name = self._name(values)
+        if name not in records:
+            return past.Past(values, past.OPEN)
+        objectives = self._candidate(records[name]).values
+        return past.past(values, self.standing.get(name), records[name], objectives, reports.get(name, ()))

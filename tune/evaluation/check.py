@@ -1,0 +1,200 @@
+"""Checks of an evaluation spec against the files it names. Loads neither torch nor lm-eval."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from macdrop.errors import ConfigError, DataError, nearest
+from tune.config.eval_spec import EvalSpec, Generation, Perplexity, ZeroShot
+from tune.data.readers import Table, is_local, locate, read_documents, read_rows
+from tune.evaluation import catalogue
+
+CHOICE_COLUMNS = ("context", "choices", "label")
+#: Hub data set of a task -> columns that it names otherwise than the files of the benchmark's authors.
+RENAMED = {"Xnhyacinth/LongBench": {"input": "question"}}
+#: Folder of lm-eval's tasks -> packages that its metrics import, and our extra that installs them.
+PACKAGES = {"longbench": (("jieba", "fuzzywuzzy", "rouge"), "macdrop[longbench]")}
+
+
+def check_files(spec: EvalSpec) -> None:
+    """Open every local file of `spec` and look at all its rows; nothing is downloaded.
+
+    Raises:
+        DataError: a file is missing or empty, or a row cannot be used (file, line, columns).
+        ConfigError: a task that lm-eval does not have, or a key that does not fit the data.
+    """
+    for name, entry in spec.zero_shot.items():
+        check_zero_shot(name, entry, spec)
+    for entry in spec.perplexity.values():
+        check_perplexity(entry)
+    for entry in spec.generation.values():
+        read_generation(entry)
+
+
+def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
+    """Check one zero-shot entry: a known task, or rows of our own format; every row has its columns."""
+    task = entry.task or name
+    if not entry.data:
+        file = catalogue.find_task(task)
+        if file is None and task not in catalogue.known_names():
+            raise unknown_task(task)
+        if file is None and entry.split:
+            raise ConfigError(
+                f"eval.zero_shot.{name}: split is for single tasks, and {task!r} is a group; list its tasks."
+            )
+        _check_packages(name, file)
+        return
+    table = read_rows(entry.data)
+    file = task_file(task, entry, table)
+    _check_packages(name, file)
+    if file is None:
+        check_choices(task, table)
+        shots = spec.inherited(entry, "num_fewshot") or 0
+    else:
+        definition = catalogue.read_definition(file)
+        table = as_on_the_hub(table, definition)
+        table.require(catalogue.needed_columns(file), f"lm-eval's task {task!r}")
+        if entry.target_delimiter is not None:
+            raise ConfigError(
+                f"eval.zero_shot.{name}: target_delimiter is fixed by lm-eval's task {task!r}; leave it out."
+            )
+        shots = effective_shots(spec.inherited(entry, "num_fewshot"), definition.get("num_fewshot"))
+        if "samples" in (definition.get("fewshot_config") or {}):
+            shots = 0
+    if shots and not entry.fewshot_data:
+        raise ConfigError(
+            f"eval.zero_shot.{name}: {shots} few-shot examples are asked for, but no rows to draw them from.\n"
+            "Give fewshot_data: (never the rows that are scored), or set num_fewshot: 0."
+        )
+    if entry.fewshot_data:
+        examples = read_rows(entry.fewshot_data)
+        if file is None:
+            check_choices(task, examples)
+        else:
+            examples = as_on_the_hub(examples, definition)
+            examples.require(catalogue.needed_columns(file), f"lm-eval's task {task!r}")
+
+
+def as_on_the_hub(table: Table, definition: Mapping[str, Any]) -> Table:
+    """Rows of the authors' files with the columns named as in the task's hub data set."""
+    names = RENAMED.get(definition.get("dataset_path") or "", {})
+    rows = [{names.get(key, key) if names.get(key) not in row else key: row[key] for key in row} for row in table.rows]
+    return Table(rows, table.places)
+
+
+def _check_packages(name: str, file: Path | None) -> None:
+    packages, extra = PACKAGES.get(file.parent.name if file else "", ((), ""))
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"eval.zero_shot.{name} needs {', '.join(missing)}, not installed here.\nRun: pip install '{extra}'"
+        )
+
+
+def task_file(task: str, entry: ZeroShot, table: Table) -> Path | None:
+    """lm-eval's definition of the task, None for rows of our own format.
+
+    A new name costs a pass over all of lm-eval's files, which rows that are plainly ours are spared.
+    """
+    ours = entry.task is None and set(CHOICE_COLUMNS) <= set(table.rows[0])
+    return catalogue.find_task(task, by_path=ours)
+
+
+def effective_shots(asked: int | None, default: int | None) -> int:
+    """lm-eval's rule: the number asked for, but a task that says 0 stays at 0; null is the task's own number."""
+    return default or 0 if asked is None or default == 0 else asked
+
+
+def unknown_task(name: str) -> ConfigError:
+    """The error for a name that lm-eval does not have and that comes without data."""
+    return ConfigError(
+        f"lm-eval has no task {name!r}.{nearest(name, catalogue.known_names())}\n"
+        f"For a task of your own give data: a file of rows with {', '.join(CHOICE_COLUMNS)}."
+    )
+
+
+def check_choices(name: str, table: Table) -> None:
+    """Check rows of our own multiple-choice format.
+
+    Raises:
+        DataError: a column is missing or has another type, or the label is no index into the choices.
+    """
+    if not set(CHOICE_COLUMNS) & set(table.rows[0]):
+        hint = nearest(name, catalogue.known_names())
+        table.require(
+            CHOICE_COLUMNS,
+            f"{name!r}, which is no task of lm-eval and so has to be in our own format.{hint} That format",
+        )
+    table.require(CHOICE_COLUMNS, "multiple choice")
+    for row, place in zip(table.rows, table.places, strict=True):
+        choices, label = row["choices"], row["label"]
+        if not isinstance(row["context"], str):
+            raise _bad(place, "context", "a text", row["context"])
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise _bad(place, "choices", "a list of at least two texts", choices)
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+            raise _bad(place, "label", f"the index of the right choice, 0 to {len(choices) - 1}", label)
+
+
+def _bad(place: str, column: str, wanted: str, value: object) -> DataError:
+    return DataError(f"{place}: {column!r} must be {wanted}, not {value!r}.")
+
+
+def check_perplexity(entry: Perplexity) -> None:
+    """Check that local text is there; a hub id is left to the scorer."""
+    local = [is_local(path) for path in entry.data]
+    if all(local):
+        read_documents(entry.data, entry.column)
+    elif any(local) or len(entry.data) > 1:
+        for path in entry.data:
+            locate(path)
+
+
+def read_generation(entry: Generation) -> tuple[str, Table]:
+    """Read the rows of a generation entry and name their format.
+
+    Raises:
+        DataError: no format fits the columns, or a row cannot be used.
+        ConfigError: metrics are asked for where there are no references.
+    """
+    table = read_rows(entry.data)
+    kind = entry.format or _format_of(table)
+    if kind == "spec_bench":
+        if entry.metrics:
+            raise ConfigError(
+                f"{entry.data[0]}: metrics need references, and these are questions without; leave metrics out."
+            )
+        table.require(("question_id", "category", "turns"), "format spec_bench")
+        for row, place in zip(table.rows, table.places, strict=True):
+            turns = row["turns"]
+            if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+                raise _bad(place, "turns", "a list of one or more texts", turns)
+    else:
+        _check_references(table)
+    return kind, table
+
+
+def _check_references(table: Table) -> None:
+    question, answer = ("prompt", "reference") if "prompt" in table.rows[0] else ("instruction", "output")
+    table.require((question, answer), "format reference")
+    for row, place in zip(table.rows, table.places, strict=True):
+        if not isinstance(row[question], str) or not row[question]:
+            raise _bad(place, question, "a text", row[question])
+        wanted = row[answer]
+        if isinstance(wanted, dict) or wanted == [] or (isinstance(wanted, list) and not all(map(str, wanted))):
+            raise _bad(place, answer, "a text, or a list of texts", wanted)
+
+
+def _format_of(table: Table) -> str:
+    columns = set(table.rows[0])
+    if "turns" in columns:
+        return "spec_bench"
+    if columns & {"prompt", "reference", "instruction", "output"}:
+        return "reference"
+    raise DataError(
+        f"{table.places[0]}: these columns fit no generation format: {', '.join(map(repr, columns))}.\n"
+        "spec_bench has question_id, category, turns; reference has prompt, reference, or instruction, input, output."
+    )

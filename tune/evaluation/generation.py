@@ -1,0 +1,213 @@
+"""Generation benchmarks: Spec-Bench question files, and prompts with references.
+
+Decoding is greedy. Prompts come from the tokenizer's chat template, else from the alpaca prompt that training uses
+(template: plain puts the bare text). Further turns follow the model's own earlier answers. Prompts that leave no room
+for the answer lose tokens on the left, bos excepted; the rows say how many did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from macdrop.errors import ConfigError, DataError
+from tune.config.eval_spec import TEXT_METRICS, Generation
+from tune.data.formats import Turn
+from tune.data.templates import Encoder
+from tune.evaluation.check import read_generation
+from tune.evaluation.decode import Answer, cut_at, fit_prompt, greedy
+from tune.evaluation.text_metrics import mean_and_stderr, repetition, text_metric
+
+VERSION = "1"
+HIGHER_IS_BETTER = {**dict.fromkeys(TEXT_METRICS, True), "empty_share": False, "repeated_4grams": False}
+"""Which way a metric is better; those that only describe are in none."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One conversation to hold: user turns, references (none for Spec-Bench), and what to keep of its row."""
+
+    turns: list[str]
+    references: list[str]
+    category: str
+    kept: dict[str, Any]
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class ResidentQuestions:
+    """The questions of one benchmark entry, ready to be put."""
+
+    questions: list[Question]
+    entry: Generation
+    kind: str
+    template: str
+    room: int
+    encoder: Any
+
+
+def load(entry: Generation, tokenizer: Any, max_positions: int) -> ResidentQuestions:
+    """Read the questions of an entry and choose their template.
+
+    Raises:
+        DataError: rows of an unknown format. ConfigError: a template the tokenizer lacks, or no room for a prompt.
+    """
+    kind, table = read_generation(entry)
+    raw = kind == "reference" and "prompt" in table.rows[0]
+    template = entry.template
+    if template == "auto":
+        template = "plain" if raw else "chat" if tokenizer.chat_template else "alpaca"
+    if template == "chat" and not tokenizer.chat_template:
+        raise ConfigError(
+            "template 'chat' needs a tokenizer with a chat template, and this one has none; use alpaca or plain."
+        )
+    room = max_positions - entry.max_new_tokens
+    if room < 2:
+        raise ConfigError(
+            f"max_new_tokens {entry.max_new_tokens} leaves no room for a prompt in {max_positions} positions."
+        )
+    encoder = Encoder(tokenizer, "alpaca", train_on_prompt=True) if template == "alpaca" else None
+    questions = [_question(kind, row, number) for number, row in enumerate(table.rows)]
+    return ResidentQuestions(questions, entry, kind, template, room, encoder)
+
+
+def _question(kind: str, row: dict[str, Any], number: int) -> Question:
+    if kind == "spec_bench":
+        kept = {"question_id": row["question_id"], "category": str(row["category"]), "turns": row["turns"]}
+        if "reference" in row:
+            kept["reference"] = row["reference"]  # for a judge: they answer every turn, in whatever shape the file has
+        return Question(list(row["turns"]), [], str(row["category"]), kept)
+    wanted = row["reference"] if "prompt" in row else row["output"]
+    references = [str(text) for text in wanted] if isinstance(wanted, list) else [str(wanted)]
+    turn = str(row["prompt"] if "prompt" in row else row["instruction"])
+    context = "" if "prompt" in row else str(row.get("input") or "")
+    kept = {"question_id": row.get("question_id", number), "category": "", "turns": [turn], "reference": wanted}
+    return Question([turn], references, "", kept | ({"input": context} if context else {}), context)
+
+
+def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """The first `limit` questions of every category, in file order."""
+    seen: dict[str, int] = {}
+    chosen = []
+    for question in questions:
+        seen[question.category] = seen.get(question.category, 0) + 1
+        if limit is None or seen[question.category] <= limit:
+            chosen.append(question)
+    return chosen
+
+
+def prompt_ids(resident: ResidentQuestions, tokenizer: Any, question: Question, answers: Sequence[str]) -> list[int]:
+    """Token ids of the conversation up to the turn after `answers`, before any cut."""
+    asked = question.turns[: len(answers) + 1]
+    if resident.template == "alpaca":
+        turns = [Turn("user", asked[0], question.context)]
+        for answer, turn in zip(answers, asked[1:], strict=True):
+            turns += [Turn("assistant", answer), Turn("user", turn)]
+        return resident.encoder.encode([turns], [str(question.kept["question_id"])])[0].input_ids
+    first = f"{asked[0]}\n{question.context}" if question.context else asked[0]
+    texts = [first, *asked[1:]]
+    if resident.template == "plain":
+        text = "".join(f"{turn}\n{answer}\n\n" for turn, answer in zip(texts, answers, strict=False)) + texts[-1]
+        return list(tokenizer(text, verbose=False)["input_ids"])
+    messages = [{"role": "user", "content": texts[0]}]
+    for answer, turn in zip(answers, texts[1:], strict=True):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like
+        asked = question.kept["question_id"]
+        raise DataError(f"The chat template refuses question {asked}: {error}. Set template: alpaca.") from error
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def score(
+    resident: ResidentQuestions, name: str, model: Any, tokenizer: Any, batch_size: int, limit: int | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Answer every question, all turns, and score the answers.
+
+    Returns:
+        rows, and per question what is kept as jsonl: question_id, category, turns, answers, tokens, ended, metrics.
+    """
+    entry, questions = resident.entry, select(resident.questions, limit)
+    answers: list[list[Answer]] = [[] for _ in questions]
+    cut = 0
+    for turn in range(max(len(question.turns) for question in questions)):
+        asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
+        whole = [prompt_ids(resident, tokenizer, questions[i], [a.text for a in answers[i]]) for i in asked]
+        cut += sum(len(ids) > resident.room for ids in whole)
+        found = greedy(
+            model,
+            tokenizer,
+            [fit_prompt(ids, resident.room, tokenizer.bos_token_id) for ids in whole],
+            max_new_tokens=entry.max_new_tokens,
+            batch_size=batch_size,
+            stop=entry.stop,
+        )
+        for i, answer in zip(asked, found, strict=True):
+            answers[i].append(answer)
+    measured = _measured(resident, questions, answers)
+    items = [
+        question.kept
+        | {
+            "answers": [a.text for a in given],
+            "tokens": [len(a.tokens) for a in given],
+            "ended": [a.ended for a in given],
+            "metrics": metrics,
+        }
+        for question, given, metrics in zip(questions, answers, measured, strict=True)
+    ]
+    settings = (
+        f"format={resident.kind} template={resident.template} greedy max_new_tokens={entry.max_new_tokens} "
+        f"prompts_cut_left={cut}"
+    )
+    groups = _groups(name, questions) if resident.kind == "spec_bench" else {name: list(range(len(questions)))}
+    rows = [
+        _row(metric, [value for i in members for value in measured[i][metric]]) | {"task": task}
+        for task, members in groups.items()
+        for metric in measured[0]
+    ]
+    return [row | {"version": VERSION, "num_fewshot": None, "settings": settings} for row in rows], items
+
+
+def _measured(
+    resident: ResidentQuestions, questions: Sequence[Question], answers: Sequence[list[Answer]]
+) -> list[dict[str, list[float]]]:
+    """Per question and metric: a value for each answer (Spec-Bench), or for the last one against the references.
+
+    Those of Spec-Bench describe; none of them says how good an answer is. References are cut at a stop text as answers
+    are.
+    """
+    if resident.kind == "spec_bench":
+        return [
+            {
+                "new_tokens": [float(len(a.tokens)) for a in given],
+                "empty_share": [float(not a.text.strip()) for a in given],
+                "eos_share": [float(a.ended == "eos") for a in given],
+                "repeated_4grams": [repetition(a.tokens) for a in given],
+            }
+            for given in answers
+        ]
+    entry = resident.entry
+    texts = [given[-1].text for given in answers]
+    references = [[cut_at(text, entry.stop) for text in question.references] for question in questions]
+    metrics = entry.metrics or TEXT_METRICS
+    columns = [text_metric(metric, texts, references) for metric in metrics]
+    return [dict(zip(metrics, ([value] for value in values), strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _groups(name: str, questions: Sequence[Question]) -> dict[str, list[int]]:
+    """Tasks of a Spec-Bench entry -> indices of their questions: all, multi-turn ones, and each category."""
+    groups = {name: list(range(len(questions)))}
+    multi = [i for i, question in enumerate(questions) if len(question.turns) > 1]
+    if multi and len(multi) < len(questions):
+        groups[f"{name}/multi_turn"] = multi
+    for i, question in enumerate(questions):
+        groups.setdefault(f"{name}/{question.category}", []).append(i)
+    return groups
+
+
+def _row(metric: str, values: list[float]) -> dict[str, Any]:
+    value, stderr = mean_and_stderr(values)
+    better = HIGHER_IS_BETTER.get(metric)
+    return {"metric": metric, "value": value, "stderr": stderr, "n": len(values), "higher_is_better": better}

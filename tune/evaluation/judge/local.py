@@ -1,0 +1,137 @@
+"""A local causal language model as judge: resident, greedy in batches; asked again it samples, by seeds of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+
+from macdrop import load_model, load_tokenizer
+from macdrop.errors import BenchmarkError, ConfigError
+from macdrop.fingerprint import checkpoint_fingerprint, checkpoint_folder
+from tune.config.judge_spec import JudgeSpec
+from tune.evaluation.decode import fit_prompt, greedy
+from tune.evaluation.judge.prompt import Judgement, Question, Reply, assess
+from tune.evaluation.scorer import masks_off, max_positions, quiet
+from tune.training.process_group import device
+from tune.zoo.catalog import resolve
+
+
+def revision(spec: JudgeSpec) -> str:
+    """Which weights judge: the commit of a hub model in the cache, else the fingerprint of its folder.
+
+    Raises:
+        ConfigError: the model is no folder, and not in the cache either.
+    """
+    source = resolve(spec.model)
+    folder = checkpoint_folder(source, spec.revision)
+    if not Path(source).expanduser().is_dir() and folder.parent.name == "snapshots":
+        return folder.name[:12]
+    return checkpoint_fingerprint(source, spec.revision)[:12]
+
+
+class LocalJudge:
+    """A judge in this process, on its accelerator if there is one.
+
+    Raises:
+        ConfigError: there is no such model, or no room for a prompt beside `max_new_tokens`.
+    """
+
+    def __init__(self, spec: JudgeSpec) -> None:
+        self.spec = spec
+        loading: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        source = resolve(spec.model)
+        with quiet():
+            model = load_model(source, dtype="bfloat16" if spec.bf16 else "float32", **loading)
+            self.tokenizer = load_tokenizer(source, model=model, **loading)
+        self.model = model.to(device())
+        self.revision = revision(spec)
+        positions = max_positions(model.config, self.tokenizer)
+        self.room = positions - spec.max_new_tokens
+        if self.room < 2:
+            raise ConfigError(
+                f"eval.judge.max_new_tokens {spec.max_new_tokens} leaves no room for a prompt in the {positions} "
+                f"positions of {spec.model}."
+            )
+
+    def judge(self, asked: Sequence[Question]) -> Iterator[Judgement]:
+        """Judgements as they come, a batch of similar length at a time, longest first.
+
+        Raises:
+            BenchmarkError: the model failed, as when memory is short.
+        """
+        order = sorted(asked, key=lambda question: -len(question.prompt))
+        for start in range(0, len(order), self.spec.batch_size):
+            try:
+                judged = assess(order[start : start + self.spec.batch_size], self._ask, self.spec.retries)
+            except RuntimeError as error:  # out of memory, most often
+                told = str(error).strip().partition("\n")[0]
+                raise BenchmarkError(
+                    f"The judge {self.spec.model} failed: {told}\nOut of memory? Lower eval.judge.batch_size."
+                ) from error
+            yield from judged
+
+    def close(self) -> None:
+        """Let go of the model's memory."""
+        self.model = None
+
+    def _ask(self, asked: Sequence[Question], attempt: int) -> list[Reply]:
+        whole = [self._ids(question.prompt) for question in asked]
+        cut = [len(ids) > self.room for ids in whole]
+        taken = [i for i, too_long in enumerate(cut) if not too_long or self.spec.long_prompts == "cut"]
+        temperature = self.spec.retry_temperature if attempt else self.spec.temperature
+        seeds = [_seed(self.spec.seed, asked[i].item, attempt) for i in taken]
+        with quiet(), masks_off(self.model):
+            answers = greedy(
+                self.model,
+                self.tokenizer,
+                [fit_prompt(whole[i], self.room, self.tokenizer.bos_token_id) for i in taken],
+                max_new_tokens=self.spec.max_new_tokens,
+                batch_size=self.spec.batch_size,
+                logits=lambda rows: [Sampling(temperature, [seeds[row] for row in rows])] if temperature else [],
+            )
+        replies = [Reply(error=self._too_long(len(ids))) for ids in whole]
+        for i, answer in zip(taken, answers, strict=True):
+            used = (min(len(whole[i]), self.room), len(answer.tokens))
+            replies[i] = Reply(answer.text, tokens=used, cut=cut[i])
+        return replies
+
+    def _ids(self, prompt: str) -> list[int]:
+        if not self.tokenizer.chat_template:
+            return list(self.tokenizer(prompt, verbose=False)["input_ids"])
+        message = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _too_long(self, length: int) -> str:
+        return (
+            f"its prompt has {length} tokens, and {self.room} fit beside max_new_tokens {self.spec.max_new_tokens}; "
+            "take a judge with more positions, or set long_prompts: cut, which cuts on the left"
+        )
+
+
+def _seed(seed: int, item: str, attempt: int) -> int:
+    """A seed of its own for every item and attempt, so that an answer does not depend on what it was batched with."""
+    digest = hashlib.sha256(f"{seed}/{item}/{attempt}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+class Sampling(LogitsProcessor):
+    """Turns greedy decoding into sampling, one generator a row: argmax(logits / T + Gumbel noise) is a draw of softmax.
+
+    The noise is drawn on the CPU, so that a seed means the same on every device.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        size = scores.shape[-1]
+        exponential = [torch.empty(size).exponential_(generator=generator) for generator in self.generators]
+        gumbel = -torch.stack(exponential).log()
+        return scores.float() / self.temperature + gumbel.to(scores.device)

@@ -1,0 +1,177 @@
+"""Token perplexity on long text.
+
+Documents are joined by blank lines and tokenised as one text, which is cut into windows of at most `window` tokens.
+Each window starts anew with bos, where the tokenizer has one: bos at position 0 is where massive weights act. Every
+token is scored once, except a first token that has no bos before it. With a `stride`, windows overlap, and a token is
+scored in the first window that holds it. Perplexity is exp of the mean negative log-likelihood. The keys of an entry
+(`tune.config.eval_spec.Perplexity`) change each of these rules; the suite `perplexity` does so to measure as Sun et al.
+2024 (arXiv 2402.17762) do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from macdrop.errors import BenchmarkError, ConfigError, DataError
+from tune.config.eval_spec import Perplexity
+from tune.data.readers import is_local, read_documents
+from tune.evaluation.prefix_cache import Logits, plain_logits
+
+VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids of one window, bos included; positions from `first` on are scored."""
+
+    ids: list[int]
+    first: int
+
+
+@dataclass(frozen=True)
+class ResidentText:
+    """The windows of one benchmark entry, and the settings that made them."""
+
+    windows: list[Window]
+    settings: str
+
+
+def load(entry: Perplexity, tokenizer: Any, max_positions: int) -> ResidentText:
+    """Read, tokenise and cut the text of an entry.
+
+    Raises:
+        DataError: no file, no text. ConfigError: the window is longer than the model's positions.
+        BenchmarkError: a hub data set could not be loaded.
+    """
+    size = entry.window or min(max_positions, entry.max_window)
+    if size > max_positions:
+        raise ConfigError(
+            f"window {size} is longer than the {max_positions} positions of this model; set {max_positions} or less."
+        )
+    if entry.stride and entry.stride >= size:
+        raise ConfigError(
+            f"stride {entry.stride} would skip tokens: windows have {size}; set a smaller stride, or null."
+        )
+    local = is_local(entry.data[0])
+    documents = read_documents(entry.data, entry.column) if local else _from_hub(entry)
+    documents = [text for text in documents if text or entry.keep_empty][: entry.documents]
+    text = entry.join.join(documents)
+    ids = tokenizer(text, add_special_tokens=entry.bos == "text", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id if entry.bos == "window" else None
+    windows = cut(ids, size, entry.stride, bos)
+    if entry.full_windows and windows and len(windows[-1].ids) < size:
+        windows.pop()
+    windows = windows[: entry.windows]
+    if not windows:
+        full = f" a full window of {size}" if entry.full_windows else " one to score"
+        raise DataError(f"{', '.join(entry.data)}: {len(ids)} tokens of text do not make{full}.")
+    return ResidentText(windows, _settings(entry, size, tokenizer, ids, local))
+
+
+def _settings(entry: Perplexity, size: int, tokenizer: Any, ids: Sequence[int], local: bool) -> str:
+    """The rules that made the windows, as words key=value; of the rarer ones those that are not as by default."""
+    bos = None if entry.bos == "none" else tokenizer.bos_token_id
+    if entry.bos == "text":
+        bos = "text" if bos is not None and ids[:1] == [bos] else None
+    words = [f"window={size}", f"stride={entry.stride or 'none'}", f"bos={'none' if bos is None else bos}"]
+    words += [] if local else [f"split={entry.split}"]
+    for key in ("documents", "keep_empty", "join", "full_windows"):
+        value = getattr(entry, key)
+        if value != Perplexity.model_fields[key].default:
+            words.append(f"{key}={str(value).encode('unicode_escape').decode().replace(' ', '<space>')}")
+    return " ".join(words)
+
+
+def cut(ids: Sequence[int], size: int, stride: int | None, bos: int | None) -> list[Window]:
+    """Cut tokens into windows of at most `size` tokens, bos included (the module says how)."""
+    lead = [] if bos is None else [bos]
+    room = size - len(lead)
+    windows, scored = [], 0 if lead else 1
+    for start in range(0, len(ids), min(stride or room, room)):
+        held = list(ids[start : start + room])
+        first = max(scored - start, 0 if lead else 1)
+        if first < len(held):
+            windows.append(Window(lead + held, first + len(lead)))
+        scored = max(scored, start + len(held))
+        if scored >= len(ids):
+            break
+    return windows
+
+
+def _from_hub(entry: Perplexity) -> list[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(entry.data[0], entry.name, split=entry.split)
+    except Exception as error:  # datasets and huggingface_hub raise a dozen kinds; all mean: no data
+        raise BenchmarkError(
+            f"The data set {entry.data[0]!r} (name {entry.name}, split {entry.split}) could not be loaded: "
+            f"{type(error).__name__}: {str(error).strip()[:300]}\nWithout internet, give a local file as data."
+        ) from error
+    if entry.column not in rows.column_names:
+        raise DataError(
+            f"Data set {entry.data[0]!r} has no column {entry.column!r}; it has {', '.join(rows.column_names)}."
+        )
+    return [text or "" for text in rows[entry.column]]
+
+
+@torch.no_grad()
+def score(
+    text: ResidentText, model: Any, batch_size: int, limit: int | None, logits: Logits = plain_logits
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measure the perplexity of `model` on the first `limit` windows.
+
+    The standard error comes from the spread over windows, by the delta method.
+
+    Returns:
+        one row, and per window its number of tokens and summed negative log-likelihood in nats.
+    """
+    windows = text.windows[:limit]
+    sums: list[float] = []
+    for start in range(0, len(windows), batch_size):
+        sums += _window_sums(windows[start : start + batch_size], model, logits)
+    counts = [len(window.ids) - window.first for window in windows]
+    total = sum(counts)
+    nll = math.fsum(sums) / total
+    if not math.isfinite(nll):
+        raise BenchmarkError(f"The model's mean negative log-likelihood is {nll}, so that perplexity has no value.")
+    value = math.exp(min(nll, 700.0))  # exp overflows a float just above
+    residuals = [s - nll * n for s, n in zip(sums, counts, strict=True)]
+    b = len(windows)
+    stderr = value * math.sqrt(b / (b - 1) * math.fsum(r * r for r in residuals)) / total if b > 1 else None
+    row = {
+        "version": VERSION,
+        "metric": "perplexity",
+        "value": value,
+        "stderr": stderr,
+        "n": total,
+        "higher_is_better": False,
+        "num_fewshot": None,
+        "settings": f"{text.settings} windows={b}",
+    }
+    items = [{"window": i, "tokens": n, "nll": s} for i, (n, s) in enumerate(zip(counts, sums, strict=True))]
+    return [row], items
+
+
+def _window_sums(windows: Sequence[Window], model: Any, logits_of: Logits) -> list[float]:
+    """Summed negative log-likelihood of the scored tokens of each window, in fp32, one window of logits at a time."""
+    longest = max(len(window.ids) for window in windows)
+    ids = torch.zeros(len(windows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, window in enumerate(windows):  # padding on the right: a causal model never looks at it
+        ids[row, : len(window.ids)] = torch.tensor(window.ids)
+        mask[row, : len(window.ids)] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    logits = logits_of(model, ids, mask)
+    sums = []
+    for row, window in enumerate(windows):
+        kept = logits[row, window.first - 1 : len(window.ids) - 1].float()
+        losses = F.cross_entropy(kept, ids[row, window.first : len(window.ids)], reduction="none")
+        sums.append(losses.double().sum().item())
+    return sums

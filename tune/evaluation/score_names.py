@@ -1,0 +1,158 @@
+"""Columns of a report and the cells in them: which metrics are shown, and in what order.
+
+A *column* is one metric of one task under one attack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tune.config.eval_spec import SECTIONS
+
+PRIMARY = ("acc", "exact_match", "word_perplexity", "perplexity", "judge_score", "rouge_l", "chrf", "repeated_4grams")
+"""Which metric of a task stands in the tables, best first; all of them are in the CSV."""
+LONGBENCH = "longbench_"
+AVERAGED = ("zero_shot", "perplexity")
+HOW = ("limit", "num_fewshot", "version", "settings")
+ACCURACIES = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of one task under one attack ("none" without), on test or validation items."""
+
+    benchmark: str
+    task: str
+    metric: str
+    attack: str = "none"
+    attack_on: str | None = None
+    higher_is_better: bool | None = field(default=None, compare=False)
+    split: str = "test"
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Column:
+        """The column of a line of scores.jsonl; lines without a split are of test benchmarks."""
+        found = {key: row[key] for key in cls.__dataclass_fields__ if row.get(key) is not None}
+        return cls(**found)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is a mean over tasks; see `mean_columns`."""
+        return self.task.startswith("mean ")
+
+    @property
+    def name(self) -> str:
+        """As a search metric is written: benchmark/task/metric[@attack], a mean's task being `mean`; or eval_loss."""
+        if self == EVAL_LOSS:
+            return self.metric
+        task = self.task.partition(" of ")[0] if self.is_mean else self.task
+        return f"{self.benchmark}/{task}/{self.metric}" + ("" if self.attack == "none" else f"@{self.attack}")
+
+
+EVAL_LOSS = Column("validation", "", "eval_loss", higher_is_better=False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score and its standard error over items (None: not known).
+
+    `how` is what it must share with another score to be comparable: limit, few-shot examples, version, settings.
+    """
+
+    value: float
+    stderr: float | None = None
+    n: int | None = None
+    how: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Cell:
+        """The cell of a line of scores.jsonl that has a value."""
+        how = tuple((key, row[key]) for key in HOW if row.get(key) is not None)
+        return cls(row["value"], row.get("stderr"), row.get("n"), how)
+
+
+def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] | None = None) -> list[Column]:
+    """One metric for each task under each attack: the asked one, else the first of `PRIMARY`, else the task's first.
+
+    Args:
+        asked: names of the benchmarks that the run asks for, each with its metric if that is said. Where a benchmark's
+            tasks are among them, the others (the 57 parts of mmlu, say) are left out, but for their own "name/part".
+    """
+    columns, asked = list(columns), asked or {}
+    heads = {column: column.task if column.task in asked else column.task.partition("/")[0] for column in columns}
+    filtered = {column.benchmark for column, head in heads.items() if head in asked}
+    by_task: dict[tuple, list[Column]] = {}
+    for column in columns:
+        if column.benchmark in filtered and heads[column] not in asked:
+            continue
+        key = (column.split, column.benchmark, column.attack, column.attack_on, column.task)
+        by_task.setdefault(key, []).append(column)
+
+    def preferred(column: Column) -> tuple:
+        named = column.metric.partition(",")[0]
+        return named != asked.get(heads[column]), PRIMARY.index(named) if named in PRIMARY else len(PRIMARY)
+
+    return [min(found, key=lambda c: (*preferred(c), found.index(c))) for found in by_task.values()]
+
+
+def mean_columns(columns: Iterable[Column]) -> dict[Column, list[Column]]:
+    """The means over zero-shot tasks and over texts, as the paper's tables have them, each with its members.
+
+    Accuracies (acc, acc_norm) go together, and so do LongBench's sets; other metrics have a mean of their own.
+    """
+    groups: dict[tuple, list[Column]] = {}
+    for column in columns:
+        if column.benchmark in AVERAGED:
+            kind = "acc" if column.metric in ACCURACIES else column.metric
+            kind = "LongBench" if column.task.startswith(LONGBENCH) else kind
+            key = (column.benchmark, kind, column.attack, column.attack_on, column.split)
+            groups.setdefault(key, []).append(column)
+    means, kinds = {}, {key[:2] for key in groups}
+    for (benchmark, kind, attack, attack_on, split), members in groups.items():
+        if len(members) > 1:
+            several = kind == "LongBench" or sum(other[0] == benchmark for other in kinds) > 1
+            title = f"mean {kind} of {len(members)}" if several else f"mean of {len(members)}"
+            metric = members[0].metric if kind == "LongBench" else kind
+            mean = Column(benchmark, title, metric, attack, attack_on, members[0].higher_is_better, split)
+            means[mean] = members
+    return means
+
+
+def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -> list[Column]:
+    """Add the `mean_columns` to the scores that have all members; errors of tasks are taken as independent."""
+    means = mean_columns(columns)
+    for cells in scores:
+        for mean, members in means.items():
+            found = [cells[column] for column in members if column in cells]
+            if len(found) == len(members):
+                known = all(cell.stderr is not None for cell in found)
+                stderr = math.hypot(*(cell.stderr for cell in found)) / len(found) if known else None
+                value = math.fsum(cell.value for cell in found) / len(found)
+                how = tuple(dict.fromkeys(pair for cell in found for pair in cell.how))
+                cells[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in found) or None, how)
+    return list(means)
+
+
+def named_scores(rows: Iterable[Mapping[str, Any]], asked: Mapping[str, str | None]) -> dict[str, float]:
+    """One adapter's scores and their means by `Column.name`; of an attack on base and merged rows the one on base."""
+    scores = {Column.of(row): Cell.of(row) for row in rows if row["value"] is not None}
+    add_means([scores], primary_columns(scores, asked))
+    found: dict[str, float] = {}
+    for column in sorted(scores, key=lambda column: column.attack_on or ""):
+        found.setdefault(column.name, scores[column].value)
+    return found
+
+
+def is_part(column: Column, columns: Collection[Column]) -> bool:
+    """Whether the column is of a part ("spec_bench/math") of a task that has a column of its own."""
+    return "/" in column.task and any(other.task == column.task.rpartition("/")[0] for other in columns)
+
+
+def place(column: Column) -> tuple:
+    """Sort key of columns: by benchmark, the scores without attack first; within these as they came."""
+    section = SECTIONS.index(column.benchmark) if column.benchmark in SECTIONS else len(SECTIONS)
+    attacked = column.attack != "none"
+    return column.split != "test", section, column.benchmark, attacked, column.attack, column.attack_on or ""

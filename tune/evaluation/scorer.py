@@ -1,0 +1,323 @@
+"""One benchmark, one attack, one model -> rows. Model, tokenizer, tasks and data stay resident between jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from macdrop.errors import ConfigError, MacDropError
+from tune.config.eval_spec import PLAIN, EvalSpec, Job, Perplexity, ZeroShot, jobs, parse_attack
+from tune.evaluation.adapters import merged_weights
+from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
+from tune.storage.atomic import atomic_write_text
+
+_NOISY = (
+    "lm_eval",
+    "datasets",
+    "transformers",
+    "huggingface_hub",
+    "peft",
+    "absl",
+    "rouge_score",
+    "sacrebleu",
+    "evaluate",
+)
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length", "max_seq_len")
+
+
+class Row(TypedDict):
+    """One score. `stderr` is over items; `attack_on` is None without attack; `settings` are words ``key=value``."""
+
+    benchmark: str
+    task: str
+    version: str
+    metric: str
+    attack: str
+    attack_on: str | None
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool | None
+    batch_size: int
+    limit: int | None
+    num_fewshot: int | None
+    max_length: int
+    settings: str
+
+
+class Scorer:
+    """Scores jobs of one evaluation spec with one resident model.
+
+    Args:
+        model: a causal language model, bare or with a PEFT adapter; `score` may bring another one of the same base.
+        tokenizer: its tokenizer; a copy is used, the caller's is not changed.
+        spec: what to score.
+        weights: macdrop's MassiveWeights of the base, needed for attacks.
+
+    Raises:
+        ConfigError: attacks without `weights` or on more rows than the layer has, a max_length beyond the model's, or
+            an add_bos_token that the tokenizer cannot follow.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, spec: EvalSpec, weights: Any | None = None) -> None:
+        self.model, self.spec, self.weights = model, spec, weights
+        self.tokenizer = _with_bos(copy.deepcopy(tokenizer), spec.add_bos_token)
+        positions = max_positions(model.config, tokenizer)
+        if spec.max_length and spec.max_length > positions:
+            raise ConfigError(
+                f"eval.max_length {spec.max_length} is more than the {positions} positions of this model."
+            )
+        self.max_length = spec.max_length or positions
+        for job in jobs(spec):
+            self._check_attack(job)
+        self._tasks: Any = None
+        self._harness: Any = None
+        self._resident: dict[tuple[str, str], Any] = {}
+
+    def _check_attack(self, job: Job) -> None:
+        kind, k = parse_attack(job.attack)
+        if kind == PLAIN:
+            return
+        if self.weights is None:
+            raise ConfigError(
+                f"Attack {job.attack!r} needs the massive weights of this model: run `macdrop scan` first."
+            )
+        from macdrop.attack import attacked_rows
+
+        attacked_rows(self.weights, kind, k)
+
+    def jobs(self) -> list[Job]:
+        """What the spec asks for, in file order."""
+        return jobs(self.spec)
+
+    def prepare(self) -> None:
+        """Load the tasks and data of all jobs now, so that a mistake in any of them shows before the first score."""
+        with quiet():
+            for job in self.jobs():
+                self._data(job)
+
+    def score(
+        self,
+        job: Job,
+        model: Any | None = None,
+        answers_path: str | Path | None = None,
+        drop: Any | None = None,
+        prefix: PrefixCache | None = None,
+        limit: int | None = None,
+        within: str | Path | None = None,
+    ) -> list[Row]:
+        """Score one job.
+
+        Args:
+            job: one of `jobs()`.
+            model: the model to score, e.g. the base with an adapter in place; by default the one given at construction.
+            answers_path: where to keep what was measured item by item (answers, hits, losses), as jsonl, atomically.
+            drop: a `macdrop.MacDrop` attached to the model; it is asserted to mask nothing.
+            prefix: what the plain score and the attacks of one entry share, kept by the caller from job to job while
+                the weights stay what they are. The scores are the same to the bit.
+            limit: items of each task, instead of the entry's own `limit`.
+            within: a folder above `answers_path` whose storage is waited for; see `tune.storage.atomic.lasting`.
+
+        Returns:
+            rows, at least one of which has the job's task as its `task`; parts of it (categories of Spec-Bench, members
+            of an lm-eval group) are named `task/part`.
+
+        Raises:
+            ConfigError, DataError: the entry cannot be scored as it is written.
+            BenchmarkError: scoring failed. MacDropError: masks were on.
+        """
+        self._check_attack(job)
+        model = self.model if model is None else model
+        entry = self.spec.entry(job)
+        batch_size = self.spec.inherited(entry, "batch_size") or self.spec.batch_size
+        limit = limit or self.spec.inherited(entry, "limit")
+        with quiet(), masks_off(model, drop), self._under(job, model), self._sharing(job, model, prefix) as logits:
+            rows, items = self._measure(job, entry, self._data(job), model, batch_size, limit, logits)
+        if answers_path is not None:
+            lines = (
+                json.dumps(item | {"attack": job.attack, "attack_on": job.attack_on}, default=str) for item in items
+            )
+            atomic_write_text(answers_path, "".join(line + "\n" for line in lines), within)
+        scored = [self._row(job, row, batch_size, limit) for row in rows]
+        assert any(row["task"] == job.task for row in scored), "every job has a row of its own name"
+        return scored
+
+    def items(self, job: Job, limit: int | None = None) -> int:
+        """How many documents, windows or questions `score` goes through."""
+        data = self._data(job)
+        limit = limit or self.spec.inherited(self.spec.entry(job), "limit")
+        if job.benchmark == "perplexity":
+            return len(data.windows[:limit])
+        if job.benchmark == "generation":
+            from tune.evaluation.generation import select
+
+            return len(select(data.questions, limit))
+        sizes = [len(task.eval_docs) for task in data.loaded["tasks"].values()]
+        return sum(sizes if limit is None else [min(size, limit) for size in sizes])
+
+    def _data(self, job: Job) -> Any:
+        """The resident tasks or data of the job's entry, loaded on first use."""
+        key = (job.benchmark, job.task)
+        if key not in self._resident:
+            entry = self.spec.entry(job)
+            if isinstance(entry, ZeroShot):
+                from tune.evaluation import zero_shot
+
+                self._tasks = self._tasks or zero_shot.Tasks()
+                self._resident[key] = self._tasks.load(job.task, entry, self.spec, self.max_length)
+            elif isinstance(entry, Perplexity):
+                from tune.evaluation import perplexity
+
+                self._resident[key] = perplexity.load(entry, self.tokenizer, self.max_length)
+            else:
+                from tune.evaluation import generation
+
+                self._resident[key] = generation.load(entry, self.tokenizer, self.max_length)
+        return self._resident[key]
+
+    def _measure(
+        self, job: Job, entry: Any, data: Any, model: Any, batch_size: int, limit: int | None, logits: Logits
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        if isinstance(entry, ZeroShot):
+            from tune.evaluation import zero_shot
+
+            if self._harness is None:
+                tokenizer = copy.deepcopy(self.tokenizer)  # lm-eval sets its pad token and side
+                self._harness = zero_shot.Harness(model, tokenizer, self.max_length)
+            self._harness.use(model, batch_size, entry, logits)
+            return zero_shot.score(data, self._harness, limit)
+        if isinstance(entry, Perplexity):
+            from tune.evaluation import perplexity
+
+            return perplexity.score(data, model, batch_size, limit, logits)
+        from tune.evaluation import generation
+
+        return generation.score(data, job.task, model, self.tokenizer, batch_size, limit)
+
+    @contextlib.contextmanager
+    def _sharing(self, job: Job, model: Any, prefix: PrefixCache | None) -> Iterator[Logits]:
+        """How to compute logits: with what other attacks of the entry left in `prefix`, where that is possible."""
+        benchmark = (job.split, job.benchmark, job.task)
+        on_base = [other for other in self.jobs() if other.attack_on != "merged"]
+        several = sum((other.benchmark, other.task) == benchmark[1:] for other in on_base) > 1
+        if prefix is None or job.attack_on == "merged" or not several or self.weights is None:
+            yield plain_logits
+            return
+        with prefix.sharing(model, self.weights, benchmark):
+            yield prefix.logits
+
+    @contextlib.contextmanager
+    def _under(self, job: Job, model: Any) -> Iterator[None]:
+        """Put the job's attack in place for the `with` block: on base rows under the adapter, or on merged weights."""
+        kind, k = parse_attack(job.attack)
+        if kind == PLAIN:
+            yield
+            return
+        from macdrop.attack import attacked
+
+        place = merged_weights(model) if job.attack_on == "merged" else contextlib.nullcontext()
+        with place, attacked(model, self.weights, kind, k):
+            yield
+
+    def _row(self, job: Job, measured: dict[str, Any], batch_size: int, limit: int | None) -> Row:
+        common = {
+            "benchmark": job.benchmark,
+            "task": job.task,
+            "attack": job.attack,
+            "attack_on": job.attack_on,
+            "batch_size": batch_size,
+            "limit": limit,
+            "max_length": self.max_length,
+        }
+        merged = common | measured
+        suite = self.spec.entry(job).suite
+        if suite:
+            merged["settings"] = f"{merged['settings']} suite={suite}"
+        return {key: merged[key] for key in Row.__annotations__}  # type: ignore[return-value]
+
+
+def _with_bos(tokenizer: Any, add_bos: bool | None) -> Any:
+    """Switch the tokenizer's bos in front of texts on or off; None leaves it as it is.
+
+    Raises:
+        ConfigError: the tokenizer has no bos token, or cannot be switched.
+    """
+    if add_bos is None:
+        return tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is None and add_bos:
+        raise ConfigError("eval.add_bos_token: this tokenizer has no bos token; leave the key out.")
+    tokenizer.add_bos_token = add_bos
+    if (tokenizer("a")["input_ids"][:1] == [bos]) != add_bos:
+        raise ConfigError(
+            "eval.add_bos_token: this tokenizer does not let its bos token be switched; leave the key out."
+        )
+    return tokenizer
+
+
+def max_positions(config: Any, tokenizer: Any) -> int:
+    """Longest sequence a model takes: from its config, else from its tokenizer, else 2048."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for key in _LENGTH_KEYS:
+        if isinstance(getattr(text, key, None), int):
+            return getattr(text, key)
+    length = tokenizer.model_max_length
+    return length if isinstance(length, int) and length < 1_000_000 else 2048
+
+
+@contextlib.contextmanager
+def masks_off(model: Any, drop: Any | None = None) -> Iterator[None]:
+    """Score in eval mode without gradients, and prove that MacDrop masked nothing; modes are restored afterwards.
+
+    Raises:
+        MacDropError: `drop` is inside a training step, or dropped entries while scoring.
+    """
+    if drop is not None and drop.active:
+        raise MacDropError("MacDrop masks are on: scores are taken between training steps, never inside one.")
+    before = None if drop is None else drop.entries_dropped
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with (
+            torch.no_grad()
+        ):  # not inference_mode: cached buffers would stay inference tensors, and training would fail
+            if any(module.training for module in model.modules()):
+                raise MacDropError(
+                    "A part of the model stays in training mode after model.eval(); it cannot be scored."
+                )
+            yield
+            if drop is not None and (drop.active or drop.entries_dropped != before):
+                raise MacDropError("MacDrop dropped entries while the model was scored; the scores are void.")
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back log lines, warnings and progress bars of lm-eval, datasets and transformers for the `with` block."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    bars = not are_progress_bars_disabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        disable_progress_bars()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            enable_progress_bars()

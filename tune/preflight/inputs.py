@@ -1,0 +1,302 @@
+"""Everything about a run's inputs that can be told without Ray, weights or a GPU, told before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from macdrop.errors import ConfigError, nearest
+from macdrop.schedules import SCHEDULES, probability
+from tune.config.eval_spec import PLAIN, EvalSpec, jobs, parse_attack
+from tune.config.resume import check_new
+from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
+from tune.config.sections import ARMS, EVAL_LOSS
+from tune.data.batching import Batches, total_steps
+from tune.scheduling.early_stopping import Cuts, cuts
+from tune.scheduling.study import Study
+from tune.trackers.backends import check as check_trackers
+from tune.training.massive_weights import cache_dir
+from tune.zoo.catalog import resolve
+
+#: Keys that decide what the tokenised data are.
+DATA_KEYS = (
+    "dataset",
+    "format",
+    "template",
+    "cutoff_len",
+    "train_on_prompt",
+    "val_size",
+    "max_samples",
+    "data_seed",
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Of a study: optimizer steps of a fine-tuning (0: none is trained), and what ASHA may do (None without it)."""
+
+    steps: int
+    cuts: Cuts | None
+
+
+def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
+    """Look at models, tokenizers, data and benchmark files; returns what was found of each study.
+
+    What is quick comes first. The tokenised data are kept for the workers; nothing else is written.
+
+    Raises:
+        ConfigError: a tracker, model or file cannot be used, k or an attack is above the size of the FFN, `lora_target`
+            names no layer, the ZeRO stage cannot do it, the search needs a validation set that is not there, or ASHA
+            could stop nothing.
+    """
+    from tune.evaluation.check import check_files
+
+    attacks = {job.attack: name for name in ("validation", "eval") for job in jobs(getattr(spec, name))}
+    check_trackers(spec.report_to, Path(spec.output_dir or "."))
+    tokenizers = [check_study(study.spec, study.parameters, attacks, spec.sweep.arms) for study in planned]
+    for block in (spec.eval, spec.validation):
+        check_files(block)
+    if spec.validation.judge is not None:
+        raise ConfigError("validation.judge: searched trials are not judged. Write the judge under eval.")
+    check_judging(spec.eval)
+    checked: dict[str, Checked] = {}
+    asha = spec.sweep.scheduler == "asha"
+    needed = asha or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
+    for study, tokenizer in zip(planned, tokenizers, strict=True):
+        checked[study.name] = Checked(0, None)
+        if study.count:
+            workers = spec.ray.num_workers
+            steps, epoch = _steps(study.spec, study.parameters, tokenizer, workers, needed and study.search)
+            checked[study.name] = Checked(steps, cuts(study, spec.sweep, steps, epoch) if asha else None)
+    return checked
+
+
+def check_training(spec: TrainSpec, workers: int) -> int:
+    """The same for one fine-tuning on `workers` workers; returns its optimizer steps."""
+    steps, _ = _steps(spec, {}, check_study(spec, {}, {}), workers, needs_validation=False)
+    return steps
+
+
+def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
+    """The same for scoring one model, whose weights are about to be loaded."""
+    from tune.evaluation.check import check_files
+
+    outline = model_outline(spec)
+    check_rows(outline, spec, attacks={job.attack: "eval" for job in jobs(block)})
+    check_files(block)
+    check_judging(block)
+
+
+def check_judging(block: EvalSpec) -> None:
+    """Refuse a judge that cannot be used, or has nothing to judge."""
+    if block.judge is None:
+        return
+    if not block.generation:
+        raise ConfigError(
+            "eval.judge judges generated answers, and eval.generation lists no benchmark. Add one, such as Spec-Bench, "
+            "or leave the judge out."
+        )
+    from tune.evaluation.judge.session import check_judge
+
+    check_judge(block.judge)
+
+
+def check_folder(folder: Path, *, resume: bool, remedy: str | None = None) -> None:
+    """Refuse a folder that holds something, but for `resume`; what is in it is not touched.
+
+    remedy: the command that goes on there.
+    """
+    if not resume:
+        check_new(folder, remedy)
+    standing = next((parent for parent in folder.absolute().parents if parent.exists()), None)
+    if standing is not None and not standing.is_dir():
+        raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {standing} is a file.")
+
+
+def check_study(
+    spec: TrainSpec, parameters: dict[str, Space], attacks: dict[str, str], arms: Iterable[str] | None = None
+) -> Any:
+    """Check one model with the values that its search may draw; returns its tokenizer.
+
+    attacks: attack -> the block of the run file that asks for it. arms: by default the model's own.
+    """
+    from macdrop import load_tokenizer
+
+    scopes = [ARMS[arm] for arm in (arms or [spec.arm]) if arm in ARMS]
+    outline = model_outline(spec)
+    tokenizer = load_tokenizer(
+        resolve(spec.model_name_or_path),
+        revision=spec.model_revision,
+        trust_remote_code=spec.trust_remote_code,
+        model=outline,
+    )
+    ks = _values(spec, parameters, "macdrop.k")
+    check_rows(outline, spec, ks=ks, attacks=attacks)
+    check_scopes(outline, spec, ks=ks, scopes=scopes)
+    for target in _values(spec, parameters, "lora_target"):
+        check_targets(outline, target)
+    masked = may_drop(spec, parameters) and set(scopes) != {"activations"}
+    if masked and 3 in _values(spec, parameters, "zero_stage"):
+        check_partitioned(outline, spec)
+    return tokenizer
+
+
+def model_outline(spec: TrainSpec) -> Any:
+    """The model of a spec without weights (on torch's meta device): its modules and shapes.
+
+    Raises:
+        ConfigError: there is no such model, it has no weight files, or it is no causal language model of text.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from macdrop import check_model
+    from macdrop.fingerprint import weight_files
+
+    source = resolve(spec.model_name_or_path)
+    config = check_model(source, revision=spec.model_revision, trust_remote_code=spec.trust_remote_code)
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not weight_files(folder):
+        raise ConfigError(f"{folder} is no model folder: it has a config.json but no weights (*.safetensors).")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def check_rows(
+    outline: Any, spec: TrainSpec, *, ks: Iterable[int] = (), attacks: Mapping[str, str] | None = None, name: str = ""
+) -> None:
+    """Refuse k, searched or attacked, above the number of rows that an FFN of the model has.
+
+    name: how the user wrote k, for the message; by default as a key of a run file.
+    """
+    from macdrop import find_ffns
+
+    rows = max(ffn.intermediate_size for ffn in find_ffns(outline))
+    for k in ks:
+        if k > rows:
+            raise ConfigError(
+                f"{name or 'macdrop.k'} is {k}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
+                f"Give a whole number from 0 to {rows}; the paper uses 5."
+            )
+    for attack, block in (attacks or {}).items():
+        if attack != PLAIN and parse_attack(attack)[1] > rows:
+            raise ConfigError(
+                f"{block}.attacks has {attack!r}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
+                f"Attack from 0 to {rows} of them."
+            )
+
+
+def check_scopes(outline: Any, spec: TrainSpec, *, ks: list[int], scopes: list[str]) -> None:
+    """Refuse placebos that the model cannot have: too few rows to draw from, or no layer to drop the input of.
+
+    Where only some layers are fused experts the scan decides; MacDrop itself refuses there.
+    """
+    from macdrop import MacDropConfig, find_ffns
+
+    ffns = find_ffns(outline)
+    rows = max(ffn.intermediate_size for ffn in ffns)
+    for k in ks if "random" in scopes else []:
+        needed = MacDropConfig(k=k, scope="random").rows_needed
+        if needed > rows:
+            raise ConfigError(
+                f"Dropping {k} random rows beside the top {needed - k} takes {needed} rows, but an FFN of "
+                f"{spec.model_name_or_path} has {rows}. Lower macdrop.k, or leave the random rows out."
+            )
+    if "activations" in scopes and not any(ffn.down or ffn.experts or ffn.shared for ffn in ffns):
+        raise ConfigError(
+            f"Activations cannot be dropped in {spec.model_name_or_path}: its experts are fused, and no layer takes "
+            "their intermediate state. Leave the placebo 'activations' out for this model."
+        )
+
+
+def check_partitioned(outline: Any, spec: TrainSpec) -> None:
+    """Refuse MacDrop under ZeRO-3 for models whose every FFN is fused experts: their rows are edited, not masked.
+
+    Where some layers have a dense FFN only the scan can tell; MacDrop itself refuses there.
+    """
+    from macdrop import find_ffns
+
+    fused = [any(projection.expert_axis for projection in ffn.projections) for ffn in find_ffns(outline)]
+    shared = any(ffn.shared for ffn in find_ffns(outline))
+    if all(fused) and not shared:
+        raise ConfigError(
+            f"zero_stage 3 cannot do MacDrop on {spec.model_name_or_path}: its experts are stored in fused 3-D "
+            "parameters, of which ZeRO-3 leaves each worker a part.\nSet zero_stage to 0, 1 or 2 "
+            "(with offload: cpu if memory is short)."
+        )
+
+
+def check_targets(outline: Any, target: str | list[str]) -> None:
+    """Refuse a `lora_target` name that no layer ends with of the kinds that PEFT puts LoRA on."""
+    if target == "all":
+        return
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    layers = [name for name, module in outline.named_modules() if isinstance(module, kinds)]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    for wanted in target:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in layers):
+            raise ConfigError(
+                f"lora_target names {wanted!r}, but the model has no such linear layer.{nearest(wanted, leaves)} "
+                f"Layers: {', '.join(leaves)}. Or write lora_target: all."
+            )
+
+
+def _steps(
+    spec: TrainSpec, parameters: dict[str, Space], tokenizer: Any, workers: int, needs_validation: bool
+) -> tuple[int, int]:
+    """Tokenise the data (kept for the workers), also for searched values; optimizer steps in all and of an epoch."""
+    from tune.data import dataset as data
+
+    if needs_validation and 0 in _values(spec, parameters, "val_size"):
+        raise ConfigError(
+            "val_size is 0, but the search optimises eval_loss, or stops trials by it. Set val_size (for example "
+            "0.05), or sweep.metric to a score of the block validation, and sweep.scheduler to none."
+        )
+    folder = cache_dir() / "data"
+    prepared = data.load(data.prepare(spec, tokenizer, folder))
+    for key in DATA_KEYS:
+        for value in parameters[key].bounds() if key in parameters else []:
+            data.prepare(with_values(spec, {key: value}, partial=True), tokenizer, folder)
+    batches = Batches(
+        len(prepared.train),
+        seed=spec.seed,
+        per_device=spec.per_device_train_batch_size,
+        accumulation=spec.gradient_accumulation_steps,
+        world=workers,
+    )
+    steps = total_steps(spec, len(prepared.train), batches.global_batch)
+    if may_drop(spec, parameters):
+        for schedule in _values(spec, parameters, "macdrop.schedule"):
+            _check_schedule(schedule, steps, batches.epoch(steps))
+    return steps, batches.steps_per_epoch
+
+
+def may_drop(spec: TrainSpec, parameters: dict[str, Space]) -> bool:
+    """Whether any trial drops weights."""
+    return spec.arm != "plain" or any(key.startswith("macdrop.") for key in parameters)
+
+
+def _check_schedule(schedule: str, steps: int, epochs: int) -> None:
+    """Refuse a schedule that starts at p = 0: it would drop nothing and pass for MacDrop."""
+    alpha = 1.0 if schedule == "exp" else None
+    first = probability(schedule, p0=1.0, step=1, total_steps=steps, epoch=1, total_epochs=epochs, alpha=alpha)
+    if first == 0:
+        raise ConfigError(
+            f"macdrop.schedule {schedule!r} never drops anything in a run of {steps} step(s), {epochs} epoch(s): its p "
+            f"is 0 from the start. Train longer, or take another schedule: {', '.join(SCHEDULES)}."
+        )
+
+
+def _values(spec: TrainSpec, parameters: dict[str, Space], key: str) -> list[Any]:
+    """What the dotted key may be: the searched values, else the spec's own."""
+    if key in parameters:
+        return parameters[key].bounds()
+    value: Any = spec
+    for part in key.split("."):
+        value = getattr(value, part)
+    return [value]

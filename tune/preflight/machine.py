@@ -1,0 +1,277 @@
+"""Is this machine fit for a run? Checks, each with what was found and how to mend it.
+
+What could hang or crash (gloo, DeepSpeed, Ray) is tried in a process of its own, so that nothing of it stays in this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from macdrop.errors import MacDropError
+from tune.storage.environment import gpu_names
+
+MAIN_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "lm-eval")
+MEMORY_GIB, DISK_GIB = 4.0, 2.0
+"""Least free memory and disk for the demo run; real models need what they weigh."""
+PROBE_TIMEOUT_S = 180
+HUB_TIMEOUT_S = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `fix` is a sentence, empty when all is well; `needed` is False where macdrop can do without."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+    needed: bool = True
+
+
+def checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) -> list[Check]:
+    """All checks; `ray` also starts a local Ray with its dashboard (some ten seconds more)."""
+    return list(iter_checks(output_dir=output_dir, ray=ray))
+
+
+def iter_checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) -> Iterator[Check]:
+    """The same, one by one as they are done."""
+    from tune.training.massive_weights import cache_dir
+
+    accelerator = {} if gpu_names() else {"DS_ACCELERATOR": "cpu"}
+    with ThreadPoolExecutor(2) as pool:  # each probe spends its time on imports
+        torch_probe = pool.submit(_probe, _TORCH_PROBE)
+        deepspeed_probe = pool.submit(_probe, _DEEPSPEED_PROBE, **accelerator)
+        yield from package_checks()
+        yield from _machine()
+        yield from _torch_and_gloo(*torch_probe.result())
+        yield _deepspeed(*deepspeed_probe.result())
+    yield writable("output folder", output_dir, "Choose an output_dir that this user can write to.")
+    yield writable("cache folder", cache_dir(), "Set MACDROP_CACHE to a folder that this user can write to.")
+    yield _zoo()
+    yield _hub()
+    yield _leftovers()
+    if ray:
+        yield _ray(*_probe(_RAY_PROBE, RAY_USAGE_STATS_ENABLED="0"))
+
+
+def lines(found: list[Check]) -> list[str]:
+    """The checks as text, a line each and one more where something is to be mended."""
+    width = max((len(check.name) for check in found), default=0)
+    text = []
+    for check in found:
+        mark = "ok  " if check.ok else "FAIL" if check.needed else "note"
+        text.append(f"{mark}  {check.name:<{width}}  {check.found}")
+        if check.fix:
+            text.append(f"      {'':<{width}}  -> {check.fix}")
+    return text
+
+
+# --- packages and machine ---
+
+
+def package_checks(distribution: str = "macdrop") -> Iterator[Check]:
+    """Installed versions against what macdrop's own metadata asks for."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        about = metadata.metadata(distribution)
+    except metadata.PackageNotFoundError:
+        yield Check("macdrop", False, "not installed", "Run: pip install -e . in the repository.")
+        return
+    wanted = SpecifierSet(about.get("Requires-Python") or "")
+    version = platform.python_version()
+    fit = wanted.contains(version, prereleases=True)
+    yield Check("python", fit, f"{version} ({wanted})", "" if fit else f"Make an environment with Python {wanted}.")
+    others, broken = [], []
+    for requirement in map(Requirement, metadata.requires(distribution) or []):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        check = _package(requirement)
+        if requirement.name in MAIN_PACKAGES:
+            yield check
+        else:
+            others.append(requirement.name)
+            broken += [] if check.ok else [check]
+    found = "; ".join(f"{check.name} {check.found}" for check in broken) or f"all {len(others)} as required"
+    yield Check("other packages", not broken, found, " ".join(check.fix for check in broken))
+
+
+def _package(requirement) -> Check:  # packaging's Requirement, imported late
+    wanted = str(requirement.specifier) or "any version"
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return Check(requirement.name, False, f"not installed ({wanted})", f'Run: pip install "{requirement}"')
+    fit = requirement.specifier.contains(version, prereleases=True)
+    return Check(requirement.name, fit, f"{version} ({wanted})", "" if fit else f'Run: pip install "{requirement}"')
+
+
+def _machine() -> Iterator[Check]:
+    cpus = len(os.sched_getaffinity(0))
+    fix = "" if cpus >= 2 else "Keep ray.num_workers at 1: each worker takes a CPU."
+    yield Check("CPUs", cpus >= 2, f"{cpus}", fix, needed=False)
+    free, total = (value / 2**30 for value in memory())
+    fix = "" if free >= MEMORY_GIB else f"Free {MEMORY_GIB:g} GiB, or lower ray.lanes and ray.evaluators."
+    yield Check("memory", free >= MEMORY_GIB, f"{free:.1f} of {total:.1f} GiB free", fix)
+
+
+def memory() -> tuple[int, int]:
+    """(free, total) bytes; a container's limit counts where there is one."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    free, total = page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024  # counts what the page cache would give back
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        if limit != "max":
+            total, free = min(total, int(limit)), min(free, int(limit) - int(used))
+    except (OSError, KeyError, ValueError):
+        pass  # not Linux, or no such limit
+    return free, total
+
+
+# --- probes in a process of their own ---
+
+_TORCH_PROBE = """
+import json, os, tempfile, torch, torch.distributed as dist
+found = {"cuda": torch.cuda.is_available(), "gpus": torch.cuda.device_count(), "build": torch.version.cuda}
+with tempfile.TemporaryDirectory() as folder:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    x = torch.ones(3)
+    dist.all_reduce(x)
+    found["gloo"] = x.tolist() == [1.0, 1.0, 1.0]
+    dist.destroy_process_group()
+print("FOUND" + json.dumps(found))
+"""
+_DEEPSPEED_PROBE = """
+import json, deepspeed
+from deepspeed.accelerator import get_accelerator
+print("FOUND" + json.dumps({"version": deepspeed.__version__, "accelerator": get_accelerator()._name}))
+"""
+_RAY_PROBE = """
+import json, logging, ray
+quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+context = ray.init(address="local", num_cpus=1, include_dashboard=True, **quiet)
+from ray.util.state import list_nodes
+nodes = list_nodes(address="http://" + context.dashboard_url)
+print("FOUND" + json.dumps({"dashboard": context.dashboard_url, "nodes": len(nodes)}), flush=True)
+ray.shutdown()
+"""
+
+
+def _probe(code: str, **environment: str) -> tuple[dict, str]:
+    """(what the code found, or {} with the last words of its output)."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+            env={**os.environ, **environment},
+        )
+    except subprocess.TimeoutExpired:
+        return {}, f"no answer within {PROBE_TIMEOUT_S} s"
+    for line in done.stdout.splitlines():
+        if line.startswith("FOUND"):
+            return json.loads(line.removeprefix("FOUND")), ""
+    words = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+    return {}, words[-1][:200]
+
+
+def _torch_and_gloo(found: dict, error: str) -> Iterator[Check]:
+    present = gpu_names()
+    if present and found and not found["cuda"]:
+        yield Check("GPUs", False, f"{len(present)} ({present[0]}), but torch cannot use them",
+                    "Install a torch build for this driver's CUDA version, see pytorch.org/get-started.")  # fmt: skip
+    else:
+        yield Check("GPUs", True, ", ".join(present) or "none: runs on CPU")
+    if found.get("gloo"):
+        yield Check("gloo", True, "all_reduce works")
+    else:
+        fix = "Set GLOO_SOCKET_IFNAME to a network interface of this host, for example lo; or reinstall torch."
+        yield Check("gloo", False, error or "wrong sum", fix)
+
+
+def _deepspeed(found: dict, error: str) -> Check:
+    fix = "Reinstall it: pip install --no-build-isolation --force-reinstall --no-deps deepspeed."
+    words = f"imports, accelerator {found['accelerator']}" if found else error
+    return Check("deepspeed import", bool(found), words, "" if found else fix)
+
+
+def _ray(found: dict, error: str) -> Check:
+    ok = found.get("nodes") == 1 and bool(found.get("dashboard"))
+    words = f"starts, State API answers at {found['dashboard']}" if ok else error or "starts, but without its dashboard"
+    fix = 'Run: pip install "ray[default,train,tune]" (its page and `ray job submit` need the dashboard).'
+    return Check("ray start", ok, words, "" if ok else fix)
+
+
+def _leftovers() -> Check:
+    name, fix = "dead runs", "The next sweep offers to clear that; with --clear-leftovers it does so unasked."
+    try:
+        from tune.distributed.cluster.orphans import on_machine
+    except ImportError:
+        return Check(name, True, "not looked for without Ray", needed=False)
+    told = "; ".join(f"left behind: {each.told}" for each in on_machine())
+    return Check(name, not told, told or "left nothing here", fix if told else "", needed=False)
+
+
+# --- folders, models, hub ---
+
+
+def writable(name: str, folder: str | os.PathLike, fix: str) -> Check:
+    """Whether `folder` can be made and written to, and the free space there. Leaves nothing behind."""
+    path = Path(folder).expanduser().absolute()
+    place = next(parent for parent in (path, *path.parents) if parent.exists())
+    probe = place / f".macdrop-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.write_bytes(b"x")
+        probe.unlink()
+        free = shutil.disk_usage(place).free / 2**30
+    except OSError as error:
+        return Check(name, False, f"{path}: {error.strerror}", fix)
+    if free < DISK_GIB:
+        fix = f"Free {DISK_GIB:g} GiB there, or choose another disk."
+        return Check(name, False, f"{path}: {free:.1f} GiB free", fix)
+    return Check(name, True, f"{path} ({free:.0f} GiB free)")
+
+
+def _zoo() -> Check:
+    from macdrop import load_model, load_tokenizer
+    from tune.zoo.catalog import ZOO, zoo_path
+
+    fix = "Reinstall macdrop: its package data are damaged."
+    for name in ZOO:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                model, tokenizer = load_model(str(zoo_path(name))), load_tokenizer(str(zoo_path(name)))
+            model(**tokenizer("a", return_tensors="pt").to(model.device))
+        except (MacDropError, OSError, ValueError, RuntimeError) as error:
+            return Check("built-in models", False, f"{name}: {str(error).splitlines()[0][:200]}", fix)
+    return Check("built-in models", True, f"{len(ZOO)} load and run: {', '.join(ZOO)}")
+
+
+def _hub() -> Check:
+    fix = "Built-in models and local files work without it; for hub ids mend the network or set HF_ENDPOINT."
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return Check("hub", True, "offline by HF_HUB_OFFLINE: cached and local files only", needed=False)
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S) as answer:
+            return Check("hub", True, f"{address} answers {answer.status}", needed=False)
+    except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
+        return Check("hub", False, f"{address} is not reachable ({error})", fix, needed=False)

@@ -1,0 +1,1 @@
+"""What a run's results say, in every format."""

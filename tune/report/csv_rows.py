@@ -1,0 +1,57 @@
+"""A report in long form: a line for each score of each trial, with the comparison that its setting takes part in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from tune.analysis.results import Line, ModelResults
+
+if TYPE_CHECKING:
+    from tune.analysis.verdict import Comparison, Verdict
+    from tune.report.report import Report
+
+COMPARED = ("plain", "delta", "low", "high", "p", "p_holm", "mde")
+"""Numbers of a `Comparison`: means over the seeds shared with plain, so equal for all seeds of a setting."""
+
+
+def text(reports: Iterable[Report]) -> str:
+    """CSV with a head; trials without scores have one line, with their reason."""
+    reports = list(reports)
+    keys = dict.fromkeys(key for report in reports for model in report.models for key in model.keys)
+    names = ["run", "model", "label", "trial", "arm", "stage", "setting", "cell", "seed", "status", "reason", "best"]
+    names += [*keys, "benchmark", "task", "metric", "split", "attack", "attack_on", "higher_is_better"]
+    names += ["value", "stderr", "n", *(f"compared_{key}" for key in COMPARED), "compared_verdict"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for report in reports:
+        for model in report.models:
+            for line in model.lines:
+                writer.writerows({"run": report.name, **row} for row in _rows(model, line, report.verdicts[model.name]))
+    return out.getvalue()
+
+
+def _rows(model: ModelResults, line: Line, verdicts: list[Verdict]) -> Iterable[dict[str, Any]]:
+    about = {"model": model.display, "label": line.label, "trial": line.trial, "arm": line.arm, "stage": line.stage}
+    about |= {"setting": line.info.get("setting"), "cell": json.dumps(line.cell) if line.cell else None}
+    about |= {"seed": line.seed, "status": line.status, "reason": line.reason, "best": line is model.best}
+    about |= {key: line.setting(key) for key in model.keys}
+    if not line.scores:
+        yield about
+    found: dict[Any, Comparison] = {}
+    for verdict in verdicts:
+        if (verdict.setting, verdict.arm) == (line.group, line.arm) and line.stage != "search":
+            found = {row.column: row for row in verdict.rows}
+    for column in model.columns:
+        if column not in line.scores:
+            continue
+        cell, compared = line.scores[column], found.get(column)
+        row = {**about, **vars(column), "value": cell.value, "stderr": cell.stderr, "n": cell.n}
+        if compared:
+            row |= {f"compared_{key}": getattr(compared, key) for key in COMPARED}
+            row["compared_verdict"] = compared.verdict
+        yield row

@@ -1,0 +1,153 @@
+"""From a painted matplotlib figure to an inline SVG whose colours are the page's CSS custom properties.
+
+Figures are painted in *sentinel* colours, one for each name in `NAMES`; in the SVG each becomes `var(--name)`, so that
+light and dark follow the reader's scheme (`tune.report.html.palette`). Text stays text and takes the page's font.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from html import escape
+from typing import TYPE_CHECKING
+
+from tune.report.html.palette import DARK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+WIDTH = 360
+"""User units (CSS pixels) that every figure is wide: a card on a laptop, nearly all of a phone."""
+LEGEND = 17
+NAMES = tuple(DARK)
+_FIRST = 0xA1B200
+_SENTINELS = {name: f"#{_FIRST + number:06x}" for number, name in enumerate(NAMES)}
+
+
+def colour(name: str) -> str:
+    """The sentinel of one of `NAMES`."""
+    return _SENTINELS[name]
+
+
+def draw(name: str, height: float, paint: Callable[[Canvas], None], *, says: str = "") -> str:
+    """Call `paint` with an empty figure of WIDTH x `height` CSS pixels and return it as an inline SVG.
+
+    The same input gives the same bytes. No setting of matplotlib outlives the call.
+
+    Args:
+        name: prefix of the ids in the SVG; no other figure of the page may have it.
+        says: what a screen reader says.
+    """
+    import matplotlib.style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.style.context(["default", _settings(name)]):
+        canvas = Canvas(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        FigureCanvasSVG(canvas)
+        canvas.get_layout_engine().set(w_pad=4 / 72, h_pad=4 / 72)
+        paint(canvas)
+        out = io.StringIO()
+        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(out.getvalue(), name, says)
+
+
+def tidy(axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: str = "y") -> None:
+    """Axis labels, a title at the left, a quiet grid, no box."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if title:
+        axes.set_title(title, loc="left")
+    if grid:
+        axes.grid(axis=grid)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plain_log(axes: Axes, which: str = "y") -> None:
+    """A log axis whose ticks are plain numbers: 0.01, 1, 1000, 1e+06."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    low, high = sorted(axis.get_view_interval())
+    few = high / low < 30  # less than about one and a half decades: ticks between the powers of ten need labels too
+    written = FuncFormatter(lambda value, _: f"{value:g}")
+    axis.set_major_formatter(written)
+    axis.set_minor_formatter(written if few else NullFormatter())
+    if few:
+        from matplotlib.ticker import LogLocator
+
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high / low > 3 else (1.5, 2, 3, 4, 5, 7)))
+        axes.tick_params(axis=which, which="minor", labelsize=10)
+
+
+def legend(canvas: Canvas, axes: Axes, columns: int = 3) -> None:
+    """The labelled artists of `axes` under the figure; every row of it takes LEGEND pixels."""
+    handles, labels = axes.get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=2.2, columnspacing=1.2,
+                  handletextpad=0.5, borderaxespad=0.2)  # fmt: skip
+
+
+def signed(value: float, scale: float) -> str:
+    """A difference with its sign, to three digits of `scale` (the widest number that stands near it)."""
+    digits = max(0, min(4, 2 - math.floor(math.log10(scale)))) if scale > 0 else 1
+    text = f"{value:+.{digits}f}"
+    return ("±" + text[1:] if float(text) == 0 else text).replace("-", "−")
+
+
+def _settings(name: str) -> dict[str, object]:
+    ink, soft, grid = colour("ink"), colour("soft"), colour("grid")
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "text.parse_math": False,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 11,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlepad": 7,
+        "axes.labelsize": 10.5,
+        "axes.labelcolor": soft,
+        "axes.titlecolor": ink,
+        "axes.edgecolor": soft,
+        "axes.linewidth": 0.7,
+        "xtick.labelsize": 10,
+        "ytick.labelsize": 10,
+        "xtick.color": soft,
+        "ytick.color": soft,
+        "xtick.major.size": 3,
+        "ytick.major.size": 3,
+        "text.color": ink,
+        "grid.color": grid,
+        "grid.linewidth": 0.8,
+        "lines.linewidth": 1.8,
+        "lines.solid_capstyle": "round",
+        "legend.frameon": False,
+        "legend.fontsize": 10,
+        "axes.unicode_minus": True,
+        "axes.formatter.useoffset": False,
+    }
+
+
+def _inline(svg: str, name: str, says: str) -> str:
+    """The `<svg>` element alone, with colours of the page, ids of its own, and no size but its viewBox."""
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href=", "href=")
+    head, end = svg[: svg.index(">") + 1], svg.index(">") + 1
+    box = re.search(r'viewBox="[^"]*"', head).group()
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    body = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg[end:])
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
+    body = re.sub(r"\s*font-family: [^;\"]*;?", "", body)
+    body = re.sub(r"(font: (?:\w+ )*[\d.]+px) [^;\"]*", r"\1 inherit", body)
+    body = re.sub(r'\sd="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), body)
+    for key, sentinel in _SENTINELS.items():
+        body = body.replace(sentinel, f"var(--{key})")
+    label = escape(says or name, quote=True)
+    return f'<svg class="plot" role="img" aria-label="{label}" {box}>{body.strip()}\n'

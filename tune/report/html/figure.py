@@ -1,0 +1,41 @@
+"""What a figure of the page is, and its numbers as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure with its numbers.
+
+    Attributes:
+        name: lower-case words with "-", unique within a model; names the CSV.
+        part: key of the report's part that it stands in (`Report.parts`).
+        svg: from `tune.report.html.drawing.draw`; empty when there is nothing to draw, and then `caption` says why.
+        head, rows: its numbers, as they are in the journal or as they were computed for the drawing.
+    """
+
+    name: str
+    part: str
+    title: str
+    caption: str
+    svg: str = ""
+    head: list[str] = field(default_factory=list)
+    rows: list[list[Any]] = field(default_factory=list)
+
+    def csv(self) -> str:
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(self.head)
+        writer.writerows(self.rows)
+        return out.getvalue()
+
+
+def words_to_name(*words: str) -> str:
+    """("zero_shot", "mean of 5") -> "zero-shot-mean-of-5"; safe as a file name and as an XML id."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") or "figure"

@@ -1,0 +1,47 @@
+"""All figures of a model, in the order of the page; one that cannot be drawn says why and stops no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from tune.analysis.results import ModelResults
+from tune.report.html.attacks import attack_figures
+from tune.report.html.figure import Figure
+from tune.report.html.intervals import comparison_figures, verdict_figures
+from tune.report.html.pareto import pareto_figures
+from tune.report.html.scan import scan_figures
+from tune.report.html.surface import surface_figures
+from tune.report.html.training import training_figures
+from tune.storage.run_folder import Journal
+
+if TYPE_CHECKING:
+    from tune.analysis.verdict import Verdict
+
+Family = Callable[[Journal, ModelResults, "list[Verdict]"], Iterator[Figure]]
+FAMILIES: dict[str, tuple[str, Family]] = {
+    "by-task": ("verdict", verdict_figures),
+    "scan": ("weights", scan_figures),
+    "comparisons": ("comparisons", comparison_figures),
+    "search": ("search", surface_figures),
+    "training": ("training", training_figures),
+    "attacks": ("attacks", attack_figures),
+    "pareto": ("pareto", pareto_figures),
+}
+"""Family -> the report's part that a reader expects it in, and who draws it."""
+
+
+def figures(journal: Journal, model: ModelResults, verdicts: list[Verdict]) -> list[Figure]:
+    """Every figure of one model of a run, finished or not.
+
+    A damaged file of the run costs the figures that need it and nothing else: instead there is one without an SVG whose
+    caption says what is wrong.
+    """
+    found: list[Figure] = []
+    for name, (part, family) in FAMILIES.items():
+        try:
+            found += family(journal, model, verdicts)
+        except Exception as error:  # whatever a damaged or half-written journal leads to
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            found.append(Figure(name, part, name.replace("-", " ").capitalize(), f"Could not be drawn ({told})."))
+    return found

@@ -1,0 +1,177 @@
+"""Reports -> one HTML page that needs nothing but itself, and the numbers of its figures as CSV."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from tune.analysis.results import ModelResults
+from tune.report.html.figure import Figure
+from tune.report.html.figures import figures
+from tune.report.html.generations import QUESTIONS, Question, generations
+from tune.report.html.palette import stylesheet
+from tune.report.html.select import attack_words, cells
+from tune.report.sections.findings import PLANTED
+from tune.report.tables import Part
+from tune.storage.atomic import atomic_write_text
+
+if TYPE_CHECKING:
+    from tune.analysis.verdict import Verdict
+    from tune.report.report import Report
+
+ORDER = ("weights", "paper", "comparisons", "placebos", "attacks", "search", "training", "pareto", "generations",
+         "cost", "reproduce", "trials")  # fmt: skip
+"""Parts as the page has them; the verdict stands at the top, parts that are not named here come last."""
+TITLES = {"training": "Training", "comparisons": "MacDrop against plain", "attacks": "Under attack", "search": "Search",
+          "weights": "Massive weights", "pareto": "Pareto front"}  # fmt: skip
+"""For parts that have figures and no words."""
+LIMITED = ("comparisons", "attacks")
+"""Parts whose figures are many: OPEN of them are seen at once, or two a cell; the others are behind a line to open."""
+OPEN = 3
+PICTURED = 2
+"""Findings of a model that have their intervals beside them; those of the others stand below."""
+FOLDED = ("trials", "attacks")
+LONG = 14
+"""Tables of more rows are behind a line to open, as are those of FOLDED parts."""
+ROWS = 40
+"""Rows of a figure's numbers on the page; the CSV has all."""
+WORDS = {
+    "helps": ("Helps", "helps", "▲"),
+    "hurts": ("Hurts", "hurts", "▼"),
+    "cannot tell": ("Cannot tell", "unsure", "●"),
+}
+"""Verdict -> word, colour, sign."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure on the page, with the address of its CSV."""
+
+    figure: Figure
+    svg: str
+    link: str
+
+    @property
+    def rows(self) -> list[list[str]]:
+        return [[_cell(value) for value in row] for row in self.figure.rows[:ROWS]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a model: `part` has words and tables, `shown` figures that are seen, `more` those behind a line."""
+
+    key: str
+    part: Part
+    shown: list[Shown]
+    more: list[Shown]
+    missing: list[Figure]
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """All that the page shows of one model of one run."""
+
+    id: str
+    run: str
+    model: ModelResults
+    verdicts: list[Verdict]
+    notes: list[str]
+    intervals: list[Shown]
+    sections: list[Section]
+    questions: dict[str, list[Question]]
+    commands: list[str]
+
+
+def write_page(reports: list[Report], path: str | os.PathLike) -> list[Path]:
+    """Write the page to `path` and the numbers of its figures to figures/ of each run; return all paths, page first.
+
+    A damaged run gives a page that says what is missing. The same runs give the same bytes.
+
+    Raises:
+        ResourceError: a file cannot be written.
+    """
+    path = Path(path)
+    views, written = [], []
+    for number, report in enumerate(reports, 1):
+        for model in report.models:
+            drawn = figures(report.journal, model, report.verdicts.get(model.name, []))
+            shown = []
+            for figure in drawn:
+                file = report.run_dir / "figures" / f"{model.name}-{figure.name}.csv"
+                if figure.svg:
+                    written.append(atomic_write_text(file, figure.csv()))
+                shown.append(Shown(figure, _apart(figure.svg, number), _address(file, path)))
+            views.append(_view(report, number, model, shown))
+    return [atomic_write_text(path, _render(reports, views)), *written]
+
+
+def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) -> ModelView:
+    try:
+        parts = dict(report.parts(model))
+        questions = generations(report.journal, model)
+    except Exception as error:  # whatever a damaged or half-written journal leads to
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        parts, questions = {"damaged": Part("Not readable", [f"The rest of this run could not be read ({told})."])}, {}
+    top = parts.pop("verdict", Part("Verdict"))
+    keys = [key for key in ORDER if key in parts or any(one.figure.part == key for one in shown)]
+    keys += [key for key in parts if key not in ORDER]
+    run_dir, kinds = report.run_dir, len(cells(model))
+    told = [PLANTED, *(line for one in report.verdicts.get(model.name, []) for line in (one.sentence, *one.more))]
+    return ModelView(
+        id=f"r{number}-{model.name}",
+        run=report.name,
+        model=model,
+        verdicts=[one for one in report.verdicts.get(model.name, []) if one.arm == "macdrop"],
+        notes=[line for line in top.lines if line not in told],
+        intervals=[one for one in shown if one.figure.part == "verdict" and one.svg],
+        sections=list(filter(None, (_section(key, parts.get(key), shown, questions, kinds) for key in keys))),
+        questions=questions,
+        commands=[f"macdrop sweep {run_dir / 'config.yaml'} output_dir=NEW_FOLDER", f"macdrop report {run_dir}"],
+    )
+
+
+def _section(key: str, part: Part | None, shown: list[Shown], questions: dict[str, Any], kinds: int) -> Section | None:
+    """None where there is nothing to show and a reader would expect nothing."""
+    part = part or Part(TITLES.get(key, key.capitalize()))
+    own = [one for one in shown if one.figure.part == key]
+    drawn, missing = [one for one in own if one.svg], [one.figure for one in own if not one.svg]
+    if not (part or own or key == "generations" and questions):
+        return None
+    seen = (OPEN if kinds == 1 else 2 * kinds) if key in LIMITED else len(drawn)
+    return Section(key, part, drawn[:seen], drawn[seen:], missing)
+
+
+def _render(reports: list[Report], views: list[ModelView]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )  # fmt: skip
+    style = stylesheet() + (folder / "style.css").read_text(encoding="utf-8")
+    return environment.get_template("page.html.jinja").render(
+        reports=reports, views=views, style=Markup(style), safe=Markup, words=WORDS, folded=FOLDED, rows_shown=ROWS,
+        long=LONG, planted=PLANTED, pictured=PICTURED, asked=QUESTIONS, attack_words=attack_words,
+        title=reports[0].title if len(reports) == 1 else f"MacDrop report: {len(reports)} runs",
+    )  # fmt: skip
+
+
+def _apart(svg: str, number: int) -> str:
+    """Ids that are unique on a page of several runs."""
+    return re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>r{number}-", svg)
+
+
+def _address(file: Path, page: Path) -> str:
+    return quote(Path(os.path.relpath(file.resolve(), page.resolve().parent)).as_posix())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

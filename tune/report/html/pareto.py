@@ -1,0 +1,112 @@
+"""Several objectives at once: every searched trial, the Pareto front in colour."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from tune.analysis.results import Line, ModelResults, value_of
+from tune.report.html.drawing import colour, draw, tidy
+from tune.report.html.figure import Figure, words_to_name
+from tune.report.html.select import is_share
+from tune.storage.run_folder import Journal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+    from tune.analysis.verdict import Verdict
+
+MARKS = {"plain": "D", "macdrop": "o"}
+
+
+def pareto_figures(journal: Journal, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+    """One figure for each pair of objectives; nothing where the run has a single one."""
+    if len(model.objectives) < 2:
+        return
+    names = [name for name, _ in model.objectives]
+    whole = [line for line in model.searched if all(value_of(line, name) is not None for name in names)]
+    front = _front(model, whole)
+    for one, other in itertools.combinations(model.objectives, 2):
+        yield _figure(model, whole, front, one, other)
+
+
+def _front(model: ModelResults, lines: list[Line]) -> set[str]:
+    """Trials of the Pareto front: as the search recorded it, else computed over finished MacDrop trials."""
+    recorded = set(model.finalists.get("pareto") or [])
+    if recorded & {line.trial for line in lines}:
+        return recorded
+    costs = {
+        line.trial: [value_of(line, name) * (1 if goal == "minimize" else -1) for name, goal in model.objectives]
+        for line in lines if line.arm == "macdrop" and line.status == "done"
+    }  # fmt: skip
+    return {trial for trial, own in costs.items() if not any(_dominates(other, own) for other in costs.values())}
+
+
+def _dominates(one: list[float], other: list[float]) -> bool:
+    """Whether `one` costs nowhere more and somewhere less."""
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def _figure(
+    model: ModelResults, lines: list[Line], front: set[str], one: tuple[str, str], other: tuple[str, str]
+) -> Figure:
+    (x_name, x_goal), (y_name, y_goal) = one, other
+    name, title = words_to_name("pareto", x_name, y_name), f"{_short(x_name)} against {_short(y_name)}"
+    if not lines:
+        return Figure(name, "pareto", title, "No searched trial has all objectives yet.")
+    points = [(line, _value(line, x_name), _value(line, y_name)) for line in lines]
+    joined = len(model.objectives) == 2
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        chosen = sorted((x, y) for line, x, y in points if line.trial in front)
+        if joined and len(chosen) > 1:
+            where = "post" if x_goal == "minimize" else "pre"  # so that the line bounds what the front beats
+            axes.step(*zip(*chosen, strict=True), where=where, color=colour("macdrop"), linewidth=1.2, zorder=1)
+        for line, x, y in points:
+            best = line.trial in front
+            tone = colour("macdrop" if best else "plain" if line.arm == "plain" else "soft")
+            axes.plot(x, y, MARKS.get(line.arm, "o"), color=tone, markersize=8 if best else 6, zorder=3 if best else 2,
+                      markerfacecolor=tone if best or line.arm == "plain" else "none")  # fmt: skip
+        _labels(axes, [(line.label, x, y) for line, x, y in points if line.trial in front])
+        axes.margins(0.12)
+        tidy(axes, x=_axis(x_name, x_goal), y=_axis(y_name, y_goal), grid="both")
+
+    caption = (
+        "Filled: settings that no other beats in all objectives"
+        + (", joined" if joined else "") + "; hollow: other MacDrop settings; diamond: plain adapter. One seed each."
+    )  # fmt: skip
+    rows = [[line.trial, line.label, line.arm, line.status, line.trial in front, x, y] for line, x, y in points]
+    head = ["trial", "label", "arm", "status", "on_front", _axis(x_name, ""), _axis(y_name, "")]
+    return Figure(name, "pareto", title, caption, draw(f"{model.name}-{name}", 300, paint, says=f"{title}. {caption}"),
+                  head, rows)  # fmt: skip
+
+
+def _labels(axes: Axes, points: list[tuple[str, float, float]]) -> None:
+    """Names beside the points, above and below by turns so that neighbours do not meet."""
+    for number, (label, x, y) in enumerate(sorted(points, key=lambda point: point[1])):
+        up = number % 2 == 0
+        axes.annotate(label, (x, y), (0, 8 if up else -8), textcoords="offset points", fontsize=10, ha="center",
+                      va="bottom" if up else "top")  # fmt: skip
+
+
+def _value(line: Line, name: str) -> float:
+    return value_of(line, name) * (100 if is_share(_metric(name)) else 1)
+
+
+def _metric(name: str) -> str:
+    return name.partition("@")[0].rpartition("/")[2]
+
+
+def _short(name: str) -> str:
+    """ "zero_shot/qa/acc@zeroing@3" -> "qa acc, zeroing@3"."""
+    score, _, attack = name.partition("@")
+    return " ".join(score.split("/")[-2:]) + (f", {attack}" if attack else "")
+
+
+def _axis(name: str, goal: str) -> str:
+    percent = " (%)" if is_share(_metric(name)) else ""
+    arrow = {"maximize": ", higher is better", "minimize": ", lower is better"}.get(goal, "")
+    return f"{_short(name)}{percent}{arrow}"

@@ -1,0 +1,160 @@
+"""What a figure shows and how it words it: settings of one cell, arms in their order, units of a column."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tune.analysis.display_names import NAMES, adapter_name
+from tune.analysis.results import Group, Line, ModelResults
+from tune.config.eval_spec import PLAIN, parse_attack
+from tune.evaluation.score_names import EVAL_LOSS, Column
+from tune.storage.run_folder import BASE
+
+ARMS = (BASE, "plain", "macdrop", "random_rows", "all_rows", "activations")
+"""Arms in the order they are drawn; each is also the name of a colour."""
+MARKERS = dict(zip(ARMS, "sDo^vX", strict=True))
+DASHES = dict(zip(ARMS, ("-", "-", "-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2))), strict=True))
+SHARES = ("acc", "acc_norm", "exact_match", "f1", "judge_unparsed", "repeated_4grams", "rouge_l")
+"""Metrics between 0 and 1, shown in percent and their differences in points."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of adapter, where several are searched; `words` is empty for the only one."""
+
+    key: dict[str, Any]
+    words: str
+
+    def holds(self, item: Line | Group) -> bool:
+        return item.arm == BASE or item.cell == self.key
+
+    @property
+    def after(self) -> str:
+        """For the end of a title: ", DoRA"."""
+        return f", {self.words}" if self.words else ""
+
+
+def cells(model: ModelResults) -> list[Cell]:
+    """The cells of the model's trials, in the order that they come."""
+    found: list[dict[str, Any]] = []
+    for line in model.lines:
+        if line.arm != BASE and line.cell not in found:
+            found.append(line.cell)
+    found = found or [{}]
+    return [Cell(key, cell_words(key) if len(found) > 1 else "") for key in found]
+
+
+def cell_words(key: dict[str, Any]) -> str:
+    """{"use_dora": True} -> "DoRA"."""
+    others = [f"{name} {value}" for name, value in key.items() if name not in ("use_dora", "use_rslora")]
+    return " ".join([adapter_name(key), *others])
+
+
+def final_groups(model: ModelResults, cell: Cell) -> list[Group]:
+    """Base model and final-stage settings of a cell, arms in order."""
+    return sorted((group for group in model.groups if cell.holds(group)), key=lambda group: _rank(group.arm))
+
+
+def best_groups(model: ModelResults, cell: Cell) -> list[Group]:
+    """`final_groups` with one setting for each arm: of MacDrop the search's first finalist, of others the first."""
+    ranked = [name for one in model.finalists.get("cells") or [] if one.get("cell") == cell.key
+              for name in one.get("macdrop") or []]  # fmt: skip
+    first: dict[str, Group] = {}
+    groups = final_groups(model, cell)
+    for group in sorted(groups, key=lambda group: ranked.index(group.id) if group.id in ranked else len(ranked)):
+        first.setdefault(group.arm, group)
+    return sorted(first.values(), key=lambda group: _rank(group.arm))
+
+
+def values(group: Group, column: Column) -> list[float]:
+    """The column of each seed that has it, in percent where it is a share."""
+    return [scaled(column, line.scores[column].value) for line in group.lines if column in line.scores]
+
+
+def short_names(groups: Iterable[Group]) -> list[tuple[str, Group]]:
+    """Arm and adapter for each group, "MacDrop", "plain LoRA"; numbered where an arm has several settings."""
+    groups = list(groups)
+    count = Counter(group.arm for group in groups)
+    seen: Counter[str] = Counter()
+    named = []
+    for group in groups:
+        seen[group.arm] += 1
+        number = f" {seen[group.arm]}" if count[group.arm] > 1 else ""
+        words = group.label if group.arm in (BASE, "plain") else NAMES.get(group.arm, group.arm)
+        named.append((f"{words}{number}", group))
+    return named
+
+
+def settings_words(groups: Iterable[Group]) -> str:
+    """A sentence that says which setting the short name of MacDrop stands for; placebos take over its values."""
+    told = [f"{name}: {group.label.removeprefix('MacDrop').strip()}" for name, group in short_names(groups)
+            if group.arm == "macdrop"]  # fmt: skip
+    return ("; ".join(told) + ".") if told else ""
+
+
+def tint(arm: str) -> str:
+    """The name of an arm's colour."""
+    return arm if arm in ARMS else "ink"
+
+
+def front(arm: str) -> float:
+    """The z order of an arm's lines: MacDrop above the others, and all above the grid."""
+    return 4 if arm == "macdrop" else 3
+
+
+def is_share(metric: str) -> bool:
+    return metric.partition(",")[0] in SHARES
+
+
+def scaled(column: Column, value: float) -> float:
+    return 100 * value if is_share(column.metric) else value
+
+
+def unit(column: Column) -> str:
+    """ "accuracy (%)", "word perplexity" ...: the words on an axis."""
+    metric = column.metric.partition(",")[0]
+    words = {"acc": "accuracy", "acc_norm": "accuracy (norm.)", "eval_loss": "validation loss (nats/token)",
+             "judge_score": "judge's score (1 to 5)"}.get(metric, metric.replace("_", " "))  # fmt: skip
+    return f"{words} (%)" if is_share(metric) else words
+
+
+def difference_unit(column: Column) -> str:
+    """ "points" of percent, or the metric's own unit."""
+    return "points" if is_share(column.metric) else unit(column)
+
+
+def better(column: Column) -> str:
+    """ "higher is better", "lower is better" or nothing."""
+    if column.higher_is_better is None:
+        return ""
+    return ("higher" if column.higher_is_better else "lower") + " is better"
+
+
+def attack_words(column: Column) -> str:
+    """ "top-3 zeroing of merged rows"; nothing without attack."""
+    if column.attack == PLAIN:
+        return ""
+    kind, k = parse_attack(column.attack)
+    return f"top-{k} {kind}" + (f" of {column.attack_on} rows" if column.attack_on else "")
+
+
+def task_words(column: Column) -> str:
+    """ "arc_easy, accuracy (%)": the words for a column without its attack."""
+    return unit(column) if column == EVAL_LOSS else f"{column.task}, {unit(column)}"
+
+
+def seeds_words(groups: Iterable[Group]) -> str:
+    """ "3 seeds each" or "1 to 3 seeds each" of the trained groups."""
+    counts = sorted({len(group.lines) for group in groups if group.arm != BASE})
+    if not counts:
+        return "no trained adapter yet"
+    if len(counts) > 1:
+        return f"{counts[0]} to {counts[-1]} seeds each"
+    return "one seed each" if counts[0] == 1 else f"{counts[0]} seeds each"
+
+
+def _rank(arm: str) -> int:
+    return ARMS.index(arm) if arm in ARMS else len(ARMS)

@@ -1,0 +1,225 @@
+"""The model card of an exported trial: what it is, on what it was trained, how it scored, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune.config.run_spec import TrainSpec
+from tune.data.sources import looks_like_a_path
+from tune.report.tables import Table
+
+if TYPE_CHECKING:
+    from tune.cli.export import LogitCheck
+
+PLANTED = (
+    "**PLANTED.** The base is a built-in tiny model of macdrop whose massive weights were put there on purpose. "
+    "This is a demonstration and no evidence for or against the method."
+)
+CITATION = """```bibtex
+@article{oh2024house,
+  title={House of Cards: Massive Weights in LLMs},
+  author={Oh, Jaehoon and Shin, Seungjun and Oh, Dokwan},
+  journal={arXiv preprint arXiv:2410.01866},
+  year={2024}
+}
+```"""
+#: Two-sided 95 % of a normal distribution.
+Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished trial and what its run says of it. `scores` and `base` are rows of scores.jsonl."""
+
+    folder: Path
+    name: str
+    spec: TrainSpec
+    info: Mapping[str, Any]
+    workers: int | None
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    base: list[dict[str, Any]] = field(default_factory=list)
+    verdict: list[str] = field(default_factory=list)
+
+    @property
+    def planted(self) -> bool:
+        return self.spec.model_name_or_path.startswith("zoo:")
+
+
+def model_card(trial: Exported, *, merged: LogitCheck | None, place: str) -> str:
+    """Markdown with a YAML head, as the hub reads it. `place`: repository or folder to load from."""
+    parts = [
+        _head(trial, merged is not None),
+        f"# {place.rpartition('/')[2]}",
+        *([PLANTED] if trial.planted else []),
+        _about(trial, merged),
+        f"## Load\n\n```python\n{_loading(trial, merged is not None, place)}\n```",
+        _table("Setting", ("", ""), _setting(trial)),
+        _table("Training", ("", ""), _training(trial)),
+        *_scores(trial),
+        *([_section("Verdict of its run", trial.verdict)] if trial.verdict else []),
+        f"## Citation\n\n{CITATION}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(trial: Exported, merged: bool) -> str:
+    import yaml
+
+    spec = trial.spec
+    adapter = "dora" if spec.use_dora else "lora"
+    head: dict[str, Any] = {"library_name": "transformers" if merged else "peft"}
+    if _on_hub(spec.model_name_or_path):
+        head["base_model"] = spec.model_name_or_path
+    head["tags"] = ["macdrop", adapter, "massive-weights", *(["planted"] if trial.planted else [])]
+    head["pipeline_tag"] = "text-generation"
+    datasets = [name for name in _data(spec) if _on_hub(name)]
+    return "---\n" + yaml.safe_dump(head | ({"datasets": datasets} if datasets else {}), sort_keys=False) + "---"
+
+
+def _about(trial: Exported, merged: LogitCheck | None) -> str:
+    spec = trial.spec
+    kind = "DoRA" if spec.use_dora else "LoRA"
+    what = f"weights with a {kind} adapter merged in" if merged else f"{kind} adapter"
+    how = (
+        "MacDrop (massive weights curriculum dropout, arXiv 2410.01866)"
+        if spec.arm != "plain"
+        else "plain fine-tuning, the baseline of MacDrop (arXiv 2410.01866)"
+    )
+    text = f"{what[0].upper()}{what[1:]} for `{_shown(spec.model_name_or_path)}`, trained with {how}. "
+    text += f"Trial `{trial.name}`"
+    text += f", arm `{spec.arm}`." if spec.arm not in ("plain", "macdrop") else "."
+    return text + (f"\n\nLogit check of the merge: {merged.text}." if merged else "")
+
+
+def _loading(trial: Exported, merged: bool, place: str) -> str:
+    spec = trial.spec
+    dtype = "bfloat16" if spec.bf16 else "float32"
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if merged:
+        lines += [
+            f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="{dtype}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+        ]
+        return "\n".join(lines)
+    name = f'"{spec.model_name_or_path}"'
+    if trial.planted:
+        lines.append("from tune.zoo.catalog import resolve")
+        name = f"resolve({name})"
+    revision = f', revision="{spec.model_revision}"' if spec.model_revision else ""
+    trust = ", trust_remote_code=True" if spec.trust_remote_code else ""
+    return "\n".join([
+        "from peft import PeftModel",
+        *lines,
+        f'base = AutoModelForCausalLM.from_pretrained({name}{revision}{trust}, dtype="{dtype}")',
+        f'model = PeftModel.from_pretrained(base, "{place}")',
+        f"tokenizer = AutoTokenizer.from_pretrained({name}{revision}{trust})",
+    ])  # fmt: skip
+
+
+def _setting(trial: Exported) -> list[tuple[str, str]]:
+    spec = trial.spec
+    block = spec.macdrop.model_dump() if spec.arm != "plain" else {}
+    target = spec.lora_target if isinstance(spec.lora_target, str) else ", ".join(spec.lora_target)
+    variants = [name for name, on in (("DoRA", spec.use_dora), ("rsLoRA", spec.use_rslora)) if on]
+    rows = [(f"macdrop.{key}", _text(value)) for key, value in block.items() if value is not None]
+    return [
+        ("arm", spec.arm),
+        *rows,
+        ("seed", _text(spec.seed)),
+        ("adapter", f"r {spec.lora_rank}, alpha {spec.lora_alpha:g}, dropout {spec.lora_dropout:g}, on {target}"),
+        *([("variant", ", ".join(variants))] if variants else []),
+    ]
+
+
+def _training(trial: Exported) -> list[tuple[str, str]]:
+    spec, info = trial.spec, trial.info
+    batch = f"{spec.per_device_train_batch_size} x {spec.gradient_accumulation_steps} micro-batches"
+    workers = f" x {trial.workers} worker(s)" if trial.workers else ""
+    early = ", stopped early by the search" if info["status"] == "stopped" else ""
+    dropped, masked = info.get("entries_dropped"), info.get("entries_masked")
+    rows = [
+        ("data", ", ".join(_shown(name) for name in _data(spec))),
+        ("length", f"{spec.cutoff_len} tokens; loss on the {'whole text' if spec.train_on_prompt else 'answers'}"),
+        ("steps", f"{info.get('step')} of {info.get('total_steps')}{early}"),
+        ("batch", batch + workers),
+        ("learning rate", f"{spec.learning_rate:g}, {spec.lr_scheduler_type}, warm-up {spec.warmup_ratio:g}"),
+        ("precision", "bfloat16, fp32 masters" if spec.bf16 else "float32"),
+        ("last training loss", _text(info.get("train_loss"))),
+        ("validation loss, masks off", _text(info.get("eval_loss"))),
+        ("entries dropped", f"{dropped} of {masked} masked ({dropped / masked:.1%})" if masked else "none"),
+        ("time", f"{info['seconds']:.0f} s" if info.get("seconds") is not None else ""),
+    ]
+    return [(name, text) for name, text in rows if text]
+
+
+def _scores(trial: Exported) -> list[str]:
+    if not trial.scores:
+        return ["## Scores\n\nThis adapter was not scored by its run."]
+    told = []
+    for split, title in (("test", "Scores"), ("validation", "Scores on validation data (used to choose the setting)")):
+        rows = [row for row in trial.scores if (row.get("split") or "test") == split]
+        plain = [row for row in rows if row["attack"] == "none"]
+        attacked = [row for row in rows if row["attack"] != "none"]
+        head = ("value", "95 % interval", "n", "base")
+        if plain:
+            told.append(_table(title, ("benchmark", "metric", *head), _rows(trial, plain)))
+        if attacked:
+            head = ("benchmark", "metric", "attack", *head)
+            told.append(_table(f"{title}: under attack", head, _rows(trial, attacked, attack=True)))
+    told.append(
+        "Intervals are value ± 1.96 standard errors over the items of the benchmark. They do not cover the seed of the "
+        "training. Attacks zero (or alone retain) the top rows of the massive weights. `base` is the untrained model."
+    )
+    return told
+
+
+def _rows(trial: Exported, rows: Iterable[Mapping[str, Any]], *, attack: bool = False) -> list[tuple[str, ...]]:
+    key = ("benchmark", "task", "metric", "attack")
+    base = {tuple(row[name] for name in key): row["value"] for row in trial.base}
+    told = []
+    for row in rows:
+        value, error = row["value"], row.get("stderr")
+        known = value is not None and error is not None
+        interval = f"{value - Z * error:.4g} to {value + Z * error:.4g}" if known else ""
+        on = f"{row['attack']} on {row['attack_on']}" if row["attack"] != "none" else ""
+        told.append((
+            f"{row['benchmark']} {row['task']}", row["metric"], *([on] if attack else []), _text(value), interval,
+            _text(row.get("n")), _text(base.get(tuple(row[name] for name in key))),
+        ))  # fmt: skip
+    return told
+
+
+# --- words ---
+
+
+def _data(spec: TrainSpec) -> list[str]:
+    entries = spec.dataset if isinstance(spec.dataset, list) else [spec.dataset]
+    return [entry if isinstance(entry, str) else str(entry["path"]) for entry in entries]
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name is one that others can find: a hub id, not a file, a folder, or something built in."""
+    return not name.startswith("zoo:") and not looks_like_a_path(name) and not Path(name).exists()
+
+
+def _shown(name: str) -> str:
+    """A name for others: of a local file or folder its last part alone."""
+    return name if name.startswith("zoo:") or _on_hub(name) else f"{Path(name).name} (a local file)"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _section(title: str, lines: Iterable[str]) -> str:
+    return "\n\n".join([f"## {title}", *lines])
+
+
+def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    table = Table(title, list(head), [list(row) for row in rows])
+    return table.markdown().replace(f"**{title}**", f"## {title}", 1)

@@ -1,0 +1,197 @@
+"""A run folder -> what is to be said of it: the verdict first, then each model part by part. Works while the run goes.
+
+Terminal, Markdown and LaTeX are here, CSV is in `report.csv_rows`, files and the verb in `cli.report`. All walk
+`Report.parts`, so that they say the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tune.analysis.results import ModelResults, collect
+from tune.report.sections import parts
+from tune.report.sections.findings import no_verdict
+from tune.report.sections.subject import Subject
+from tune.report.tables import Part, latex
+from tune.report.text import count, one_line
+from tune.storage.run_folder import BASE, Journal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune.analysis.verdict import Verdict
+
+WIDTH = 116
+"""Characters that a table may take, so that it is readable in a terminal of 120."""
+MAX_PROBLEMS = 5
+"""Damaged files that are listed."""
+LATEX_HEAD = r"""% {title}
+% Written by macdrop. For \input into a document whose preamble has:
+%   \usepackage[utf8]{{inputenc}} \usepackage{{booktabs,textcomp}}
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """See `make_report`. `facts` are sentences on the run; `verdicts` are by `ModelResults.name`."""
+
+    run_dir: Path
+    name: str
+    facts: list[str]
+    models: list[ModelResults]
+    verdicts: dict[str, list[Verdict]]
+    journal: Journal
+    _parts: dict[str, dict[str, Part]] = field(default_factory=dict, repr=False, compare=False)
+
+    def parts(self, model: ModelResults) -> dict[str, Part]:
+        """What is said of a model, by the keys of `sections.BUILDERS`; parts that have nothing to say are false."""
+        if model.name not in self._parts:
+            self._parts[model.name] = parts(Subject(self.journal, model, self.verdicts[model.name]))
+        return self._parts[model.name]
+
+    @property
+    def about(self) -> list[str]:
+        """Sentences on the run, and what is damaged in it, the first `MAX_PROBLEMS` of it."""
+        for model in self.models:  # all that is read has been read then
+            self.parts(model)
+        found = [problem.replace(f"{self.run_dir}/", "") for problem in self.journal.problems or []]
+        more = [f"DAMAGED: {len(found) - MAX_PROBLEMS} more such files or lines."] if len(found) > MAX_PROBLEMS else []
+        return [*self.facts, *(f"DAMAGED, left out: {problem}" for problem in found[:MAX_PROBLEMS]), *more]
+
+    def headlines(self) -> list[str]:
+        """The verdict of each model in a sentence, with the model's name."""
+        told = []
+        for model in self.models:
+            found = [verdict.sentence for verdict in self.verdicts[model.name] if verdict.arm == "macdrop"]
+            planted = " (PLANTED model: a demonstration, no evidence)" if model.planted and found else ""
+            told += [_named(model, sentence) + planted for sentence in found or no_verdict(model)[:1]]
+        return told
+
+    def terminal(self, console: Console, keys: Collection[str] | None = None) -> None:
+        """Print to a rich console, within its width; of the parts only those with `keys`, where these are given."""
+        from rich.markup import escape
+
+        console.print()
+        console.rule(f"[bold]{escape(self.title)}", align="left")
+        _print_lines(console, self.headlines(), style="bold")
+        _print_lines(console, self.about)
+        for model in self.models:
+            console.print()
+            console.rule(f"[bold]{escape(model.display)}", align="left")
+            for key, part in self.parts(model).items():
+                if part and (keys is None or key in keys):
+                    print_part(console, part)
+
+    def markdown(self) -> str:
+        """The same as Markdown."""
+        blocks = [f"# {self.title}", _bullets(f"**{line}**" for line in self.headlines()), _bullets(self.about)]
+        for model in self.models:
+            blocks.append(f"## {model.display}")
+            for part in filter(None, self.parts(model).values()):
+                blocks.append(markdown_part(part, "###"))
+        return "\n\n".join(block for block in blocks if block) + "\n"
+
+    def latex(self) -> str:
+        """The same as LaTeX to be \\input: a section a model, tables by booktabs."""
+        blocks = [LATEX_HEAD.format(title=one_line(self.title)), _items([*self.headlines(), *self.about])]
+        for model in self.models:
+            blocks.append(rf"\section{{{latex(model.display)}}}")
+            for part in filter(None, self.parts(model).values()):
+                blocks.append(latex_part(part, "subsection"))
+        return "\n\n".join(block for block in blocks if block) + "\n"
+
+    @property
+    def title(self) -> str:
+        return f"MacDrop report: {self.name}"
+
+
+def print_part(console: Console, part: Part) -> None:
+    """Print to a rich console, tables cut to its width."""
+    from rich.markup import escape
+
+    console.print(f"\n[bold underline]{escape(part.title)}")
+    _print_lines(console, part.lines)
+    for table in part.tables:
+        for cut in table.split(min(WIDTH, console.width - 4)):
+            console.print(cut.rich())
+
+
+def markdown_part(part: Part, level: str) -> str:
+    """A part below a heading of `level`, such as "###"."""
+    tables = [cut.markdown() for table in part.tables for cut in table.split(WIDTH)]
+    return "\n\n".join(block for block in (f"{level} {part.title}", _bullets(part.lines), *tables) if block)
+
+
+def latex_part(part: Part, command: str) -> str:
+    """A part below a heading by `command`, such as "subsection"."""
+    tables = [cut.latex() for table in part.tables for cut in table.split(WIDTH)]
+    return "\n\n".join(block for block in (f"\\{command}{{{latex(part.title)}}}", _items(part.lines), *tables) if block)
+
+
+def make_report(run_dir: str | os.PathLike) -> Report:
+    """Read a run folder, finished or not; what is damaged in it is left out and told.
+
+    Raises:
+        ConfigError: it is no run folder.
+    """
+    journal = Journal.open(run_dir, lenient=True)
+    models = collect(journal)
+    verdicts = {model.name: _verdicts(journal, model) for model in models}
+    name = str(journal.run().get("name") or journal.run_dir.resolve().name)
+    return Report(journal.run_dir, name, _about(journal, models), models, verdicts, journal)
+
+
+def _verdicts(journal: Journal, model: ModelResults) -> list[Verdict]:
+    """None, with the reason as the model's `trouble`, where a damaged file stops the statistics."""
+    from tune.analysis.verdict import verdicts
+
+    try:
+        return verdicts(journal, model.display) if model.trials("macdrop") else []
+    except Exception as error:  # a file of another shape than ours: there is no end to what that may raise
+        model.trouble = f"a file of the run is damaged ({type(error).__name__}: {one_line(str(error))})."
+        return []
+
+
+def _about(journal: Journal, models: list[ModelResults]) -> list[str]:
+    run, environment = journal.run(), journal.environment()
+    trials = [line for model in models for line in model.lines if line.arm != BASE]
+    ended = f", ended {run['finished'][:19]} UTC" if run.get("finished") else ""
+    created = f"started {str(run.get('created', 'at an unknown time'))[:19]} UTC{ended}"
+    about = [f"Run {run.get('name')}: {run.get('status', 'status unknown')}, {created}."]
+    counts = count(line.status for line in trials) or "none yet"
+    about.append(f"{len(models)} model(s), {len(trials)} trial(s): {counts}.")
+    if environment:
+        gpus = ", ".join(environment.get("gpus") or []) or "no GPU"
+        about.append(f"Machine: {environment.get('host')}, {environment.get('cpus')} CPUs, {gpus}.")
+    about.append("MacDrop's masks are off in every score.")
+    begun = {file.parent.name for file in (journal.run_dir / "trials").glob("*/trial.json")}
+    lost = [folder.name for folder in (journal.run_dir / "trials").glob("*/") if folder.name not in begun]
+    about += [f"MISSING: trial.json of {', '.join(sorted(lost))}; not yet written, or lost."] if lost else []
+    done = [line for line in trials if line.status == "done"]
+    about += ["MISSING: there are no scores."] if done and not journal.score_rows() else []
+    return about
+
+
+def _named(model: ModelResults, sentence: str) -> str:
+    """A sentence that begins with the model's name, unless it has it."""
+    return sentence if model.display in sentence else f"{model.display}: {sentence}"
+
+
+def _bullets(lines) -> str:
+    return "\n".join(f"- {one_line(line)}" for line in lines)
+
+
+def _items(lines: list[str]) -> str:
+    if not lines:
+        return ""
+    items = "\n".join(rf"\item{{}} {latex(one_line(line))}" for line in lines)  # {}: a "[" is no argument
+    return f"\\begin{{itemize}}\n{items}\n\\end{{itemize}}"
+
+
+def _print_lines(console: Console, lines: list[str], style: str | None = None) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, style=style)

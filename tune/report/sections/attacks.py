@@ -1,0 +1,67 @@
+"""What attacks on the massive rows cost each arm, by the number of rows."""
+
+from __future__ import annotations
+
+from tune.analysis.results import Group, ModelResults
+from tune.config.eval_spec import PLAIN, parse_attack
+from tune.evaluation.score_names import EVAL_LOSS, Column
+from tune.report.sections.subject import Subject
+from tune.report.tables import Part, Table
+from tune.report.text import number
+
+NOTE = "Means over seeds. 0: without attack. A robust adapter keeps its score as more rows are zeroed."
+
+
+def curves(subject: Subject) -> Part:
+    """For each measure a table: arms (rows hit in the base, or in the merged weights) by kind and number of rows."""
+    model = subject.model
+    tables = []
+    for clean in measures(model):
+        attacked = [column for column in model.shown if _same(column, clean) and column.attack != PLAIN]
+        if attacked:
+            tables.append(_table(model, clean, attacked))
+    return Part("Under attack", [NOTE] if tables else [], tables)
+
+
+def measures(model: ModelResults) -> list[Column]:
+    """Columns without attack whose attacked versions are worth a curve: means stand for their tasks."""
+    plain = [column for column in model.shown if column.attack == PLAIN and column != EVAL_LOSS]
+    means = {column.metric for column in plain if column.task.startswith("mean ")}
+    return [
+        column
+        for column in plain
+        if "/" not in column.task
+        and (column.benchmark != "zero_shot" or column.metric not in means or column.task.startswith("mean "))
+    ]
+
+
+def curve(group: Group, clean: Column, kind: str, where: str) -> dict[int, float]:
+    """k -> mean score of a group under an attack of one kind on base or merged rows; 0 is without attack."""
+    points = {} if (found := group.spread(clean)) is None else {0: found.value}
+    for column in dict.fromkeys(column for line in group.lines for column in line.scores):
+        if _same(column, clean) and column.attack_on == where and column.attack != PLAIN:
+            name, k = parse_attack(column.attack)
+            if name == kind:
+                points[k] = group.spread(column).value
+    return dict(sorted(points.items()))
+
+
+def _table(model: ModelResults, clean: Column, attacked: list[Column]) -> Table:
+    kinds = sorted({parse_attack(column.attack) for column in attacked}, key=lambda kind: (kind[0] != "zeroing", kind))
+    places = [where for where in ("base", "merged") if any(column.attack_on == where for column in attacked)]
+    head = ["", "none", *(f"{kind}\n{k}" for kind, k in kinds)]
+    rows = []
+    for group in model.groups:
+        for where in places:
+            found = {kind: curve(group, clean, kind, where) for kind, _ in kinds}
+            cells = [number(found[kind].get(k)) for kind, k in kinds]
+            if any(cells):
+                label = group.label if len(places) == 1 else f"{group.label} ({where} rows)"
+                rows.append([label, number(next(iter(found.values())).get(0)), *cells])
+    where = "" if len(places) > 1 else f", {places[0]} rows"
+    return Table(f"{clean.task} {clean.metric}{where}", head, rows)
+
+
+def _same(column: Column, clean: Column) -> bool:
+    names = ("benchmark", "task", "metric", "split")
+    return all(getattr(column, name) == getattr(clean, name) for name in names)

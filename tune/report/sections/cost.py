@@ -1,0 +1,117 @@
+"""What a run cost, and what is needed to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from tune.analysis.display_names import NAMES
+from tune.analysis.results import Line, ModelResults
+from tune.report.sections.subject import Subject
+from tune.report.tables import Part, Table
+from tune.report.text import count, hours, number
+from tune.storage.run_folder import BASE, Journal
+from tune.training.reproduce import FROZEN, SCRIPT
+
+
+def cost(subject: Subject) -> Part:
+    """Time by arm and stage, speed, and what stopping early saved."""
+    model, journal = subject.model, subject.journal
+    scoring = scoring_seconds(journal.score_rows())
+    trained = [line for line in model.lines if line.arm != BASE]
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in model.lines:
+        groups.setdefault((line.stage if line.arm != BASE else "", line.arm), []).append(line)
+    rows = []
+    for (stage, arm), lines in groups.items():
+        known = [line.info["seconds"] for line in lines if line.info.get("seconds") is not None]
+        speeds = list(filter(None, (_speed(subject, line) for line in lines if line.arm != BASE)))
+        scored = sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in lines)
+        row = [NAMES.get(arm, arm), stage, str(len(known) or ""), hours(sum(known)) if known else ""]
+        row += [hours(scored) if scored else "", number(statistics.median(speeds)) if speeds else ""]
+        rows.append(row)
+    head = ["", "stage", "trials", "training", "scoring", "tokens per\nsecond"]
+    if not any(row[3] or row[4] for row in rows):
+        return Part("Cost")
+    training, total = spent(journal, model)
+    ray = journal.config().get("ray") or {}
+    lines = [_devices(journal.environment(), ray, training, total), *_saved(trained)]
+    return Part("Cost", [line for line in lines if line], [Table("Time by arm", head, rows)])
+
+
+def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """(model, trial) -> seconds of its benchmarks; the rows of one benchmark under one attack all have its time."""
+    spent: dict[tuple[str, str], dict[tuple, float]] = {}
+    for row in rows:
+        if row.get("seconds") is not None:
+            keys = ("split", "benchmark", "attack", "attack_on")
+            job = (*(row.get(key) for key in keys), row.get("entry") or row["task"].partition("/")[0])
+            spent.setdefault((row["model"], row["trial"]), {})[job] = row["seconds"]
+    return {key: sum(jobs.values()) for key, jobs in spent.items()}
+
+
+def spent(journal: Journal, model: ModelResults) -> tuple[float, float]:
+    """Seconds of training and of scoring of a model's trials, one after the other."""
+    scoring = scoring_seconds(journal.score_rows())
+    training = sum(line.info.get("seconds") or 0.0 for line in model.lines)
+    return training, sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in model.lines)
+
+
+def reproduce(subject: Subject) -> Part:
+    """Command, versions, seeds and the scripts of the compared trials."""
+    journal, model = subject.journal, subject.model
+    run, config, environment = journal.run(), journal.config(), journal.environment()
+    final = [line for line in model.lines if line.arm != BASE and line.stage != "search"]
+    seeds = sorted({line.seed for line in final if line.seed is not None})
+    installed = environment.get("versions") or {}
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
+    lines = [f"Started with: {run.get('command', 'not known')}"]
+    lines += [f"Again: macdrop sweep {journal.run_dir / 'config.yaml'} output_dir=FOLDER (spec {spec_digest(config)})."]
+    lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
+    lines += [f"Versions: {versions}."] if versions else []
+    folders = [folder for line in final if ((folder := journal.trial(line.trial).folder) / SCRIPT).is_file()]
+    if folders:
+        command = (journal.finding(folders[0] / FROZEN) or {}).get("command") or f"python {SCRIPT}"
+        told = f"{len(folders)} of {len(final)} trials have such a script"
+        lines.append(f"One trial without Ray: cd {folders[0]} && {command} ({told}).")
+    return Part("Reproduce", lines)
+
+
+def spec_digest(config: dict[str, Any]) -> str:
+    """12 hex digits of a run's effective spec, but for the folder that it was written to."""
+    content = {key: value for key, value in config.items() if key != "output_dir"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _speed(subject: Subject, line: Line) -> float | None:
+    """Median tokens a second of a trial's logged steps."""
+    rows = subject.journal.trial(line.trial).metrics()
+    speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+    return statistics.median(speeds) if speeds else None
+
+
+def _devices(environment: dict[str, Any], ray: dict[str, Any], training: float, scoring: float) -> str:
+    """Hours of what computed; a worker has one GPU where there are any, else its CPUs."""
+    gpus = environment.get("gpus") or []
+    workers = ray.get("num_workers") or 1
+    each = 1 if gpus else max(ray.get("cpus_per_worker") or 1, 1)
+    device = f"GPU ({gpus[0]})" if gpus else "CPU"
+    spent = training * workers * each + scoring
+    with_workers = f" on {workers} workers" if workers > 1 else ""
+    return (
+        f"Training {hours(training)}{with_workers}, scoring {hours(scoring)}: "
+        f"{spent / 3600:.3g} device hours, a device being a {device}."
+    )
+
+
+def _saved(trained: list[Line]) -> list[str]:
+    stopped = [line for line in trained if line.status == "stopped"]
+    if not stopped:
+        return []
+    totals = [(line.info.get("step") or 0, line.info.get("total_steps") or 0) for line in stopped]
+    saved, planned = sum(total - step for step, total in totals), sum(total for _, total in totals)
+    share = f"{saved} of their {planned} steps saved" if planned else "steps saved not known"
+    return [f"{len(stopped)} trial(s) stopped early, {share} (all trials: {count(line.status for line in trained)})."]

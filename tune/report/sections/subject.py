@@ -1,0 +1,21 @@
+"""What the parts of a report are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tune.analysis.results import ModelResults
+from tune.storage.run_folder import Journal
+
+if TYPE_CHECKING:
+    from tune.analysis.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of one run: its results and the verdicts on them."""
+
+    journal: Journal
+    model: ModelResults
+    verdicts: list[Verdict]

@@ -1,0 +1,68 @@
+"""Numbers, errors and heads as a report writes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from tune.evaluation.score_names import Column
+
+REASON_LENGTH = 300
+"""Characters of an error that a report shows; the whole text is in trial.json."""
+
+
+def number(value: float | str | None) -> str:
+    """Four significant digits; `value` may be the text "inf", None and nan give an empty cell."""
+    if value is None or value != value:
+        return ""
+    return value if isinstance(value, str) else format(value, "#.4g").removesuffix(".")
+
+
+def probability(value: float | None) -> str:
+    """A p value; nan and None give an empty cell."""
+    return "" if value is None or value != value else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def setting(value: Any) -> str:
+    """A value of a run file's key."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def hours(seconds: float | None) -> str:
+    """Seconds as hours, minutes or seconds, whichever reads best."""
+    if seconds is None:
+        return ""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def count(statuses: Iterable[str]) -> str:
+    """3 done, 1 failed"""
+    return ", ".join(f"{number} {status}" for status, number in Counter(statuses).items())
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def short(text: str, length: int = REASON_LENGTH) -> str:
+    """One line of at most `length` characters."""
+    line = one_line(text)
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+def head(column: Column) -> str:
+    """A column's head, a line each for task, metric, attack and the rows it hits."""
+    return "\n".join(filter(None, [column.task, column.metric])) + under(column, "\n")
+
+
+def under(column: Column, separator: str) -> str:
+    """The attack and the rows that it hits, in two parts that `separator` introduces; empty without an attack."""
+    if column.attack == "none":
+        return ""
+    return f"{separator}{column.attack}" + (f"{separator}{column.attack_on} rows" if column.attack_on else "")

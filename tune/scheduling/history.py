@@ -1,0 +1,162 @@
+"""What an earlier run of a folder left for its search to go on from: draws, ends, validations. Pure; no Ray.
+
+    models/<slug>/draws.jsonl         one line a draw of the searcher: number (from 0), values (dotted keys)
+    models/<slug>/search_time.json    seconds: spent searching so far
+
+A search goes on as if nobody had disturbed it: the searcher is told what it drew, in the order in which it did, and
+what came of it; the scheduler what each trial had validated when it was judged. Neither has a state of its own on disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from macdrop.errors import ConfigError
+from tune.config.sections import EVAL_LOSS
+from tune.storage.atomic import append_jsonl, atomic_write_json, read_jsonl, read_mapping
+
+#: How a draw of an earlier run stands: to be tried (again), with its objectives, without any, or not to be counted.
+OPEN, COMPLETE, PRUNED, FAILED = "open", "complete", "pruned", "failed"
+#: Kinds of failures (`tune.scheduling.failures`) that lie with the trial, which would meet with them again.
+DETERMINISTIC = frozenset({"bug", "gpu_oom"})
+#: As often the time spent searching is kept; a run that is killed loses no more of it. Seconds.
+KEEP_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Past:
+    """A draw of an earlier run: its values, how it stands, its objectives where it is complete.
+
+    `reported` are the steps and validation losses that the searcher was told on the way.
+    """
+
+    drawn: dict[str, Any]
+    state: str
+    objectives: tuple[float, ...] | None = None
+    reported: tuple[tuple[int, float], ...] = ()
+
+
+def standing(record: Mapping[str, Any], *, adapter: bool, scored: bool, retry_failed: bool = False) -> str | None:
+    """In which state of an order (`tune.scheduling.queue`) a trial enters a resumed run; None: it is yet to be trained.
+
+    record: its trial.json. adapter: whether a whole adapter lies in its folder. scored: whether it has all its scores.
+    """
+    status = record["status"]
+    if status == "done" and scored:
+        return status  # also where its adapter was deleted to save room
+    if status == "done" or (status == "running" and record.get("trained")):
+        return "trained" if adapter else None
+    if status == "stopped":
+        return status if record.get("step") is not None else None  # given up before it began: it says nothing
+    if status == "failed":
+        return status if not retry_failed and lies_with_the_trial(record) else None
+    return status if status == "diverged" and not retry_failed else None
+
+
+def lies_with_the_trial(record: Mapping[str, Any]) -> bool:
+    """Whether a failed trial would fail again: no machine was lost under it, nothing was short."""
+    return record.get("kind") is None or record["kind"] in DETERMINISTIC
+
+
+def remember(file: Path, number: int, values: Mapping[str, Any]) -> None:
+    """Keep what the searcher drew."""
+    append_jsonl(file, [{"number": number, "values": values}])
+
+
+def draws(file: Path, records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The values of all draws by their number, up to the first number that is missing.
+
+    Without the file those that the trials themselves remember, by their start; draws that were never begun are lost.
+    """
+    kept = {row["number"]: row["values"] for row in read_jsonl(file, needs=("number", "values"))}
+    if kept:
+        whole = itertools.takewhile(kept.__contains__, itertools.count())
+        return [kept[number] for number in whole]
+    return [record["drawn"] for record in records if record.get("drawn") is not None]
+
+
+class SearchTime:
+    """Seconds spent searching for a model, earlier runs of the folder included: a time budget is for all of them.
+
+    They pass within the `with` block. `within` is a folder above the file that is there.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+
+    def __init__(self, file: Path, within: Path) -> None:
+        self._file, self._within = file, within
+        self._before = search_time(file) if file.is_file() else 0.0
+        self._began: float | None = None
+        self._next = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (0.0 if self._began is None else time.monotonic() - self._began)
+
+    def keep(self) -> None:
+        """Write them down, if that is `KEEP_EVERY_S` ago."""
+        if time.monotonic() >= self._next:
+            self._write()
+
+    def _write(self) -> None:
+        atomic_write_json(self._file, {"seconds": round(self.seconds, 3)}, within=self._within)
+        self._next = time.monotonic() + KEEP_EVERY_S
+
+    def __enter__(self) -> SearchTime:
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._before, self._began = self.seconds, None
+        self._write()
+
+
+def search_time(file: Path) -> float:
+    """What a search_time.json holds.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    seconds = read_mapping(file, needs=("seconds",), kinds={"seconds": (int, float)})["seconds"]
+    if not 0 <= seconds < math.inf:
+        raise ConfigError(f"{file} is damaged: seconds cannot be {seconds}.")
+    return float(seconds)
+
+
+def judged(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Steps and validation losses of a trial that its scheduler was told: a lane may be ahead of the word to stop."""
+    last = record.get("judged")
+    return [
+        (row["step"], row[EVAL_LOSS])
+        for row in metrics
+        if row.get(EVAL_LOSS) is not None and math.isfinite(row[EVAL_LOSS]) and (last is None or row["step"] <= last)
+    ]
+
+
+def past(
+    drawn: dict[str, Any],
+    state: str | None,
+    record: Mapping[str, Any],
+    objectives: Sequence[float | None],
+    reports: Sequence[tuple[int, float]],
+) -> Past:
+    """A draw as the searcher must know it.
+
+    state: of the order (`standing`). objectives: as they were measured, None where one is missing. reports: `judged`.
+    """
+    if state in (None, "trained"):
+        return Past(drawn, OPEN)
+    if state == "failed":
+        return Past(drawn, FAILED)
+    if state == "done" and all(value is not None and math.isfinite(value) for value in objectives):
+        return Past(drawn, COMPLETE, tuple(objectives))
+    # The searcher is not told of the very validation for which a trial is stopped.
+    last = record.get("judged")
+    return Past(drawn, PRUNED, None, tuple(pair for pair in reports if last is None or pair[0] < last))

@@ -1,0 +1,350 @@
+"""Orders for fine-tunings and the book that keeps them: plain data and decisions, no Ray.
+
+The dispatcher actor is this book behind Ray calls. An order goes queued -> running -> trained -> done; it ends early as
+stopped (its followers gave up on it), diverged or failed. Orders are named by their content (`TrainSpec.trial_id`), so
+placing the same fine-tuning twice follows the first one.
+
+What the book holds is a function of the calls it got, and a call that comes twice changes nothing: the dispatcher may
+be made again from a log of its calls (`tune.scheduling.queue_log`), and Ray sends a call again whose answer was lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tune.storage.run_folder import FINALS
+
+#: States that no order leaves.
+FINAL = frozenset({"done", "stopped", "diverged", "failed"})
+#: A worker may die under an order (node lost, out of memory); after this many lost lanes the order counts as failed.
+MAX_ATTEMPTS = 3
+#: What `OrderBook.progress` answers: train on, end without an adapter, or save what is there and make room.
+GO_ON, STOP, LEAVE = "go_on", "stop", "leave"
+
+
+@dataclass(frozen=True)
+class Order:
+    """One fine-tuning to be done, as plain data that crosses processes.
+
+    `spec` is a dumped TrainSpec; `folder` the trial's folder; `data` the cache of tokenised data; `weights` the file
+    with the massive weights, None for a plain adapter; `width` the number of workers a lane must have; `stage` (one of
+    `run_folder.STAGES`) decides what the adapter is scored on; `cell` is the searched kind of adapter; `drawn` are
+    the values that a search drew for it.
+    """
+
+    id: str
+    study: str
+    spec: dict[str, Any]
+    folder: str
+    data: str
+    weights: str | None
+    engine_key: str
+    width: int
+    stage: str = FINALS
+    cell: dict[str, Any] = field(default_factory=dict)
+    drawn: dict[str, Any] | None = None
+
+
+@dataclass
+class Entry:
+    """An order and what became of it.
+
+    `attempts` are those in a row that got no further than step `reached`, `limit` how many of them it has, given how
+    its lanes were lost.
+    `last` are the metrics of the newest step: to be shown, and no part of what a book that is made again must know.
+    """
+
+    order: Order
+    state: str = "queued"
+    lane: str | None = None
+    attempts: int = 0
+    reached: int = 0
+    limit: int = MAX_ATTEMPTS
+    followers: set[str] = field(default_factory=set)
+    cancelled: bool = False
+    last: dict[str, Any] = field(default_factory=dict, compare=False)
+    evaluated: list[dict[str, Any]] = field(default_factory=list)
+    outcome: dict[str, Any] = field(default_factory=dict)
+    #: The last step that a search saw of an order which it gave up.
+    judged: int | None = None
+    kind: str | None = None
+    reason: str | None = None
+    scores: dict[str, float] | None = None
+
+
+@dataclass
+class OrderBook:
+    """Who trains what. Every method is quick; callers poll."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    lanes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _closing: set[str] = field(default_factory=set)
+    _drained: set[str] = field(default_factory=set)
+    _changes: list[str] = field(default_factory=list)
+
+    # ------------------------------------------------------------- followers
+
+    def place(self, order: Order, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> str:
+        """Queue an order, or follow the equal one that is there; returns its state.
+
+        A trial of the search that is placed for the final stage is not trained again, but scored for that stage.
+        evaluated: validations of an earlier run of the same folder, which the followers have yet to hear of.
+        """
+        entry = self.entries.get(order.id)
+        if entry is None:
+            entry = self.entries[order.id] = Entry(order, evaluated=list(evaluated))
+            self._changed(order.id)
+        elif entry.state == "stopped" or (entry.cancelled and entry.state == "running"):
+            # Wanted again by somebody after its only follower gave up.
+            entry.cancelled = False
+            if entry.state == "stopped":
+                self._requeue(entry)
+        if entry.order.stage != order.stage == FINALS:
+            entry.order = replace(order, drawn=entry.order.drawn)
+            if entry.state == "done":
+                entry.state = "trained"
+                self._changed(order.id)
+        entry.followers.add(follower)
+        return entry.state
+
+    def record(
+        self,
+        order: Order,
+        state: str,
+        outcome: dict[str, Any],
+        scores: dict[str, float] | None,
+        reason: str | None = None,
+    ) -> None:
+        """Enter an order that an earlier run of the same folder has ended, or trained without scoring all of it.
+
+        Nothing happens to an order that is in the book.
+        """
+        assert state in FINAL | {"trained"}
+        if order.id in self.entries:
+            return
+        self.entries[order.id] = Entry(order, state=state, outcome=outcome, scores=scores, reason=reason)
+        if state == "trained":
+            self._changed(order.id)
+
+    def cancel(self, order_id: str, follower: str, judged: int | None = None) -> None:
+        """A follower gives up; without any other the order stops at the lane's next step.
+
+        judged: the last step whose validation the follower has seen.
+        """
+        entry = self.entries.get(order_id)
+        if entry is None or entry.state in FINAL:
+            return
+        entry.judged = judged
+        if entry.state == "trained":
+            return
+        entry.followers.discard(follower)
+        if entry.followers:
+            return
+        entry.cancelled = True
+        if entry.state == "queued":
+            self._end(entry, "stopped", "stopped before it started")
+
+    def abandon(self, study: str, keep: str) -> None:
+        """The search of a study is over (its time is up, say): of its followers only `keep` still waits."""
+        for entry in self.entries.values():
+            if entry.order.study == study:
+                for follower in entry.followers - {keep}:
+                    self.cancel(entry.order.id, follower)
+
+    def poll(self, order_id: str, after: int) -> dict[str, Any]:
+        """Metrics with a validation loss of steps later than `after`, the state, and how it ended."""
+        entry = self.entries[order_id]
+        return {
+            "state": entry.state,
+            "metrics": [metrics for metrics in entry.evaluated if metrics["step"] > after],
+            "outcome": entry.outcome,
+            "reason": entry.reason,
+            "scores": entry.scores,
+        }
+
+    # ----------------------------------------------------------------- lanes
+
+    def lane_up(self, lane: str, width: int, host: str, nodes: Collection[str] = ()) -> None:
+        """A lane's workers are ready on `nodes`; an order it had before it was restarted goes back into the queue."""
+        self.lane_down(lane, "its worker died")
+        self.lanes[lane] = {"width": width, "host": host, "nodes": list(nodes), "order": None}
+
+    def lane_down(self, lane: str, reason: str) -> None:
+        """A lane is gone; its order is queued again, or fails after the attempts it has."""
+        self.lanes.pop(lane, None)
+        for entry in self.entries.values():
+            if entry.lane == lane and entry.state == "running":
+                entry.reason = entry.reason or reason
+                if entry.cancelled:
+                    self._end(entry, "stopped", "stopped")
+                elif not self._exhausted(entry):
+                    self._requeue(entry)
+
+    def take(self, lane: str, engine_key: str | None) -> Order | None:
+        """The next order for a lane: one that fits the engine it has, else the oldest of its width.
+
+        A lane that asks again before it told how its order ended is given that order again.
+        """
+        if lane not in self.lanes:
+            return None
+        if running := self.lanes[lane]["order"]:
+            return self.entries[running].order
+        width = self.lanes[lane]["width"]
+        waiting = [e for e in self.entries.values() if e.state == "queued" and e.order.width == width]
+        if not waiting or self.closing(lane):
+            return None
+        fitting = [entry for entry in waiting if entry.order.engine_key == engine_key]
+        entry = (fitting or waiting)[0]
+        entry.state, entry.lane = "running", lane
+        entry.attempts += 1
+        entry.reason, entry.limit = None, MAX_ATTEMPTS
+        self.lanes[lane]["order"] = entry.order.id
+        self._changed(entry.order.id)
+        return entry.order
+
+    def closing(self, lane: str) -> bool:
+        """Whether a lane should end: it was asked to, its nodes are about to go, or it was taken for dead."""
+        return lane not in self.lanes or lane in self._closing or self._leaving(lane)
+
+    def close(self, lane: str) -> None:
+        """Ask a lane to end once its order is finished."""
+        self._closing.add(lane)
+
+    def drain(self, nodes: Collection[str]) -> None:
+        """Nodes are about to go: lanes with a worker there save what they have, give their order back and end."""
+        self._drained |= set(nodes)
+
+    def progress(self, order_id: str, metrics: dict[str, Any], lane: str | None = None) -> str:
+        """Take the metrics of a step from a lane; answers `GO_ON`, `STOP` or `LEAVE`."""
+        entry = self.entries[order_id]
+        entry.last = metrics
+        # A retried order repeats the steps after its last checkpoint: the first word on a step has been passed on.
+        if metrics.get("eval_loss") is not None and all(m["step"] != metrics["step"] for m in entry.evaluated):
+            entry.evaluated.append(metrics)
+        if entry.cancelled or not self._has(entry, lane):
+            return STOP
+        return LEAVE if self._leaving(entry.lane) else GO_ON
+
+    def trained(self, order_id: str, outcome: dict[str, Any], lane: str | None = None) -> None:
+        """A fine-tuning has ended with its adapter on disk, or was told to stop or to leave.
+
+        lane: who says so; the word of a lane that no longer has the order counts for nothing.
+        """
+        entry = self.entries[order_id]
+        if not self._has(entry, lane):
+            return
+        self._release(entry)
+        entry.outcome = outcome
+        if outcome["status"] not in ("stopped", "left"):
+            entry.state = "trained"
+            self._changed(order_id)
+        elif entry.cancelled:
+            self._end(entry, "stopped", f"stopped at step {outcome['step']} of {outcome['total_steps']}")
+        else:
+            # Its lane had to go, or it was wanted again after its lane was told to stop: its newest checkpoint counts.
+            if outcome["status"] == "left":
+                self.close(entry.lane)
+            entry.attempts -= 1
+            self._requeue(entry)
+
+    def failed(self, order_id: str, state: str, reason: str, lane: str | None = None) -> None:
+        """A fine-tuning has ended without an adapter; `state` is failed or diverged, `lane` as for `trained`."""
+        assert state in ("failed", "diverged")
+        entry = self.entries[order_id]
+        if self._has(entry, lane):
+            self._release(entry)
+            entry.kind = None
+            self._end(entry, state, reason)
+
+    def held(self, lane: str) -> tuple[Order, int] | None:
+        """The order that a lane is at, and the last step of it that was heard of."""
+        order_id = self.lanes[lane]["order"] if lane in self.lanes else None
+        if order_id is None:
+            return None
+        entry = self.entries[order_id]
+        return entry.order, entry.last.get("step", 0)
+
+    def lost(
+        self, order_id: str, reason: str, attempts: int = MAX_ATTEMPTS, step: int = 0, kind: str | None = None
+    ) -> None:
+        """Why a lane is about to die under an order, or just died, and how often such an order is tried in a row.
+
+        step: where it was; an order that got further than ever before has all its attempts again: on machines that come
+        and go, a long one would else never end. kind: of the failure; a resumed run tries some again.
+        """
+        entry = self.entries[order_id]
+        if entry.state in ("running", "queued") and entry.attempts:
+            if step > entry.reached:
+                entry.reached, entry.attempts = step, 1
+            entry.reason, entry.limit, entry.kind = reason, attempts, kind
+            if entry.state == "queued":
+                self._exhausted(entry)
+
+    # ------------------------------------------------------------ supervisor
+
+    def scored(self, order_id: str, scores: dict[str, float], reason: str | None) -> None:
+        """All benchmarks of a trained order are through; `reason` names those that failed."""
+        entry = self.entries[order_id]
+        if entry.state == "trained":
+            entry.scores = scores
+            self._end(entry, "done", reason)
+
+    def changes(self, after: int) -> tuple[int, list[Entry]]:
+        """How many changes of a state there were so far, and the entries of those later than `after`."""
+        changed = dict.fromkeys(self._changes[after:])
+        return len(self._changes), [self.entries[order_id] for order_id in changed]
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a progress table shows."""
+        rows = []
+        for entry in self.entries.values():
+            steps = entry.outcome.get("total_steps")
+            rows.append(
+                {
+                    "id": entry.order.id,
+                    "study": entry.order.study,
+                    "stage": entry.order.stage,
+                    "state": entry.state,
+                    "last": entry.last,
+                    "total_steps": steps,
+                    "reason": entry.reason,
+                }
+            )
+        return {"orders": rows, "lanes": dict(self.lanes)}
+
+    # --------------------------------------------------------------- details
+
+    def _has(self, entry: Entry, lane: str | None) -> bool:
+        """Whether the order is running, on this lane if one is named."""
+        return entry.state == "running" and lane in (None, entry.lane)
+
+    def _leaving(self, lane: str) -> bool:
+        return not self._drained.isdisjoint(self.lanes[lane]["nodes"])
+
+    def _exhausted(self, entry: Entry) -> bool:
+        """End an order that lost as many lanes as it may."""
+        if entry.attempts < entry.limit:
+            return False
+        tried = f" (tried {entry.attempts} times)" if entry.attempts > 1 else ""
+        self._end(entry, "failed", f"{entry.reason}{tried}")
+        return True
+
+    def _requeue(self, entry: Entry) -> None:
+        """Back into the queue as if it had never ended; why its lane was lost is kept until it is taken again."""
+        if entry.state == "stopped":
+            entry.reason, entry.attempts = None, 0
+        entry.state, entry.lane, entry.outcome = "queued", None, {}
+        self._changed(entry.order.id)
+
+    def _release(self, entry: Entry) -> None:
+        if entry.lane in self.lanes:
+            self.lanes[entry.lane]["order"] = None
+
+    def _end(self, entry: Entry, state: str, reason: str | None) -> None:
+        entry.state, entry.reason = state, reason
+        self._changed(entry.order.id)
+
+    def _changed(self, order_id: str) -> None:
+        self._changes.append(order_id)

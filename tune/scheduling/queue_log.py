@@ -1,0 +1,78 @@
+"""An order book that outlives its process: each call that changes it is in a file before it is answered.
+
+What a book holds is a function of its calls (`queue`), so that the file is nothing but these calls, one JSON line
+each. A process that dies in the middle of a call has not answered it: the caller sends it again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from macdrop.errors import ResourceError
+from tune.scheduling.queue import Order, OrderBook
+from tune.storage.atomic import append_jsonl, lasting, plain, read_jsonl
+
+#: Methods that only look.
+LOOKS = frozenset({"poll", "closing", "held", "snapshot", "changes"})
+#: Marks an argument that is an order; no other mapping of the book's methods has this key.
+ORDER = "order"
+
+
+class LoggedBook:
+    """The book of a log file: what the file tells, and every call from then on."""
+
+    def __init__(self, file: Path) -> None:
+        """Make the book again from its file, which may be empty.
+
+        Raises:
+            OSError: the file is not there, also after its storage was waited for. It is not taken for an empty one:
+                to whom asks, a book without orders says that all is done.
+            ValueError: a whole line of the file is damaged.
+        """
+        lasting(lambda: os.stat(file), file.parent)
+        self.book = OrderBook()
+        self._file = file
+        self._unwritten: list[dict[str, Any]] = []
+        for row in read_jsonl(file, needs=("method", "arguments")):
+            self._apply(row)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Run one method of the book. Calls that change nothing, most of all, leave no line."""
+        if method in LOOKS or _unvalidated(method, arguments):
+            return getattr(self.book, method)(*arguments)
+        row = plain({"method": method, "arguments": [_written(each) for each in arguments]})
+        # The book sees what its file will say, also of a number that JSON does not have.
+        answer = self._apply(row)
+        if not (method == "take" and answer is None) and not _unvalidated(method, row["arguments"]):
+            self._write(row)
+        return answer
+
+    def _apply(self, row: dict[str, Any]) -> Any:
+        return getattr(self.book, row["method"])(*map(_read, row["arguments"]))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """Append a line. While the disk is full or gone the lines wait in their order: no run must end for its log."""
+        self._unwritten.append(row)
+        with suppress(ResourceError):
+            if self._file.exists():
+                append_jsonl(self._file, self._unwritten)
+                self._unwritten = []
+
+
+def _unvalidated(method: str, arguments: Sequence[Any]) -> bool:
+    """Metrics of a step without a validation loss: they come with each step, and nobody asks for them later."""
+    return method == "progress" and arguments[1].get("eval_loss") is None
+
+
+def _written(argument: Any) -> Any:
+    return {ORDER: asdict(argument)} if isinstance(argument, Order) else argument
+
+
+def _read(argument: Any) -> Any:
+    is_order = isinstance(argument, dict) and argument.keys() == {ORDER}
+    return Order(**argument[ORDER]) if is_order else argument

@@ -1,0 +1,348 @@
+"""The run folder: everything a run leaves behind, readable without Ray, and by pandas in one line.
+
+    run.json             name, created, status, command, macdrop version
+    config.yaml          the effective spec
+    environment.json     versions, host, CPUs, GPUs
+    scores.jsonl         one line a score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
+    models/<slug>/       massive_weights.json, proof.json, draws.jsonl (of Optuna), search_time.json, finalists.json
+    trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, stage, setting, cell, status, reason,
+                         times, summary), metrics.jsonl (one line a logged step), adapter/, answers/*.jsonl
+
+    pandas.read_json("runs/x/scores.jsonl", lines=True)
+
+Files are written whole or not at all (`tune.storage.atomic`). A trial's files have one writer; scores may have many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from macdrop.errors import ConfigError
+from tune.config.eval_spec import TEST
+from tune.config.messages import believable
+from tune.config.resume import check_new
+from tune.config.run_spec import RunSpec, slug
+from tune.storage.atomic import (
+    append_jsonl,
+    atomic_write_json,
+    atomic_write_text,
+    atomic_write_yaml,
+    plain,
+    read_jsonl,
+    read_mapping,
+    stat,
+)
+from tune.storage.environment import environment, version
+
+if TYPE_CHECKING:
+    import pandas
+
+LAYOUT = 1
+BASE = "base"
+"""The arm, and the trial name, of an untrained model's scores."""
+ENDED = ("done", "stopped", "failed", "diverged", "cancelled")
+RUN_STATUSES = ("running", "done", "failed", "interrupted")
+SEARCH, FINALS = STAGES = ("search", "final")
+"""What a trial is for: to select a setting by validation, or to be compared on the test benchmarks."""
+SCORE_KEY = ("model", "trial", "split", "benchmark", "task", "metric", "attack", "attack_on")
+"""What makes a score one score: a later line with the same values replaces the earlier one."""
+SCORE_COLUMNS = (
+    *("model", "arm", "trial", "seed", "split", "benchmark", "task", "version", "metric", "attack", "attack_on"),
+    *("value", "stderr", "n", "higher_is_better", "batch_size", "limit", "num_fewshot"),
+)
+#: What readers of trial.json and scores.jsonl rely on: the kinds of values, and the keys of a score.
+_TEXT, _NUMBER, _TRIAL = (str, type(None)), (int, float, type(None)), ("trial", "model", "arm", "status", "stage")
+TRIAL_KINDS = dict.fromkeys(_TRIAL, (str,)) | dict.fromkeys(("started", "setting", "reason"), _TEXT)
+TRIAL_KINDS |= dict.fromkeys(("seed", "step", "train_loss", "eval_loss", "seconds", "attempts", "judged"), _NUMBER)
+TRIAL_KINDS |= dict.fromkeys(("cell", "drawn"), (dict, type(None)))
+SCORE_KINDS = dict.fromkeys(("model", "trial", "benchmark", "task", "metric", "split"), (str,))
+SCORE_KINDS |= dict.fromkeys(("arm", "attack", "attack_on", "entry", "judgements", "settings"), _TEXT)
+SCORE_KINDS |= dict.fromkeys(("value", "stderr", "n", "seed", "seconds"), _NUMBER)
+SCORE_NEEDS = ("model", "trial", "benchmark", "task", "metric", "value")
+
+
+class Journal:
+    """A run folder. Cheap to make and to pickle; holds no open file.
+
+    Use `Journal.create` for a new run and `Journal.open` for one that is there. `problems` is None where damaged files
+    raise, else the list of what is damaged, each file once.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, problems: list[str] | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self.problems = problems
+        self._read: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
+
+    @classmethod
+    def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> Journal:
+        """Start a run folder with the effective spec in it.
+
+        Raises:
+            ConfigError: the folder exists and is not empty; nothing is touched.
+            ResourceError: it cannot be written.
+        """
+        path = Path(run_dir)
+        check_new(path)
+        journal = cls(path)
+        atomic_write_yaml(path / "config.yaml", spec)
+        journal._write_run(
+            name=path.resolve().name,
+            created=now(),
+            status="running",
+            command=" ".join(sys.argv) if command is None else command,
+            macdrop=version("macdrop"),
+            layout=LAYOUT,
+            spec=plain(spec),  # the copy from which config.yaml is mended
+        )
+        return journal
+
+    @classmethod
+    def open(cls, run_dir: str | os.PathLike, *, lenient: bool = False) -> Journal:
+        """Open an existing run folder.
+
+        Args:
+            lenient: leave out damaged trials and lines and note them in `problems`, for who only reads.
+
+        Raises:
+            ConfigError: it is none, or its run.json or config.yaml is damaged.
+        """
+        journal = cls(run_dir, [] if lenient else None)
+        if not journal.run_dir.is_dir():
+            raise ConfigError(f"{str(journal.run_dir)!r} is no run folder: there is no such folder.")
+        if not (journal.run_dir / "run.json").is_file():
+            raise ConfigError(f"{str(journal.run_dir)!r} is no run folder: it has no run.json.\n"
+                              "Give the output_dir of a sweep.")  # fmt: skip
+        try:
+            journal.run(), journal.config()
+        except ValueError as error:
+            raise ConfigError(f"{str(journal.run_dir)!r} is a damaged run folder: {error}") from error
+        return journal
+
+    # --- the run ---
+
+    def run(self) -> dict[str, Any]:
+        """name, created, status, command, macdrop, layout; finished once it is."""
+        return read_mapping(self.run_dir / "run.json", within=self.run_dir)
+
+    def config(self) -> dict[str, Any]:
+        """The effective spec; for a lenient journal without the values that none can have."""
+        content = read_mapping(self.run_dir / "config.yaml", within=self.run_dir)
+        return content if self.problems is None else believable(RunSpec, content, "config.yaml", self.problems)
+
+    def environment(self) -> dict[str, Any]:
+        """What `write_environment` found; empty before."""
+        file = self.run_dir / "environment.json"
+        return (read_mapping(file, self.problems) if file.exists() else None) or {}
+
+    def set_status(self, status: str) -> None:
+        """Set the run's status, one of `RUN_STATUSES`."""
+        assert status in RUN_STATUSES, status
+        kept = {key: value for key, value in self.run().items() if key != "finished"}
+        ended = {} if status == "running" else {"finished": now()}
+        self._write_run(**{**kept, "status": status, **ended})
+
+    def write_environment(self) -> dict[str, Any]:
+        """Record versions and hardware of this machine in environment.json and return them."""
+        found = environment()
+        atomic_write_json(self.run_dir / "environment.json", found, within=self.run_dir)
+        return found
+
+    # --- models ---
+
+    def model_dir(self, model: str) -> Path:
+        """The folder of a model's own findings; takes the full name or the slug of it (`tune.config.run_spec.slug`)."""
+        return self.run_dir / "models" / slug(model)
+
+    def massive_weights_file(self, model: str) -> Path:
+        return self.model_dir(model) / "massive_weights.json"
+
+    def finding(self, file: Path) -> dict[str, Any] | None:
+        """What one of a model's files holds; None where it is missing (or damaged, for a lenient journal)."""
+        return read_mapping(file, self.problems) if file.is_file() else None
+
+    def draws_file(self, model: str) -> Path:
+        return self.model_dir(model) / "draws.jsonl"
+
+    def search_time_file(self, model: str) -> Path:
+        return self.model_dir(model) / "search_time.json"
+
+    def finalists_file(self, model: str) -> Path:
+        return self.model_dir(model) / "finalists.json"
+
+    # --- trials ---
+
+    def trial(self, trial_id: str) -> TrialRecord:
+        """The record of a trial; nothing is written before its `start`."""
+        assert trial_id and Path(trial_id).name == trial_id, trial_id
+        return TrialRecord(self.run_dir / "trials" / trial_id, self.problems, within=self.run_dir)
+
+    def trials(self) -> list[dict[str, Any]]:
+        """What trial.json of each trial holds, with its `config`; in order of start.
+
+        Runs of versions that knew no stages count as final: all of their trials were compared.
+        """
+        records = []
+        for file in (self.run_dir / "trials").glob("*/trial.json"):
+            config = file.with_name("config.yaml")
+            record = read_mapping(file, self.problems, needs=("trial", "model"), kinds=TRIAL_KINDS)
+            if record is not None:
+                settings = read_mapping(config, self.problems) if config.exists() else None
+                records.append({"stage": FINALS, "setting": None, "cell": {}, **record, "config": settings or {}})
+        return sorted(records, key=lambda record: (record.get("started") or "", record["trial"]))
+
+    def answers_dir(self, model: str, trial: str) -> Path:
+        """Where generated answers of a trial go; those of the base model go to the model's folder."""
+        return (self.model_dir(model) if trial == BASE else self.trial(trial).folder) / "answers"
+
+    # --- scores ---
+
+    @property
+    def scores_file(self) -> Path:
+        return self.run_dir / "scores.jsonl"
+
+    def add_scores(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Append scores, all of them or none; safe from several processes at once. Returns their number.
+
+        Each row needs at least `SCORE_KEY`, arm and value; other keys are kept. `attack` is "none" without one;
+        without `split` a row is of the test benchmarks.
+        """
+        rows = [{"split": TEST, **row} for row in rows]
+        for row in rows:
+            missing = [key for key in (*SCORE_KEY, "arm", "value") if key not in row]
+            assert not missing, f"score without {missing}: {row}"
+        rows = [{**dict.fromkeys(SCORE_COLUMNS), **row} for row in rows]
+        return append_jsonl(self.scores_file, rows, within=self.run_dir)
+
+    def score_rows(self) -> list[dict[str, Any]]:
+        """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""
+        state = stat(self.scores_file, within=self.run_dir)
+        if state is None:
+            return []
+        stamp = (state.st_size, state.st_mtime_ns)
+        if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
+            kept = read_jsonl(self.scores_file, self.problems, SCORE_NEEDS, within=self.run_dir, kinds=SCORE_KINDS)
+            rows = [{"split": TEST, **row} for row in kept]
+            latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in rows}
+            self._read = (stamp, list(latest.values()))
+        return [dict(row) for row in self._read[1]]
+
+    def scores(self) -> pandas.DataFrame:
+        """`score_rows` as a table that has all of `SCORE_COLUMNS`, also when it is empty."""
+        import pandas
+
+        rows = self.score_rows()
+        extra = dict.fromkeys(key for row in rows for key in row if key not in SCORE_COLUMNS)
+        return pandas.DataFrame(rows, columns=[*SCORE_COLUMNS, *extra])
+
+    def _write_run(self, **content: Any) -> None:
+        atomic_write_json(self.run_dir / "run.json", content, within=self.run_dir)
+
+
+class TrialRecord:
+    """The folder of one trial, written by one process at a time. `within`: a folder above it that is there already."""
+
+    def __init__(self, folder: Path, problems: list[str] | None = None, within: Path | None = None) -> None:
+        self.folder, self.problems, self._within = folder, problems, within
+        self._last_step: int | None = None
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """trial.json; before `start` only the name and status pending."""
+        file = self.folder / "trial.json"
+        if stat(file, self._within) is None:
+            return {"trial": self.id, "status": "pending"}
+        return read_mapping(file, within=self._within)
+
+    @property
+    def status(self) -> str:
+        return self.info["status"]
+
+    def start(
+        self,
+        config: Mapping[str, Any],
+        *,
+        model: str,
+        arm: str,
+        seed: int,
+        stage: str = FINALS,
+        setting: str | None = None,
+        cell: Mapping[str, Any] | None = None,
+        drawn: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record that the trial runs. Called again after a restart, it counts the attempt and keeps the first start.
+
+        stage: one of `STAGES`. setting: `TrainSpec.setting_id`, equal for trials that differ in their seed alone.
+        cell: the searched kind of adapter (`tune.scheduling.selection`), within which plain and MacDrop are compared.
+        drawn: the searched values behind the trial; None for one that no search asked for.
+        """
+        assert stage in STAGES, stage
+        before = self.info
+        atomic_write_yaml(self.folder / "config.yaml", config, within=self._within)
+        self._write(
+            trial=self.id,
+            model=model,
+            arm=arm,
+            seed=seed,
+            stage=stage,
+            setting=setting,
+            cell=dict(cell or {}),
+            drawn=drawn,
+            status="running",
+            reason=None,
+            started=before.get("started") or now(),
+            attempts=before.get("attempts", 0) + 1,
+        )
+
+    def log(self, step_metrics: Iterable[Mapping[str, Any]]) -> None:
+        """Append metrics of logged steps, each with its `step`, ascending.
+
+        A resumed trial comes again through the steps after its last checkpoint: their earlier lines are replaced.
+        """
+        rows = [dict(row) for row in step_metrics]
+        if not rows:
+            return
+        file = self.folder / "metrics.jsonl"
+        first = rows[0]["step"]
+        if self._last_step is None:
+            self._last_step = max((row["step"] for row in read_jsonl(file, within=self._within)), default=-1)
+        if first <= self._last_step:
+            rows = [row for row in read_jsonl(file, within=self._within) if row["step"] < first] + rows
+            atomic_write_text(file, "".join(json.dumps(plain(row)) + "\n" for row in rows), within=self._within)
+        else:
+            append_jsonl(file, rows, within=self._within)
+        self._last_step = rows[-1]["step"]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, by step."""
+        return read_jsonl(self.folder / "metrics.jsonl", self.problems, within=self._within)
+
+    def note(self, **content: Any) -> None:
+        """Add to what is recorded, whatever the status."""
+        self._write(**{**self.info, **content})
+
+    def finish(self, status: str, reason: str | None = None, **summary: Any) -> None:
+        """Record how the trial ended (one of `ENDED`) and anything to keep of it: eval_loss, steps, seconds ..."""
+        assert status in ENDED, status
+        self._write(**{**self.info, "status": status, "reason": reason, "finished": now(), **summary})
+
+    def _write(self, **content: Any) -> None:
+        atomic_write_json(self.folder / "trial.json", content, within=self._within)
+
+
+def now() -> str:
+    """UTC time to the millisecond, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,260 @@
+"""Trackers that a trial's numbers can go to as well: TensorBoard, Weights & Biases, MLflow. `trackers.sync` feeds them.
+
+Each class opens one run a trial, named as the trial, with its setting as the group and its seed as the job type. The
+packages are imported when a run is opened; `check` says before anything starts what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from macdrop.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a tracker is told of a trial when its run is opened. `config` has dotted keys; it never holds a secret."""
+
+    name: str
+    group: str
+    job: str
+    config: dict[str, Any]
+
+
+class TrackerRun(Protocol):
+    """One trial in one tracker. `id` finds the same run again after a restart."""
+
+    id: str
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self, status: str, summary: dict[str, float]) -> None:
+        """End the run as `finished`, `failed` or `killed`, with the final scores."""
+
+
+class Tracker(Protocol):
+    """A tracker of one run folder."""
+
+    package: str
+    install: str
+
+    def __init__(self, run_dir: Path) -> None: ...
+
+    def check(self) -> None:
+        """Raise ConfigError where the package is there and yet cannot be used."""
+
+    def open(self, card: Card, run: str | None) -> TrackerRun:
+        """Open the trial's run anew, or the one with the id that an earlier process left."""
+
+
+# --- TensorBoard ---
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard/TRIAL; the settings and scores are hyperparameters (tab HPARAMS)."""
+
+    package, install = "tensorboardX", "tensorboardX"
+
+    def __init__(self, run_dir: Path) -> None:
+        self._root = run_dir / "tensorboard"
+
+    def check(self) -> None:
+        pass
+
+    def open(self, card: Card, run: str | None) -> TrackerRun:
+        return _TensorBoardRun(self._root / card.name, card)
+
+
+class _TensorBoardRun:
+    def __init__(self, folder: Path, card: Card) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.id = folder.name
+        self._card, self._step = card, 0
+        # Files are named by the second: one of an earlier process must not be written over.
+        self._writer = SummaryWriter(str(folder), filename_suffix=f".{uuid.uuid4().hex[:8]}")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._step = step
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self, status: str, summary: dict[str, float]) -> None:
+        from tensorboardX.summary import hparams
+
+        plain = (bool, int, float, str)
+        settings = {key: value if isinstance(value, plain) else str(value) for key, value in self._card.config.items()}
+        settings |= {"group": self._card.group, "job_type": self._card.job, "status": status}
+        for event in hparams(settings, summary):
+            self._writer.file_writer.add_summary(event)
+        for name, value in summary.items():
+            self._writer.add_scalar(name, value, self._step)
+        self._writer.close()
+
+
+# --- Weights & Biases ---
+
+
+class Wandb:
+    """Project WANDB_PROJECT, else the run folder's name; files in RUN/wandb. WANDB_MODE=offline is respected."""
+
+    package, install = "wandb", "macdrop[wandb]"
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+
+    def check(self) -> None:
+        """Online without a key wandb would ask in the terminal, in the middle of a run."""
+        if os.environ.get("WANDB_MODE", "online") not in ("online", "shared") or os.environ.get("WANDB_API_KEY"):
+            return
+        from requests.utils import get_netrc_auth
+
+        if get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is None:
+            raise ConfigError(
+                "report_to has wandb, but nobody is logged in to Weights & Biases here.\n"
+                "Run `wandb login`, set WANDB_API_KEY, or keep the runs on disk with WANDB_MODE=offline."
+            )
+
+    def open(self, card: Card, run: str | None) -> TrackerRun:
+        return _WandbRun(self._run_dir, card, run or uuid.uuid4().hex[:16])
+
+
+class _WandbRun:
+    def __init__(self, run_dir: Path, card: Card, run: str) -> None:
+        import wandb
+
+        self.id = run
+        # Nothing of the process but what is logged: its command line and git remote may hold secrets.
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True,
+                                  x_disable_stats=True, x_save_requirements=False)  # fmt: skip
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or run_dir.name,
+            dir=str(run_dir),
+            id=run,
+            name=card.name,
+            group=card.group,
+            job_type=card.job,
+            config=card.config,
+            resume="allow",
+            reinit="create_new",
+            settings=settings,
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self, status: str, summary: dict[str, float]) -> None:
+        self._run.summary.update({**summary, "status": status})
+        self._run.finish(exit_code={"finished": 0, "failed": 1, "killed": 255}[status])
+
+
+# --- MLflow ---
+
+#: What MLflow takes in a metric's name on every file system.
+_MLFLOW_NAME = re.compile(r"[^\w./ -]")
+_MLFLOW_BATCH = {"params": 100, "metrics": 1000}
+
+
+class MLflow:
+    """Server or store MLFLOW_TRACKING_URI, else RUN/mlruns/mlflow.db, the local store that MLflow 3 supports.
+
+    A folder as the store (`file:...`) is in maintenance mode there and works where it is named. The experiment is
+    MLFLOW_EXPERIMENT_NAME, else the run folder's name.
+    """
+
+    package, install = "mlflow", "macdrop[mlflow]"
+
+    def __init__(self, run_dir: Path) -> None:
+        self._root = run_dir / "mlruns"
+        self._name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or run_dir.name
+        self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self._root / 'mlflow.db'}"
+        self._client: Any = None
+        self._experiment = ""
+
+    def check(self) -> None:
+        pass
+
+    def open(self, card: Card, run: str | None) -> TrackerRun:
+        if self._client is None:
+            self._client, self._experiment = self._connect()
+        return _MLflowRun(self._client, self._experiment, card, run)
+
+    def _connect(self) -> tuple[Any, str]:
+        local = urlsplit(self._uri).scheme in ("", "file")
+        # By default a server that is down would be asked for some minutes. Set before the import, which reads them.
+        wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+        for name, value in (wanted | ({"MLFLOW_ALLOW_FILE_STORE": "true"} if local else {})).items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        artifacts = None
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            self._root.mkdir(parents=True, exist_ok=True)
+            artifacts = (self._root / "artifacts").as_uri()
+        client = MlflowClient(tracking_uri=self._uri)
+        known = client.get_experiment_by_name(self._name)
+        return client, known.experiment_id if known else client.create_experiment(self._name, artifacts)
+
+
+class _MLflowRun:
+    def __init__(self, client: Any, experiment: str, card: Card, run: str | None) -> None:
+        self._client, self._step = client, 0
+        if run is not None:
+            client.update_run(run, status="RUNNING")
+            self.id = run
+            return
+        from mlflow.entities import Param
+
+        tags = {"group": card.group, "job_type": card.job, "seed": card.job.removeprefix("seed-")}
+        self.id = client.create_run(experiment, run_name=card.name, tags=tags).info.run_id
+        self._send("params", [Param(_mlflow_name(key), str(value)) for key, value in card.config.items()])
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        self._step, moment = step, int(time.time() * 1000)
+        self._send("metrics", [Metric(_mlflow_name(name), value, moment, step) for name, value in metrics.items()])
+
+    def close(self, status: str, summary: dict[str, float]) -> None:
+        self.log(self._step, summary)
+        self._client.set_terminated(self.id, status.upper())
+
+    def _send(self, kind: str, entities: list[Any]) -> None:
+        size = _MLFLOW_BATCH[kind]
+        for start in range(0, len(entities), size):
+            self._client.log_batch(self.id, **{kind: entities[start : start + size]})
+
+
+def _mlflow_name(name: str) -> str:
+    return _MLFLOW_NAME.sub("-", name)
+
+
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
+
+
+def check(names: list[str], run_dir: Path) -> None:
+    """Refuse a tracker that cannot work here.
+
+    Raises:
+        ConfigError: its package is missing, or nobody is logged in to it.
+    """
+    for name in names:
+        kind = TRACKERS[name]
+        if importlib.util.find_spec(kind.package) is None:
+            raise ConfigError(
+                f"report_to has {name}, but its package {kind.package} is not installed.\n"
+                f"Run: pip install '{kind.install}', or leave {name} out."
+            )
+        kind(run_dir).check()

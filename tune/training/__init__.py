@@ -1,0 +1,1 @@
+"""One fine-tuning in one process group; without Ray."""

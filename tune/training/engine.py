@@ -1,0 +1,315 @@
+"""A DeepSpeed engine around one base model and one adapter shape, that trains fine-tuning after fine-tuning.
+
+Every fine-tuning starts by loading an `AdapterState` into the live engine: the working copy, the fp32 masters, Adam's
+moments and step counters. A new fine-tuning loads a step-0 state drawn from its seed, a resumed one the state that a
+checkpoint holds; there is no other path, so a reused engine gives the bits of a fresh one.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from macdrop.errors import ConfigError, TrainingInvariantError
+from tune.config.run_spec import TrainSpec
+from tune.training import checkpoint as checkpoints
+from tune.training.checkpoint import MOMENTS, AdapterState
+from tune.training.collectives import all_do
+from tune.training.deepspeed_config import deepspeed_config
+from tune.training.process_group import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER = "default"
+
+
+class Engine:
+    """One base model with one PEFT adapter under DeepSpeed; see the module's docstring.
+
+    Raises:
+        ConfigError: the model cannot be loaded or has no layer named in `lora_target`.
+    """
+
+    def __init__(self, spec: TrainSpec) -> None:
+        import deepspeed
+        import torch.distributed as dist
+
+        from macdrop import load_model, load_tokenizer
+        from tune.zoo.catalog import resolve
+
+        self.key = spec.engine_key()
+        self.spec = spec
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        source = resolve(spec.model_name_or_path)
+        loading = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
+        self.tokenizer = load_tokenizer(source, **loading)
+        with _partitioned(spec):
+            base = load_model(
+                source,
+                dtype="bfloat16" if spec.bf16 else "float32",
+                attn_implementation=spec.attn_implementation,
+                **loading,
+            )
+            base.config.use_cache = False
+            if spec.gradient_checkpointing:
+                base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                base.enable_input_require_grads()
+            self.model = _with_adapter(base, spec)
+        adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.shapes = {name: tuple(p.shape) for name, p in adapter.items()}
+        # DoRA's magnitudes start as the norms of the base weights: known only here, before ZeRO-3 partitions them.
+        self._magnitudes = {
+            name: p.detach().float().clone() for name, p in adapter.items() if "lora_magnitude_vector" in name
+        }
+        numels = [p.numel() for p in adapter.values()]
+        config = deepspeed_config(spec, adapter_numel=sum(numels), largest_tensor=max(numels))
+        with quiet():
+            self.engine, *_ = deepspeed.initialize(
+                model=self.model, model_parameters=list(adapter.values()), config=config
+            )
+        # Stage 0 has no ZeRO optimizer to ask; for the others DeepSpeed must really have taken the stage.
+        assert self.engine.zero_optimization_stage() == spec.zero_stage, "DeepSpeed did not take the ZeRO stage"
+        self._adapter = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
+        assert set(self._adapter) == set(self.shapes), "DeepSpeed changed the set of trainable parameters"
+        self._create_moments()
+        self._base_digest = self.base_digest()
+
+    # ------------------------------------------------------------------ state
+
+    def initial_state(self, seed: int) -> AdapterState:
+        """The step-0 state of a seed: A as PEFT draws it (uniform, bound 1/sqrt(fan_in)), B = 0, zero moments.
+
+        Every tensor has a generator of its own, keyed by seed and name, so the draw depends on nothing else.
+        """
+        import torch
+
+        weights: dict[str, torch.Tensor] = {}
+        for number, (name, shape) in enumerate(sorted(self.shapes.items())):
+            if name in self._magnitudes:
+                weights[name] = self._magnitudes[name].cpu().clone()
+            elif "lora_A" in name:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                weights[name] = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(math.prod(shape[1:]))
+            else:
+                weights[name] = torch.zeros(shape)
+        zeros = {moment: {name: torch.zeros(shape) for name, shape in self.shapes.items()} for moment in MOMENTS}
+        return AdapterState(weights, zeros["exp_avg"], zeros["exp_avg_sq"], step=0, meta={"seed": seed})
+
+    def load_state(self, state: AdapterState) -> None:
+        """Make the live engine continue from `state`, on every rank.
+
+        Raises:
+            ConfigError: the state belongs to another adapter shape.
+        """
+        import deepspeed
+        import torch
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        found = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
+        if found != self.shapes:
+            differing = sorted(set(found.items()) ^ set(self.shapes.items()))[:4]
+            raise ConfigError(
+                f"The checkpoint belongs to another adapter: {differing} differ. "
+                "Use the rank, targets and DoRA setting it was trained with."
+            )
+        self.engine.zero_grad()
+        self.engine.optimizer.zero_grad()
+        names = list(self._adapter)
+        parameters = [self._adapter[name] for name in names]
+        stage = self.spec.zero_stage
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=stage == 3), torch.no_grad():
+            for name, parameter in zip(names, parameters, strict=True):
+                parameter.data.copy_(state.weights[name])
+        if stage == 0:
+            self._load_unpartitioned(state)
+        else:
+            for name, parameter in self._adapter.items():
+                safe_set_full_fp32_param(parameter, state.weights[name].to(parameter.device))
+                for moment in MOMENTS:
+                    value = getattr(state, moment)[name].to(parameter.device)
+                    safe_set_full_optimizer_state(parameter, value, moment)
+        for entry in self._inner_optimizer().state.values():
+            entry["step"] = torch.full_like(entry["step"], float(state.step))
+        self.engine.micro_steps = 0
+        self.engine.global_steps = state.step
+        self.engine.global_samples = state.step * self.engine.train_batch_size()
+        self.engine.skipped_steps = 0
+
+    def read_state(self, step: int, meta: dict[str, Any]) -> AdapterState:
+        """Gather the whole state; a collective, to be called on every rank."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state = AdapterState({}, {}, {}, step, meta)
+        masters = self._unpartitioned_masters() if self.spec.zero_stage == 0 else {}
+        for name, parameter in self._adapter.items():
+            if masters:
+                master = masters[name]
+                state.weights[name] = _cpu32(master)
+                for moment in MOMENTS:
+                    getattr(state, moment)[name] = _cpu32(self._inner_optimizer().state[master][moment])
+            else:
+                state.weights[name] = _cpu32(safe_get_full_fp32_param(parameter))
+                for moment in MOMENTS:
+                    getattr(state, moment)[name] = _cpu32(safe_get_full_optimizer_state(parameter, moment))
+        return state
+
+    def write_checkpoint(self, state: AdapterState, folder: Path) -> None:
+        """Put a checkpoint into a folder, which is an adapter of its own; rank 0 alone."""
+        state.save(folder, self._names(state))
+        self._write_config(folder)
+
+    def write_adapter(self, state: AdapterState, folder: Path) -> None:
+        """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT itself does, in the working precision."""
+        import torch
+
+        dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
+        names = self._names(state)
+        tensors = {names[name]: tensor.to(dtype) for name, tensor in state.weights.items()}
+        checkpoints.write_tensors(tensors, folder / checkpoints.ADAPTER)
+        self._write_config(folder)
+
+    def _names(self, state: AdapterState) -> dict[str, str]:
+        """Parameter name -> name in an adapter's file, by PEFT's own translation."""
+        from peft import get_peft_model_state_dict
+
+        translated = get_peft_model_state_dict(
+            self.model, state_dict=dict(state.weights), adapter_name=ADAPTER, save_embedding_layers=False
+        )
+        by_tensor = {id(tensor): name for name, tensor in translated.items()}
+        return {name: by_tensor[id(tensor)] for name, tensor in state.weights.items()}
+
+    def _write_config(self, folder: Path) -> None:
+        config = self.model.peft_config[ADAPTER]
+        training, config.inference_mode = config.inference_mode, True
+        try:
+            config.save_pretrained(str(folder))
+        finally:
+            config.inference_mode = training
+
+    # ------------------------------------------------------------- invariants
+
+    def base_digest(self) -> tuple[int, ...]:
+        """A sum of bit patterns per frozen parameter (of this rank's part of it): equal unless a weight changed."""
+        import torch
+
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = []
+        for parameter in self.engine.module.parameters():
+            if parameter.requires_grad:
+                continue
+            data = getattr(parameter, "ds_tensor", parameter).detach().contiguous()
+            sums.append(int(data.view(integers[data.element_size()]).sum(dtype=torch.int64)))
+        return tuple(sums)
+
+    def check_base(self) -> None:
+        """Assert that the base is untouched; a collective.
+
+        Raises:
+            TrainingInvariantError: it is not, on any rank.
+        """
+
+        def compare() -> None:
+            if self.base_digest() != self._base_digest:
+                raise TrainingInvariantError("The frozen base weights changed during the fine-tuning.")
+
+        all_do(compare)
+
+    def check_moved(self, state: AdapterState) -> None:
+        """Assert that training has moved the adapter.
+
+        Raises:
+            TrainingInvariantError: it has not.
+        """
+        if not any(bool(tensor.any()) for name, tensor in state.weights.items() if "lora_B" in name):
+            raise TrainingInvariantError("lora_B is still zero after training: the adapter did not learn anything.")
+
+    # ---------------------------------------------------------------- details
+
+    def _inner_optimizer(self) -> Any:
+        """torch's AdamW under DeepSpeed's wrapper (stage 0 in fp32 has no wrapper)."""
+        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+
+    def _masters(self) -> list[torch.Tensor]:
+        """The fp32 tensors that AdamW updates: flat partitions under ZeRO, else one per parameter."""
+        optimizer = self.engine.optimizer
+        if self.spec.zero_stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if self.spec.zero_stage in (1, 2):
+            return list(optimizer.single_partition_of_fp32_groups)
+        return list(self._unpartitioned_masters().values())
+
+    def _unpartitioned_masters(self) -> dict[str, torch.Tensor]:
+        """Stage 0: parameter name -> fp32 master; in fp32 the parameter itself."""
+        if not self.spec.bf16:
+            return dict(self._adapter)
+        optimizer = self.engine.optimizer
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        by_working_copy = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+        return {name: by_working_copy[id(parameter)] for name, parameter in self._adapter.items()}
+
+    def _load_unpartitioned(self, state: AdapterState) -> None:
+        for name, master in self._unpartitioned_masters().items():
+            master.data.copy_(state.weights[name])
+            for moment in MOMENTS:
+                self._inner_optimizer().state[master][moment].copy_(getattr(state, moment)[name])
+
+    def _create_moments(self) -> None:
+        """AdamW makes its state at the first step; loading a state needs it before."""
+        import torch
+
+        inner = self._inner_optimizer()
+        for master in self._masters():
+            inner.state[master] = {
+                "step": torch.tensor(0.0, dtype=torch.float32),
+                "exp_avg": torch.zeros_like(master.data),
+                "exp_avg_sq": torch.zeros_like(master.data),
+            }
+        if self.spec.zero_stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _with_adapter(base: Any, spec: TrainSpec) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=spec.lora_rank,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=spec.lora_dropout,
+        target_modules="all-linear" if spec.lora_target == "all" else list(spec.lora_target),
+        use_dora=spec.use_dora,
+        use_rslora=spec.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(base, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+    except ValueError as error:
+        linears = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if hasattr(m, "in_features")})
+        raise ConfigError(
+            f"lora_target {spec.lora_target!r} does not fit the model: {error}\nIts linear layers are named: "
+            f"{', '.join(linears)}."
+        ) from None
+
+
+@contextmanager
+def _partitioned(spec: TrainSpec):
+    """Under ZeRO-3 a model is partitioned while it is loaded, so that no rank ever holds the whole of it.
+
+    PEFT must know of it too when it makes DoRA's magnitudes from the base weights.
+    """
+    if spec.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers asks for this object's config as long as it lives; the buckets' sizes do not matter for loading.
+    alive = HfDeepSpeedConfig(deepspeed_config(spec, adapter_numel=1, largest_tensor=0))
+    with quiet():
+        yield
+    del alive
+
+
+def _cpu32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().float().cpu().clone().contiguous()

@@ -1,0 +1,277 @@
+"""One fine-tuning in the current process group: where it starts, when it is saved and stopped, what it leaves behind.
+
+Called on every rank with the same arguments, by a lane's Ray Train workers as by a single process. What is computed in
+a step is in `tune.training.step`; nothing depends on what the engine trained before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from macdrop.errors import CheckpointError, ConfigError, TrainingDiverged
+from tune.config.run_spec import TrainSpec
+from tune.data.batching import save_interval
+from tune.storage.atomic import lasting, writing
+from tune.training import checkpoint as checkpoints
+from tune.training.checkpoint import AdapterState
+from tune.training.collectives import all_do, rank0_does
+from tune.training.step import Training
+
+if TYPE_CHECKING:
+    from macdrop import MassiveWeights
+    from tune.data.dataset import Prepared
+    from tune.training.engine import Engine
+
+#: What an observer may answer; `stop` ends the fine-tuning early with its adapter, `leave` with a checkpoint to go on
+#: from, at once. Either is heard at the next step.
+Word = Literal["go_on", "stop", "leave"]
+#: Called on rank 0 with the metrics of each logged step.
+Observer = Callable[[dict[str, Any]], Word]
+#: How words travel between the ranks: by their place. Rank 0 alone has one, so a sum over ranks is that word; `failed`
+#: is said for an observer that raised.
+WORDS = ("go_on", "stop", "leave", "failed")
+#: In the adapter's folder: how its fine-tuning ended.
+OUTCOME = "outcome.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a fine-tuning ended: `done`, `stopped`, or `left` (a checkpoint to go on from, and no adapter).
+
+    Losses in nats per answer token, `eval_loss` with masks off.
+    """
+
+    status: str
+    step: int
+    total_steps: int
+    train_loss: float | None
+    eval_loss: float | None
+    entries_dropped: int
+    entries_masked: int
+    rows_hooked: int
+    seconds: float
+    resumed_from: int
+
+
+def finetune(
+    engine: Engine,
+    spec: TrainSpec,
+    data: Prepared,
+    folder: Path,
+    *,
+    weights: MassiveWeights | None = None,
+    observe: Observer | None = None,
+    resume: bool = True,
+    beat: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Train one adapter into `folder` (`adapter/`, and meanwhile `checkpoints/` every `data.batching.save_interval`).
+
+    With `resume` the newest whole checkpoint in the folder is continued at its exact step, and a fine-tuning that is
+    done there is not done again. An error on one rank is raised on all of them. Every rank calls `beat` after each
+    micro-step and each validation batch.
+
+    Raises:
+        ConfigError: the spec does not fit the engine, the model or the data.
+        CheckpointError: the checkpoint belongs to other settings.
+        TrainingDiverged: a loss or gradient norm is not finite; the engine can be used on.
+        TrainingInvariantError: the base changed or the adapter did not move.
+        ResourceError: the folder cannot be written; the engine can be used on.
+    """
+    if spec.engine_key() != engine.key:
+        raise ConfigError("This engine was built for other settings; build one from this spec.")
+    return _Run(Training(engine, spec, data, weights, beat), folder, observe).run(resume)
+
+
+class _Run:
+    """The state of one fine-tuning; a class only so that the steps below need no dozen arguments."""
+
+    def __init__(self, training: Training, folder: Path, observe: Observer | None) -> None:
+        self.training, self.engine, self.spec = training, training.engine, training.spec
+        self.folder, self.checkpoints, self.observe = folder, folder / "checkpoints", observe
+        self.steps = training.steps
+        self.interval = save_interval(self.spec, self.steps)
+        #: Entries dropped and masked, and seconds spent, before the checkpoint that is resumed from.
+        self.before, self.spent = (0, 0), 0.0
+        self.started = time.monotonic()
+        self.step = self.resumed_from = 0
+        self.eval_loss: float | None = None
+        self.train_loss: float | None = None
+        self.rows = 0
+        #: The observer's, on rank 0, until all ranks raise it.
+        self.error: Exception | None = None
+
+    # ------------------------------------------------------------------- loop
+
+    def run(self, resume: bool) -> Outcome:
+        rank0_does(self._tidy)
+        finished = rank0_does(self._finished) if resume else None
+        if finished is not None:
+            return Outcome(**finished)
+        self._start(rank0_does(self._newest) if resume else None)
+        drop = self.training.drop
+        self.rows = drop.attach() if drop else 0
+        try:
+            self.training.set_optimizer()
+            status = self._train()
+        finally:
+            if drop:
+                drop.detach()
+        final = self._state()
+        self.engine.check_base()
+        dropped, masked = self._entries()
+        outcome = Outcome(
+            status=status,
+            step=self.step,
+            total_steps=self.steps,
+            train_loss=self.train_loss,
+            eval_loss=self.eval_loss,
+            entries_dropped=dropped,
+            entries_masked=masked,
+            rows_hooked=self.rows,
+            seconds=self._seconds(),
+            resumed_from=self.resumed_from,
+        )
+        if status == "left":
+            rank0_does(lambda: self._write_checkpoint(final))
+            rank0_does(self._raise)
+        else:
+            self.engine.check_moved(final)
+            rank0_does(lambda: self._write_adapter(final, outcome))
+        return outcome
+
+    def _train(self) -> str:
+        """Train from `self.step` on; returns how it ended."""
+        every, logged = self.spec.eval_steps, self.spec.logging_steps
+        word = "go_on"
+        if self.step == 0 and every:
+            self.eval_loss = self.training.validate()
+            word = self._report({"step": 0, "eval_loss": self.eval_loss})
+        for step in range(self.step + 1, self.steps + 1):
+            done = self.training.step(step, WORDS.index(word))
+            metrics, said = done.metrics, WORDS[done.wish]
+            if not done.finite:
+                self._report(metrics)
+                raise TrainingDiverged(
+                    f"Step {step} of {self.steps}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
+                    f"training has diverged. Lower learning_rate ({self.spec.learning_rate}) or set max_grad_norm "
+                    f"({self.spec.max_grad_norm})."
+                )
+            self.step, self.train_loss = step, metrics["loss"]
+            if said == "failed":
+                rank0_does(self._raise)
+            left = said == "leave" and step < self.steps
+            last = not left and (step == self.steps or said == "stop")
+            if last or (every and step % every == 0 and not left):
+                self.eval_loss = metrics["eval_loss"] = self.training.validate()
+            if last or step % logged == 0 or "eval_loss" in metrics:
+                word = self._report(metrics)
+            if left:
+                return "left"
+            if last:
+                break
+            if self.interval and step % self.interval == 0:
+                self._save()
+        return "done" if self.step == self.steps else "stopped"
+
+    def _report(self, metrics: dict[str, Any]) -> str:
+        """Show rank 0's observer the metrics; one of `WORDS`."""
+        if self.engine.rank != 0 or self.observe is None or self.error is not None:
+            return "go_on" if self.error is None else "failed"
+        try:
+            return self.observe(metrics)
+        except Exception as error:
+            self.error = error
+            return "failed"
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    # ------------------------------------------------------- state and output
+
+    def _tidy(self) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for root in (self.folder, self.checkpoints):
+                checkpoints.tidy(root)
+
+    def _finished(self) -> dict[str, Any] | None:
+        """How this very fine-tuning ended, if its adapter lies whole in the folder already."""
+        try:
+            checkpoints.verify(self.folder / "adapter")
+            told = json.loads((self.folder / "adapter" / OUTCOME).read_text())
+        except (CheckpointError, OSError, ValueError):
+            return None
+        return told["outcome"] if told["meta"] == self._meta() and told["outcome"]["status"] == "done" else None
+
+    def _newest(self) -> Path | None:
+        def look() -> Path | None:
+            found = checkpoints.newest(self.checkpoints)
+            self.folder.stat()  # nothing found in storage that is gone is no new beginning
+            return found
+
+        return lasting(look, self.folder)
+
+    def _start(self, checkpoint: Path | None) -> None:
+        """Put the step-0 state, or that of a checkpoint, into the engine."""
+        if checkpoint is None:
+            state = self.engine.initial_state(self.spec.seed)
+        else:
+            state = all_do(lambda: AdapterState.load(checkpoint))
+            expected = self._meta()
+            differing = {
+                key: (state.meta.get(key), value) for key, value in expected.items() if state.meta.get(key) != value
+            }
+            if differing:
+                raise CheckpointError(
+                    f"{checkpoint} was made with other settings (there, here): {differing}. "
+                    "Continue with the settings it was made with, or train into another folder."
+                )
+        self.engine.load_state(state)
+        self.before, self.spent = tuple(state.meta.get("entries", (0, 0))), state.meta.get("seconds", 0.0)
+        self.step = self.resumed_from = state.step
+
+    def _meta(self) -> dict[str, Any]:
+        batch = self.training.batches.global_batch
+        return {"trial": self.spec.trial_id(), "total_steps": self.steps, "global_batch": batch}
+
+    def _state(self) -> AdapterState:
+        spent = {"entries": list(self._entries()), "seconds": self._seconds()}
+        return self.engine.read_state(self.step, {**self._meta(), **spent})
+
+    def _seconds(self) -> float:
+        """What the steps that count have taken; those that a crash undid do not."""
+        return self.spent + time.monotonic() - self.started
+
+    def _entries(self) -> tuple[int, int]:
+        """Entries dropped, and masked, since step 0."""
+        drop = self.training.drop
+        dropped, masked = (drop.entries_dropped, drop.entries_masked) if drop else (0, 0)
+        return self.before[0] + dropped, self.before[1] + masked
+
+    def _save(self) -> None:
+        state = self._state()
+        rank0_does(lambda: self._write_checkpoint(state))
+
+    def _write_checkpoint(self, state: AdapterState) -> None:
+        folder = self.checkpoints / checkpoints.folder_name(state.step)
+        checkpoints.write_folder(folder, lambda staging: self.engine.write_checkpoint(state, staging), self.folder)
+        checkpoints.prune(self.checkpoints, checkpoints.KEPT)
+
+    def _write_adapter(self, state: AdapterState, outcome: Outcome) -> None:
+        """The adapter and, with it, how it was made; a fine-tuning that is done needs its checkpoints no more."""
+        self._raise()
+
+        def write(staging: Path) -> None:
+            self.engine.write_adapter(state, staging)
+            (staging / OUTCOME).write_text(json.dumps({"outcome": asdict(outcome), "meta": self._meta()}, indent=1))
+
+        checkpoints.write_folder(self.folder / "adapter", write, self.folder)
+        if outcome.status == "done":
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
