@@ -1,7 +1,6 @@
-"""Every error that macdrop raises on purpose.
+"""Errors that the method raises on purpose; each class holds the exit code of a command that ends with it.
 
-A `ConfigError` is the user's to mend (exit code 2), a `ResourceError` the machine's (exit code 3). All of them carry
-one message and nothing else, so that they cross process borders (Ray pickles exceptions) unchanged.
+They carry one message and nothing else, so that they cross process borders (Ray pickles exceptions) unchanged.
 """
 
 from __future__ import annotations
@@ -11,11 +10,15 @@ from collections.abc import Iterable
 
 
 class MacDropError(Exception):
-    """Base of all errors below."""
+    """Base of all errors that are raised on purpose."""
+
+    exit_code = 1
 
 
 class ConfigError(MacDropError, ValueError):
-    """A value given by the user cannot be used; the message says what is allowed."""
+    """A value given by the user cannot be used; the message says what is allowed. Nothing was started."""
+
+    exit_code = 2
 
 
 class UnsupportedModel(ConfigError):
@@ -30,24 +33,8 @@ class DataError(ConfigError):
     """A data file is missing, empty, or has a row that cannot be used."""
 
 
-class CheckpointError(MacDropError, ValueError):
-    """A checkpoint is damaged or belongs to another run."""
-
-
-class BenchmarkError(MacDropError):
-    """A benchmark could not be scored."""
-
-
-class TrainingDiverged(MacDropError):
-    """A loss or gradient norm is not finite."""
-
-
 class TrainingInvariantError(MacDropError):
     """Training ended in a state it must never reach: base weights changed, or the adapter did not move."""
-
-
-class ResourceError(MacDropError):
-    """The machine or cluster has less than the run needs; the message holds the arithmetic."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -16,11 +16,11 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from tune.cli.commands import RECIPES
 from tune.cli.main import app
 from tune.config import suites
 from tune.config.judge_spec import JudgeSpec
 from tune.config.parse import ALIASES, read_override
+from tune.config.recipes import RECIPES
 from tune.config.run_spec import Metric, RunSpec, Space, load
 
 ROOT = Path(__file__).parents[1]

@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64])
     parser.add_argument("--rounds", type=int, default=30)
     given = parser.parse_args()
-    from tune.cli.console import quiet_libraries
+    from tune.training.quiet import quiet_libraries
 
     quiet_libraries()
     print(machine(), flush=True)

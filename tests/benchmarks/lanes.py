@@ -77,9 +77,9 @@ class Inputs:
 
     def __init__(self, spec: Any, workers: int) -> None:
         from macdrop import load_tokenizer
-        from tune.cli.train import scanned
         from tune.data import dataset as data
-        from tune.training.massive_weights import cache_dir
+        from tune.storage.cache import cache_dir
+        from tune.training.massive_weights import scanned
         from tune.zoo.catalog import resolve
 
         self.cache = cache_dir() / "data"
@@ -234,9 +234,9 @@ def main() -> None:
         os.environ["MACDROP_CACHE"] = str(root / "cache")
         import ray
 
-        from tune.cli.console import quiet_libraries
         from tune.config.run_spec import RaySpec
         from tune.distributed.cluster.ray_cluster import connect
+        from tune.training.quiet import quiet_libraries
 
         quiet_libraries()
         print(machine(), flush=True)

@@ -325,9 +325,9 @@ def main() -> None:
     setting = Setting(given.model, suite, tuple(given.attacks), given.limit, given.batch_size, given.actors)
     import ray
 
-    from tune.cli.console import quiet_libraries
     from tune.config.run_spec import RaySpec
     from tune.distributed.cluster.ray_cluster import connect
+    from tune.training.quiet import quiet_libraries
 
     quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="macdrop-scoring-") as temporary:

@@ -177,7 +177,7 @@ def main() -> None:
     rounds = given.rounds or [ROUNDS[name] for name in given.sizes]
     if len(rounds) != len(given.sizes):
         parser.error("--rounds needs one number for each size")
-    from tune.cli.console import quiet_libraries
+    from tune.training.quiet import quiet_libraries
 
     quiet_libraries()
     print(machine(), flush=True)

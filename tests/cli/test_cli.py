@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from macdrop import errors
+from tune import errors as tune_errors
 from tune.cli.main import _split
 
 VERBS = (
@@ -71,40 +72,40 @@ def test_help_loads_nothing_heavy():
         (errors.ConfigError, 2),
         (errors.UnsupportedModel, 2),
         (errors.DataError, 2),
-        (errors.CheckpointError, 2),
-        (errors.ResourceError, 3),
-        (errors.TrainingDiverged, 1),
+        (tune_errors.CheckpointError, 1),
+        (tune_errors.ResourceError, 3),
+        (tune_errors.TrainingDiverged, 1),
         (errors.TrainingInvariantError, 1),
         (errors.MacDropError, 1),
-        (errors.BenchmarkError, 1),
+        (tune_errors.BenchmarkError, 1),
     ],
 )
 def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatch):
-    from tune.cli import commands
+    from tune.cli import doctor
 
     def fail(*arguments, **options):
         raise error("what, and how to mend it")
 
-    monkeypatch.setattr(commands, "doctor", fail)
+    monkeypatch.setattr(doctor, "doctor", fail)
     ended = shell("doctor")
     assert (ended.code, ended.err) == (code, "macdrop: what, and how to mend it\n")
 
 
 def test_ctrl_c_is_130(shell, monkeypatch):
-    from tune.cli import commands
+    from tune.cli import doctor
 
     def interrupt(**options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "doctor", interrupt)
+    monkeypatch.setattr(doctor, "doctor", interrupt)
     assert shell("doctor").code == 130
 
 
 def test_failed_trials_are_1(shell, monkeypatch):
-    from tune.cli import commands
+    from tune.cli import sweep
 
     for failures, code in ((0, 0), (1, 1), (7, 1)):
-        monkeypatch.setattr(commands, "sweep", lambda *a, failures=failures, **o: failures)
+        monkeypatch.setattr(sweep, "sweep", lambda *a, failures=failures, **o: failures)
         assert shell("sweep").code == code
 
 

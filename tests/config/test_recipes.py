@@ -10,7 +10,8 @@ import tune
 from tune.config.eval_spec import jobs
 from tune.config.run_spec import load
 from tune.data.batching import total_steps
-from tune.scheduling.study import resources, studies
+from tune.scheduling.resources import resources
+from tune.scheduling.study import studies
 
 RECIPES = sorted((Path(tune.__file__).parent / "config" / "recipes").glob("*.yaml"))
 

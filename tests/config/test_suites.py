@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from macdrop.errors import ConfigError
+from tune.cli.suites import show
 from tune.config import suites
 from tune.config.eval_spec import EvalSpec, jobs
 from tune.config.run_spec import dump, load
@@ -51,7 +52,7 @@ class TestEverySuite:
             assert entry.metric in listed
 
     def test_is_shown(self, name, capsys):
-        suites.show(name)
+        show(name)
         shown = yaml.safe_load(capsys.readouterr().out)
         assert shown["version"] == suites.load(name).version and shown["eval"] == suites.load(name).eval
 
@@ -172,7 +173,7 @@ def test_an_unknown_suite_in_a_run_file_names_the_key():
 
 
 def test_the_whole_curve_of_one_entry_is_scored_and_without_an_adapter_nothing_twice(tmp_path, capsys):
-    from tune.cli.commands import evaluate
+    from tune.cli.eval import evaluate
     from tune.cli.scan import Source
 
     text = ["eval.perplexity.wikitext_bos={data: zoo:text, window: 64, limit: 4}"]
@@ -197,7 +198,7 @@ def test_an_attack_on_more_rows_than_there_are_is_refused_before_the_model_is_lo
 
 
 def test_the_mean_of_the_validation_suite_is_an_objective():
-    from tune.analysis.results import asked_for
+    from tune.config.recorded import asked_for
     from tune.evaluation.score_names import named_scores
 
     metric = "sweep.metric={name: zero_shot/mean/acc, goal: maximize}"

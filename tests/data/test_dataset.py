@@ -13,9 +13,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from macdrop.errors import ConfigError, DataError, ResourceError
+from macdrop.errors import ConfigError, DataError
 from tune.data import dataset as data
 from tune.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, IGNORE, Encoder
+from tune.errors import ResourceError
 
 ALPACA = [
     {"instruction": "Name a colour.", "input": "", "output": "Blue."},

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from macdrop.errors import ResourceError
 from tune.config.run_spec import RaySpec, RunSpec
 from tune.distributed.cluster.node_checks import Hub, Needs, _token, check_nodes, hub_models, look, look_at, places
+from tune.errors import ResourceError
 from tune.scheduling.study import studies
 from tune.storage.environment import version
 

@@ -21,7 +21,7 @@ import yaml
 from helpers.small import SMALL
 
 from tune.config.run_spec import RunSpec
-from tune.training.checkpoint import newest
+from tune.storage.sealed_folder import newest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -159,7 +159,7 @@ def test_a_spot_notice_costs_no_step(seen):
 
 
 def test_the_adapter_is_that_of_an_undisturbed_run(seen, tmp_path, monkeypatch):
-    from tune.cli.train import train_here
+    from tune.training.single import train_here
 
     monkeypatch.setenv("MACDROP_CACHE", str(tmp_path / "cache"))
     train_here(RunSpec.model_validate(SETTINGS).studies()[0], tmp_path / "alone", observe=None, threads=1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from macdrop.errors import ResourceError
 from tune.config.run_spec import RaySpec
 from tune.distributed.cluster import ray_cluster as cluster_state
 from tune.distributed.cluster.ray_cluster import check_cluster, token_hint
+from tune.errors import ResourceError
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from helpers.small import SMALL
 
-from tune.training.checkpoint import sha256
+from tune.storage.sealed_folder import sha256
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 

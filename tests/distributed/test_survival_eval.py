@@ -284,7 +284,7 @@ def make_adapter(folder: Path) -> Path:
     from peft import LoraConfig, get_peft_model
 
     from macdrop import load_model
-    from tune.training.checkpoint import commit
+    from tune.storage.sealed_folder import commit
     from tune.zoo.catalog import resolve
 
     torch.manual_seed(1)

@@ -22,8 +22,8 @@ import pytest
 from helpers.lane_scene import Scene, scene_of
 from helpers.small import SMALL
 
-from macdrop.errors import ResourceError
 from tune.config.run_spec import RaySpec, TrainSpec
+from tune.errors import ResourceError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 

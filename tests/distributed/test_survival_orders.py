@@ -116,7 +116,7 @@ def test_they_died_in_the_middle(disturbed):
 
 
 def test_adapters_are_those_of_a_process_that_nobody_disturbed(disturbed, tmp_path):
-    from tune.cli.train import train_here
+    from tune.training.single import train_here
 
     folders = sorted((disturbed[0] / "trials").iterdir())
     assert len(folders) == SPEC["sweep"]["num_samples"]
@@ -201,8 +201,8 @@ def test_a_fine_tuning_that_failed_is_not_tried_again_by_tune(tmp_path):
 
 
 def test_a_dispatcher_that_cannot_come_back_is_told_as_such(tmp_path):
-    from macdrop.errors import ResourceError
     from tune.distributed.lanes.dispatcher import call, dispatching
+    from tune.errors import ResourceError
 
     with pytest.raises(ResourceError, match="does not answer"), dispatching(tmp_path) as dispatcher:
         call(dispatcher, "lane_up", "lane", 1, "host")

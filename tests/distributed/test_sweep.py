@@ -16,9 +16,10 @@ import pytest
 import yaml
 from helpers.small import SMALL
 
-from macdrop.errors import ConfigError, ResourceError
+from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec, load
-from tune.scheduling.history import search_time
+from tune.errors import ResourceError
+from tune.storage.search_state import search_time
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
 
@@ -300,7 +301,7 @@ def load_rate(folder: Path, trial: dict) -> float:
 @pytest.mark.slow  # tests of lanes kill workers too; this one does it in a whole sweep
 def test_killed_worker_costs_nothing_but_time(tmp_path):
     """A lane's worker dies by SIGKILL in the middle of an order: same bits as a process that nobody disturbed."""
-    from tune.cli.train import train_here
+    from tune.training.single import train_here
 
     settings = {"max_steps": 60, "save_steps": 5, "eval_steps": None}
     spec = make(tmp_path / "run", **settings, sweep={"arms": ["macdrop"], "seeds": 0})
@@ -393,8 +394,8 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
 
 def test_train_on_two_workers_equals_the_lane(tmp_path, alone):
     """`macdrop train` with two workers, and its errors as the workers raised them."""
-    from macdrop.errors import TrainingDiverged
-    from tune.cli.train import train
+    from tune.cli.train import train_one as train
+    from tune.errors import TrainingDiverged
 
     settings = {"ray": {"dashboard": False, "num_workers": 2}}
     spec = make(tmp_path / "run", **settings)

@@ -13,12 +13,13 @@ import torch
 from helpers import benchmark_fixtures as fix
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from macdrop.errors import CheckpointError, ConfigError
+from macdrop.errors import ConfigError
 from tune.config.eval_spec import EvalSpec, Job
+from tune.errors import CheckpointError
 from tune.evaluation.adapters import AdapterSlot, merged_weights
 from tune.evaluation.decode import greedy
 from tune.evaluation.scorer import Scorer
-from tune.training.checkpoint import commit
+from tune.storage.sealed_folder import commit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 IDS = torch.arange(2, 34)[None]

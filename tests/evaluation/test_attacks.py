@@ -10,8 +10,9 @@ import torch
 from helpers import benchmark_fixtures as fix
 from helpers.benchmark_fixtures import TEXT, score
 
-from macdrop.errors import BenchmarkError, ConfigError, MacDropError
+from macdrop.errors import ConfigError, MacDropError
 from tune.config.eval_spec import EvalSpec, Job
+from tune.errors import BenchmarkError
 from tune.evaluation.scorer import Scorer, masks_off
 
 

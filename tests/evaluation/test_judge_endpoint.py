@@ -9,9 +9,10 @@ import threading
 import pytest
 from helpers.judge_fixtures import ANSWERS, GOOD, Endpoint, answered_run, completion
 
-from macdrop.errors import BenchmarkError, ConfigError
+from macdrop.errors import ConfigError
 from tune.analysis.items import read_items
 from tune.cli.judge import judge_run
+from tune.errors import BenchmarkError
 from tune.evaluation.judge import endpoint as judge_endpoint
 from tune.evaluation.score_names import Column
 

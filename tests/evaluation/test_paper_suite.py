@@ -10,9 +10,10 @@ import torch
 from helpers import benchmark_fixtures as fix
 from helpers.benchmark_fixtures import TEXT, score, slow_greedy, values
 
-from macdrop.errors import BenchmarkError, ConfigError, DataError
+from macdrop.errors import ConfigError, DataError
 from tune.config import suites
 from tune.config.eval_spec import EvalSpec
+from tune.errors import BenchmarkError
 from tune.evaluation import check
 from tune.evaluation.check import check_files
 from tune.evaluation.decode import fit_middle

@@ -122,7 +122,7 @@ def replaced(file: Path, text: bytes) -> Iterator[None]:
 
 
 def recipes(folder: Path) -> Callable[[Any], str]:
-    from tune.cli.commands import RECIPES
+    from tune.config.recipes import RECIPES
     from tune.config.run_spec import load
     from tune.scheduling.study import studies
 
@@ -265,7 +265,7 @@ def adapters(folder: Path) -> Callable[[Any], str]:
 
     from macdrop import load_model
     from tune.evaluation.adapters import AdapterSlot
-    from tune.training.checkpoint import MANIFEST, commit, sha256
+    from tune.storage.sealed_folder import MANIFEST, commit, sha256
     from tune.zoo.catalog import resolve
 
     base = load_model(resolve("zoo:planted-llama"))

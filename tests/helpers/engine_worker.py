@@ -20,10 +20,10 @@ os.environ.update(MASTER_PORT=PORT, DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM
 import torch.distributed as dist  # noqa: E402
 
 from helpers.engine_cases import INTERRUPTED_AFTER, spec  # noqa: E402
-from tune.cli.train import scanned  # noqa: E402
 from tune.data import dataset as data  # noqa: E402
 from tune.training.engine import Engine  # noqa: E402
 from tune.training.finetune import finetune  # noqa: E402
+from tune.training.massive_weights import scanned  # noqa: E402
 from tune.training.process_group import prepare_process  # noqa: E402
 
 

@@ -251,8 +251,8 @@ def make_run(
 def make_resumable_run(folder: Path) -> Path:
     """A finished run of one model that `storage.repair` finds whole: full run file, adapters, checkpoints and draws."""
     from tune.config.run_spec import load
-    from tune.scheduling import history as past
-    from tune.training.checkpoint import commit, folder_name
+    from tune.storage import search_state
+    from tune.storage.sealed_folder import commit, folder_name
 
     arms = ("plain", "macdrop")
     journal = make_run(folder, seeds=(1,), items=4, attacks=("none",), tried=1, arms=arms)
@@ -270,8 +270,8 @@ def make_resumable_run(folder: Path) -> Path:
                 (trial / place).parent.mkdir(exist_ok=True)
                 commit(staging, trial / place)
     for number in range(3):
-        past.remember(journal.draws_file("zoo:planted-llama"), number, {"macdrop.p0": number / 10})
-    past.SearchTime(journal.search_time_file("zoo:planted-llama"), journal.run_dir).keep()
+        search_state.remember(journal.draws_file("zoo:planted-llama"), number, {"macdrop.p0": number / 10})
+    search_state.SearchTime(journal.search_time_file("zoo:planted-llama"), journal.run_dir).keep()
     return folder
 
 

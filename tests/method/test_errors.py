@@ -4,8 +4,18 @@ import pickle
 import pytest
 
 from macdrop import errors
+from tune import errors as tune_errors
 
-KINDS = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.MacDropError)]
+
+def _below(kind: type) -> set[type]:
+    return {each for direct in kind.__subclasses__() for each in (direct, *_below(direct))}
+
+
+KINDS = sorted(
+    {c for module in (errors, tune_errors) for _, c in inspect.getmembers(module, inspect.isclass)}
+    & {errors.MacDropError, *_below(errors.MacDropError)},
+    key=lambda kind: kind.__name__,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

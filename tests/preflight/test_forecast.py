@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from macdrop.errors import ConfigError, ResourceError
-from tune.cli import plan as forecast
-from tune.cli.plan import START_S, TRIAL_S, Forecast, Measured, forecast_study, price_of, read_prices, total
+from macdrop.errors import ConfigError
+from tune.cli import plan
 from tune.config.run_spec import RaySpec, RunSpec
+from tune.errors import ResourceError
+from tune.preflight import forecast
+from tune.preflight.forecast import START_S, TRIAL_S, Forecast, forecast_study, price_of, read_prices, total
+from tune.preflight.probe import Measured
 from tune.scheduling.study import studies
 
 FOUND = Measured(load=10, step=2.0, fast=1.5, slow=3.0, validation=5.0, memory=2**30, adapter=1000, data=50, tests=60.0,
@@ -74,10 +77,10 @@ def test_a_price_file_that_is_none_is_refused_with_an_example(tmp_path, text):
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
-    from tune.preflight import machine as doctor
     from tune.preflight import probe as timing
+    from tune.storage import environment
 
-    monkeypatch.setattr(doctor, "memory", lambda: (2**20, 2**30))
+    monkeypatch.setattr(environment, "memory", lambda: (2**20, 2**30))
     monkeypatch.setattr("macdrop.load_model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(ResourceError, match="GiB of weights"):
         timing.probe(RunSpec.model_validate(RUN), study())
@@ -86,11 +89,11 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
 def test_a_large_run_is_asked_for_and_refused_where_nobody_can_be_asked(monkeypatch):
     whole = total([Forecast("m", 1, 1, 1, 1, 50.0, 40.0, 90.0, 1, 1)], 1.0, "cpu", 0.2)
     with pytest.raises(ConfigError, match="Add --yes"):
-        forecast._agreed(whole)
+        plan._agreed(whole)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     for answer, agreed in (("", False), ("y", True), ("n", False)):
         monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
-        assert forecast._agreed(whole) is agreed
+        assert plan._agreed(whole) is agreed
 
 
 @pytest.mark.zero

@@ -12,10 +12,11 @@ import yaml
 from helpers.run_folders import make_run
 from helpers.small import SMALL
 
-from macdrop.errors import BenchmarkError, CheckpointError, ConfigError
-from tune.cli.export import LogitCheck, check_hub, export, read_trial
+from macdrop.errors import ConfigError
+from tune.cli.export import check_hub, export, read_trial
 from tune.config.run_spec import TrainSpec
-from tune.report.model_card import Z
+from tune.errors import BenchmarkError, CheckpointError
+from tune.report.model_card import LogitCheck, Z
 
 pytestmark = pytest.mark.zero
 
@@ -25,7 +26,7 @@ SETTINGS = {**SMALL, "use_dora": True, "max_steps": 3, "learning_rate": 2e-2, "z
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The folder of `macdrop train`, a DoRA adapter."""
-    from tune.cli.train import train_here
+    from tune.training.single import train_here
 
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

@@ -18,6 +18,7 @@ from tune.scheduling import history as past
 from tune.scheduling.early_stopping import cuts
 from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, Past
 from tune.scheduling.study import Study, studies
+from tune.storage import search_state
 
 TOTAL, EVERY = 40, 4
 ONE = "{name: eval_loss}"
@@ -218,26 +219,26 @@ def test_validations_after_the_word_to_stop_were_told_nobody():
 
 def test_time_spent_searching_adds_up_over_runs_and_deaths(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=50.0)
-    monkeypatch.setattr(past, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(search_state, "time", SimpleNamespace(monotonic=lambda: clock.now))
     file = tmp_path / "models" / "m" / "search_time.json"
 
     def kept() -> float:
-        return past.SearchTime(file, tmp_path).seconds
+        return search_state.SearchTime(file, tmp_path).seconds
 
     assert kept() == 0 and not file.exists()
-    with past.SearchTime(file, tmp_path) as searched:
+    with search_state.SearchTime(file, tmp_path) as searched:
         clock.now += 7
         searched.keep()
         assert kept() == 7 and searched.seconds == 7
-        clock.now += past.KEEP_EVERY_S - 1
+        clock.now += search_state.KEEP_EVERY_S - 1
         searched.keep()
         assert kept() == 7, "it is not written at each tick"
-    assert kept() == searched.seconds == 7 + past.KEEP_EVERY_S - 1
+    assert kept() == searched.seconds == 7 + search_state.KEEP_EVERY_S - 1
     clock.now += 1000  # nobody searches
-    killed = past.SearchTime(file, tmp_path).__enter__()
+    killed = search_state.SearchTime(file, tmp_path).__enter__()
     clock.now += 2
     killed.keep()
-    assert kept() == killed.seconds == 7 + past.KEEP_EVERY_S + 1
+    assert kept() == killed.seconds == 7 + search_state.KEEP_EVERY_S + 1
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"seconds": "1"}', '{"seconds": NaN}', '{"seconds": -1}'])
@@ -245,13 +246,13 @@ def test_a_damaged_search_time_is_refused(content, tmp_path):
     file = tmp_path / "search_time.json"
     file.write_text(content)
     with pytest.raises(ConfigError, match="search_time.json"):
-        past.SearchTime(file, tmp_path)
+        search_state.SearchTime(file, tmp_path)
 
 
 def test_draws_are_kept_in_their_order(tmp_path):
     file = tmp_path / "draws.jsonl"
     records = [{"drawn": {"a": 9}}, {"drawn": None}, {}]
-    assert past.draws(file, records) == [{"a": 9}], "runs of versions that kept no draws"
+    assert search_state.draws(file, records) == [{"a": 9}], "runs of versions that kept no draws"
     for number in (0, 1, 3, 1):
-        past.remember(file, number, {"a": number})
-    assert past.draws(file, records) == [{"a": 0}, {"a": 1}], "behind a gap the numbers would be wrong"
+        search_state.remember(file, number, {"a": number})
+    assert search_state.draws(file, records) == [{"a": 0}, {"a": 1}], "behind a gap the numbers would be wrong"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
-from macdrop.errors import ResourceError
+from tune.errors import ResourceError
 from tune.scheduling import queue_log as order_log
 from tune.scheduling.queue import FINAL, Order, OrderBook
 from tune.scheduling.queue_log import LoggedBook

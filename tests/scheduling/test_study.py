@@ -8,16 +8,8 @@ import pytest
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RaySpec, load
-from tune.scheduling.study import (
-    Study,
-    benchmark_runs,
-    check_local,
-    gpu_shares,
-    one_lane,
-    outline,
-    resources,
-    studies,
-)
+from tune.scheduling.resources import check_local, gpu_shares, one_lane, resources
+from tune.scheduling.study import Study, benchmark_runs, outline, studies
 
 MODEL = "model_name_or_path=zoo:planted-llama"
 

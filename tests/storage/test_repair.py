@@ -16,7 +16,7 @@ from tune.scheduling import history as past
 from tune.scheduling.selection import final_specs
 from tune.storage.repair import check_run, mend
 from tune.storage.run_folder import Journal
-from tune.training.checkpoint import newest
+from tune.storage.sealed_folder import newest
 
 DAMAGE = {
     "empty": lambda data: b"",

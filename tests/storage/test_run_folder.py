@@ -14,7 +14,8 @@ import pandas
 import pytest
 import yaml
 
-from macdrop.errors import ConfigError, ResourceError
+from macdrop.errors import ConfigError
+from tune.errors import ResourceError
 from tune.storage import atomic as files
 from tune.storage.run_folder import SCORE_COLUMNS, Journal
 

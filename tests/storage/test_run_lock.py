@@ -12,9 +12,10 @@ import time
 import pytest
 
 from macdrop.errors import ConfigError
-from tune.config.resume import check_new, check_same, resume_command
+from tune.config.resume import check_same, resume_command
 from tune.config.run_spec import dump, load
 from tune.storage import run_lock as claim
+from tune.storage.run_folder import check_new
 from tune.storage.run_lock import alive, claimed, process
 
 WORK = (
@@ -70,7 +71,7 @@ def test_who_lost_the_folder_leaves_what_another_has_written(tmp_path, monkeypat
 
 STOPPED = """
 import sys, time
-from tune.stopping import stoppable
+from tune.distributed.sweep.stop import stoppable
 with stoppable(lambda text: print(text, flush=True)) as stop:
     try:
         print("here", flush=True)
@@ -129,17 +130,17 @@ def test_the_command_that_goes_on_can_be_typed_as_it_is(tmp_path):
         check_new(tmp_path / "other")
 
 
-# --- leftovers ---
+# --- orphans ---
 
 
 @pytest.mark.ray
 def test_sessions_of_dead_sweeps_are_found_and_ended(tmp_path, monkeypatch):
-    from tune.distributed.cluster import orphans as leftovers
-    from tune.preflight import machine as doctor
+    from tune.cli import doctor
+    from tune.distributed.cluster import orphans
 
     monkeypatch.setenv("MACDROP_CACHE", str(tmp_path))
-    leftovers.remember_session(tmp_path / "session_mine")
-    assert leftovers.on_machine() == [], "this process lives"
+    orphans.remember_session(tmp_path / "session_mine")
+    assert orphans.on_machine() == [], "this process lives"
     (note,) = (tmp_path / "sessions").glob("*.json")
     kept = json.loads(note.read_text())
     session = str(tmp_path / "session_orphan")
@@ -150,15 +151,15 @@ def test_sessions_of_dead_sweeps_are_found_and_ended(tmp_path, monkeypatch):
     orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", session])
     told: list[str] = []
     deadline = time.monotonic() + 20
-    while not (found := leftovers.on_machine()) and time.monotonic() < deadline:
+    while not (found := orphans.on_machine()) and time.monotonic() < deadline:
         (note.parent / "9999999.json").write_text(json.dumps(dead))  # until the process has its command line
-    assert leftovers.offer(found, clear=False, ask=None, tell=told.append) == 0 and orphan.poll() is None
-    assert session in told[0] and "--clear-leftovers" in told[1]
-    check = doctor._leftovers()
-    assert not check.ok and not check.needed and session in check.found and "--clear-leftovers" in check.fix
-    assert leftovers.offer(found, clear=False, ask=lambda question: True, tell=told.append) == 1
+    assert orphans.offer(found, clear=False, ask=None, tell=told.append) == 0 and orphan.poll() is None
+    assert session in told[0] and "--clear-orphans" in told[1]
+    check = doctor.orphaned()
+    assert not check.ok and not check.needed and session in check.found and "--clear-orphans" in check.fix
+    assert orphans.offer(found, clear=False, ask=lambda question: True, tell=told.append) == 1
     assert orphan.wait(timeout=20) == -signal.SIGKILL
-    assert leftovers.on_machine() == [] and doctor._leftovers().ok and not (note.parent / "9999999.json").exists()
+    assert orphans.on_machine() == [] and doctor.orphaned().ok and not (note.parent / "9999999.json").exists()
     assert (note.parent / "8888888.json").exists()
 
 
@@ -179,7 +180,7 @@ def test_what_a_dead_driver_left_on_a_cluster_is_found_and_cleared(tmp_path):
     import ray
     from ray.cluster_utils import Cluster
 
-    from tune.distributed.cluster import orphans as leftovers
+    from tune.distributed.cluster import orphans
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
@@ -189,12 +190,12 @@ def test_what_a_dead_driver_left_on_a_cluster_is_found_and_cleared(tmp_path):
         mine = ray.util.placement_group([{"CPU": 1}])
         ray.get(mine.ready(), timeout=60)
         told: list[str] = []
-        assert leftovers.look(local=False, clear=True, tell=told.append) == 1
+        assert orphans.look(local=False, clear=True, tell=told.append) == 1
         assert "an actor PlacementGroupCleaner, of job" in told[0] and "is dead" in told[0]
         deadline = time.monotonic() + 30
-        while leftovers.on_cluster() and time.monotonic() < deadline:
+        while orphans.on_cluster() and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert leftovers.on_cluster() == [] and mine.wait(1)
+        assert orphans.on_cluster() == [] and mine.wait(1)
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from macdrop.errors import ResourceError
+from tune.errors import ResourceError
 from tune.storage import atomic as files
 from tune.storage.atomic import append_jsonl, atomic_write_json, lasting, read_jsonl
 from tune.storage.run_folder import Journal
@@ -197,9 +197,9 @@ def test_a_fine_tuning_waits_for_storage_that_is_gone(tmp_path, monkeypatch):
 def _trainer():
     from tune.config.run_spec import TrainSpec
     from tune.data import dataset as data
+    from tune.storage.cache import cache_dir
     from tune.training.engine import Engine
     from tune.training.finetune import finetune
-    from tune.training.massive_weights import cache_dir
     from tune.training.process_group import prepare_process
 
     prepare_process()

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from macdrop.errors import CheckpointError
-from tune.training.checkpoint import (
+from tune.errors import CheckpointError
+from tune.storage.sealed_folder import (
     ASIDE,
     MANIFEST,
-    MOMENTS,
     STAGING,
-    AdapterState,
     commit,
     folder_name,
     newest,
@@ -24,6 +22,7 @@ from tune.training.checkpoint import (
     verify,
     write_folder,
 )
+from tune.training.checkpoint import MOMENTS, AdapterState
 
 NAMES = ("model.layers.0.q_proj.lora_A.default.weight", "model.layers.0.q_proj.lora_B.default.weight", "bare")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from macdrop.errors import ResourceError
+from tune.errors import ResourceError
 
 pytestmark = pytest.mark.zero
 WORLD = 2

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 from helpers.small import SMALL
 
-from macdrop.errors import CheckpointError, ConfigError, TrainingDiverged, TrainingInvariantError
+from macdrop.errors import ConfigError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
+from tune.errors import CheckpointError, TrainingDiverged
 
 pytestmark = pytest.mark.zero
 
@@ -30,7 +31,7 @@ def _cache(tmp_path_factory):
 
 def train(folder: Path, observe=None, **changes) -> tuple[list[dict], object]:
     """Metrics of every step, and the outcome."""
-    from tune.cli.train import train_here
+    from tune.training.single import train_here
 
     rows: list[dict] = []
 
@@ -97,7 +98,7 @@ def test_adapter_on_disk_is_the_model_that_was_trained(tmp_path):
 
     from macdrop import load_model, load_tokenizer
     from tune.data import dataset as data
-    from tune.training.massive_weights import cache_dir
+    from tune.storage.cache import cache_dir
     from tune.zoo.catalog import resolve
 
     spec = TrainSpec(**SETTINGS)
@@ -171,9 +172,9 @@ def test_counts_continue_over_a_resume(tmp_path, monkeypatch):
 
 def test_an_engine_refuses_a_spec_it_was_not_built_for(tmp_path):
     from tune.data import dataset as data
+    from tune.storage.cache import cache_dir
     from tune.training.engine import Engine
     from tune.training.finetune import finetune
-    from tune.training.massive_weights import cache_dir
     from tune.training.process_group import prepare_process
 
     prepare_process()

@@ -24,7 +24,7 @@ SETTINGS = {**SMALL, "max_steps": 4, "logging_steps": 2, "zero_stage": 0, "datas
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A trial that was stopped early (told so at step 2 of 4), on data named relative to the folder of the time."""
-    from tune.cli.train import train_here
+    from tune.training.single import train_here
     from tune.zoo.catalog import resolve
 
     root = tmp_path_factory.mktemp("trained")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tune.analysis.display_names import NAMES, flatten, setting_label
-from tune.config.eval_spec import SECTIONS
+from tune.config.recorded import _block, asked_for, models_of
 from tune.config.run_spec import slug
 from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
 from tune.storage.run_folder import BASE, Journal
@@ -314,27 +314,3 @@ def _objectives(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     metric = _block(config, "sweep").get("metric") or {}
     several = metric if isinstance(metric, list) else [metric]
     return [(one.get("name", EVAL_LOSS.metric), one.get("goal", "minimize")) for one in several]
-
-
-def models_of(config: Mapping[str, Any]) -> list[str]:
-    """The names of a run's models, in the order of its spec."""
-    entries = _block(config, "sweep").get("models") or [config.get("model_name_or_path")]
-    names = [entry.get("model_name_or_path") if isinstance(entry, Mapping) else entry for entry in entries]
-    return [name for name in names if isinstance(name, str) and name]
-
-
-def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:
-    """Names of the run's benchmarks, and of lm-eval's tasks behind them, with the metric that tables show of them."""
-    names: dict[str, str | None] = {}
-    for block in ("validation", "eval"):
-        for section in SECTIONS:
-            for name, entry in _block(_block(config, block), section).items():
-                entry = entry if isinstance(entry, Mapping) else {}
-                names |= dict.fromkeys((name, entry.get("task") or name), entry.get("metric"))
-    return names
-
-
-def _block(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A block of a run file; empty where it is missing or no block."""
-    found = config.get(key)
-    return found if isinstance(found, Mapping) else {}

@@ -62,8 +62,8 @@ def compare(runs: Sequence[Path], *, sort: str | None, format: str, output: Path
         ConfigError: an unknown format or column, a folder that is no run, a run given twice, an `output` without a
             known ending. ResourceError: `output` cannot be written; what is printed has been.
     """
-    from tune.cli.console import line
-    from tune.cli.report import check_format, check_runs, read, report_console
+    from tune.cli.console import line, report_console
+    from tune.report.files import check_format, check_runs, read
     from tune.storage.atomic import atomic_write_text
 
     check_format(format)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich.console import Console
 from rich.table import Table
 
 #: Columns where the output is no terminal: a table cut at 80 would be useless in a file.
 PIPED_WIDTH = 200
+
+#: Columns of a report that goes into a pipe.
+PIPED_REPORT_WIDTH = 120
 
 console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
@@ -36,18 +39,13 @@ def table(*headings: str, left: Iterable[str] = ()) -> Table:
     return made
 
 
-def quiet_libraries() -> None:
-    """transformers' loading bars and advice off; our own lines say what happens."""
-    import logging
-    import os
-    import warnings
+def report_console() -> Console:
+    """The console for wide tables."""
+    return console if sys.stdout.isatty() else Console(width=PIPED_REPORT_WIDTH)
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    for name in ("deepspeed", "DeepSpeed", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def asked_by() -> Callable[[str], bool] | None:
+    """A function that puts a yes-or-no question to the user; None where there is nobody to ask."""
+    if not sys.stdin.isatty():
+        return None
+    return lambda question: console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

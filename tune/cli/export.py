@@ -12,27 +12,25 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from macdrop.errors import BenchmarkError, ConfigError, ResourceError
-from tune.cli.console import console, line, quiet_libraries
+from macdrop.errors import ConfigError
+from tune.cli.console import console, line
 from tune.config.run_spec import TrainSpec
-from tune.report.model_card import Exported, model_card
+from tune.errors import BenchmarkError, ResourceError
+from tune.report.model_card import Exported, LogitCheck, model_card
 from tune.storage.atomic import atomic_write_json, atomic_write_text, writing
 from tune.storage.run_folder import BASE, Journal
+from tune.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
 
 #: Positions of real text that a logit check looks at, at most.
 CHECKED = 512
-#: dtype -> (largest |difference| of a logit, as a share of the largest |logit|; least share of equal first choices).
-#: Merging rounds each weight once: in bf16 by up to 2^-9 of it, and massive activations carry that on.
-LIMITS = {"float32": (1e-4, 0.999), "bfloat16": (0.05, 0.95)}
 FINISHED = ("done", "stopped")
 
 
@@ -81,7 +79,7 @@ def read_trial(folder: Path) -> Exported:
         ConfigError: it is neither, it has not ended well, or its adapter is damaged.
     """
     from tune.config.messages import build
-    from tune.training.checkpoint import verify
+    from tune.storage.sealed_folder import verify
 
     for name in ("config.yaml", "trial.json"):
         if not (folder / name).is_file():
@@ -152,31 +150,6 @@ def _write_adapter(content: Exported, folder: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": content.spec.model_name_or_path, "revision": content.spec.model_revision}
     atomic_write_json(folder / "adapter_config.json", config)
-
-
-@dataclass(frozen=True)
-class LogitCheck:
-    """Logits of base and adapter against those of the merged weights as read back from the disk."""
-
-    difference: float  # largest |difference|
-    largest: float  # largest |logit| of base and adapter
-    agreement: float  # share of positions with the same first choice
-    positions: int
-    dtype: str
-
-    @property
-    def ok(self) -> bool:
-        share, agreement = LIMITS[self.dtype]
-        return self.difference <= share * self.largest and self.agreement >= agreement
-
-    @property
-    def text(self) -> str:
-        share, agreement = LIMITS[self.dtype]
-        return (
-            f"largest |difference| {self.difference:.3g} (limit {share * self.largest:.3g}: {share:g} of the largest "
-            f"|logit| {self.largest:.3g}), same first choice at {self.agreement:.2%} of {self.positions} positions "
-            f"(limit {agreement:.1%}), {self.dtype}"
-        )
 
 
 def _write_merged(content: Exported, folder: Path) -> LogitCheck:

@@ -7,84 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.analysis.results import models_of
 from tune.config.judge_spec import JudgeSpec
 from tune.config.run_spec import slug
+from tune.evaluation.judge.answers import answers_of, answers_of_evaluation
 from tune.evaluation.judge.judgements import Answers
 from tune.evaluation.judge.session import Outcome, judge_files, make_judge, unparsable
-from tune.storage.atomic import append_jsonl, read_jsonl
+from tune.storage.atomic import append_jsonl
 from tune.storage.run_folder import BASE, Journal
 
 #: How to ask for a judge, for messages.
 EXAMPLE = "  model=prometheus-eval/prometheus-7b-v2.0\n  model=NAME base_url=http://127.0.0.1:8000/v1"
-
-
-def answers_of(journal: Journal) -> list[Answers]:
-    """The generated answers of a run's base models and final trials, all attacks.
-
-    Raises:
-        ConfigError: there are none, and why.
-    """
-    entries = list(((journal.config().get("eval") or {}).get("generation")) or {})
-    records = journal.trials()
-    folders = [
-        (journal.trial(record["trial"]).folder, {key: record[key] for key in ("model", "arm", "trial", "seed")})
-        for record in records
-        if record["status"] == "done" and record.get("stage", "final") == "final"
-    ]
-    names = _models(journal)
-    for folder in sorted((journal.run_dir / "models").glob("*/")):
-        tag = {"model": names.get(folder.name, folder.name), "arm": BASE, "trial": BASE, "seed": None}
-        folders.insert(0, (folder, tag))
-    found = [
-        _tagged(journal, Answers.read(file, journal.run_dir, tag, entries))
-        for folder, tag in folders
-        for file in sorted((folder / "answers").glob("generation-*.jsonl"))
-    ]
-    if found:
-        return found
-    if not records and not folders:
-        raise ConfigError(f"{journal.run_dir} has no trials and no scored base model: there is nothing to judge.")
-    raise ConfigError(
-        f"{journal.run_dir} has no generated answers: no generation benchmark has been scored for a base model or a "
-        "final trial.\nList one under eval.generation, for example Spec-Bench, and run the sweep (or --resume it)."
-    )
-
-
-def _models(journal: Journal) -> dict[str, str]:
-    """Slug -> full name of the run's models."""
-    names = [*models_of(journal.config()), *(row["model"] for row in journal.score_rows())]
-    return {slug(name): name for name in names}
-
-
-def _tagged(journal: Journal, answers: Answers) -> Answers:
-    """With what the score row of the same answers says of them: limit, split, suite."""
-    same = {
-        **{key: answers.tag[key] for key in ("model", "trial")},
-        **{"benchmark": "generation", "attack": answers.attack, "attack_on": answers.attack_on},
-    }
-    for row in journal.score_rows():
-        if all(row[key] == value for key, value in same.items()) and answers.entry in (row.get("entry"), row["task"]):
-            words = [word for word in (row.get("settings") or "").split() if word.startswith("suite=")]
-            more = {key: row[key] for key in ("limit", "split") if key in row}
-            answers.tag.update(more, words=words)
-            break
-    return answers
-
-
-def answers_of_evaluation(folder: Path) -> list[Answers]:
-    """The generated answers in what `macdrop eval --output` wrote.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    scored = read_jsonl(folder / "scores.jsonl")
-    tag = {key: scored[0].get(key) for key in ("model", "adapter")} if scored else {}
-    entries = [row["task"] for row in scored if row["benchmark"] == "generation"]
-    files = sorted((folder / "answers").glob("generation-*.jsonl"))
-    if not files:
-        raise ConfigError(f"{folder} has no generated answers: list a benchmark under eval.generation.")
-    return [Answers.read(file, folder, tag, entries) for file in files]
 
 
 def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False) -> int:
@@ -111,7 +43,8 @@ def judge_evaluation(folder: Path, spec: JudgeSpec, *, fresh: bool = False) -> i
 
 
 def _judge(files: list[Answers], spec: JudgeSpec, add_scores: Callable[..., Any], folder: Path, *, fresh: bool) -> int:
-    from tune.cli.console import line, quiet_libraries
+    from tune.cli.console import line
+    from tune.training.quiet import quiet_libraries
 
     quiet_libraries()
     where = f" at {spec.base_url}" if spec.base_url else ""

@@ -28,7 +28,7 @@ app.add_typer(zoo, name="zoo")
 app.add_typer(cluster, name="cluster")
 
 #: Exit codes, also in the README.
-TRIALS_FAILED, BAD_CONFIG, NO_RESOURCES, INTERRUPTED = 1, 2, 3, 130
+TRIALS_FAILED, INTERRUPTED = 1, 130
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, or zoo:NAME.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
@@ -83,7 +83,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on in output_dir from its newest checkpoint.")] = False,
 ) -> None:
     """Fine-tune one adapter with MacDrop (or without: macdrop.p0=0), in this process or on ray.num_workers workers."""
-    from tune.cli import commands
+    from tune.cli import train as commands
 
     file, overrides = _split(config)
     commands.train(file, overrides, resume=resume)
@@ -101,7 +101,7 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Score one model or adapter on a suite or the benchmarks of an eval: block, plain and under attack."""
-    from tune.cli import commands
+    from tune.cli import eval as commands
 
     file, overrides = _split(config)
     source = commands.Source(model, revision, bf16, trust_remote_code)
@@ -113,7 +113,7 @@ def suites(
     name: Annotated[str | None, typer.Argument(help="Show this suite as YAML; without it, list all.")] = None,
 ) -> None:
     """The shipped benchmark suites: named, versioned lists of benchmarks and attacks."""
-    from tune.config import suites as shipped
+    from tune.cli import suites as shipped
 
     shipped.show(name)
 
@@ -168,19 +168,24 @@ def sweep(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="With --resume: also train again what failed or diverged.")
     ] = False,
-    clear_leftovers: Annotated[
-        bool, typer.Option("--clear-leftovers", help="Clear what dead runs hold on the cluster; else it asks.")
+    clear_orphans: Annotated[
+        bool,
+        typer.Option(
+            "--clear-orphans",
+            "--clear-leftovers",
+            help="Remove resources held by dead runs without asking. (Also spelled --clear-leftovers.)",
+        ),
     ] = False,
     recipes: Annotated[bool, typer.Option("--recipes", help="List the shipped recipes.")] = False,
 ) -> None:
     """Compare plain and MacDrop adapters on many models: search, train, score, report. No argument: the demo."""
-    from tune.cli import commands
+    from tune.cli import sweep as commands
 
     if recipes:
         commands.list_recipes()
         return
     file, overrides = _split(config)
-    how = {"resume": resume, "retry_failed": retry_failed, "clear_leftovers": clear_leftovers}
+    how = {"resume": resume, "retry_failed": retry_failed, "clear_orphans": clear_orphans}
     failures = commands.sweep(file, overrides, dry_run=dry_run, **how)
     raise typer.Exit(TRIALS_FAILED if failures else 0)
 
@@ -215,7 +220,7 @@ def doctor(
     ray: Annotated[bool, typer.Option("--ray", help="Also start Ray for a moment (some seconds).")] = False,
 ) -> None:
     """Check this machine: packages, hardware, process groups, DeepSpeed, the zoo; each fault with its remedy."""
-    from tune.cli import commands
+    from tune.cli import doctor as commands
 
     raise typer.Exit(0 if commands.doctor(ray=ray) else 1)
 
@@ -223,7 +228,7 @@ def doctor(
 @zoo.command("list", epilog="Example: macdrop zoo list")
 def zoo_list() -> None:
     """The built-in models and data sets, with the names to use them by."""
-    from tune.cli import commands
+    from tune.cli import zoo as commands
 
     commands.zoo_list()
 
@@ -239,18 +244,13 @@ def _split(arguments: list[str] | None) -> tuple[str | None, list[str]]:
 def main() -> None:
     """Entry point of the `macdrop` command; our own errors become a message and an exit code, never a traceback."""
     from cluster.errors import LaunchError
-    from macdrop.errors import MacDropError, ResourceError
+    from macdrop.errors import MacDropError
 
     try:
         app()
-    except LaunchError as error:
+    except (MacDropError, LaunchError) as error:
         print(f"macdrop: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except MacDropError as error:
-        code = BAD_CONFIG if isinstance(error, ValueError) else TRIALS_FAILED
-        code = NO_RESOURCES if isinstance(error, ResourceError) else code
-        print(f"macdrop: {error}", file=sys.stderr)
-        sys.exit(code)
     except KeyboardInterrupt:
         print("macdrop: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -6,174 +6,41 @@ The arithmetic is pure (`forecast_study`, `Total`); `tune.preflight.probe` measu
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from macdrop.errors import ConfigError
-from tune.config.run_spec import RaySpec, RunSpec
-from tune.data.batching import save_interval
-from tune.scheduling.study import Study, resources
-from tune.training.checkpoint import KEPT, MOMENTS
-
-#: `--start` asks before a sweep that is forecast to take longer, or to cost more.
-ASK_HOURS, ASK_COST = 4.0, 20.0
-#: Starting Ray, lanes and evaluators once, and handing over each trial; seconds.
-START_S, TRIAL_S = 30.0, 1.0
-#: The upper end of the range allows for waiting, slow disks and longer texts than the probe's.
-SLACK = 1.5
-ANSWER_BYTES = 2000
-PRICES = Path(__file__).parents[1] / "preflight" / "prices.yaml"
-ASSUMED = (
-    f"Assumed: {START_S:.0f} s to start and {TRIAL_S:.0f} s a trial to hand over; lanes and evaluators work side by "
-    "side, each device as fast as the one probed, and more workers cost no time for their gradients; nothing is "
-    "stopped early and no trial drawn twice. The range is the spread of the probe's steps, its upper end times "
-    f"{SLACK:g}. Judging is not in it."
+from tune.config.run_spec import RunSpec
+from tune.preflight.forecast import (
+    ASK_COST,
+    ASK_HOURS,
+    ASSUMED,
+    Forecast,
+    Total,
+    forecast_study,
+    price_of,
+    read_prices,
+    total,
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a probe of one model found. Times in seconds, memory and disk in bytes; `slow` is the upper quartile."""
-
-    load: float
-    step: float
-    fast: float
-    slow: float
-    validation: float
-    memory: int
-    adapter: int
-    data: int
-    tests: float  # all test benchmarks of one adapter, plain and attacked
-    validations: float  # the same for the validation benchmarks
-    answers: int  # items scored for one adapter
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """One study. `hours` is the wall clock; `low` and `high` its range."""
-
-    name: str
-    trials: int
-    steps: int
-    training_h: float
-    scoring_h: float
-    hours: float
-    low: float
-    high: float
-    memory: int
-    disk: int
-
-
-def forecast_study(study: Study, steps: int, found: Measured, ray: RaySpec) -> Forecast:
-    """The two stages of a study one after the other, in each of them training beside scoring."""
-    evals = study.spec.eval_steps
-    validations = steps // evals + 1 if evals else 1
-    one = steps * found.step + validations * found.validation + TRIAL_S
-    compared = study.final_count
-    if study.search and not study.reseeded:
-        compared += study.cells * (bool(study.plain) + study.finalists * study.drops)
-    stages = [
-        (study.searched_count, study.searched_count * found.validations),
-        (study.final_count, compared * found.tests),
-    ]
-    seconds = found.load + study.base * (found.tests + (found.validations if study.search else 0.0)) / ray.evaluators
-    for trials, scoring in stages:
-        # Whole rounds of the lanes; the last adapter is scored when nothing is trained any more.
-        rounds = -(-trials // ray.lanes) * one
-        tail = scoring / max(trials, 1)
-        seconds += max(rounds + tail, scoring / ray.evaluators) if trials else scoring / ray.evaluators
-    trained, scored = study.count * one, sum(scoring for _, scoring in stages) + study.base * found.tests
-    disk = study.count * found.adapter + found.data
-    if save_interval(study.spec, steps):
-        # Of what is being trained alone: the kept ones and the one in the making, each weights and moments in fp32.
-        whole = (1 + len(MOMENTS)) * found.adapter * (2 if study.spec.bf16 else 1)
-        disk += min(ray.lanes, study.count) * (KEPT + 1) * whole
-    disk += (study.count + study.base) * found.answers * ANSWER_BYTES
-    hours = seconds / 3600
-    return Forecast(
-        study.name, study.count, steps, trained / 3600, scored / 3600, hours, hours * found.fast / found.step,
-        hours * SLACK * found.slow / found.step, found.memory, disk,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Total:
-    """The whole run on its devices; `cost` is None where no price is known."""
-
-    hours: float
-    low: float
-    high: float
-    disk: int
-    devices: float
-    device: str
-    price: float | None
-
-    @property
-    def device_hours(self) -> float:
-        return self.hours * self.devices
-
-    @property
-    def cost(self) -> float | None:
-        return None if self.price is None else self.device_hours * self.price
-
-    @property
-    def large(self) -> bool:
-        """Whether `--start` asks first."""
-        return self.hours > ASK_HOURS or (self.cost or 0.0) > ASK_COST
-
-
-def total(parts: list[Forecast], devices: float, device: str, price: float | None) -> Total:
-    """Studies run one after the other."""
-    start = START_S / 3600
-    hours, low, high = (start + sum(getattr(part, name) for part in parts) for name in ("hours", "low", "high"))
-    return Total(hours, low, high, sum(part.disk for part in parts), devices, device, price)
-
-
-def read_prices(file: Path | None) -> dict[str, Any]:
-    """The price file.
-
-    Raises:
-        ConfigError: there is none, or it is no list of devices with a price.
-    """
-    path = file or PRICES
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        devices = [(str(row["match"]), float(row["per_hour"])) for row in content["devices"]]
-    except OSError as error:
-        raise ConfigError(f"--prices {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"--prices {path} is no price file ({error}). Write, for example\n  date: 2026-11\n  currency: USD\n"
-            "  devices:\n    - {match: H100, per_hour: 3.00}"
-        ) from error
-    wrong = [name for name, price in devices if not price >= 0]
-    if wrong:
-        raise ConfigError(f"--prices {path}: the price of {wrong[0]} must be at least 0.")
-    return {"devices": devices, "date": content.get("date", "no date"), "currency": content.get("currency", "USD")}
-
-
-def price_of(prices: dict[str, Any], device: str) -> float | None:
-    """Of the first pattern that is a part of the device's name."""
-    return next((price for match, price in prices["devices"] if match.lower() in device.lower()), None)
-
+from tune.scheduling.resources import resources
 
 # --- the command ---
 
 
 def plan(file: str | None, overrides: list[str], *, prices: Path | None, start: bool, yes: bool) -> int:
     """Probe, tell, and with `start` run the sweep; returns the exit code."""
-    from tune.cli import commands
-    from tune.cli.console import console, quiet_libraries
+    from tune.cli.console import console
+    from tune.cli.sweep import sweep
+    from tune.config.recipes import DEMO, recipe
     from tune.config.run_spec import load
     from tune.preflight.inputs import check_inputs
     from tune.preflight.probe import device_name, probe
-    from tune.scheduling.study import check_local, studies
+    from tune.scheduling.resources import check_local
+    from tune.scheduling.study import studies
+    from tune.training.quiet import quiet_libraries
 
     known = read_prices(prices)
-    spec = load(commands.recipe(file or commands.DEMO), overrides)
+    spec = load(recipe(file or DEMO), overrides)
     planned = studies(spec)
     check_local(spec.ray)
     quiet_libraries()
@@ -191,7 +58,7 @@ def plan(file: str | None, overrides: list[str], *, prices: Path | None, start: 
         return 0
     if whole.large and not yes and not _agreed(whole):
         return 0
-    return 1 if commands.sweep(file, overrides, dry_run=False, resume=False) else 0
+    return 1 if sweep(file, overrides, dry_run=False, resume=False) else 0
 
 
 def _devices(spec: RunSpec, device: str) -> float:

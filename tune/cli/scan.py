@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.cli.console import console, line, lines, quiet_libraries, table
+from tune.cli.console import console, line, lines, table
+from tune.training.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.config.run_spec import RunSpec, TrainSpec, dump
+from tune.cli.console import console, line
+from tune.config.recipes import fresh_folder, recipe
+from tune.config.run_spec import RunSpec, TrainSpec
 from tune.trackers.sync import OneTrial
-from tune.training.finetune import Observer, Outcome, Word, finetune
-from tune.training.massive_weights import cache_dir
+from tune.training.finetune import Observer, Outcome
+from tune.training.quiet import quiet_libraries
+from tune.training.single import train_here
 
 FOLLOW_EVERY_S = 0.3
+SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "p", "entries_dropped", "tokens_per_second")
 
 
-def train(spec: RunSpec, folder: Path, *, observe: Observer, resume: bool) -> Outcome:
+def train_one(spec: RunSpec, folder: Path, *, observe: Observer, resume: bool) -> Outcome:
     """Train the run's one model into `folder`; see `finetune` for what lies there afterwards.
 
     Raises:
@@ -38,66 +41,6 @@ def train(spec: RunSpec, folder: Path, *, observe: Observer, resume: bool) -> Ou
     return outcome
 
 
-def train_here(
-    spec: TrainSpec, folder: Path, *, observe: Observer | None, threads: int, beat: Callable[[], None] = lambda: None
-) -> Outcome:
-    """Train in the current process group (of one, unless torchrun or Ray Train made a larger one)."""
-    import torch.distributed as dist
-
-    from tune.data import dataset as data
-    from tune.storage.atomic import atomic_write_json, atomic_write_yaml
-    from tune.storage.run_folder import TrialRecord
-    from tune.training.collectives import rank0_does
-    from tune.training.engine import Engine
-    from tune.training.process_group import prepare_process
-    from tune.training.reproduce import write_script
-
-    prepare_process(threads)
-    spec = spec.canonical()
-    weights = scanned(spec) if spec.arm != "plain" else None
-    engine = Engine(spec)
-    prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
-
-    record = TrialRecord(folder, within=folder)
-
-    def watch(metrics: dict[str, Any]) -> Word:
-        record.log([metrics])
-        return observe(metrics) if observe else "go_on"
-
-    def prepare() -> None:
-        atomic_write_yaml(folder / "config.yaml", dump(spec))
-        scan = folder / "massive_weights.json"
-        if weights:
-            weights.save(scan)
-        write_script(folder, prepared, weights, scan, dist.get_world_size())
-
-    rank0_does(prepare)
-    outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch, beat=beat)
-    about = {"model": spec.model_name_or_path, "arm": spec.arm, **asdict(outcome)}
-    rank0_does(lambda: atomic_write_json(folder / "trial.json", about))
-    return outcome
-
-
-def scanned(spec: TrainSpec) -> Any:
-    """The model's massive weights, from the cache or by a scan of a whole (not partitioned) copy of it."""
-    from macdrop import load_model, load_tokenizer
-    from tune.training.massive_weights import known_weights, massive_weights
-    from tune.zoo.catalog import resolve
-
-    known = known_weights(spec)
-    if known is not None:
-        return known
-    source = resolve(spec.model_name_or_path)
-    loading = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
-    model = load_model(
-        source,
-        dtype="bfloat16" if spec.bf16 else "float32",
-        attn_implementation=spec.attn_implementation,
-        **loading,
-    )
-    return massive_weights(spec, model, load_tokenizer(source, **loading))
-
-
 def _train_on_workers(spec: RunSpec, train_spec: TrainSpec, folder: Path, observe: Observer) -> Outcome:
     """Run `train_here` on Ray Train workers and follow the metrics that rank 0 writes."""
     from tune.distributed.lanes.train_run import Workers
@@ -114,3 +57,62 @@ def _train_on_workers(spec: RunSpec, train_spec: TrainSpec, folder: Path, observ
             seen = len(rows)
             if finished:
                 return workers.outcome()
+
+
+def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
+    from tune.config.eval_spec import jobs
+    from tune.config.run_spec import load
+    from tune.scheduling.resources import check_local, one_lane
+    from tune.storage.sealed_folder import newest
+
+    spec = load(recipe(file), overrides)
+    folder = Path(spec.output_dir or fresh_folder(file or "train"))
+    models = spec.studies()
+    if len(models) != 1:
+        raise ConfigError(f"train takes one model, and sweep.models lists {len(models)}. Use `macdrop sweep` for them.")
+    check_local(one_lane(spec.ray))
+    checkpoint = _newest(folder, newest) if resume else None
+    quiet_libraries()
+    from tune.preflight.inputs import check_folder, check_trackers, check_training
+
+    check_folder(folder, resume=resume, remedy=shlex.join(["macdrop", *sys.argv[1:], "--resume"]))
+    check_trackers(spec.report_to, folder)
+    with console.status("Reading model settings and data"):
+        steps = check_training(models[0], spec.ray.num_workers)
+    if checkpoint is not None:
+        line("resuming", f"from {checkpoint}")
+    def show(metrics: dict[str, Any]) -> str:
+        parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}"]
+        parts += [f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None]
+        console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        return "go_on"
+
+    outcome = train_one(spec, folder, observe=show, resume=resume)
+    line("adapter", str(folder / "adapter"))
+    line("trained", f"{outcome.step} of {outcome.total_steps} steps in {outcome.seconds:.1f} s")
+    if outcome.eval_loss is not None:
+        line("eval loss", f"{outcome.eval_loss:.4f} nats per answer token, masks off")
+    hooked = "features of the intermediate state" if models[0].arm == "activations" else "rows"
+    if outcome.entries_masked:
+        share = outcome.entries_dropped / outcome.entries_masked
+        told = f"{outcome.entries_dropped} of {outcome.entries_masked} masked entries ({share:.1%})"
+        line("dropped", f"{told} in {outcome.rows_hooked} hooked {hooked}")
+    elif outcome.rows_hooked:
+        line("dropped", f"nothing in these steps, whose p is 0 ({outcome.rows_hooked} hooked {hooked})")
+    else:
+        line("dropped", "nothing: plain fine-tuning, MacDrop is off (macdrop.p0 or macdrop.k is 0)")
+    benchmarks = [file] if file and jobs(spec.eval) else []
+    if not benchmarks and not models[0].model_name_or_path.startswith("zoo:"):
+        benchmarks = ["eval.zero_shot=[arc_easy,piqa]"]
+    line(
+        "next", " ".join(["macdrop eval", models[0].model_name_or_path, *benchmarks, f"--adapter {folder / 'adapter'}"])
+    )
+
+
+def _newest(folder: Path, newest: Any) -> Path:
+    checkpoint = newest(folder / "checkpoints")
+    if checkpoint is None and (folder / "adapter").is_dir():
+        raise ConfigError(f"{folder} has been trained to its end: there is nothing to go on with.")
+    if checkpoint is None:
+        raise ConfigError(f"{folder} has no checkpoint to go on from. Leave --resume out.")
+    return checkpoint

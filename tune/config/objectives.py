@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from macdrop.errors import nearest
 from tune.config.eval_spec import PLAIN, SECTIONS, EvalSpec, jobs
 from tune.config.sections import EVAL_LOSS, SweepSpec
-from tune.evaluation.score_names import AVERAGED
+
+AVERAGED = ("zero_shot", "perplexity")
 
 
 def score_name(benchmark: str, task: str, metric: str, attack: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RaySpec
-from tune.storage.run_lock import NAMES
 
 #: Of the block `ray:` what results depend on: the global batch, and the order in which a CPU adds numbers up.
 RESULTS = frozenset({"ray.num_workers", "ray.threads_per_worker"})
@@ -52,19 +51,6 @@ def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, An
         f"The run in {folder} was started with another spec:\n{told}{why}\nGo on with its own settings:\n"
         f"  {resume_command(folder)}\nor choose another output_dir for these."
     )
-
-
-def check_new(path: Path, remedy: str | None = None) -> None:
-    """Refuse a folder that holds anything but a sweep's claim of it; what is in it is not touched.
-
-    remedy: the command that goes on with the run there, if there is one.
-    """
-    if not path.exists() or (path.is_dir() and not {each.name for each in path.iterdir()} - NAMES):
-        return
-    if any((path / name).exists() for name in ("run.json", "config.yaml", "trials")):
-        go_on = f"Go on with it:\n  {remedy or resume_command(path)}\nor choose another output_dir."
-        raise ConfigError(f"output_dir {str(path)!r} exists and is not empty: it holds a run. {go_on}")
-    raise ConfigError(f"output_dir {str(path)!r} exists and is not empty: choose another output_dir.")
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

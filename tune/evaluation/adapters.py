@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from macdrop.errors import CheckpointError, ConfigError
-from tune.training.checkpoint import ADAPTER, MANIFEST, verify
+from macdrop.errors import ConfigError
+from tune.errors import CheckpointError
+from tune.storage.sealed_folder import MANIFEST, verify
+from tune.training.checkpoint import ADAPTER
 
 PROBE_LENGTH = 16
 #: Keys of adapter_config.json with which PEFT would write to the base, replace parts of it or import what is named in

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from macdrop.errors import BenchmarkError, ConfigError, DataError
+from macdrop.errors import ConfigError, DataError
 from tune.config.eval_spec import Perplexity
 from tune.data.readers import is_local, read_documents
+from tune.errors import BenchmarkError
 from tune.evaluation.prefix_cache import Logits, plain_logits
 
 VERSION = "1"

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tune.config.eval_spec import SECTIONS
+from tune.config.objectives import AVERAGED
 
 PRIMARY = ("acc", "exact_match", "word_perplexity", "perplexity", "judge_score", "rouge_l", "chrf", "repeated_4grams")
 """Which metric of a task stands in the tables, best first; all of them are in the CSV."""
 LONGBENCH = "longbench_"
-AVERAGED = ("zero_shot", "perplexity")
 HOW = ("limit", "num_fewshot", "version", "settings")
 ACCURACIES = ("acc", "acc_norm")
 

@@ -22,9 +22,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from macdrop.errors import BenchmarkError, ConfigError, DataError, MacDropError
+from macdrop.errors import ConfigError, DataError, MacDropError
 from tune.config.eval_spec import EvalSpec, ZeroShot
 from tune.data.readers import Table, read_rows
+from tune.errors import BenchmarkError
 from tune.evaluation import catalogue
 from tune.evaluation.check import as_on_the_hub, check_zero_shot, effective_shots, task_file, unknown_task
 from tune.evaluation.decode import fit_middle

@@ -10,14 +10,14 @@ from typing import Any
 from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import SCHEDULES, probability
 from tune.config.eval_spec import PLAIN, EvalSpec, jobs, parse_attack
-from tune.config.resume import check_new
 from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
 from tune.config.sections import ARMS, EVAL_LOSS
 from tune.data.batching import Batches, total_steps
 from tune.scheduling.early_stopping import Cuts, cuts
 from tune.scheduling.study import Study
+from tune.storage.cache import cache_dir
+from tune.storage.run_folder import check_new
 from tune.trackers.backends import check as check_trackers
-from tune.training.massive_weights import cache_dir
 from tune.zoo.catalog import resolve
 
 #: Keys that decide what the tokenised data are.

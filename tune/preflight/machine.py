@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from macdrop.errors import MacDropError
-from tune.storage.environment import gpu_names
+from tune.storage.environment import gpu_names, memory
 
 MAIN_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "lm-eval")
 MEMORY_GIB, DISK_GIB = 4.0, 2.0
@@ -49,7 +49,7 @@ def checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) -> list
 
 def iter_checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) -> Iterator[Check]:
     """The same, one by one as they are done."""
-    from tune.training.massive_weights import cache_dir
+    from tune.storage.cache import cache_dir
 
     accelerator = {} if gpu_names() else {"DS_ACCELERATOR": "cpu"}
     with ThreadPoolExecutor(2) as pool:  # each probe spends its time on imports
@@ -63,7 +63,6 @@ def iter_checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) ->
     yield writable("cache folder", cache_dir(), "Set MACDROP_CACHE to a folder that this user can write to.")
     yield _zoo()
     yield _hub()
-    yield _leftovers()
     if ray:
         yield _ray(*_probe(_RAY_PROBE, RAY_USAGE_STATS_ENABLED="0"))
 
@@ -128,21 +127,6 @@ def _machine() -> Iterator[Check]:
     free, total = (value / 2**30 for value in memory())
     fix = "" if free >= MEMORY_GIB else f"Free {MEMORY_GIB:g} GiB, or lower ray.lanes and ray.evaluators."
     yield Check("memory", free >= MEMORY_GIB, f"{free:.1f} of {total:.1f} GiB free", fix)
-
-
-def memory() -> tuple[int, int]:
-    """(free, total) bytes; a container's limit counts where there is one."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    free, total = page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024  # counts what the page cache would give back
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        if limit != "max":
-            total, free = min(total, int(limit)), min(free, int(limit) - int(used))
-    except (OSError, KeyError, ValueError):
-        pass  # not Linux, or no such limit
-    return free, total
 
 
 # --- probes in a process of their own ---
@@ -218,16 +202,6 @@ def _ray(found: dict, error: str) -> Check:
     words = f"starts, State API answers at {found['dashboard']}" if ok else error or "starts, but without its dashboard"
     fix = 'Run: pip install "ray[default,train,tune]" (its page and `ray job submit` need the dashboard).'
     return Check("ray start", ok, words, "" if ok else fix)
-
-
-def _leftovers() -> Check:
-    name, fix = "dead runs", "The next sweep offers to clear that; with --clear-leftovers it does so unasked."
-    try:
-        from tune.distributed.cluster.orphans import on_machine
-    except ImportError:
-        return Check(name, True, "not looked for without Ray", needed=False)
-    told = "; ".join(f"left behind: {each.told}" for each in on_machine())
-    return Check(name, not told, told or "left nothing here", fix if told else "", needed=False)
 
 
 # --- folders, models, hub ---

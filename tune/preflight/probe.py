@@ -6,13 +6,13 @@ import resource
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from macdrop.errors import ResourceError
-from tune.cli.plan import Measured
 from tune.config.eval_spec import PLAIN, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, TrainSpec
+from tune.errors import ResourceError
 from tune.scheduling.study import Study
 
 #: Steps that are timed, after steps that warm up; items of a benchmark.
@@ -38,7 +38,7 @@ def check_memory(spec: TrainSpec) -> int:
     import torch
 
     from tune.preflight.inputs import model_outline
-    from tune.preflight.machine import memory
+    from tune.storage.environment import memory
 
     size = sum(p.numel() for p in model_outline(spec).parameters()) * (2 if spec.bf16 else 4)
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory()[0]
@@ -60,10 +60,10 @@ def probe(run: RunSpec, study: Study) -> Measured:
     """
     import torch
 
-    from tune.cli.train import scanned
     from tune.data import dataset as data
+    from tune.storage.cache import cache_dir
     from tune.training.engine import Engine
-    from tune.training.massive_weights import cache_dir
+    from tune.training.massive_weights import scanned
     from tune.training.process_group import prepare_process
 
     spec = study.spec.canonical()
@@ -139,3 +139,20 @@ def _rate(scorer: Any, job: Any) -> float:
         scorer.score(job, limit=ITEMS)
         spent = time.monotonic() - started
     return spent / max(scorer.items(job, ITEMS), 1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a probe of one model found. Times in seconds, memory and disk in bytes; `slow` is the upper quartile."""
+
+    load: float
+    step: float
+    fast: float
+    slow: float
+    validation: float
+    memory: int
+    adapter: int
+    data: int
+    tests: float  # all test benchmarks of one adapter, plain and attacked
+    validations: float  # the same for the validation benchmarks
+    answers: int  # items scored for one adapter

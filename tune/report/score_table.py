@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tune.analysis.results import asked_for
+from tune.config.recorded import asked_for
 from tune.evaluation.score_names import Cell, Column, add_means, place, primary_columns
 from tune.report.tables import Table
 

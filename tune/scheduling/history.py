@@ -9,24 +9,17 @@ what came of it; the scheduler what each trial had validated when it was judged.
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from macdrop.errors import ConfigError
 from tune.config.sections import EVAL_LOSS
-from tune.storage.atomic import append_jsonl, atomic_write_json, read_jsonl, read_mapping
 
 #: How a draw of an earlier run stands: to be tried (again), with its objectives, without any, or not to be counted.
 OPEN, COMPLETE, PRUNED, FAILED = "open", "complete", "pruned", "failed"
 #: Kinds of failures (`tune.scheduling.failures`) that lie with the trial, which would meet with them again.
 DETERMINISTIC = frozenset({"bug", "gpu_oom"})
-#: As often the time spent searching is kept; a run that is killed loses no more of it. Seconds.
-KEEP_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,72 +55,6 @@ def standing(record: Mapping[str, Any], *, adapter: bool, scored: bool, retry_fa
 def lies_with_the_trial(record: Mapping[str, Any]) -> bool:
     """Whether a failed trial would fail again: no machine was lost under it, nothing was short."""
     return record.get("kind") is None or record["kind"] in DETERMINISTIC
-
-
-def remember(file: Path, number: int, values: Mapping[str, Any]) -> None:
-    """Keep what the searcher drew."""
-    append_jsonl(file, [{"number": number, "values": values}])
-
-
-def draws(file: Path, records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The values of all draws by their number, up to the first number that is missing.
-
-    Without the file those that the trials themselves remember, by their start; draws that were never begun are lost.
-    """
-    kept = {row["number"]: row["values"] for row in read_jsonl(file, needs=("number", "values"))}
-    if kept:
-        whole = itertools.takewhile(kept.__contains__, itertools.count())
-        return [kept[number] for number in whole]
-    return [record["drawn"] for record in records if record.get("drawn") is not None]
-
-
-class SearchTime:
-    """Seconds spent searching for a model, earlier runs of the folder included: a time budget is for all of them.
-
-    They pass within the `with` block. `within` is a folder above the file that is there.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
-
-    def __init__(self, file: Path, within: Path) -> None:
-        self._file, self._within = file, within
-        self._before = search_time(file) if file.is_file() else 0.0
-        self._began: float | None = None
-        self._next = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self._before + (0.0 if self._began is None else time.monotonic() - self._began)
-
-    def keep(self) -> None:
-        """Write them down, if that is `KEEP_EVERY_S` ago."""
-        if time.monotonic() >= self._next:
-            self._write()
-
-    def _write(self) -> None:
-        atomic_write_json(self._file, {"seconds": round(self.seconds, 3)}, within=self._within)
-        self._next = time.monotonic() + KEEP_EVERY_S
-
-    def __enter__(self) -> SearchTime:
-        self._began = time.monotonic()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._before, self._began = self.seconds, None
-        self._write()
-
-
-def search_time(file: Path) -> float:
-    """What a search_time.json holds.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
-    seconds = read_mapping(file, needs=("seconds",), kinds={"seconds": (int, float)})["seconds"]
-    if not 0 <= seconds < math.inf:
-        raise ConfigError(f"{file} is damaged: seconds cannot be {seconds}.")
-    return float(seconds)
 
 
 def judged(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from macdrop.errors import ResourceError
+from tune.errors import ResourceError
 from tune.scheduling.queue import Order, OrderBook
 from tune.storage.atomic import append_jsonl, lasting, plain, read_jsonl
 

@@ -18,11 +18,16 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from macdrop.errors import ConfigError, ResourceError
+from macdrop.errors import ConfigError
+from tune.errors import ResourceError
+
+if TYPE_CHECKING:
+    pass
 
 T = TypeVar("T")
 Kinds = Mapping[str, tuple[type, ...]]
@@ -330,3 +335,8 @@ def _cut_torn(handle: int) -> int:
     if left != size:
         os.ftruncate(handle, left)
     return left
+
+
+def now() -> str:
+    """UTC time to the millisecond, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -13,32 +13,24 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from macdrop.errors import CheckpointError, ConfigError, NoMassiveWeights
+from macdrop.errors import ConfigError, NoMassiveWeights
 from tune.config.eval_spec import TEST, Job
 from tune.config.resume import flat
 from tune.config.run_spec import RunSpec, TrainSpec, dump, load
-from tune.scheduling.history import search_time
+from tune.errors import CheckpointError
 from tune.storage.atomic import (
     MORE,
     atomic_write_json,
     atomic_write_text,
     atomic_write_yaml,
     check_mapping,
+    now,
     read_mapping,
 )
 from tune.storage.environment import version
-from tune.storage.run_folder import (
-    BASE,
-    ENDED,
-    LAYOUT,
-    RUN_STATUSES,
-    SCORE_KINDS,
-    SCORE_NEEDS,
-    STAGES,
-    TRIAL_KINDS,
-    now,
-)
-from tune.training.checkpoint import tidy, verify
+from tune.storage.run_folder import BASE, ENDED, LAYOUT, RUN_STATUSES, SCORE_KINDS, SCORE_NEEDS, STAGES, TRIAL_KINDS
+from tune.storage.sealed_folder import tidy, verify
+from tune.storage.search_state import search_time
 
 #: What went wrong with a file that cannot be believed.
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)

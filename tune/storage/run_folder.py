@@ -19,26 +19,27 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError
 from tune.config.eval_spec import TEST
 from tune.config.messages import believable
-from tune.config.resume import check_new
+from tune.config.resume import resume_command
 from tune.config.run_spec import RunSpec, slug
 from tune.storage.atomic import (
     append_jsonl,
     atomic_write_json,
     atomic_write_text,
     atomic_write_yaml,
+    now,
     plain,
     read_jsonl,
     read_mapping,
     stat,
 )
 from tune.storage.environment import environment, version
+from tune.storage.run_lock import FILE, GUARD
 
 if TYPE_CHECKING:
     import pandas
@@ -65,6 +66,10 @@ SCORE_KINDS = dict.fromkeys(("model", "trial", "benchmark", "task", "metric", "s
 SCORE_KINDS |= dict.fromkeys(("arm", "attack", "attack_on", "entry", "judgements", "settings"), _TEXT)
 SCORE_KINDS |= dict.fromkeys(("value", "stderr", "n", "seed", "seconds"), _NUMBER)
 SCORE_NEEDS = ("model", "trial", "benchmark", "task", "metric", "value")
+
+
+#: What a claim leaves in a folder that holds nothing else.
+NAMES = frozenset({FILE, GUARD})
 
 
 class Journal:
@@ -343,6 +348,14 @@ class TrialRecord:
         atomic_write_json(self.folder / "trial.json", content, within=self._within)
 
 
-def now() -> str:
-    """UTC time to the millisecond, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def check_new(path: Path, remedy: str | None = None) -> None:
+    """Refuse a folder that holds anything but a sweep's claim of it; what is in it is not touched.
+
+    remedy: the command that goes on with the run there, if there is one.
+    """
+    if not path.exists() or (path.is_dir() and not {each.name for each in path.iterdir()} - NAMES):
+        return
+    if any((path / name).exists() for name in ("run.json", "config.yaml", "trials")):
+        go_on = f"Go on with it:\n  {remedy or resume_command(path)}\nor choose another output_dir."
+        raise ConfigError(f"output_dir {str(path)!r} exists and is not empty: it holds a run. {go_on}")
+    raise ConfigError(f"output_dir {str(path)!r} exists and is not empty: choose another output_dir.")

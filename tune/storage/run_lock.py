@@ -25,8 +25,6 @@ from macdrop.errors import ConfigError
 from tune.storage.atomic import atomic_write_json, writing
 
 FILE, GUARD = "in_use.json", ".in_use.lock"
-#: What a claim leaves in a folder that holds nothing else.
-NAMES = frozenset({FILE, GUARD})
 TOUCH_S = 5.0
 #: A process on another host that has given no sign of life for so long is taken for dead.
 DEAD_S = 60.0
@@ -159,6 +157,6 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _now() -> str:
-    from tune.storage.run_folder import now
+    from tune.storage.atomic import now
 
     return now()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
-from tune.training import checkpoint as checkpoints
-from tune.training.checkpoint import MOMENTS, AdapterState
+from tune.training.checkpoint import ADAPTER as ADAPTER_FILE
+from tune.training.checkpoint import MOMENTS, AdapterState, write_tensors
 from tune.training.collectives import all_do
 from tune.training.deepspeed_config import deepspeed_config
 from tune.training.process_group import quiet
@@ -168,7 +168,7 @@ class Engine:
         dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
         names = self._names(state)
         tensors = {names[name]: tensor.to(dtype) for name, tensor in state.weights.items()}
-        checkpoints.write_tensors(tensors, folder / checkpoints.ADAPTER)
+        write_tensors(tensors, folder / ADAPTER_FILE)
         self._write_config(folder)
 
     def _names(self, state: AdapterState) -> dict[str, str]:

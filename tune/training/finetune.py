@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from macdrop.errors import CheckpointError, ConfigError, TrainingDiverged
+from macdrop.errors import ConfigError
 from tune.config.run_spec import TrainSpec
 from tune.data.batching import save_interval
+from tune.errors import CheckpointError, TrainingDiverged
+from tune.storage import sealed_folder
 from tune.storage.atomic import lasting, writing
-from tune.training import checkpoint as checkpoints
 from tune.training.checkpoint import AdapterState
 from tune.training.collectives import all_do, rank0_does
 from tune.training.step import Training
@@ -199,12 +200,12 @@ class _Run:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for root in (self.folder, self.checkpoints):
-                checkpoints.tidy(root)
+                sealed_folder.tidy(root)
 
     def _finished(self) -> dict[str, Any] | None:
         """How this very fine-tuning ended, if its adapter lies whole in the folder already."""
         try:
-            checkpoints.verify(self.folder / "adapter")
+            sealed_folder.verify(self.folder / "adapter")
             told = json.loads((self.folder / "adapter" / OUTCOME).read_text())
         except (CheckpointError, OSError, ValueError):
             return None
@@ -212,7 +213,7 @@ class _Run:
 
     def _newest(self) -> Path | None:
         def look() -> Path | None:
-            found = checkpoints.newest(self.checkpoints)
+            found = sealed_folder.newest(self.checkpoints)
             self.folder.stat()  # nothing found in storage that is gone is no new beginning
             return found
 
@@ -260,9 +261,9 @@ class _Run:
         rank0_does(lambda: self._write_checkpoint(state))
 
     def _write_checkpoint(self, state: AdapterState) -> None:
-        folder = self.checkpoints / checkpoints.folder_name(state.step)
-        checkpoints.write_folder(folder, lambda staging: self.engine.write_checkpoint(state, staging), self.folder)
-        checkpoints.prune(self.checkpoints, checkpoints.KEPT)
+        folder = self.checkpoints / sealed_folder.folder_name(state.step)
+        sealed_folder.write_folder(folder, lambda staging: self.engine.write_checkpoint(state, staging), self.folder)
+        sealed_folder.prune(self.checkpoints, sealed_folder.KEPT)
 
     def _write_adapter(self, state: AdapterState, outcome: Outcome) -> None:
         """The adapter and, with it, how it was made; a fine-tuning that is done needs its checkpoints no more."""
@@ -272,6 +273,6 @@ class _Run:
             self.engine.write_adapter(state, staging)
             (staging / OUTCOME).write_text(json.dumps({"outcome": asdict(outcome), "meta": self._meta()}, indent=1))
 
-        checkpoints.write_folder(self.folder / "adapter", write, self.folder)
+        sealed_folder.write_folder(self.folder / "adapter", write, self.folder)
         if outcome.status == "done":
             shutil.rmtree(self.checkpoints, ignore_errors=True)

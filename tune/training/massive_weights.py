@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,23 +9,17 @@ from typing import TYPE_CHECKING, Any
 from macdrop.errors import DataError, NoMassiveWeights
 from tune.config.run_spec import TrainSpec, slug
 from tune.storage.atomic import writing
+from tune.storage.cache import cache_dir
 from tune.zoo.catalog import PREFIX, resolve
 
 if TYPE_CHECKING:
     from macdrop import MassiveWeights
     from macdrop.proof import Proof
 
-#: Names the folder of scans and tokenised data; by default ~/.cache/macdrop.
-CACHE_VARIABLE = "MACDROP_CACHE"
 #: A short story of our own, to prove massive weights on when no text is given.
 STORY = Path(__file__).with_name("prose.txt")
 #: Text blocks of a proof: tokens in each, bos included, and how many at most.
 BLOCK_TOKENS, MAX_BLOCKS = 256, 16
-
-
-def cache_dir() -> Path:
-    """The folder that outlives runs: scans by fingerprint, tokenised data by content."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "macdrop").absolute()
 
 
 def known_weights(spec: TrainSpec, *, bos_token_id: int | None = None) -> MassiveWeights | None:
@@ -125,3 +118,22 @@ def _cached(spec: TrainSpec, bos_token_id: int | None) -> tuple[Path, str]:
     bos = "" if bos_token_id is None else f"-bos{bos_token_id}"
     name = f"{slug(spec.model_name_or_path)}-{fingerprint[:16]}-{precision}{bos}.json"
     return cache_dir() / "scans" / name, fingerprint
+
+
+def scanned(spec: TrainSpec) -> Any:
+    """The model's massive weights, from the cache or by a scan of a whole (not partitioned) copy of it."""
+    from macdrop import load_model, load_tokenizer
+    from tune.zoo.catalog import resolve
+
+    known = known_weights(spec)
+    if known is not None:
+        return known
+    source = resolve(spec.model_name_or_path)
+    loading = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
+    model = load_model(
+        source,
+        dtype="bfloat16" if spec.bf16 else "float32",
+        attn_implementation=spec.attn_implementation,
+        **loading,
+    )
+    return massive_weights(spec, model, load_tokenizer(source, **loading))

@@ -93,8 +93,8 @@ def reproduce(folder: Path, overrides: Iterable[str] = ()) -> int:
 
 
 def _reproduce(folder: Path, overrides: list[str]) -> int:
-    from tune.cli.console import quiet_libraries
     from tune.config.run_spec import TrainSpec, load
+    from tune.training.quiet import quiet_libraries
 
     frozen = _frozen(folder)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -122,9 +122,9 @@ def _train(folder: Path, spec: TrainSpec, frozen: dict[str, Any], stop_at: int |
     import torch.distributed as dist
 
     from tune.data import dataset as data
+    from tune.storage.cache import cache_dir
     from tune.training.engine import Engine
     from tune.training.finetune import finetune
-    from tune.training.massive_weights import cache_dir
     from tune.training.process_group import prepare_process
 
     alone = not dist.is_initialized()
@@ -159,7 +159,7 @@ def _train(folder: Path, spec: TrainSpec, frozen: dict[str, Any], stop_at: int |
 def _weights(folder: Path, spec: TrainSpec, frozen: dict[str, Any]) -> MassiveWeights:
     """The scan that the trial used, else the same found anew in the same checkpoint."""
     from macdrop import MassiveWeights
-    from tune.cli.train import scanned
+    from tune.training.massive_weights import scanned
 
     try:
         weights = MassiveWeights.load(folder / frozen["weights"])
@@ -195,7 +195,7 @@ def _differences(frozen: dict[str, Any]) -> list[str]:
 
 def _compare(recorded: Path, made: Path) -> int:
     """Say whether two adapters are the same bytes; otherwise by how much their numbers differ."""
-    from tune.training.checkpoint import sha256
+    from tune.storage.sealed_folder import sha256
 
     digest = sha256(made / ADAPTER)
     print(f"adapter      {made}")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from macdrop.errors import MacDropError
-from tune.cli.judge import answers_of
-from tune.cli.progress import Progress
 from tune.config.judge_spec import JudgeSpec
 from tune.config.run_spec import RunSpec
 from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, Crew, Member
+from tune.evaluation.judge.answers import answers_of
 from tune.evaluation.judge.prompt import Judgement, Question
 from tune.evaluation.judge.session import Judge, judge_at_end, make_judge
 from tune.storage.run_folder import Journal
@@ -114,7 +113,14 @@ class ActorJudge:
         self._crew.close()
 
 
-def judge_sweep(spec: RunSpec, journal: Journal, progress: Progress, *, gpus: float) -> int:
+def judge_sweep(
+    spec: RunSpec,
+    journal: Journal,
+    *,
+    gpus: float,
+    note: Callable[[str], None],
+    show: Callable[[int, int], None],
+) -> int:
     """Judge at the end of a sweep what is not judged yet; returns the failures.
 
     gpus: of each actor, as an evaluation actor has them; these are gone by now.
@@ -135,13 +141,13 @@ def judge_sweep(spec: RunSpec, journal: Journal, progress: Progress, *, gpus: fl
     try:
         files = answers_of(journal)
     except ValueError as error:
-        progress.note(f"nothing was judged: {error}")
+        note(f"nothing was judged: {error}")
         return 1
     return judge_at_end(
         files,
         spec.eval.judge,
         make=make,
         add_scores=journal.add_scores,
-        note=progress.note,
-        show=progress.judged,
+        note=note,
+        show=show,
     )

@@ -19,9 +19,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from macdrop.errors import ResourceError
 from tune.config.run_spec import RunSpec, dump
 from tune.distributed.actors.actor_pool import HEAD
+from tune.errors import ResourceError
 from tune.scheduling.study import Study
 from tune.storage.atomic import atomic_write_text, writing
 from tune.storage.environment import version

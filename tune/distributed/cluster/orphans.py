@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData, PlacementGr
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from tune.storage.atomic import atomic_write_json
+from tune.storage.cache import cache_dir
 from tune.storage.run_lock import process
-from tune.training.massive_weights import cache_dir
 
 #: Detached actors that Ray Train starts for a run, by the names of their classes.
 TRAIN_ACTORS = ("PlacementGroupCleaner", "TrainController")
@@ -126,10 +125,12 @@ def _end(session: str) -> None:
 # --- what is done about them ---
 
 
-def look(*, local: bool, clear: bool, tell: Callable[[str], None]) -> int:
+def look(
+    *, local: bool, clear: bool, ask: Callable[[str], bool] | None = None, tell: Callable[[str], None]
+) -> int:
     """Tell of what is left behind where this process has just started (`local`) or joined Ray, and offer to clear it.
 
-    Returns how many leftovers were cleared. A question is put only where a person can answer it.
+    ask: puts a yes-or-no question to the user; None where there is nobody to ask. Returns how many were cleared.
     """
     if local:
         remember_session(ray._private.worker._global_node.get_session_dir_path())
@@ -137,13 +138,7 @@ def look(*, local: bool, clear: bool, tell: Callable[[str], None]) -> int:
         found = on_machine() if local else on_cluster()
     except (AttributeError, TypeError, ray.exceptions.RayError):
         return 0  # Ray's private tables have changed: no reason not to run
-    return offer(found, clear=clear, ask=_confirm if sys.stdin.isatty() else None, tell=tell)
-
-
-def _confirm(question: str) -> bool:
-    from tune.cli.console import console
-
-    return console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    return offer(found, clear=clear, ask=ask, tell=tell)
 
 
 def offer(found: list[Leftover], *, clear: bool, ask: Callable[[str], bool] | None, tell: Callable[[str], None]) -> int:
@@ -155,7 +150,7 @@ def offer(found: list[Leftover], *, clear: bool, ask: Callable[[str], bool] | No
         tell(f"left behind: {each.told}")
     if not found or not (clear or (ask is not None and ask(f"Clear {len(found)} leftover(s) of dead runs?"))):
         if found:
-            tell("they stay; --clear-leftovers removes them")
+            tell("they stay; --clear-orphans removes them")
         return 0
     for each in found:
         each.clear()

@@ -16,9 +16,9 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from macdrop.errors import ResourceError
 from tune.config.run_spec import RaySpec
-from tune.scheduling.study import check_local, gpu_shares, resources
+from tune.errors import ResourceError
+from tune.scheduling.resources import check_local, gpu_shares, resources
 
 #: Exit code after SIGTERM, as a shell has it.
 TERMINATED = 143

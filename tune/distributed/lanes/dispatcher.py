@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from macdrop.errors import ResourceError
+from tune.errors import ResourceError
 from tune.scheduling.queue_log import LoggedBook
 from tune.storage.atomic import atomic_write_text
 

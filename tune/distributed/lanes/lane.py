@@ -16,10 +16,11 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig
 
-from macdrop.errors import MacDropError, ResourceError, TrainingDiverged
+from macdrop.errors import MacDropError
 from tune.config.run_spec import RaySpec, TrainSpec
 from tune.distributed.cluster.placement_groups import Trainer
 from tune.distributed.lanes.dispatcher import DispatcherLost, answer, ask, call
+from tune.errors import ResourceError, TrainingDiverged
 from tune.scheduling.failures import Failure, classify
 from tune.scheduling.queue import GO_ON, Order
 from tune.training.watchdog import Watchdog, stack_file, stacks

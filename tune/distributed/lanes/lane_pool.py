@@ -16,11 +16,11 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from macdrop.errors import ResourceError
 from tune.config.run_spec import RaySpec
 from tune.distributed.cluster.placement_groups import Reaper, draining, end_runs, without_resources
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane import run_lane, tell_loss
+from tune.errors import ResourceError
 from tune.scheduling.failures import of_run
 
 #: So often, for each lane, Train runs may end without any order having been taken in between.

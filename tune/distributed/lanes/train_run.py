@@ -20,7 +20,7 @@ from tune.distributed.cluster.placement_groups import Reaper, Trainer, end_runs
 from tune.distributed.cluster.ray_cluster import check_cluster, connect
 from tune.distributed.lanes.lane import trainer, why
 from tune.scheduling.failures import of_run
-from tune.scheduling.study import gpu_shares, one_lane
+from tune.scheduling.resources import gpu_shares, one_lane
 from tune.training.finetune import Outcome
 from tune.training.watchdog import Watchdog, stack_file
 
@@ -128,8 +128,8 @@ class Workers:
 def _work(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
-    from tune.cli.train import train_here
     from tune.storage.atomic import atomic_write_json
+    from tune.training.single import train_here
 
     folder = Path(config["folder"])
     try:

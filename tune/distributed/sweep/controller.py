@@ -11,18 +11,20 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.tune import Stopper
 
-from tune.analysis.results import asked_for
-from tune.cli.progress import Progress
 from tune.config.eval_spec import VALIDATION, Job
+from tune.config.recorded import asked_for
 from tune.config.run_spec import TrainSpec, dump
 from tune.distributed.actors.evaluators import Item, Opening, Pool, Result
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane_pool import Lanes
+from tune.distributed.sweep.events import Observer
 from tune.evaluation.score_names import named_scores
-from tune.scheduling.history import SearchTime, standing
+from tune.scheduling.history import standing
 from tune.scheduling.queue import FINAL, Entry, Order
 from tune.scheduling.study import Study
-from tune.storage.run_folder import BASE, FINALS, SEARCH, Journal, now
+from tune.storage.atomic import now
+from tune.storage.run_folder import BASE, FINALS, SEARCH, Journal
+from tune.storage.search_state import SearchTime
 from tune.training.finetune import Outcome
 
 #: Short beside a benchmark of a tiny model: an actor that is done waits for it.
@@ -41,7 +43,7 @@ class Supervisor:
         lanes: Lanes,
         pool: Pool,
         jobs: dict[str, list[Job]],
-        progress: Progress,
+        progress: Observer,
         *,
         retry_failed: bool = False,
     ) -> None:

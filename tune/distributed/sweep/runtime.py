@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from macdrop.errors import MacDropError, ResourceError
-from tune.cli.progress import Progress
+from macdrop.errors import MacDropError
 from tune.config.resume import check_same
 from tune.config.run_spec import RunSpec, dump
 from tune.distributed.actors.evaluators import Pool
 from tune.distributed.actors.judges import judge_sweep
-from tune.distributed.cluster import orphans as leftovers
+from tune.distributed.cluster import orphans
 from tune.distributed.cluster.node_checks import check_nodes
 from tune.distributed.cluster.ray_cluster import check_cluster, connect
 from tune.distributed.lanes.dispatcher import dispatching
 from tune.distributed.lanes.lane_pool import Lanes
 from tune.distributed.sweep.controller import Supervisor
+from tune.distributed.sweep.events import Observer
 from tune.distributed.sweep.stop import Stop
 from tune.distributed.sweep.study_run import StudyRun, jobs_of_stages
+from tune.errors import ResourceError
 from tune.preflight.inputs import check_inputs
-from tune.scheduling.study import gpu_shares, resources, studies
+from tune.scheduling.resources import gpu_shares, resources
+from tune.scheduling.study import studies
 from tune.storage.repair import check_run, mend
 from tune.storage.run_folder import Journal
 from tune.storage.run_lock import claimed
@@ -36,14 +39,16 @@ def run(
     *,
     resume: bool = False,
     retry_failed: bool = False,
-    clear_leftovers: bool = False,
-    progress: Progress,
+    clear_orphans: bool = False,
+    ask: Callable[[str], bool] | None = None,
+    progress: Observer,
     stop: Stop | None = None,
 ) -> int:
     """Run every study of `spec` into its output folder.
 
-    resume: what of it is not done yet. retry_failed: also what failed or diverged. clear_leftovers: of dead runs,
-    without asking. stop: tells an end from outside, whatever exception it became, from a failure.
+    resume: what of it is not done yet. retry_failed: also what failed or diverged. clear_orphans: remove what
+    dead runs hold without asking; else `ask` puts the question (None: nobody can answer). stop: tells an end from
+    outside, whatever exception it became, from a failure.
 
     Returns:
         The number of trials that did not end well.
@@ -65,7 +70,7 @@ def run(
         address, joined = connect(spec.ray)
         if joined:
             stack.callback(_disconnect, stop)
-            leftovers.look(local=spec.ray.address is None, clear=clear_leftovers, tell=progress.note)
+            orphans.look(local=spec.ray.address is None, clear=clear_orphans, ask=ask, tell=progress.note)
         gpus = check_cluster(spec.ray, progress.note)
         check_nodes(spec, planned, run_dir, progress.note)
         # The folder comes last: whatever is refused above leaves nothing behind.
@@ -108,12 +113,13 @@ def run(
             supervisor.close()
             pool.close()
             lanes.close()
-            failures += judge_sweep(spec, journal, progress, gpus=gpu_shares(spec.ray, gpus)[1])
+            told = {"note": progress.note, "show": progress.judged}
+            failures += judge_sweep(spec, journal, gpus=gpu_shares(spec.ray, gpus)[1], **told)
         progress.finished()
     return failures
 
 
-def _take_up(run_dir: Path, spec: RunSpec, progress: Progress) -> None:
+def _take_up(run_dir: Path, spec: RunSpec, progress: Observer) -> None:
     """Mend an earlier run's folder, and refuse it to a spec that is another run's."""
     for note in mend(run_dir):
         progress.note(note)

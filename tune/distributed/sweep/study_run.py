@@ -21,12 +21,13 @@ from tune.distributed.sweep.trial import RESTARTS, CancelStopped, Desk, run_tria
 from tune.scheduling import history as past
 from tune.scheduling import selection as finalists
 from tune.scheduling.early_stopping import Cuts
-from tune.scheduling.history import SearchTime
 from tune.scheduling.selection import Candidate
 from tune.scheduling.study import Study
+from tune.storage import search_state
 from tune.storage.atomic import atomic_write_json
+from tune.storage.cache import cache_dir
 from tune.storage.run_folder import FINALS, SEARCH, Journal
-from tune.training.massive_weights import cache_dir
+from tune.storage.search_state import SearchTime
 
 #: The follower of orders that no Tune trial placed: baselines of the search, and all of the final stage.
 BASELINE = "baseline"
@@ -149,13 +150,13 @@ class StudyRun:
         sweep, records = self.spec.sweep, {record["trial"]: record for record in self._searched()}
         draws = self.journal.draws_file(self.study.name)
         listed = points(self.study, sweep)
-        drawn = past.draws(draws, records.values()) if listed is None else listed
+        drawn = search_state.draws(draws, records.values()) if listed is None else listed
         reports = self._reports(drawn, records)
         searcher = None
         if listed is None:
             known = [self._past(values, records, reports) for values in drawn]
             samples = sweep.num_samples - sum(each.state != past.OPEN for each in known)
-            searcher = optuna_searcher(sweep, known, functools.partial(past.remember, draws))
+            searcher = optuna_searcher(sweep, known, functools.partial(search_state.remember, draws))
         else:
             listed = [values for values in listed if self.standing.get(self._name(values), "trained") == "trained"]
             samples = min(1, len(listed))

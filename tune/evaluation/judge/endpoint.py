@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from macdrop.errors import BenchmarkError, ConfigError, MacDropError
+from macdrop.errors import ConfigError, MacDropError
 from tune.config.judge_spec import JudgeSpec
+from tune.errors import BenchmarkError
 from tune.evaluation.judge.prompt import Judgement, Question, Reply, assess
 
 #: So many answers in a row that could not be got end the judging: the endpoint is not up to it.

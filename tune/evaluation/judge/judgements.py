@@ -23,8 +23,7 @@ from tune.config.judge_spec import JudgeSpec
 from tune.config.rubrics import Rubric
 from tune.config.run_spec import slug
 from tune.evaluation.judge.prompt import PROMPT_VERSION, Judgement, Question
-from tune.storage.atomic import append_jsonl, read_jsonl
-from tune.storage.run_folder import now
+from tune.storage.atomic import append_jsonl, now, read_jsonl
 
 #: What of the block `eval.judge` decides about scores, beside model, revision, rubric and prompt.
 _ASKED = (

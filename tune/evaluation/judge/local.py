@@ -11,9 +11,10 @@ import torch
 from transformers import LogitsProcessor
 
 from macdrop import load_model, load_tokenizer
-from macdrop.errors import BenchmarkError, ConfigError
+from macdrop.errors import ConfigError
 from macdrop.fingerprint import checkpoint_fingerprint, checkpoint_folder
 from tune.config.judge_spec import JudgeSpec
+from tune.errors import BenchmarkError
 from tune.evaluation.decode import fit_prompt, greedy
 from tune.evaluation.judge.prompt import Judgement, Question, Reply, assess
 from tune.evaluation.scorer import masks_off, max_positions, quiet

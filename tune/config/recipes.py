@@ -1,0 +1,30 @@
+"""Shipped recipes by name."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from macdrop.errors import ConfigError, nearest
+
+RECIPES = Path(__file__).with_name("recipes")
+DEMO = "demo"
+
+
+def recipe(name: str | None) -> Path | None:
+    """A file, or the shipped recipe of that name."""
+    if name is None:
+        return None
+    path = Path(name)
+    shipped = {shown.stem: shown for shown in sorted(RECIPES.glob("*.yaml"))}
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    if name in shipped:
+        return shipped[name]
+    raise ConfigError(
+        f"{name!r} is neither a YAML file nor a shipped recipe.{nearest(name, shipped)} Recipes: {', '.join(shipped)}."
+    )
+
+
+def fresh_folder(name: str) -> str:
+    return str(Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -1,0 +1,32 @@
+"""Reading recorded run files, leniently: models and benchmarks a run was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tune.config.eval_spec import SECTIONS
+
+
+def models_of(config: Mapping[str, Any]) -> list[str]:
+    """The names of a run's models, in the order of its spec."""
+    entries = _block(config, "sweep").get("models") or [config.get("model_name_or_path")]
+    names = [entry.get("model_name_or_path") if isinstance(entry, Mapping) else entry for entry in entries]
+    return [name for name in names if isinstance(name, str) and name]
+
+
+def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Names of the run's benchmarks, and of lm-eval's tasks behind them, with the metric that tables show of them."""
+    names: dict[str, str | None] = {}
+    for block in ("validation", "eval"):
+        for section in SECTIONS:
+            for name, entry in _block(_block(config, block), section).items():
+                entry = entry if isinstance(entry, Mapping) else {}
+                names |= dict.fromkeys((name, entry.get("task") or name), entry.get("metric"))
+    return names
+
+
+def _block(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A block of a run file; empty where it is missing or no block."""
+    found = config.get(key)
+    return found if isinstance(found, Mapping) else {}

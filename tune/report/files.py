@@ -1,0 +1,91 @@
+"""Reports printed in a format or written to files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from macdrop.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune.report.report import Report
+
+
+FORMATS = ("terminal", "markdown", "csv", "latex")
+BRIEF = ("verdict", "weights", "paper", "comparisons")
+"""Parts of a report that stand at the end of a sweep; the rest is a screen or two more."""
+
+
+def read(runs: Sequence[Path]) -> list[Report]:
+    """The reports of runs; those that share a name are called by their folders.
+
+    Raises:
+        ConfigError: a folder is no run.
+    """
+    from tune.report.report import make_report
+
+    made = [make_report(run) for run in runs]
+    names = [each.name for each in made]
+    return [replace(each, name=str(each.run_dir)) if names.count(each.name) > 1 else each for each in made]
+
+
+def show(reports: Sequence[Report], format: str, console: Console, keys: Sequence[str] | None = None) -> None:
+    """Print reports; the format "terminal" to `console`, and only the parts with `keys` where these are given."""
+    if format == "terminal":
+        for made in reports:
+            made.terminal(console, keys)
+    else:
+        print(text(reports, format), end="")
+
+
+def text(reports: Sequence[Report], format: str) -> str:
+    """Reports one after the other in a format; as CSV in one table."""
+    if format == "csv":
+        from tune.report.csv_rows import text as csv_text
+
+        return csv_text(reports)
+    return "\n".join(made.markdown() if format == "markdown" else made.latex() for made in reports)
+
+
+def write(reports: Sequence[Report], folder: Path) -> list[Path]:
+    """Write report.md, report.csv, report.tex and report.html (with figures/ in each run); return their paths.
+
+    Raises:
+        ResourceError: the folder cannot be written.
+    """
+    from tune.report.html.page import write_page
+    from tune.storage.atomic import atomic_write_text
+
+    endings = {"markdown": "md", "csv": "csv", "latex": "tex"}
+    files = [atomic_write_text(folder / f"report.{end}", text(reports, name)) for name, end in endings.items()]
+    return [*files, write_page(reports, folder / "report.html")[0]]
+
+
+def check_format(format: str, formats: Sequence[str] = FORMATS) -> None:
+    """Raise a ConfigError for a format that is not there."""
+    if format not in formats:
+        raise ConfigError(f"--format {format!r} is not known.{nearest(format, formats)} Formats: {', '.join(formats)}.")
+
+
+def check_runs(runs: Sequence[Path]) -> None:
+    """Raise a ConfigError for a run that is given twice."""
+    seen: dict[Path, Path] = {}
+    for run in runs:
+        if (first := seen.setdefault(run.resolve(), run)) is not run:
+            raise ConfigError(f"The run {str(run)!r} is given twice (first as {str(first)!r}). Give each run once.")
+
+
+def check_output(runs: Sequence[Path], output: Path | None) -> None:
+    """Raise a ConfigError for an output folder that is a file, or another run's own folder."""
+    if output is None:
+        return
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {str(output)!r} is a file. Give a folder.")
+    if (output / "run.json").exists() and [run.resolve() for run in runs] != [output.resolve()]:
+        raise ConfigError(
+            f"--output {str(output)!r} is the folder of a run, whose own report would be lost. Give another folder."
+        )

@@ -1,0 +1,64 @@
+"""Resources of a run: lanes, evaluators, CPUs and GPUs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from macdrop.errors import ConfigError
+from tune.config.run_spec import RaySpec
+
+
+@dataclass(frozen=True)
+class Resources:
+    """CPUs and GPUs that lanes and evaluators hold while a run is going."""
+
+    cpus: float
+    gpus: float
+    sum: str
+
+
+def resources(spec: RaySpec, *, cluster_gpus: float) -> Resources:
+    """Add up what a run needs; the sum is written out for people."""
+    gpus_per_worker, gpus_per_evaluator = gpu_shares(spec, cluster_gpus)
+    workers = spec.lanes * spec.num_workers
+    cpus = workers * spec.cpus_per_worker + spec.evaluators * spec.cpus_per_evaluator
+    gpus = workers * gpus_per_worker + spec.evaluators * gpus_per_evaluator
+    return Resources(
+        cpus,
+        gpus,
+        f"{spec.lanes} lane(s) x {spec.num_workers} worker(s) x ({spec.cpus_per_worker:g} CPU, {gpus_per_worker:g} GPU)"
+        f" + {spec.evaluators} evaluator(s) x ({spec.cpus_per_evaluator:g} CPU, {gpus_per_evaluator:g} GPU)"
+        f" = {cpus:g} CPU, {gpus:g} GPU",
+    )
+
+
+def gpu_shares(spec: RaySpec, cluster_gpus: float) -> tuple[float, float]:
+    """GPUs per worker and per evaluator: as written, else 1 each where there are GPUs and 0 where there are none."""
+    default = 1.0 if cluster_gpus else 0.0
+    worker = default if spec.gpus_per_worker is None else spec.gpus_per_worker
+    evaluator = default if spec.gpus_per_evaluator is None else spec.gpus_per_evaluator
+    return worker, evaluator
+
+
+def check_local(spec: RaySpec) -> None:
+    """Refuse a run that this machine's CPUs can never hold, before Ray is started. A cluster is asked when joined.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    cpus = os.cpu_count() or 1
+    needs = resources(spec, cluster_gpus=0)
+    if spec.address is None and needs.cpus > cpus:
+        raise ConfigError(
+            f"The run needs more CPUs than this machine has, {needs.cpus:g} of {cpus}:\n"
+            f"ray.lanes {spec.lanes} x ray.num_workers {spec.num_workers} x ray.cpus_per_worker "
+            f"{spec.cpus_per_worker:g} + ray.evaluators {spec.evaluators} x ray.cpus_per_evaluator "
+            f"{spec.cpus_per_evaluator:g} = {needs.cpus:g}.\n"
+            "Lower ray.num_workers or ray.lanes, or set ray.address to a cluster that has more."
+        )
+
+
+def one_lane(spec: RaySpec) -> RaySpec:
+    """What `macdrop train` needs of it: one lane's worth of workers, and nobody to score."""
+    return spec.model_copy(update={"lanes": 1, "evaluators": 1, "cpus_per_evaluator": 0.0, "gpus_per_evaluator": 0.0})

@@ -1,0 +1,53 @@
+"""One fine-tuning in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tune.config.run_spec import TrainSpec, dump
+from tune.storage.cache import cache_dir
+from tune.training.finetune import Observer, Outcome, Word, finetune
+from tune.training.massive_weights import scanned
+
+
+def train_here(
+    spec: TrainSpec, folder: Path, *, observe: Observer | None, threads: int, beat: Callable[[], None] = lambda: None
+) -> Outcome:
+    """Train in the current process group (of one, unless torchrun or Ray Train made a larger one)."""
+    import torch.distributed as dist
+
+    from tune.data import dataset as data
+    from tune.storage.atomic import atomic_write_json, atomic_write_yaml
+    from tune.storage.run_folder import TrialRecord
+    from tune.training.collectives import rank0_does
+    from tune.training.engine import Engine
+    from tune.training.process_group import prepare_process
+    from tune.training.reproduce import write_script
+
+    prepare_process(threads)
+    spec = spec.canonical()
+    weights = scanned(spec) if spec.arm != "plain" else None
+    engine = Engine(spec)
+    prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
+
+    record = TrialRecord(folder, within=folder)
+
+    def watch(metrics: dict[str, Any]) -> Word:
+        record.log([metrics])
+        return observe(metrics) if observe else "go_on"
+
+    def prepare() -> None:
+        atomic_write_yaml(folder / "config.yaml", dump(spec))
+        scan = folder / "massive_weights.json"
+        if weights:
+            weights.save(scan)
+        write_script(folder, prepared, weights, scan, dist.get_world_size())
+
+    rank0_does(prepare)
+    outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch, beat=beat)
+    about = {"model": spec.model_name_or_path, "arm": spec.arm, **asdict(outcome)}
+    rank0_does(lambda: atomic_write_json(folder / "trial.json", about))
+    return outcome
