@@ -15,18 +15,18 @@ from tune.analysis.items import Items, matched, read_items
 from tune.config.eval_spec import EvalSpec
 from tune.evaluation.score_names import Column
 from tune.evaluation.scorer import Scorer
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 MODEL = "zoo:planted-llama"
 
 
 @pytest.fixture(scope="module")
-def journal(tmp_path_factory) -> Journal:
+def journal(tmp_path_factory) -> RunFolder:
     folder = tmp_path_factory.mktemp("runs") / "run"
     return make_run(folder, judge=True, seeds=(1, 2), items=12, attacks=("none", "zeroing@3"), tried=1)
 
 
-def of_arm(journal: Journal, arm: str) -> list[str]:
+def of_arm(journal: RunFolder, arm: str) -> list[str]:
     return [t["trial"] for t in journal.trials() if (t["arm"], t["stage"]) == (arm, "final")]
 
 
@@ -38,7 +38,7 @@ def score_of(values: list) -> float:
     return math.fsum(known) / len(known)
 
 
-def check(journal: Journal, model: str) -> set[str]:
+def check(journal: RunFolder, model: str) -> set[str]:
     """Every score is what its items average to; returns the benchmarks seen."""
     items, seen = Items(journal, model), set()
     for row in journal.score_rows():
@@ -76,7 +76,7 @@ def test_items_of_what_the_scorer_writes_average_to_its_scores(tmp_path, monkeyp
             },
         },
     }  # fmt: skip
-    journal = Journal.create(tmp_path / "run", {"eval": block})
+    journal = RunFolder.create(tmp_path / "run", {"eval": block})
     scorer = Scorer(model, tokenizer, EvalSpec.parse(block))
     for job in scorer.jobs():
         file = journal.answers_dir("org/tiny", "base") / f"{job.key.replace('/', '-')}.jsonl"
@@ -125,7 +125,7 @@ def test_damaged_answers_are_named(tmp_path):
 @pytest.mark.parametrize("weighted", [True, False])
 def test_a_group_has_the_items_of_its_members(tmp_path, weighted):
     """lm-eval averages a group over items or over members; either way items average to the group's score."""
-    journal = Journal.create(tmp_path / "run", {})
+    journal = RunFolder.create(tmp_path / "run", {})
     hits = {"long": [1, 1, 0, 1, 0, 1], "short": [0, 1]}
     items = [
         {"task": task, "doc_id": i, "doc_hash": f"{i:064d}", "filter": "none", "metrics": {"acc": float(hit)}}
@@ -143,7 +143,7 @@ def test_a_group_has_the_items_of_its_members(tmp_path, weighted):
 
 
 def test_lm_evals_own_perplexities_and_aggregations(tmp_path):
-    journal = Journal.create(tmp_path / "run", {})
+    journal = RunFolder.create(tmp_path / "run", {})
     items = [
         {"task": "wikitext", "doc_id": i, "doc_hash": "0" * 64, "filter": "none",
          "metrics": {"word_perplexity": [-10.0 * (i + 1), 5], "f1": [1, 0]}}

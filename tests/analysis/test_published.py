@@ -9,7 +9,7 @@ from tune.analysis.published import base_figures, figure, paper, row_name, score
 from tune.evaluation.score_names import Cell
 from tune.report.report import make_report
 from tune.storage.atomic import atomic_write_text, atomic_write_yaml
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 TABLES = ("zero_shot", "zero_shot_attacked", "longbench", "spec_bench")
 MODEL = "meta-llama/Meta-Llama-3-8B"
@@ -96,7 +96,7 @@ def test_scores_must_be_of_the_suite_and_of_all_items():
 # --- in the report ---
 
 
-def as_in_the_paper(journal: Journal) -> None:
+def as_in_the_paper(journal: RunFolder) -> None:
     """Make a synthetic run one of the paper's setting: tasks, suite, training, k and p0."""
     text = journal.scores_file.read_text().replace('"qa"', '"arc_easy"').replace('"arith"', '"boolq"')
     atomic_write_text(journal.scores_file, text.replace("data=local", "suite=zero-shot@1"))

@@ -13,7 +13,7 @@ from tune.analysis.comparison import Comparison, Sample, compare, corrected
 from tune.analysis.stats import holm
 from tune.analysis.verdict import Verdict, verdicts
 from tune.evaluation.score_names import Column, mean_columns
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 MODEL = "zoo:planted-llama"
 EFFECT = {("macdrop", "none"): -0.3, ("macdrop", "zeroing@3"): 0.4}
@@ -23,7 +23,7 @@ ACC = Column("zero_shot", "qa", "acc", higher_is_better=True)
 
 
 @pytest.fixture(scope="module")
-def journal(tmp_path_factory) -> Journal:
+def journal(tmp_path_factory) -> RunFolder:
     """Five seeds; MacDrop is worse without attack and better under it, random rows change nothing."""
     return make_run(tmp_path_factory.mktemp("runs") / "run", seeds=(1, 2, 3, 4, 5), effect=EFFECT, **SMALL)
 

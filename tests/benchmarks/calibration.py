@@ -190,10 +190,10 @@ class Trainer:
 
 def fine_tunings(folder: Path, number: int, steps: int, minutes: float) -> tuple[Any, list[str]]:
     """The run folder, and its trials with seeds 1 to `number` that are done; trains those that are missing."""
-    from tune.storage.run_folder import Journal
+    from tune.storage.run_folder import RunFolder
 
     spec = {"model_name_or_path": MODEL, "max_steps": steps, "eval": EVAL}
-    journal = Journal.open(folder) if folder.exists() else Journal.create(folder, spec)
+    journal = RunFolder.open(folder) if folder.exists() else RunFolder.create(folder, spec)
     if journal.config() != spec:
         raise SystemExit(f"{folder} holds other fine-tunings (its config.yaml differs): give another folder.")
     names = {seed: spec_of(seed, steps).trial_id() for seed in range(1, number + 1)}

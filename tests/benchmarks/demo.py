@@ -40,7 +40,7 @@ def timestamp(text: str) -> float:
 
 
 def phases(run: dict[str, Any], trials: list[dict[str, Any]], began: float | None, ended: float | None) -> list[Phase]:
-    """Cut the run at what its records tell; `trials` are those of `Journal.trials`, each with its `model`.
+    """Cut the run at what its records tell; `trials` are those of `RunFolder.trials`, each with its `model`.
 
     began, ended: when the command was typed and when it was through, seconds since 1970; None leaves these ends out.
     """
@@ -82,9 +82,9 @@ def enough(found: dict[str, Any]) -> bool:
 
 
 def report(run_dir: Path, began: float | None, ended: float | None) -> str:
-    from tune.storage.run_folder import Journal
+    from tune.storage.run_folder import RunFolder
 
-    journal = Journal.open(run_dir)
+    journal = RunFolder.open(run_dir)
     trials = journal.trials()
     parts = phases(journal.run(), trials, began, ended)
     found = facts(journal.config(), trials, len(journal.score_rows()))

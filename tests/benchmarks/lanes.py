@@ -112,7 +112,7 @@ def digest(folder: Path) -> str:
 def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tuple[float, float, list[Trained]]:
     """Train all in one lane; returns seconds in all, seconds until the first began, and the trials in their order."""
     from tune.distributed.lanes.dispatcher import call, dispatching
-    from tune.distributed.lanes.lane_pool import Lanes
+    from tune.distributed.lanes.lane_pool import LanePool
 
     orders = [_order(spec, inputs, root) for spec in specs]
     started: dict[str, float] = {}
@@ -122,7 +122,7 @@ def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tu
         for order in orders:
             call(dispatcher, "place", order, "benchmark")
         began = time.time()
-        lanes = Lanes(dispatcher, ray_spec, 0.0, root / "ray")
+        lanes = LanePool(dispatcher, ray_spec, 0.0, root / "ray")
         lanes.open()
         try:
             while len(ended) < len(orders):
@@ -150,9 +150,9 @@ def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tu
 
 def _order(spec: Any, inputs: Inputs, root: Path) -> Any:
     from tune.config.run_spec import dump
-    from tune.scheduling.queue import Order
+    from tune.scheduling.queue import TrainTask
 
-    return Order(
+    return TrainTask(
         id=spec.trial_id(),
         study="benchmark",
         spec=dump(spec),

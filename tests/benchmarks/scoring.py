@@ -246,7 +246,7 @@ class ByActors:
 def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
     """A pool under a running Ray."""
     from tune.config.eval_spec import TEST, jobs
-    from tune.distributed.actors.evaluators import Item, Pool
+    from tune.distributed.actors.evaluators import EvalTask, Pool
 
     opened = opening(setting, root)
     began = time.perf_counter()
@@ -257,7 +257,7 @@ def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
         for adapter in adapters:
             for job in jobs(opened.blocks[TEST]):
                 answers = root / "answers" / f"{Path(adapter).name}-{job.key.replace('/', '-')}.jsonl"
-                pool.submit(Item({"adapter": adapter}, job, adapter, str(answers)))
+                pool.submit(EvalTask({"adapter": adapter}, job, adapter, str(answers)))
         found: dict[Run, Scores] = {}
         saved = 0
         while pool.busy:

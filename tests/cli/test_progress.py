@@ -11,26 +11,26 @@ import pytest
 from rich.console import Console
 
 from tune.cli.progress import Progress
-from tune.config.eval_spec import Job
-from tune.distributed.actors.evaluators import Item, Result
-from tune.scheduling.queue import Order, OrderBook
+from tune.config.eval_spec import EvalJob
+from tune.distributed.actors.evaluators import EvalTask, Result
+from tune.scheduling.queue import TaskQueue, TrainTask
 
 pytestmark = pytest.mark.ray  # tune.distributed.actors.evaluators imports Ray; none is started
 
 
-def order(name: str) -> Order:
-    return Order(name, "model", {}, "folder", "data", None, "engine", 1)
+def order(name: str) -> TrainTask:
+    return TrainTask(name, "model", {}, "folder", "data", None, "engine", 1)
 
 
 def scored(name: str, attack: str, value: float) -> Result:
     row = {"task": "qa", "attack": attack, "value": value}
-    return Result(Item({"name": name}, Job("zero_shot", "qa", attack), None, "answers"), [row])
+    return Result(EvalTask({"name": name}, EvalJob("zero_shot", "qa", attack), None, "answers"), [row])
 
 
 def shown(width: int) -> str:
     out = io.StringIO()
     progress = Progress(Console(file=out, width=width))
-    book = OrderBook()
+    book = TaskQueue()
     book.lane_up("lane", 1, "host")
     for name in ("model-plain-1", "model-macdrop-2"):
         book.place(order(name), "trial")
@@ -65,7 +65,7 @@ def test_only_scores_give_way_in_a_narrow_terminal(width):
 def test_the_stage_and_what_remains_of_it_are_told():
     out = io.StringIO()
     progress = Progress(Console(file=out, width=120))
-    book = OrderBook()
+    book = TaskQueue()
     book.lane_up("lane", 1, "host")
     progress.stage(SimpleNamespace(name="model"), "search", 3)
     for name, stage in (("one", "search"), ("two", "search"), ("three", "final")):

@@ -13,7 +13,7 @@ import pandas
 import pytest
 from helpers.run_folders import make_run
 
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 FILES = ("report.csv", "report.html", "report.md", "report.tex")
 ATTACKS = ("none", "zeroing@3")
@@ -27,7 +27,7 @@ def made(tmp_path_factory) -> Path:
     two = make_run(folder / "two", model="org/other", tried=2, items=20, attacks=ATTACKS)
     scores = [json.loads(line) for line in two.scores_file.read_text().splitlines()]
     two.scores_file.write_text("".join(json.dumps(r) + "\n" for r in scores if r["task"] != "arith"))
-    Journal.create(folder / "new", {"model_name_or_path": "org/m"}, command="macdrop sweep x")
+    RunFolder.create(folder / "new", {"model_name_or_path": "org/m"}, command="macdrop sweep x")
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from macdrop.errors import ConfigError, DataError
-from tune.config.eval_spec import EvalSpec, Job, jobs, parse_attack
+from tune.config.eval_spec import EvalJob, EvalSpec, jobs, parse_attack
 from tune.evaluation.check import check_files
 
 
@@ -58,7 +58,7 @@ def test_both_places_of_an_attack_are_two_jobs_and_the_plain_score_one():
 
 def test_an_entry_inherits_what_it_does_not_set_and_null_counts_as_set():
     spec = EvalSpec.parse({"limit": 5, "zero_shot": {"a": {"limit": None}, "b": {"limit": 2}, "c": {}}})
-    assert [spec.inherited(spec.entry(Job("zero_shot", name)), "limit") for name in "abc"] == [None, 2, 5]
+    assert [spec.inherited(spec.entry(EvalJob("zero_shot", name)), "limit") for name in "abc"] == [None, 2, 5]
 
 
 def test_a_spec_means_the_same_when_it_is_written_and_read_back():

@@ -14,7 +14,7 @@ from tune.config.judge_spec import JudgeSpec
 from tune.config.run_spec import RunSpec
 from tune.distributed.actors.judges import ActorJudge, JudgeOpening, _JudgeActor, judge_sweep
 from tune.evaluation.judge.prompt import Question
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
 
@@ -59,7 +59,7 @@ def test_a_sweep_judges_at_its_end(tmp_path, model):
     failures, out = run(spec)
     assert failures == 0, out
     assert f"judged {2 * ANSWERS} of {2 * ANSWERS} answers" in out
-    journal = Journal.open(spec.output_dir)
+    journal = RunFolder.open(spec.output_dir)
     rows = [row for row in journal.score_rows() if row["metric"] == "judge_score" and row["task"] == "spec_bench"]
     assert {row["arm"]: (row["value"], row["n"]) for row in rows} == {"base": (4.0, 6), "plain": (4.0, 6)}
 

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 
 from macdrop.errors import MacDropError
-from tune.config.eval_spec import EvalSpec, Job, jobs
+from tune.config.eval_spec import EvalJob, EvalSpec, jobs
 from tune.config.judge_spec import JudgeSpec
 from tune.config.run_spec import RunSpec
-from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, Member
-from tune.distributed.actors.evaluators import Item, Opening, Pool, _Evaluator
+from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, PoolActor
+from tune.distributed.actors.evaluators import EvalTask, Opening, Pool, _Evaluator
 from tune.distributed.actors.judges import ActorJudge, JudgeOpening
 from tune.evaluation.judge.prompt import Judgement, Question
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
-class Fragile(Member):
+class Fragile(PoolActor):
     """In the place of a real actor: writes down what it does, and dies by SIGKILL as often as the folder says."""
 
     def _do(self, name: str) -> None:
@@ -105,7 +105,7 @@ def pool():
 
 def submit(pool: Pool, names: str) -> None:
     for name in names:
-        pool.submit(Item({"name": name}, Job("perplexity", name), None, ""))
+        pool.submit(EvalTask({"name": name}, EvalJob("perplexity", name), None, ""))
 
 
 def test_only_the_benchmark_in_hand_is_done_again_and_a_poisoned_one_is_given_up(pool, tmp_path):
@@ -227,7 +227,7 @@ def test_a_damaged_adapter_costs_its_own_scores_alone(tmp_path):
     (job,) = jobs(block)
     found = []
     for number, adapter in enumerate((good, bad, None, good)):
-        pool.submit(Item({"name": number}, job, adapter and str(adapter), str(tmp_path / "run" / "a.jsonl")))
+        pool.submit(EvalTask({"name": number}, job, adapter and str(adapter), str(tmp_path / "run" / "a.jsonl")))
         while pool.busy:
             found += pool.step()
             time.sleep(0.02)
@@ -266,7 +266,7 @@ def test_an_actor_that_hangs_ends_with_its_stacks_and_others_go_on(tmp_path):
     (job,) = jobs(block)
     for name, folder in (("base", None), ("trial", str(adapter))):
         answers = str(tmp_path / name / "answers" / "qa.jsonl")
-        pool.submit(Item({"name": name}, job, folder, answers, attempts=MAX_ATTEMPTS - 1))
+        pool.submit(EvalTask({"name": name}, job, folder, answers, attempts=MAX_ATTEMPTS - 1))
     found = {}
     deadline = time.monotonic() + 120
     while pool.busy and time.monotonic() < deadline:

@@ -167,27 +167,27 @@ def test_what_nothing_fits_is_said_with_the_way_to_go_on(tmp_path):
 def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_path, monkeypatch):
     from tune.cli.progress import Progress
     from tune.config.run_spec import RunSpec, dump
-    from tune.distributed.actors.actor_pool import Member
+    from tune.distributed.actors.actor_pool import PoolActor
     from tune.distributed.actors.evaluators import Opening, Pool
     from tune.distributed.lanes import lane_pool
     from tune.distributed.sweep import controller
     from tune.scheduling.study import studies
-    from tune.storage.run_folder import Journal
+    from tune.storage.run_folder import RunFolder
 
-    class Evaluator(Member):
+    class Evaluator(PoolActor):
         def prepare(self, opening: Opening) -> str:
             return opening.weights
 
     monkeypatch.setattr(lane_pool, "ROOM_AFTER_S", 0.0)
     monkeypatch.setattr(controller, "STARTING_S", 0.0)
     run = RunSpec(**SMALL, sweep={"arms": ["plain"], "seeds": 0})
-    journal = Journal.create(tmp_path / "run", dump(run))
+    journal = RunFolder.create(tmp_path / "run", dump(run))
     (study,) = studies(run)
     with scene_of(journal.run_dir, RAY.model_copy(update={"lanes": 1})) as scene:
         scene.lanes.open()
         scene.wait(lambda snapshot: bool(snapshot["lanes"]))
         pool = Pool(1, cpus=WIDTH * RAY.cpus_per_worker, gpus=0, kind=Evaluator)
-        supervisor = controller.Supervisor(journal, scene.dispatcher, scene.lanes, pool, {}, Progress())
+        supervisor = controller.SweepController(journal, scene.dispatcher, scene.lanes, pool, {}, Progress())
         try:
             assert supervisor.open(study, Opening(run, {}, "weights", scan=False, k=1, threads=1)) == "weights"
             assert not scene.call("snapshot")["lanes"]

@@ -164,7 +164,7 @@ def test_a_fine_tuning_that_failed_is_not_tried_again_by_tune(tmp_path):
 
     from tune.distributed.lanes.dispatcher import call, dispatching
     from tune.distributed.sweep.searcher import optuna_searcher, param_space
-    from tune.distributed.sweep.trial import RESTARTS, CancelStopped, Desk, run_trial
+    from tune.distributed.sweep.trial import RESTARTS, CancelStopped, TrialContext, run_trial
     from tune.scheduling.study import studies
 
     spec = RunSpec.model_validate({**SPEC, "output_dir": str(tmp_path)})
@@ -181,7 +181,7 @@ def test_a_fine_tuning_that_failed_is_not_tried_again_by_tune(tmp_path):
 
         lane = threading.Thread(target=fail, daemon=True)
         lane.start()
-        desk = Desk(dispatcher, study, str(tmp_path), "", None, 1)
+        desk = TrialContext(dispatcher, study, str(tmp_path), "", None, 1)
         results = Tuner(
             functools.partial(run_trial, desk=desk),
             param_space=param_space(study, None),

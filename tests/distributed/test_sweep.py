@@ -361,7 +361,7 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
     import ray
 
     from tune.config.eval_spec import EvalSpec, jobs
-    from tune.distributed.actors.evaluators import Item, Opening, Pool
+    from tune.distributed.actors.evaluators import EvalTask, Opening, Pool
 
     block = EvalSpec.parse(
         {
@@ -375,7 +375,7 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
     pool = Pool(1, cpus=0, gpus=0)
     pool.open(Opening(spec, {"test": block}, str(tmp_path / "weights.json"), scan=True, k=3, threads=1))
     for job in sorted(jobs(block), key=lambda job: job.attack):  # plain scores first, then the attacks
-        pool.submit(Item({"name": job.key}, job, None, str(tmp_path / "answers.jsonl")))
+        pool.submit(EvalTask({"name": job.key}, job, None, str(tmp_path / "answers.jsonl")))
     results = pool.step()
     (actor, _) = next(iter(pool._crew._busy.values()))
     ray.kill(actor)

@@ -14,7 +14,7 @@ from helpers import benchmark_fixtures as fix
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from macdrop.errors import ConfigError
-from tune.config.eval_spec import EvalSpec, Job
+from tune.config.eval_spec import EvalJob, EvalSpec
 from tune.errors import CheckpointError
 from tune.evaluation.adapters import AdapterSlot, merged_weights
 from tune.evaluation.decode import greedy
@@ -170,7 +170,7 @@ def test_attacks_on_base_rows_and_on_merged_rows_are_different_scores(tmp_path, 
     scorer, slot = Scorer(base, tokenizer, EvalSpec.parse(block), weights), AdapterSlot(base)
     with slot.adapter(folder) as model:
         found = {(job.attack, job.attack_on): scorer.score(job, model)[0]["value"] for job in scorer.jobs()}
-    bare = scorer.score(Job("perplexity", "t"))[0]["value"]
+    bare = scorer.score(EvalJob("perplexity", "t"))[0]["value"]
     assert len({bare, *found.values()}) == 4
 
     merged = PeftModel.from_pretrained(fix.tiny_llama(), folder).merge_and_unload()
@@ -182,7 +182,7 @@ def test_attacks_on_base_rows_and_on_merged_rows_are_different_scores(tmp_path, 
                 layer = getattr(mlp, name)
                 getattr(layer, "base_layer", layer).weight[-5:] = 0
         plain = Scorer(model, tokenizer, EvalSpec.parse(block | {"attacks": "none"}))
-        assert plain.score(Job("perplexity", "t"))[0]["value"] == found["zeroing@5", place]
+        assert plain.score(EvalJob("perplexity", "t"))[0]["value"] == found["zeroing@5", place]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:peft", "ignore:fan_in_fan_out")

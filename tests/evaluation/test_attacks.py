@@ -11,7 +11,7 @@ from helpers import benchmark_fixtures as fix
 from helpers.benchmark_fixtures import TEXT, score
 
 from macdrop.errors import ConfigError, MacDropError
-from tune.config.eval_spec import EvalSpec, Job
+from tune.config.eval_spec import EvalJob, EvalSpec
 from tune.errors import BenchmarkError
 from tune.evaluation.scorer import Scorer, masks_off
 
@@ -54,13 +54,13 @@ def test_an_attacked_score_is_that_of_the_edited_model_and_leaves_no_trace(tmp_p
         rows = scorer.score(job, answers_path=tmp_path / "items.jsonl")
         answers[job] = (tmp_path / "items.jsonl").read_text().replace(f'"{attack}", "attack_on": "base"', '"none"')
         if job.attack == attack:
-            want = reference.score(Job(job.benchmark, job.task))
+            want = reference.score(EvalJob(job.benchmark, job.task))
             assert [row["value"] for row in rows] == [row["value"] for row in want]
             assert all((row["attack"], row["attack_on"]) == (attack, "base") for row in rows)
         else:
             assert all(row["attack_on"] is None for row in rows)
     for job in scorer.jobs():
-        assert job.attack == "none" or answers[job] != answers[Job(job.benchmark, job.task)]
+        assert job.attack == "none" or answers[job] != answers[EvalJob(job.benchmark, job.task)]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

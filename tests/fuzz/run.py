@@ -216,7 +216,7 @@ def runs(folder: Path) -> Callable[[Any], str]:
     from tune.report.report import make_report
     from tune.scheduling.study import studies
     from tune.storage.repair import check_run, mend
-    from tune.storage.run_folder import Journal
+    from tune.storage.run_folder import RunFolder
 
     run = make_resumable_run(folder / "run")
     whole = content(run)
@@ -224,7 +224,7 @@ def runs(folder: Path) -> Callable[[Any], str]:
     turn = 0
 
     def resumed() -> None:
-        journal = Journal.open(run)
+        journal = RunFolder.open(run)
         journal.score_rows()  # environment.json is written anew
         for record in journal.trials():
             journal.trial(record["trial"]).metrics()
@@ -239,7 +239,7 @@ def runs(folder: Path) -> Callable[[Any], str]:
         file.write_bytes(damaged_file(file.name, file.read_bytes(), drawn[1]))
         before = content(run)
         try:
-            ended = quietly(lambda: collect(Journal.open(run, lenient=True)))
+            ended = quietly(lambda: collect(RunFolder.open(run, lenient=True)))
             if turn % REPORT_EVERY == 0:
                 quietly(lambda: make_report(run).markdown())
             unchanged(before, run)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from macdrop.weights import Confidence, MassiveWeights
-from tune.config.eval_spec import EvalSpec, Job
+from tune.config.eval_spec import EvalJob, EvalSpec
 from tune.evaluation.scorer import Scorer
 
 FFN = 48
@@ -100,7 +100,7 @@ def score(model, tokenizer, block, attack="none", on=None, **options):
     spec = EvalSpec.parse(block)
     scorer = Scorer(model, tokenizer, spec, weights=options.pop("weights", None))
     first = scorer.jobs()[0]
-    return scorer.score(Job(first.benchmark, first.task, attack, on), **options)
+    return scorer.score(EvalJob(first.benchmark, first.task, attack, on), **options)
 
 
 def values(rows):

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.benchmark_fixtures import byte_tokenizer
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 GOOD = "Feedback: It is right. [RESULT] 4"
 
@@ -131,10 +131,10 @@ CONVERSATIONS = [
 ANSWERS = 6
 
 
-def answered_run(folder: Path, config: dict | None = None, *, attacks: tuple[str, ...] = ("none",)) -> Journal:
+def answered_run(folder: Path, config: dict | None = None, *, attacks: tuple[str, ...] = ("none",)) -> RunFolder:
     """A run of one model: its base, one final trial, and one of the search, all with answers to CONVERSATIONS."""
     base = {"model_name_or_path": "zoo:planted-llama", "eval": {"generation": {"spec_bench": {"data": "q.jsonl"}}}}
-    journal = Journal.create(folder, {**base, **(config or {})}, command="test")
+    journal = RunFolder.create(folder, {**base, **(config or {})}, command="test")
     model = "zoo:planted-llama"
     for trial, stage in {"base": None, "final-1": "final", "search-1": "search"}.items():
         if trial != "base":

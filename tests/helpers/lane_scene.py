@@ -30,10 +30,10 @@ class Scene:
     left: list[Any] = field(default_factory=list)
 
     def place(self, name: str, spec: TrainSpec, width: int) -> None:
-        from tune.scheduling.queue import Order
+        from tune.scheduling.queue import TrainTask
 
         folders = str(self.folder / "trials" / name), str(self.folder / "data")
-        self.call("place", Order(name, "study", dump(spec), *folders, None, spec.engine_key(), width), "test")
+        self.call("place", TrainTask(name, "study", dump(spec), *folders, None, spec.engine_key(), width), "test")
 
     def call(self, method: str, *arguments: Any) -> Any:
         from tune.distributed.lanes.dispatcher import call
@@ -84,11 +84,11 @@ class Scene:
 @contextmanager
 def scene_of(folder: Path, spec: RaySpec) -> Iterator[Scene]:
     from tune.distributed.lanes.dispatcher import dispatching
-    from tune.distributed.lanes.lane_pool import Lanes
+    from tune.distributed.lanes.lane_pool import LanePool
 
     (folder / "ray").mkdir(parents=True)
     with dispatching(folder / "ray") as dispatcher:
-        scene = Scene(folder, dispatcher, Lanes(dispatcher, spec, 0.0, folder / "ray"))
+        scene = Scene(folder, dispatcher, LanePool(dispatcher, spec, 0.0, folder / "ray"))
         try:
             yield scene
         finally:

@@ -24,7 +24,7 @@ from scipy.stats import norm
 from tune.config.run_spec import TrainSpec, dump, slug
 from tune.config.sections import ARMS, MacDropSpec
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml
-from tune.storage.run_folder import BASE, Journal
+from tune.storage.run_folder import BASE, RunFolder
 
 OFF = {"k": 0, "p0": 0.0, "schedule": "step", "alpha": None}
 SEARCHED = [
@@ -50,7 +50,7 @@ STEPS = 100
 class _Maker:
     """The numbers of one run; see `make_run` for what they mean."""
 
-    journal: Journal
+    journal: RunFolder
     attacks: Sequence[str]
     effect: Mapping[tuple[str, str], float]
     items: int
@@ -210,7 +210,7 @@ def make_run(
     correlation: float = 0.97,
     lost: Iterable[tuple[str, int]] = (),
     status: str = "done",
-) -> Journal:
+) -> RunFolder:
     """Write a run folder of one or several models and return its Journal.
 
     Args:
@@ -225,7 +225,7 @@ def make_run(
     """
     models, cells = [model] if isinstance(model, str) else list(model), list(cells or [{}])
     fresh = len([seed for seed in seeds if seed])
-    journal = Journal.create(folder, _config(models, cells, arms, attacks, fresh), command="macdrop sweep demo")
+    journal = RunFolder.create(folder, _config(models, cells, arms, attacks, fresh), command="macdrop sweep demo")
     journal.write_environment()
     maker = _Maker(journal, attacks, effect, items, seed_sd, correlation, judge)
     for name in models:
@@ -364,7 +364,7 @@ def _config(
     return {**spec, "sweep": sweep, "validation": validation, "eval": {**test, "generation": generation}}
 
 
-def _findings(journal: Journal, model: str) -> None:
+def _findings(journal: RunFolder, model: str) -> None:
     """massive_weights.json and proof.json, with the numbers of zoo:planted-llama."""
     rows = [98, 107, 10, 66, 130, *(i for i in range(192) if i not in (98, 107, 10, 66, 130))]
     magnitudes = [644.8, 195.0, 58.97, 17.8, 5.4, *(0.3 * 0.98**i for i in range(187))]

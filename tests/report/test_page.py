@@ -24,7 +24,7 @@ from tune.report.html.palette import DARK, LIGHT, STEPS, TEXT, contrast
 from tune.report.html.pareto import _front
 from tune.report.html.select import best_groups, cells
 from tune.report.report import Report, make_report
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 HOSTILE = "<script>alert('$x$')</script>&amp;\"onload=\"x"
 PAPER = "https://arxiv.org/abs/2410.01866"
@@ -252,7 +252,7 @@ def test_half_of_a_run_gives_a_page_that_says_what_is_missing(tmp_path):
 
 
 def test_a_run_without_trials_gives_a_page(tmp_path):
-    journal = Journal.create(
+    journal = RunFolder.create(
         tmp_path / "run", {"model_name_or_path": "org/model", "sweep": {}}, command="macdrop sweep"
     )
     text = write_page([make_report(journal.run_dir)], tmp_path / "page.html")[0].read_text()

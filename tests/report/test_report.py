@@ -20,14 +20,14 @@ from tune.report.report import make_report
 from tune.report.sections import BUILDERS, UNREADABLE
 from tune.report.sections.findings import PLANTED
 from tune.report.tables import NUMBER, Part, Table, latex
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 MODEL = "zoo:planted-llama"
 CELLS = [{"use_dora": False}, {"use_dora": True}]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Journal:
+def run(tmp_path_factory) -> RunFolder:
     """One model, LoRA and DoRA, three seeds, a placebo, judgements; of 6 searched settings a cell one diverged."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
     return make_run(folder, model=[MODEL], cells=CELLS, judge=True, tried=6)
@@ -89,7 +89,7 @@ def test_validation_and_test_scores_stay_apart(report):
 
 def test_a_mean_over_tasks_takes_the_metric_that_each_entry_names(tmp_path):
     entries = {"arc": {"metric": "acc_norm"}, "boolq": {"metric": "acc"}, "other": {}}
-    journal = Journal.create(tmp_path / "run", {"model_name_or_path": "m", "eval": {"zero_shot": entries}})
+    journal = RunFolder.create(tmp_path / "run", {"model_name_or_path": "m", "eval": {"zero_shot": entries}})
     for task, values in {"arc": (0.1, 0.5), "boolq": (0.7, 0.2), "other": (0.3, 0.4)}.items():
         for metric, value in zip(("acc", "acc_norm"), values, strict=True):
             journal.add_scores([score("base", "base", "zero_shot", task, metric, value)])
@@ -265,7 +265,7 @@ def test_csv_is_long_form_and_whole(report, run):
 
 
 def test_a_run_that_has_just_begun(tmp_path):
-    journal = Journal.create(tmp_path / "new", {"model_name_or_path": "org/m"})
+    journal = RunFolder.create(tmp_path / "new", {"model_name_or_path": "org/m"})
     report = make_report(journal.run_dir)
     assert "No verdict: nothing is trained or scored yet." in report.markdown()
     assert len(csv_text([report]).splitlines()) == 1 and terminal(report, 80)
@@ -278,7 +278,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 def test_a_run_from_before_there_were_stages(tmp_path):
     """Every trial is a final trial and has its place; settings are told apart by their specs."""
     config = {"sweep": {"models": ["m"], "metric": {"name": "eval_loss", "goal": "minimize"}}}
-    journal = Journal.create(tmp_path / "old", config)
+    journal = RunFolder.create(tmp_path / "old", config)
     off = {"k": 0, "p0": 0.0, "schedule": "step", "alpha": None}
     blocks = {"a": off, "b": {**off, "k": 5, "p0": 0.2}, "c": {**off, "k": 5, "p0": 0.8}}
     for loss, (trial, block) in zip((2.0, 1.9, 1.8), blocks.items(), strict=True):

@@ -16,7 +16,7 @@ from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec, load
 from tune.scheduling import history as past
 from tune.scheduling.early_stopping import cuts
-from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, Past
+from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, PastTrial
 from tune.scheduling.study import Study, studies
 from tune.storage import search_state
 
@@ -66,7 +66,7 @@ def search(spec: RunSpec, study: Study, kept: Kept, trials: int, die_at: int | N
     standing = {
         trial: state
         for trial, record in kept.records.items()
-        if (state := past.standing(record, adapter=True, scored=True))
+        if (state := past.resume_state(record, adapter=True, scored=True))
     }
     reports = {trial: past.judged(kept.records[trial], kept.metrics[trial]) for trial in standing}
     known = []
@@ -195,17 +195,18 @@ def test_a_trial_that_comes_again_counts_once_on_a_rung():
     ],
 )
 def test_how_a_trial_stands_in_a_resumed_run(record, found, state):
-    assert past.standing(record, **{"adapter": True, "scored": True, **found}) == state
+    assert past.resume_state(record, **{"adapter": True, "scored": True, **found}) == state
 
 
 def test_what_the_searcher_is_told_of_a_draw():
     reports = [(4, 2.0), (8, 1.0)]
     drawn = {"macdrop.p0": 0.5}
-    assert past.past(drawn, None, {}, (), ()) == Past(drawn, OPEN) == past.past(drawn, "trained", {}, (1.0,), reports)
-    assert past.past(drawn, "done", {}, (1.0,), reports) == Past(drawn, COMPLETE, (1.0,))
-    assert past.past(drawn, "done", {}, (None,), reports) == Past(drawn, PRUNED, None, tuple(reports))
-    assert past.past(drawn, "stopped", {"judged": 8}, (), reports) == Past(drawn, PRUNED, None, ((4, 2.0),))
-    assert past.past(drawn, "failed", {}, (), reports) == Past(drawn, FAILED)
+    assert past.past(drawn, None, {}, (), ()) == PastTrial(drawn, OPEN)
+    assert past.past(drawn, "trained", {}, (1.0,), reports) == PastTrial(drawn, OPEN)
+    assert past.past(drawn, "done", {}, (1.0,), reports) == PastTrial(drawn, COMPLETE, (1.0,))
+    assert past.past(drawn, "done", {}, (None,), reports) == PastTrial(drawn, PRUNED, None, tuple(reports))
+    assert past.past(drawn, "stopped", {"judged": 8}, (), reports) == PastTrial(drawn, PRUNED, None, ((4, 2.0),))
+    assert past.past(drawn, "failed", {}, (), reports) == PastTrial(drawn, FAILED)
 
 
 def test_validations_after_the_word_to_stop_were_told_nobody():

@@ -7,20 +7,20 @@ import pickle
 
 import pytest
 
-from tune.scheduling.queue import FINAL, GO_ON, LEAVE, MAX_ATTEMPTS, STOP, Order, OrderBook
+from tune.scheduling.queue import FINAL, GO_ON, LEAVE, MAX_ATTEMPTS, STOP, TaskQueue, TrainTask
 
 DONE = {"status": "done", "step": 4, "total_steps": 4, "eval_loss": 1.0}
 STOPPED = {"status": "stopped", "step": 2, "total_steps": 4, "eval_loss": 2.0}
 LEFT = {**STOPPED, "status": "left"}
 
 
-def order(name: str = "a", *, engine: str = "e", width: int = 1, study: str = "s", stage: str = "final") -> Order:
-    return Order(name, study, {"seed": 0}, f"/trials/{name}", "/data", None, engine, width, stage)
+def order(name: str = "a", *, engine: str = "e", width: int = 1, study: str = "s", stage: str = "final") -> TrainTask:
+    return TrainTask(name, study, {"seed": 0}, f"/trials/{name}", "/data", None, engine, width, stage)
 
 
-def book_in(state: str) -> OrderBook:
+def book_in(state: str) -> TaskQueue:
     """A book whose order `a`, placed by `tom`, is in `state`; lane `l` is up."""
-    book = OrderBook()
+    book = TaskQueue()
     book.lane_up("l", 1, "host", ["node"])
     book.place(order(), "tom")
     if state == "queued":
@@ -91,7 +91,7 @@ def test_a_call_that_comes_twice_changes_nothing(state, event):
 
 
 def test_the_whole_way():
-    book = OrderBook()
+    book = TaskQueue()
     book.lane_up("l", 1, "host")
     assert book.place(order(), "tom") == "queued" and book.poll("a", -1)["state"] == "queued"
     assert book.take("l", None) == order() and book.snapshot()["lanes"]["l"]["order"] == "a"
@@ -106,7 +106,7 @@ def test_the_whole_way():
 
 
 def test_placing_the_same_fine_tuning_twice_follows_the_first():
-    book = OrderBook()
+    book = TaskQueue()
     book.lane_up("l", 1, "host")
     book.place(order(), "tom")
     book.place(order(), "ann")
@@ -149,7 +149,7 @@ def test_wanted_again_after_the_end_starts_anew():
 
 
 def test_cancelling_what_nobody_knows_is_harmless():
-    OrderBook().cancel("a", "tom")
+    TaskQueue().cancel("a", "tom")
 
 
 # --- lanes ---
@@ -167,7 +167,7 @@ def test_cancelling_what_nobody_knows_is_harmless():
     ],
 )
 def test_a_lane_prefers_what_fits_its_engine_else_the_oldest_of_its_width(engine, width, taken):
-    book = OrderBook()
+    book = TaskQueue()
     for name, of, wide in (("first x", "x", 1), ("first y", "y", 1), ("second x", "x", 1), ("wide x", "x", 2)):
         book.place(order(name, engine=of, width=wide), "tom")
     book.lane_up("l", width, "host")
@@ -285,7 +285,7 @@ def test_a_retried_order_repeats_no_metrics():
 
 
 def test_what_an_earlier_run_finished_is_neither_trained_nor_told_again():
-    book = OrderBook()
+    book = TaskQueue()
     book.lane_up("l", 1, "host")
     book.record(order(), "done", DONE, {"x": 1.0})
     assert book.place(order(), "tom") == "done" and book.take("l", None) is None
@@ -321,7 +321,7 @@ def test_a_book_can_cross_processes():
 
 
 def test_abandon_leaves_only_the_kept_followers():
-    book = OrderBook()
+    book = TaskQueue()
     for name in ("searched", "baseline", "both"):
         book.place(order(name), "baseline" if name == "baseline" else "trial")
     book.place(order("both"), "baseline")
@@ -331,7 +331,7 @@ def test_abandon_leaves_only_the_kept_followers():
 
 
 def test_a_trial_of_the_search_placed_for_the_final_stage_is_scored_again_and_not_trained():
-    book = OrderBook()
+    book = TaskQueue()
     book.lane_up("l", 1, "host")
     book.place(order(stage="search"), "tom")
     book.take("l", None)

@@ -16,16 +16,16 @@ from hypothesis import strategies as some
 
 from tune.errors import ResourceError
 from tune.scheduling import queue_log as order_log
-from tune.scheduling.queue import FINAL, Order, OrderBook
-from tune.scheduling.queue_log import LoggedBook
+from tune.scheduling.queue import FINAL, TaskQueue, TrainTask
+from tune.scheduling.queue_log import LoggedQueue
 from tune.storage.run_folder import STAGES
 
 NAMES, LANES, NODES, FOLLOWERS = ("a", "b", "c"), ("l", "m"), ("n1", "n2"), ("tom", "ann")
 
 
-def order(name: str, stage: str = "search") -> Order:
+def order(name: str, stage: str = "search") -> TrainTask:
     spec = {"seed": 0, "macdrop": {"p0": 0.8, "exclude": []}}
-    return Order(name, "s", spec, f"/{name}", "/data", None, "e", 1, stage, {"k": 1}, {"learning_rate": 1e-3})
+    return TrainTask(name, "s", spec, f"/{name}", "/data", None, "e", 1, stage, {"k": 1}, {"learning_rate": 1e-3})
 
 
 def steps(status: str) -> dict:
@@ -77,7 +77,7 @@ BEGUN += [("place", (order(name), "tom")) for name in NAMES[:2]]
 SEQUENCES = some.lists(CALLS | WORK, max_size=40).map(lambda calls: BEGUN + calls)
 
 
-def replay(book: LoggedBook, calls: list) -> list:
+def replay(book: LoggedQueue, calls: list) -> list:
     """The answers to calls; what a book refuses changes nothing."""
     answers = []
     for name, arguments in calls:
@@ -102,9 +102,9 @@ def fresh(folder: Path) -> Path:
 @given(calls=SEQUENCES)
 def test_a_book_made_again_equals_the_one_that_died(folder, calls):
     file = fresh(folder)
-    live = LoggedBook(file)
+    live = LoggedQueue(file)
     replay(live, calls)
-    again = LoggedBook(file)
+    again = LoggedQueue(file)
     assert again.book == live.book
     assert again.call("changes", 0) == live.call("changes", 0)
     # Both go on alike, but for the metrics shown of steps without a validation.
@@ -115,7 +115,7 @@ def test_a_book_made_again_equals_the_one_that_died(folder, calls):
 @settings(deadline=None)
 @given(calls=SEQUENCES)
 def test_calls_that_come_twice_change_nothing(calls):
-    once, repeated = OrderBook(), OrderBook()
+    once, repeated = TaskQueue(), TaskQueue()
     for name, arguments in calls:
         answers = []
         for book in (once, repeated, repeated):
@@ -130,12 +130,12 @@ def test_calls_that_come_twice_change_nothing(calls):
 @example(calls=[*BEGUN, ("progress", ("a", {"step": 1, "loss": 1.5, "eval_loss": math.inf}, None))], cut=0)
 def test_a_log_cut_at_any_byte_is_the_log_of_the_calls_before(folder, calls, cut):
     file = fresh(folder)
-    live, expected = LoggedBook(file), OrderBook()
+    live, expected = LoggedQueue(file), TaskQueue()
     replay(live, calls)
     whole = file.read_bytes()
     kept = whole[: cut % (len(whole) + 1)]
     file.write_bytes(kept)
-    again = LoggedBook(file)
+    again = LoggedQueue(file)
     lines = whole.splitlines(keepends=True)
     count = kept.count(b"\n")
     # The same calls to a book without a log, up to the cut.
@@ -152,7 +152,7 @@ def test_a_log_cut_at_any_byte_is_the_log_of_the_calls_before(folder, calls, cut
 
 def test_what_changes_nothing_leaves_no_line(tmp_path):
     file = fresh(tmp_path)
-    book = LoggedBook(file)
+    book = LoggedQueue(file)
     replay(book, BEGUN)
     book.call("take", "l", None)
     size = file.stat().st_size
@@ -168,21 +168,21 @@ def test_what_changes_nothing_leaves_no_line(tmp_path):
 
 def test_a_damaged_line_is_refused_with_its_place(tmp_path):
     file = fresh(tmp_path)
-    replay(LoggedBook(file), BEGUN)
+    replay(LoggedQueue(file), BEGUN)
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join([lines[0], "{oops\n", *lines[1:]]))
     with pytest.raises(ValueError, match="line 2"):
-        LoggedBook(file)
+        LoggedQueue(file)
 
 
 def test_a_log_that_is_gone_is_not_taken_for_an_empty_one(tmp_path):
     with pytest.raises(FileNotFoundError):
-        LoggedBook(tmp_path / "orders.jsonl")
+        LoggedQueue(tmp_path / "orders.jsonl")
 
 
 def test_a_full_disk_delays_the_log_and_nothing_else(tmp_path, monkeypatch):
     file = fresh(tmp_path)
-    book = LoggedBook(file)
+    book = LoggedQueue(file)
 
     def full(*arguments):
         raise ResourceError("The disk is full")
@@ -196,11 +196,11 @@ def test_a_full_disk_delays_the_log_and_nothing_else(tmp_path, monkeypatch):
     file.with_name("elsewhere").rename(file)
     assert not file.read_text()
     replay(book, BEGUN[3:])
-    assert LoggedBook(file).book == book.book and len(file.read_text().splitlines()) == len(BEGUN)
+    assert LoggedQueue(file).book == book.book and len(file.read_text().splitlines()) == len(BEGUN)
 
 
 def test_an_order_is_read_as_it_was_written(tmp_path):
     file = fresh(tmp_path)
-    LoggedBook(file).call("place", order("a"), "tom")
-    (entry,) = LoggedBook(file).book.entries.values()
+    LoggedQueue(file).call("place", order("a"), "tom")
+    (entry,) = LoggedQueue(file).book.entries.values()
     assert entry.order == order("a") and asdict(entry.order) == asdict(order("a"))

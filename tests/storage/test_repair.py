@@ -15,7 +15,7 @@ from tune.config.run_spec import RunSpec
 from tune.scheduling import history as past
 from tune.scheduling.selection import final_specs
 from tune.storage.repair import check_run, mend
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 from tune.storage.sealed_folder import newest
 
 DAMAGE = {
@@ -80,7 +80,7 @@ def folder(whole, tmp_path) -> Path:
 def test_a_damaged_file_is_mended_or_made_again(folder, name, damage):
     find, told = FILES[name]
     file = find(folder)
-    journal = Journal(folder)
+    journal = RunFolder(folder)
     before = {record["trial"]: record for record in journal.trials()}
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
     notes = mend(folder)
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_mended_or_made_again(folder, name, damage):
         assert any(told in note and file.parents[0].name in note for note in notes), notes
         assert list(folder.rglob("*.damaged")), "the damaged file is kept"
     assert mend(folder) == [], "all of it is mended at once"
-    journal = Journal.open(folder)
+    journal = RunFolder.open(folder)
     if name == "answers":
         scored = {row["trial"] for row in journal.score_rows() if row["task"] == "qa"}
         assert (file.parents[1].name in scored) == torn, "scores go with their answers"
@@ -102,13 +102,13 @@ def test_a_damaged_file_is_mended_or_made_again(folder, name, damage):
     assert found is None or final_specs(found)
 
 
-def flat_equal(journal: Journal, before: dict, after: dict, name: str) -> bool:
+def flat_equal(journal: RunFolder, before: dict, after: dict, name: str) -> bool:
     """Only the trial that was hit is open again; of all others nothing has changed."""
     hit = {trial for trial, record in before.items() if after.get(trial) != record}
     if name in ("trial.json", "trial's config.yaml", "adapter", "manifest"):
         (trial,) = hit
         again = after.get(trial, {"status": "pending"})
-        standing = past.standing({"status": "running", **again}, adapter=False, scored=True)
+        standing = past.resume_state({"status": "running", **again}, adapter=False, scored=True)
         return again["status"] != "done" and standing is None
     return not hit
 
@@ -128,7 +128,7 @@ def test_a_run_file_cut_off_is_another_run_and_not_taken_for_it(folder):
     lines = text.splitlines(keepends=True)
     for end in range(0, len(lines), 20):
         (folder / "config.yaml").write_text("".join(lines[:end]))
-        assert mend(folder) and Journal.open(folder).config() == whole
+        assert mend(folder) and RunFolder.open(folder).config() == whole
         (folder / "config.yaml").write_text("".join(lines[:end]))
         about = (folder / "run.json").read_text()
         (folder / "run.json").write_text(about[: len(about) // 2])
@@ -141,15 +141,15 @@ def test_rows_written_together_are_taken_out_together(folder):
     scores = folder / "scores.jsonl"
     rows = [dict(model="m", trial="x", arm="plain", seed=0, benchmark="zero_shot", task="qa", metric=m, attack="none",
                  attack_on=None, value=0.125) for m in ("acc", "acc_norm")]  # fmt: skip
-    before = len(Journal(folder).score_rows())
-    Journal(folder).add_scores(rows)
-    Journal(folder).add_scores([{**rows[0], "trial": "y"}])
+    before = len(RunFolder(folder).score_rows())
+    RunFolder(folder).add_scores(rows)
+    RunFolder(folder).add_scores([{**rows[0], "trial": "y"}])
     scores.write_text(
         scores.read_text().replace('"acc_norm", "attack": "none", "attack_on": null, "value": 0.125', "x")
     )
     (note,) = mend(folder)
     assert "scored again" in note
-    assert [row["trial"] for row in Journal(folder).score_rows()[before:]] == ["y"]
+    assert [row["trial"] for row in RunFolder(folder).score_rows()[before:]] == ["y"]
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -163,9 +163,9 @@ def test_what_is_no_run_is_refused(tmp_path):
 @pytest.mark.parametrize("damage", [("settings", True), ("value", "0.5"), ("arm", None), ("split", 1)])
 def test_a_score_that_readers_refuse_is_taken_out(folder, damage):
     scores = folder / "scores.jsonl"
-    whole = Journal(folder).score_rows()
+    whole = RunFolder(folder).score_rows()
     first, *rest = scores.read_text().splitlines(keepends=True)
     scores.write_text("".join([json.dumps(json.loads(first) | dict([damage])) + "\n", *rest]))
     (note,) = mend(folder)
     assert "scored again" in note
-    assert Journal(folder).score_rows() == whole[1:]
+    assert RunFolder(folder).score_rows() == whole[1:]

@@ -17,7 +17,7 @@ import yaml
 from macdrop.errors import ConfigError
 from tune.errors import ResourceError
 from tune.storage import atomic as files
-from tune.storage.run_folder import SCORE_COLUMNS, Journal
+from tune.storage.run_folder import SCORE_COLUMNS, RunFolder
 
 SPEC = {"model_name_or_path": "zoo:planted-llama", "macdrop": {"k": 5, "p0": 0.8}, "learning_rate": 1e-4}
 
@@ -29,15 +29,15 @@ def score(**changes) -> dict:
 
 
 @pytest.fixture
-def journal(tmp_path) -> Journal:
-    return Journal.create(tmp_path / "run", SPEC, command="macdrop sweep x.yaml")
+def journal(tmp_path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", SPEC, command="macdrop sweep x.yaml")
 
 
 # --- the run ---
 
 
 def test_a_run_folder_comes_back_as_it_was_made(journal):
-    again = Journal.open(journal.run_dir)
+    again = RunFolder.open(journal.run_dir)
     assert again.config() == SPEC
     assert again.run()["status"] == "running" and again.run()["command"] == "macdrop sweep x.yaml"
     assert again.run()["macdrop"] and again.run()["name"] == "run"
@@ -52,22 +52,22 @@ def test_a_run_folder_comes_back_as_it_was_made(journal):
 def test_create_refuses_a_folder_with_anything_in_it(tmp_path, journal):
     before = sorted(journal.run_dir.iterdir())
     with pytest.raises(ConfigError, match="--resume"):
-        Journal.create(journal.run_dir, {})
+        RunFolder.create(journal.run_dir, {})
     assert sorted(journal.run_dir.iterdir()) == before and journal.config() == SPEC
     (tmp_path / "other").mkdir()
-    Journal.create(tmp_path / "other", {})  # an empty folder will do
+    RunFolder.create(tmp_path / "other", {})  # an empty folder will do
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="output_dir"):
-        Journal.create(tmp_path / "file", {})
+        RunFolder.create(tmp_path / "file", {})
 
 
 def test_open_refuses_what_is_no_run(tmp_path, journal):
     for path, word in [(tmp_path / "nothing", "no such folder"), (tmp_path, "no run.json")]:
         with pytest.raises(ConfigError, match=word):
-            Journal.open(path)
+            RunFolder.open(path)
     (journal.run_dir / "run.json").write_text('{"name": ')
     with pytest.raises(ConfigError, match="damaged"):
-        Journal.open(journal.run_dir)
+        RunFolder.open(journal.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_who_only_reads_gets_the_spec_without_what_none_can_hold(journal, damage
 
     (journal.run_dir / "config.yaml").write_text(yaml.safe_dump({"seed": 3, "of_another_version": 1, **damage}))
     assert journal.config().keys() == {"seed", "of_another_version", *damage}, "who works on it sees all of it"
-    reader = Journal.open(journal.run_dir, lenient=True)
+    reader = RunFolder.open(journal.run_dir, lenient=True)
     config = reader.config()
     assert config["seed"] == 3 and config["of_another_version"] == 1
     assert reader.config() == config and told in "".join(reader.problems)
@@ -118,7 +118,7 @@ def test_a_trial_from_start_to_end(journal):
     assert trial.status == "running"
     trial.log([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan"), "p": np.float32(0.5)}])
     trial.finish("done", eval_loss=np.float64(1.5), steps=2)
-    (record,) = Journal.open(journal.run_dir).trials()
+    (record,) = RunFolder.open(journal.run_dir).trials()
     assert record["config"] == {"learning_rate": 1e-4} and record["eval_loss"] == 1.5 and record["attempts"] == 1
     assert (record["model"], record["arm"], record["seed"], record["status"]) == ("m", "macdrop", 3, "done")
     assert record["started"] <= record["finished"]
@@ -181,12 +181,12 @@ def test_a_writer_killed_at_any_byte_leaves_all_rows_of_a_benchmark_or_none(jour
     whole = journal.scores_file.read_bytes()
     for size in range(before, len(whole)):
         journal.scores_file.write_bytes(whole[:size])
-        assert [row["task"] for row in Journal(journal.run_dir).score_rows()] == ["qa"]
+        assert [row["task"] for row in RunFolder(journal.run_dir).score_rows()] == ["qa"]
         if size % 10 == 0:
             journal.add_scores([score(task=f"group/{part}") for part in "abc"])
             assert journal.scores_file.read_bytes() == whole
     journal.scores_file.write_bytes(whole)
-    assert len(pandas.read_json(journal.scores_file, lines=True)) == len(Journal(journal.run_dir).score_rows()) == 4
+    assert len(pandas.read_json(journal.scores_file, lines=True)) == len(RunFolder(journal.run_dir).score_rows()) == 4
 
 
 def test_a_torn_last_line_is_left_out_and_healed(journal):
@@ -220,7 +220,7 @@ def test_a_line_changed_by_hand_is_named(tmp_path):
 
 def _write_many(path, number):
     for i in range(20):
-        Journal(path).add_scores([score(trial=f"t{number}", task=f"{i}-{j}", pad="x" * 500) for j in range(5)])
+        RunFolder(path).add_scores([score(trial=f"t{number}", task=f"{i}-{j}", pad="x" * 500) for j in range(5)])
 
 
 def test_many_writers_lose_and_mix_nothing(journal):
@@ -263,7 +263,7 @@ def test_an_append_that_fills_the_disk_takes_its_part_back(tmp_path, monkeypatch
 def test_a_place_that_cannot_be_written_is_a_resource_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="Cannot write"):
-        Journal.create(tmp_path / "file" / "run", SPEC)
+        RunFolder.create(tmp_path / "file" / "run", SPEC)
 
 
 def test_what_json_cannot_hold_is_refused(tmp_path):

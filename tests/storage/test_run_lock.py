@@ -16,7 +16,7 @@ from tune.config.resume import check_same, resume_command
 from tune.config.run_spec import dump, load
 from tune.storage import run_lock as claim
 from tune.storage.run_folder import check_new
-from tune.storage.run_lock import alive, claimed, process
+from tune.storage.run_lock import alive, locked, process
 
 WORK = (
     "import sys, time; from pathlib import Path; from tune.storage.run_lock import claimed\n"
@@ -31,13 +31,13 @@ def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path):
     first = subprocess.Popen([sys.executable, "-c", WORK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "here\n"
     with pytest.raises(ConfigError, match=rf"(?s)in use.*process {first.pid} .*alive.*kill {first.pid}.*delete"):
-        with claimed(tmp_path):
+        with locked(tmp_path):
             pass
     first.kill()
     first.wait()
-    with claimed(tmp_path) as mine:
+    with locked(tmp_path) as mine:
         assert json.loads((tmp_path / claim.FILE).read_text())["pid"] == os.getpid() and mine.lost is None
-        with pytest.raises(ConfigError, match="in use"), claimed(tmp_path):
+        with pytest.raises(ConfigError, match="in use"), locked(tmp_path):
             pass
     assert not (tmp_path / claim.FILE).exists()
 
@@ -56,7 +56,7 @@ def test_who_lost_the_folder_leaves_what_another_has_written(tmp_path, monkeypat
     ends = []
     before = signal.signal(signal.SIGTERM, lambda *_: ends.append("told"))
     try:
-        with claimed(tmp_path) as mine:
+        with locked(tmp_path) as mine:
             taken = {"token": "another's"}
             (tmp_path / claim.FILE).write_text(json.dumps(taken))
             deadline = time.monotonic() + 20

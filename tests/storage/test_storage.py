@@ -17,7 +17,7 @@ import pytest
 from tune.errors import ResourceError
 from tune.storage import atomic as files
 from tune.storage.atomic import append_jsonl, atomic_write_json, lasting, read_jsonl
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 SCORE = {"model": "m", "arm": "plain", "trial": "t", "seed": 0, "benchmark": "zero_shot", "metric": "acc", "value": 0.5}
 SCORE |= {"attack": "none", "attack_on": None}
@@ -47,7 +47,7 @@ def gone(folder: Path) -> Iterator[None]:
     timer.join()
 
 
-def everything(journal: Journal) -> None:
+def everything(journal: RunFolder) -> None:
     """All that a sweep does with its journal while trials end."""
     record = journal.trial("t")
     record.start({"seed": 0}, model="m", arm="plain", seed=0)
@@ -72,12 +72,12 @@ WORDS = {
 @pytest.mark.parametrize("word", WORDS)
 def test_a_journal_waits_for_storage_that_is_gone(word, tmp_path, caplog):
     """Nothing is made in the place of the lost folder, nothing taken for missing, and the user is told."""
-    journal, calm = (Journal.create(tmp_path / name, {}, command="x") for name in ("run", "calm"))
+    journal, calm = (RunFolder.create(tmp_path / name, {}, command="x") for name in ("run", "calm"))
     everything(journal)
     everything(calm)
     wanted = WORDS[word](calm)
     with gone(journal.run_dir):
-        found = WORDS[word](Journal(journal.run_dir))
+        found = WORDS[word](RunFolder(journal.run_dir))
     if word.startswith("read"):
         assert without_times(found) == without_times(wanted) and found
     listed = [sorted(p.relative_to(j.run_dir) for p in j.run_dir.rglob("*")) for j in (journal, calm)]

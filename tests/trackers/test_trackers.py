@@ -10,20 +10,20 @@ import yaml
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec, TrainSpec, dump
-from tune.storage.run_folder import Journal, TrialRecord
+from tune.storage.run_folder import RunFolder, TrialRecord
 from tune.trackers import backends as trackers
-from tune.trackers.sync import Mirror, OneTrial, trials_of_run
+from tune.trackers.sync import OneTrial, TrackerSync, trials_of_run
 
 SPEC = TrainSpec(model_name_or_path="zoo:planted-llama", seed=3, learning_rate=2e-4).canonical()
 SCORE = {"model": SPEC.model_name_or_path, "arm": "macdrop", "benchmark": "zero_shot", "task": "qa", "metric": "acc"}
 
 
 @pytest.fixture
-def journal(tmp_path) -> Journal:
-    return Journal.create(tmp_path / "demo", {"any": "thing"}, command="macdrop sweep")
+def journal(tmp_path) -> RunFolder:
+    return RunFolder.create(tmp_path / "demo", {"any": "thing"}, command="macdrop sweep")
 
 
-def begin(journal: Journal, spec: TrainSpec = SPEC, steps: range = range(1, 4)):
+def begin(journal: RunFolder, spec: TrainSpec = SPEC, steps: range = range(1, 4)):
     record = journal.trial(spec.trial_id())
     record.start(dump(spec), model=spec.model_name_or_path, arm=spec.arm, seed=spec.seed)
     record.log([{"step": 0, "eval_loss": 5.0}])
@@ -31,7 +31,7 @@ def begin(journal: Journal, spec: TrainSpec = SPEC, steps: range = range(1, 4)):
     return record
 
 
-def end(journal: Journal, record, status: str = "done") -> None:
+def end(journal: RunFolder, record, status: str = "done") -> None:
     rows = [("none", None, 0.75), ("zeroing@3", "base", 0.5), ("zeroing@3", "merged", 0.25)]
     journal.add_scores(
         [{**SCORE, "trial": record.id, "attack": a, "attack_on": on, "value": value} for a, on, value in rows]
@@ -39,10 +39,10 @@ def end(journal: Journal, record, status: str = "done") -> None:
     record.finish(status, step=3)
 
 
-def mirror(journal: Journal, *names: str) -> list[str]:
+def mirror(journal: RunFolder, *names: str) -> list[str]:
     """Copy what there is, as at the end of a run; returns the warnings."""
     warnings: list[str] = []
-    made = Mirror(names, journal.run_dir, lambda: trials_of_run(journal), warnings.append)
+    made = TrackerSync(names, journal.run_dir, lambda: trials_of_run(journal), warnings.append)
     made.close()
     return warnings
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import DataError
-from tune.config.eval_spec import Job
+from tune.config.eval_spec import EvalJob
 from tune.evaluation.score_names import Column
 from tune.storage.atomic import read_jsonl
-from tune.storage.run_folder import SCORE_KEY, Journal
+from tune.storage.run_folder import SCORE_KEY, RunFolder
 
 Value = float | tuple[float, float]
 """Of an item: its score; of a perplexity's window: (summed negative log-likelihood in nats, tokens or words)."""
@@ -27,7 +27,7 @@ RATIOS = ("perplexity", "word_perplexity", "byte_perplexity")
 Found = dict[str, Value] | None
 
 
-def read_items(journal: Journal, model: str, trial: str, column: Column, split: str = "test") -> Found:
+def read_items(journal: RunFolder, model: str, trial: str, column: Column, split: str = "test") -> Found:
     """Values of the items behind one score of a trial (or of "base"), by item id; None where none were kept.
 
     An id names the item and its content, so that two trials' items can be matched with `matched`. For a plain mean over
@@ -58,7 +58,7 @@ def matched(first: Mapping[str, Value], second: Mapping[str, Value], what: str) 
 class Items:
     """Reads the items of one model's scores; each file is read once."""
 
-    def __init__(self, journal: Journal, model: str) -> None:
+    def __init__(self, journal: RunFolder, model: str) -> None:
         self._journal, self._model = journal, model
         self._rows: dict[tuple, dict[str, Any]] = {}
         for row in journal.score_rows():
@@ -109,7 +109,7 @@ class Items:
 
     def _place(self, row: Mapping[str, Any]) -> Path:
         folder = self._journal.answers_dir(self._model, row["trial"])
-        key = Job(row["benchmark"], _entry(row), row["attack"], row["attack_on"], row["split"]).key
+        key = EvalJob(row["benchmark"], _entry(row), row["attack"], row["attack_on"], row["split"]).key
         return folder / f"{key.replace('/', '-')}.jsonl"
 
     # --- judgements ---

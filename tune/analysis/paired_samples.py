@@ -15,7 +15,7 @@ from tune.config.eval_spec import TEST
 from tune.config.recorded import asked_for
 from tune.config.run_spec import slug
 from tune.evaluation.score_names import Column, is_part, primary_columns
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 DESCRIPTIVE = ("repeated_4grams", "empty_share", "judge_unparsed")
 """Metrics that describe answers and are no measure of quality: nothing is said to help or hurt by them."""
@@ -27,7 +27,7 @@ Trials = Mapping[Any, str]
 class Samples:
     """The test scores of one model's trials, with their items."""
 
-    def __init__(self, journal: Journal, model: str) -> None:
+    def __init__(self, journal: RunFolder, model: str) -> None:
         self._items = Items(journal, model)
         self._asked = asked_for(journal.config())
         self._scores: dict[tuple[str, Column], float | None] = {}

@@ -18,7 +18,7 @@ from tune.analysis.display_names import NAMES, flatten, setting_label
 from tune.config.recorded import _block, asked_for, models_of
 from tune.config.run_spec import slug
 from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
-from tune.storage.run_folder import BASE, Journal
+from tune.storage.run_folder import BASE, RunFolder
 
 MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
 CELL_KEYS = ("use_dora", "use_rslora")
@@ -134,7 +134,7 @@ class ModelResults:
         return max((len({line.seed for line in g.lines}) for g in self.groups if g.arm == "macdrop"), default=0)
 
 
-def collect(journal: Journal) -> list[ModelResults]:
+def collect(journal: RunFolder) -> list[ModelResults]:
     """The results of each model of a run, in the order of its spec; works on a run that is still going."""
     config, trials, rows = journal.config(), journal.trials(), journal.score_rows()
     names = [slug(name) for name in models_of(config)]
@@ -158,7 +158,7 @@ def value_of(line: Line, objective: str) -> float | None:
 
 
 def _model(
-    journal: Journal,
+    journal: RunFolder,
     name: str,
     display: str,
     trials: list[dict[str, Any]],

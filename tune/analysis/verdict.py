@@ -21,7 +21,7 @@ from tune.analysis.display_names import flatten, setting_label
 from tune.analysis.paired_samples import Samples
 from tune.config.run_spec import slug
 from tune.evaluation.score_names import Column, mean_columns
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 __all__ = ["Comparison", "Verdict", "verdicts"]
 HEADLINES = ("zero_shot", "judge_score", "generation", "perplexity")
@@ -61,7 +61,7 @@ class Setting:
         return setting_label(self.arm, self.config)
 
 
-def verdicts(journal: Journal, model: str) -> list[Verdict]:
+def verdicts(journal: RunFolder, model: str) -> list[Verdict]:
     """The MacDrop finalists of each cell, best first, then its placebos; what a running sweep has so far.
 
     Empty before anything was selected for the final stage, and without a plain adapter that shares a seed and a

@@ -23,7 +23,7 @@ from tune.config.run_spec import TrainSpec
 from tune.errors import BenchmarkError, ResourceError
 from tune.report.model_card import Exported, LogitCheck, model_card
 from tune.storage.atomic import atomic_write_json, atomic_write_text, writing
-from tune.storage.run_folder import BASE, Journal
+from tune.storage.run_folder import BASE, RunFolder
 from tune.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def read_trial(folder: Path) -> Exported:
     run_dir = folder.resolve().parents[1]
     if not (run_dir / "run.json").is_file():
         return Exported(folder, info.get("trial") or spec.trial_id(), spec, info, workers)
-    journal = Journal.open(run_dir)
+    journal = RunFolder.open(run_dir)
     rows = [row for row in journal.score_rows() if row["model"] == info["model"]]
     return Exported(
         folder,
@@ -117,7 +117,7 @@ def read_trial(folder: Path) -> Exported:
     )
 
 
-def _verdicts(journal: Journal, model: str) -> list[str]:
+def _verdicts(journal: RunFolder, model: str) -> list[str]:
     from tune.analysis.verdict import verdicts
 
     return [verdict.sentence for verdict in verdicts(journal, model) if verdict.arm == "macdrop"]

@@ -13,7 +13,7 @@ from tune.evaluation.judge.answers import answers_of, answers_of_evaluation
 from tune.evaluation.judge.judgements import Answers
 from tune.evaluation.judge.session import Outcome, judge_files, make_judge, unparsable
 from tune.storage.atomic import append_jsonl
-from tune.storage.run_folder import BASE, Journal
+from tune.storage.run_folder import BASE, RunFolder
 
 #: How to ask for a judge, for messages.
 EXAMPLE = "  model=prometheus-eval/prometheus-7b-v2.0\n  model=NAME base_url=http://127.0.0.1:8000/v1"
@@ -28,7 +28,7 @@ def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False)
     folder = Path(run)
     if not (folder / "run.json").is_file() and (folder / "answers").is_dir():
         return judge_evaluation(folder, judge_spec({}, overrides), fresh=fresh)
-    journal = Journal.open(run)
+    journal = RunFolder.open(run)
     spec = judge_spec(journal.config(), overrides)
     return _judge(answers_of(journal), spec, journal.add_scores, folder, fresh=fresh)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tune.distributed.actors.evaluators import Result
-    from tune.scheduling.queue import Entry
+    from tune.scheduling.queue import QueuedTask
     from tune.scheduling.study import Study
 
 STYLES = {
@@ -92,7 +92,7 @@ class Progress:
         if self._live:
             self._live.update(self._table())
 
-    def ended(self, entry: Entry) -> None:
+    def ended(self, entry: QueuedTask) -> None:
         loss = entry.outcome.get("eval_loss")
         details = f" eval_loss {loss:.4f}" if loss is not None else ""
         reason = f" ({entry.reason})" if entry.reason else ""

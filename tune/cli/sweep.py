@@ -85,13 +85,13 @@ def _started_with(overrides: list[str]) -> Path:
     """The effective config in the folder of the run to go on with."""
     from tune.config.parse import read_override
     from tune.storage.repair import check_run, mend
-    from tune.storage.run_lock import claimed
+    from tune.storage.run_lock import locked
 
     folder = dict(read_override(override) for override in overrides).get("output_dir")
     if folder is None:
         raise ConfigError("--resume needs output_dir=FOLDER, the folder of the run to go on with.")
     check_run(Path(str(folder)))
-    with claimed(Path(str(folder))):
+    with locked(Path(str(folder))):
         for note in mend(Path(str(folder))):
             line("mended", note)
     return Path(str(folder)) / "config.yaml"

@@ -191,7 +191,7 @@ class Generation(_Entry):
         return self
 
 
-Entry = ZeroShot | Perplexity | Generation
+QueuedTask = ZeroShot | Perplexity | Generation
 
 
 def _named(value: Any) -> Any:
@@ -262,11 +262,11 @@ class EvalSpec(_Strict):
         except ValidationError as error:
             raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
 
-    def entry(self, job: Job) -> Entry:
+    def entry(self, job: EvalJob) -> QueuedTask:
         """The benchmark entry that `job` scores."""
         return getattr(self, job.benchmark)[job.task]
 
-    def inherited(self, entry: Entry, key: str) -> Any:
+    def inherited(self, entry: QueuedTask, key: str) -> Any:
         """`key` of the entry where it is set there (null counts as set), else of the block."""
         return getattr(entry if key in entry.model_fields_set else self, key)
 
@@ -286,7 +286,7 @@ def _explain(error: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class EvalJob:
     """One benchmark entry under one attack: the unit that is scored, scheduled and cached.
 
     `split` says which block of the run file asks for it, one of `SPLITS`.
@@ -305,7 +305,7 @@ class Job:
         return "/".join(part for part in (split, self.benchmark, self.task, self.attack, self.attack_on) if part)
 
 
-def jobs(spec: EvalSpec, split: str = TEST) -> list[Job]:
+def jobs(spec: EvalSpec, split: str = TEST) -> list[EvalJob]:
     """List what `spec` asks for, in file order: for each entry the plain score and then its attacks."""
     places = ["base", "merged"] if spec.attack_on == "both" else [spec.attack_on]
     found = []
@@ -313,5 +313,5 @@ def jobs(spec: EvalSpec, split: str = TEST) -> list[Job]:
         for name, entry in getattr(spec, section).items():
             for attack in entry.attacks or spec.attacks:
                 places_of = [None] if attack == PLAIN else places
-                found += [Job(section, name, attack, place, split) for place in places_of]
+                found += [EvalJob(section, name, attack, place, split) for place in places_of]
     return found

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import torch
 
 from macdrop.errors import ConfigError, MacDropError
-from tune.config.eval_spec import PLAIN, EvalSpec, Job, Perplexity, ZeroShot, jobs, parse_attack
+from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, Perplexity, ZeroShot, jobs, parse_attack
 from tune.evaluation.adapters import merged_weights
 from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
 from tune.storage.atomic import atomic_write_text
@@ -82,7 +82,7 @@ class Scorer:
         self._harness: Any = None
         self._resident: dict[tuple[str, str], Any] = {}
 
-    def _check_attack(self, job: Job) -> None:
+    def _check_attack(self, job: EvalJob) -> None:
         kind, k = parse_attack(job.attack)
         if kind == PLAIN:
             return
@@ -94,7 +94,7 @@ class Scorer:
 
         attacked_rows(self.weights, kind, k)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[EvalJob]:
         """What the spec asks for, in file order."""
         return jobs(self.spec)
 
@@ -106,7 +106,7 @@ class Scorer:
 
     def score(
         self,
-        job: Job,
+        job: EvalJob,
         model: Any | None = None,
         answers_path: str | Path | None = None,
         drop: Any | None = None,
@@ -150,7 +150,7 @@ class Scorer:
         assert any(row["task"] == job.task for row in scored), "every job has a row of its own name"
         return scored
 
-    def items(self, job: Job, limit: int | None = None) -> int:
+    def items(self, job: EvalJob, limit: int | None = None) -> int:
         """How many documents, windows or questions `score` goes through."""
         data = self._data(job)
         limit = limit or self.spec.inherited(self.spec.entry(job), "limit")
@@ -163,7 +163,7 @@ class Scorer:
         sizes = [len(task.eval_docs) for task in data.loaded["tasks"].values()]
         return sum(sizes if limit is None else [min(size, limit) for size in sizes])
 
-    def _data(self, job: Job) -> Any:
+    def _data(self, job: EvalJob) -> Any:
         """The resident tasks or data of the job's entry, loaded on first use."""
         key = (job.benchmark, job.task)
         if key not in self._resident:
@@ -184,7 +184,7 @@ class Scorer:
         return self._resident[key]
 
     def _measure(
-        self, job: Job, entry: Any, data: Any, model: Any, batch_size: int, limit: int | None, logits: Logits
+        self, job: EvalJob, entry: Any, data: Any, model: Any, batch_size: int, limit: int | None, logits: Logits
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if isinstance(entry, ZeroShot):
             from tune.evaluation import zero_shot
@@ -203,7 +203,7 @@ class Scorer:
         return generation.score(data, job.task, model, self.tokenizer, batch_size, limit)
 
     @contextlib.contextmanager
-    def _sharing(self, job: Job, model: Any, prefix: PrefixCache | None) -> Iterator[Logits]:
+    def _sharing(self, job: EvalJob, model: Any, prefix: PrefixCache | None) -> Iterator[Logits]:
         """How to compute logits: with what other attacks of the entry left in `prefix`, where that is possible."""
         benchmark = (job.split, job.benchmark, job.task)
         on_base = [other for other in self.jobs() if other.attack_on != "merged"]
@@ -215,7 +215,7 @@ class Scorer:
             yield prefix.logits
 
     @contextlib.contextmanager
-    def _under(self, job: Job, model: Any) -> Iterator[None]:
+    def _under(self, job: EvalJob, model: Any) -> Iterator[None]:
         """Put the job's attack in place for the `with` block: on base rows under the adapter, or on merged weights."""
         kind, k = parse_attack(job.attack)
         if kind == PLAIN:
@@ -227,7 +227,7 @@ class Scorer:
         with place, attacked(model, self.weights, kind, k):
             yield
 
-    def _row(self, job: Job, measured: dict[str, Any], batch_size: int, limit: int | None) -> Row:
+    def _row(self, job: EvalJob, measured: dict[str, Any], batch_size: int, limit: int | None) -> Row:
         common = {
             "benchmark": job.benchmark,
             "task": job.task,

@@ -18,7 +18,7 @@ from tune.report.sections.findings import no_verdict
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, latex
 from tune.report.text import count, one_line
-from tune.storage.run_folder import BASE, Journal
+from tune.storage.run_folder import BASE, RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,7 @@ class Report:
     facts: list[str]
     models: list[ModelResults]
     verdicts: dict[str, list[Verdict]]
-    journal: Journal
+    journal: RunFolder
     _parts: dict[str, dict[str, Part]] = field(default_factory=dict, repr=False, compare=False)
 
     def parts(self, model: ModelResults) -> dict[str, Part]:
@@ -138,14 +138,14 @@ def make_report(run_dir: str | os.PathLike) -> Report:
     Raises:
         ConfigError: it is no run folder.
     """
-    journal = Journal.open(run_dir, lenient=True)
+    journal = RunFolder.open(run_dir, lenient=True)
     models = collect(journal)
     verdicts = {model.name: _verdicts(journal, model) for model in models}
     name = str(journal.run().get("name") or journal.run_dir.resolve().name)
     return Report(journal.run_dir, name, _about(journal, models), models, verdicts, journal)
 
 
-def _verdicts(journal: Journal, model: ModelResults) -> list[Verdict]:
+def _verdicts(journal: RunFolder, model: ModelResults) -> list[Verdict]:
     """None, with the reason as the model's `trouble`, where a damaged file stops the statistics."""
     from tune.analysis.verdict import verdicts
 
@@ -156,7 +156,7 @@ def _verdicts(journal: Journal, model: ModelResults) -> list[Verdict]:
         return []
 
 
-def _about(journal: Journal, models: list[ModelResults]) -> list[str]:
+def _about(journal: RunFolder, models: list[ModelResults]) -> list[str]:
     run, environment = journal.run(), journal.environment()
     trials = [line for model in models for line in model.lines if line.arm != BASE]
     ended = f", ended {run['finished'][:19]} UTC" if run.get("finished") else ""

@@ -23,7 +23,7 @@ DETERMINISTIC = frozenset({"bug", "gpu_oom"})
 
 
 @dataclass(frozen=True)
-class Past:
+class PastTrial:
     """A draw of an earlier run: its values, how it stands, its objectives where it is complete.
 
     `reported` are the steps and validation losses that the searcher was told on the way.
@@ -35,7 +35,7 @@ class Past:
     reported: tuple[tuple[int, float], ...] = ()
 
 
-def standing(record: Mapping[str, Any], *, adapter: bool, scored: bool, retry_failed: bool = False) -> str | None:
+def resume_state(record: Mapping[str, Any], *, adapter: bool, scored: bool, retry_failed: bool = False) -> str | None:
     """In which state of an order (`tune.scheduling.queue`) a trial enters a resumed run; None: it is yet to be trained.
 
     record: its trial.json. adapter: whether a whole adapter lies in its folder. scored: whether it has all its scores.
@@ -73,17 +73,18 @@ def past(
     record: Mapping[str, Any],
     objectives: Sequence[float | None],
     reports: Sequence[tuple[int, float]],
-) -> Past:
+) -> PastTrial:
     """A draw as the searcher must know it.
 
-    state: of the order (`standing`). objectives: as they were measured, None where one is missing. reports: `judged`.
+    state: of the order (`resume_state`). objectives: as they were measured, None where one is missing. reports:
+    `judged`.
     """
     if state in (None, "trained"):
-        return Past(drawn, OPEN)
+        return PastTrial(drawn, OPEN)
     if state == "failed":
-        return Past(drawn, FAILED)
+        return PastTrial(drawn, FAILED)
     if state == "done" and all(value is not None and math.isfinite(value) for value in objectives):
-        return Past(drawn, COMPLETE, tuple(objectives))
+        return PastTrial(drawn, COMPLETE, tuple(objectives))
     # The searcher is not told of the very validation for which a trial is stopped.
     last = record.get("judged")
-    return Past(drawn, PRUNED, None, tuple(pair for pair in reports if last is None or pair[0] < last))
+    return PastTrial(drawn, PRUNED, None, tuple(pair for pair in reports if last is None or pair[0] < last))

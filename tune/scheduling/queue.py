@@ -20,12 +20,12 @@ from tune.storage.run_folder import FINALS
 FINAL = frozenset({"done", "stopped", "diverged", "failed"})
 #: A worker may die under an order (node lost, out of memory); after this many lost lanes the order counts as failed.
 MAX_ATTEMPTS = 3
-#: What `OrderBook.progress` answers: train on, end without an adapter, or save what is there and make room.
+#: What `TaskQueue.progress` answers: train on, end without an adapter, or save what is there and make room.
 GO_ON, STOP, LEAVE = "go_on", "stop", "leave"
 
 
 @dataclass(frozen=True)
-class Order:
+class TrainTask:
     """One fine-tuning to be done, as plain data that crosses processes.
 
     `spec` is a dumped TrainSpec; `folder` the trial's folder; `data` the cache of tokenised data; `weights` the file
@@ -48,7 +48,7 @@ class Order:
 
 
 @dataclass
-class Entry:
+class QueuedTask:
     """An order and what became of it.
 
     `attempts` are those in a row that got no further than step `reached`, `limit` how many of them it has, given how
@@ -56,7 +56,7 @@ class Entry:
     `last` are the metrics of the newest step: to be shown, and no part of what a book that is made again must know.
     """
 
-    order: Order
+    order: TrainTask
     state: str = "queued"
     lane: str | None = None
     attempts: int = 0
@@ -75,10 +75,10 @@ class Entry:
 
 
 @dataclass
-class OrderBook:
+class TaskQueue:
     """Who trains what. Every method is quick; callers poll."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, QueuedTask] = field(default_factory=dict)
     lanes: dict[str, dict[str, Any]] = field(default_factory=dict)
     _closing: set[str] = field(default_factory=set)
     _drained: set[str] = field(default_factory=set)
@@ -86,7 +86,7 @@ class OrderBook:
 
     # ------------------------------------------------------------- followers
 
-    def place(self, order: Order, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> str:
+    def place(self, order: TrainTask, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> str:
         """Queue an order, or follow the equal one that is there; returns its state.
 
         A trial of the search that is placed for the final stage is not trained again, but scored for that stage.
@@ -94,7 +94,7 @@ class OrderBook:
         """
         entry = self.entries.get(order.id)
         if entry is None:
-            entry = self.entries[order.id] = Entry(order, evaluated=list(evaluated))
+            entry = self.entries[order.id] = QueuedTask(order, evaluated=list(evaluated))
             self._changed(order.id)
         elif entry.state == "stopped" or (entry.cancelled and entry.state == "running"):
             # Wanted again by somebody after its only follower gave up.
@@ -111,7 +111,7 @@ class OrderBook:
 
     def record(
         self,
-        order: Order,
+        order: TrainTask,
         state: str,
         outcome: dict[str, Any],
         scores: dict[str, float] | None,
@@ -124,7 +124,7 @@ class OrderBook:
         assert state in FINAL | {"trained"}
         if order.id in self.entries:
             return
-        self.entries[order.id] = Entry(order, state=state, outcome=outcome, scores=scores, reason=reason)
+        self.entries[order.id] = QueuedTask(order, state=state, outcome=outcome, scores=scores, reason=reason)
         if state == "trained":
             self._changed(order.id)
 
@@ -182,7 +182,7 @@ class OrderBook:
                 elif not self._exhausted(entry):
                     self._requeue(entry)
 
-    def take(self, lane: str, engine_key: str | None) -> Order | None:
+    def take(self, lane: str, engine_key: str | None) -> TrainTask | None:
         """The next order for a lane: one that fits the engine it has, else the oldest of its width.
 
         A lane that asks again before it told how its order ended is given that order again.
@@ -258,7 +258,7 @@ class OrderBook:
             entry.kind = None
             self._end(entry, state, reason)
 
-    def held(self, lane: str) -> tuple[Order, int] | None:
+    def held(self, lane: str) -> tuple[TrainTask, int] | None:
         """The order that a lane is at, and the last step of it that was heard of."""
         order_id = self.lanes[lane]["order"] if lane in self.lanes else None
         if order_id is None:
@@ -291,7 +291,7 @@ class OrderBook:
             entry.scores = scores
             self._end(entry, "done", reason)
 
-    def changes(self, after: int) -> tuple[int, list[Entry]]:
+    def changes(self, after: int) -> tuple[int, list[QueuedTask]]:
         """How many changes of a state there were so far, and the entries of those later than `after`."""
         changed = dict.fromkeys(self._changes[after:])
         return len(self._changes), [self.entries[order_id] for order_id in changed]
@@ -316,14 +316,14 @@ class OrderBook:
 
     # --------------------------------------------------------------- details
 
-    def _has(self, entry: Entry, lane: str | None) -> bool:
+    def _has(self, entry: QueuedTask, lane: str | None) -> bool:
         """Whether the order is running, on this lane if one is named."""
         return entry.state == "running" and lane in (None, entry.lane)
 
     def _leaving(self, lane: str) -> bool:
         return not self._drained.isdisjoint(self.lanes[lane]["nodes"])
 
-    def _exhausted(self, entry: Entry) -> bool:
+    def _exhausted(self, entry: QueuedTask) -> bool:
         """End an order that lost as many lanes as it may."""
         if entry.attempts < entry.limit:
             return False
@@ -331,18 +331,18 @@ class OrderBook:
         self._end(entry, "failed", f"{entry.reason}{tried}")
         return True
 
-    def _requeue(self, entry: Entry) -> None:
+    def _requeue(self, entry: QueuedTask) -> None:
         """Back into the queue as if it had never ended; why its lane was lost is kept until it is taken again."""
         if entry.state == "stopped":
             entry.reason, entry.attempts = None, 0
         entry.state, entry.lane, entry.outcome = "queued", None, {}
         self._changed(entry.order.id)
 
-    def _release(self, entry: Entry) -> None:
+    def _release(self, entry: QueuedTask) -> None:
         if entry.lane in self.lanes:
             self.lanes[entry.lane]["order"] = None
 
-    def _end(self, entry: Entry, state: str, reason: str | None) -> None:
+    def _end(self, entry: QueuedTask, state: str, reason: str | None) -> None:
         entry.state, entry.reason = state, reason
         self._changed(entry.order.id)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tune.errors import ResourceError
-from tune.scheduling.queue import Order, OrderBook
+from tune.scheduling.queue import TaskQueue, TrainTask
 from tune.storage.atomic import append_jsonl, lasting, plain, read_jsonl
 
 #: Methods that only look.
@@ -23,7 +23,7 @@ LOOKS = frozenset({"poll", "closing", "held", "snapshot", "changes"})
 ORDER = "order"
 
 
-class LoggedBook:
+class LoggedQueue:
     """The book of a log file: what the file tells, and every call from then on."""
 
     def __init__(self, file: Path) -> None:
@@ -35,7 +35,7 @@ class LoggedBook:
             ValueError: a whole line of the file is damaged.
         """
         lasting(lambda: os.stat(file), file.parent)
-        self.book = OrderBook()
+        self.book = TaskQueue()
         self._file = file
         self._unwritten: list[dict[str, Any]] = []
         for row in read_jsonl(file, needs=("method", "arguments")):
@@ -70,9 +70,9 @@ def _unvalidated(method: str, arguments: Sequence[Any]) -> bool:
 
 
 def _written(argument: Any) -> Any:
-    return {ORDER: asdict(argument)} if isinstance(argument, Order) else argument
+    return {ORDER: asdict(argument)} if isinstance(argument, TrainTask) else argument
 
 
 def _read(argument: Any) -> Any:
     is_order = isinstance(argument, dict) and argument.keys() == {ORDER}
-    return Order(**argument[ORDER]) if is_order else argument
+    return TrainTask(**argument[ORDER]) if is_order else argument

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError, NoMassiveWeights
-from tune.config.eval_spec import TEST, Job
+from tune.config.eval_spec import TEST, EvalJob
 from tune.config.resume import flat
 from tune.config.run_spec import RunSpec, TrainSpec, dump, load
 from tune.errors import CheckpointError
@@ -238,7 +238,7 @@ def _answers(run_dir: Path, file: Path) -> list[str]:
         if not mine:
             return True
         entry = row.get("entry", row["task"])
-        job = Job(row["benchmark"], entry, row["attack"], row["attack_on"], row.get("split", TEST))
+        job = EvalJob(row["benchmark"], entry, row["attack"], row["attack_on"], row.get("split", TEST))
         return f"{job.key.replace('/', '-')}.jsonl" != file.name
 
     aside = _aside(file)

@@ -72,11 +72,11 @@ SCORE_NEEDS = ("model", "trial", "benchmark", "task", "metric", "value")
 NAMES = frozenset({FILE, GUARD})
 
 
-class Journal:
+class RunFolder:
     """A run folder. Cheap to make and to pickle; holds no open file.
 
-    Use `Journal.create` for a new run and `Journal.open` for one that is there. `problems` is None where damaged files
-    raise, else the list of what is damaged, each file once.
+    Use `RunFolder.create` for a new run and `RunFolder.open` for one that is there. `problems` is None where damaged
+    files raise, else the list of what is damaged, each file once.
     """
 
     def __init__(self, run_dir: str | os.PathLike, problems: list[str] | None = None) -> None:
@@ -85,7 +85,7 @@ class Journal:
         self._read: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
 
     @classmethod
-    def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> Journal:
+    def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> RunFolder:
         """Start a run folder with the effective spec in it.
 
         Raises:
@@ -108,7 +108,7 @@ class Journal:
         return journal
 
     @classmethod
-    def open(cls, run_dir: str | os.PathLike, *, lenient: bool = False) -> Journal:
+    def open(cls, run_dir: str | os.PathLike, *, lenient: bool = False) -> RunFolder:
         """Open an existing run folder.
 
         Args:

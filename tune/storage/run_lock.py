@@ -30,7 +30,7 @@ TOUCH_S = 5.0
 DEAD_S = 60.0
 
 
-class Claim:
+class RunLock:
     """A folder that this process works in. `lost` is why it no longer does, None while it does."""
 
     def __init__(self, folder: Path, token: str) -> None:
@@ -59,7 +59,7 @@ class Claim:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[Claim]:
+def locked(folder: Path) -> Iterator[RunLock]:
     """Work in a run folder (made if need be) while nobody else does.
 
     Raises:
@@ -76,7 +76,7 @@ def claimed(folder: Path) -> Iterator[Claim]:
                 raise ConfigError(_refusal(folder, holder, why))
             about = {"host": socket.gethostname(), "since": _now(), "command": " ".join(sys.argv)}
             atomic_write_json(file, {"token": token, "pid": os.getpid(), **process(os.getpid()), **about})
-    claim = Claim(folder, token)
+    claim = RunLock(folder, token)
     claim._thread.start()
     try:
         yield claim

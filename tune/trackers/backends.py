@@ -21,7 +21,7 @@ from macdrop.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Card:
+class RunInfo:
     """What a tracker is told of a trial when its run is opened. `config` has dotted keys; it never holds a secret."""
 
     name: str
@@ -52,7 +52,7 @@ class Tracker(Protocol):
     def check(self) -> None:
         """Raise ConfigError where the package is there and yet cannot be used."""
 
-    def open(self, card: Card, run: str | None) -> TrackerRun:
+    def open(self, card: RunInfo, run: str | None) -> TrackerRun:
         """Open the trial's run anew, or the one with the id that an earlier process left."""
 
 
@@ -70,12 +70,12 @@ class TensorBoard:
     def check(self) -> None:
         pass
 
-    def open(self, card: Card, run: str | None) -> TrackerRun:
+    def open(self, card: RunInfo, run: str | None) -> TrackerRun:
         return _TensorBoardRun(self._root / card.name, card)
 
 
 class _TensorBoardRun:
-    def __init__(self, folder: Path, card: Card) -> None:
+    def __init__(self, folder: Path, card: RunInfo) -> None:
         from tensorboardX import SummaryWriter
 
         self.id = folder.name
@@ -125,12 +125,12 @@ class Wandb:
                 "Run `wandb login`, set WANDB_API_KEY, or keep the runs on disk with WANDB_MODE=offline."
             )
 
-    def open(self, card: Card, run: str | None) -> TrackerRun:
+    def open(self, card: RunInfo, run: str | None) -> TrackerRun:
         return _WandbRun(self._run_dir, card, run or uuid.uuid4().hex[:16])
 
 
 class _WandbRun:
-    def __init__(self, run_dir: Path, card: Card, run: str) -> None:
+    def __init__(self, run_dir: Path, card: RunInfo, run: str) -> None:
         import wandb
 
         self.id = run
@@ -184,7 +184,7 @@ class MLflow:
     def check(self) -> None:
         pass
 
-    def open(self, card: Card, run: str | None) -> TrackerRun:
+    def open(self, card: RunInfo, run: str | None) -> TrackerRun:
         if self._client is None:
             self._client, self._experiment = self._connect()
         return _MLflowRun(self._client, self._experiment, card, run)
@@ -209,7 +209,7 @@ class MLflow:
 
 
 class _MLflowRun:
-    def __init__(self, client: Any, experiment: str, card: Card, run: str | None) -> None:
+    def __init__(self, client: Any, experiment: str, card: RunInfo, run: str | None) -> None:
         self._client, self._step = client, 0
         if run is not None:
             client.update_run(run, status="RUNNING")

@@ -21,8 +21,8 @@ import yaml
 from macdrop.errors import MacDropError
 from tune.config.run_spec import TrainSpec
 from tune.storage.atomic import atomic_write_json
-from tune.storage.run_folder import Journal, TrialRecord
-from tune.trackers.backends import TRACKERS, Card, Tracker, TrackerRun
+from tune.storage.run_folder import RunFolder, TrialRecord
+from tune.trackers.backends import TRACKERS, RunInfo, Tracker, TrackerRun
 
 EVERY_S = 2.0
 #: After a failure a tracker is left alone for so long; at the end of a run it is tried once more.
@@ -53,7 +53,7 @@ class _Copy:
     stamp: tuple[int, int] = field(default=(0, 0))
 
 
-class Mirror:
+class TrackerSync:
     """Follows `trials()` from its making until `close`.
 
     warn: told once of each tracker that fails; called from the mirror's thread.
@@ -150,10 +150,10 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
 
 
-def _card(seen: Seen) -> Card:
+def _card(seen: Seen) -> RunInfo:
     config = yaml.safe_load((seen.record.folder / "config.yaml").read_text(encoding="utf-8"))
     spec = TrainSpec.model_validate(config)
-    return Card(seen.name, spec.setting_id(), f"seed-{spec.seed}", dict(_flat(config)))
+    return RunInfo(seen.name, spec.setting_id(), f"seed-{spec.seed}", dict(_flat(config)))
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -182,14 +182,14 @@ def _memory(record: TrialRecord) -> dict[str, Any]:
 # --- what is followed ---
 
 
-def trials_of_run(journal: Journal) -> Iterator[Seen]:
+def trials_of_run(journal: RunFolder) -> Iterator[Seen]:
     """The trials of a sweep's run folder, with their scores once they have ended."""
     for file in sorted((journal.run_dir / "trials").glob("*/trial.json")):
         record = TrialRecord(file.parent)
         yield Seen(record.id, record, ENDS.get(record.status, ""), partial(scores_of, journal, record.id))
 
 
-def scores_of(journal: Journal, trial: str) -> dict[str, float]:
+def scores_of(journal: RunFolder, trial: str) -> dict[str, float]:
     """Scores of a trial by the name benchmark/task/metric[@attack], with `validation/` before those of that split and
     `-merged` behind those of an attack on merged weights."""
     found = {}
@@ -208,7 +208,7 @@ class OneTrial:
     def __init__(self, names: Iterable[str], spec: TrainSpec, folder: Path, warn: Callable[[str], None]) -> None:
         self.status = ""
         self._name, self._record = spec.trial_id(), TrialRecord(folder)
-        self._mirror = Mirror(names, folder, self._seen, warn)
+        self._mirror = TrackerSync(names, folder, self._seen, warn)
 
     def __enter__(self) -> OneTrial:
         return self

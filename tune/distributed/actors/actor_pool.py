@@ -23,7 +23,7 @@ MAX_ATTEMPTS = 3
 NODE_ID, HEAD = "ray.io/node-id", "node:__internal_head__"
 
 
-class Member:
+class PoolActor:
     """What a crew's actors are. `prepare` is for the kind to say."""
 
     def prepare(self, argument: Any) -> Any:
@@ -49,10 +49,10 @@ class Done:
     excused: bool = False
 
 
-class Crew:
+class ActorPool:
     """`size` actors of a kind. Those in `idle` are ready, or will be before they begin what they are given."""
 
-    def __init__(self, kind: type[Member], size: int, *, cpus: float, gpus: float) -> None:
+    def __init__(self, kind: type[PoolActor], size: int, *, cpus: float, gpus: float) -> None:
         options = {"max_restarts": 0, "num_cpus": cpus, "num_gpus": gpus, "label_selector": _off_bare_heads()}
         self._make = ray.remote(**options)(kind).remote
         self.idle: list[ActorHandle] = [self._make() for _ in range(size)]

@@ -12,9 +12,9 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from tune.config.eval_spec import PLAIN, EvalSpec, Job
+from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec
 from tune.config.run_spec import TrainSpec
-from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, Crew, Done, Member
+from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, ActorPool, Done, PoolActor
 from tune.training.watchdog import STACKS, passes_watched, why_it_died
 
 
@@ -37,21 +37,21 @@ class Opening:
 
 
 @dataclass
-class Item:
+class EvalTask:
     """One benchmark of one adapter (None: the base model). `tag` comes back with the result.
 
     `answers` is the file for what was measured item by item, `within` a folder above it that is there.
     """
 
     tag: dict[str, Any]
-    job: Job
+    job: EvalJob
     adapter: str | None
     answers: str
     within: str | None = None
     attempts: int = 0
 
     @property
-    def group(self) -> tuple[str | None, Job]:
+    def group(self) -> tuple[str | None, EvalJob]:
         """Equal for the plain score and the attacks of one benchmark of one adapter, which share most of the work."""
         return self.adapter, replace(self.job, attack=PLAIN, attack_on=None)
 
@@ -66,14 +66,14 @@ class Item:
 class Result:
     """Rows, or why there are none."""
 
-    item: Item
+    item: EvalTask
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     seconds: float = 0.0
     calls_saved: int = 0  # of layers, by what was shared with other attacks
 
 
-class _Evaluator(Member):
+class _Evaluator(PoolActor):
     """One resident model. A new model takes the place of the last one in the same process."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class _Evaluator(Member):
             self.scorers[split].prepare()
         return opening.weights if weights else None
 
-    def score(self, item: Item) -> tuple[list[dict[str, Any]], float, int]:
+    def score(self, item: EvalTask) -> tuple[list[dict[str, Any]], float, int]:
         """Rows of one benchmark, the seconds it took, and the calls of layers that sharing saved."""
         started = time.monotonic()
         if item.adapter != self.adapter:
@@ -154,10 +154,10 @@ class Pool:
     is at, of the adapter it has; else with whatever is waiting, so that none is idle.
     """
 
-    def __init__(self, size: int, *, cpus: float, gpus: float, kind: type[Member] = _Evaluator) -> None:
-        self._crew = Crew(kind, size, cpus=cpus, gpus=gpus)
-        self._last: dict[ActorHandle, Item] = {}
-        self._waiting: deque[Item] = deque()
+    def __init__(self, size: int, *, cpus: float, gpus: float, kind: type[PoolActor] = _Evaluator) -> None:
+        self._crew = ActorPool(kind, size, cpus=cpus, gpus=gpus)
+        self._last: dict[ActorHandle, EvalTask] = {}
+        self._waiting: deque[EvalTask] = deque()
         self._step_timeout_s = 0.0
 
     def open(self, opening: Opening) -> str | None:
@@ -170,7 +170,7 @@ class Pool:
         self._step_timeout_s = opening.step_timeout_s
         return self._crew.open(opening, lambda opening: replace(opening, scan=False))
 
-    def submit(self, item: Item) -> None:
+    def submit(self, item: EvalTask) -> None:
         self._waiting.append(item)
 
     def drain(self, nodes: Collection[str]) -> None:
@@ -214,11 +214,11 @@ class Pool:
         """End all actors; safe to call twice."""
         self._crew.close()
 
-    def _next(self, actor: ActorHandle) -> Item:
+    def _next(self, actor: ActorHandle) -> EvalTask:
         last = self._last.get(actor)
         taken = {item.group for item in self._crew.work}
 
-        def cost(item: Item) -> tuple[bool, bool, bool]:
+        def cost(item: EvalTask) -> tuple[bool, bool, bool]:
             return last is None or item.group != last.group, item.group in taken, not self._holds(actor, item.adapter)
 
         return min(self._waiting, key=cost)
@@ -229,7 +229,7 @@ class Pool:
 
     def _result(self, done: Done) -> Result | None:
         """None where the item is scored again, because its actor died."""
-        item: Item = done.work
+        item: EvalTask = done.work
         if done.died:
             self._last.pop(done.actor, None)
             item.attempts -= done.excused

@@ -10,11 +10,11 @@ from pathlib import Path
 from macdrop.errors import MacDropError
 from tune.config.judge_spec import JudgeSpec
 from tune.config.run_spec import RunSpec
-from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, Crew, Member
+from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, ActorPool, PoolActor
 from tune.evaluation.judge.answers import answers_of
 from tune.evaluation.judge.prompt import Judgement, Question
 from tune.evaluation.judge.session import Judge, judge_at_end, make_judge
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 from tune.training.watchdog import STACKS, passes_watched, why_it_died
 
 
@@ -28,7 +28,7 @@ class JudgeOpening:
     step_timeout_s: float
 
 
-class _JudgeActor(Member):
+class _JudgeActor(PoolActor):
     """One resident judge."""
 
     def prepare(self, opening: JudgeOpening) -> None:
@@ -69,10 +69,10 @@ class ActorJudge:
         cpus: float,
         gpus: float,
         stacks: Path,
-        kind: type[Member] = _JudgeActor,
+        kind: type[PoolActor] = _JudgeActor,
     ) -> None:
         self._opening, self._stacks = opening, stacks
-        self._crew = Crew(kind, size, cpus=cpus, gpus=gpus)
+        self._crew = ActorPool(kind, size, cpus=cpus, gpus=gpus)
         try:
             self._crew.open(opening)
         except MacDropError:
@@ -115,7 +115,7 @@ class ActorJudge:
 
 def judge_sweep(
     spec: RunSpec,
-    journal: Journal,
+    journal: RunFolder,
     *,
     gpus: float,
     note: Callable[[str], None],

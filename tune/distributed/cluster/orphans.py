@@ -28,14 +28,14 @@ TRAIN_ACTORS = ("PlacementGroupCleaner", "TrainController")
 
 
 @dataclass(frozen=True)
-class Leftover:
+class Orphan:
     """Something that nobody owns any more, in words, and how to be rid of it."""
 
     told: str
     clear: Callable[[], Any]
 
 
-def on_cluster() -> list[Leftover]:
+def on_cluster() -> list[Orphan]:
     """What dead jobs left on the cluster that this process has joined."""
     state = ray._private.state.state._connect_and_get_accessor()
     jobs = [JobTableData.FromString(row) for row in state.get_job_table(skip_submission_job_info_field=True,
@@ -47,12 +47,12 @@ def on_cluster() -> list[Leftover]:
             holds = ", ".join(_amounts(bundle.unit_resources) for bundle in group.bundles)
             handle = PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
             told = f"a placement group that holds {holds}{_of(dead[group.creator_job_id])}"
-            found.append(Leftover(told, lambda handle=handle: remove_placement_group(handle)))
+            found.append(Orphan(told, lambda handle=handle: remove_placement_group(handle)))
     for row in state.get_actor_table(None, None):
         actor = ActorTableData.FromString(row)
         if actor.job_id in dead and actor.class_name in TRAIN_ACTORS and actor.state != ActorTableData.DEAD:
             told = f"an actor {actor.class_name}{_of(dead[actor.job_id])}"
-            found.append(Leftover(told, lambda row=actor: _kill(row.name, row.ray_namespace)))
+            found.append(Orphan(told, lambda row=actor: _kill(row.name, row.ray_namespace)))
     return found
 
 
@@ -80,7 +80,7 @@ def remember_session(session: str | os.PathLike) -> None:
     atomic_write_json(folder / f"{os.getpid()}.json", {"session": str(session), "process": process(os.getpid())})
 
 
-def on_machine() -> list[Leftover]:
+def on_machine() -> list[Orphan]:
     """Local Rays whose sweep is dead and whose processes are not; notes of those that are gone are removed."""
     found = []
     for note in sorted((cache_dir() / "sessions").glob("*.json")):
@@ -97,7 +97,7 @@ def on_machine() -> list[Leftover]:
             note.unlink(missing_ok=True)
             continue
         told = f"{len(left)} process(es) of the Ray session {session}, whose sweep (process {pid}) is dead"
-        found.append(Leftover(told, lambda session=session: _end(session)))
+        found.append(Orphan(told, lambda session=session: _end(session)))
     return found
 
 
@@ -141,7 +141,7 @@ def look(
     return offer(found, clear=clear, ask=ask, tell=tell)
 
 
-def offer(found: list[Leftover], *, clear: bool, ask: Callable[[str], bool] | None, tell: Callable[[str], None]) -> int:
+def offer(found: list[Orphan], *, clear: bool, ask: Callable[[str], bool] | None, tell: Callable[[str], None]) -> int:
     """Tell of leftovers and clear them if `clear` says so, or the user when asked; returns how many were cleared.
 
     ask: puts a yes-or-no question to the user; None where there is nobody to ask.

@@ -1,4 +1,4 @@
-"""The actor between Tune's trials and the lanes: an `OrderBook` behind Ray calls, which survives its process."""
+"""The actor between Tune's trials and the lanes: a `TaskQueue` behind Ray calls, which survives its process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from tune.errors import ResourceError
-from tune.scheduling.queue_log import LoggedBook
+from tune.scheduling.queue_log import LoggedQueue
 from tune.storage.atomic import atomic_write_text
 
 #: Ray's own resource of the head node (1.0 in all): small shares of it keep light actors there and cost no CPU.
@@ -45,7 +45,7 @@ def dispatching(folder: Path) -> Iterator[ActorHandle]:
 @ray.remote(num_cpus=0, max_concurrency=1, max_restarts=-1, max_task_retries=-1)
 class _Dispatcher:
     def __init__(self, log: Path) -> None:
-        self.book = LoggedBook(log)
+        self.book = LoggedQueue(log)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run one method of the book; calls come one at a time, so the book needs no lock."""

@@ -22,7 +22,7 @@ from tune.distributed.cluster.placement_groups import Trainer
 from tune.distributed.lanes.dispatcher import DispatcherLost, answer, ask, call
 from tune.errors import ResourceError, TrainingDiverged
 from tune.scheduling.failures import Failure, classify
-from tune.scheduling.queue import GO_ON, Order
+from tune.scheduling.queue import GO_ON, TrainTask
 from tune.training.watchdog import Watchdog, stack_file, stacks
 
 #: How often an idle lane asks for an order, and for how long before it lets the other ranks know that it still lives.
@@ -35,7 +35,7 @@ STACKS_S = 2.0
 
 
 def run_lane(name: str, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path) -> None:
-    """Start a lane and wait for its end; `OrderBook.close` ends it. A `Reaper` must be at work beside it.
+    """Start a lane and wait for its end; `TaskQueue.close` ends it. A `Reaper` must be at work beside it.
 
     Raises:
         ray.train.TrainingFailedError: workers died more often than `RESTARTS`.
@@ -141,7 +141,7 @@ def _work(config: dict[str, Any]) -> None:
                 engine = _train(dispatcher, lane, message[0], engine, watchdog)
 
 
-def _ask(dispatcher: ActorHandle, lane: str, engine: Any) -> Order | str:
+def _ask(dispatcher: ActorHandle, lane: str, engine: Any) -> TrainTask | str:
     """Rank 0: the next order, `idle` when there is none for a while, `closed` when there will be none."""
     deadline = time.monotonic() + TELL_RANKS_EVERY_S
     while time.monotonic() < deadline:
@@ -154,7 +154,7 @@ def _ask(dispatcher: ActorHandle, lane: str, engine: Any) -> Order | str:
     return "idle"
 
 
-def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any, watchdog: Watchdog) -> Any:
+def _train(dispatcher: ActorHandle, lane: str, order: TrainTask, engine: Any, watchdog: Watchdog) -> Any:
     """Train one order and tell the dispatcher; returns the engine to go on with."""
     from dataclasses import asdict
 
@@ -208,7 +208,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: Order, engine: Any, watchd
 class _Relay:
     """Rank 0's observer: writes each step's metrics into the trial's folder and passes them on without waiting."""
 
-    def __init__(self, dispatcher: ActorHandle, lane: str, order: Order) -> None:
+    def __init__(self, dispatcher: ActorHandle, lane: str, order: TrainTask) -> None:
         from tune.storage.run_folder import TrialRecord
 
         self.dispatcher, self.lane, self.order = dispatcher, lane, order

@@ -37,7 +37,7 @@ STARVING_S = 60.0
 EVALUATOR = "Evaluator"
 
 
-class Lanes:
+class LanePool:
     """Starts the lanes, notices dead ones, closes them."""
 
     def __init__(self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path) -> None:

@@ -11,19 +11,19 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.tune import Stopper
 
-from tune.config.eval_spec import VALIDATION, Job
+from tune.config.eval_spec import VALIDATION, EvalJob
 from tune.config.recorded import asked_for
 from tune.config.run_spec import TrainSpec, dump
-from tune.distributed.actors.evaluators import Item, Opening, Pool, Result
+from tune.distributed.actors.evaluators import EvalTask, Opening, Pool, Result
 from tune.distributed.lanes.dispatcher import call
-from tune.distributed.lanes.lane_pool import Lanes
+from tune.distributed.lanes.lane_pool import LanePool
 from tune.distributed.sweep.events import Observer
 from tune.evaluation.score_names import named_scores
-from tune.scheduling.history import standing
-from tune.scheduling.queue import FINAL, Entry, Order
+from tune.scheduling.history import resume_state
+from tune.scheduling.queue import FINAL, QueuedTask, TrainTask
 from tune.scheduling.study import Study
 from tune.storage.atomic import now
-from tune.storage.run_folder import BASE, FINALS, SEARCH, Journal
+from tune.storage.run_folder import BASE, FINALS, SEARCH, RunFolder
 from tune.storage.search_state import SearchTime
 from tune.training.finetune import Outcome
 
@@ -33,16 +33,16 @@ TICK_S = 0.1
 STARTING_S = 60.0
 
 
-class Supervisor:
+class SweepController:
     """A thread beside Tune. The only writer of trial.json and scores.jsonl, so a killed trial loses nothing."""
 
     def __init__(
         self,
-        journal: Journal,
+        journal: RunFolder,
         dispatcher: ActorHandle,
-        lanes: Lanes,
+        lanes: LanePool,
         pool: Pool,
-        jobs: dict[str, list[Job]],
+        jobs: dict[str, list[EvalJob]],
         progress: Observer,
         *,
         retry_failed: bool = False,
@@ -96,7 +96,7 @@ class Supervisor:
             if record["model"] != study.spec.model_name_or_path:
                 continue
             folder = self._journal.trial(record["trial"]).folder
-            state = standing(
+            state = resume_state(
                 record,
                 adapter=(folder / "adapter").is_dir(),
                 scored=not self._missing(record["model"], record["trial"], self._jobs[record["stage"]]),
@@ -108,7 +108,7 @@ class Supervisor:
             if state in ("failed", "diverged"):
                 self._failed.add(record["trial"])
             spec = TrainSpec.model_validate(record["config"])
-            order = Order(
+            order = TrainTask(
                 *(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0),
                 stage=record["stage"],
                 cell=record["cell"],
@@ -223,7 +223,7 @@ class Supervisor:
             self._changed(entry)
         return bool(changes)
 
-    def _changed(self, entry: Entry) -> None:
+    def _changed(self, entry: QueuedTask) -> None:
         order = entry.order
         record = self._journal.trial(order.id)
         model, seed = order.spec["model_name_or_path"], order.spec["seed"]
@@ -252,21 +252,21 @@ class Supervisor:
 
     # ---------------------------------------------------------------- scores
 
-    def _score(self, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[Job]) -> None:
+    def _score(self, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[EvalJob]) -> None:
         """Hand out the benchmarks of an adapter, or of the base, that are not scored yet."""
         answers = self._journal.answers_dir(tag["model"], tag["trial"])
         missing = self._missing(tag["model"], tag["trial"], jobs)
         self._pending[name] = {"left": len(missing), "errors": []}
         for job in missing:
             file = answers / f"{job.key.replace('/', '-')}.jsonl"
-            self._pool.submit(Item({**tag, "name": name}, job, adapter, str(file), str(self._journal.run_dir)))
+            self._pool.submit(EvalTask({**tag, "name": name}, job, adapter, str(file), str(self._journal.run_dir)))
         if not missing:
             self._settle(name)
 
-    def _missing(self, model: str, trial: str, jobs: list[Job]) -> list[Job]:
+    def _missing(self, model: str, trial: str, jobs: list[EvalJob]) -> list[EvalJob]:
         """The benchmarks among `jobs` that the journal has no score of."""
         known = {
-            Job(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
+            EvalJob(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
             for row in self._journal.score_rows()
             if (row["model"], row["trial"]) == (model, trial)
         }
@@ -296,7 +296,7 @@ class Supervisor:
 
 
 class _StopOnError(Stopper):
-    def __init__(self, supervisor: Supervisor | None) -> None:
+    def __init__(self, supervisor: SweepController | None) -> None:
         self._supervisor = supervisor
 
     def __reduce__(self) -> tuple:

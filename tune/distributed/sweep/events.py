@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tune.distributed.actors.evaluators import Result
-from tune.scheduling.queue import Entry
+from tune.scheduling.queue import QueuedTask
 from tune.scheduling.study import Study
 
 
@@ -31,7 +31,7 @@ class Observer(Protocol):
     def show(self, snapshot: dict[str, Any], scoring: int) -> None:
         """The queue as it stands now; `scoring` benchmarks wait or run."""
 
-    def ended(self, entry: Entry) -> None:
+    def ended(self, entry: QueuedTask) -> None:
         """A trial has ended."""
 
     def scored(self, name: str, result: Result) -> None:

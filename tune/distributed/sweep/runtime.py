@@ -19,8 +19,8 @@ from tune.distributed.cluster import orphans
 from tune.distributed.cluster.node_checks import check_nodes
 from tune.distributed.cluster.ray_cluster import check_cluster, connect
 from tune.distributed.lanes.dispatcher import dispatching
-from tune.distributed.lanes.lane_pool import Lanes
-from tune.distributed.sweep.controller import Supervisor
+from tune.distributed.lanes.lane_pool import LanePool
+from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.events import Observer
 from tune.distributed.sweep.stop import Stop
 from tune.distributed.sweep.study_run import StudyRun, jobs_of_stages
@@ -29,9 +29,9 @@ from tune.preflight.inputs import check_inputs
 from tune.scheduling.resources import gpu_shares, resources
 from tune.scheduling.study import studies
 from tune.storage.repair import check_run, mend
-from tune.storage.run_folder import Journal
-from tune.storage.run_lock import claimed
-from tune.trackers.sync import Mirror, trials_of_run
+from tune.storage.run_folder import RunFolder
+from tune.storage.run_lock import locked
+from tune.trackers.sync import TrackerSync, trials_of_run
 
 
 def run(
@@ -64,7 +64,7 @@ def run(
     with ExitStack() as stack:
         if resume:
             check_run(run_dir)
-            stack.enter_context(claimed(run_dir))
+            stack.enter_context(locked(run_dir))
             _take_up(run_dir, spec, progress)
         checked = check_inputs(spec, planned)
         address, joined = connect(spec.ray)
@@ -75,21 +75,21 @@ def run(
         check_nodes(spec, planned, run_dir, progress.note)
         # The folder comes last: whatever is refused above leaves nothing behind.
         if not resume:
-            stack.enter_context(claimed(run_dir))
-        journal = Journal.open(run_dir) if resume else Journal.create(run_dir, dump(spec))
+            stack.enter_context(locked(run_dir))
+        journal = RunFolder.open(run_dir) if resume else RunFolder.create(run_dir, dump(spec))
         journal.write_environment()
         journal.set_status("running")
         stack.push(functools.partial(_leave, journal, stop))
         progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
         dispatcher = stack.enter_context(dispatching(run_dir / "ray"))
-        lanes = Lanes(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
+        lanes = LanePool(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
         stack.callback(lanes.close)
         pool = Pool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])
         stack.callback(pool.close)
         # Closed after the supervisor, whose last changes it copies.
-        followed = functools.partial(trials_of_run, Journal(run_dir))
-        stack.callback(Mirror(spec.report_to, run_dir, followed, progress.note).close)
-        supervisor = Supervisor(
+        followed = functools.partial(trials_of_run, RunFolder(run_dir))
+        stack.callback(TrackerSync(spec.report_to, run_dir, followed, progress.note).close)
+        supervisor = SweepController(
             journal, dispatcher, lanes, pool, jobs_of_stages(spec), progress, retry_failed=retry_failed
         )
         stack.callback(supervisor.close)
@@ -123,7 +123,7 @@ def _take_up(run_dir: Path, spec: RunSpec, progress: Observer) -> None:
     """Mend an earlier run's folder, and refuse it to a spec that is another run's."""
     for note in mend(run_dir):
         progress.note(note)
-    check_same(run_dir, dump(RunSpec.model_validate(Journal.open(run_dir).config())), dump(spec))
+    check_same(run_dir, dump(RunSpec.model_validate(RunFolder.open(run_dir).config())), dump(spec))
 
 
 def _disconnect(stop: Stop | None) -> None:
@@ -134,7 +134,7 @@ def _disconnect(stop: Stop | None) -> None:
 
 
 def _leave(
-    journal: Journal, stop: Stop | None, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    journal: RunFolder, stop: Stop | None, kind: type[BaseException] | None, error: BaseException | None, trace: Any
 ) -> None:
     """Record how the run ended, whatever ended it."""
     if kind is None:

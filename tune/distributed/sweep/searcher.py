@@ -18,7 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 from tune.config.run_spec import Space, SweepSpec
 from tune.config.sections import EVAL_LOSS
 from tune.scheduling.early_stopping import Cuts
-from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, Past
+from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, PastTrial
 from tune.scheduling.study import Study
 
 #: Under this key listed trials carry their values: one list, so that what is left out stays out.
@@ -54,7 +54,7 @@ def values(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def optuna_searcher(
-    sweep: SweepSpec, past: Sequence[Past] = (), remember: Callable[[int, dict[str, Any]], None] | None = None
+    sweep: SweepSpec, past: Sequence[PastTrial] = (), remember: Callable[[int, dict[str, Any]], None] | None = None
 ) -> Searcher:
     """Optuna's TPE, going on from `past`; each new draw is given to `remember` with its number, counted from 0."""
     import optuna
@@ -112,7 +112,7 @@ class _Optuna(OptunaSearch):
     """
 
     def __init__(
-        self, past: Sequence[Past], remember: Callable[[int, dict[str, Any]], None] | None, **settings: Any
+        self, past: Sequence[PastTrial], remember: Callable[[int, dict[str, Any]], None] | None, **settings: Any
     ) -> None:
         super().__init__(**settings)
         self._past, self._remember = tuple(past), remember

@@ -11,13 +11,13 @@ import ray.tune
 from ray.actor import ActorHandle
 from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 
-from tune.config.eval_spec import PLAIN, TEST, VALIDATION, Job, jobs
+from tune.config.eval_spec import PLAIN, TEST, VALIDATION, EvalJob, jobs
 from tune.config.run_spec import MacDropSpec, RunSpec, TrainSpec
 from tune.distributed.actors.evaluators import Opening
 from tune.distributed.lanes.dispatcher import call
-from tune.distributed.sweep.controller import Supervisor
+from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.searcher import optuna_searcher, param_space, points, scheduler
-from tune.distributed.sweep.trial import RESTARTS, CancelStopped, Desk, run_trial
+from tune.distributed.sweep.trial import RESTARTS, CancelStopped, TrialContext, run_trial
 from tune.scheduling import history as past
 from tune.scheduling import selection as finalists
 from tune.scheduling.early_stopping import Cuts
@@ -26,14 +26,14 @@ from tune.scheduling.study import Study
 from tune.storage import search_state
 from tune.storage.atomic import atomic_write_json
 from tune.storage.cache import cache_dir
-from tune.storage.run_folder import FINALS, SEARCH, Journal
+from tune.storage.run_folder import FINALS, SEARCH, RunFolder
 from tune.storage.search_state import SearchTime
 
 #: The follower of orders that no Tune trial placed: baselines of the search, and all of the final stage.
 BASELINE = "baseline"
 
 
-def jobs_of_stages(spec: RunSpec) -> dict[str, list[Job]]:
+def jobs_of_stages(spec: RunSpec) -> dict[str, list[EvalJob]]:
     """What the trials of each stage are scored on: no test benchmark takes part in the search."""
     return {SEARCH: jobs(spec.validation, VALIDATION), FINALS: jobs(spec.eval)}
 
@@ -45,8 +45,8 @@ class StudyRun:
     spec: RunSpec
     study: Study
     cuts: Cuts | None
-    journal: Journal
-    supervisor: Supervisor
+    journal: RunFolder
+    supervisor: SweepController
     dispatcher: ActorHandle
     #: Trials of an earlier run of the same folder that are not to be trained again -> the states of their orders.
     standing: dict[str, str] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class StudyRun:
         self.supervisor.wait(self.study)
         return searched.seconds
 
-    def _open(self) -> Desk:
+    def _open(self) -> TrialContext:
         """Make the model resident in the evaluators, score the base, find the massive weights."""
         wanted = jobs_of_stages(self.spec)
         blocks = {TEST: self.spec.eval}
@@ -92,7 +92,7 @@ class StudyRun:
             threads=self.spec.ray.threads_per_worker,
             step_timeout_s=self.spec.ray.step_timeout_s,
         )
-        return Desk(
+        return TrialContext(
             dispatcher=self.dispatcher,
             study=self.study,
             run_dir=str(self.journal.run_dir),
@@ -101,11 +101,11 @@ class StudyRun:
             width=self.spec.ray.num_workers,
         )
 
-    def _place(self, desk: Desk, specs: list[TrainSpec] | tuple[TrainSpec, ...], stage: str) -> None:
+    def _place(self, desk: TrialContext, specs: list[TrainSpec] | tuple[TrainSpec, ...], stage: str) -> None:
         for spec in specs:
             call(self.dispatcher, "place", desk.order(spec, stage), BASELINE)
 
-    def _search(self, desk: Desk, time_budget_s: float | None) -> None:
+    def _search(self, desk: TrialContext, time_budget_s: float | None) -> None:
         """Baselines and searched trials, all of them trained and scored; then the plain twins of what was found."""
         self.supervisor.stage(self.study, SEARCH, self.study.searched_count)
         self._place(desk, self.study.plain, SEARCH)
@@ -145,7 +145,7 @@ class StudyRun:
             if (record["model"], record["seed"]) == same and record["arm"] in ("plain", "macdrop")
         ]
 
-    def _tune(self, desk: Desk, time_budget_s: float | None) -> None:
+    def _tune(self, desk: TrialContext, time_budget_s: float | None) -> None:
         """What is left of the search: trials that ended in an earlier run are not run again, but known."""
         sweep, records = self.spec.sweep, {record["trial"]: record for record in self._searched()}
         draws = self.journal.draws_file(self.study.name)
@@ -201,9 +201,9 @@ class StudyRun:
             if name in self.standing and name in records
         }
 
-    def _past(self, values: dict[str, Any], records: dict[str, Any], reports: dict[str, Any]) -> past.Past:
+    def _past(self, values: dict[str, Any], records: dict[str, Any], reports: dict[str, Any]) -> past.PastTrial:
         name = self._name(values)
         if name not in records:
-            return past.Past(values, past.OPEN)
+            return past.PastTrial(values, past.OPEN)
         objectives = self._candidate(records[name]).values
         return past.past(values, self.standing.get(name), records[name], objectives, reports.get(name, ()))

@@ -16,7 +16,7 @@ from tune.config.sections import EVAL_LOSS
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.sweep.searcher import FINISHED, values
 from tune.scheduling.history import FAILED
-from tune.scheduling.queue import FINAL, Order
+from tune.scheduling.queue import FINAL, TrainTask
 from tune.scheduling.study import Study
 from tune.storage.run_folder import SEARCH, TrialRecord
 
@@ -26,7 +26,7 @@ RESTARTS = 5
 
 
 @dataclass(frozen=True)
-class Desk:
+class TrialContext:
     """Where the trials of one study place their orders."""
 
     dispatcher: ActorHandle
@@ -36,10 +36,10 @@ class Desk:
     weights: str | None
     width: int
 
-    def order(self, spec: TrainSpec, stage: str, drawn: dict[str, Any] | None = None) -> Order:
+    def order(self, spec: TrainSpec, stage: str, drawn: dict[str, Any] | None = None) -> TrainTask:
         """The order for a canonical fine-tuning in a stage of its study; its folder lies in the run folder."""
         name = spec.trial_id()
-        return Order(
+        return TrainTask(
             id=name,
             study=self.study.name,
             spec=dump(spec),
@@ -54,7 +54,7 @@ class Desk:
         )
 
 
-def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
+def run_trial(config: dict[str, Any], *, desk: TrialContext) -> None:
     """Tune's function trainable: when Tune starts it again, it follows the order that it had placed.
 
     However the order ended, the function returns: Tune would try again what the lanes have tried.
@@ -85,7 +85,7 @@ def run_trial(config: dict[str, Any], *, desk: Desk) -> None:
 class CancelStopped(Callback):
     """Tells the dispatcher when Tune has ended a trial, so that a lane need not finish what nobody waits for."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: TrialContext) -> None:
         self.desk = desk
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

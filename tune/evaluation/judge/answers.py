@@ -9,10 +9,10 @@ from tune.config.recorded import models_of
 from tune.config.run_spec import slug
 from tune.evaluation.judge.judgements import Answers
 from tune.storage.atomic import read_jsonl
-from tune.storage.run_folder import BASE, Journal
+from tune.storage.run_folder import BASE, RunFolder
 
 
-def answers_of(journal: Journal) -> list[Answers]:
+def answers_of(journal: RunFolder) -> list[Answers]:
     """The generated answers of a run's base models and final trials, all attacks.
 
     Raises:
@@ -44,13 +44,13 @@ def answers_of(journal: Journal) -> list[Answers]:
     )
 
 
-def _models(journal: Journal) -> dict[str, str]:
+def _models(journal: RunFolder) -> dict[str, str]:
     """Slug -> full name of the run's models."""
     names = [*models_of(journal.config()), *(row["model"] for row in journal.score_rows())]
     return {slug(name): name for name in names}
 
 
-def _tagged(journal: Journal, answers: Answers) -> Answers:
+def _tagged(journal: RunFolder, answers: Answers) -> Answers:
     """With what the score row of the same answers says of them: limit, split, suite."""
     same = {
         **{key: answers.tag[key] for key in ("model", "trial")},

@@ -13,12 +13,12 @@ from tune.report.html.pareto import pareto_figures
 from tune.report.html.scan import scan_figures
 from tune.report.html.surface import surface_figures
 from tune.report.html.training import training_figures
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from tune.analysis.verdict import Verdict
 
-Family = Callable[[Journal, ModelResults, "list[Verdict]"], Iterator[Figure]]
+Family = Callable[[RunFolder, ModelResults, "list[Verdict]"], Iterator[Figure]]
 FAMILIES: dict[str, tuple[str, Family]] = {
     "by-task": ("verdict", verdict_figures),
     "scan": ("weights", scan_figures),
@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[str, Family]] = {
 """Family -> the report's part that a reader expects it in, and who draws it."""
 
 
-def figures(journal: Journal, model: ModelResults, verdicts: list[Verdict]) -> list[Figure]:
+def figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> list[Figure]:
     """Every figure of one model of a run, finished or not.
 
     A damaged file of the run costs the figures that need it and nothing else: instead there is one without an SVG whose

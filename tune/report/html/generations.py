@@ -10,7 +10,7 @@ from tune.analysis.results import Line, ModelResults
 from tune.report.html.select import best_groups, cells, tint
 from tune.report.sections.generations import answered
 from tune.report.sections.subject import Subject
-from tune.storage.run_folder import BASE, Journal
+from tune.storage.run_folder import BASE, RunFolder
 
 QUESTIONS = 8
 """Shown of each benchmark; all of them are in the answers files."""
@@ -63,7 +63,7 @@ class Question:
         return len({tuple(reply.text for reply in speaker.replies) for speaker in self.speakers}) > 1
 
 
-def generations(journal: Journal, model: ModelResults) -> dict[str, list[Question]]:
+def generations(journal: RunFolder, model: ModelResults) -> dict[str, list[Question]]:
     """Benchmark -> questions: base, plain and the best MacDrop setting, on the first seed that both have.
 
     Where there are more than QUESTIONS, those that are answered differently come first, from every category in turn.
@@ -91,7 +91,7 @@ def _speakers(model: ModelResults) -> Iterator[tuple[Line, str]]:
         yield min(lines, key=lambda line: line.seed or 0), group.label
 
 
-def _entries(journal: Journal, model: ModelResults, speakers: list[tuple[Line, str]]) -> list[str]:
+def _entries(journal: RunFolder, model: ModelResults, speakers: list[tuple[Line, str]]) -> list[str]:
     """Names of the generation benchmarks that somebody has answered without attack."""
     names = set()
     for line, _ in speakers:

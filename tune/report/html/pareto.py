@@ -10,7 +10,7 @@ from tune.analysis.results import Line, ModelResults, value_of
 from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import is_share
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MARKS = {"plain": "D", "macdrop": "o"}
 
 
-def pareto_figures(journal: Journal, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def pareto_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """One figure for each pair of objectives; nothing where the run has a single one."""
     if len(model.objectives) < 2:
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tune.analysis.results import ModelResults
 from tune.report.html.drawing import colour, draw, plain_log, tidy
 from tune.report.html.figure import Figure
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TOP_ROWS = 20
 
 
-def scan_figures(journal: Journal, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def scan_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """Entries by layer; the top rows; perplexity with and without them."""
     if not model.weights:
         yield Figure("scan-layers", "weights", "Magnitudes by layer", "The model is not scanned yet.")

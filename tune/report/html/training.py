@@ -21,7 +21,7 @@ from tune.report.html.select import (
     short_names,
     tint,
 )
-from tune.storage.run_folder import BASE, Journal
+from tune.storage.run_folder import BASE, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ LOSSES = {
 HEIGHT = 240
 
 
-def training_figures(journal: Journal, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def training_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """For each cell: training loss, validation loss, dropped entries."""
     for cell in cells(model):
         groups = [group for group in best_groups(model, cell) if group.arm != BASE]
@@ -133,7 +133,7 @@ def _points(group: Group, logged: Logged, key: str) -> dict[str, list[tuple[int,
     }
 
 
-def _logged(journal: Journal, line: Line) -> list[dict[str, Any]]:
+def _logged(journal: RunFolder, line: Line) -> list[dict[str, Any]]:
     """The trial's logged steps, with `dropped`: the percentage of the entries that the step's masks cover."""
     rows = [row for row in journal.trial(line.trial).metrics() if isinstance(row.get("step"), int)]
     total, steps = line.info.get("entries_masked"), line.info.get("step")

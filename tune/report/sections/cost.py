@@ -13,7 +13,7 @@ from tune.analysis.results import Line, ModelResults
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import count, hours, number
-from tune.storage.run_folder import BASE, Journal
+from tune.storage.run_folder import BASE, RunFolder
 from tune.training.reproduce import FROZEN, SCRIPT
 
 
@@ -53,7 +53,7 @@ def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], flo
     return {key: sum(jobs.values()) for key, jobs in spent.items()}
 
 
-def spent(journal: Journal, model: ModelResults) -> tuple[float, float]:
+def spent(journal: RunFolder, model: ModelResults) -> tuple[float, float]:
     """Seconds of training and of scoring of a model's trials, one after the other."""
     scoring = scoring_seconds(journal.score_rows())
     training = sum(line.info.get("seconds") or 0.0 for line in model.lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tune.analysis.results import Group, Line, ModelResults
-from tune.config.eval_spec import PLAIN, Job
+from tune.config.eval_spec import PLAIN, EvalJob
 from tune.config.run_spec import slug
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
@@ -68,7 +68,7 @@ def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict],
     journal = subject.journal
     folder = journal.answers_dir(subject.model.name, line.trial)
     problems = journal.problems if journal.problems is not None else []
-    file = folder / f"{Job('generation', entry, PLAIN).key.replace('/', '-')}.jsonl"
+    file = folder / f"{EvalJob('generation', entry, PLAIN).key.replace('/', '-')}.jsonl"
     needed = {"question_id", "turns", "answers"}
     answers = {str(row["question_id"]): row for row in read_jsonl(file, problems) if needed <= row.keys()}
     judged: dict[str, list[dict]] = {}

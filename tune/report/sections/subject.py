@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tune.analysis.results import ModelResults
-from tune.storage.run_folder import Journal
+from tune.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from tune.analysis.verdict import Verdict
@@ -16,6 +16,6 @@ if TYPE_CHECKING:
 class Subject:
     """One model of one run: its results and the verdicts on them."""
 
-    journal: Journal
+    journal: RunFolder
     model: ModelResults
     verdicts: list[Verdict]
