@@ -96,27 +96,27 @@ def test_scores_must_be_of_the_suite_and_of_all_items():
 # --- in the report ---
 
 
-def as_in_the_paper(journal: RunFolder) -> None:
+def as_in_the_paper(run_folder: RunFolder) -> None:
     """Make a synthetic run one of the paper's setting: tasks, suite, training, k and p0."""
-    text = journal.scores_file.read_text().replace('"qa"', '"arc_easy"').replace('"arith"', '"boolq"')
-    atomic_write_text(journal.scores_file, text.replace("data=local", "suite=zero-shot@1"))
-    atomic_write_yaml(journal.run_dir / "config.yaml", {"model_name_or_path": MODEL, "ray": {"num_workers": 8}})
-    for record in journal.trials():
+    text = run_folder.scores_file.read_text().replace('"qa"', '"arc_easy"').replace('"arith"', '"boolq"')
+    atomic_write_text(run_folder.scores_file, text.replace("data=local", "suite=zero-shot@1"))
+    atomic_write_yaml(run_folder.run_dir / "config.yaml", {"model_name_or_path": MODEL, "ray": {"num_workers": 8}})
+    for record in run_folder.trials():
         block = record["config"]["macdrop"]
         block |= {"k": 5, "p0": 0.8, "schedule": "step", "alpha": None} if record["arm"] == "macdrop" else {}
         flat = {key: value for key, value in SAME.items() if not key.startswith("macdrop.")}
         config = {**record["config"], **flat, "max_steps": None, "macdrop": block}
-        atomic_write_yaml(journal.trial(record["trial"]).folder / "config.yaml", config)
+        atomic_write_yaml(run_folder.trial(record["trial"]).folder / "config.yaml", config)
 
 
 def test_the_papers_figures_stand_below_ours_where_the_setting_is_the_same(tmp_path):
-    journal = make_run(tmp_path / "run", model=MODEL, tried=1, items=20, attacks=("none", "zeroing@3", "zeroing@5"))
-    report = make_report(journal.run_dir)
+    run_folder = make_run(tmp_path / "run", model=MODEL, tried=1, items=20, attacks=("none", "zeroing@3", "zeroing@5"))
+    report = make_report(run_folder.run_dir)
     part = report.parts(report.models[0])["paper"]
     assert not any("arXiv" in cells[0] for table in part.tables for cells in table.rows)
     assert any("in another setting" in line and "learning_rate 0.002 (paper: 0.0001)" in line for line in part.lines)
-    as_in_the_paper(journal)
-    report = make_report(journal.run_dir)
+    as_in_the_paper(run_folder)
+    report = make_report(run_folder.run_dir)
     part = report.parts(report.models[0])["paper"]
     clean, attacked, base_attacked = part.tables[:3]
     assert clean.head == ["", "ARC-E", "BoolQ", "mean"]

@@ -23,14 +23,14 @@ ACC = Column("zero_shot", "qa", "acc", higher_is_better=True)
 
 
 @pytest.fixture(scope="module")
-def journal(tmp_path_factory) -> RunFolder:
+def run_folder(tmp_path_factory) -> RunFolder:
     """Five seeds; MacDrop is worse without attack and better under it, random rows change nothing."""
     return make_run(tmp_path_factory.mktemp("runs") / "run", seeds=(1, 2, 3, 4, 5), effect=EFFECT, **SMALL)
 
 
 @pytest.fixture(scope="module")
-def found(journal) -> list[Verdict]:
-    return verdicts(journal, MODEL)
+def found(run_folder) -> list[Verdict]:
+    return verdicts(run_folder, MODEL)
 
 
 def row(verdict: Verdict, name: str) -> Comparison:
@@ -58,10 +58,10 @@ def test_planted_effects_are_found_and_placebos_are_not(found):
     assert macdrop.tried == 2 and macdrop.cell == {} and macdrop.model == MODEL
 
 
-def test_numbers_are_those_of_the_scores(journal, found):
-    scores = {(r["trial"], r["task"], r["metric"], r["attack"]): r["value"] for r in journal.score_rows()}
+def test_numbers_are_those_of_the_scores(run_folder, found):
+    scores = {(r["trial"], r["task"], r["metric"], r["attack"]): r["value"] for r in run_folder.score_rows()}
     arms = {}
-    for trial in journal.trials():
+    for trial in run_folder.trials():
         if trial["stage"] == "final":
             arms.setdefault(trial["arm"], []).append((trial["seed"], trial["trial"]))
     plain, macdrop = ([scores[t, "qa", "acc", "none"] for _, t in sorted(arms[arm])] for arm in ("plain", "macdrop"))
@@ -106,18 +106,18 @@ def test_a_placebo_that_helps_as_well_is_told(tmp_path):
 
 
 def test_one_seed_never_says_helps_or_hurts(tmp_path):
-    journal = make_run(tmp_path / "run", seeds=(0,), effect=EFFECT, **SMALL)
-    for one in verdicts(journal, MODEL):
+    run_folder = make_run(tmp_path / "run", seeds=(0,), effect=EFFECT, **SMALL)
+    for one in verdicts(run_folder, MODEL):
         assert one.status == "cannot tell" and {r.verdict for r in one.rows} == {"cannot tell"}
         assert "one seed says nothing of other seeds" in one.sentence and math.isnan(one.headline.mde)
-    macdrop = verdicts(journal, MODEL)[0]
+    macdrop = verdicts(run_folder, MODEL)[0]
     assert row(macdrop, "zero_shot/qa/acc@zeroing@3").p < 0.05  # of these two adapters, by McNemar
     assert any("not trained again on fresh seeds" in line and "favours it" in line for line in macdrop.more)
 
 
 def test_a_run_that_is_going_on_is_judged_by_the_seeds_that_both_arms_have(tmp_path):
-    journal = make_run(tmp_path / "run", seeds=(1, 2, 3), lost=[("plain", 3), ("macdrop", 1)], **SMALL)
-    (macdrop, random) = verdicts(journal, MODEL)
+    run_folder = make_run(tmp_path / "run", seeds=(1, 2, 3), lost=[("plain", 3), ("macdrop", 1)], **SMALL)
+    (macdrop, random) = verdicts(run_folder, MODEL)
     assert macdrop.seeds == (2,) and random.seeds == (1, 2)
     assert "So far 1 of 3 seeds have scores of both arms." in macdrop.more
     assert verdicts(make_run(tmp_path / "none", seeds=(), **SMALL), MODEL) == []
@@ -135,17 +135,17 @@ def test_arms_are_compared_inside_a_cell(tmp_path):
 
 
 def test_what_cannot_be_compared_says_why(tmp_path):
-    journal = make_run(tmp_path / "run", seeds=(1, 2), **SMALL)
-    plain = next(t["trial"] for t in journal.trials() if (t["arm"], t["stage"]) == ("plain", "final"))
-    file = journal.answers_dir(MODEL, plain) / "zero_shot-arith-none.jsonl"
+    run_folder = make_run(tmp_path / "run", seeds=(1, 2), **SMALL)
+    plain = next(t["trial"] for t in run_folder.trials() if (t["arm"], t["stage"]) == ("plain", "final"))
+    file = run_folder.answers_dir(MODEL, plain) / "zero_shot-arith-none.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for one in rows:
         one["doc_id"] += 1
     file.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    (journal.answers_dir(MODEL, plain) / "generation-answers-none.jsonl").unlink()
-    lost = next(r for r in journal.score_rows() if r["trial"] == plain and r["metric"] == "perplexity")
-    journal.add_scores([{**lost, "value": None}])
-    macdrop = verdicts(journal, MODEL)[0]
+    (run_folder.answers_dir(MODEL, plain) / "generation-answers-none.jsonl").unlink()
+    lost = next(r for r in run_folder.score_rows() if r["trial"] == plain and r["metric"] == "perplexity")
+    run_folder.add_scores([{**lost, "value": None}])
+    macdrop = verdicts(run_folder, MODEL)[0]
     other, infinite = row(macdrop, "zero_shot/arith/acc"), row(macdrop, "perplexity/text/perplexity")
     assert "different items" in other.words and math.isnan(other.p_holm) and other.verdict == "cannot tell"
     assert "not finite with seed 1" in infinite.words
@@ -197,6 +197,6 @@ def test_a_difference_beyond_the_scale_is_not_promised():
     assert -1 <= made.low and made.high <= 1
 
 
-def test_means_are_those_of_the_tables(journal, found):
+def test_means_are_those_of_the_tables(run_folder, found):
     columns = [r.column for r in found[0].rows if not r.column.is_mean]
     assert {r.column for r in found[0].rows if r.column.is_mean} == set(mean_columns(columns))

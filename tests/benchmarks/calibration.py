@@ -150,7 +150,7 @@ def spec_of(seed: int, steps: int) -> Any:
 class Trainer:
     """Trains and scores plain adapters of the model in this process, each with a seed of its own."""
 
-    def __init__(self, journal: Any, steps: int) -> None:
+    def __init__(self, run_folder: Any, steps: int) -> None:
         from macdrop import load_model, load_tokenizer
         from tune.config.eval_spec import EvalSpec
         from tune.data import dataset as data
@@ -163,7 +163,7 @@ class Trainer:
         from tune.zoo.catalog import resolve
 
         prepare_process(1)
-        self.journal, self.steps, spec = journal, steps, spec_of(1, steps)
+        self.run_folder, self.steps, spec = run_folder, steps, spec_of(1, steps)
         self.engine = Engine(spec)
         self.data = data.load(data.prepare(spec, self.engine.tokenizer, cache_dir() / "data"))
         model, tokenizer = load_model(resolve(MODEL)), load_tokenizer(resolve(MODEL))
@@ -176,15 +176,15 @@ class Trainer:
         from tune.training.finetune import finetune
 
         spec = spec_of(seed, self.steps)
-        record = self.journal.trial(spec.trial_id())
+        record = self.run_folder.trial(spec.trial_id())
         record.start(dump(spec), model=MODEL, arm="plain", seed=seed)
         outcome = finetune(self.engine, spec, self.data, record.folder, resume=False)
         tag = {"model": MODEL, "arm": "plain", "trial": record.id, "seed": seed}
         with self.slot.adapter(record.adapter_dir) as adapted:
             for job in self.scorer.jobs():
-                answers = self.journal.answers_dir(MODEL, record.id) / f"{job.key.replace('/', '-')}.jsonl"
+                answers = self.run_folder.answers_dir(MODEL, record.id) / f"{job.key.replace('/', '-')}.jsonl"
                 rows = self.scorer.score(job, model=adapted, answers_path=answers)
-                self.journal.add_scores([{**tag, **row, "entry": job.task} for row in rows])
+                self.run_folder.add_scores([{**tag, **row, "entry": job.task} for row in rows])
         record.finish(outcome.status, eval_loss=outcome.eval_loss, step=outcome.step)
 
 
@@ -193,19 +193,19 @@ def fine_tunings(folder: Path, number: int, steps: int, minutes: float) -> tuple
     from tune.storage.run_folder import RunFolder
 
     spec = {"model_name_or_path": MODEL, "max_steps": steps, "eval": EVAL}
-    journal = RunFolder.open(folder) if folder.exists() else RunFolder.create(folder, spec)
-    if journal.config() != spec:
+    run_folder = RunFolder.open(folder) if folder.exists() else RunFolder.create(folder, spec)
+    if run_folder.config() != spec:
         raise SystemExit(f"{folder} holds other fine-tunings (its config.yaml differs): give another folder.")
     names = {seed: spec_of(seed, steps).trial_id() for seed in range(1, number + 1)}
-    missing = [seed for seed, name in names.items() if journal.trial(name).status != "done"]
+    missing = [seed for seed, name in names.items() if run_folder.trial(name).status != "done"]
     began, trainer = time.monotonic(), None
     for seed in missing:
         if time.monotonic() - began > 60 * minutes:
             break
-        trainer = trainer or Trainer(journal, steps)
+        trainer = trainer or Trainer(run_folder, steps)
         trainer.run(seed)
         print(f"  seed {seed}: trained and scored, {time.monotonic() - began:.0f} s", flush=True)
-    return journal, [name for name in names.values() if journal.trial(name).status == "done"]
+    return run_folder, [name for name in names.values() if run_folder.trial(name).status == "done"]
 
 
 @dataclass(frozen=True)
@@ -219,12 +219,12 @@ class Split:
     any_attacked: bool
 
 
-def split(journal: Any, trials: Sequence[str], seeds: int, splits: int, seed: int = 0) -> list[Split]:
+def split(run_folder: Any, trials: Sequence[str], seeds: int, splits: int, seed: int = 0) -> list[Split]:
     """Draw pairs of arms of `seeds` fine-tunings each, and compare them as a report does."""
     from tune.analysis.paired_samples import Samples
     from tune.analysis.verdict import Setting, against
 
-    samples, draws, found = Samples(journal, MODEL), np.random.default_rng(seed), []
+    samples, draws, found = Samples(run_folder, MODEL), np.random.default_rng(seed), []
     for _ in range(splits):
         drawn = [str(name) for name in draws.choice(np.array(trials), 2 * seeds, replace=False)]
         arms = [dict(enumerate(drawn[side::2])) for side in (0, 1)]
@@ -252,14 +252,14 @@ def show(found: Sequence[Split], trials: Sequence[str], told: Callable[[Split], 
 
 
 def real(folder: Path, number: int, steps: int, seeds: Sequence[int], splits: int, minutes: float) -> bool:
-    journal, trials = fine_tunings(folder, number, steps, minutes)
+    run_folder, trials = fine_tunings(folder, number, steps, minutes)
     if len(trials) < number:
         print(f"{len(trials)} of {number} fine-tunings are there; run the same again to go on.")
         return True
     kinds = ("headline", "attacked", "any_task", "any_attacked")
     rows, met = [], True
     for s in seeds:
-        found = split(journal, trials, s, splits)
+        found = split(run_folder, trials, s, splits)
         cells = []
         for kind in kinds:
             text, low = show(found, trials, lambda one, kind=kind: getattr(one, kind))

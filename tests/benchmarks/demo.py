@@ -84,10 +84,10 @@ def enough(found: dict[str, Any]) -> bool:
 def report(run_dir: Path, began: float | None, ended: float | None) -> str:
     from tune.storage.run_folder import RunFolder
 
-    journal = RunFolder.open(run_dir)
-    trials = journal.trials()
-    parts = phases(journal.run(), trials, began, ended)
-    found = facts(journal.config(), trials, len(journal.score_rows()))
+    run_folder = RunFolder.open(run_dir)
+    trials = run_folder.trials()
+    parts = phases(run_folder.run(), trials, began, ended)
+    found = facts(run_folder.config(), trials, len(run_folder.score_rows()))
     total = sum(phase.seconds for phase in parts)
     rows = [(phase.name, f"{phase.seconds:.1f}") for phase in [*parts, Phase("all", total)]]
     lines = [table(("phase", "seconds"), rows), "", *(f"{name}: {value}" for name, value in found.items())]

@@ -262,8 +262,6 @@ def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, m
         (["train", "model=zoo:planted-llama", "output_dir=runs-1", "--resume"], "no checkpoint to go on from"),
         (["sweep", "--resume"], "--resume needs output_dir"),
         (["sweep", "output_dir=runs-1", "--resume"], "no run folder"),
-        (["zoo", "build", "planted-lama", "--output", "x"], "Did you mean 'planted-llama'?"),
-        (["zoo", "verify", "planted-lama"], "Did you mean 'planted-llama'?"),
         (["sweeep"], "sweeep"),
     ],
     ids=" ".join,

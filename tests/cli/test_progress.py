@@ -18,7 +18,7 @@ from tune.scheduling.queue import TaskQueue, TrainTask
 pytestmark = pytest.mark.ray  # tune.distributed.actors.evaluators imports Ray; none is started
 
 
-def order(name: str) -> TrainTask:
+def task(name: str) -> TrainTask:
     return TrainTask(name, "model", {}, "folder", "data", None, "engine", 1)
 
 
@@ -30,19 +30,19 @@ def scored(name: str, attack: str, value: float) -> Result:
 def shown(width: int) -> str:
     out = io.StringIO()
     progress = Progress(Console(file=out, width=width))
-    book = TaskQueue()
-    book.lane_up("lane", 1, "host")
+    queue = TaskQueue()
+    queue.lane_up("lane", 1, "host")
     for name in ("model-plain-1", "model-macdrop-2"):
-        book.place(order(name), "trial")
-    book.take("lane", None)
-    book.progress("model-plain-1", {"step": 7, "loss": 1.25, "p": 0.5, "tokens_per_second": 1234.5})
+        queue.place(task(name), "trial")
+    queue.take("lane", None)
+    queue.progress("model-plain-1", {"step": 7, "loss": 1.25, "p": 0.5, "tokens_per_second": 1234.5})
     progress.started(Path("runs/x"), "127.0.0.1:8265", "1 lane")
-    progress.show(book.snapshot(), scoring=3)
+    progress.show(queue.snapshot(), scoring=3)
     progress.scored("model-plain-1", scored("model-plain-1", "none", 0.5))
     progress.scored("model:base", scored("model:base", "zeroing@3", 0.25))
-    book.failed("model-plain-1", "diverged", "loss nan")
-    progress.ended(book.entries["model-plain-1"])
-    progress.show(book.snapshot(), scoring=0)
+    queue.failed("model-plain-1", "diverged", "loss nan")
+    progress.ended(queue.entries["model-plain-1"])
+    progress.show(queue.snapshot(), scoring=0)
     progress.console.print(progress._table())
     return out.getvalue()
 
@@ -65,18 +65,18 @@ def test_only_scores_give_way_in_a_narrow_terminal(width):
 def test_the_stage_and_what_remains_of_it_are_told():
     out = io.StringIO()
     progress = Progress(Console(file=out, width=120))
-    book = TaskQueue()
-    book.lane_up("lane", 1, "host")
+    queue = TaskQueue()
+    queue.lane_up("lane", 1, "host")
     progress.stage(SimpleNamespace(name="model"), "search", 3)
     for name, stage in (("one", "search"), ("two", "search"), ("three", "final")):
-        book.place(replace(order(name), stage=stage), "trial")
-    book.take("lane", None)
-    progress.show(book.snapshot(), scoring=0)
+        queue.place(replace(task(name), stage=stage), "trial")
+    queue.take("lane", None)
+    progress.show(queue.snapshot(), scoring=0)
     assert progress._line.startswith("model   search 0/3   lanes 1 of 1 busy")
-    book.failed("one", "failed", "no reason")
-    progress.ended(book.entries["one"])
+    queue.failed("one", "failed", "no reason")
+    progress.ended(queue.entries["one"])
     text = out.getvalue()
     assert "model: search, 3 trial(s)" in text and "one failed (no reason) (search 1/3)" in text
     progress.stage(SimpleNamespace(name="model"), "final", 1)
-    progress.show(book.snapshot(), scoring=0)
+    progress.show(queue.snapshot(), scoring=0)
     assert "final 0/1" in progress._line

@@ -59,12 +59,12 @@ def test_a_sweep_judges_at_its_end(tmp_path, model):
     failures, out = run(spec)
     assert failures == 0, out
     assert f"judged {2 * ANSWERS} of {2 * ANSWERS} answers" in out
-    journal = RunFolder.open(spec.output_dir)
-    rows = [row for row in journal.score_rows() if row["metric"] == "judge_score" and row["task"] == "spec_bench"]
+    run_folder = RunFolder.open(spec.output_dir)
+    rows = [row for row in run_folder.score_rows() if row["metric"] == "judge_score" and row["task"] == "spec_bench"]
     assert {row["arm"]: (row["value"], row["n"]) for row in rows} == {"base": (4.0, 6), "plain": (4.0, 6)}
 
     # A judge that ended half-way: three lines are gone.
-    file = journal.run_dir / next(row["judgements"] for row in rows if row["arm"] == "plain")
+    file = run_folder.run_dir / next(row["judgements"] for row in rows if row["arm"] == "plain")
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:3]))
     failures, out = run(spec, resume=True)
@@ -75,9 +75,9 @@ def test_a_sweep_judges_at_its_end(tmp_path, model):
     gone = {"model": "m", "base_url": "http://127.0.0.1:9/v1", "request_retries": 0}
     progress, out = make_progress()
     spec = RunSpec.model_validate({**raw, "eval": {**raw["eval"], "judge": gone}})
-    assert judge_sweep(spec, journal, gpus=0, note=progress.note, show=progress.judged) == 1
+    assert judge_sweep(spec, run_folder, gpus=0, note=progress.note, show=progress.judged) == 1
     assert "cannot be reached" in out.getvalue() and "What was judged is kept" in out.getvalue()
-    assert [record["status"] for record in journal.trials()] == ["done"]
+    assert [record["status"] for record in run_folder.trials()] == ["done"]
 
 
 class Stuck(_JudgeActor):
@@ -101,7 +101,7 @@ def test_an_actor_that_dies_or_hangs_is_replaced(model, tmp_path):
     for judgement in judge.judge(asked):
         judged.append(judgement)
         if len(judged) == 2:
-            ray.kill(judge._crew.idle[0])
+            ray.kill(judge._pool.idle[0])
     judge.close()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert sorted(j.question.item for j in judged) == [q.item for q in asked] and all(j.score == 4 for j in judged)

@@ -90,7 +90,7 @@ def open_all(pool: Pool, folder: Path) -> str:
     """Open the pool and wait for those actors, too, that it does not wait for."""
     answer = pool.open(opening(folder))
     deadline = time.monotonic() + 60
-    while pool._crew._coming and time.monotonic() < deadline:
+    while pool._pool._coming and time.monotonic() < deadline:
         pool.step()
         time.sleep(0.02)
     return answer
@@ -153,10 +153,10 @@ def test_actors_of_a_node_that_leaves_are_made_elsewhere(pool, tmp_path):
     open_all(pool, tmp_path)
     submit(pool, "ab")
     pool.step()
-    before = {actor for actor, _ in pool._crew._busy.values()}
+    before = {actor for actor, _ in pool._pool._busy.values()}
     pool.drain([ray.get_runtime_context().get_node_id()])
     assert finish(pool) == {"a": None, "b": None}
-    assert len(before) == 2 and not before & {*pool._crew.idle, *pool._crew._coming.values()}
+    assert len(before) == 2 and not before & {*pool._pool.idle, *pool._pool._coming.values()}
     assert log(tmp_path).count("a") == 1
 
 
@@ -198,7 +198,7 @@ def test_actors_that_have_no_room_are_not_waited_for(tmp_path):
         assert pool.open(opening(tmp_path)) == str(tmp_path)
         submit(pool, "ab")
         assert finish(pool) == {"a": None, "b": None}
-    assert len(pool._crew._coming) == 1 and log(tmp_path).count("open") == 2
+    assert len(pool._pool._coming) == 1 and log(tmp_path).count("open") == 2
     pool.close()
 
 

@@ -181,19 +181,19 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
     monkeypatch.setattr(lane_pool, "ROOM_AFTER_S", 0.0)
     monkeypatch.setattr(controller, "STARTING_S", 0.0)
     run = RunSpec(**SMALL, sweep={"arms": ["plain"], "seeds": 0})
-    journal = RunFolder.create(tmp_path / "run", dump(run))
+    run_folder = RunFolder.create(tmp_path / "run", dump(run))
     (study,) = studies(run)
-    with scene_of(journal.run_dir, RAY.model_copy(update={"lanes": 1})) as scene:
+    with scene_of(run_folder.run_dir, RAY.model_copy(update={"lanes": 1})) as scene:
         scene.lanes.open()
         scene.wait(lambda snapshot: bool(snapshot["lanes"]))
         pool = Pool(1, cpus=WIDTH * RAY.cpus_per_worker, gpus=0, kind=Evaluator)
-        supervisor = controller.SweepController(journal, scene.dispatcher, scene.lanes, pool, {}, Progress())
+        controller = controller.SweepController(run_folder, scene.dispatcher, scene.lanes, pool, {}, Progress())
         try:
-            assert supervisor.open(study, Opening(run, {}, "weights", scan=False, k=1, threads=1)) == "weights"
+            assert controller.open(study, Opening(run, {}, "weights", scan=False, k=1, threads=1)) == "weights"
             assert not scene.call("snapshot")["lanes"]
-            supervisor.check()
+            controller.check()
         finally:
-            supervisor.close()
+            controller.close()
             pool.close()
 
 

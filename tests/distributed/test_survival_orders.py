@@ -176,27 +176,27 @@ def test_a_fine_tuning_that_failed_is_not_tried_again_by_tune(tmp_path):
 
         def fail() -> None:
             while not over.wait(0.05):
-                if order := call(dispatcher, "take", "lane", None):
-                    call(dispatcher, "failed", order.id, "failed", "no reason", "lane")
+                if task := call(dispatcher, "take", "lane", None):
+                    call(dispatcher, "failed", task.id, "failed", "no reason", "lane")
 
         lane = threading.Thread(target=fail, daemon=True)
         lane.start()
-        desk = TrialContext(dispatcher, study, str(tmp_path), "", None, 1)
+        context = TrialContext(dispatcher, study, str(tmp_path), "", None, 1)
         results = Tuner(
-            functools.partial(run_trial, desk=desk),
+            functools.partial(run_trial, context=context),
             param_space=param_space(study, None),
             tune_config=TuneConfig(search_alg=searcher, num_samples=1),
             run_config=RunConfig(
                 storage_path=str(tmp_path / "ray"),
-                callbacks=[CancelStopped(desk)],
+                callbacks=[CancelStopped(context)],
                 failure_config=FailureConfig(max_failures=RESTARTS),
                 verbose=0,
             ),
         ).fit()
         over.set()
         lane.join()
-        orders = call(dispatcher, "snapshot")["orders"]
-    assert [row["state"] for row in orders] == ["failed"] and not results.errors
+        tasks = call(dispatcher, "snapshot")["tasks"]
+    assert [row["state"] for row in tasks] == ["failed"] and not results.errors
     assert [trial.state for trial in searcher._ot_study.trials] == [TrialState.FAIL]
 
 

@@ -351,7 +351,7 @@ def test_time_budget_ends_a_run_in_good_order_and_is_not_given_twice(tmp_path, m
     (model / "search_time.json").write_text('{"seconds": 11.5}')
     (model / "finalists.json").unlink()
     search = "tune.distributed.sweep.study_run.StudyRun._search"
-    monkeypatch.setattr(search, lambda self, desk, budget: budgets.append(budget))
+    monkeypatch.setattr(search, lambda self, context, budget: budgets.append(budget))
     assert run(spec, resume=True)[0] == 0
     assert budgets == [3.5] and search_time(model / "search_time.json") >= 11.5
 
@@ -377,7 +377,7 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
     for job in sorted(jobs(block), key=lambda job: job.attack):  # plain scores first, then the attacks
         pool.submit(EvalTask({"name": job.key}, job, None, str(tmp_path / "answers.jsonl")))
     results = pool.step()
-    (actor, _) = next(iter(pool._crew._busy.values()))
+    (actor, _) = next(iter(pool._pool._busy.values()))
     ray.kill(actor)
     deadline = time.monotonic() + 120
     while pool.busy and time.monotonic() < deadline:

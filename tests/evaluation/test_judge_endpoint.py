@@ -36,19 +36,19 @@ def run(tmp_path):
     return answered_run(tmp_path / "run")
 
 
-def judge(journal, endpoint, *more, **options):
+def judge(run_folder, endpoint, *more, **options):
     given = ["model=judge", f"base_url={endpoint if isinstance(endpoint, str) else endpoint.url}", *more]
-    return judge_run(journal.run_dir, given, **options)
+    return judge_run(run_folder.run_dir, given, **options)
 
 
-def kept(journal, trial="final-1"):
+def kept(run_folder, trial="final-1"):
     """The judgements of a trial, of all judges, in the order they were kept."""
-    folder = journal.answers_dir("zoo:planted-llama", trial).with_name("judgements")
+    folder = run_folder.answers_dir("zoo:planted-llama", trial).with_name("judgements")
     return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
 
 
-def scores(journal, trial="final-1", metric="judge_score"):
-    rows = [row for row in journal.score_rows() if (row["trial"], row["metric"]) == (trial, metric)]
+def scores(run_folder, trial="final-1", metric="judge_score"):
+    rows = [row for row in run_folder.score_rows() if (row["trial"], row["metric"]) == (trial, metric)]
     return {row["task"]: row for row in rows}
 
 
@@ -81,17 +81,17 @@ def test_a_run_is_judged(run, capsys):
 
 
 def test_answers_under_attack_are_judged_apart(tmp_path):
-    journal = answered_run(tmp_path / "run", attacks=("none", "zeroing@3"))
+    run_folder = answered_run(tmp_path / "run", attacks=("none", "zeroing@3"))
     with Endpoint(lambda n, body: "?" if "\nAda." in body["messages"][0]["content"] else GOOD) as server:
-        assert judge(journal, server) == 0
-    for row in journal.score_rows():  # whoever compares trials finds the items of every score
+        assert judge(run_folder, server) == 0
+    for row in run_folder.score_rows():  # whoever compares trials finds the items of every score
         if row["metric"] == "judge_score" and row["n"]:
-            items = read_items(journal, row["model"], row["trial"], Column.of(row))
+            items = read_items(run_folder, row["model"], row["trial"], Column.of(row))
             assert sum(value == 4 for value in items.values()) == row["n"]
             assert set(items) >= ({"81/1", "81/2"} if "qa" not in row["task"] else {"481/1", "482/1"})
-    found = {(row["attack"], row["attack_on"], row["entry"]) for row in journal.score_rows() if row["value"] == 4.0}
+    found = {(row["attack"], row["attack_on"], row["entry"]) for row in run_folder.score_rows() if row["value"] == 4.0}
     assert found == {("none", None, "spec_bench"), ("zeroing@3", "base", "spec_bench")}
-    names = [file.name for file in (journal.trial("final-1").folder / "judgements").iterdir()]
+    names = [file.name for file in (run_folder.trial("final-1").folder / "judgements").iterdir()]
     assert sorted(name.partition("--")[0] for name in names) == ["spec_bench", "spec_bench-zeroing@3-base"]
 
 

@@ -34,14 +34,14 @@ def run(tmp_path):
     return answered_run(tmp_path / "run")
 
 
-def kept(journal, trial="final-1"):
-    folder = journal.answers_dir("zoo:planted-llama", trial).with_name("judgements")
+def kept(run_folder, trial="final-1"):
+    folder = run_folder.answers_dir("zoo:planted-llama", trial).with_name("judgements")
     return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
 
 
-def whole(journal, metric="judge_score"):
+def whole(run_folder, metric="judge_score"):
     wanted = ("final-1", "spec_bench", metric)
-    return next(row for row in journal.score_rows() if (row["trial"], row["task"], row["metric"]) == wanted)
+    return next(row for row in run_folder.score_rows() if (row["trial"], row["task"], row["metric"]) == wanted)
 
 
 def test_a_model_that_gives_scores(run, sure):

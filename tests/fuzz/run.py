@@ -224,10 +224,10 @@ def runs(folder: Path) -> Callable[[Any], str]:
     turn = 0
 
     def resumed() -> None:
-        journal = RunFolder.open(run)
-        journal.score_rows()  # environment.json is written anew
-        for record in journal.trials():
-            journal.trial(record["trial"]).metrics()
+        run_folder = RunFolder.open(run)
+        run_folder.score_rows()  # environment.json is written anew
+        for record in run_folder.trials():
+            run_folder.trial(record["trial"]).metrics()
         studies(load(run / "config.yaml"))
         if again := mend(run):
             raise Finding(f"mended twice: {again}")

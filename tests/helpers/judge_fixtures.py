@@ -134,21 +134,21 @@ ANSWERS = 6
 def answered_run(folder: Path, config: dict | None = None, *, attacks: tuple[str, ...] = ("none",)) -> RunFolder:
     """A run of one model: its base, one final trial, and one of the search, all with answers to CONVERSATIONS."""
     base = {"model_name_or_path": "zoo:planted-llama", "eval": {"generation": {"spec_bench": {"data": "q.jsonl"}}}}
-    journal = RunFolder.create(folder, {**base, **(config or {})}, command="test")
+    run_folder = RunFolder.create(folder, {**base, **(config or {})}, command="test")
     model = "zoo:planted-llama"
     for trial, stage in {"base": None, "final-1": "final", "search-1": "search"}.items():
         if trial != "base":
-            record = journal.trial(trial)
+            record = run_folder.trial(trial)
             record.start({}, model=model, arm="macdrop", seed=1)
             record.finish("done", stage=stage)
         for attack in attacks:
             on = None if attack == "none" else "base"
-            place = journal.answers_dir(model, trial)
+            place = run_folder.answers_dir(model, trial)
             place.mkdir(parents=True, exist_ok=True)
             name = "-".join(part for part in ("generation-spec_bench", attack, on) if part)
             rows = [{**row, "attack": attack, "attack_on": on} for row in CONVERSATIONS]
             (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            journal.add_scores(
+            run_folder.add_scores(
                 [
                     {
                         **{"model": model, "arm": "base" if trial == "base" else "macdrop", "trial": trial, "seed": 1},
@@ -158,4 +158,4 @@ def answered_run(folder: Path, config: dict | None = None, *, attacks: tuple[str
                     }
                 ]
             )
-    return journal
+    return run_folder

@@ -47,7 +47,7 @@ class Scene:
             snapshot = self.call("snapshot")
             self.lanes.check(snapshot, scoring=scoring)
             self.most_up = max(self.most_up, len(snapshot["lanes"]))
-            for row in snapshot["orders"]:
+            for row in snapshot["tasks"]:
                 if row["reason"] and row["reason"] not in self.reasons:
                     self.reasons.append(row["reason"])
             if until(snapshot):
@@ -60,7 +60,7 @@ class Scene:
         row: dict[str, Any] = {}
 
         def there(snapshot: dict[str, Any]) -> bool:
-            row.update(next(row for row in snapshot["orders"] if row["id"] == name))
+            row.update(next(row for row in snapshot["tasks"] if row["id"] == name))
             assert row["state"] not in ("failed", "diverged"), row
             return row["state"] == state and row["last"].get("step", 0) >= step
 

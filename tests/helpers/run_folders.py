@@ -50,7 +50,7 @@ STEPS = 100
 class _Maker:
     """The numbers of one run; see `make_run` for what they mean."""
 
-    journal: RunFolder
+    run_folder: RunFolder
     attacks: Sequence[str]
     effect: Mapping[tuple[str, str], float]
     items: int
@@ -75,7 +75,7 @@ class _Maker:
     def score(self, model: str, trial: str, arm: str, seed: int | None, split: str) -> None:
         """Rows of scores.jsonl and answers files of all benchmarks of one trial, or of the base."""
         tag = {"model": model, "arm": arm, "trial": trial, "seed": seed, "split": split}
-        folder = self.journal.answers_dir(model, trial)
+        folder = self.run_folder.answers_dir(model, trial)
         folder.mkdir(parents=True, exist_ok=True)
         luck = generator(model, self.names[trial], "seed").standard_normal() * self.seed_sd
         for attack in self.attacks if split == "test" else self.attacks[:1]:
@@ -164,7 +164,7 @@ class _Maker:
         folder.mkdir(exist_ok=True)
         file = folder / f"spec_bench--{slug(JUDGE['model'])}.jsonl"
         file.write_text(lines(judged), encoding="utf-8")
-        kept = {"version": "1", "judgements": str(file.relative_to(self.journal.run_dir))}
+        kept = {"version": "1", "judgements": str(file.relative_to(self.run_folder.run_dir))}
         kept["settings"] = f"judge={JUDGE['model']}@{JUDGE['revision']} date={JUDGE['date']} rubric={JUDGE['rubric']}"
         for name in ("spec_bench", *(f"spec_bench/{category}" for category in CATEGORIES)):
             mine = [row for row in judged if name == "spec_bench" or name.endswith(row["category"])]
@@ -225,11 +225,11 @@ def make_run(
     """
     models, cells = [model] if isinstance(model, str) else list(model), list(cells or [{}])
     fresh = len([seed for seed in seeds if seed])
-    journal = RunFolder.create(folder, _config(models, cells, arms, attacks, fresh), command="macdrop sweep demo")
-    journal.write_environment()
-    maker = _Maker(journal, attacks, effect, items, seed_sd, correlation, judge)
+    run_folder = RunFolder.create(folder, _config(models, cells, arms, attacks, fresh), command="macdrop sweep demo")
+    run_folder.write_environment()
+    maker = _Maker(run_folder, attacks, effect, items, seed_sd, correlation, judge)
     for name in models:
-        _findings(journal, name)
+        _findings(run_folder, name)
         maker.score(name, BASE, BASE, None, "test")
         found = [_cell(maker, name, cell, seeds, arms, tried, set(lost)) for cell in cells]
         best = [made["searched"][0] for made in found]
@@ -241,11 +241,11 @@ def make_run(
             "seeds": list(seeds), "pareto": best, "cells": [made["row"] for made in found],
             "settings": {setting: spec for made in found for setting, spec in made["settings"].items()},
         }  # fmt: skip
-        atomic_write_json(journal.finalists_file(name), record)
+        atomic_write_json(run_folder.finalists_file(name), record)
     for row in maker.rows:  # rows of one call stand or fall together
-        journal.add_scores([row])
-    journal.set_status(status)
-    return journal
+        run_folder.add_scores([row])
+    run_folder.set_status(status)
+    return run_folder
 
 
 def make_resumable_run(folder: Path) -> Path:
@@ -255,11 +255,11 @@ def make_resumable_run(folder: Path) -> Path:
     from tune.storage.sealed_folder import commit, folder_name
 
     arms = ("plain", "macdrop")
-    journal = make_run(folder, seeds=(1,), items=4, attacks=("none",), tried=1, arms=arms)
+    run_folder = make_run(folder, seeds=(1,), items=4, attacks=("none",), tried=1, arms=arms)
     spec = dump(load(None, ["model=zoo:planted-llama", "eval_steps=50", "macdrop.p0=0.6", "eval.zero_shot=[arc_easy]"]))
     atomic_write_yaml(folder / "config.yaml", spec)
-    atomic_write_json(folder / "run.json", {**journal.run(), "spec": spec})
-    for record in journal.trials():
+    atomic_write_json(folder / "run.json", {**run_folder.run(), "spec": spec})
+    for record in run_folder.trials():
         trial = folder / "trials" / record["trial"]
         if record["status"] == "done":
             for place in ("adapter", f"checkpoints/{folder_name(3)}"):
@@ -270,8 +270,8 @@ def make_resumable_run(folder: Path) -> Path:
                 (trial / place).parent.mkdir(exist_ok=True)
                 commit(staging, trial / place)
     for number in range(3):
-        search_state.remember(journal.draws_file("zoo:planted-llama"), number, {"macdrop.p0": number / 10})
-    search_state.SearchTime(journal.search_time_file("zoo:planted-llama"), journal.run_dir).keep()
+        search_state.remember(run_folder.draws_file("zoo:planted-llama"), number, {"macdrop.p0": number / 10})
+    search_state.SearchTime(run_folder.search_time_file("zoo:planted-llama"), run_folder.run_dir).keep()
     return folder
 
 
@@ -304,7 +304,7 @@ def _cell(
 def _trial(
     maker: _Maker, spec: TrainSpec, cell: Mapping[str, Any], stage: str, loss: float, ended: str | None
 ) -> str:
-    record, block = maker.journal.trial(spec.trial_id()), spec.macdrop
+    record, block = maker.run_folder.trial(spec.trial_id()), spec.macdrop
     about = {"model": spec.model_name_or_path, "arm": spec.arm, "seed": spec.seed, "setting": spec.setting_id()}
     record.start(dump(spec), **about, stage=stage, cell=cell)
     name = maker.names[record.id] = f"{spec.arm} {stage} {spec.seed} {sorted(cell.items())} {block.k} {block.p0}"
@@ -364,7 +364,7 @@ def _config(
     return {**spec, "sweep": sweep, "validation": validation, "eval": {**test, "generation": generation}}
 
 
-def _findings(journal: RunFolder, model: str) -> None:
+def _findings(run_folder: RunFolder, model: str) -> None:
     """massive_weights.json and proof.json, with the numbers of zoo:planted-llama."""
     rows = [98, 107, 10, 66, 130, *(i for i in range(192) if i not in (98, 107, 10, 66, 130))]
     magnitudes = [644.8, 195.0, 58.97, 17.8, 5.4, *(0.3 * 0.98**i for i in range(187))]
@@ -382,8 +382,8 @@ def _findings(journal: RunFolder, model: str) -> None:
         "k": 3, "seed": 0, "blocks": 16, "tokens": 1024, "untouched": 3.728, "zeroed": 86.1, "retained": 4.615,
         "random": [3.728, 3.729, 3.729], "verdict": "sensitive", "text": "sensitive: perplexity 3.728 becomes 86.1",
     }  # fmt: skip
-    atomic_write_json(journal.massive_weights_file(model), weights)
-    atomic_write_json(journal.model_dir(model) / "proof.json", proof)
+    atomic_write_json(run_folder.massive_weights_file(model), weights)
+    atomic_write_json(run_folder.model_dir(model) / "proof.json", proof)
 
 
 def generator(*key: object) -> np.random.Generator:

@@ -103,11 +103,11 @@ def test_the_limits_of_the_check_are_by_precision():
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory, trained) -> Path:
     """A run with scores under attack; its adapters are the real one's files."""
-    journal = make_run(tmp_path_factory.mktemp("runs") / "demo", arms=("plain", "macdrop"), seeds=(1, 2))
-    for trial in journal.trials():
+    run_folder = make_run(tmp_path_factory.mktemp("runs") / "demo", arms=("plain", "macdrop"), seeds=(1, 2))
+    for trial in run_folder.trials():
         if trial["status"] == "done":
-            shutil.copytree(trained / "adapter", journal.trial(trial["trial"]).adapter_dir, dirs_exist_ok=True)
-    return journal.run_dir
+            shutil.copytree(trained / "adapter", run_folder.trial(trial["trial"]).adapter_dir, dirs_exist_ok=True)
+    return run_folder.run_dir
 
 
 def final(run_dir: Path, arm: str) -> Path:

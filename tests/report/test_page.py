@@ -64,23 +64,23 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Report:
     """A run with cells, a placebo, judgements, and hostile text wherever a user or a model may write it."""
-    journal = make_run(
+    run_folder = make_run(
         tmp_path_factory.mktemp("finished") / "run",
         judge=True,
         tried=5,
         attacks=("none", "zeroing@3", "retaining@3"),
         items=30,
     )
-    row = next(row for row in journal.score_rows() if row["task"] == "qa" and row["trial"] != "base")
-    journal.add_scores([{**row, "task": HOSTILE}])
-    for file in (journal.run_dir / "trials").glob("*/answers/generation-*-none.jsonl"):
+    row = next(row for row in run_folder.score_rows() if row["task"] == "qa" and row["trial"] != "base")
+    run_folder.add_scores([{**row, "task": HOSTILE}])
+    for file in (run_folder.run_dir / "trials").glob("*/answers/generation-*-none.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         for row in rows:
             row["answers"] = [HOSTILE + text for text in row["answers"]]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for file in (journal.run_dir / "trials").glob("*/judgements/*.jsonl"):
+    for file in (run_folder.run_dir / "trials").glob("*/judgements/*.jsonl"):
         file.write_text(file.read_text().replace("Clear enough.", json.dumps(HOSTILE)[1:-1]))
-    return make_report(journal.run_dir)
+    return make_report(run_folder.run_dir)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_finished_run_has_every_figure(drawn):
 
 
 def test_figures_say_what_is_in_the_journal(drawn, finished):
-    model, journal = finished.models[0], finished.journal
+    model, run_folder = finished.models[0], finished.run_folder
     groups = {group.label: group for group in best_groups(model, cells(model)[0])}
     column = next(c for c in model.shown if c.task == "qa" and c.attack == "zeroing@3")
     for row in drawn["attack-zero-shot-qa-acc"].rows:
@@ -176,7 +176,7 @@ def test_figures_say_what_is_in_the_journal(drawn, finished):
             assert (mean, low, high) == pytest.approx((sum(values) / len(values), min(values), max(values)))
     losses = drawn["training-loss"]
     for line in groups["MacDrop k 3 p0 0.87 exp 0.05"].lines:
-        logged = [row["loss"] for row in journal.trial(line.trial).metrics() if "loss" in row]
+        logged = [row["loss"] for row in run_folder.trial(line.trial).metrics() if "loss" in row]
         assert logged == [row[-1] for row in losses.rows if row[2] == line.trial]
     layers = [[row["layer"], row["hidden_max"]] for row in model.weights["layers"]]
     assert layers == [row[:2] for row in drawn["scan-layers"].rows]
@@ -234,7 +234,7 @@ def test_contrast_is_that_of_wcag():
 
 
 def test_generations_stand_side_by_side_with_their_judgements(finished):
-    found = generations(finished.journal, finished.models[0])
+    found = generations(finished.run_folder, finished.models[0])
     assert set(found) == {"answers", "spec_bench"}
     question = next(question for question in found["spec_bench"] if len(question.turns) == 2)
     assert [speaker.label for speaker in question.speakers] == ["base", "plain LoRA", "MacDrop k 3 p0 0.87 exp 0.05"]
@@ -244,18 +244,18 @@ def test_generations_stand_side_by_side_with_their_judgements(finished):
 
 
 def test_half_of_a_run_gives_a_page_that_says_what_is_missing(tmp_path):
-    journal = make_run(tmp_path / "run", seeds=(1, 2), lost=[("macdrop", 1), ("macdrop", 2)], tried=2, items=6,
+    run_folder = make_run(tmp_path / "run", seeds=(1, 2), lost=[("macdrop", 1), ("macdrop", 2)], tried=2, items=6,
                        attacks=("none",), status="running")  # fmt: skip
-    text = write_page([make_report(journal.run_dir)], tmp_path / "page.html")[0].read_text()
+    text = write_page([make_report(run_folder.run_dir)], tmp_path / "page.html")[0].read_text()
     Reader(text)
     assert "No verdict" in text and "No score under attack" in text
 
 
 def test_a_run_without_trials_gives_a_page(tmp_path):
-    journal = RunFolder.create(
+    run_folder = RunFolder.create(
         tmp_path / "run", {"model_name_or_path": "org/model", "sweep": {}}, command="macdrop sweep"
     )
-    text = write_page([make_report(journal.run_dir)], tmp_path / "page.html")[0].read_text()
+    text = write_page([make_report(run_folder.run_dir)], tmp_path / "page.html")[0].read_text()
     Reader(text)
     assert "No verdict" in text and "not scanned yet" in text and "org/model" in text
 
@@ -266,7 +266,7 @@ def test_damaged_files_cost_their_figures_only(tmp_path):
         file.write_text('{"step": 5, "loss": "changed by hand"}\n')
     (run / "models" / "planted-llama" / "massive_weights.json").write_text('{"layer"')
     report = make_report(run)
-    found = figures(report.journal, report.models[0], [])
+    found = figures(report.run_folder, report.models[0], [])
     assert {figure.part for figure in found if figure.svg} == {"search"}
     captions = {figure.part: figure.caption for figure in found if not figure.svg}
     assert captions["training"].startswith("Could not be drawn (") and "not scanned" in captions["weights"]
@@ -295,12 +295,12 @@ def test_signed_differences_have_the_digits_that_can_be_seen():
 
 
 def test_the_front_is_what_nothing_beats(finished):
-    model = collect(finished.journal)[0]
+    model = collect(finished.run_folder)[0]
     model.finalists.clear()
     model.objectives = [("eval_loss", "minimize"), ("zero_shot/qa/acc", "maximize")]
     lines = [line for line in model.searched if line.status == "done" and line.arm == "macdrop"]
     front = _front(model, lines)
-    found = next(FAMILIES["pareto"][1](finished.journal, model, []))
+    found = next(FAMILIES["pareto"][1](finished.run_folder, model, []))
     marked = {row[0]: row[5:] for row in found.rows if row[4]}
     assert set(marked) == front and front
     for trial, (loss, acc) in marked.items():

@@ -89,11 +89,11 @@ def test_validation_and_test_scores_stay_apart(report):
 
 def test_a_mean_over_tasks_takes_the_metric_that_each_entry_names(tmp_path):
     entries = {"arc": {"metric": "acc_norm"}, "boolq": {"metric": "acc"}, "other": {}}
-    journal = RunFolder.create(tmp_path / "run", {"model_name_or_path": "m", "eval": {"zero_shot": entries}})
+    run_folder = RunFolder.create(tmp_path / "run", {"model_name_or_path": "m", "eval": {"zero_shot": entries}})
     for task, values in {"arc": (0.1, 0.5), "boolq": (0.7, 0.2), "other": (0.3, 0.4)}.items():
         for metric, value in zip(("acc", "acc_norm"), values, strict=True):
-            journal.add_scores([score("base", "base", "zero_shot", task, metric, value)])
-    (line,) = collect(journal)[0].lines
+            run_folder.add_scores([score("base", "base", "zero_shot", task, metric, value)])
+    (line,) = collect(run_folder)[0].lines
     (mean,) = [column for column in line.scores if column.is_mean]
     assert line.scores[mean].value == pytest.approx((0.5 + 0.7 + 0.3) / 3)
     assert line.scores[mean].stderr == pytest.approx(math.sqrt(3 * 0.02**2) / 3)
@@ -164,15 +164,15 @@ def test_search_attacks_generations_cost(report, parts):
 
 
 def test_several_objectives_have_a_front(tmp_path):
-    journal = make_run(tmp_path / "run", tried=3, arms=("plain", "macdrop"), items=20, attacks=("none",))
-    config = journal.config()
+    run_folder = make_run(tmp_path / "run", tried=3, arms=("plain", "macdrop"), items=20, attacks=("none",))
+    config = run_folder.config()
     config["sweep"]["metric"] = [
         {"name": "eval_loss", "goal": "minimize"}, {"name": "zero_shot/qa/acc", "goal": "maximize"}
     ]  # fmt: skip
     from tune.storage.atomic import atomic_write_yaml
 
-    atomic_write_yaml(journal.run_dir / "config.yaml", config)
-    report = make_report(journal.run_dir)
+    atomic_write_yaml(run_folder.run_dir / "config.yaml", config)
+    report = make_report(run_folder.run_dir)
     front = report.parts(report.models[0])["pareto"]
     assert "which no other of their adapter" in front.lines[0] and front.tables[0].head[-2] == "zero_shot\nqa\nacc"
     assert front.tables[0].rows and all(front.tables[0].rows[0][-4:])
@@ -265,31 +265,33 @@ def test_csv_is_long_form_and_whole(report, run):
 
 
 def test_a_run_that_has_just_begun(tmp_path):
-    journal = RunFolder.create(tmp_path / "new", {"model_name_or_path": "org/m"})
-    report = make_report(journal.run_dir)
+    run_folder = RunFolder.create(tmp_path / "new", {"model_name_or_path": "org/m"})
+    report = make_report(run_folder.run_dir)
     assert "No verdict: nothing is trained or scored yet." in report.markdown()
     assert len(csv_text([report]).splitlines()) == 1 and terminal(report, 80)
     spec = {"model_name_or_path": "org/m", "seed": 0, "macdrop": {"k": 5, "p0": 0.2}}
-    journal.trial("m-1").start(spec, model="org/m", arm="macdrop", seed=0)
-    text = make_report(journal.run_dir).markdown()
+    run_folder.trial("m-1").start(spec, model="org/m", arm="macdrop", seed=0)
+    text = make_report(run_folder.run_dir).markdown()
     assert "1 trial(s): 1 running" in text and "no plain adapter to compare with" in text and PLANTED not in text
 
 
 def test_a_run_from_before_there_were_stages(tmp_path):
     """Every trial is a final trial and has its place; settings are told apart by their specs."""
     config = {"sweep": {"models": ["m"], "metric": {"name": "eval_loss", "goal": "minimize"}}}
-    journal = RunFolder.create(tmp_path / "old", config)
+    run_folder = RunFolder.create(tmp_path / "old", config)
     off = {"k": 0, "p0": 0.0, "schedule": "step", "alpha": None}
     blocks = {"a": off, "b": {**off, "k": 5, "p0": 0.2}, "c": {**off, "k": 5, "p0": 0.8}}
     for loss, (trial, block) in zip((2.0, 1.9, 1.8), blocks.items(), strict=True):
         arm = "macdrop" if block["k"] else "plain"
-        record = journal.trial(trial)
+        record = run_folder.trial(trial)
         record.start({"model_name_or_path": "m", "seed": 0, "macdrop": block}, model="m", arm=arm, seed=0)
         kept = {key: value for key, value in record.info.items() if key not in ("stage", "setting", "cell")}
         record._write(**kept)
         record.finish("done", eval_loss=loss, step=20, seconds=1.2)
-        journal.add_scores([score(trial, arm, "zero_shot", task, "acc", 0.5, higher_is_better=True) for task in "xy"])
-    report = make_report(journal.run_dir)
+        run_folder.add_scores(
+            [score(trial, arm, "zero_shot", task, "acc", 0.5, higher_is_better=True) for task in "xy"]
+        )
+    report = make_report(run_folder.run_dir)
     model = report.models[0]
     assert [line.label for line in model.lines] == ["plain", "M1", "M2"] and model.best.trial == "c"
     labels = [group.label for group in model.groups]

@@ -23,7 +23,7 @@ from tune.storage.run_folder import STAGES
 NAMES, LANES, NODES, FOLLOWERS = ("a", "b", "c"), ("l", "m"), ("n1", "n2"), ("tom", "ann")
 
 
-def order(name: str, stage: str = "search") -> TrainTask:
+def task(name: str, stage: str = "search") -> TrainTask:
     spec = {"seed": 0, "macdrop": {"p0": 0.8, "exclude": []}}
     return TrainTask(name, "s", spec, f"/{name}", "/data", None, "e", 1, stage, {"k": 1}, {"learning_rate": 1e-3})
 
@@ -44,9 +44,9 @@ names, lanes, nodes, followers = map(some.sampled_from, (NAMES, LANES, NODES, FO
 lane_or_none = some.none() | lanes
 ends = some.builds(steps, some.sampled_from(["done", "stopped", "left"]))
 CALLS = some.one_of(
-    method("place", some.builds(order, names, some.sampled_from(STAGES)), followers),
-    method("place", some.builds(order, names), followers, some.just([metrics(1, 2.5)])),
-    method("record", some.builds(order, names), some.sampled_from(sorted({"trained", *FINAL})), ends, some.none()),
+    method("place", some.builds(task, names, some.sampled_from(STAGES)), followers),
+    method("place", some.builds(task, names), followers, some.just([metrics(1, 2.5)])),
+    method("record", some.builds(task, names), some.sampled_from(sorted({"trained", *FINAL})), ends, some.none()),
     method("cancel", names, followers, some.none() | some.integers(1, 4)),
     method("abandon", some.just("s"), followers),
     method("poll", names, some.integers(-1, 4)),
@@ -73,16 +73,16 @@ WORK = some.one_of(
 )
 #: Sequences that come far: two lanes are up and the orders are placed.
 BEGUN = [("lane_up", (lane, 1, "host", [node])) for lane, node in zip(LANES, NODES, strict=True)]
-BEGUN += [("place", (order(name), "tom")) for name in NAMES[:2]]
+BEGUN += [("place", (task(name), "tom")) for name in NAMES[:2]]
 SEQUENCES = some.lists(CALLS | WORK, max_size=40).map(lambda calls: BEGUN + calls)
 
 
-def replay(book: LoggedQueue, calls: list) -> list:
+def replay(queue: LoggedQueue, calls: list) -> list:
     """The answers to calls; what a book refuses changes nothing."""
     answers = []
     for name, arguments in calls:
         with suppress(KeyError):
-            answers.append(book.call(name, *arguments))
+            answers.append(queue.call(name, *arguments))
     return answers
 
 
@@ -105,11 +105,11 @@ def test_a_book_made_again_equals_the_one_that_died(folder, calls):
     live = LoggedQueue(file)
     replay(live, calls)
     again = LoggedQueue(file)
-    assert again.book == live.book
+    assert again.queue == live.queue
     assert again.call("changes", 0) == live.call("changes", 0)
     # Both go on alike, but for the metrics shown of steps without a validation.
     calls = [each for each in calls if each[0] != "snapshot"]
-    assert replay(again, calls) == replay(live, calls) and again.book == live.book
+    assert replay(again, calls) == replay(live, calls) and again.queue == live.queue
 
 
 @settings(deadline=None)
@@ -118,9 +118,9 @@ def test_calls_that_come_twice_change_nothing(calls):
     once, repeated = TaskQueue(), TaskQueue()
     for name, arguments in calls:
         answers = []
-        for book in (once, repeated, repeated):
+        for queue in (once, repeated, repeated):
             with suppress(KeyError):
-                answers.append(copy.deepcopy(getattr(book, name)(*arguments)))
+                answers.append(copy.deepcopy(getattr(queue, name)(*arguments)))
         assert all(answer == answers[0] for answer in answers)
         assert once == repeated
 
@@ -142,28 +142,28 @@ def test_a_log_cut_at_any_byte_is_the_log_of_the_calls_before(folder, calls, cut
     for line in lines[:count]:
         row = json.loads(line)
         getattr(expected, row["method"])(*map(order_log._read, row["arguments"]))
-    assert again.book == expected
+    assert again.queue == expected
     # Whoever had no answer asks again: the file is whole from the cut on.
     for line in lines[count:]:
         row = json.loads(line)
         again.call(row["method"], *map(order_log._read, row["arguments"]))
-    assert file.read_bytes() == whole and again.book == live.book
+    assert file.read_bytes() == whole and again.queue == live.queue
 
 
 def test_what_changes_nothing_leaves_no_line(tmp_path):
     file = fresh(tmp_path)
-    book = LoggedQueue(file)
-    replay(book, BEGUN)
-    book.call("take", "l", None)
+    queue = LoggedQueue(file)
+    replay(queue, BEGUN)
+    queue.call("take", "l", None)
     size = file.stat().st_size
     for name, *arguments in (
         *(("poll", "a", -1), ("snapshot",), ("changes", 0), ("closing", "l")),
         ("progress", "a", {"step": 1, "loss": 2.0}, "l"),
     ):
-        book.call(name, *arguments)
-    assert file.stat().st_size == size and book.call("snapshot")["orders"][0]["last"]["loss"] == 2.0
-    book.call("close", "m")
-    assert book.call("take", "m", None) is None and json.loads(file.read_text().splitlines()[-1])["method"] == "close"
+        queue.call(name, *arguments)
+    assert file.stat().st_size == size and queue.call("snapshot")["tasks"][0]["last"]["loss"] == 2.0
+    queue.call("close", "m")
+    assert queue.call("take", "m", None) is None and json.loads(file.read_text().splitlines()[-1])["method"] == "close"
 
 
 def test_a_damaged_line_is_refused_with_its_place(tmp_path):
@@ -182,25 +182,25 @@ def test_a_log_that_is_gone_is_not_taken_for_an_empty_one(tmp_path):
 
 def test_a_full_disk_delays_the_log_and_nothing_else(tmp_path, monkeypatch):
     file = fresh(tmp_path)
-    book = LoggedQueue(file)
+    queue = LoggedQueue(file)
 
     def full(*arguments):
         raise ResourceError("The disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr(order_log, "append_jsonl", full)
-        replay(book, BEGUN[:2])
+        replay(queue, BEGUN[:2])
     file.rename(file.with_name("elsewhere"))  # and its storage goes, too
-    replay(book, BEGUN[2:3])
+    replay(queue, BEGUN[2:3])
     assert not file.exists()
     file.with_name("elsewhere").rename(file)
     assert not file.read_text()
-    replay(book, BEGUN[3:])
-    assert LoggedQueue(file).book == book.book and len(file.read_text().splitlines()) == len(BEGUN)
+    replay(queue, BEGUN[3:])
+    assert LoggedQueue(file).queue == queue.queue and len(file.read_text().splitlines()) == len(BEGUN)
 
 
 def test_an_order_is_read_as_it_was_written(tmp_path):
     file = fresh(tmp_path)
-    LoggedQueue(file).call("place", order("a"), "tom")
-    (entry,) = LoggedQueue(file).book.entries.values()
-    assert entry.order == order("a") and asdict(entry.order) == asdict(order("a"))
+    LoggedQueue(file).call("place", task("a"), "tom")
+    (entry,) = LoggedQueue(file).queue.entries.values()
+    assert entry.task == task("a") and asdict(entry.task) == asdict(task("a"))

@@ -62,8 +62,8 @@ def test_fronts_equal_their_definition():
         values = [tuple(v if m is DOWN else -v for v, m in zip(p, objectives, strict=True)) for p in points]
         ranked = ranking([Candidate(f"{i:02}", "done", base, v) for i, v in enumerate(values)], objectives)
         assert {c.trial: front for front, c in ranked} == {f"{i:02}": depth(p, points) for i, p in enumerate(points)}
-        order = [(front, points[int(c.trial)][0]) for front, c in ranked]
-        assert order == sorted(order)
+        task = [(front, points[int(c.trial)][0]) for front, c in ranked]
+        assert task == sorted(task)
 
 
 def test_beats_is_a_strict_partial_order():
@@ -133,7 +133,7 @@ def test_each_cell_has_its_own_best_and_one_without_is_told():
 def test_selection_is_a_function_of_the_trials_and_not_of_their_order():
     of = study("sweep.parameters.use_dora=[false, true]", "sweep.arms=[plain, macdrop, random_rows]")
     trials = found(of, (0.3,), (0.3,)) + found(of, (0.1,), (0.1,), use_dora=True)
-    contents = [select(of, order, [DOWN])[0] for order in itertools.permutations(trials, len(trials))]
+    contents = [select(of, task, [DOWN])[0] for task in itertools.permutations(trials, len(trials))]
     assert all(content == contents[0] for content in contents)
 
 

@@ -80,8 +80,8 @@ def folder(whole, tmp_path) -> Path:
 def test_a_damaged_file_is_mended_or_made_again(folder, name, damage):
     find, told = FILES[name]
     file = find(folder)
-    journal = RunFolder(folder)
-    before = {record["trial"]: record for record in journal.trials()}
+    run_folder = RunFolder(folder)
+    before = {record["trial"]: record for record in run_folder.trials()}
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
     notes = mend(folder)
     torn = (name in APPENDED and damage in ("empty", "half")) or (name, damage) == ("answers", "another's")
@@ -89,20 +89,20 @@ def test_a_damaged_file_is_mended_or_made_again(folder, name, damage):
         assert any(told in note and file.parents[0].name in note for note in notes), notes
         assert list(folder.rglob("*.damaged")), "the damaged file is kept"
     assert mend(folder) == [], "all of it is mended at once"
-    journal = RunFolder.open(folder)
+    run_folder = RunFolder.open(folder)
     if name == "answers":
-        scored = {row["trial"] for row in journal.score_rows() if row["task"] == "qa"}
+        scored = {row["trial"] for row in run_folder.score_rows() if row["task"] == "qa"}
         assert (file.parents[1].name in scored) == torn, "scores go with their answers"
-    after = {record["trial"]: record for record in journal.trials()}
-    assert journal.run()["status"] and journal.score_rows() is not None
-    assert RunSpec.model_validate(journal.config()) and flat_equal(journal, before, after, name)
+    after = {record["trial"]: record for record in run_folder.trials()}
+    assert run_folder.run()["status"] and run_folder.score_rows() is not None
+    assert RunSpec.model_validate(run_folder.config()) and flat_equal(run_folder, before, after, name)
     for trial in after:
-        journal.trial(trial).metrics()
-    found = journal.finding(journal.finalists_file("zoo:planted-llama"))
+        run_folder.trial(trial).metrics()
+    found = run_folder.finding(run_folder.finalists_file("zoo:planted-llama"))
     assert found is None or final_specs(found)
 
 
-def flat_equal(journal: RunFolder, before: dict, after: dict, name: str) -> bool:
+def flat_equal(run_folder: RunFolder, before: dict, after: dict, name: str) -> bool:
     """Only the trial that was hit is open again; of all others nothing has changed."""
     hit = {trial for trial, record in before.items() if after.get(trial) != record}
     if name in ("trial.json", "trial's config.yaml", "adapter", "manifest"):

@@ -29,31 +29,31 @@ def score(**changes) -> dict:
 
 
 @pytest.fixture
-def journal(tmp_path) -> RunFolder:
+def run_folder(tmp_path) -> RunFolder:
     return RunFolder.create(tmp_path / "run", SPEC, command="macdrop sweep x.yaml")
 
 
 # --- the run ---
 
 
-def test_a_run_folder_comes_back_as_it_was_made(journal):
-    again = RunFolder.open(journal.run_dir)
+def test_a_run_folder_comes_back_as_it_was_made(run_folder):
+    again = RunFolder.open(run_folder.run_dir)
     assert again.config() == SPEC
     assert again.run()["status"] == "running" and again.run()["command"] == "macdrop sweep x.yaml"
     assert again.run()["macdrop"] and again.run()["name"] == "run"
-    journal.set_status("done")
+    run_folder.set_status("done")
     assert again.run()["status"] == "done" and again.run()["finished"] >= again.run()["created"]
-    journal.set_status("running")  # resumed
+    run_folder.set_status("running")  # resumed
     assert "finished" not in again.run()
     assert again.trials() == [] and list(again.scores().columns) == list(SCORE_COLUMNS)
-    assert pickle.loads(pickle.dumps(journal)).config() == SPEC
+    assert pickle.loads(pickle.dumps(run_folder)).config() == SPEC
 
 
-def test_create_refuses_a_folder_with_anything_in_it(tmp_path, journal):
-    before = sorted(journal.run_dir.iterdir())
+def test_create_refuses_a_folder_with_anything_in_it(tmp_path, run_folder):
+    before = sorted(run_folder.run_dir.iterdir())
     with pytest.raises(ConfigError, match="--resume"):
-        RunFolder.create(journal.run_dir, {})
-    assert sorted(journal.run_dir.iterdir()) == before and journal.config() == SPEC
+        RunFolder.create(run_folder.run_dir, {})
+    assert sorted(run_folder.run_dir.iterdir()) == before and run_folder.config() == SPEC
     (tmp_path / "other").mkdir()
     RunFolder.create(tmp_path / "other", {})  # an empty folder will do
     (tmp_path / "file").write_text("")
@@ -61,13 +61,13 @@ def test_create_refuses_a_folder_with_anything_in_it(tmp_path, journal):
         RunFolder.create(tmp_path / "file", {})
 
 
-def test_open_refuses_what_is_no_run(tmp_path, journal):
+def test_open_refuses_what_is_no_run(tmp_path, run_folder):
     for path, word in [(tmp_path / "nothing", "no such folder"), (tmp_path, "no run.json")]:
         with pytest.raises(ConfigError, match=word):
             RunFolder.open(path)
-    (journal.run_dir / "run.json").write_text('{"name": ')
+    (run_folder.run_dir / "run.json").write_text('{"name": ')
     with pytest.raises(ConfigError, match="damaged"):
-        RunFolder.open(journal.run_dir)
+        RunFolder.open(run_folder.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -81,44 +81,46 @@ def test_open_refuses_what_is_no_run(tmp_path, journal):
         ({"eval": {"zero_shot": {"qa": 3}}, "ray": "x"}, "eval.zero_shot.qa must be a block of keys, not 3"),
     ],
 )
-def test_who_only_reads_gets_the_spec_without_what_none_can_hold(journal, damage, told):
+def test_who_only_reads_gets_the_spec_without_what_none_can_hold(run_folder, damage, told):
     from tune.report.report import make_report
 
-    (journal.run_dir / "config.yaml").write_text(yaml.safe_dump({"seed": 3, "of_another_version": 1, **damage}))
-    assert journal.config().keys() == {"seed", "of_another_version", *damage}, "who works on it sees all of it"
-    reader = RunFolder.open(journal.run_dir, lenient=True)
+    (run_folder.run_dir / "config.yaml").write_text(yaml.safe_dump({"seed": 3, "of_another_version": 1, **damage}))
+    assert run_folder.config().keys() == {"seed", "of_another_version", *damage}, "who works on it sees all of it"
+    reader = RunFolder.open(run_folder.run_dir, lenient=True)
     config = reader.config()
     assert config["seed"] == 3 and config["of_another_version"] == 1
     assert reader.config() == config and told in "".join(reader.problems)
     assert len(reader.problems) == (2 if "ray" in damage else 1)
-    assert "damaged" in make_report(journal.run_dir).markdown()
+    assert "damaged" in make_report(run_folder.run_dir).markdown()
 
 
-def test_environment_names_versions_and_hardware(journal):
-    found = journal.write_environment()
-    assert journal.environment() == found
+def test_environment_names_versions_and_hardware(run_folder):
+    found = run_folder.write_environment()
+    assert run_folder.environment() == found
     assert found["versions"]["torch"] and found["cpus"] >= 1 and found["memory_gib"] > 0
     assert isinstance(found["gpus"], list)
 
 
-def test_a_model_has_one_folder_by_either_name(journal):
-    assert journal.model_dir("meta-llama/Llama-3") == journal.model_dir("Llama-3")
-    assert journal.massive_weights_file("zoo:planted-llama").parent == journal.run_dir / "models" / "planted-llama"
-    assert journal.answers_dir("m", "base") == journal.model_dir("m") / "answers"
-    assert journal.answers_dir("m", "t1") == journal.trial("t1").folder / "answers"
+def test_a_model_has_one_folder_by_either_name(run_folder):
+    assert run_folder.model_dir("meta-llama/Llama-3") == run_folder.model_dir("Llama-3")
+    assert (
+        run_folder.massive_weights_file("zoo:planted-llama").parent == run_folder.run_dir / "models" / "planted-llama"
+    )
+    assert run_folder.answers_dir("m", "base") == run_folder.model_dir("m") / "answers"
+    assert run_folder.answers_dir("m", "t1") == run_folder.trial("t1").folder / "answers"
 
 
 # --- trials ---
 
 
-def test_a_trial_from_start_to_end(journal):
-    trial = journal.trial("macdrop-1")
+def test_a_trial_from_start_to_end(run_folder):
+    trial = run_folder.trial("macdrop-1")
     assert trial.status == "pending"
     trial.start({"learning_rate": 1e-4}, model="m", arm="macdrop", seed=3)
     assert trial.status == "running"
     trial.log([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan"), "p": np.float32(0.5)}])
     trial.finish("done", eval_loss=np.float64(1.5), steps=2)
-    (record,) = RunFolder.open(journal.run_dir).trials()
+    (record,) = RunFolder.open(run_folder.run_dir).trials()
     assert record["config"] == {"learning_rate": 1e-4} and record["eval_loss"] == 1.5 and record["attempts"] == 1
     assert (record["model"], record["arm"], record["seed"], record["status"]) == ("m", "macdrop", 3, "done")
     assert record["started"] <= record["finished"]
@@ -126,9 +128,9 @@ def test_a_trial_from_start_to_end(journal):
     assert len(pandas.read_json(trial.folder / "metrics.jsonl", lines=True)) == 2
 
 
-def test_a_resumed_trial_logs_each_step_once(journal):
-    journal.trial("t").log([{"step": s, "loss": s} for s in (1, 2, 3)])
-    resumed = journal.trial("t")
+def test_a_resumed_trial_logs_each_step_once(run_folder):
+    run_folder.trial("t").log([{"step": s, "loss": s} for s in (1, 2, 3)])
+    resumed = run_folder.trial("t")
     resumed.start({}, model="m", arm="plain", seed=0)
     resumed.start({}, model="m", arm="plain", seed=0)
     resumed.log([{"step": 2, "loss": 20}])
@@ -137,70 +139,74 @@ def test_a_resumed_trial_logs_each_step_once(journal):
     assert resumed.info["attempts"] == 2
 
 
-def test_a_failed_trial_keeps_its_reason(journal):
-    trial = journal.trial("t")
+def test_a_failed_trial_keeps_its_reason(run_folder):
+    trial = run_folder.trial("t")
     trial.start({}, model="m", arm="plain", seed=0)
     trial.finish("diverged", "loss is nan at step 3")
-    assert journal.trials()[0]["reason"] == "loss is nan at step 3"
+    assert run_folder.trials()[0]["reason"] == "loss is nan at step 3"
     with pytest.raises(AssertionError):
         trial.finish("exploded")
     with pytest.raises(AssertionError):
-        journal.trial("../elsewhere")
+        run_folder.trial("../elsewhere")
 
 
 # --- scores ---
 
 
-def test_scores_are_long_form_and_one_line_for_pandas(journal):
-    journal.add_scores([score(), score(trial="base", arm="base", value=np.float32(0.25), stderr=float("nan"))])
-    table = pandas.read_json(journal.scores_file, lines=True)
+def test_scores_are_long_form_and_one_line_for_pandas(run_folder):
+    run_folder.add_scores([score(), score(trial="base", arm="base", value=np.float32(0.25), stderr=float("nan"))])
+    table = pandas.read_json(run_folder.scores_file, lines=True)
     assert table["value"].tolist() == [0.5, 0.25] and table["trial"].tolist() == ["t1", "base"]
-    assert list(journal.scores().columns) == list(SCORE_COLUMNS)
-    assert journal.scores()["stderr"].isna().tolist() == [False, True]
-    assert journal.add_scores([]) == 0
+    assert list(run_folder.scores().columns) == list(SCORE_COLUMNS)
+    assert run_folder.scores()["stderr"].isna().tolist() == [False, True]
+    assert run_folder.add_scores([]) == 0
 
 
-def test_a_later_score_replaces_the_earlier_one(journal):
-    journal.add_scores([score(), score(attack="zeroing@3", attack_on="base")])
-    journal.add_scores([score(value=0.75, settings="again")])
-    assert journal.scores()["value"].tolist() == [0.75, 0.5]
-    assert "settings" in journal.scores().columns
+def test_a_later_score_replaces_the_earlier_one(run_folder):
+    run_folder.add_scores([score(), score(attack="zeroing@3", attack_on="base")])
+    run_folder.add_scores([score(value=0.75, settings="again")])
+    assert run_folder.scores()["value"].tolist() == [0.75, 0.5]
+    assert "settings" in run_folder.scores().columns
 
 
-def test_a_score_without_its_names_is_not_written(journal):
+def test_a_score_without_its_names_is_not_written(run_folder):
     with pytest.raises(AssertionError, match="task"):
-        journal.add_scores([score(), {key: value for key, value in score().items() if key != "task"}])
-    assert journal.score_rows() == []
+        run_folder.add_scores([score(), {key: value for key, value in score().items() if key != "task"}])
+    assert run_folder.score_rows() == []
 
 
-def test_a_writer_killed_at_any_byte_leaves_all_rows_of_a_benchmark_or_none(journal):
+def test_a_writer_killed_at_any_byte_leaves_all_rows_of_a_benchmark_or_none(run_folder):
     """A benchmark is scored again if it has no row, so a part of its rows must not count, nor come twice."""
-    journal.add_scores([score()])
-    before = journal.scores_file.stat().st_size
-    journal.add_scores([score(task=f"group/{part}") for part in "abc"])
-    whole = journal.scores_file.read_bytes()
+    run_folder.add_scores([score()])
+    before = run_folder.scores_file.stat().st_size
+    run_folder.add_scores([score(task=f"group/{part}") for part in "abc"])
+    whole = run_folder.scores_file.read_bytes()
     for size in range(before, len(whole)):
-        journal.scores_file.write_bytes(whole[:size])
-        assert [row["task"] for row in RunFolder(journal.run_dir).score_rows()] == ["qa"]
+        run_folder.scores_file.write_bytes(whole[:size])
+        assert [row["task"] for row in RunFolder(run_folder.run_dir).score_rows()] == ["qa"]
         if size % 10 == 0:
-            journal.add_scores([score(task=f"group/{part}") for part in "abc"])
-            assert journal.scores_file.read_bytes() == whole
-    journal.scores_file.write_bytes(whole)
-    assert len(pandas.read_json(journal.scores_file, lines=True)) == len(RunFolder(journal.run_dir).score_rows()) == 4
+            run_folder.add_scores([score(task=f"group/{part}") for part in "abc"])
+            assert run_folder.scores_file.read_bytes() == whole
+    run_folder.scores_file.write_bytes(whole)
+    assert (
+        len(pandas.read_json(run_folder.scores_file, lines=True))
+        == len(RunFolder(run_folder.run_dir).score_rows())
+        == 4
+    )
 
 
-def test_a_torn_last_line_is_left_out_and_healed(journal):
-    journal.add_scores([score()])
-    journal.add_scores([score(task="other")])
-    whole = journal.scores_file.read_bytes()
-    journal.scores_file.write_bytes(whole[:-30])
-    assert [row["task"] for row in journal.score_rows()] == ["qa"]
-    journal.add_scores([score(task="third")])
-    assert [row["task"] for row in journal.score_rows()] == ["qa", "third"]
-    assert len(pandas.read_json(journal.scores_file, lines=True)) == 2
-    journal.scores_file.write_bytes(whole[:20])  # not one whole line
-    journal.add_scores([score(task="fourth")])
-    assert [row["task"] for row in journal.score_rows()] == ["fourth"]
+def test_a_torn_last_line_is_left_out_and_healed(run_folder):
+    run_folder.add_scores([score()])
+    run_folder.add_scores([score(task="other")])
+    whole = run_folder.scores_file.read_bytes()
+    run_folder.scores_file.write_bytes(whole[:-30])
+    assert [row["task"] for row in run_folder.score_rows()] == ["qa"]
+    run_folder.add_scores([score(task="third")])
+    assert [row["task"] for row in run_folder.score_rows()] == ["qa", "third"]
+    assert len(pandas.read_json(run_folder.scores_file, lines=True)) == 2
+    run_folder.scores_file.write_bytes(whole[:20])  # not one whole line
+    run_folder.add_scores([score(task="fourth")])
+    assert [row["task"] for row in run_folder.score_rows()] == ["fourth"]
 
 
 def test_a_torn_tail_longer_than_a_block(tmp_path):
@@ -223,14 +229,14 @@ def _write_many(path, number):
         RunFolder(path).add_scores([score(trial=f"t{number}", task=f"{i}-{j}", pad="x" * 500) for j in range(5)])
 
 
-def test_many_writers_lose_and_mix_nothing(journal):
+def test_many_writers_lose_and_mix_nothing(run_folder):
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_many, args=(journal.run_dir, number)) for number in range(4)]
+    writers = [context.Process(target=_write_many, args=(run_folder.run_dir, number)) for number in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(60)
-    assert len(files.read_jsonl(journal.scores_file)) == len(journal.score_rows()) == 4 * 20 * 5
+    assert len(files.read_jsonl(run_folder.scores_file)) == len(run_folder.score_rows()) == 4 * 20 * 5
 
 
 # --- files ---
@@ -272,10 +278,10 @@ def test_what_json_cannot_hold_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_journal_needs_neither_ray_nor_torch(journal):
+def test_the_journal_needs_neither_ray_nor_torch(run_folder):
     code = (
-        "import sys; from tune.storage.run_folder import Journal; from tune.report.report import make_report\n"
-        f"make_report({str(journal.run_dir)!r}).markdown()\n"
+        "import sys; from tune.storage.run_folder import RunFolder; from tune.report.report import make_report\n"
+        f"make_report({str(run_folder.run_dir)!r}).markdown()\n"
         "bad = {'ray', 'torch', 'transformers', 'deepspeed', 'lm_eval'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -19,8 +19,8 @@ from tune.storage.run_folder import check_new
 from tune.storage.run_lock import alive, locked, process
 
 WORK = (
-    "import sys, time; from pathlib import Path; from tune.storage.run_lock import claimed\n"
-    "with claimed(Path(sys.argv[1])): print('here', flush=True); time.sleep(60)"
+    "import sys, time; from pathlib import Path; from tune.storage.run_lock import locked\n"
+    "with locked(Path(sys.argv[1])): print('here', flush=True); time.sleep(60)"
 )
 
 

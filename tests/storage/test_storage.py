@@ -47,45 +47,45 @@ def gone(folder: Path) -> Iterator[None]:
     timer.join()
 
 
-def everything(journal: RunFolder) -> None:
+def everything(run_folder: RunFolder) -> None:
     """All that a sweep does with its journal while trials end."""
-    record = journal.trial("t")
+    record = run_folder.trial("t")
     record.start({"seed": 0}, model="m", arm="plain", seed=0)
     record.log([{"step": 1, "loss": 2.0}])
-    assert journal.add_scores([{**SCORE, "task": "b"}]) == 1
+    assert run_folder.add_scores([{**SCORE, "task": "b"}]) == 1
     record.finish("done")
-    journal.set_status("done")
+    run_folder.set_status("done")
 
 
 WORDS = {
-    "start": lambda journal: journal.trial("new").start({}, model="m", arm="plain", seed=0),
-    "log": lambda journal: journal.trial("t").log([{"step": 2, "loss": 1.0}]),
-    "score": lambda journal: journal.add_scores([{**SCORE, "task": "c"}]),
-    "finish": lambda journal: journal.trial("t").finish("failed", "x"),
-    "status": lambda journal: journal.set_status("failed"),
-    "read scores": lambda journal: journal.score_rows(),
-    "read a trial": lambda journal: journal.trial("t").info,
-    "read metrics": lambda journal: journal.trial("t").metrics(),
+    "start": lambda run_folder: run_folder.trial("new").start({}, model="m", arm="plain", seed=0),
+    "log": lambda run_folder: run_folder.trial("t").log([{"step": 2, "loss": 1.0}]),
+    "score": lambda run_folder: run_folder.add_scores([{**SCORE, "task": "c"}]),
+    "finish": lambda run_folder: run_folder.trial("t").finish("failed", "x"),
+    "status": lambda run_folder: run_folder.set_status("failed"),
+    "read scores": lambda run_folder: run_folder.score_rows(),
+    "read a trial": lambda run_folder: run_folder.trial("t").info,
+    "read metrics": lambda run_folder: run_folder.trial("t").metrics(),
 }
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_a_journal_waits_for_storage_that_is_gone(word, tmp_path, caplog):
     """Nothing is made in the place of the lost folder, nothing taken for missing, and the user is told."""
-    journal, calm = (RunFolder.create(tmp_path / name, {}, command="x") for name in ("run", "calm"))
-    everything(journal)
+    run_folder, calm = (RunFolder.create(tmp_path / name, {}, command="x") for name in ("run", "calm"))
+    everything(run_folder)
     everything(calm)
     wanted = WORDS[word](calm)
-    with gone(journal.run_dir):
-        found = WORDS[word](RunFolder(journal.run_dir))
+    with gone(run_folder.run_dir):
+        found = WORDS[word](RunFolder(run_folder.run_dir))
     if word.startswith("read"):
         assert without_times(found) == without_times(wanted) and found
-    listed = [sorted(p.relative_to(j.run_dir) for p in j.run_dir.rglob("*")) for j in (journal, calm)]
+    listed = [sorted(p.relative_to(j.run_dir) for p in j.run_dir.rglob("*")) for j in (run_folder, calm)]
     assert listed[0] == listed[1]
-    assert len(read_jsonl(journal.scores_file)) == len(read_jsonl(calm.scores_file))
-    assert journal.trial("t").info["attempts"] == 1
+    assert len(read_jsonl(run_folder.scores_file)) == len(read_jsonl(calm.scores_file))
+    assert run_folder.trial("t").info["attempts"] == 1
     assert [record.message for record in caplog.records] == [
-        f"The storage of {journal.run_dir} is gone (is not there): waiting up to 120 s for it."
+        f"The storage of {run_folder.run_dir} is gone (is not there): waiting up to 120 s for it."
     ]
 
 

@@ -19,30 +19,30 @@ SCORE = {"model": SPEC.model_name_or_path, "arm": "macdrop", "benchmark": "zero_
 
 
 @pytest.fixture
-def journal(tmp_path) -> RunFolder:
+def run_folder(tmp_path) -> RunFolder:
     return RunFolder.create(tmp_path / "demo", {"any": "thing"}, command="macdrop sweep")
 
 
-def begin(journal: RunFolder, spec: TrainSpec = SPEC, steps: range = range(1, 4)):
-    record = journal.trial(spec.trial_id())
+def begin(run_folder: RunFolder, spec: TrainSpec = SPEC, steps: range = range(1, 4)):
+    record = run_folder.trial(spec.trial_id())
     record.start(dump(spec), model=spec.model_name_or_path, arm=spec.arm, seed=spec.seed)
     record.log([{"step": 0, "eval_loss": 5.0}])
     record.log([{"step": step, "loss": 1 / step, "p": 0.5, "note": "text", "grad_norm": None} for step in steps])
     return record
 
 
-def end(journal: RunFolder, record, status: str = "done") -> None:
+def end(run_folder: RunFolder, record, status: str = "done") -> None:
     rows = [("none", None, 0.75), ("zeroing@3", "base", 0.5), ("zeroing@3", "merged", 0.25)]
-    journal.add_scores(
+    run_folder.add_scores(
         [{**SCORE, "trial": record.id, "attack": a, "attack_on": on, "value": value} for a, on, value in rows]
     )
     record.finish(status, step=3)
 
 
-def mirror(journal: RunFolder, *names: str) -> list[str]:
+def sync(run_folder: RunFolder, *names: str) -> list[str]:
     """Copy what there is, as at the end of a run; returns the warnings."""
     warnings: list[str] = []
-    made = TrackerSync(names, journal.run_dir, lambda: trials_of_run(journal), warnings.append)
+    made = TrackerSync(names, run_folder.run_dir, lambda: trials_of_run(run_folder), warnings.append)
     made.close()
     return warnings
 
@@ -69,11 +69,11 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
     return found
 
 
-def test_tensorboard_has_every_step_on_its_own_axis_and_the_scores(journal):
-    record = begin(journal)
-    end(journal, record)
-    assert mirror(journal, "tensorboard") == []
-    found = scalars(journal.run_dir / "tensorboard" / record.id)
+def test_tensorboard_has_every_step_on_its_own_axis_and_the_scores(run_folder):
+    record = begin(run_folder)
+    end(run_folder, record)
+    assert sync(run_folder, "tensorboard") == []
+    found = scalars(run_folder.run_dir / "tensorboard" / record.id)
     assert [(step, value) for tag, step, value in found if tag == "loss"] == [
         (1, 1.0),
         (2, 0.5),
@@ -84,16 +84,16 @@ def test_tensorboard_has_every_step_on_its_own_axis_and_the_scores(journal):
     assert ("zero_shot/qa/acc", 3, 0.75) in found and ("zero_shot/qa/acc_zeroing_3-merged", 3, 0.25) in found
 
 
-def test_a_resumed_trial_does_not_double_its_steps(journal):
-    record = begin(journal)
-    mirror(journal, "tensorboard")  # the run was interrupted after step 3
+def test_a_resumed_trial_does_not_double_its_steps(run_folder):
+    record = begin(run_folder)
+    sync(run_folder, "tensorboard")  # the run was interrupted after step 3
     assert trackers_of(record)["tensorboard"] == {"run": record.id, "step": 3, "end": "killed"}
     record.start(dump(SPEC), model=SPEC.model_name_or_path, arm=SPEC.arm, seed=3)
     record.log([{"step": step, "loss": 1 / step} for step in range(2, 6)])  # from the checkpoint at step 1
-    end(journal, record)
-    mirror(journal, "tensorboard")
-    mirror(journal, "tensorboard")  # nothing is left to do
-    losses = [step for tag, step, _ in scalars(journal.run_dir / "tensorboard" / record.id) if tag == "loss"]
+    end(run_folder, record)
+    sync(run_folder, "tensorboard")
+    sync(run_folder, "tensorboard")  # nothing is left to do
+    losses = [step for tag, step, _ in scalars(run_folder.run_dir / "tensorboard" / record.id) if tag == "loss"]
     assert sorted(losses) == [1, 2, 3, 4, 5]
 
 
@@ -125,17 +125,17 @@ def wandb_records(run_dir: Path) -> list:
     return found
 
 
-def test_wandb_offline_has_group_job_type_steps_summary_and_exit_code(journal, monkeypatch):
+def test_wandb_offline_has_group_job_type_steps_summary_and_exit_code(run_folder, monkeypatch):
     need("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    trackers.check(["wandb"], journal.run_dir)
-    first = begin(journal)
-    second = begin(journal, SPEC.model_copy(update={"seed": 4}))
-    end(journal, first)
+    trackers.check(["wandb"], run_folder.run_dir)
+    first = begin(run_folder)
+    second = begin(run_folder, SPEC.model_copy(update={"seed": 4}))
+    end(run_folder, first)
     second.finish("diverged", "loss is nan")
-    assert mirror(journal, "wandb") == []
-    records = wandb_records(journal.run_dir)
+    assert sync(run_folder, "wandb") == []
+    records = wandb_records(run_folder.run_dir)
     runs = {r.run.display_name: r.run for r in records if r.HasField("run")}
     assert set(runs) == {first.id, second.id}
     assert {run.project for run in runs.values()} == {"demo"}
@@ -162,7 +162,7 @@ def test_wandb_online_without_a_login_is_refused_before_anything_starts(tmp_path
 
 
 @pytest.mark.parametrize("store", ["default", "folder"])
-def test_mlflow_local_stores_are_read_back_with_its_client(journal, monkeypatch, store):
+def test_mlflow_local_stores_are_read_back_with_its_client(run_folder, monkeypatch, store):
     need("mlflow")
     from mlflow import MlflowClient
 
@@ -170,16 +170,16 @@ def test_mlflow_local_stores_are_read_back_with_its_client(journal, monkeypatch,
     for name in ("MLFLOW_ALLOW_FILE_STORE", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(name, "")  # so that what is set in the test is taken back
         monkeypatch.delenv(name)
-    uri = f"sqlite:///{journal.run_dir / 'mlruns/mlflow.db'}"
+    uri = f"sqlite:///{run_folder.run_dir / 'mlruns/mlflow.db'}"
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if store == "folder":
-        uri = (journal.run_dir / "mlruns").as_uri()
+        uri = (run_folder.run_dir / "mlruns").as_uri()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    record = begin(journal)
-    assert mirror(journal, "mlflow") == []
+    record = begin(run_folder)
+    assert sync(run_folder, "mlflow") == []
     record.log([{"step": 4, "loss": 0.25}])
-    end(journal, record)
-    assert mirror(journal, "mlflow") == []
+    end(run_folder, record)
+    assert sync(run_folder, "mlflow") == []
 
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
@@ -195,23 +195,23 @@ def test_mlflow_local_stores_are_read_back_with_its_client(journal, monkeypatch,
 # --- what goes wrong ---
 
 
-def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(journal, monkeypatch):
+def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(run_folder, monkeypatch):
     need("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    records = [begin(journal), begin(journal, SPEC.model_copy(update={"seed": 4}))]
+    records = [begin(run_folder), begin(run_folder, SPEC.model_copy(update={"seed": 4}))]
     for record in records:
-        end(journal, record)
-    (warning,) = mirror(journal, "mlflow", "tensorboard")
+        end(run_folder, record)
+    (warning,) = sync(run_folder, "mlflow", "tensorboard")
     assert warning.startswith("mlflow does not take the run's numbers") and len(warning.splitlines()) == 1
     for record in records:
-        assert scalars(journal.run_dir / "tensorboard" / record.id)
-    assert mirror(journal, "tensorboard") == []
+        assert scalars(run_folder.run_dir / "tensorboard" / record.id)
+    assert sync(run_folder, "tensorboard") == []
 
 
-def test_steps_that_a_tracker_did_not_take_are_sent_when_it_is_back(journal, monkeypatch):
-    record = begin(journal)
-    end(journal, record)
+def test_steps_that_a_tracker_did_not_take_are_sent_when_it_is_back(run_folder, monkeypatch):
+    record = begin(run_folder)
+    end(run_folder, record)
     sent: list[int] = []
     broken = [True]
 
@@ -231,9 +231,9 @@ def test_steps_that_a_tracker_did_not_take_are_sent_when_it_is_back(journal, mon
             sent.append(status)
 
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Flaky)
-    assert len(mirror(journal, "tensorboard")) == 1
+    assert len(sync(run_folder, "tensorboard")) == 1
     broken.append(False)
-    assert mirror(journal, "tensorboard") == []
+    assert sync(run_folder, "tensorboard") == []
     assert sent == [0, 1, 2, 3, "finished"]
 
 

@@ -27,7 +27,7 @@ RATIOS = ("perplexity", "word_perplexity", "byte_perplexity")
 Found = dict[str, Value] | None
 
 
-def read_items(journal: RunFolder, model: str, trial: str, column: Column, split: str = "test") -> Found:
+def read_items(run_folder: RunFolder, model: str, trial: str, column: Column, split: str = "test") -> Found:
     """Values of the items behind one score of a trial (or of "base"), by item id; None where none were kept.
 
     An id names the item and its content, so that two trials' items can be matched with `matched`. For a plain mean over
@@ -37,7 +37,7 @@ def read_items(journal: RunFolder, model: str, trial: str, column: Column, split
     Raises:
         DataError: the file is damaged, or its items do not add up to the score.
     """
-    return Items(journal, model).read(trial, column, split)
+    return Items(run_folder, model).read(trial, column, split)
 
 
 def matched(first: Mapping[str, Value], second: Mapping[str, Value], what: str) -> list[str]:
@@ -58,11 +58,11 @@ def matched(first: Mapping[str, Value], second: Mapping[str, Value], what: str) 
 class Items:
     """Reads the items of one model's scores; each file is read once."""
 
-    def __init__(self, journal: RunFolder, model: str) -> None:
-        self._journal, self._model = journal, model
+    def __init__(self, run_folder: RunFolder, model: str) -> None:
+        self._run_folder, self._model = run_folder, model
         self._rows: dict[tuple, dict[str, Any]] = {}
-        for row in journal.score_rows():
-            if journal.model_dir(row["model"]) == journal.model_dir(model):
+        for row in run_folder.score_rows():
+            if run_folder.model_dir(row["model"]) == run_folder.model_dir(model):
                 self._rows[_key(row)] = row
         self._files: dict[Path, list[dict[str, Any]]] = {}
         self._found: dict[tuple, Found] = {}
@@ -108,7 +108,7 @@ class Items:
         return _generation(records, row)
 
     def _place(self, row: Mapping[str, Any]) -> Path:
-        folder = self._journal.answers_dir(self._model, row["trial"])
+        folder = self._run_folder.answers_dir(self._model, row["trial"])
         key = EvalJob(row["benchmark"], _entry(row), row["attack"], row["attack_on"], row["split"]).key
         return folder / f"{key.replace('/', '-')}.jsonl"
 
@@ -118,7 +118,7 @@ class Items:
         """By the judge whose file the score names: there may be several. Of two lines of an item the later counts."""
         if not row.get("judgements"):
             return None
-        latest = {str(r["item"]): r for r in self._load(self._journal.run_dir / row["judgements"])}
+        latest = {str(r["item"]): r for r in self._load(self._run_folder.run_dir / row["judgements"])}
         part = row["task"].removeprefix(_entry(row)).lstrip("/")
         mine = {
             item: r["score"]

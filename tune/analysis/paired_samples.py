@@ -27,11 +27,11 @@ Trials = Mapping[Any, str]
 class Samples:
     """The test scores of one model's trials, with their items."""
 
-    def __init__(self, journal: RunFolder, model: str) -> None:
-        self._items = Items(journal, model)
-        self._asked = asked_for(journal.config())
+    def __init__(self, run_folder: RunFolder, model: str) -> None:
+        self._items = Items(run_folder, model)
+        self._asked = asked_for(run_folder.config())
         self._scores: dict[tuple[str, Column], float | None] = {}
-        for row in journal.score_rows():
+        for row in run_folder.score_rows():
             if slug(row["model"]) == slug(model) and row["split"] == TEST:
                 self._scores[row["trial"], Column.of(row)] = row["value"]
 

@@ -28,6 +28,7 @@ NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
 ARM_ORDER = (BASE, "plain", "macdrop")
 """Order of arms in tables; placebos come after them."""
 
+
 @dataclass
 class Line:
     """The base model, or one trial; `settings` are the effective spec with dotted keys, `group` the setting's id."""
@@ -134,14 +135,14 @@ class ModelResults:
         return max((len({line.seed for line in g.lines}) for g in self.groups if g.arm == "macdrop"), default=0)
 
 
-def collect(journal: RunFolder) -> list[ModelResults]:
+def collect(run_folder: RunFolder) -> list[ModelResults]:
     """The results of each model of a run, in the order of its spec; works on a run that is still going."""
-    config, trials, rows = journal.config(), journal.trials(), journal.score_rows()
+    config, trials, rows = run_folder.config(), run_folder.trials(), run_folder.score_rows()
     names = [slug(name) for name in models_of(config)]
     names += [slug(item["model"]) for item in (*trials, *rows)]
     display = {slug(name): name for name in (*(item["model"] for item in (*trials, *rows)), *models_of(config))}
     return [
-        _model(journal, name, display[name], *([item for item in items if slug(item["model"]) == name]
+        _model(run_folder, name, display[name], *([item for item in items if slug(item["model"]) == name]
                                                for items in (trials, rows)), config)
         for name in dict.fromkeys(names)
     ]  # fmt: skip
@@ -158,7 +159,7 @@ def value_of(line: Line, objective: str) -> float | None:
 
 
 def _model(
-    journal: RunFolder,
+    run_folder: RunFolder,
     name: str,
     display: str,
     trials: list[dict[str, Any]],
@@ -179,7 +180,8 @@ def _model(
     tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
     eval_loss = [EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []
     weights, proof, finalists = (
-        journal.finding(journal.model_dir(name) / f"{file}.json") for file in ("massive_weights", "proof", "finalists")
+        run_folder.finding(run_folder.model_dir(name) / f"{file}.json")
+        for file in ("massive_weights", "proof", "finalists")
     )
     objectives = _objectives(config)
     best = _order(lines, objectives)

@@ -61,19 +61,19 @@ class Setting:
         return setting_label(self.arm, self.config)
 
 
-def verdicts(journal: RunFolder, model: str) -> list[Verdict]:
+def verdicts(run_folder: RunFolder, model: str) -> list[Verdict]:
     """The MacDrop finalists of each cell, best first, then its placebos; what a running sweep has so far.
 
     Empty before anything was selected for the final stage, and without a plain adapter that shares a seed and a
     benchmark with a finalist.
     """
-    content = journal.finding(journal.finalists_file(model)) or {}
+    content = run_folder.finding(run_folder.finalists_file(model)) or {}
     seeds = content.get("seeds", [])
-    trials = [t for t in journal.trials() if slug(t.get("model", "")) == slug(model) and t.get("seed") in seeds]
+    trials = [t for t in run_folder.trials() if slug(t.get("model", "")) == slug(model) and t.get("seed") in seeds]
     settings = _by_setting(trials)
-    samples = Samples(journal, model)
+    samples = Samples(run_folder, model)
     name = next((t["model"] for t in trials), model)
-    run = _Run(name, content.get("tried", 0), len(seeds), fresh=seeds != [journal.config().get("seed", 0)])
+    run = _Run(name, content.get("tried", 0), len(seeds), fresh=seeds != [run_folder.config().get("seed", 0)])
     found = []
     for row in content.get("cells", []):
         chosen = [*row["macdrop"], *row["placebos"].values()]

@@ -103,8 +103,8 @@ def read_trial(folder: Path) -> Exported:
     run_dir = folder.resolve().parents[1]
     if not (run_dir / "run.json").is_file():
         return Exported(folder, info.get("trial") or spec.trial_id(), spec, info, workers)
-    journal = RunFolder.open(run_dir)
-    rows = [row for row in journal.score_rows() if row["model"] == info["model"]]
+    run_folder = RunFolder.open(run_dir)
+    rows = [row for row in run_folder.score_rows() if row["model"] == info["model"]]
     return Exported(
         folder,
         info["trial"],
@@ -113,14 +113,14 @@ def read_trial(folder: Path) -> Exported:
         workers,
         scores=[row for row in rows if row["trial"] == info["trial"]],
         base=[row for row in rows if row["trial"] == BASE],
-        verdict=_verdicts(journal, info["model"]),
+        verdict=_verdicts(run_folder, info["model"]),
     )
 
 
-def _verdicts(journal: RunFolder, model: str) -> list[str]:
+def _verdicts(run_folder: RunFolder, model: str) -> list[str]:
     from tune.analysis.verdict import verdicts
 
-    return [verdict.sentence for verdict in verdicts(journal, model) if verdict.arm == "macdrop"]
+    return [verdict.sentence for verdict in verdicts(run_folder, model) if verdict.arm == "macdrop"]
 
 
 # --- what is written ---

@@ -28,9 +28,9 @@ def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False)
     folder = Path(run)
     if not (folder / "run.json").is_file() and (folder / "answers").is_dir():
         return judge_evaluation(folder, judge_spec({}, overrides), fresh=fresh)
-    journal = RunFolder.open(run)
-    spec = judge_spec(journal.config(), overrides)
-    return _judge(answers_of(journal), spec, journal.add_scores, folder, fresh=fresh)
+    run_folder = RunFolder.open(run)
+    spec = judge_spec(run_folder.config(), overrides)
+    return _judge(answers_of(run_folder), spec, run_folder.add_scores, folder, fresh=fresh)
 
 
 def judge_evaluation(folder: Path, spec: JudgeSpec, *, fresh: bool = False) -> int:

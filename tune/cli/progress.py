@@ -41,7 +41,7 @@ class Progress:
         self.console = console or Console()
         self._live: Live | None = None
         self._begun = time.monotonic()
-        self._orders: dict[str, dict[str, Any]] = {}
+        self._tasks: dict[str, dict[str, Any]] = {}
         #: Of each trial, and of each base model, its scores as they came in.
         self._scores: dict[str, list[str]] = {}
         self._states: dict[str, str] = {}
@@ -78,13 +78,13 @@ class Progress:
 
     def show(self, snapshot: dict[str, Any], scoring: int) -> None:
         """Redraw the table from the book's snapshot; in a log, say which orders have started."""
-        self._orders = {row["id"]: row for row in snapshot["orders"]}
+        self._tasks = {row["id"]: row for row in snapshot["tasks"]}
         lanes = snapshot["lanes"].values()
-        busy = sum(1 for lane in lanes if lane["order"])
+        busy = sum(1 for lane in lanes if lane["task"])
         self._line = f"lanes {busy} of {len(lanes)} busy   benchmarks waiting or running {scoring}"
         if self._stage:
             self._line = f"{self._stage[0]}   {self._remaining()}   {self._line}"
-        for name, row in self._orders.items():
+        for name, row in self._tasks.items():
             if row["state"] != self._states.get(name) and row["state"] in ("running", "trained"):
                 if not self._live:
                     self._say(f"{name} {'is trained' if row['state'] == 'trained' else 'is training'}")
@@ -97,10 +97,10 @@ class Progress:
         details = f" eval_loss {loss:.4f}" if loss is not None else ""
         reason = f" ({entry.reason})" if entry.reason else ""
         style = STYLES.get(entry.state, "white")
-        if entry.order.id in self._orders:
-            self._orders[entry.order.id] = {**self._orders[entry.order.id], "state": entry.state}
+        if entry.task.id in self._tasks:
+            self._tasks[entry.task.id] = {**self._tasks[entry.task.id], "state": entry.state}
         stage = f" ({self._remaining()})" if self._stage else ""
-        self._say(f"{entry.order.id} [{style}]{entry.state}[/{style}]{details}{reason}{stage}")
+        self._say(f"{entry.task.id} [{style}]{entry.state}[/{style}]{details}{reason}{stage}")
 
     def scored(self, name: str, result: Result) -> None:
         if result.rows:
@@ -119,7 +119,7 @@ class Progress:
     def _remaining(self) -> str:
         """search 3/8: trials of the stage that have ended, and all of them."""
         name, stage, trials = self._stage
-        rows = [row for row in self._orders.values() if (row["study"], row["stage"]) == (name, stage)]
+        rows = [row for row in self._tasks.values() if (row["study"], row["stage"]) == (name, stage)]
         return f"{stage} {sum(row['state'] in FINAL for row in rows)}/{max(trials, len(rows))}"
 
     def _say(self, text: str) -> None:
@@ -127,12 +127,12 @@ class Progress:
 
     def _table(self) -> Table:
         table = Table(title=self._line or None, title_justify="left", box=None, header_style="bold")
-        longest = max((len(name) for name in (*self._orders, *self._scores)), default=0)
+        longest = max((len(name) for name in (*self._tasks, *self._scores)), default=0)
         for heading, width in {"trial": longest, **WIDTHS}.items():
             left = heading in ("trial", "state")
             table.add_column(heading, justify="left" if left else "right", no_wrap=True, min_width=width)
         table.add_column("scores", no_wrap=True, overflow="ellipsis")
-        rows = sorted(self._orders.values(), key=lambda row: row["state"] in FINAL)
+        rows = sorted(self._tasks.values(), key=lambda row: row["state"] in FINAL)
         for row in rows[:MAX_ROWS]:
             last = row["last"]
             style = STYLES.get(row["state"], "dim")
@@ -146,7 +146,7 @@ class Progress:
                 f"{last['tokens_per_second']:.0f}" if "tokens_per_second" in last else "",
                 ", ".join(self._scores.get(row["id"], [])),
             )
-        for name in [name for name in self._scores if name not in self._orders]:
+        for name in [name for name in self._scores if name not in self._tasks]:
             blanks = [""] * 5
             table.add_row(name, "[green]scored[/green]", *blanks, ", ".join(self._scores[name]))
         if len(rows) > MAX_ROWS:

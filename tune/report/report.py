@@ -44,13 +44,13 @@ class Report:
     facts: list[str]
     models: list[ModelResults]
     verdicts: dict[str, list[Verdict]]
-    journal: RunFolder
+    run_folder: RunFolder
     _parts: dict[str, dict[str, Part]] = field(default_factory=dict, repr=False, compare=False)
 
     def parts(self, model: ModelResults) -> dict[str, Part]:
         """What is said of a model, by the keys of `sections.BUILDERS`; parts that have nothing to say are false."""
         if model.name not in self._parts:
-            self._parts[model.name] = parts(Subject(self.journal, model, self.verdicts[model.name]))
+            self._parts[model.name] = parts(Subject(self.run_folder, model, self.verdicts[model.name]))
         return self._parts[model.name]
 
     @property
@@ -58,7 +58,7 @@ class Report:
         """Sentences on the run, and what is damaged in it, the first `MAX_PROBLEMS` of it."""
         for model in self.models:  # all that is read has been read then
             self.parts(model)
-        found = [problem.replace(f"{self.run_dir}/", "") for problem in self.journal.problems or []]
+        found = [problem.replace(f"{self.run_dir}/", "") for problem in self.run_folder.problems or []]
         more = [f"DAMAGED: {len(found) - MAX_PROBLEMS} more such files or lines."] if len(found) > MAX_PROBLEMS else []
         return [*self.facts, *(f"DAMAGED, left out: {problem}" for problem in found[:MAX_PROBLEMS]), *more]
 
@@ -138,26 +138,26 @@ def make_report(run_dir: str | os.PathLike) -> Report:
     Raises:
         ConfigError: it is no run folder.
     """
-    journal = RunFolder.open(run_dir, lenient=True)
-    models = collect(journal)
-    verdicts = {model.name: _verdicts(journal, model) for model in models}
-    name = str(journal.run().get("name") or journal.run_dir.resolve().name)
-    return Report(journal.run_dir, name, _about(journal, models), models, verdicts, journal)
+    run_folder = RunFolder.open(run_dir, lenient=True)
+    models = collect(run_folder)
+    verdicts = {model.name: _verdicts(run_folder, model) for model in models}
+    name = str(run_folder.run().get("name") or run_folder.run_dir.resolve().name)
+    return Report(run_folder.run_dir, name, _about(run_folder, models), models, verdicts, run_folder)
 
 
-def _verdicts(journal: RunFolder, model: ModelResults) -> list[Verdict]:
+def _verdicts(run_folder: RunFolder, model: ModelResults) -> list[Verdict]:
     """None, with the reason as the model's `trouble`, where a damaged file stops the statistics."""
     from tune.analysis.verdict import verdicts
 
     try:
-        return verdicts(journal, model.display) if model.trials("macdrop") else []
+        return verdicts(run_folder, model.display) if model.trials("macdrop") else []
     except Exception as error:  # a file of another shape than ours: there is no end to what that may raise
         model.trouble = f"a file of the run is damaged ({type(error).__name__}: {one_line(str(error))})."
         return []
 
 
-def _about(journal: RunFolder, models: list[ModelResults]) -> list[str]:
-    run, environment = journal.run(), journal.environment()
+def _about(run_folder: RunFolder, models: list[ModelResults]) -> list[str]:
+    run, environment = run_folder.run(), run_folder.environment()
     trials = [line for model in models for line in model.lines if line.arm != BASE]
     ended = f", ended {run['finished'][:19]} UTC" if run.get("finished") else ""
     created = f"started {str(run.get('created', 'at an unknown time'))[:19]} UTC{ended}"
@@ -168,11 +168,11 @@ def _about(journal: RunFolder, models: list[ModelResults]) -> list[str]:
         gpus = ", ".join(environment.get("gpus") or []) or "no GPU"
         about.append(f"Machine: {environment.get('host')}, {environment.get('cpus')} CPUs, {gpus}.")
     about.append("MacDrop's masks are off in every score.")
-    begun = {file.parent.name for file in (journal.run_dir / "trials").glob("*/trial.json")}
-    lost = [folder.name for folder in (journal.run_dir / "trials").glob("*/") if folder.name not in begun]
+    begun = {file.parent.name for file in (run_folder.run_dir / "trials").glob("*/trial.json")}
+    lost = [folder.name for folder in (run_folder.run_dir / "trials").glob("*/") if folder.name not in begun]
     about += [f"MISSING: trial.json of {', '.join(sorted(lost))}; not yet written, or lost."] if lost else []
     done = [line for line in trials if line.status == "done"]
-    about += ["MISSING: there are no scores."] if done and not journal.score_rows() else []
+    about += ["MISSING: there are no scores."] if done and not run_folder.score_rows() else []
     return about
 
 

@@ -56,7 +56,7 @@ class QueuedTask:
     `last` are the metrics of the newest step: to be shown, and no part of what a book that is made again must know.
     """
 
-    order: TrainTask
+    task: TrainTask
     state: str = "queued"
     lane: str | None = None
     attempts: int = 0
@@ -86,32 +86,32 @@ class TaskQueue:
 
     # ------------------------------------------------------------- followers
 
-    def place(self, order: TrainTask, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> str:
+    def place(self, task: TrainTask, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> str:
         """Queue an order, or follow the equal one that is there; returns its state.
 
         A trial of the search that is placed for the final stage is not trained again, but scored for that stage.
         evaluated: validations of an earlier run of the same folder, which the followers have yet to hear of.
         """
-        entry = self.entries.get(order.id)
+        entry = self.entries.get(task.id)
         if entry is None:
-            entry = self.entries[order.id] = QueuedTask(order, evaluated=list(evaluated))
-            self._changed(order.id)
+            entry = self.entries[task.id] = QueuedTask(task, evaluated=list(evaluated))
+            self._changed(task.id)
         elif entry.state == "stopped" or (entry.cancelled and entry.state == "running"):
             # Wanted again by somebody after its only follower gave up.
             entry.cancelled = False
             if entry.state == "stopped":
                 self._requeue(entry)
-        if entry.order.stage != order.stage == FINALS:
-            entry.order = replace(order, drawn=entry.order.drawn)
+        if entry.task.stage != task.stage == FINALS:
+            entry.task = replace(task, drawn=entry.task.drawn)
             if entry.state == "done":
                 entry.state = "trained"
-                self._changed(order.id)
+                self._changed(task.id)
         entry.followers.add(follower)
         return entry.state
 
     def record(
         self,
-        order: TrainTask,
+        task: TrainTask,
         state: str,
         outcome: dict[str, Any],
         scores: dict[str, float] | None,
@@ -122,11 +122,11 @@ class TaskQueue:
         Nothing happens to an order that is in the book.
         """
         assert state in FINAL | {"trained"}
-        if order.id in self.entries:
+        if task.id in self.entries:
             return
-        self.entries[order.id] = QueuedTask(order, state=state, outcome=outcome, scores=scores, reason=reason)
+        self.entries[task.id] = QueuedTask(task, state=state, outcome=outcome, scores=scores, reason=reason)
         if state == "trained":
-            self._changed(order.id)
+            self._changed(task.id)
 
     def cancel(self, order_id: str, follower: str, judged: int | None = None) -> None:
         """A follower gives up; without any other the order stops at the lane's next step.
@@ -149,9 +149,9 @@ class TaskQueue:
     def abandon(self, study: str, keep: str) -> None:
         """The search of a study is over (its time is up, say): of its followers only `keep` still waits."""
         for entry in self.entries.values():
-            if entry.order.study == study:
+            if entry.task.study == study:
                 for follower in entry.followers - {keep}:
-                    self.cancel(entry.order.id, follower)
+                    self.cancel(entry.task.id, follower)
 
     def poll(self, order_id: str, after: int) -> dict[str, Any]:
         """Metrics with a validation loss of steps later than `after`, the state, and how it ended."""
@@ -169,7 +169,7 @@ class TaskQueue:
     def lane_up(self, lane: str, width: int, host: str, nodes: Collection[str] = ()) -> None:
         """A lane's workers are ready on `nodes`; an order it had before it was restarted goes back into the queue."""
         self.lane_down(lane, "its worker died")
-        self.lanes[lane] = {"width": width, "host": host, "nodes": list(nodes), "order": None}
+        self.lanes[lane] = {"width": width, "host": host, "nodes": list(nodes), "task": None}
 
     def lane_down(self, lane: str, reason: str) -> None:
         """A lane is gone; its order is queued again, or fails after the attempts it has."""
@@ -189,20 +189,20 @@ class TaskQueue:
         """
         if lane not in self.lanes:
             return None
-        if running := self.lanes[lane]["order"]:
-            return self.entries[running].order
+        if running := self.lanes[lane]["task"]:
+            return self.entries[running].task
         width = self.lanes[lane]["width"]
-        waiting = [e for e in self.entries.values() if e.state == "queued" and e.order.width == width]
+        waiting = [e for e in self.entries.values() if e.state == "queued" and e.task.width == width]
         if not waiting or self.closing(lane):
             return None
-        fitting = [entry for entry in waiting if entry.order.engine_key == engine_key]
+        fitting = [entry for entry in waiting if entry.task.engine_key == engine_key]
         entry = (fitting or waiting)[0]
         entry.state, entry.lane = "running", lane
         entry.attempts += 1
         entry.reason, entry.limit = None, MAX_ATTEMPTS
-        self.lanes[lane]["order"] = entry.order.id
-        self._changed(entry.order.id)
-        return entry.order
+        self.lanes[lane]["task"] = entry.task.id
+        self._changed(entry.task.id)
+        return entry.task
 
     def closing(self, lane: str) -> bool:
         """Whether a lane should end: it was asked to, its nodes are about to go, or it was taken for dead."""
@@ -260,11 +260,11 @@ class TaskQueue:
 
     def held(self, lane: str) -> tuple[TrainTask, int] | None:
         """The order that a lane is at, and the last step of it that was heard of."""
-        order_id = self.lanes[lane]["order"] if lane in self.lanes else None
+        order_id = self.lanes[lane]["task"] if lane in self.lanes else None
         if order_id is None:
             return None
         entry = self.entries[order_id]
-        return entry.order, entry.last.get("step", 0)
+        return entry.task, entry.last.get("step", 0)
 
     def lost(
         self, order_id: str, reason: str, attempts: int = MAX_ATTEMPTS, step: int = 0, kind: str | None = None
@@ -303,16 +303,16 @@ class TaskQueue:
             steps = entry.outcome.get("total_steps")
             rows.append(
                 {
-                    "id": entry.order.id,
-                    "study": entry.order.study,
-                    "stage": entry.order.stage,
+                    "id": entry.task.id,
+                    "study": entry.task.study,
+                    "stage": entry.task.stage,
                     "state": entry.state,
                     "last": entry.last,
                     "total_steps": steps,
                     "reason": entry.reason,
                 }
             )
-        return {"orders": rows, "lanes": dict(self.lanes)}
+        return {"tasks": rows, "lanes": dict(self.lanes)}
 
     # --------------------------------------------------------------- details
 
@@ -336,15 +336,15 @@ class TaskQueue:
         if entry.state == "stopped":
             entry.reason, entry.attempts = None, 0
         entry.state, entry.lane, entry.outcome = "queued", None, {}
-        self._changed(entry.order.id)
+        self._changed(entry.task.id)
 
     def _release(self, entry: QueuedTask) -> None:
         if entry.lane in self.lanes:
-            self.lanes[entry.lane]["order"] = None
+            self.lanes[entry.lane]["task"] = None
 
     def _end(self, entry: QueuedTask, state: str, reason: str | None) -> None:
         entry.state, entry.reason = state, reason
-        self._changed(entry.order.id)
+        self._changed(entry.task.id)
 
     def _changed(self, order_id: str) -> None:
         self._changes.append(order_id)

@@ -35,7 +35,7 @@ class LoggedQueue:
             ValueError: a whole line of the file is damaged.
         """
         lasting(lambda: os.stat(file), file.parent)
-        self.book = TaskQueue()
+        self.queue = TaskQueue()
         self._file = file
         self._unwritten: list[dict[str, Any]] = []
         for row in read_jsonl(file, needs=("method", "arguments")):
@@ -44,7 +44,7 @@ class LoggedQueue:
     def call(self, method: str, *arguments: Any) -> Any:
         """Run one method of the book. Calls that change nothing, most of all, leave no line."""
         if method in LOOKS or _unvalidated(method, arguments):
-            return getattr(self.book, method)(*arguments)
+            return getattr(self.queue, method)(*arguments)
         row = plain({"method": method, "arguments": [_written(each) for each in arguments]})
         # The book sees what its file will say, also of a number that JSON does not have.
         answer = self._apply(row)
@@ -53,7 +53,7 @@ class LoggedQueue:
         return answer
 
     def _apply(self, row: dict[str, Any]) -> Any:
-        return getattr(self.book, row["method"])(*map(_read, row["arguments"]))
+        return getattr(self.queue, row["method"])(*map(_read, row["arguments"]))
 
     def _write(self, row: dict[str, Any]) -> None:
         """Append a line. While the disk is full or gone the lines wait in their order: no run must end for its log."""

@@ -94,9 +94,9 @@ class RunFolder:
         """
         path = Path(run_dir)
         check_new(path)
-        journal = cls(path)
+        run_folder = cls(path)
         atomic_write_yaml(path / "config.yaml", spec)
-        journal._write_run(
+        run_folder._write_run(
             name=path.resolve().name,
             created=now(),
             status="running",
@@ -105,7 +105,7 @@ class RunFolder:
             layout=LAYOUT,
             spec=plain(spec),  # the copy from which config.yaml is mended
         )
-        return journal
+        return run_folder
 
     @classmethod
     def open(cls, run_dir: str | os.PathLike, *, lenient: bool = False) -> RunFolder:
@@ -117,17 +117,17 @@ class RunFolder:
         Raises:
             ConfigError: it is none, or its run.json or config.yaml is damaged.
         """
-        journal = cls(run_dir, [] if lenient else None)
-        if not journal.run_dir.is_dir():
-            raise ConfigError(f"{str(journal.run_dir)!r} is no run folder: there is no such folder.")
-        if not (journal.run_dir / "run.json").is_file():
-            raise ConfigError(f"{str(journal.run_dir)!r} is no run folder: it has no run.json.\n"
+        run_folder = cls(run_dir, [] if lenient else None)
+        if not run_folder.run_dir.is_dir():
+            raise ConfigError(f"{str(run_folder.run_dir)!r} is no run folder: there is no such folder.")
+        if not (run_folder.run_dir / "run.json").is_file():
+            raise ConfigError(f"{str(run_folder.run_dir)!r} is no run folder: it has no run.json.\n"
                               "Give the output_dir of a sweep.")  # fmt: skip
         try:
-            journal.run(), journal.config()
+            run_folder.run(), run_folder.config()
         except ValueError as error:
-            raise ConfigError(f"{str(journal.run_dir)!r} is a damaged run folder: {error}") from error
-        return journal
+            raise ConfigError(f"{str(run_folder.run_dir)!r} is a damaged run folder: {error}") from error
+        return run_folder
 
     # --- the run ---
 

@@ -182,18 +182,18 @@ def _memory(record: TrialRecord) -> dict[str, Any]:
 # --- what is followed ---
 
 
-def trials_of_run(journal: RunFolder) -> Iterator[Seen]:
+def trials_of_run(run_folder: RunFolder) -> Iterator[Seen]:
     """The trials of a sweep's run folder, with their scores once they have ended."""
-    for file in sorted((journal.run_dir / "trials").glob("*/trial.json")):
+    for file in sorted((run_folder.run_dir / "trials").glob("*/trial.json")):
         record = TrialRecord(file.parent)
-        yield Seen(record.id, record, ENDS.get(record.status, ""), partial(scores_of, journal, record.id))
+        yield Seen(record.id, record, ENDS.get(record.status, ""), partial(scores_of, run_folder, record.id))
 
 
-def scores_of(journal: RunFolder, trial: str) -> dict[str, float]:
+def scores_of(run_folder: RunFolder, trial: str) -> dict[str, float]:
     """Scores of a trial by the name benchmark/task/metric[@attack], with `validation/` before those of that split and
     `-merged` behind those of an attack on merged weights."""
     found = {}
-    for row in journal.score_rows():
+    for row in run_folder.score_rows():
         if row["trial"] == trial and row["value"] is not None:
             split = "validation/" if row.get("split") == "validation" else ""
             merged = "-merged" if row["attack_on"] == "merged" else ""
@@ -208,7 +208,7 @@ class OneTrial:
     def __init__(self, names: Iterable[str], spec: TrainSpec, folder: Path, warn: Callable[[str], None]) -> None:
         self.status = ""
         self._name, self._record = spec.trial_id(), TrialRecord(folder)
-        self._mirror = TrackerSync(names, folder, self._seen, warn)
+        self._sync = TrackerSync(names, folder, self._seen, warn)
 
     def __enter__(self) -> OneTrial:
         return self
@@ -216,7 +216,7 @@ class OneTrial:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None and issubclass(kind, MacDropError):
             self.status = "failed"
-        self._mirror.close()
+        self._sync.close()
 
     def _seen(self) -> list[Seen]:
         """Nothing before config.yaml is written."""

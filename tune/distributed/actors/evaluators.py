@@ -155,7 +155,7 @@ class Pool:
     """
 
     def __init__(self, size: int, *, cpus: float, gpus: float, kind: type[PoolActor] = _Evaluator) -> None:
-        self._crew = ActorPool(kind, size, cpus=cpus, gpus=gpus)
+        self._pool = ActorPool(kind, size, cpus=cpus, gpus=gpus)
         self._last: dict[ActorHandle, EvalTask] = {}
         self._waiting: deque[EvalTask] = deque()
         self._step_timeout_s = 0.0
@@ -168,18 +168,18 @@ class Pool:
         """
         self._last = {}
         self._step_timeout_s = opening.step_timeout_s
-        return self._crew.open(opening, lambda opening: replace(opening, scan=False))
+        return self._pool.open(opening, lambda opening: replace(opening, scan=False))
 
     def submit(self, item: EvalTask) -> None:
         self._waiting.append(item)
 
     def drain(self, nodes: Collection[str]) -> None:
         """Nodes (Ray's ids) that will be gone soon: their actors finish what they are at, and are made elsewhere."""
-        self._crew.drain(nodes)
+        self._pool.drain(nodes)
 
     def rest(self) -> int:
         """Give up what idle actors hold until something is to be scored; returns how many there were."""
-        return self._crew.rest()
+        return self._pool.rest()
 
     @property
     def busy(self) -> int:
@@ -189,7 +189,7 @@ class Pool:
     @property
     def at_work(self) -> int:
         """Items being scored."""
-        return len(self._crew.work)
+        return len(self._pool.work)
 
     def step(self) -> list[Result]:
         """Collect what is ready and hand out what is waiting, without waiting.
@@ -198,25 +198,25 @@ class Pool:
             MacDropError: no actor is left, and new ones do not come up.
         """
         # Collected first, so that an actor that is done goes on at once.
-        results = [result for done in self._crew.ready() if (result := self._result(done))]
+        results = [result for done in self._pool.ready() if (result := self._result(done))]
         if self._waiting:
-            self._crew.wake()
-        while self._crew.idle and self._waiting:
-            actor = self._crew.idle[-1]
+            self._pool.wake()
+        while self._pool.idle and self._waiting:
+            actor = self._pool.idle[-1]
             item = self._next(actor)
             self._waiting.remove(item)
             self._last[actor] = item
             item.attempts += 1
-            self._crew.give(actor, "score", item)
+            self._pool.give(actor, "score", item)
         return results
 
     def close(self) -> None:
         """End all actors; safe to call twice."""
-        self._crew.close()
+        self._pool.close()
 
     def _next(self, actor: ActorHandle) -> EvalTask:
         last = self._last.get(actor)
-        taken = {item.group for item in self._crew.work}
+        taken = {item.group for item in self._pool.work}
 
         def cost(item: EvalTask) -> tuple[bool, bool, bool]:
             return last is None or item.group != last.group, item.group in taken, not self._holds(actor, item.adapter)

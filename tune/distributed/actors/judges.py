@@ -72,9 +72,9 @@ class ActorJudge:
         kind: type[PoolActor] = _JudgeActor,
     ) -> None:
         self._opening, self._stacks = opening, stacks
-        self._crew = ActorPool(kind, size, cpus=cpus, gpus=gpus)
+        self._pool = ActorPool(kind, size, cpus=cpus, gpus=gpus)
         try:
-            self._crew.open(opening)
+            self._pool.open(opening)
         except MacDropError:
             self.close()
             raise
@@ -91,12 +91,12 @@ class ActorJudge:
             _Batch(order[at : at + size], self._stacks / f"judge-{at // size + 1}.txt")
             for at in range(0, len(order), size)
         )
-        while waiting or self._crew.work:
-            while self._crew.idle and waiting:
+        while waiting or self._pool.work:
+            while self._pool.idle and waiting:
                 batch = waiting.popleft()
                 batch.attempts += 1
-                self._crew.give(self._crew.idle[-1], "judge", batch)
-            for done in self._crew.ready(timeout=None):
+                self._pool.give(self._pool.idle[-1], "judge", batch)
+            for done in self._pool.ready(timeout=None):
                 batch = done.work
                 if done.error:
                     raise done.error
@@ -110,12 +110,12 @@ class ActorJudge:
                     yield from (Judgement(question, error=told) for question in batch.asked)
 
     def close(self) -> None:
-        self._crew.close()
+        self._pool.close()
 
 
 def judge_sweep(
     spec: RunSpec,
-    journal: RunFolder,
+    run_folder: RunFolder,
     *,
     gpus: float,
     note: Callable[[str], None],
@@ -135,11 +135,11 @@ def judge_sweep(
             size=actors.evaluators,
             cpus=actors.cpus_per_evaluator,
             gpus=gpus,
-            stacks=journal.run_dir / STACKS,
+            stacks=run_folder.run_dir / STACKS,
         )
 
     try:
-        files = answers_of(journal)
+        files = answers_of(run_folder)
     except ValueError as error:
         note(f"nothing was judged: {error}")
         return 1
@@ -147,7 +147,7 @@ def judge_sweep(
         files,
         spec.eval.judge,
         make=make,
-        add_scores=journal.add_scores,
+        add_scores=run_folder.add_scores,
         note=note,
         show=show,
     )

@@ -45,11 +45,11 @@ def dispatching(folder: Path) -> Iterator[ActorHandle]:
 @ray.remote(num_cpus=0, max_concurrency=1, max_restarts=-1, max_task_retries=-1)
 class _Dispatcher:
     def __init__(self, log: Path) -> None:
-        self.book = LoggedQueue(log)
+        self.queue = LoggedQueue(log)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run one method of the book; calls come one at a time, so the book needs no lock."""
-        return self.book.call(method, *arguments)
+        return self.queue.call(method, *arguments)
 
 
 def ask(dispatcher: ActorHandle, method: str, *arguments: Any) -> ray.ObjectRef:

@@ -102,8 +102,8 @@ def tell_loss(dispatcher: ActorHandle, lane: str, failure: Failure) -> bool:
     """A lane is lost: its order is queued again, or fails if that is its fault. Returns whether it had one."""
     held = call(dispatcher, "held", lane)
     if held:
-        order, step = held
-        call(dispatcher, "lost", order.id, failure.reason, failure.attempts, step, failure.kind)
+        task, step = held
+        call(dispatcher, "lost", task.id, failure.reason, failure.attempts, step, failure.kind)
     call(dispatcher, "lane_down", lane, failure.reason)
     return held is not None
 
@@ -145,16 +145,16 @@ def _ask(dispatcher: ActorHandle, lane: str, engine: Any) -> TrainTask | str:
     """Rank 0: the next order, `idle` when there is none for a while, `closed` when there will be none."""
     deadline = time.monotonic() + TELL_RANKS_EVERY_S
     while time.monotonic() < deadline:
-        order = call(dispatcher, "take", lane, engine.key if engine else None)
-        if order is not None:
-            return order
+        task = call(dispatcher, "take", lane, engine.key if engine else None)
+        if task is not None:
+            return task
         if call(dispatcher, "closing", lane):
             return "closed"
         time.sleep(ASK_EVERY_S)
     return "idle"
 
 
-def _train(dispatcher: ActorHandle, lane: str, order: TrainTask, engine: Any, watchdog: Watchdog) -> Any:
+def _train(dispatcher: ActorHandle, lane: str, task: TrainTask, engine: Any, watchdog: Watchdog) -> Any:
     """Train one order and tell the dispatcher; returns the engine to go on with."""
     from dataclasses import asdict
 
@@ -170,17 +170,17 @@ def _train(dispatcher: ActorHandle, lane: str, order: TrainTask, engine: Any, wa
 
     first = dist.get_rank() == 0
     try:
-        spec = TrainSpec.model_validate(order.spec)
-        if engine is None or engine.key != order.engine_key:
+        spec = TrainSpec.model_validate(task.spec)
+        if engine is None or engine.key != task.engine_key:
             del engine  # Two bases at once may not fit.
             engine = None
             engine = Engine(spec)
-        prepared = all_do(lambda: data.load(data.prepare(spec, engine.tokenizer, order.data)))
-        weights = all_do(lambda: MassiveWeights.load(order.weights)) if order.weights else None
-        folder = Path(order.folder)
+        prepared = all_do(lambda: data.load(data.prepare(spec, engine.tokenizer, task.data)))
+        weights = all_do(lambda: MassiveWeights.load(task.weights)) if task.weights else None
+        folder = Path(task.folder)
         # Of a run that is there: a folder that is gone is not made anew, but waited for.
         rank0_does(lambda: ensure_folder(folder, folder.parents[1]))
-        scan, world = Path(order.weights or ""), dist.get_world_size()
+        scan, world = Path(task.weights or ""), dist.get_world_size()
         rank0_does(lambda: write_script(folder, prepared, weights, scan, world))
         outcome = finetune(
             engine,
@@ -188,7 +188,7 @@ def _train(dispatcher: ActorHandle, lane: str, order: TrainTask, engine: Any, wa
             prepared,
             folder,
             weights=weights,
-            observe=_Relay(dispatcher, lane, order) if first else None,
+            observe=_Relay(dispatcher, lane, task) if first else None,
             beat=watchdog.beat,
         )
     except DispatcherLost:
@@ -197,29 +197,29 @@ def _train(dispatcher: ActorHandle, lane: str, order: TrainTask, engine: Any, wa
         # Raised on every rank alike: the lane goes on with the next order, and with the engine if no step was cut.
         if first:
             state = "diverged" if isinstance(error, TrainingDiverged) else "failed"
-            call(dispatcher, "failed", order.id, state, str(error), lane)
+            call(dispatcher, "failed", task.id, state, str(error), lane)
         return engine if isinstance(error, (TrainingDiverged, ResourceError, ValueError)) else None
     # Any other error is on some ranks only, or in the middle of a step: the worker group is made anew.
     if first:
-        call(dispatcher, "trained", order.id, asdict(outcome), lane)
+        call(dispatcher, "trained", task.id, asdict(outcome), lane)
     return engine
 
 
 class _Relay:
     """Rank 0's observer: writes each step's metrics into the trial's folder and passes them on without waiting."""
 
-    def __init__(self, dispatcher: ActorHandle, lane: str, order: TrainTask) -> None:
+    def __init__(self, dispatcher: ActorHandle, lane: str, task: TrainTask) -> None:
         from tune.storage.run_folder import TrialRecord
 
-        self.dispatcher, self.lane, self.order = dispatcher, lane, order
-        self.record = TrialRecord(Path(order.folder), within=Path(order.folder))
+        self.dispatcher, self.lane, self.task = dispatcher, lane, task
+        self.record = TrialRecord(Path(task.folder), within=Path(task.folder))
         self.answer: ray.ObjectRef | None = None
 
     def __call__(self, metrics: dict[str, Any]) -> str:
         self.record.log([metrics])
         # The answer to the last report has arrived by now, so that no step waits for the dispatcher.
         word = GO_ON if self.answer is None else answer(self.answer)
-        self.answer = ask(self.dispatcher, "progress", self.order.id, metrics, self.lane)
+        self.answer = ask(self.dispatcher, "progress", self.task.id, metrics, self.lane)
         return word
 
 

@@ -72,9 +72,9 @@ class LanePool:
             ResourceError: there was no lane for `ray.resource_timeout_s`, or lanes end before they take an order.
         """
         up = snapshot["lanes"]
-        if any(lane["order"] for lane in up.values()):
+        if any(lane["task"] for lane in up.values()):
             self._stillborn = 0
-        queued = any(row["state"] == "queued" for row in snapshot["orders"])
+        queued = any(row["state"] == "queued" for row in snapshot["tasks"])
         now = time.monotonic()
         if now > self._looked + LOOK_EVERY_S:
             self._looked = now
@@ -131,7 +131,7 @@ class LanePool:
             self._wanted = self._spec.lanes
         starving = scoring and not queued and without_resources(EVALUATOR)
         self._starving_since = (self._starving_since or self._looked) if starving else None
-        idle = [name for name, lane in up.items() if not lane["order"]]
+        idle = [name for name, lane in up.items() if not lane["task"]]
         if idle and self._starving_since and self._looked - self._starving_since >= ROOM_AFTER_S:
             self._starving_since = None
             self._wanted = len(up) - 1

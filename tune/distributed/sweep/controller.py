@@ -38,7 +38,7 @@ class SweepController:
 
     def __init__(
         self,
-        journal: RunFolder,
+        run_folder: RunFolder,
         dispatcher: ActorHandle,
         lanes: LanePool,
         pool: Pool,
@@ -52,7 +52,7 @@ class SweepController:
         retry_failed: train what failed or diverged in an earlier run of the same folder once more.
         """
         self._retry_failed = retry_failed
-        self._journal, self._dispatcher, self._lanes, self._pool = journal, dispatcher, lanes, pool
+        self._run_folder, self._dispatcher, self._lanes, self._pool = run_folder, dispatcher, lanes, pool
         self._jobs, self._progress = jobs, progress
         self._lock = threading.Lock()
         self._pending: dict[str, dict[str, Any]] = {}
@@ -92,10 +92,10 @@ class SweepController:
             The states of the orders entered, by trial.
         """
         entered = {}
-        for record in self._journal.trials():
+        for record in self._run_folder.trials():
             if record["model"] != study.spec.model_name_or_path:
                 continue
-            folder = self._journal.trial(record["trial"]).folder
+            folder = self._run_folder.trial(record["trial"]).folder
             state = resume_state(
                 record,
                 adapter=(folder / "adapter").is_dir(),
@@ -108,7 +108,7 @@ class SweepController:
             if state in ("failed", "diverged"):
                 self._failed.add(record["trial"])
             spec = TrainSpec.model_validate(record["config"])
-            order = TrainTask(
+            task = TrainTask(
                 *(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0),
                 stage=record["stage"],
                 cell=record["cell"],
@@ -116,7 +116,7 @@ class SweepController:
             )
             outcome = {key: record[key] for key in Outcome.__dataclass_fields__ if key in record and key != "status"}
             scores = self.validation_scores(record["trial"])
-            call(self._dispatcher, "record", order, state, outcome, scores, record.get("reason"))
+            call(self._dispatcher, "record", task, state, outcome, scores, record.get("reason"))
         return entered
 
     def wait(self, study: Study) -> None:
@@ -128,8 +128,8 @@ class SweepController:
         while True:
             self.check()
             with self._lock:
-                orders = call(self._dispatcher, "snapshot")["orders"]
-                settled = all(row["state"] in FINAL for row in orders if row["study"] == study.name)
+                tasks = call(self._dispatcher, "snapshot")["tasks"]
+                settled = all(row["state"] in FINAL for row in tasks if row["study"] == study.name)
                 if settled and not self._pending and not self._pool.busy and not self._take_changes():
                     return
             time.sleep(TICK_S)
@@ -160,8 +160,8 @@ class SweepController:
 
     def validation_scores(self, trial: str) -> dict[str, float]:
         """Scores of the search as `sweep.metric` names them: benchmark/task/metric, with @attack where there is one."""
-        rows = [r for r in self._journal.score_rows() if (r["trial"], r["split"]) == (trial, VALIDATION)]
-        return named_scores(rows, asked_for(self._journal.config()))
+        rows = [r for r in self._run_folder.score_rows() if (r["trial"], r["split"]) == (trial, VALIDATION)]
+        return named_scores(rows, asked_for(self._run_folder.config()))
 
     def study_failed(self, study: Study, reason: str) -> None:
         """A model could not be used at all."""
@@ -224,24 +224,24 @@ class SweepController:
         return bool(changes)
 
     def _changed(self, entry: QueuedTask) -> None:
-        order = entry.order
-        record = self._journal.trial(order.id)
-        model, seed = order.spec["model_name_or_path"], order.spec["seed"]
-        spec = TrainSpec.model_validate(order.spec)
+        task = entry.task
+        record = self._run_folder.trial(task.id)
+        model, seed = task.spec["model_name_or_path"], task.spec["seed"]
+        spec = TrainSpec.model_validate(task.spec)
         arm = spec.arm
-        about = {"stage": order.stage, "setting": spec.setting_id(), "cell": order.cell, "drawn": order.drawn}
+        about = {"stage": task.stage, "setting": spec.setting_id(), "cell": task.cell, "drawn": task.drawn}
         if entry.state == "running":
-            record.start(order.spec, model=model, arm=arm, seed=seed, **about)
+            record.start(task.spec, model=model, arm=arm, seed=seed, **about)
         elif entry.state == "trained":
             if "trained" not in record.info:  # else it comes from an earlier run, or is wanted for another stage
                 record.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
-            tag = {"model": model, "arm": arm, "trial": order.id, "seed": seed}
-            self._score(order.id, tag, str(record.adapter_dir), self._jobs[order.stage])
+            tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
+            self._score(task.id, tag, str(record.adapter_dir), self._jobs[task.stage])
         elif entry.state in FINAL:
             if record.status == "pending":
-                record.start(order.spec, model=model, arm=arm, seed=seed, **about)
+                record.start(task.spec, model=model, arm=arm, seed=seed, **about)
             if entry.state in ("failed", "diverged"):
-                self._failed.add(order.id)
+                self._failed.add(task.id)
             outcome = {key: value for key, value in entry.outcome.items() if key != "status"}
             if entry.judged is not None:
                 outcome["judged"] = entry.judged
@@ -254,12 +254,12 @@ class SweepController:
 
     def _score(self, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[EvalJob]) -> None:
         """Hand out the benchmarks of an adapter, or of the base, that are not scored yet."""
-        answers = self._journal.answers_dir(tag["model"], tag["trial"])
+        answers = self._run_folder.answers_dir(tag["model"], tag["trial"])
         missing = self._missing(tag["model"], tag["trial"], jobs)
         self._pending[name] = {"left": len(missing), "errors": []}
         for job in missing:
             file = answers / f"{job.key.replace('/', '-')}.jsonl"
-            self._pool.submit(EvalTask({**tag, "name": name}, job, adapter, str(file), str(self._journal.run_dir)))
+            self._pool.submit(EvalTask({**tag, "name": name}, job, adapter, str(file), str(self._run_folder.run_dir)))
         if not missing:
             self._settle(name)
 
@@ -267,7 +267,7 @@ class SweepController:
         """The benchmarks among `jobs` that the journal has no score of."""
         known = {
             EvalJob(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
-            for row in self._journal.score_rows()
+            for row in self._run_folder.score_rows()
             if (row["model"], row["trial"]) == (model, trial)
         }
         return [job for job in jobs if job not in known]
@@ -282,7 +282,7 @@ class SweepController:
             # lm-eval may name a task otherwise than the entry of the eval: block that asked for it.
             job = result.item.job
             extra = {"entry": job.task, "split": job.split, "seconds": round(result.seconds, 3)}
-            self._journal.add_scores([{**tag, **row, **extra} for row in result.rows])
+            self._run_folder.add_scores([{**tag, **row, **extra} for row in result.rows])
         self._progress.scored(name, result)
         self._pending[name]["left"] -= 1
         if not self._pending[name]["left"]:
@@ -296,8 +296,8 @@ class SweepController:
 
 
 class _StopOnError(Stopper):
-    def __init__(self, supervisor: SweepController | None) -> None:
-        self._supervisor = supervisor
+    def __init__(self, controller: SweepController | None) -> None:
+        self._controller = controller
 
     def __reduce__(self) -> tuple:
         # Tune pickles its settings into the run folder; a thread cannot go along, and nobody asks the copy.
@@ -307,4 +307,4 @@ class _StopOnError(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self._supervisor is not None and self._supervisor.broken
+        return self._controller is not None and self._controller.broken

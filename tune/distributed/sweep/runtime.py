@@ -76,10 +76,10 @@ def run(
         # The folder comes last: whatever is refused above leaves nothing behind.
         if not resume:
             stack.enter_context(locked(run_dir))
-        journal = RunFolder.open(run_dir) if resume else RunFolder.create(run_dir, dump(spec))
-        journal.write_environment()
-        journal.set_status("running")
-        stack.push(functools.partial(_leave, journal, stop))
+        run_folder = RunFolder.open(run_dir) if resume else RunFolder.create(run_dir, dump(spec))
+        run_folder.write_environment()
+        run_folder.set_status("running")
+        stack.push(functools.partial(_leave, run_folder, stop))
         progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
         dispatcher = stack.enter_context(dispatching(run_dir / "ray"))
         lanes = LanePool(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
@@ -89,10 +89,10 @@ def run(
         # Closed after the supervisor, whose last changes it copies.
         followed = functools.partial(trials_of_run, RunFolder(run_dir))
         stack.callback(TrackerSync(spec.report_to, run_dir, followed, progress.note).close)
-        supervisor = SweepController(
-            journal, dispatcher, lanes, pool, jobs_of_stages(spec), progress, retry_failed=retry_failed
+        controller = SweepController(
+            run_folder, dispatcher, lanes, pool, jobs_of_stages(spec), progress, retry_failed=retry_failed
         )
-        stack.callback(supervisor.close)
+        stack.callback(controller.close)
         if any(study.count for study in planned):
             lanes.open()
         left = spec.sweep.time_budget_s
@@ -100,21 +100,21 @@ def run(
             share = None if left is None else max(1.0, left / (len(planned) - number))
             try:
                 cuts = checked[study.name].cuts
-                spent = StudyRun(spec, study, cuts, journal, supervisor, dispatcher).run(share)
+                spent = StudyRun(spec, study, cuts, run_folder, controller, dispatcher).run(share)
                 left = None if left is None else left - spent
             except MacDropError as error:
-                if supervisor.broken or isinstance(error, ResourceError) or len(planned) == 1:
+                if controller.broken or isinstance(error, ResourceError) or len(planned) == 1:
                     raise
                 # One model that cannot be used does not stop the others.
-                supervisor.study_failed(study, str(error))
-        failures = supervisor.failures
+                controller.study_failed(study, str(error))
+        failures = controller.failures
         if spec.eval.judge is not None:
             # Its model needs the memory of theirs.
-            supervisor.close()
+            controller.close()
             pool.close()
             lanes.close()
             told = {"note": progress.note, "show": progress.judged}
-            failures += judge_sweep(spec, journal, gpus=gpu_shares(spec.ray, gpus)[1], **told)
+            failures += judge_sweep(spec, run_folder, gpus=gpu_shares(spec.ray, gpus)[1], **told)
         progress.finished()
     return failures
 
@@ -134,11 +134,11 @@ def _disconnect(stop: Stop | None) -> None:
 
 
 def _leave(
-    journal: RunFolder, stop: Stop | None, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    run_folder: RunFolder, stop: Stop | None, kind: type[BaseException] | None, error: BaseException | None, trace: Any
 ) -> None:
     """Record how the run ended, whatever ended it."""
     if kind is None:
-        journal.set_status("done")
+        run_folder.set_status("done")
         return
     stopped = issubclass(kind, (KeyboardInterrupt, SystemExit)) or (stop is not None and stop.signal is not None)
-    journal.set_status("interrupted" if stopped else "failed")
+    run_folder.set_status("interrupted" if stopped else "failed")

@@ -45,8 +45,8 @@ class StudyRun:
     spec: RunSpec
     study: Study
     cuts: Cuts | None
-    journal: RunFolder
-    supervisor: SweepController
+    run_folder: RunFolder
+    controller: SweepController
     dispatcher: ActorHandle
     #: Trials of an earlier run of the same folder that are not to be trained again -> the states of their orders.
     standing: dict[str, str] = field(default_factory=dict)
@@ -57,23 +57,23 @@ class StudyRun:
         time_budget_s: for the search, earlier runs of the same folder included. The selection and the final stage
         follow, however it ended.
         """
-        desk = self._open()
-        self.standing = self.supervisor.resume_finished(self.study)
-        searched = SearchTime(self.journal.search_time_file(self.study.name), self.journal.run_dir)
+        context = self._open()
+        self.standing = self.controller.resume_finished(self.study)
+        searched = SearchTime(self.run_folder.search_time_file(self.study.name), self.run_folder.run_dir)
         if self.study.count:
-            file = self.journal.finalists_file(self.study.name)
-            chosen = self.journal.finding(file)
+            file = self.run_folder.finalists_file(self.study.name)
+            chosen = self.run_folder.finding(file)
             if chosen is None:
                 if self.study.search:
                     left = None if time_budget_s is None else max(1.0, time_budget_s - searched.seconds)
-                    with searched, self.supervisor.timing(searched):
-                        self._search(desk, left)
+                    with searched, self.controller.timing(searched):
+                        self._search(context, left)
                 chosen = self._select()
                 atomic_write_json(file, chosen)
             specs = finalists.final_specs(chosen)
-            self.supervisor.stage(self.study, FINALS, len(specs))
-            self._place(desk, specs, FINALS)
-        self.supervisor.wait(self.study)
+            self.controller.stage(self.study, FINALS, len(specs))
+            self._place(context, specs, FINALS)
+        self.controller.wait(self.study)
         return searched.seconds
 
     def _open(self) -> TrialContext:
@@ -86,7 +86,7 @@ class StudyRun:
         opening = Opening(
             self.study.spec,
             blocks,
-            str(self.journal.massive_weights_file(self.study.name)),
+            str(self.run_folder.massive_weights_file(self.study.name)),
             scan=attacked or self.study.drops,
             k=self.study.spec.macdrop.k or MacDropSpec().k,
             threads=self.spec.ray.threads_per_worker,
@@ -95,29 +95,29 @@ class StudyRun:
         return TrialContext(
             dispatcher=self.dispatcher,
             study=self.study,
-            run_dir=str(self.journal.run_dir),
+            run_dir=str(self.run_folder.run_dir),
             data=str(cache_dir() / "data"),
-            weights=self.supervisor.open(self.study, opening),
+            weights=self.controller.open(self.study, opening),
             width=self.spec.ray.num_workers,
         )
 
-    def _place(self, desk: TrialContext, specs: list[TrainSpec] | tuple[TrainSpec, ...], stage: str) -> None:
+    def _place(self, context: TrialContext, specs: list[TrainSpec] | tuple[TrainSpec, ...], stage: str) -> None:
         for spec in specs:
-            call(self.dispatcher, "place", desk.order(spec, stage), BASELINE)
+            call(self.dispatcher, "place", context.task(spec, stage), BASELINE)
 
-    def _search(self, desk: TrialContext, time_budget_s: float | None) -> None:
+    def _search(self, context: TrialContext, time_budget_s: float | None) -> None:
         """Baselines and searched trials, all of them trained and scored; then the plain twins of what was found."""
-        self.supervisor.stage(self.study, SEARCH, self.study.searched_count)
-        self._place(desk, self.study.plain, SEARCH)
+        self.controller.stage(self.study, SEARCH, self.study.searched_count)
+        self._place(context, self.study.plain, SEARCH)
         if self.study.samples:
-            self._tune(desk, time_budget_s)
+            self._tune(context, time_budget_s)
             # When its time is up, Tune ends trials without telling anybody.
             call(self.dispatcher, "abandon", self.study.name, BASELINE)
-        self.supervisor.wait(self.study)
+        self.controller.wait(self.study)
         twins = finalists.twins(self.study, self._candidates(), self.spec.sweep.metric)
         if twins:
-            self._place(desk, twins, SEARCH)
-            self.supervisor.wait(self.study)
+            self._place(context, twins, SEARCH)
+            self.controller.wait(self.study)
 
     def _select(self) -> dict[str, Any]:
         """The content of finalists.json."""
@@ -125,7 +125,7 @@ class StudyRun:
             return finalists.planned(self.study, self.spec.sweep.metric)
         content, notes = finalists.select(self.study, self._candidates(), self.spec.sweep.metric)
         for note in notes:
-            self.supervisor.note(f"{self.study.name}: {note}")
+            self.controller.note(f"{self.study.name}: {note}")
         return content
 
     def _candidates(self) -> list[Candidate]:
@@ -133,7 +133,7 @@ class StudyRun:
         return [self._candidate(record) for record in self._searched()]
 
     def _candidate(self, record: dict[str, Any]) -> Candidate:
-        scores = self.supervisor.validation_scores(record["trial"])
+        scores = self.controller.validation_scores(record["trial"])
         return finalists.candidate(record, scores, self.spec.sweep.metric)
 
     def _searched(self) -> list[dict[str, Any]]:
@@ -141,14 +141,14 @@ class StudyRun:
         same = (self.study.spec.model_name_or_path, self.study.spec.seed)
         return [
             record
-            for record in self.journal.trials()
+            for record in self.run_folder.trials()
             if (record["model"], record["seed"]) == same and record["arm"] in ("plain", "macdrop")
         ]
 
-    def _tune(self, desk: TrialContext, time_budget_s: float | None) -> None:
+    def _tune(self, context: TrialContext, time_budget_s: float | None) -> None:
         """What is left of the search: trials that ended in an earlier run are not run again, but known."""
         sweep, records = self.spec.sweep, {record["trial"]: record for record in self._searched()}
-        draws = self.journal.draws_file(self.study.name)
+        draws = self.run_folder.draws_file(self.study.name)
         listed = points(self.study, sweep)
         drawn = search_state.draws(draws, records.values()) if listed is None else listed
         reports = self._reports(drawn, records)
@@ -162,7 +162,7 @@ class StudyRun:
             samples = min(1, len(listed))
         if samples < 1:
             return
-        trainable = functools.partial(run_trial, desk=desk)
+        trainable = functools.partial(run_trial, context=context)
         # A share of the head's own resource: a trial only waits, so it must not take a CPU from the lanes.
         trainable = ray.tune.with_resources(trainable, {"CPU": 0, "node:__internal_head__": 0.001})
         Tuner(
@@ -179,10 +179,10 @@ class StudyRun:
             ),
             run_config=RunConfig(
                 name=f"tune-{self.study.name}-{int(time.time())}",
-                storage_path=str(self.journal.run_dir / "ray"),
-                callbacks=[CancelStopped(desk)],
+                storage_path=str(self.run_folder.run_dir / "ray"),
+                callbacks=[CancelStopped(context)],
                 failure_config=FailureConfig(max_failures=RESTARTS),
-                stop=self.supervisor.stopper(),
+                stop=self.controller.stopper(),
                 verbose=0,
             ),
         ).fit()
@@ -196,7 +196,7 @@ class StudyRun:
         """What searched trials that are trained no more had reported. Others report all of it again, as they go on."""
         names = dict.fromkeys(self._name(values) for values in drawn)
         return {
-            name: past.judged(records[name], self.journal.trial(name).metrics())
+            name: past.judged(records[name], self.run_folder.trial(name).metrics())
             for name in names
             if name in self.standing and name in records
         }

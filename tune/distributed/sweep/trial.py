@@ -36,7 +36,7 @@ class TrialContext:
     weights: str | None
     width: int
 
-    def order(self, spec: TrainSpec, stage: str, drawn: dict[str, Any] | None = None) -> TrainTask:
+    def task(self, spec: TrainSpec, stage: str, drawn: dict[str, Any] | None = None) -> TrainTask:
         """The order for a canonical fine-tuning in a stage of its study; its folder lies in the run folder."""
         name = spec.trial_id()
         return TrainTask(
@@ -54,19 +54,19 @@ class TrialContext:
         )
 
 
-def run_trial(config: dict[str, Any], *, desk: TrialContext) -> None:
+def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
     """Tune's function trainable: when Tune starts it again, it follows the order that it had placed.
 
     However the order ended, the function returns: Tune would try again what the lanes have tried.
     """
-    order = desk.order(desk.study.searched(values(config)), SEARCH, values(config))
+    task = context.task(context.study.searched(values(config)), SEARCH, values(config))
     # What an earlier run of this folder validated, a scheduler has to hear of: a resumed lane begins after it.
-    record = TrialRecord(Path(order.folder), within=Path(desk.run_dir))
+    record = TrialRecord(Path(task.folder), within=Path(context.run_dir))
     evaluated = [row for row in record.metrics() if row.get(EVAL_LOSS) is not None]
-    call(desk.dispatcher, "place", order, ray.tune.get_context().get_trial_id(), evaluated)
+    call(context.dispatcher, "place", task, ray.tune.get_context().get_trial_id(), evaluated)
     step = -1
     while True:
-        news = call(desk.dispatcher, "poll", order.id, step)
+        news = call(context.dispatcher, "poll", task.id, step)
         for metrics in news["metrics"]:
             step = metrics["step"]
             ray.tune.report({"step": step, EVAL_LOSS: metrics["eval_loss"]})
@@ -85,8 +85,8 @@ def run_trial(config: dict[str, Any], *, desk: TrialContext) -> None:
 class CancelStopped(Callback):
     """Tells the dispatcher when Tune has ended a trial, so that a lane need not finish what nobody waits for."""
 
-    def __init__(self, desk: TrialContext) -> None:
-        self.desk = desk
+    def __init__(self, context: TrialContext) -> None:
+        self.context = context
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._cancel(trial)
@@ -95,6 +95,6 @@ class CancelStopped(Callback):
         self._cancel(trial)
 
     def _cancel(self, trial: Any) -> None:
-        name = self.desk.study.searched(values(trial.config)).trial_id()
+        name = self.context.study.searched(values(trial.config)).trial_id()
         last = trial.last_result or {}
-        call(self.desk.dispatcher, "cancel", name, trial.trial_id, None if last.get(FINISHED) else last.get("step"))
+        call(self.context.dispatcher, "cancel", name, trial.trial_id, None if last.get(FINISHED) else last.get("step"))

@@ -12,51 +12,51 @@ from tune.storage.atomic import read_jsonl
 from tune.storage.run_folder import BASE, RunFolder
 
 
-def answers_of(journal: RunFolder) -> list[Answers]:
+def answers_of(run_folder: RunFolder) -> list[Answers]:
     """The generated answers of a run's base models and final trials, all attacks.
 
     Raises:
         ConfigError: there are none, and why.
     """
-    entries = list(((journal.config().get("eval") or {}).get("generation")) or {})
-    records = journal.trials()
+    entries = list(((run_folder.config().get("eval") or {}).get("generation")) or {})
+    records = run_folder.trials()
     folders = [
-        (journal.trial(record["trial"]).folder, {key: record[key] for key in ("model", "arm", "trial", "seed")})
+        (run_folder.trial(record["trial"]).folder, {key: record[key] for key in ("model", "arm", "trial", "seed")})
         for record in records
         if record["status"] == "done" and record.get("stage", "final") == "final"
     ]
-    names = _models(journal)
-    for folder in sorted((journal.run_dir / "models").glob("*/")):
+    names = _models(run_folder)
+    for folder in sorted((run_folder.run_dir / "models").glob("*/")):
         tag = {"model": names.get(folder.name, folder.name), "arm": BASE, "trial": BASE, "seed": None}
         folders.insert(0, (folder, tag))
     found = [
-        _tagged(journal, Answers.read(file, journal.run_dir, tag, entries))
+        _tagged(run_folder, Answers.read(file, run_folder.run_dir, tag, entries))
         for folder, tag in folders
         for file in sorted((folder / "answers").glob("generation-*.jsonl"))
     ]
     if found:
         return found
     if not records and not folders:
-        raise ConfigError(f"{journal.run_dir} has no trials and no scored base model: there is nothing to judge.")
+        raise ConfigError(f"{run_folder.run_dir} has no trials and no scored base model: there is nothing to judge.")
     raise ConfigError(
-        f"{journal.run_dir} has no generated answers: no generation benchmark has been scored for a base model or a "
+        f"{run_folder.run_dir} has no generated answers: no generation benchmark has been scored for a base model or a "
         "final trial.\nList one under eval.generation, for example Spec-Bench, and run the sweep (or --resume it)."
     )
 
 
-def _models(journal: RunFolder) -> dict[str, str]:
+def _models(run_folder: RunFolder) -> dict[str, str]:
     """Slug -> full name of the run's models."""
-    names = [*models_of(journal.config()), *(row["model"] for row in journal.score_rows())]
+    names = [*models_of(run_folder.config()), *(row["model"] for row in run_folder.score_rows())]
     return {slug(name): name for name in names}
 
 
-def _tagged(journal: RunFolder, answers: Answers) -> Answers:
+def _tagged(run_folder: RunFolder, answers: Answers) -> Answers:
     """With what the score row of the same answers says of them: limit, split, suite."""
     same = {
         **{key: answers.tag[key] for key in ("model", "trial")},
         **{"benchmark": "generation", "attack": answers.attack, "attack_on": answers.attack_on},
     }
-    for row in journal.score_rows():
+    for row in run_folder.score_rows():
         if all(row[key] == value for key, value in same.items()) and answers.entry in (row.get("entry"), row["task"]):
             words = [word for word in (row.get("settings") or "").split() if word.startswith("suite=")]
             more = {key: row[key] for key in ("limit", "split") if key in row}

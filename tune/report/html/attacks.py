@@ -41,7 +41,7 @@ HEAD = ["setting", "arm", "attack", "k", "attacked_rows", "mean", "min", "max", 
 TITLES = {"zeroing": "Zeroing: the top k rows set to 0", "retaining": "Retaining: all but the top k rows set to 0"}
 
 
-def attack_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def attack_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """One figure for each task (means first) and cell."""
     tasks: dict[tuple[str, str, str], list[Column]] = {}
     for column in model.shown:

@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[str, Family]] = {
 """Family -> the report's part that a reader expects it in, and who draws it."""
 
 
-def figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> list[Figure]:
+def figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> list[Figure]:
     """Every figure of one model of a run, finished or not.
 
     A damaged file of the run costs the figures that need it and nothing else: instead there is one without an SVG whose
@@ -40,7 +40,7 @@ def figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) ->
     found: list[Figure] = []
     for name, (part, family) in FAMILIES.items():
         try:
-            found += family(journal, model, verdicts)
+            found += family(run_folder, model, verdicts)
         except Exception as error:  # whatever a damaged or half-written journal leads to
             told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             found.append(Figure(name, part, name.replace("-", " ").capitalize(), f"Could not be drawn ({told})."))

@@ -63,15 +63,15 @@ class Question:
         return len({tuple(reply.text for reply in speaker.replies) for speaker in self.speakers}) > 1
 
 
-def generations(journal: RunFolder, model: ModelResults) -> dict[str, list[Question]]:
+def generations(run_folder: RunFolder, model: ModelResults) -> dict[str, list[Question]]:
     """Benchmark -> questions: base, plain and the best MacDrop setting, on the first seed that both have.
 
     Where there are more than QUESTIONS, those that are answered differently come first, from every category in turn.
     """
     speakers = list(_speakers(model))
     found: dict[str, list[Question]] = {}
-    subject = Subject(journal, model, [])
-    for entry in _entries(journal, model, speakers):
+    subject = Subject(run_folder, model, [])
+    for entry in _entries(run_folder, model, speakers):
         told = [Told(line, label, *answered(subject, line, entry)) for line, label in speakers]
         told = [one for one in told if one.answers]
         if told:
@@ -91,11 +91,11 @@ def _speakers(model: ModelResults) -> Iterator[tuple[Line, str]]:
         yield min(lines, key=lambda line: line.seed or 0), group.label
 
 
-def _entries(journal: RunFolder, model: ModelResults, speakers: list[tuple[Line, str]]) -> list[str]:
+def _entries(run_folder: RunFolder, model: ModelResults, speakers: list[tuple[Line, str]]) -> list[str]:
     """Names of the generation benchmarks that somebody has answered without attack."""
     names = set()
     for line, _ in speakers:
-        folder = journal.answers_dir(model.display, line.trial)
+        folder = run_folder.answers_dir(model.display, line.trial)
         names |= {file.name.removeprefix("generation-") for file in folder.glob("generation-*-none.jsonl")}
     return sorted(name.removesuffix("-none.jsonl") for name in names)
 

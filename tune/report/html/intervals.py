@@ -65,7 +65,7 @@ class Row:
         return "perplexity, % of plain" if self.relative else difference_unit(self.comparison.column)
 
 
-def verdict_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def verdict_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """For each finalist: the headline, the headline under attack, and each task without attack."""
     for number, verdict in enumerate((one for one in verdicts if one.arm == "macdrop"), 1):
         first = [one for one in (verdict.headline, verdict.attacked) if one]
@@ -77,7 +77,7 @@ def verdict_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verd
         yield _forest(model, name, "verdict", f"{verdict.label}, by task", caption, rows)
 
 
-def comparison_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def comparison_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """For each attack and cell: every task with the finalists and the placebos below one another."""
     by_cell: dict[str, list[Verdict]] = {}
     for verdict in verdicts:

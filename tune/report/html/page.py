@@ -98,7 +98,7 @@ def write_page(reports: list[Report], path: str | os.PathLike) -> list[Path]:
     views, written = [], []
     for number, report in enumerate(reports, 1):
         for model in report.models:
-            drawn = figures(report.journal, model, report.verdicts.get(model.name, []))
+            drawn = figures(report.run_folder, model, report.verdicts.get(model.name, []))
             shown = []
             for figure in drawn:
                 file = report.run_dir / "figures" / f"{model.name}-{figure.name}.csv"
@@ -112,7 +112,7 @@ def write_page(reports: list[Report], path: str | os.PathLike) -> list[Path]:
 def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) -> ModelView:
     try:
         parts = dict(report.parts(model))
-        questions = generations(report.journal, model)
+        questions = generations(report.run_folder, model)
     except Exception as error:  # whatever a damaged or half-written journal leads to
         told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         parts, questions = {"damaged": Part("Not readable", [f"The rest of this run could not be read ({told})."])}, {}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MARKS = {"plain": "D", "macdrop": "o"}
 
 
-def pareto_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def pareto_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """One figure for each pair of objectives; nothing where the run has a single one."""
     if len(model.objectives) < 2:
         return

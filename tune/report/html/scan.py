@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TOP_ROWS = 20
 
 
-def scan_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def scan_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """Entries by layer; the top rows; perplexity with and without them."""
     if not model.weights:
         yield Figure("scan-layers", "weights", "Magnitudes by layer", "The model is not scanned yet.")

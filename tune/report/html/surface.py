@@ -69,7 +69,7 @@ class Scale:
         return f"{value:.{max(0, min(3, 1 - math.floor(math.log10(spread)))) if spread > 0 else 2}f}"
 
 
-def surface_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def surface_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """One figure for each objective and cell, with a map for each schedule (and alpha)."""
     for objective, goal in model.objectives:
         by_cell = [(cell, _points(model, cell, objective)) for cell in cells(model)]

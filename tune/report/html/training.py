@@ -38,11 +38,11 @@ LOSSES = {
 HEIGHT = 240
 
 
-def training_figures(journal: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def training_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """For each cell: training loss, validation loss, dropped entries."""
     for cell in cells(model):
         groups = [group for group in best_groups(model, cell) if group.arm != BASE]
-        logged = {line.trial: _logged(journal, line) for group in groups for line in group.lines}
+        logged = {line.trial: _logged(run_folder, line) for group in groups for line in group.lines}
         for key in LOSSES:
             yield _loss(model, cell, groups, logged, key)
         yield _dropped(model, cell, groups, logged)
@@ -133,9 +133,9 @@ def _points(group: Group, logged: Logged, key: str) -> dict[str, list[tuple[int,
     }
 
 
-def _logged(journal: RunFolder, line: Line) -> list[dict[str, Any]]:
+def _logged(run_folder: RunFolder, line: Line) -> list[dict[str, Any]]:
     """The trial's logged steps, with `dropped`: the percentage of the entries that the step's masks cover."""
-    rows = [row for row in journal.trial(line.trial).metrics() if isinstance(row.get("step"), int)]
+    rows = [row for row in run_folder.trial(line.trial).metrics() if isinstance(row.get("step"), int)]
     total, steps = line.info.get("entries_masked"), line.info.get("step")
     for row in rows:
         masked = row.get("entries_masked") or (total / steps if total and steps else None)

@@ -19,8 +19,8 @@ from tune.training.reproduce import FROZEN, SCRIPT
 
 def cost(subject: Subject) -> Part:
     """Time by arm and stage, speed, and what stopping early saved."""
-    model, journal = subject.model, subject.journal
-    scoring = scoring_seconds(journal.score_rows())
+    model, run_folder = subject.model, subject.run_folder
+    scoring = scoring_seconds(run_folder.score_rows())
     trained = [line for line in model.lines if line.arm != BASE]
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in model.lines:
@@ -36,9 +36,9 @@ def cost(subject: Subject) -> Part:
     head = ["", "stage", "trials", "training", "scoring", "tokens per\nsecond"]
     if not any(row[3] or row[4] for row in rows):
         return Part("Cost")
-    training, total = spent(journal, model)
-    ray = journal.config().get("ray") or {}
-    lines = [_devices(journal.environment(), ray, training, total), *_saved(trained)]
+    training, total = spent(run_folder, model)
+    ray = run_folder.config().get("ray") or {}
+    lines = [_devices(run_folder.environment(), ray, training, total), *_saved(trained)]
     return Part("Cost", [line for line in lines if line], [Table("Time by arm", head, rows)])
 
 
@@ -53,28 +53,30 @@ def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], flo
     return {key: sum(jobs.values()) for key, jobs in spent.items()}
 
 
-def spent(journal: RunFolder, model: ModelResults) -> tuple[float, float]:
+def spent(run_folder: RunFolder, model: ModelResults) -> tuple[float, float]:
     """Seconds of training and of scoring of a model's trials, one after the other."""
-    scoring = scoring_seconds(journal.score_rows())
+    scoring = scoring_seconds(run_folder.score_rows())
     training = sum(line.info.get("seconds") or 0.0 for line in model.lines)
     return training, sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in model.lines)
 
 
 def reproduce(subject: Subject) -> Part:
     """Command, versions, seeds and the scripts of the compared trials."""
-    journal, model = subject.journal, subject.model
-    run, config, environment = journal.run(), journal.config(), journal.environment()
+    run_folder, model = subject.run_folder, subject.model
+    run, config, environment = run_folder.run(), run_folder.config(), run_folder.environment()
     final = [line for line in model.lines if line.arm != BASE and line.stage != "search"]
     seeds = sorted({line.seed for line in final if line.seed is not None})
     installed = environment.get("versions") or {}
     versions = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
     lines = [f"Started with: {run.get('command', 'not known')}"]
-    lines += [f"Again: macdrop sweep {journal.run_dir / 'config.yaml'} output_dir=FOLDER (spec {spec_digest(config)})."]
+    lines += [
+        f"Again: macdrop sweep {run_folder.run_dir / 'config.yaml'} output_dir=FOLDER (spec {spec_digest(config)})."
+    ]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
     lines += [f"Versions: {versions}."] if versions else []
-    folders = [folder for line in final if ((folder := journal.trial(line.trial).folder) / SCRIPT).is_file()]
+    folders = [folder for line in final if ((folder := run_folder.trial(line.trial).folder) / SCRIPT).is_file()]
     if folders:
-        command = (journal.finding(folders[0] / FROZEN) or {}).get("command") or f"python {SCRIPT}"
+        command = (run_folder.finding(folders[0] / FROZEN) or {}).get("command") or f"python {SCRIPT}"
         told = f"{len(folders)} of {len(final)} trials have such a script"
         lines.append(f"One trial without Ray: cd {folders[0]} && {command} ({told}).")
     return Part("Reproduce", lines)
@@ -88,7 +90,7 @@ def spec_digest(config: dict[str, Any]) -> str:
 
 def _speed(subject: Subject, line: Line) -> float | None:
     """Median tokens a second of a trial's logged steps."""
-    rows = subject.journal.trial(line.trial).metrics()
+    rows = subject.run_folder.trial(line.trial).metrics()
     speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
     return statistics.median(speeds) if speeds else None
 

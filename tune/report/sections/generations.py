@@ -65,9 +65,9 @@ def _table(subject: Subject, entry: str, pair: tuple[Line, Line]) -> Table:
 
 def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """question -> its row of the answers file, and question -> its judgements; damaged lines are left out and noted."""
-    journal = subject.journal
-    folder = journal.answers_dir(subject.model.name, line.trial)
-    problems = journal.problems if journal.problems is not None else []
+    run_folder = subject.run_folder
+    folder = run_folder.answers_dir(subject.model.name, line.trial)
+    problems = run_folder.problems if run_folder.problems is not None else []
     file = folder / f"{EvalJob('generation', entry, PLAIN).key.replace('/', '-')}.jsonl"
     needed = {"question_id", "turns", "answers"}
     answers = {str(row["question_id"]): row for row in read_jsonl(file, problems) if needed <= row.keys()}
@@ -80,10 +80,10 @@ def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict],
 def _judgements(subject: Subject, line: Line, entry: str, problems: list[str]) -> dict[str, dict[str, Any]]:
     """Of each item the last judgement, by the judge whose score is in the run: the last one asked."""
     wanted = {"trial": line.trial, "task": entry, "metric": "judge_score", "attack": PLAIN}
-    for row in subject.journal.score_rows():
+    for row in subject.run_folder.score_rows():
         mine = slug(row["model"]) == subject.model.name  # every model's base is the trial "base"
         if mine and row.get("judgements") and all(row.get(key) == value for key, value in wanted.items()):
-            kept = read_jsonl(subject.journal.run_dir / row["judgements"], problems)
+            kept = read_jsonl(subject.run_folder.run_dir / row["judgements"], problems)
             return {str(judgement["item"]): judgement for judgement in kept if "item" in judgement}
     return {}
 

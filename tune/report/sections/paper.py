@@ -54,7 +54,7 @@ def tables(subject: Subject) -> Part:
     """Base, plain and MacDrop on every benchmark, without attack and under the paper's."""
     model = subject.model
     groups = in_paper_order(model)
-    workers = (subject.journal.config().get("ray") or {}).get("num_workers") or 1
+    workers = (subject.run_folder.config().get("ray") or {}).get("num_workers") or 1
     made, reasons = [], {}
     for section in SECTIONS:
         held = [column for column in _columns(model, section) if section.holds(column)]

@@ -16,6 +16,6 @@ if TYPE_CHECKING:
 class Subject:
     """One model of one run: its results and the verdicts on them."""
 
-    journal: RunFolder
+    run_folder: RunFolder
     model: ModelResults
     verdicts: list[Verdict]
