@@ -134,16 +134,17 @@ def test_the_command_in_an_example_makes_it_again():
         assert yaml.safe_dump(command) and render.render(target, command.replace("'", "").split()) == text
 
 
-def test_what_the_readme_renders_can_be_rendered_and_passes_the_checks():
-    readme = (Path(render.__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+def test_documented_render_commands_work_and_pass_the_checks():
+    documents = sorted(Path(__file__).parents[2].glob("cluster/docs/*.md"))
+    text = "\n".join(document.read_text(encoding="utf-8") for document in documents).replace("\\\n", " ")
     values = {"$AMI": "ami-0123456789abcdef0", "$EFS": "fs-0123456789abcdef0", "$SG": "sg-0123456789abcdef0"}
-    found = re.findall(r"^macdrop cluster render (\S+) ([^#\n]*=.*) --output \S+$", readme, re.MULTILINE)
+    found = re.findall(r"^macdrop cluster render (\S+) ([^#\n]*=.*) --output \S+$", text, re.MULTILINE)
     assert {name for name, _ in found} == {"aws", "gcp", "azure", "local", "kuberay", "slurm"}
     for name, words in found:
         for variable, value in values.items():
             words = words.replace(variable, value)
         file = files.parse(render.render(TARGETS[name], words.split()), Path("cluster.yaml"))
         assert [each for each in check.check(file) if each.severity == ERROR] == []
-    assert re.findall(r"^\| `([\w-]+)` \|.*`cluster/examples/(\S+)` \|$", readme, re.MULTILINE) == [
+    assert re.findall(r"^\| `([\w-]+)` \|.*`cluster/(?:render/)?examples/(\S+)` \|$", text, re.MULTILINE) == [
         (target.name, target.file) for target in TARGETS.values()
     ]

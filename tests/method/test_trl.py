@@ -134,15 +134,15 @@ def test_a_kernel_that_goes_round_the_layer_is_an_error_not_a_plain_run(tmp_path
         sft(tmp_path, data, Fused(None, MacDropConfig(k=K, p0=0.9)))
 
 
-def test_the_axolotl_plugin_of_the_readme_hands_out_a_callback_that_trains(tmp_path, data, monkeypatch):
+def test_the_documented_axolotl_plugin_hands_out_a_callback_that_trains(tmp_path, data, monkeypatch):
     """Its lines run against the interface of Axolotl's BasePlugin, the callback in a real trainer."""
     base = types.ModuleType("axolotl.integrations.base")
     base.BasePlugin = type("BasePlugin", (), {"add_callbacks_pre_trainer": lambda self, cfg, model: []})
     for name in ("axolotl", "axolotl.integrations"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, base.__name__, base)
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (code,) = [part for part in readme.split("```python\n") if part.startswith("from axolotl")]
+    text = (Path(__file__).parents[2] / "tune/docs/integrations.md").read_text(encoding="utf-8")
+    (code,) = [part for part in text.split("```python\n") if part.startswith("from axolotl")]
     names: dict = {}
     exec(code.partition("```")[0], names)
     (callback,) = names["MacDropPlugin"]().add_callbacks_pre_trainer(types.SimpleNamespace(seed=7), model=None)
