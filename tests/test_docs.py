@@ -338,6 +338,16 @@ def test_the_tree_has_every_package_once():
     assert set(packages) <= set(listed)
 
 
+def test_the_tree_answers_what_a_newcomer_asks():
+    wanted = {
+        "the decay schedule": "macdrop/schedules.py",
+        "the retry policy": "tune/scheduling/failures.py",
+        "the report's attack figure": "tune/report/html/attacks.py",
+        "the AWS template": "cluster/render/templates/aws.yaml.j2",
+    }
+    assert set(wanted.values()) <= set(tree())
+
+
 def test_the_tree_has_nothing_else():
     here = [path for path in tree() if path.startswith("cluster/") and not Path(ROOT, "cluster/render").is_dir()]
     gone = [path for path in tree() if not any(name.startswith(path) for name in tracked())]
