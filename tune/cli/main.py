@@ -247,7 +247,7 @@ def main() -> None:
     from macdrop.errors import MacDropError
 
     try:
-        app()
+        app(prog_name="macdrop")  # also under `python -m`
     except (MacDropError, LaunchError) as error:
         print(f"macdrop: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
