@@ -220,7 +220,7 @@ def test_a_rubric_of_ones_own(tmp_path):
     assert load(str(file)).id != rubric.id
     own["default"]["scores"].pop()
     file.write_text(yaml.safe_dump(own))
-    with pytest.raises(ConfigError, match=r"mine.yaml is no rubric: default.scores"):
+    with pytest.raises(ConfigError, match=r"mine.yaml is not a rubric: default.scores"):
         load(str(file))
     with pytest.raises(ConfigError, match="Did you mean 'helpfulness'"):
         load("helpfullness")

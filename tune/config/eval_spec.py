@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -22,6 +20,7 @@ from pydantic import (
 from macdrop.errors import ConfigError, nearest
 from tune.config import suites
 from tune.config.judge_spec import JudgeSpec
+from tune.config.strict import Strict, Text
 
 ATTACKS = ("zeroing", "retaining", "random")
 PLAIN = "none"
@@ -31,10 +30,9 @@ SECTIONS = ("zero_shot", "perplexity", "generation")
 TEXT_METRICS = ("exact_match", "chrf", "rouge_l")
 INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
 
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-Name = Annotated[str, Field(min_length=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
 Paths = Annotated[
-    list[Name], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+    list[Text], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
 
 
@@ -75,17 +73,13 @@ def _attacks(value: Any) -> list[str]:
 Attacks = Annotated[list[str], BeforeValidator(_attacks)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Entry(_Strict):
+class _Entry(Strict):
     """What every benchmark entry may set for itself; a key left out is inherited from the `eval:` block.
 
     `suite` is written by `eval.suite`: NAME@VERSION of the suite an entry came from, +KEY for a changed definition.
     """
 
-    suite: Name | None = None
+    suite: Text | None = None
     attacks: Attacks | None = None
     limit: PositiveInt | None = None
     batch_size: PositiveInt | None = None
@@ -107,13 +101,13 @@ class ZeroShot(_Entry):
     (null: `eval.max_length`); a longer prompt loses tokens on the `left`, or in the `middle` if the task generates.
     """
 
-    task: Name | None = None
+    task: Text | None = None
     data: Paths | None = None
-    split: Name | None = None
+    split: Text | None = None
     fewshot_data: Paths | None = None
-    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
-    metric: Name | None = None
-    max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    metric: Text | None = None
+    max_length: Annotated[int, Field(ge=2)] | None = None
     truncation: Literal["left", "middle"] = "left"
     max_new_tokens: PositiveInt | None = None
     target_delimiter: str | None = None
@@ -138,15 +132,15 @@ class Perplexity(_Entry):
     """
 
     data: Paths
-    name: Name | None = None
-    split: Name = "test"
-    column: Name = "text"
+    name: Text | None = None
+    split: Text = "test"
+    column: Text = "text"
     documents: PositiveInt | None = None
     keep_empty: bool = False
     join: str = "\n\n"
     bos: Literal["window", "text", "none"] = "window"
-    window: Annotated[int, Field(ge=2, strict=True)] | None = None
-    max_window: Annotated[int, Field(ge=2, strict=True)] = 2048
+    window: Annotated[int, Field(ge=2)] | None = None
+    max_window: Annotated[int, Field(ge=2)] = 2048
     stride: PositiveInt | None = None
     windows: PositiveInt | None = None
     full_windows: bool = False
@@ -181,7 +175,7 @@ class Generation(_Entry):
     template: Literal["auto", "chat", "alpaca", "plain"] = "auto"
     max_new_tokens: PositiveInt = 64
     metrics: list[Literal["exact_match", "chrf", "rouge_l"]] | None = Field(default=None, min_length=1)
-    stop: Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    stop: Annotated[list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
     limit: Annotated[PositiveInt | None, BeforeValidator(_per_category)] = None
 
     @model_validator(mode="after")
@@ -214,7 +208,7 @@ def _named(value: Any) -> Any:
     return named
 
 
-class EvalSpec(_Strict):
+class EvalSpec(Strict):
     """The `eval:` block: three sections of named benchmarks, and the settings they share.
 
     `batch_size` is fixed and kept in every row. `limit`: items of each task (null: all). `num_fewshot` null: the task's
@@ -228,14 +222,14 @@ class EvalSpec(_Strict):
     local: None = Field(None, exclude=True)
     batch_size: PositiveInt = 16
     limit: PositiveInt | None = None
-    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = 0
-    max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = 0
+    max_length: Annotated[int, Field(ge=2)] | None = None
     add_bos_token: bool | None = None
     attacks: Attacks = [PLAIN]
     attack_on: Literal["base", "merged", "both"] = "base"
-    zero_shot: Annotated[dict[Name, ZeroShot], BeforeValidator(_named)] = {}
-    perplexity: Annotated[dict[Name, Perplexity], BeforeValidator(_named)] = {}
-    generation: Annotated[dict[Name, Generation], BeforeValidator(_named)] = {}
+    zero_shot: Annotated[dict[Text, ZeroShot], BeforeValidator(_named)] = {}
+    perplexity: Annotated[dict[Text, Perplexity], BeforeValidator(_named)] = {}
+    generation: Annotated[dict[Text, Generation], BeforeValidator(_named)] = {}
     judge: JudgeSpec | None = None
 
     @model_validator(mode="before")

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from tune.config.strict import Strict, Text
 
 #: Keys that only a local model, or only an endpoint, has a use for.
 LOCAL_KEYS = ("batch_size", "bf16", "trust_remote_code", "long_prompts")
 ENDPOINT_KEYS = ("api_key_env", "request_retries", "timeout_s", "max_concurrent", "token_limit")
 
 
-def _number(value: Any) -> Any:
-    """A whole number is a number; true is not."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-
-
-class JudgeSpec(BaseModel):
+class JudgeSpec(Strict):
     """A local causal language model, or with `base_url` a model behind an OpenAI-compatible endpoint.
 
     `rubric` is the name of a shipped one or a YAML file; `reference`: show the judge the reference answers of rows that
@@ -31,23 +25,19 @@ class JudgeSpec(BaseModel):
     model's positions is refused, or with `long_prompts: cut` loses tokens on the left.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
-
-    model: Annotated[str, Field(min_length=1)]
+    model: Text
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
     revision: str | None = None
-    rubric: Annotated[str, Field(min_length=1)] = "spec_bench"
+    rubric: Text = "spec_bench"
     reference: bool = True
     max_new_tokens: int = Field(512, ge=1)
-    temperature: Annotated[Number | None, Field(ge=0)] = 0.0
+    temperature: float | None = Field(0.0, ge=0)
     retries: int = Field(2, ge=0)
-    retry_temperature: Annotated[Number, Field(gt=0)] = 1.0
+    retry_temperature: float = Field(1.0, gt=0)
     seed: int = Field(0, ge=0, lt=2**31)
     request_retries: int = Field(5, ge=0)
-    timeout_s: Annotated[Number, Field(gt=0)] = 120.0
+    timeout_s: float = Field(120.0, gt=0)
     max_concurrent: int = Field(8, ge=1)
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     batch_size: int = Field(8, ge=1)

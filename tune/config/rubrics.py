@@ -1,4 +1,4 @@
-"""Rubrics: what each score from 1 to 5 means, as versioned YAML; ours are in `tune/rubrics`, a user's anywhere.
+"""Rubrics: versioned YAML that says what each score from 1 to 5 means; shipped ones are in `tune/config/rubrics`.
 
     name: mine
     version: 1
@@ -13,20 +13,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from macdrop.errors import ConfigError, nearest
+from tune.config.messages import build
+from tune.config.parse import read_yaml
+from tune.config.strict import Strict, Text
 
 FOLDER = Path(__file__).with_name("rubrics")
 
-Text = Annotated[str, Field(min_length=1)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Scale(_Strict):
+class Scale(Strict):
     """A question to the judge, and what the scores 1, 2, 3, 4 and 5 stand for, in this order."""
 
     criteria: Text
@@ -38,11 +34,11 @@ class Scale(_Strict):
         return "\n".join([f"[{self.criteria}]", *lines])
 
 
-class Rubric(_Strict):
+class Rubric(Strict):
     """A scale, and others for some categories of questions."""
 
     name: Text
-    version: Annotated[Text, BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value)]
+    version: Text | int | float
     about: str = ""
     default: Scale
     categories: dict[str, Scale] = {}
@@ -58,7 +54,7 @@ class Rubric(_Strict):
 
 
 def load(name: str) -> Rubric:
-    """A shipped rubric by name, or the one in a YAML file.
+    """Load a shipped rubric by name, or the one in a YAML file.
 
     Raises:
         ConfigError: there is none of that name, or the file holds no rubric.
@@ -70,11 +66,8 @@ def load(name: str) -> Rubric:
             f"eval.judge.rubric {name!r} is neither a shipped rubric nor a YAML file.{nearest(name, shipped)} "
             f"Rubrics: {', '.join(shipped)}."
         )
-    from tune.config.messages import build
-    from tune.config.parse import read_yaml
-
     raw: dict[str, Any] = read_yaml(path)
     try:
         return build(Rubric, raw)
     except ConfigError as error:
-        raise ConfigError(f"{path} is no rubric: {error}") from None
+        raise ConfigError(f"{path} is not a rubric: {error}") from None

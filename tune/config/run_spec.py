@@ -22,7 +22,8 @@ from tune.config.eval_spec import EvalSpec
 from tune.config.messages import ELSEWHERE, build
 from tune.config.objectives import check_apart, check_early_stops, check_metrics
 from tune.config.parse import merge, normalise, override, read_override, read_yaml, undot
-from tune.config.sections import MacDropSpec, Metric, RaySpec, Space, Strict, SweepSpec
+from tune.config.sections import MacDropSpec, Metric, RaySpec, Space, SweepSpec
+from tune.config.strict import Strict
 
 __all__ = [
     "ENGINE_KEYS",

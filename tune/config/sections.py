@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     field_serializer,
     field_validator,
@@ -15,19 +13,12 @@ from pydantic import (
 )
 
 from macdrop.config import MacDropConfig
+from tune.config.strict import Strict
 
 #: Arms in which something is dropped -> what.
 ARMS = {"macdrop": "massive", "random_rows": "random", "all_rows": "all", "activations": "activations"}
 #: Those that drop something else than massive weights, with the settings of the best MacDrop trial.
 PLACEBOS = tuple(arm for arm in ARMS if arm != "macdrop")
-
-
-class Strict(BaseModel):
-    """No unknown key, no value of another type taken for the right one (true is not 1, "8" is not 8)."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
 
 
 class MacDropSpec(Strict):
