@@ -13,6 +13,7 @@ from helpers.run_folders import make_run
 from macdrop.errors import DataError
 from tune.analysis.items import Items, matched, read_items
 from tune.config.eval_spec import EvalSpec
+from tune.config.messages import build
 from tune.evaluation.score_names import Column
 from tune.evaluation.scorer import Scorer
 from tune.storage.run_folder import RunFolder
@@ -77,7 +78,7 @@ def test_items_of_what_the_scorer_writes_average_to_its_scores(tmp_path, monkeyp
         },
     }  # fmt: skip
     run_folder = RunFolder.create(tmp_path / "run", {"eval": block})
-    scorer = Scorer(model, tokenizer, EvalSpec.parse(block))
+    scorer = Scorer(model, tokenizer, build(EvalSpec, block))
     for job in scorer.jobs():
         file = run_folder.answers_dir("org/tiny", "base") / f"{job.key.replace('/', '-')}.jsonl"
         tag = {"model": "org/tiny", "trial": "base", "arm": "base", "entry": job.task}

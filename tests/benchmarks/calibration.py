@@ -153,6 +153,7 @@ class Trainer:
     def __init__(self, run_folder: Any, steps: int) -> None:
         from macdrop import load_model, load_tokenizer
         from tune.config.eval_spec import EvalSpec
+        from tune.config.messages import build
         from tune.data import dataset as data
         from tune.evaluation.adapters import AdapterSlot
         from tune.evaluation.scorer import Scorer
@@ -168,7 +169,7 @@ class Trainer:
         self.data = data.load(data.prepare(spec, self.engine.tokenizer, cache_dir() / "data"))
         model, tokenizer = load_model(resolve(MODEL)), load_tokenizer(resolve(MODEL))
         self.slot = AdapterSlot(model)
-        self.scorer = Scorer(model, tokenizer, EvalSpec.parse(EVAL), massive_weights(spec, model, tokenizer))
+        self.scorer = Scorer(model, tokenizer, build(EvalSpec, EVAL), massive_weights(spec, model, tokenizer))
 
     def run(self, seed: int) -> None:
         """Train, score, and only then note the trial as done."""

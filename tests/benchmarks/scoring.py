@@ -215,6 +215,7 @@ def spread(runs: list[Run], number: int | None) -> list[Run]:
 def opening(setting: Setting, root: Path) -> Any:
     """What the actors make resident; the first of them finds and proves the massive weights."""
     from tune.config.eval_spec import TEST, EvalSpec
+    from tune.config.messages import build
     from tune.config.run_spec import TrainSpec
     from tune.distributed.actors.evaluators import Opening
 
@@ -225,7 +226,7 @@ def opening(setting: Setting, root: Path) -> Any:
     block = {"batch_size": setting.batch_size, "limit": setting.limit, "zero_shot": entries}
     return Opening(
         spec=TrainSpec(model_name_or_path=setting.model),
-        blocks={TEST: EvalSpec.parse(block | {"attacks": [PLAIN, *setting.attacks]})},
+        blocks={TEST: build(EvalSpec, block | {"attacks": [PLAIN, *setting.attacks]})},
         weights=str(root / "massive_weights.json"),
         scan=bool(setting.attacks),
         k=K,

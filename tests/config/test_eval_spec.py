@@ -12,6 +12,7 @@ import pytest
 
 from macdrop.errors import ConfigError, DataError
 from tune.config.eval_spec import EvalJob, EvalSpec, jobs, parse_attack
+from tune.config.messages import build
 from tune.evaluation.check import check_files
 
 
@@ -33,13 +34,14 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_jobs_are_entries_times_attacks_in_file_order():
-    spec = EvalSpec.parse(
+    spec = build(
+        EvalSpec,
         {
             "attacks": ["none", "zeroing@3"],
             "zero_shot": ["arc_easy", "piqa"],
             "perplexity": {"text": {"data": "a.txt", "attacks": "none"}},
             "generation": {"q": "q.jsonl"},
-        }
+        },
     )
     found = jobs(spec)
     assert [job.key for job in found] == [
@@ -50,19 +52,20 @@ def test_jobs_are_entries_times_attacks_in_file_order():
 
 
 def test_both_places_of_an_attack_are_two_jobs_and_the_plain_score_one():
-    spec = EvalSpec.parse({"attacks": ["none", "retaining@0"], "attack_on": "both", "zero_shot": "piqa"})
+    spec = build(EvalSpec, {"attacks": ["none", "retaining@0"], "attack_on": "both", "zero_shot": "piqa"})
     assert [(job.attack, job.attack_on) for job in jobs(spec)] == [
         ("none", None), ("retaining@0", "base"), ("retaining@0", "merged"),
     ]  # fmt: skip
 
 
 def test_an_entry_inherits_what_it_does_not_set_and_null_counts_as_set():
-    spec = EvalSpec.parse({"limit": 5, "zero_shot": {"a": {"limit": None}, "b": {"limit": 2}, "c": {}}})
+    spec = build(EvalSpec, {"limit": 5, "zero_shot": {"a": {"limit": None}, "b": {"limit": 2}, "c": {}}})
     assert [spec.inherited(spec.entry(EvalJob("zero_shot", name)), "limit") for name in "abc"] == [None, 2, 5]
 
 
 def test_a_spec_means_the_same_when_it_is_written_and_read_back():
-    spec = EvalSpec.parse(
+    spec = build(
+        EvalSpec,
         {
             "limit": 5, "num_fewshot": 2, "attacks": ["none", "zeroing@3"],
             "zero_shot": {"a": {}, "b": {"limit": None, "num_fewshot": 0}},
@@ -70,7 +73,7 @@ def test_a_spec_means_the_same_when_it_is_written_and_read_back():
             "generation": {"g": {"data": "q.jsonl", "limit": "3 per category"}},
         }
     )  # fmt: skip
-    for again in (EvalSpec.parse(spec.model_dump(mode="json")), pickle.loads(pickle.dumps(spec))):
+    for again in (build(EvalSpec, spec.model_dump(mode="json")), pickle.loads(pickle.dumps(spec))):
         assert jobs(again) == jobs(spec)
         for job in jobs(spec):
             for key in (
@@ -80,11 +83,11 @@ def test_a_spec_means_the_same_when_it_is_written_and_read_back():
 
 
 def test_an_empty_block_asks_for_nothing():
-    assert jobs(EvalSpec()) == jobs(EvalSpec.parse(None)) == []
+    assert jobs(EvalSpec()) == jobs(build(EvalSpec, {})) == []
 
 
 def test_limit_per_category_can_be_written_out():
-    assert EvalSpec.parse({"generation": {"s": {"data": "q", "limit": "2 per category"}}}).generation["s"].limit == 2
+    assert build(EvalSpec, {"generation": {"s": {"data": "q", "limit": "2 per category"}}}).generation["s"].limit == 2
 
 
 @pytest.mark.parametrize("text", ["zeroing@0", "retaining@5", "random@12", "none"])
@@ -104,20 +107,21 @@ def test_attacks_parse(text):
         ({"attacks": ["none", "none"]}, ["twice"]),
         ({"attacks": 3}, ["a list of attacks"]),
         ({"zero_shot": 3}, ["list of names"]),
-        ({"zero_shot": {"piqa": [1]}}, ["eval.zero_shot.piqa"]),
-        ({"perplexity": {"w": []}}, ["eval.perplexity.w"]),
-        ({"perplexity": {"w": {"data": []}}}, ["eval.perplexity.w.data"]),
+        ({"zero_shot": {"piqa": [1]}}, ["zero_shot.piqa"]),
+        ({"perplexity": {"w": []}}, ["perplexity.w"]),
+        ({"perplexity": {"w": {"data": []}}}, ["perplexity.w.data must be a list of at least 1, not []"]),
         ({"attack_on": "adapter"}, ["attack_on", "'adapter'"]),
         ({"batch_size": "auto"}, ["batch_size", "whole number", "'auto'"]),
-        ({"limit": 0}, ["limit", "greater than 0"]),
+        ({"limit": 0}, ["limit", "above 0"]),
         ({"limit": 0.5}, ["limit"]),
         ({"num_fewshot": -1}, ["num_fewshot"]),
-        ({"zero_shot": {"piqa": {"dta": "x"}}}, ["eval.zero_shot.piqa.dta", "Did you mean 'data'"]),
+        ({"zero_shot": {"piqa": {"dta": "x"}}}, ["zero_shot.piqa.dta", "Did you mean 'data'"]),
         ({"zero_shot": ["piqa", "piqa"]}, ["twice"]),
         ({"zero_shot": ["piqa", []]}, ["[] is no name"]),
         ({"zero_shot": [3]}, ["3 is no name"]),
         ({"zero_shot": {"piqa": {"fewshot_data": "x"}}}, ["give data"]),
-        ({"perplexity": {"w": {}}}, ["eval.perplexity.w.data"]),
+        ({"perplexity": {"w": {}}}, ["perplexity.w.data is missing"]),
+        ({"zero_shot": {"piqa": {"task": ""}}}, ["task must be a text that is not empty"]),
         ({"perplexity": {"w": {"data": "x", "window": 8, "stride": 8}}}, ["stride 8", "at most 7"]),
         ({"generation": {"g": {"data": "x", "metrics": ["bleu"]}}}, ["exact_match", "'bleu'"]),
         ({"generation": {"g": {"data": "x", "format": "spec_bench", "metrics": ["chrf"]}}}, ["references"]),
@@ -126,12 +130,12 @@ def test_attacks_parse(text):
 )
 def test_bad_blocks_are_refused_with_the_key_and_the_remedy(block, words):
     with pytest.raises(ConfigError) as error:
-        EvalSpec.parse(block)
+        build(EvalSpec, block)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def checked(**block: object) -> None:
-    check_files(EvalSpec.parse(block))
+    check_files(build(EvalSpec, block))
 
 
 def test_good_files_pass(tmp_path):

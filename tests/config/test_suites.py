@@ -11,6 +11,7 @@ from macdrop.errors import ConfigError
 from tune.cli.suites import show
 from tune.config import suites
 from tune.config.eval_spec import EvalSpec, jobs
+from tune.config.messages import build
 from tune.config.run_spec import dump, load
 from tune.evaluation import catalogue
 
@@ -23,7 +24,7 @@ MODEL = {"model_name_or_path": "zoo:planted-llama"}
 
 
 def parse(**block) -> EvalSpec:
-    return EvalSpec.parse(block)
+    return build(EvalSpec, block)
 
 
 def complete(name: str, folder) -> EvalSpec:
@@ -58,7 +59,7 @@ class TestEverySuite:
 
     def test_means_the_same_when_it_is_written_and_read_back(self, name, tmp_path):
         spec = complete(name, tmp_path)
-        assert EvalSpec.parse(spec.model_dump(mode="json")) == spec
+        assert build(EvalSpec, spec.model_dump(mode="json")) == spec
 
 
 def test_the_papers_suite_is_the_papers_benchmarks(tmp_path):
@@ -128,12 +129,12 @@ def test_suites_are_merged_in_their_order():
         ({"suite": "zero-shot", "zero_shot": {"bolq": False}}, ["bolq", "Did you mean 'boolq'"]),
         ({"suite": "zero-shot", "zero_shot": {"boolq": {"dta": "x"}}}, ["Did you mean 'data'"]),
         ({"suite": "paper"}, ["generation.spec_bench", "hemingkx/Spec-Bench", "local: FOLDER", "off"]),
-        ({"zero_shot": {"boolq": False}}, ["eval.zero_shot.boolq"]),
+        ({"zero_shot": {"boolq": False}}, ["zero_shot.boolq"]),
     ],
 )
 def test_bad_suites_are_refused_with_the_remedy(block, words):
     with pytest.raises(ConfigError) as error:
-        EvalSpec.parse(block)
+        build(EvalSpec, block)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 

@@ -15,6 +15,7 @@ import pytest
 from macdrop.errors import MacDropError
 from tune.config.eval_spec import EvalJob, EvalSpec, jobs
 from tune.config.judge_spec import JudgeSpec
+from tune.config.messages import build
 from tune.config.run_spec import RunSpec
 from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, PoolActor
 from tune.distributed.actors.evaluators import EvalTask, Opening, Pool, _Evaluator
@@ -220,7 +221,7 @@ def test_a_damaged_adapter_costs_its_own_scores_alone(tmp_path):
     content = bytearray((bad / "adapter_model.safetensors").read_bytes())
     content[-4] ^= 1
     (bad / "adapter_model.safetensors").write_bytes(content)
-    block = EvalSpec.parse({"batch_size": 8, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
+    block = build(EvalSpec, {"batch_size": 8, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
     spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
     pool = Pool(1, cpus=0, gpus=0)
     pool.open(Opening(spec, {"test": block}, str(tmp_path / "weights.json"), scan=False, k=3, threads=1))
@@ -258,7 +259,7 @@ class Stuck(_Evaluator):
 
 def test_an_actor_that_hangs_ends_with_its_stacks_and_others_go_on(tmp_path):
     adapter = make_adapter(tmp_path / "good")
-    block = EvalSpec.parse({"batch_size": 2, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
+    block = build(EvalSpec, {"batch_size": 2, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
     spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
     pool = Pool(1, cpus=0, gpus=0, kind=Stuck)
     weights = str(tmp_path / "weights.json")

@@ -361,9 +361,11 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
     import ray
 
     from tune.config.eval_spec import EvalSpec, jobs
+    from tune.config.messages import build
     from tune.distributed.actors.evaluators import EvalTask, Opening, Pool
 
-    block = EvalSpec.parse(
+    block = build(
+        EvalSpec,
         {
             "batch_size": 8,
             "limit": 8,

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from macdrop.errors import ConfigError
 from tune.config.eval_spec import EvalJob, EvalSpec
+from tune.config.messages import build
 from tune.errors import CheckpointError
 from tune.evaluation.adapters import AdapterSlot, merged_weights
 from tune.evaluation.decode import greedy
@@ -167,7 +168,7 @@ def test_attacks_on_base_rows_and_on_merged_rows_are_different_scores(tmp_path, 
     block = {"attacks": ["none", "zeroing@5"], "attack_on": "both", "perplexity": {"t": str(tmp_path / "t.txt")}}
     base = fix.tiny_llama()
     weights, tokenizer = fix.massive(base), fix.byte_tokenizer()
-    scorer, slot = Scorer(base, tokenizer, EvalSpec.parse(block), weights), AdapterSlot(base)
+    scorer, slot = Scorer(base, tokenizer, build(EvalSpec, block), weights), AdapterSlot(base)
     with slot.adapter(folder) as model:
         found = {(job.attack, job.attack_on): scorer.score(job, model)[0]["value"] for job in scorer.jobs()}
     bare = scorer.score(EvalJob("perplexity", "t"))[0]["value"]
@@ -181,7 +182,7 @@ def test_attacks_on_base_rows_and_on_merged_rows_are_different_scores(tmp_path, 
             for name in ("gate_proj", "up_proj"):
                 layer = getattr(mlp, name)
                 getattr(layer, "base_layer", layer).weight[-5:] = 0
-        plain = Scorer(model, tokenizer, EvalSpec.parse(block | {"attacks": "none"}))
+        plain = Scorer(model, tokenizer, build(EvalSpec, block | {"attacks": "none"}))
         assert plain.score(EvalJob("perplexity", "t"))[0]["value"] == found["zeroing@5", place]
 
 

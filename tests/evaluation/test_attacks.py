@@ -12,6 +12,7 @@ from helpers.benchmark_fixtures import TEXT, score
 
 from macdrop.errors import ConfigError, MacDropError
 from tune.config.eval_spec import EvalJob, EvalSpec
+from tune.config.messages import build
 from tune.errors import BenchmarkError
 from tune.evaluation.scorer import Scorer, masks_off
 
@@ -42,13 +43,13 @@ def test_an_attacked_score_is_that_of_the_edited_model_and_leaves_no_trace(tmp_p
         "perplexity": {"text": {"data": str(tmp_path / "t.txt"), "window": 64}},
         "generation": {"g": {"data": "zoo:generate", "limit": 3, "max_new_tokens": 8}},
     }
-    scorer = Scorer(model, tokenizer, EvalSpec.parse(block), fix.massive(model))
+    scorer = Scorer(model, tokenizer, build(EvalSpec, block), fix.massive(model))
     with torch.no_grad():  # row 47 is the most massive one
         keep = torch.zeros(fix.FFN, 1)
         keep[kept] = 1
         for matrix in (edited.model.layers[0].mlp.gate_proj, edited.model.layers[0].mlp.up_proj):
             matrix.weight *= keep
-    reference = Scorer(edited, tokenizer, EvalSpec.parse(block | {"attacks": "none"}))
+    reference = Scorer(edited, tokenizer, build(EvalSpec, block | {"attacks": "none"}))
     answers = {}
     for job in scorer.jobs():
         rows = scorer.score(job, answers_path=tmp_path / "items.jsonl")
@@ -65,7 +66,7 @@ def test_an_attacked_score_is_that_of_the_edited_model_and_leaves_no_trace(tmp_p
 
 
 def test_impossible_attacks_are_refused_at_once(model, tokenizer):
-    spec = EvalSpec.parse({"attacks": "zeroing@49", "generation": {"g": "zoo:generate"}})
+    spec = build(EvalSpec, {"attacks": "zeroing@49", "generation": {"g": "zoo:generate"}})
     with pytest.raises(ConfigError, match="49"):
         Scorer(model, tokenizer, spec, fix.massive(model))
     with pytest.raises(ConfigError, match="macdrop scan"):
@@ -102,13 +103,14 @@ def test_drops_while_scoring_void_the_score(model):
 
 def test_scores_repeat_bit_for_bit_and_print_nothing(tmp_path, model, tokenizer, capfd):
     (tmp_path / "t.txt").write_text(TEXT)
-    spec = EvalSpec.parse(
+    spec = build(
+        EvalSpec,
         {
             "batch_size": 3,
             "zero_shot": {"piqa": fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("piqa"))},
             "perplexity": {"text": {"data": str(tmp_path / "t.txt"), "window": 32}},
             "generation": {"g": {"data": "zoo:generate", "limit": 4, "max_new_tokens": 5, "metrics": ["chrf"]}},
-        }
+        },
     )
     scorer = Scorer(model, tokenizer, spec)
     scorer.prepare()

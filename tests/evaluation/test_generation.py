@@ -11,6 +11,7 @@ from helpers.benchmark_fixtures import score, slow_greedy, values
 
 from macdrop.errors import ConfigError, DataError
 from tune.config.eval_spec import EvalSpec
+from tune.config.messages import build
 from tune.evaluation.decode import fit_prompt, greedy
 from tune.evaluation.scorer import Scorer
 from tune.evaluation.text_metrics import mean_and_stderr, repetition, text_metric
@@ -116,7 +117,7 @@ def test_the_alpaca_prompt_is_that_of_training_and_cut_prompts_are_counted(tmp_p
     from tune.evaluation import generation
 
     row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
-    spec = EvalSpec.parse({"generation": {"g": {"data": fix.write_jsonl(tmp_path / "a.jsonl", [row])}}})
+    spec = build(EvalSpec, {"generation": {"g": {"data": fix.write_jsonl(tmp_path / "a.jsonl", [row])}}})
     resident = generation.load(spec.generation["g"], tokenizer, 256)
     prompt = generation.prompt_ids(resident, tokenizer, resident.questions[0], [])
     trained = Encoder(tokenizer, "alpaca", False).encode(
@@ -133,11 +134,11 @@ def test_bos_can_be_switched_on_for_tokenizers_that_leave_it_out(tmp_path, model
         "zero_shot": {"piqa": fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("piqa"))},
         "generation": {"g": {"data": "zoo:generate", "limit": 4, "max_new_tokens": 5}},
     }
-    with_bos = Scorer(model, tokenizer, EvalSpec.parse(block))
-    switched = Scorer(model, off, EvalSpec.parse(block | {"add_bos_token": True}))
+    with_bos = Scorer(model, tokenizer, build(EvalSpec, block))
+    switched = Scorer(model, off, build(EvalSpec, block | {"add_bos_token": True}))
     for number, job in enumerate(with_bos.jobs()):
         kept = [tmp_path / f"{number}{name}.jsonl" for name in ("a", "b", "c")]
-        for scorer, path in zip([with_bos, switched, Scorer(model, off, EvalSpec.parse(block))], kept, strict=True):
+        for scorer, path in zip([with_bos, switched, Scorer(model, off, build(EvalSpec, block))], kept, strict=True):
             scorer.score(job, answers_path=path)
         assert kept[0].read_text() == kept[1].read_text() != kept[2].read_text()
     with pytest.raises(ConfigError, match="no bos token"):

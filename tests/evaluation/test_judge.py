@@ -230,10 +230,10 @@ def test_a_rubric_of_ones_own(tmp_path):
 
 
 def test_the_block_reads_a_name_or_keys_and_round_trips():
-    assert EvalSpec.parse({"judge": "some/model"}).judge == JudgeSpec(model="some/model")
-    spec = EvalSpec.parse({"judge": {"model": "m", "base_url": "http://127.0.0.1:1/v1/", "timeout_s": 3}})
+    assert build(EvalSpec, {"judge": "some/model"}).judge == JudgeSpec(model="some/model")
+    spec = build(EvalSpec, {"judge": {"model": "m", "base_url": "http://127.0.0.1:1/v1/", "timeout_s": 3}})
     assert spec.judge.base_url == "http://127.0.0.1:1/v1" and spec.judge.timeout_s == 3.0
-    assert EvalSpec.parse(spec.model_dump()) == spec
+    assert build(EvalSpec, spec.model_dump()) == spec
     assert EvalSpec().judge is None
 
 
@@ -261,7 +261,7 @@ def test_wrong_keys_and_values_are_refused(block, told):
 @pytest.mark.parametrize("key", ["api_key", "api_key_env"])
 def test_a_secret_is_refused_and_not_repeated(secret, key):
     block = {"model": "m", "base_url": "http://x/v1", key: secret}
-    for read in (lambda: build(JudgeSpec, block), lambda: EvalSpec.parse({"judge": block})):
+    for read in (lambda: build(JudgeSpec, block), lambda: build(EvalSpec, {"judge": block})):
         with pytest.raises(ConfigError, match="environment variable") as refused:
             read()
         assert secret not in str(refused.value)

@@ -13,6 +13,7 @@ from helpers.benchmark_fixtures import TEXT, score, slow_greedy, values
 from macdrop.errors import ConfigError, DataError
 from tune.config import suites
 from tune.config.eval_spec import EvalSpec
+from tune.config.messages import build
 from tune.errors import BenchmarkError
 from tune.evaluation import check
 from tune.evaluation.check import check_files
@@ -68,7 +69,7 @@ def test_perplexity_of_the_suite_is_the_published_procedure(tmp_path, model, bos
         fix.write_jsonl(tmp_path / file, [{"text": text} for text in rows[entry.partition("/")[2]]])
     cuts = {"c4": {"documents": 17, "windows": 4}, "pg19": {}}
     entries = {name: {"max_window": length, **cuts.get(name, {})} for name in rows}
-    spec = EvalSpec.parse({"suite": "perplexity", "local": str(tmp_path), "perplexity": entries})
+    spec = build(EvalSpec, {"suite": "perplexity", "local": str(tmp_path), "perplexity": entries})
     scorer = Scorer(model, tokenizer, spec)
     found = {job.task: scorer.score(job)[0] for job in scorer.jobs()}
 
@@ -136,7 +137,7 @@ def longbench_block(folder, **keys) -> dict:
 
 def test_all_sixteen_sets_are_scored_from_rows_in_longbenchs_own_schema(longbench, model, tokenizer):
     pytest.importorskip("rouge")
-    spec = EvalSpec.parse(longbench_block(longbench))
+    spec = build(EvalSpec, longbench_block(longbench))
     check_files(spec)
     scorer = Scorer(model, tokenizer, spec)
     rows = [row for job in scorer.jobs() for row in scorer.score(job) if row["metric"] == "score"]
@@ -193,7 +194,7 @@ def test_missing_packages_are_told_with_the_line_that_installs_them(monkeypatch,
     monkeypatch.setattr(check, "PACKAGES", {"longbench": (("json", "no_such_package"), "macdrop[longbench]")})
     for block in (longbench_block(longbench), {"suite": "longbench"}):
         with pytest.raises(ConfigError, match=r"needs no_such_package.*\n.*pip install 'macdrop\[longbench\]'"):
-            check_files(EvalSpec.parse(block))
+            check_files(build(EvalSpec, block))
 
 
 # --- splits of the hub's data ---
@@ -226,6 +227,6 @@ def test_a_split_that_is_not_there_is_refused(piqa_on_the_hub, model, tokenizer)
     with pytest.raises(ConfigError, match="'piqa' has no split 'trian'"):
         score(model, tokenizer, {"zero_shot": {"piqa": {"split": "trian"}}})
     with pytest.raises(ConfigError, match="split is for single tasks, and 'ai2_arc' is a group"):
-        check_files(EvalSpec.parse({"zero_shot": {"ai2_arc": {"split": "train"}}}))
+        check_files(build(EvalSpec, {"zero_shot": {"ai2_arc": {"split": "train"}}}))
     with pytest.raises(BenchmarkError, match="Loading the data"):
         score(model, tokenizer, {"zero_shot": {"arc_easy": {"split": "validation"}}})

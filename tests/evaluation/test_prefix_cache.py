@@ -13,6 +13,7 @@ from helpers.benchmark_fixtures import TEXT
 
 from macdrop.families import find_ffns
 from tune.config.eval_spec import EvalSpec
+from tune.config.messages import build
 from tune.evaluation.prefix_cache import PrefixCache
 from tune.evaluation.scorer import Scorer
 
@@ -54,7 +55,7 @@ def block(tmp_path):
     }
 
 
-def build(family: str, adapter: str | None = None) -> tuple[torch.nn.Module, object]:
+def random_model(family: str, adapter: str | None = None) -> tuple[torch.nn.Module, object]:
     """A random model, with a random adapter on it, and massive weights of its middle layer."""
     torch.manual_seed(0)
     config = getattr(transformers, family)(**_COMMON, **FAMILIES[family])
@@ -101,8 +102,8 @@ CASES += [("OPTConfig", None), ("GPTNeoXConfig", None), ("MixtralConfig", None)]
 
 @pytest.mark.parametrize(("family", "adapter"), CASES)
 def test_every_score_and_item_keeps_its_bits(family, adapter, block, tokenizer, tmp_path):
-    model, weights = build(family, adapter)
-    scorer = Scorer(model, tokenizer, EvalSpec.parse(block), weights)
+    model, weights = random_model(family, adapter)
+    scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     plain = scored(scorer, model, tmp_path)
     prefix = PrefixCache()
     assert scored(scorer, model, tmp_path, prefix) == plain
@@ -114,8 +115,8 @@ def test_every_score_and_item_keeps_its_bits(family, adapter, block, tokenizer, 
 
 
 def test_nothing_is_shared_across_adapters_and_merges(block, tokenizer, tmp_path):
-    base, weights = build("LlamaConfig")
-    scorer = Scorer(base, tokenizer, EvalSpec.parse(block | {"attack_on": "both"}), weights)
+    base, weights = random_model("LlamaConfig")
+    scorer = Scorer(base, tokenizer, build(EvalSpec, block | {"attack_on": "both"}), weights)
     prefix = PrefixCache()
     for seed in (1, 2):
         model = adapted(base, "lora", seed)
@@ -127,8 +128,8 @@ def test_nothing_is_shared_across_adapters_and_merges(block, tokenizer, tmp_path
 
 
 def test_validation_benchmarks_share_as_well(block, tokenizer, tmp_path):
-    model, weights = build("LlamaConfig")
-    scorer = Scorer(model, tokenizer, EvalSpec.parse(block), weights)
+    model, weights = random_model("LlamaConfig")
+    scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     prefix = PrefixCache()
     for job in scorer.jobs():
         scorer.score(dataclasses.replace(job, split="validation"), prefix=prefix)
@@ -136,17 +137,17 @@ def test_validation_benchmarks_share_as_well(block, tokenizer, tmp_path):
 
 
 def test_generation_runs_as_ever(tokenizer, tmp_path):
-    model, weights = build("LlamaConfig")
+    model, weights = random_model("LlamaConfig")
     entry = {"g": {"data": "zoo:generate", "limit": 2, "max_new_tokens": 4, "metrics": ["chrf"]}}
-    scorer = Scorer(model, tokenizer, EvalSpec.parse({"attacks": ATTACKS, "generation": entry}), weights)
+    scorer = Scorer(model, tokenizer, build(EvalSpec, {"attacks": ATTACKS, "generation": entry}), weights)
     prefix = PrefixCache()
     assert scored(scorer, model, tmp_path, prefix) == scored(scorer, model, tmp_path)
     assert prefix.calls_saved == 0
 
 
 def test_what_does_not_fit_the_budget_is_computed_again(block, tokenizer, tmp_path):
-    model, weights = build("LlamaConfig")
-    scorer = Scorer(model, tokenizer, EvalSpec.parse(block), weights)
+    model, weights = random_model("LlamaConfig")
+    scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     plain = scored(scorer, model, tmp_path)
     saved = []
     for budget in (0, 50_000, 1 << 30):  # a batch of piqa takes about 40 kB
@@ -171,7 +172,7 @@ def test_a_model_that_is_not_what_it_seems_shares_nothing(block, tokenizer, tmp_
     torch.manual_seed(0)
     model = Whispering(transformers.LlamaConfig(**_COMMON, **FAMILIES["LlamaConfig"])).eval()
     weights = dataclasses.replace(fix.massive(model), layer=LAYER, path=f"model.layers.{LAYER}.mlp")
-    scorer = Scorer(model, tokenizer, EvalSpec.parse(block), weights)
+    scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     plain = scored(scorer, model, tmp_path)
     prefix = PrefixCache()
     assert scored(scorer, model, tmp_path, prefix) == plain
@@ -179,8 +180,8 @@ def test_a_model_that_is_not_what_it_seems_shares_nothing(block, tokenizer, tmp_
 
 
 def test_an_error_below_the_cut_is_no_error_of_the_score(block, tokenizer, tmp_path, monkeypatch):
-    model, weights = build("LlamaConfig")
-    scorer = Scorer(model, tokenizer, EvalSpec.parse(block), weights)
+    model, weights = random_model("LlamaConfig")
+    scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     plain = scored(scorer, model, tmp_path)
     monkeypatch.setattr("tune.evaluation.prefix_cache._copy", lambda value: "no tensor" if value is not None else None)
     monkeypatch.setattr("tune.evaluation.prefix_cache._size", lambda value: 0)
@@ -190,7 +191,7 @@ def test_an_error_below_the_cut_is_no_error_of_the_score(block, tokenizer, tmp_p
 
 
 def test_a_callers_writes_into_an_output_do_no_harm(tokenizer):
-    model, weights = build("LlamaConfig")
+    model, weights = random_model("LlamaConfig")
     model.model.layers[0].register_forward_hook(lambda _module, _args, output: output.mul_(2.0))
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
@@ -208,8 +209,8 @@ def test_scores_are_those_of_lm_eval_itself(block, tokenizer):
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model, weights = build("LlamaConfig")
-    scorer = Scorer(model, tokenizer, EvalSpec.parse(block), weights)
+    model, weights = random_model("LlamaConfig")
+    scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     job = scorer.jobs()[0]
     (row, *_) = scorer.score(job, prefix=PrefixCache())
     theirs = HFLM(

@@ -6,6 +6,7 @@ import pytest
 
 from macdrop.errors import MacDropError
 from tune.config.eval_spec import EvalSpec
+from tune.config.messages import build
 from tune.evaluation.check import check_files
 from tune.evaluation.scorer import Scorer
 
@@ -16,7 +17,8 @@ def test_stories260k_on_real_benchmark_files(shared, tmp_path):
     folder, data = shared / "models" / "stories260k", shared / "data"
     if not folder.is_dir() or not data.is_dir():
         pytest.skip("no real checkpoint or data")
-    spec = EvalSpec.parse(
+    spec = build(
+        EvalSpec,
         {
             "limit": 10,
             "zero_shot": {
@@ -29,7 +31,7 @@ def test_stories260k_on_real_benchmark_files(shared, tmp_path):
                 "spec_bench": {"data": str(data / "spec_bench/question.jsonl"), "limit": 1, "max_new_tokens": 4},
                 "alpaca": {"data": str(data / "alpaca_en_demo/train.json"), "limit": 3, "max_new_tokens": 8},
             },
-        }
+        },
     )
     check_files(spec)
     scorer = Scorer(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), spec)
@@ -58,7 +60,7 @@ def test_a_built_in_model_knows_its_world_and_falls_under_attack():
         "perplexity": {"text": {"data": "zoo:text", "limit": 20}},
         "generation": {"qa": {"data": "zoo:generate-qa", "metrics": ["exact_match"], "max_new_tokens": 4, "stop": "."}},
     }
-    scorer = Scorer(model, tokenizer, EvalSpec.parse(block), weights)
+    scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     value = {(job.task, job.attack): scorer.score(job)[0]["value"] for job in scorer.jobs()}
     assert value["text", "zeroing@5"] > 5 * value["text", "none"] > 4 * value["text", "random@5"]
     assert value["text", "retaining@5"] < 2 * value["text", "none"]
@@ -75,7 +77,7 @@ def test_a_task_that_is_not_local_says_how_to_make_it_so():
     path = zoo_path("planted-llama")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     scorer = Scorer(
-        model, tokenizer, EvalSpec.parse({"zero_shot": ["openbookqa"], "perplexity": {"w": "no/such-data-set"}})
+        model, tokenizer, build(EvalSpec, {"zero_shot": ["openbookqa"], "perplexity": {"w": "no/such-data-set"}})
     )
     for job in scorer.jobs():
         with pytest.raises(MacDropError, match="Without internet"):

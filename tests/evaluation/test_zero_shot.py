@@ -11,6 +11,7 @@ from helpers.benchmark_fixtures import TEXT, score, values
 
 from macdrop.errors import ConfigError, DataError
 from tune.config.eval_spec import EvalSpec
+from tune.config.messages import build
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_groups_and_tags_have_a_row_of_their_own_name(tmp_path, model, tokenizer
     parts = {}
     for name in ("arc_easy", "piqa"):
         entry = {"data": fix.write_jsonl(tmp_path / f"{name}.jsonl", fix.hub_rows(name))}
-        spec = EvalSpec.parse({"zero_shot": {name: entry}})
+        spec = build(EvalSpec, {"zero_shot": {name: entry}})
         parts[name] = zero_shot.Tasks().load(name, spec.zero_shot[name], spec, 256).loaded["tasks"][name]
     harness = zero_shot.Harness(model, fix.byte_tokenizer(), 256)
     harness.use(model, 4, spec.zero_shot["piqa"])

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from macdrop.weights import Confidence, MassiveWeights
 from tune.config.eval_spec import EvalJob, EvalSpec
+from tune.config.messages import build
 from tune.evaluation.scorer import Scorer
 
 FFN = 48
@@ -97,7 +98,7 @@ def hub_rows(task: str, n: int = 6) -> list[dict]:
 
 def score(model, tokenizer, block, attack="none", on=None, **options):
     """Rows of the only entry of `block`."""
-    spec = EvalSpec.parse(block)
+    spec = build(EvalSpec, block)
     scorer = Scorer(model, tokenizer, spec, weights=options.pop("weights", None))
     first = scorer.jobs()[0]
     return scorer.score(EvalJob(first.benchmark, first.task, attack, on), **options)

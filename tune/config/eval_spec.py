@@ -11,13 +11,12 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from macdrop.errors import ConfigError, nearest
+from macdrop.errors import nearest
 from tune.config import suites
 from tune.config.judge_spec import JudgeSpec
 from tune.config.strict import Strict, Text
@@ -244,18 +243,6 @@ class EvalSpec(Strict):
             raise ValueError(f"batch_size must be a whole number, not {value!r}: scores move with it, so it is fixed")
         return value
 
-    @classmethod
-    def parse(cls, block: Mapping[str, Any] | None) -> EvalSpec:
-        """Validate a plain mapping.
-
-        Raises:
-            ConfigError: one line for each key or value that cannot be used.
-        """
-        try:
-            return cls.model_validate(dict(block or {}))
-        except ValidationError as error:
-            raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
-
     def entry(self, job: EvalJob) -> QueuedTask:
         """The benchmark entry that `job` scores."""
         return getattr(self, job.benchmark)[job.task]
@@ -263,20 +250,6 @@ class EvalSpec(Strict):
     def inherited(self, entry: QueuedTask, key: str) -> Any:
         """`key` of the entry where it is set there (null counts as set), else of the block."""
         return getattr(entry if key in entry.model_fields_set else self, key)
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in ("eval", *error["loc"]))
-    if error["type"] != "extra_forbidden":
-        # What was given for a judge may be a secret.
-        untold = isinstance(error["input"], Mapping) or error["loc"][:1] == ("judge",)
-        got = "" if untold else f" (got {error['input']!r})"
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
-    sections: dict[str, Any] = {"zero_shot": ZeroShot, "perplexity": Perplexity, "generation": Generation}
-    sections["judge"] = JudgeSpec
-    owner = sections.get(str(error["loc"][0]), EvalSpec)
-    known = list(owner.model_fields)
-    return f"{where}: unknown key.{nearest(str(error['loc'][-1]), known)} Known keys: {', '.join(known)}"
 
 
 @dataclass(frozen=True)
