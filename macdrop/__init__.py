@@ -12,7 +12,7 @@ _HOME = {
     "MacDropCallback": "callback",
     "MacDropConfig": "config",
     "MassiveWeights": "weights",
-    "attacked": "attack",
+    "attacked": "masking",
     "checkpoint_fingerprint": "fingerprint",
     "check_model": "load",
     "find_ffns": "families",

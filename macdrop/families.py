@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from macdrop.errors import UnsupportedModel
+from macdrop.errors import NoMassiveWeights, UnsupportedModel
 from macdrop.probe import probe_ffn
 from macdrop.structure import (
     FFN,
@@ -37,8 +37,19 @@ from macdrop.structure import (
     parameter_shape,
     peel,
 )
+from macdrop.weights import MassiveWeights
 
-__all__ = ["FFN", "Projection", "bare_model", "decoder_layers", "find_ffn", "find_ffns", "parameter_shape", "peel"]
+__all__ = [
+    "FFN",
+    "Projection",
+    "bare_model",
+    "decoder_layers",
+    "find_ffn",
+    "find_ffns",
+    "massive_ffn",
+    "parameter_shape",
+    "peel",
+]
 _LISTED = 24  # how many sub-modules an error message names
 
 
@@ -82,6 +93,21 @@ def find_ffn(model: nn.Module, path: str, expert: int | None = None) -> FFN:
                 return candidate.with_expert(expert) if has_axis and expert is not None else candidate
     known = ", ".join(f.path for f in find_ffns(model)[:3])
     raise UnsupportedModel(f"The model has no feed-forward network at {path!r}. Its first ones are: {known}.")
+
+
+def massive_ffn(model: nn.Module, weights: MassiveWeights) -> FFN:
+    """Find the FFN that `weights` are of, in a bare or PEFT-wrapped model, with its expert chosen.
+
+    Raises `NoMassiveWeights` when the model's FFN has another size, so that the scan is of another model.
+    """
+    ffn = find_ffn(model, weights.path, weights.expert)
+    if (ffn.intermediate_size, ffn.hidden_size) != (weights.intermediate_size, weights.hidden_size):
+        raise NoMassiveWeights(
+            f"The massive weights of {weights.model} do not fit this model: {weights.path} has "
+            f"{ffn.intermediate_size} rows of {ffn.hidden_size}, the scan {weights.intermediate_size} of "
+            f"{weights.hidden_size}.\nScan this model: macdrop scan MODEL"
+        )
+    return ffn
 
 
 def _layer_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleList]]:

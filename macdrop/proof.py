@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from macdrop.attack import attacked, attacked_rows
+from macdrop.attack import attacked_rows
 from macdrop.errors import ConfigError, DataError
 from macdrop.families import bare_model
+from macdrop.masking import attacked
 from macdrop.probe import evaluating
 from macdrop.weights import MassiveWeights
 

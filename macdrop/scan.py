@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from macdrop.attack import attacked, massive_ffn
 from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
-from macdrop.families import bare_model
+from macdrop.families import bare_model, massive_ffn
 from macdrop.fingerprint import checkpoint_fingerprint
 from macdrop.gather import is_partitioned
+from macdrop.masking import attacked
 from macdrop.proof import Proof, prove, text_blocks
 from macdrop.states import BosStates, Intermediate, bos_states
 from macdrop.weights import Confidence, LayerStats, MassiveWeights

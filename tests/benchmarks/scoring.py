@@ -109,7 +109,7 @@ def make_adapters(model: str, number: int, folder: Path) -> list[str]:
 def make_bases(setting: Setting, folder: Path) -> dict[str, str]:
     """For each attack a checkpoint with its rows set to zero; without attack the model itself."""
     from macdrop import attacked, find_massive_weights, load_model, load_tokenizer
-    from macdrop.attack import parse_attack
+    from macdrop.attack import Attack
     from tune.zoo.catalog import resolve
 
     source = str(resolve(setting.model))
@@ -117,7 +117,7 @@ def make_bases(setting: Setting, folder: Path) -> dict[str, str]:
     model, tokenizer = load_model(source), load_tokenizer(source)
     weights = find_massive_weights(model, tokenizer, source=source, fingerprint="")
     for text in setting.attacks:
-        attack = parse_attack(text)
+        attack = Attack.parse(text)
         bases[text] = str(folder / "bases" / text)
         with attacked(model, weights, attack.kind, attack.k):
             model.save_pretrained(bases[text])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from macdrop.errors import ConfigError, DataError
-from tune.config.eval_spec import EvalJob, EvalSpec, jobs, parse_attack
+from tune.config.eval_spec import EvalJob, EvalSpec, jobs
 from tune.config.messages import build
 from tune.evaluation.check import check_files
 
@@ -88,12 +88,6 @@ def test_an_empty_block_asks_for_nothing():
 
 def test_limit_per_category_can_be_written_out():
     assert build(EvalSpec, {"generation": {"s": {"data": "q", "limit": "2 per category"}}}).generation["s"].limit == 2
-
-
-@pytest.mark.parametrize("text", ["zeroing@0", "retaining@5", "random@12", "none"])
-def test_attacks_parse(text):
-    kind, k = parse_attack(text)
-    assert text in (kind, f"{kind}@{k}")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import torch
 from helpers import benchmark_fixtures as fix
 from helpers.benchmark_fixtures import TEXT, score
 
+from macdrop.attack import ATTACKS, attack
 from macdrop.errors import ConfigError, MacDropError
 from tune.config.eval_spec import EvalJob, EvalSpec
 from tune.config.messages import build
+from tune.config.run_spec import load
 from tune.errors import BenchmarkError
 from tune.evaluation.scorer import Scorer, masks_off
 
@@ -63,6 +65,27 @@ def test_an_attacked_score_is_that_of_the_edited_model_and_leaves_no_trace(tmp_p
     for job in scorer.jobs():
         assert job.attack == "none" or answers[job] != answers[EvalJob(job.benchmark, job.task)]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_an_attack_registered_from_outside_is_configured_and_scored(tokenizer, monkeypatch):
+    monkeypatch.setattr("macdrop.attack.ATTACKS", dict(ATTACKS))
+
+    @attack("second_half")
+    def rows(weights, k, seed):
+        return weights.top(k)[k // 2 :]
+
+    model = fix.tiny_llama()
+    block = {"attacks": ["none", "second_half@8"], "generation": {"g": {"data": "zoo:generate", "limit": 3}}}
+    spec = load(None, ["model=zoo:planted-llama", f"eval={json.dumps(block)}"]).eval
+    scorer = Scorer(model, tokenizer, spec, fix.massive(model))
+    plain, attacked = scorer.jobs()
+    assert attacked.key == "generation/g/second_half@8/base"
+    with torch.no_grad():
+        edited = fix.tiny_llama()
+        for matrix in (edited.model.layers[0].mlp.gate_proj, edited.model.layers[0].mlp.up_proj):
+            matrix.weight[list(fix.massive(model).indices[4:8])] = 0
+    want = Scorer(edited, tokenizer, build(EvalSpec, block | {"attacks": "none"})).score(plain)
+    assert [row["value"] for row in scorer.score(attacked)] == [row["value"] for row in want]
 
 
 def test_impossible_attacks_are_refused_at_once(model, tokenizer):

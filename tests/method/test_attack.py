@@ -8,8 +8,10 @@ import torch
 from helpers import zoo_of_families
 from helpers.zoo_of_families import FAMILIES, build_family, with_lora
 
-from macdrop.attack import Attack, attacked, attacked_rows, massive_ffn, parse_attack
+from macdrop.attack import ATTACKS, Attack, attack, attacked_rows
 from macdrop.errors import ConfigError, NoMassiveWeights
+from macdrop.families import massive_ffn
+from macdrop.masking import attacked
 from macdrop.scan import find_massive_weights
 from macdrop.weights import MassiveWeights
 
@@ -169,13 +171,39 @@ def test_experts_with_an_adapter_on_their_parameters():
 
 
 def test_parsing():
-    assert parse_attack("zeroing@3") == Attack("zeroing", 3) and str(parse_attack("zeroing@3")) == "zeroing@3"
-    assert parse_attack("none") == Attack("none") and str(Attack("none")) == "none"
+    assert Attack.parse("zeroing@3") == Attack("zeroing", 3) and str(Attack.parse("zeroing@3")) == "zeroing@3"
+    assert Attack.parse("none") == Attack("none") and str(Attack("none")) == "none"
     with pytest.raises(ConfigError, match="Did you mean 'zeroing'"):
-        parse_attack("zeroin@3")
+        Attack.parse("zeroin@3")
     for text in ("zeroing", "zeroing@", "zeroing@-1", "zeroing@1.5", "zeroing@x", "@3", "", "none@2", 3):
-        with pytest.raises(ConfigError, match="is no attack"):
-            parse_attack(text)
+        with pytest.raises(ConfigError, match="is not an attack"):
+            Attack.parse(text)
+
+
+def test_a_kind_registered_from_outside_parses_and_zeroes_its_rows(monkeypatch):
+    monkeypatch.setattr("macdrop.attack.ATTACKS", dict(ATTACKS))
+
+    @attack("every_other")
+    def rows(weights: MassiveWeights, k: int, seed: int) -> tuple[int, ...]:
+        return weights.top(k)[::2]
+
+    model = build_family("llama")
+    weights, before = scan(model), bits(model)
+    assert str(Attack.parse("every_other@5")) == "every_other@5"
+    assert attacked_rows(weights, "every_other", 5) == weights.top(5)[::2]
+    with attacked(model, weights, "every_other", 5) as count:
+        assert count == 6
+    assert_same_bits(model, before)
+    with pytest.raises(ConfigError, match="Did you mean 'every_other'"):
+        Attack.parse("every_othr@5")
+
+
+@pytest.mark.parametrize("name", ["none", "zeroing", "two words", "Upper", "at@3", ""])
+def test_a_kind_that_could_not_be_written_or_is_taken_is_not_registered(name):
+    before = dict(ATTACKS)
+    with pytest.raises(ValueError, match="cannot name an attack"):
+        attack(name)
+    assert ATTACKS == before
 
 
 @pytest.mark.parametrize("k", [-1, zoo_of_families.FFN + 1, 1.0, True, "3"])
@@ -215,7 +243,7 @@ def test_quantised_weights_are_refused():
 
 def test_errors_survive_pickling():
     with pytest.raises(ConfigError) as error:
-        parse_attack("zero@3")
+        Attack.parse("zero@3")
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 

@@ -8,9 +8,9 @@ import torch
 from helpers import tiny
 from helpers.zoo_of_families import build_family
 
-from macdrop.attack import attacked
 from macdrop.errors import ConfigError, DataError
 from macdrop.load import load_model, load_tokenizer
+from macdrop.masking import attacked
 from macdrop.proof import is_sensitive, perplexity
 from macdrop.scan import checkpoint_fingerprint, find_massive_weights, prove, text_blocks
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from macdrop.attack import attacked
 from macdrop.errors import ConfigError
 from macdrop.load import load_model, load_tokenizer
+from macdrop.masking import attacked
 from macdrop.proof import perplexity, prove
 from macdrop.scan import checkpoint_fingerprint, find_massive_weights
 from macdrop.weights import MassiveWeights

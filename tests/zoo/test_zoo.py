@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from macdrop.attack import attacked
 from macdrop.errors import ConfigError
+from macdrop.masking import attacked
 from macdrop.proof import perplexity
 from macdrop.scan import find_massive_weights
 from tune.zoo.catalog import SUBJECTS, ZOO_DATA, resolve, zoo_path

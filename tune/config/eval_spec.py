@@ -16,13 +16,12 @@ from pydantic import (
     model_validator,
 )
 
-from macdrop.errors import nearest
+from macdrop.attack import NONE, Attack
 from tune.config import suites
 from tune.config.judge_spec import JudgeSpec
 from tune.config.strict import Strict, Text
 
-ATTACKS = ("zeroing", "retaining", "random")
-PLAIN = "none"
+PLAIN = NONE
 TEST, VALIDATION = SPLITS = ("test", "validation")
 """What a score is for: `test` benchmarks are reported (block `eval:`), `validation` ones select (`validation:`)."""
 SECTIONS = ("zero_shot", "perplexity", "generation")
@@ -35,33 +34,11 @@ Paths = Annotated[
 ]
 
 
-def parse_attack(text: str) -> tuple[str, int]:
-    """Split ``"zeroing@3"`` into ``("zeroing", 3)``; ``"none"`` is ``("none", 0)``.
-
-    Raises:
-        ValueError: the kind is unknown, k is missing, or k is no integer of at least 0.
-    """
-    if text == PLAIN:
-        return PLAIN, 0
-    match = re.fullmatch(r"([a-z_]+)@(\d+)", text) if isinstance(text, str) else None
-    if match and match[1] in ATTACKS:
-        return match[1], int(match[2])
-    kind = str(text).partition("@")[0]
-    hint = "" if kind in ATTACKS else nearest(kind, (*ATTACKS, PLAIN))
-    raise ValueError(
-        f"unknown attack {text!r}.{hint} Write {PLAIN!r}, or one of {', '.join(ATTACKS)} with the number of rows "
-        f"after an @, at least 0: {ATTACKS[0]}@3"
-    )
-
-
 def _attacks(value: Any) -> list[str]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
-        raise ValueError(f"a list of attacks is wanted, like [{PLAIN}, {ATTACKS[0]}@3]")
-    names = []
-    for item in items:
-        kind, k = parse_attack(item)
-        names.append(PLAIN if kind == PLAIN else f"{kind}@{k}")
+        raise ValueError(f"a list of attacks is wanted, like [{PLAIN}, zeroing@3]")
+    names = [str(Attack.parse(item)) for item in items]
     if not names:
         raise ValueError(f"no attack is listed; write [{PLAIN}] for scores without attack")
     if len(set(names)) < len(names):

@@ -176,8 +176,7 @@ class _Site:
 
 def _find(model: nn.Module, weights: Any) -> _Site | None:
     """Where outputs can be kept below the FFN that `weights` name; None where the model is not understood."""
-    from macdrop.attack import massive_ffn
-    from macdrop.families import bare_model, decoder_layers
+    from macdrop.families import bare_model, decoder_layers, massive_ffn
 
     try:
         ffn, layers = massive_ffn(model, weights), decoder_layers(model)[1]

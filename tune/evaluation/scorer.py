@@ -13,8 +13,9 @@ from typing import Any, TypedDict
 
 import torch
 
+from macdrop.attack import Attack, attacked_rows
 from macdrop.errors import ConfigError, MacDropError
-from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, Perplexity, ZeroShot, jobs, parse_attack
+from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, Perplexity, ZeroShot, jobs
 from tune.evaluation.adapters import merged_weights
 from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
 from tune.storage.atomic import atomic_write_text
@@ -83,16 +84,14 @@ class Scorer:
         self._resident: dict[tuple[str, str], Any] = {}
 
     def _check_attack(self, job: EvalJob) -> None:
-        kind, k = parse_attack(job.attack)
-        if kind == PLAIN:
+        if job.attack == PLAIN:
             return
         if self.weights is None:
             raise ConfigError(
                 f"Attack {job.attack!r} needs the massive weights of this model: run `macdrop scan` first."
             )
-        from macdrop.attack import attacked_rows
-
-        attacked_rows(self.weights, kind, k)
+        attack = Attack.parse(job.attack)
+        attacked_rows(self.weights, attack.kind, attack.k)
 
     def jobs(self) -> list[EvalJob]:
         """What the spec asks for, in file order."""
@@ -217,14 +216,14 @@ class Scorer:
     @contextlib.contextmanager
     def _under(self, job: EvalJob, model: Any) -> Iterator[None]:
         """Put the job's attack in place for the `with` block: on base rows under the adapter, or on merged weights."""
-        kind, k = parse_attack(job.attack)
-        if kind == PLAIN:
+        if job.attack == PLAIN:
             yield
             return
-        from macdrop.attack import attacked
+        from macdrop.masking import attacked
 
+        attack = Attack.parse(job.attack)
         place = merged_weights(model) if job.attack_on == "merged" else contextlib.nullcontext()
-        with place, attacked(model, self.weights, kind, k):
+        with place, attacked(model, self.weights, attack.kind, attack.k):
             yield
 
     def _row(self, job: EvalJob, measured: dict[str, Any], batch_size: int, limit: int | None) -> Row:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from macdrop.attack import Attack
 from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import SCHEDULES, probability
-from tune.config.eval_spec import PLAIN, EvalSpec, jobs, parse_attack
+from tune.config.eval_spec import PLAIN, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
 from tune.config.sections import ARMS, EVAL_LOSS
 from tune.data.batching import Batches, total_steps
@@ -181,7 +182,7 @@ def check_rows(
                 f"Give a whole number from 0 to {rows}; the paper uses 5."
             )
     for attack, block in (attacks or {}).items():
-        if attack != PLAIN and parse_attack(attack)[1] > rows:
+        if attack != PLAIN and Attack.parse(attack).k > rows:
             raise ConfigError(
                 f"{block}.attacks has {attack!r}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
                 f"Attack from 0 to {rows} of them."

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from macdrop.attack import ATTACKS, Attack
 from tune.analysis.results import Group, ModelResults
-from tune.config.eval_spec import PLAIN, parse_attack
+from tune.config.eval_spec import PLAIN
 from tune.evaluation.score_names import EVAL_LOSS, Column
 from tune.report.html.drawing import LEGEND, colour, draw, legend, plain_log, tidy
 from tune.report.html.figure import Figure, words_to_name
@@ -58,7 +59,7 @@ def attack_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Ve
 
 def _curves(model: ModelResults, cell: Cell, groups: list[Group], columns: list[Column]) -> Figure:
     rows = [row for group in groups for row in _rows(group, columns)]
-    kinds = [kind for kind in TITLES if any(row[2] == kind for row in rows)]
+    kinds = [kind for kind in {**TITLES, **ATTACKS} if any(row[2] == kind for row in rows)]
     places = sorted({row[4] for row in rows if row[4]})
     first = columns[0]
     name = words_to_name("attack", first.benchmark, first.task, first.metric, cell.words)
@@ -70,14 +71,14 @@ def _curves(model: ModelResults, cell: Cell, groups: list[Group], columns: list[
         for axes, kind in zip(panels, kinds, strict=True):
             if len(ks[kind]) == 1 and kind != "zeroing":
                 _single(axes, groups, [row for row in rows if row[2] == kind])
-                tidy(axes, y=unit(first), title=TITLES[kind].replace("k rows", f"{ks[kind][0]} rows"))
+                tidy(axes, y=unit(first), title=_title(kind).replace("k rows", f"{ks[kind][0]} rows"))
                 continue
             for name, group in short_names(groups):
                 for place in places:
                     _curve(axes, name, group, [row for row in rows if row[0] == group.label], kind, place, places)
             axes.set_xticks(sorted({*ks[kind], *([0] if kind == "zeroing" else [])}))
             axes.margins(x=0.05)
-            tidy(axes, x="rows k", y=unit(first), title=TITLES[kind])
+            tidy(axes, x="rows k", y=unit(first), title=_title(kind))
         if "perplexity" in first.metric and _wide(rows):
             plain_log(panels[0])
         legend(canvas, panels[0])
@@ -100,9 +101,9 @@ def _rows(group: Group, columns: list[Column]) -> Iterator[list[Any]]:
     for column in columns:
         found = values(group, column)
         if found:
-            kind, k = parse_attack(column.attack)
+            attack = Attack.parse(column.attack)
             numbers = [statistics.fmean(found), min(found), max(found), len(found), unit(column)]
-            yield [group.label, group.arm, kind, k, column.attack_on or "", *numbers]
+            yield [group.label, group.arm, attack.kind, attack.k, column.attack_on or "", *numbers]
 
 
 def _curve(
@@ -136,6 +137,10 @@ def _single(axes: Axes, groups: list[Group], rows: list[list[Any]]) -> None:
                       markerfacecolor=tone if x == number else "none")  # fmt: skip
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_xticks([])
+
+
+def _title(kind: str) -> str:
+    return TITLES.get(kind, f"{kind.replace('_', ' ').capitalize()}: k rows set to 0")
 
 
 def _wide(rows: list[list[Any]]) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from macdrop.attack import Attack
 from tune.analysis.display_names import NAMES, adapter_name
 from tune.analysis.results import Group, Line, ModelResults
-from tune.config.eval_spec import PLAIN, parse_attack
+from tune.config.eval_spec import PLAIN
 from tune.evaluation.score_names import EVAL_LOSS, Column
 from tune.storage.run_folder import BASE
 
@@ -137,8 +138,8 @@ def attack_words(column: Column) -> str:
     """ "top-3 zeroing of merged rows"; nothing without attack."""
     if column.attack == PLAIN:
         return ""
-    kind, k = parse_attack(column.attack)
-    return f"top-{k} {kind}" + (f" of {column.attack_on} rows" if column.attack_on else "")
+    attack = Attack.parse(column.attack)
+    return f"top-{attack.k} {attack.kind}" + (f" of {column.attack_on} rows" if column.attack_on else "")
 
 
 def task_words(column: Column) -> str:

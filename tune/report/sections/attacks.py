@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from macdrop.attack import Attack
 from tune.analysis.results import Group, ModelResults
-from tune.config.eval_spec import PLAIN, parse_attack
+from tune.config.eval_spec import PLAIN
 from tune.evaluation.score_names import EVAL_LOSS, Column
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
@@ -40,14 +41,15 @@ def curve(group: Group, clean: Column, kind: str, where: str) -> dict[int, float
     points = {} if (found := group.spread(clean)) is None else {0: found.value}
     for column in dict.fromkeys(column for line in group.lines for column in line.scores):
         if _same(column, clean) and column.attack_on == where and column.attack != PLAIN:
-            name, k = parse_attack(column.attack)
-            if name == kind:
-                points[k] = group.spread(column).value
+            attack = Attack.parse(column.attack)
+            if attack.kind == kind:
+                points[attack.k] = group.spread(column).value
     return dict(sorted(points.items()))
 
 
 def _table(model: ModelResults, clean: Column, attacked: list[Column]) -> Table:
-    kinds = sorted({parse_attack(column.attack) for column in attacked}, key=lambda kind: (kind[0] != "zeroing", kind))
+    attacks = {Attack.parse(column.attack) for column in attacked}
+    kinds = [(each.kind, each.k) for each in sorted(attacks, key=lambda each: (each.kind != "zeroing", each))]
     places = [where for where in ("base", "merged") if any(column.attack_on == where for column in attacked)]
     head = ["", "none", *(f"{kind}\n{k}" for kind, k in kinds)]
     rows = []
