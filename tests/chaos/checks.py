@@ -1,4 +1,4 @@
-"""What must hold of a run folder after kills (`run.py`); read without the help of the software under test."""
+"""Invariants of a run folder after kills (`run.py`), read independently of the software under test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 
 def stamp(file: Path) -> int:
-    """When a file was written, in ns; 0 where there is none."""
+    """Return the modification time of a file in ns; 0 if it is missing."""
     with suppress(OSError):
         return file.stat().st_mtime_ns
     return 0
@@ -25,7 +25,7 @@ def stamp(file: Path) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """What a run folder holds that must not depend on kills."""
+    """Contents of a run folder that must not depend on kills."""
 
     statuses: dict[str, str]
     losses: dict[str, list[tuple]]
@@ -37,7 +37,7 @@ SCORE_KEY = ("model", "trial", "split", "benchmark", "task", "metric", "attack",
 
 
 def read(folder: Path, violation: Callable[[str], None]) -> Found:
-    """Read a run folder without the help of the software under test; whatever is not whole is a violation."""
+    """Read a run folder independently of the software under test; report whatever is not whole as a violation."""
     loaded: dict[Path, Any] = {}
     for file in sorted(folder.rglob("*")):
         if "ray" in file.relative_to(folder).parts[:1]:
@@ -50,14 +50,14 @@ def read(folder: Path, violation: Callable[[str], None]) -> Found:
             elif file.suffix == ".yaml":
                 loaded[file] = yaml.safe_load(file.read_text())
             elif file.name.endswith(".tmp"):
-                violation(f"left over: {file.relative_to(folder)}")
+                violation(f"leftover: {file.relative_to(folder)}")
         except ValueError as error:
             violation(f"{file.relative_to(folder)} is damaged: {error}")
     trials = {file.parent.name: rows for file, rows in loaded.items() if file.name == "trial.json"}
     rows = loaded.get(folder / "scores.jsonl", [])
     doubled = [key for key, n in Counter(tuple(row[name] for name in SCORE_KEY) for row in rows).items() if n > 1]
     if doubled:
-        violation(f"scored twice: {doubled[:3]}")
+        violation(f"duplicate scores: {doubled[:3]}")
     losses = {}
     for name in trials:
         metrics = loaded.get(folder / "trials" / name / "metrics.jsonl", [])
@@ -66,7 +66,7 @@ def read(folder: Path, violation: Callable[[str], None]) -> Found:
             violation(f"{name}: steps {steps}")
         losses[name] = [(row["step"], row.get("loss"), row.get("eval_loss")) for row in metrics]
     if loaded.get(folder / "run.json", {}).get("status") != "done":
-        violation("run.json does not say done")
+        violation("the status in run.json is not 'done'")
     return Found(
         statuses={name: trial["status"] for name, trial in trials.items()},
         losses=losses,
@@ -79,20 +79,26 @@ def read(folder: Path, violation: Callable[[str], None]) -> Found:
     )
 
 
+def differing(one: Found, two: Found, content: str) -> list[str]:
+    """Return the keys of one kind of content ("statuses", "losses" ...) whose values differ."""
+    here, there = getattr(one, content), getattr(two, content)
+    return sorted(str(key) for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+
+
 def check(folder: Path, seen: dict[Path, int], reference: Found, kills: int, violation: Callable[[str], None]) -> None:
     """Compare a disturbed sweep that has ended with the undisturbed one.
 
-    seen: adapters that were whole before the end, with the time (`stamp`) at which each was written.
+    Args:
+        seen: adapters that were whole before the end, with the time (`stamp`) at which each was written.
     """
     found = read(folder, violation)
     for what in ("statuses", "losses", "adapters", "scores"):
-        here, there = getattr(found, what), getattr(reference, what)
-        apart = sorted(str(key) for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-        if apart:
-            violation(f"other {what} than undisturbed: {apart[:3]} ({len(apart)} in all)")
+        keys = differing(found, reference, what)
+        if keys:
+            violation(f"{what} differ from the undisturbed sweep: {keys[:3]} ({len(keys)} in all)")
     again = [file.parts[-3] for file, when in seen.items() if stamp(folder / file) != when]
     if again:
-        violation(f"done, and trained again: {again}")
+        violation(f"trained again although done: {again}")
     attempts = {file.parent.name: json.loads(file.read_text())["attempts"] for file in folder.rglob("trial.json")}
     if sum(attempts.values()) > len(attempts) + kills:
-        violation(f"more attempts than kills ask for: {attempts}")
+        violation(f"more attempts than kills explain: {attempts}")
