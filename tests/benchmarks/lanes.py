@@ -122,7 +122,7 @@ def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tu
         for order in orders:
             call(dispatcher, "place", order, "benchmark")
         began = time.time()
-        lanes = LanePool(dispatcher, ray_spec, 0.0, root / "ray")
+        lanes = LanePool(dispatcher, ray_spec, 0.0, root / "ray", evaluator=object)
         lanes.open()
         try:
             while len(ended) < len(orders):

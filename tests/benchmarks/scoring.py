@@ -247,11 +247,11 @@ class ByActors:
 def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
     """A pool under a running Ray."""
     from tune.config.eval_spec import TEST, jobs
-    from tune.distributed.actors.evaluators import EvalTask, Pool
+    from tune.distributed.actors.evaluators import EvalTask, EvaluatorPool
 
     opened = opening(setting, root)
     began = time.perf_counter()
-    pool = Pool(setting.actors, cpus=1, gpus=0)
+    pool = EvaluatorPool(setting.actors, cpus=1, gpus=0)
     try:
         pool.open(opened)
         ready = time.perf_counter()

@@ -72,10 +72,10 @@ RECIPE = {
 KINDS: dict[str, tuple[str, int]] = {
     "train worker": (r"ray::RayTrainWorker", 1),
     "controller of a lane": (r"ray::TrainController", 1),
-    "dispatcher": (r"ray::_Dispatcher", 2),
+    "dispatcher": (r"ray::Dispatcher", 2),
     "Tune actor of a trial": (r"ray::(ImplicitFunc|run_trial)", 2),
-    "evaluation actor": (r"ray::_Evaluator", 2),
-    "other Ray worker": (r"ray::(?!RayTrainWorker|TrainController|_Dispatcher|ImplicitFunc|run_trial|_Evaluator"
+    "evaluation actor": (r"ray::Evaluator", 2),
+    "other Ray worker": (r"ray::(?!RayTrainWorker|TrainController|Dispatcher|ImplicitFunc|run_trial|Evaluator"
                          r"|DashboardAgent|RuntimeEnvAgent)", 2),  # fmt: skip
     "sweep": ("", 1),
     "Ray's own daemon": (r"\S+/core/src/ray/(gcs/gcs_server|raylet/raylet) ", 1),

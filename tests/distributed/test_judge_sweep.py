@@ -12,7 +12,7 @@ from helpers.judge_fixtures import ANSWERS, CONVERSATIONS, talking_model
 
 from tune.config.judge_spec import JudgeSpec
 from tune.config.run_spec import RunSpec
-from tune.distributed.actors.judges import ActorJudge, JudgeOpening, _JudgeActor, judge_sweep
+from tune.distributed.actors.judges import ActorJudge, JudgeActor, JudgeOpening, judge_sweep
 from tune.evaluation.judge.prompt import Question
 from tune.storage.run_folder import RunFolder
 
@@ -80,7 +80,7 @@ def test_a_sweep_judges_at_its_end(tmp_path, model):
     assert [record["status"] for record in run_folder.trials()] == ["done"]
 
 
-class Stuck(_JudgeActor):
+class Stuck(JudgeActor):
     """The real one, but the first that is given the question 4/1 stands still in a forward pass."""
 
     def judge(self, batch):

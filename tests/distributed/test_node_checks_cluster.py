@@ -32,7 +32,7 @@ SETTINGS = {
     "eval": {"limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}},
     "ray": {"dashboard": False},
 }
-TRAINER, EVALUATOR = "RayTrainWorker", "_Evaluator"
+TRAINER, EVALUATOR = "RayTrainWorker", "Evaluator"
 SPOT_S = 100
 
 

@@ -17,10 +17,11 @@ from tune.config.eval_spec import EvalJob, EvalSpec, jobs
 from tune.config.judge_spec import JudgeSpec
 from tune.config.messages import build
 from tune.config.run_spec import RunSpec
-from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, PoolActor
-from tune.distributed.actors.evaluators import EvalTask, Opening, Pool, _Evaluator
+from tune.distributed.actors.actor_pool import PoolActor
+from tune.distributed.actors.evaluators import EvalTask, Evaluator, EvaluatorPool, Opening
 from tune.distributed.actors.judges import ActorJudge, JudgeOpening
 from tune.evaluation.judge.prompt import Judgement, Question
+from tune.scheduling.queue import MAX_ATTEMPTS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -76,7 +77,7 @@ def opening(folder: Path) -> Opening:
     return Opening(None, {}, str(folder), scan=True, k=1, threads=1)
 
 
-def finish(pool: Pool) -> dict[str, str | None]:
+def finish(pool: EvaluatorPool) -> dict[str, str | None]:
     """Name -> error of every result; each comes once."""
     results = []
     deadline = time.monotonic() + 120
@@ -87,7 +88,7 @@ def finish(pool: Pool) -> dict[str, str | None]:
     return {result.item.tag["name"]: result.error for result in results}
 
 
-def open_all(pool: Pool, folder: Path) -> str:
+def open_all(pool: EvaluatorPool, folder: Path) -> str:
     """Open the pool and wait for those actors, too, that it does not wait for."""
     answer = pool.open(opening(folder))
     deadline = time.monotonic() + 60
@@ -99,12 +100,12 @@ def open_all(pool: Pool, folder: Path) -> str:
 
 @pytest.fixture
 def pool():
-    made = Pool(2, cpus=0, gpus=0, kind=Fragile)
+    made = EvaluatorPool(2, cpus=0, gpus=0, kind=Fragile)
     yield made
     made.close()
 
 
-def submit(pool: Pool, names: str) -> None:
+def submit(pool: EvaluatorPool, names: str) -> None:
     for name in names:
         pool.submit(EvalTask({"name": name}, EvalJob("perplexity", name), None, ""))
 
@@ -174,7 +175,7 @@ def test_actors_that_rest_hold_nothing_and_are_back_when_there_is_work(tmp_path)
         return abs(held() - cpus) <= 1e-6
 
     tell(tmp_path)
-    pool = Pool(2, cpus=0.25, gpus=0, kind=Fragile)
+    pool = EvaluatorPool(2, cpus=0.25, gpus=0, kind=Fragile)
     open_all(pool, tmp_path)
     assert holds(0.5) and pool.rest() == 2 and pool.rest() == 0 and holds(0.0)
     submit(pool, "abc")
@@ -184,7 +185,7 @@ def test_actors_that_rest_hold_nothing_and_are_back_when_there_is_work(tmp_path)
     open_all(pool, tmp_path)  # the next model
     assert holds(0.5) and log(tmp_path) == ["open", "open"]
     pool.close()
-    free = Pool(1, cpus=0, gpus=0, kind=Fragile)
+    free = EvaluatorPool(1, cpus=0, gpus=0, kind=Fragile)
     free.open(opening(tmp_path))
     assert free.rest() == 0, "it holds nothing that another could use"
     free.close()
@@ -194,7 +195,7 @@ def test_actors_that_have_no_room_are_not_waited_for(tmp_path):
     import ray
 
     tell(tmp_path)
-    pool = Pool(2, cpus=0.6 * ray.cluster_resources()["CPU"], gpus=0, kind=Fragile)
+    pool = EvaluatorPool(2, cpus=0.6 * ray.cluster_resources()["CPU"], gpus=0, kind=Fragile)
     for _ in range(2):
         assert pool.open(opening(tmp_path)) == str(tmp_path)
         submit(pool, "ab")
@@ -223,7 +224,7 @@ def test_a_damaged_adapter_costs_its_own_scores_alone(tmp_path):
     (bad / "adapter_model.safetensors").write_bytes(content)
     block = build(EvalSpec, {"batch_size": 8, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
     spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
-    pool = Pool(1, cpus=0, gpus=0)
+    pool = EvaluatorPool(1, cpus=0, gpus=0)
     pool.open(Opening(spec, {"test": block}, str(tmp_path / "weights.json"), scan=False, k=3, threads=1))
     (job,) = jobs(block)
     found = []
@@ -239,7 +240,7 @@ def test_a_damaged_adapter_costs_its_own_scores_alone(tmp_path):
     assert [result.item.attempts for result in found] == [1, 1, 1, 1]
 
 
-class Stuck(_Evaluator):
+class Stuck(Evaluator):
     """The real one, but in the benchmark of the base its third forward pass never ends."""
 
     def prepare(self, opening):
@@ -261,7 +262,7 @@ def test_an_actor_that_hangs_ends_with_its_stacks_and_others_go_on(tmp_path):
     adapter = make_adapter(tmp_path / "good")
     block = build(EvalSpec, {"batch_size": 2, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
     spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
-    pool = Pool(1, cpus=0, gpus=0, kind=Stuck)
+    pool = EvaluatorPool(1, cpus=0, gpus=0, kind=Stuck)
     weights = str(tmp_path / "weights.json")
     pool.open(Opening(spec, {"test": block}, weights, scan=False, k=3, threads=1, step_timeout_s=2.0))
     (job,) = jobs(block)

@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.lane_scene import Scene, scene_of
 from helpers.small import SMALL
 
 from tune.config.run_spec import RaySpec, TrainSpec
+from tune.distributed.cluster import ray_internals
+from tune.distributed.cluster.placement_groups import Trainer, actors, groups, orphaned_groups, reap
 from tune.errors import ResourceError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
@@ -43,21 +44,13 @@ SPEC = TrainSpec(**SETTINGS, macdrop={"p0": 0.0}).canonical()
 
 def worker() -> int:
     """The process of one of the workers."""
-    return _actors("RayTrainWorker")[-1].pid
+    return actors("RayTrainWorker")[-1].pid
 
 
 def leader() -> int:
     """The process of the controller whose lane has its resources."""
-    from tune.distributed.cluster.placement_groups import _groups
-
-    makers = [group.creator_actor_id for group in _groups() if group.state == group.CREATED]
-    return next(row.pid for row in _actors("TrainController") if row.actor_id in makers)
-
-
-def _actors(kind: str) -> list[Any]:
-    from tune.distributed.cluster.placement_groups import _actors
-
-    return _actors(kind)
+    makers = [group.creator for group in groups() if group.placed]
+    return next(actor.pid for actor in actors("TrainController") if actor.id in makers)
 
 
 def digest(folder: Path) -> str:
@@ -85,14 +78,12 @@ def second_ray() -> Iterator[subprocess.Popen]:
 def storm(second_ray, tmp_path_factory) -> Scene:
     import ray
 
-    from tune.distributed.cluster.placement_groups import _groups
     from tune.distributed.lanes import lane_pool
 
-    @ray.remote(num_cpus=WIDTH * RAY.cpus_per_worker)
-    class Evaluator:
+    class OfAnyName:
         """Holds what a lane held."""
 
-    with scene_of(tmp_path_factory.mktemp("storm"), RAY) as scene:
+    with scene_of(tmp_path_factory.mktemp("storm"), RAY, OfAnyName) as scene:
         scene.place("calm", SPEC, WIDTH)
         started = time.monotonic()
         scene.lanes.open()
@@ -106,12 +97,13 @@ def storm(second_ray, tmp_path_factory) -> Scene:
         scene.reach("storm", "trained")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lane_pool, "ROOM_AFTER_S", 0.0)
-            evaluator = Evaluator.remote()
-            scene.wait(lambda snapshot: any(row.pid for row in _actors("Evaluator")), scoring=True)
+            evaluator = ray.remote(num_cpus=WIDTH * RAY.cpus_per_worker)(OfAnyName).remote()
+            name = ray_internals.table_name(OfAnyName)
+            scene.wait(lambda snapshot: any(actor.pid for actor in actors(name)), scoring=True)
             scene.evaluator_lived = True
             del evaluator
     assert second_ray.poll() is None
-    scene.left = _groups() + _actors("TrainController") + _actors("RayTrainWorker")
+    scene.left = groups() + actors("TrainController") + actors("RayTrainWorker")
     print({name: f"{seconds:.1f} s" for name, seconds in scene.recovered.items()})
     print("groups gone:", {name: f"{seconds:.1f} s" for name, seconds in scene.reaped.items()})
     return scene
@@ -148,8 +140,6 @@ def test_evaluators_get_the_resources_of_an_idle_lane(storm):
 
 
 def test_what_nothing_fits_is_said_with_the_way_to_go_on(tmp_path):
-    from tune.distributed.cluster.placement_groups import _groups
-
     spec = RAY.model_copy(update={"cpus_per_worker": 1000.0, "resource_timeout_s": 1.0, "lanes": 1})
     with scene_of(tmp_path, spec) as scene:
         scene.lanes.open()
@@ -161,20 +151,20 @@ def test_what_nothing_fits_is_said_with_the_way_to_go_on(tmp_path):
         with pytest.raises(ResourceError, match="of 1000 CPU.s. within ray.resource_timeout_s = 1 s") as error:
             scene.wait(lambda snapshot: False)
     assert "In use" in str(error.value) and f"macdrop sweep --resume output_dir={tmp_path}" in str(error.value)
-    assert _groups() == [] and _actors("TrainController") == []
+    assert groups() == [] and actors("TrainController") == []
 
 
 def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_path, monkeypatch):
     from tune.cli.progress import Progress
     from tune.config.run_spec import RunSpec, dump
     from tune.distributed.actors.actor_pool import PoolActor
-    from tune.distributed.actors.evaluators import Opening, Pool
+    from tune.distributed.actors.evaluators import EvaluatorPool, Opening
     from tune.distributed.lanes import lane_pool
     from tune.distributed.sweep import controller
     from tune.scheduling.study import studies
     from tune.storage.run_folder import RunFolder
 
-    class Evaluator(PoolActor):
+    class Renamed(PoolActor):
         def prepare(self, opening: Opening) -> str:
             return opening.weights
 
@@ -183,10 +173,10 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
     run = RunSpec(**SMALL, sweep={"arms": ["plain"], "seeds": 0})
     run_folder = RunFolder.create(tmp_path / "run", dump(run))
     (study,) = studies(run)
-    with scene_of(run_folder.run_dir, RAY.model_copy(update={"lanes": 1})) as scene:
+    with scene_of(run_folder.run_dir, RAY.model_copy(update={"lanes": 1}), Renamed) as scene:
         scene.lanes.open()
         scene.wait(lambda snapshot: bool(snapshot["lanes"]))
-        pool = Pool(1, cpus=WIDTH * RAY.cpus_per_worker, gpus=0, kind=Evaluator)
+        pool = EvaluatorPool(1, cpus=WIDTH * RAY.cpus_per_worker, gpus=0, kind=Renamed)
         controller = controller.SweepController(run_folder, scene.dispatcher, scene.lanes, pool, {}, Progress())
         try:
             assert controller.open(study, Opening(run, {}, "weights", scan=False, k=1, threads=1)) == "weights"
@@ -203,8 +193,6 @@ def test_the_control_store_tells_what_the_reaper_asks_it():
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from tune.distributed.cluster.placement_groups import Trainer, draining, orphans, reap
-
     @ray.remote(num_cpus=0)
     class Maker:
         def make(self) -> None:
@@ -215,15 +203,15 @@ def test_the_control_store_tells_what_the_reaper_asks_it():
     ray.get(maker.make.remote())
     own = ray.util.placement_group([{"CPU": 0.1}])  # as Tune makes them: by the driver, no actor
     ray.get(own.ready())
-    assert orphans() == [] and draining() == []
+    assert orphaned_groups() == [] and ray_internals.draining_nodes() == []
     ray.kill(maker)
     deadline = time.monotonic() + 30
-    while not (found := orphans()) and time.monotonic() < deadline:
+    while not (found := orphaned_groups()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(found) == 1 and reap() == 1
-    while orphans() and time.monotonic() < deadline:
+    while orphaned_groups() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert orphans() == [] and ray.util.placement_group_table(own)["state"] == "CREATED"
+    assert orphaned_groups() == [] and ray.util.placement_group_table(own)["state"] == "CREATED"
     ray.util.remove_placement_group(own)
     runs = [kind(print, scaling_config=ScalingConfig()) for kind in (TorchTrainer, Trainer)]
     kinds = [{type(callback).__name__ for callback in run._create_default_callbacks()} for run in runs]

@@ -41,7 +41,7 @@ SPEC = {
     "validation": {"limit": 8, "zero_shot": {"fact": {"data": "zoo:fact"}}},
     "eval": {"limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}},
 }
-DISPATCHER, TRIAL = "_Dispatcher", "ImplicitFunc"
+DISPATCHER, TRIAL = "Dispatcher", "ImplicitFunc"
 
 
 def run(folder: Path) -> str:
@@ -149,7 +149,7 @@ def test_nothing_of_it_is_shown_and_nothing_is_left(disturbed):
 
     folder, _, log = disturbed
     assert not any(word in log for word in ("Error", "error", "died", "Traceback"))
-    assert not list(folder.glob("ray/orders-*"))
+    assert not list(folder.glob("ray/queue-*"))
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
     deadline = time.monotonic() + 30
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < deadline:
@@ -206,7 +206,7 @@ def test_a_dispatcher_that_cannot_come_back_is_told_as_such(tmp_path):
 
     with pytest.raises(ResourceError, match="does not answer"), dispatching(tmp_path) as dispatcher:
         call(dispatcher, "lane_up", "lane", 1, "host")
-        (log,) = tmp_path.glob("orders-*")
+        (log,) = tmp_path.glob("queue-*")
         log.write_text("{oops\n")
         assert kill(DISPATCHER) == 1
         call(dispatcher, "snapshot")

@@ -362,7 +362,7 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
 
     from tune.config.eval_spec import EvalSpec, jobs
     from tune.config.messages import build
-    from tune.distributed.actors.evaluators import EvalTask, Opening, Pool
+    from tune.distributed.actors.evaluators import EvalTask, EvaluatorPool, Opening
 
     block = build(
         EvalSpec,
@@ -374,7 +374,7 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
         }
     )
     spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
-    pool = Pool(1, cpus=0, gpus=0)
+    pool = EvaluatorPool(1, cpus=0, gpus=0)
     pool.open(Opening(spec, {"test": block}, str(tmp_path / "weights.json"), scan=True, k=3, threads=1))
     for job in sorted(jobs(block), key=lambda job: job.attack):  # plain scores first, then the attacks
         pool.submit(EvalTask({"name": job.key}, job, None, str(tmp_path / "answers.jsonl")))

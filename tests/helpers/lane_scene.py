@@ -69,26 +69,26 @@ class Scene:
 
     def disturb(self, name: str, step: int, act: Callable[[], None]) -> None:
         """Do something to the lane of `storm` at a step, and wait until the order is further than it was."""
-        from tune.distributed.cluster.placement_groups import orphans
+        from tune.distributed.cluster.placement_groups import orphaned_groups
 
         reached = self.reach("storm", "running", step)
         started = time.monotonic()
         act()
         self.wait(lambda snapshot: not snapshot["lanes"])
-        self.wait(lambda snapshot: not orphans())
+        self.wait(lambda snapshot: not orphaned_groups())
         self.reaped[name] = time.monotonic() - started
         self.reach("storm", "running", reached + 1)
         self.recovered[name] = time.monotonic() - started
 
 
 @contextmanager
-def scene_of(folder: Path, spec: RaySpec) -> Iterator[Scene]:
+def scene_of(folder: Path, spec: RaySpec, evaluator: type = object) -> Iterator[Scene]:
     from tune.distributed.lanes.dispatcher import dispatching
     from tune.distributed.lanes.lane_pool import LanePool
 
     (folder / "ray").mkdir(parents=True)
     with dispatching(folder / "ray") as dispatcher:
-        scene = Scene(folder, dispatcher, LanePool(dispatcher, spec, 0.0, folder / "ray"))
+        scene = Scene(folder, dispatcher, LanePool(dispatcher, spec, 0.0, folder / "ray", evaluator=evaluator))
         try:
             yield scene
         finally:

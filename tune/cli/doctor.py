@@ -21,5 +21,5 @@ def orphaned() -> Check:
         from tune.distributed.cluster.orphans import on_machine
     except ImportError:
         return Check(name, True, "not checked: Ray is not installed", needed=False)
-    found = "; ".join(f"orphaned: {each.told}" for each in on_machine())
+    found = "; ".join(f"orphaned: {each.what}" for each in on_machine())
     return Check(name, not found, found or "nothing orphaned here", fix if found else "", needed=False)

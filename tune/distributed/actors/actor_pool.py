@@ -16,11 +16,12 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from macdrop.errors import MacDropError
+from tune.distributed.cluster import ray_internals
+from tune.distributed.cluster.ray_internals import HEAD
+from tune.scheduling.queue import MAX_ATTEMPTS
 
-#: A piece of work under which this many actors died is given up; so is making actors, of which so many died at once.
-MAX_ATTEMPTS = 3
-#: Ray's own label of every node, and its own resource of the head.
-NODE_ID, HEAD = "ray.io/node-id", "node:__internal_head__"
+#: The label that Ray gives every node.
+NODE_ID = "ray.io/node-id"
 
 
 class PoolActor:
@@ -89,7 +90,7 @@ class ActorPool:
 
     def _quickest(self, actors: list[ActorHandle]) -> ActorHandle:
         """The first that has its resources and lives."""
-        waiting = {actor.__ray_ready__.remote(): actor for actor in actors}
+        waiting = {ray_internals.ready(actor): actor for actor in actors}
         while len(waiting) > 1:
             (ref,), _ = ray.wait(list(waiting), num_returns=1)
             actor = waiting.pop(ref)

@@ -14,7 +14,8 @@ from ray.actor import ActorHandle
 
 from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec
 from tune.config.run_spec import TrainSpec
-from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, ActorPool, Done, PoolActor
+from tune.distributed.actors.actor_pool import ActorPool, Done, PoolActor
+from tune.scheduling.queue import MAX_ATTEMPTS
 from tune.training.watchdog import STACKS, passes_watched, why_it_died
 
 
@@ -73,7 +74,7 @@ class Result:
     calls_saved: int = 0  # of layers, by what was shared with other attacks
 
 
-class _Evaluator(PoolActor):
+class Evaluator(PoolActor):
     """One resident model. A new model takes the place of the last one in the same process."""
 
     def __init__(self) -> None:
@@ -147,14 +148,14 @@ class _Evaluator(PoolActor):
         return rows, time.monotonic() - started, self.prefix.calls_saved - saved
 
 
-class Pool:
+class EvaluatorPool:
     """Gives items to idle actors; an item whose actor died is given out again.
 
     An actor goes on with the benchmark it has just scored, under its other attacks; else with one that no other actor
     is at, of the adapter it has; else with whatever is waiting, so that none is idle.
     """
 
-    def __init__(self, size: int, *, cpus: float, gpus: float, kind: type[PoolActor] = _Evaluator) -> None:
+    def __init__(self, size: int, *, cpus: float, gpus: float, kind: type[PoolActor] = Evaluator) -> None:
         self._pool = ActorPool(kind, size, cpus=cpus, gpus=gpus)
         self._last: dict[ActorHandle, EvalTask] = {}
         self._waiting: deque[EvalTask] = deque()

@@ -10,10 +10,11 @@ from pathlib import Path
 from macdrop.errors import MacDropError
 from tune.config.judge_spec import JudgeSpec
 from tune.config.run_spec import RunSpec
-from tune.distributed.actors.actor_pool import MAX_ATTEMPTS, ActorPool, PoolActor
+from tune.distributed.actors.actor_pool import ActorPool, PoolActor
 from tune.evaluation.judge.answers import answers_of
 from tune.evaluation.judge.prompt import Judgement, Question
 from tune.evaluation.judge.session import Judge, judge_at_end, make_judge
+from tune.scheduling.queue import MAX_ATTEMPTS
 from tune.storage.run_folder import RunFolder
 from tune.training.watchdog import STACKS, passes_watched, why_it_died
 
@@ -28,7 +29,7 @@ class JudgeOpening:
     step_timeout_s: float
 
 
-class _JudgeActor(PoolActor):
+class JudgeActor(PoolActor):
     """One resident judge."""
 
     def prepare(self, opening: JudgeOpening) -> None:
@@ -69,7 +70,7 @@ class ActorJudge:
         cpus: float,
         gpus: float,
         stacks: Path,
-        kind: type[PoolActor] = _JudgeActor,
+        kind: type[PoolActor] = JudgeActor,
     ) -> None:
         self._opening, self._stacks = opening, stacks
         self._pool = ActorPool(kind, size, cpus=cpus, gpus=gpus)

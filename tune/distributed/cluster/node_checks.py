@@ -20,8 +20,11 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune.config.run_spec import RunSpec, dump
-from tune.distributed.actors.actor_pool import HEAD
+from tune.distributed.cluster import ray_internals
+from tune.distributed.cluster.ray_internals import HEAD
 from tune.errors import ResourceError
+from tune.preflight.inputs import model_outline
+from tune.preflight.probe import HEADROOM
 from tune.scheduling.study import Study
 from tune.storage.atomic import atomic_write_text, writing
 from tune.storage.environment import version
@@ -31,8 +34,6 @@ from tune.zoo.catalog import PREFIX
 LAG_S = 30.0
 #: What a task with GPUs may wait for them; who else holds them is not ours to wait for.
 GPU_WAIT_S = 120.0
-#: Weights alone are not enough: adapter, optimizer, activations.
-HEADROOM = 1.2
 #: Keys of a run file whose value is a file or folder, or the id of something on the hub.
 PLACES = ("model_name_or_path", "dataset", "data", "fewshot_data", "path", "model")
 #: Of a repository on the hub, what a model is loaded from; never a pickle. Code only where the run file trusts it.
@@ -95,7 +96,7 @@ def look_at(
         tasks: dict[ray.ObjectRef, tuple[dict[str, Any], float | None]]
         tasks = {_task(look, needs, node): (node, None) for node in nodes}
         workers = [node for node in nodes if node["Resources"].get("GPU", 0) >= 1 and HEAD not in node["Resources"]]
-        free = ray._private.state.available_resources_per_node() if workers else {}
+        free = ray_internals.free_resources() if workers else {}
         for node in workers:
             gpus = min(2, int(free.get(node["NodeID"], {}).get("GPU", 0)))
             if gpus:
@@ -269,7 +270,5 @@ def _answer(ref: ray.ObjectRef, node: dict[str, Any], wait: float | None, tell: 
 
 def _weights_on_a_gpu(spec: RunSpec, study: Study) -> int:
     """Bytes of a model's weights on each GPU, by its shapes alone."""
-    from tune.preflight.inputs import model_outline
-
     size = sum(p.numel() for p in model_outline(study.spec).parameters()) * (2 if study.spec.bf16 else 4)
     return size // spec.ray.num_workers if study.spec.zero_stage == 3 else size

@@ -1,9 +1,8 @@
-"""Gives back what dead Train runs hold: placement groups outlive the actor that made them.
+"""Removes placement groups leaked by dead Train controllers: a group outlives the actor that made it.
 
-Ray Train's own remedy is a detached actor per run that asks the dashboard whether the run still lives: it does nothing
-without a dashboard or beside a second Ray, and is itself left behind. The Global Control Store already knows which
-maker is dead, so one thread in the driver does for all runs. Fields and accessors here are Ray's private ones; a test
-says so when they change.
+Ray Train's own remedy is a detached actor per run that asks the dashboard whether the run is alive: it does nothing
+without a dashboard or next to a second Ray instance, and is itself orphaned. The Global Control Store already knows
+which creators are dead, so one thread in the driver serves all runs.
 """
 
 from __future__ import annotations
@@ -13,24 +12,22 @@ import threading
 from typing import Any
 
 import ray
-from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData
 from ray.train.torch import TorchTrainer
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-#: A dead run's resources are free this soon, and a moment.
+from tune.distributed.cluster import ray_internals
+from tune.distributed.cluster.ray_internals import Group
+
+#: How often dead runs are looked for.
 REAP_EVERY_S = 1.0
-#: A control store that is gone answers only after a minute that it is.
+#: A control store that has gone away takes a minute to say so.
 CLOSE_S = 5.0
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer without Train's cleaner of placement groups; a `Reaper` must be at work beside it."""
+    """A TorchTrainer without Train's own cleaner of placement groups; needs a running `Reaper`."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return ray_internals.without_cleaner(super()._create_default_callbacks())
 
 
 class Reaper:
@@ -42,7 +39,7 @@ class Reaper:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, after a last look; safe to call twice."""
+        """Reap once more and end the thread; safe to call twice."""
         self._end.set()
         self._thread.join(timeout=CLOSE_S)
 
@@ -53,63 +50,55 @@ class Reaper:
             try:
                 reap()
             except Exception:
-                # The control store may be away for a moment; who needs it for more than this says so.
+                # The control store may be away for a moment; callers that depend on it report that themselves.
                 logging.getLogger(__name__).debug("reaper", exc_info=True)
 
 
 def reap() -> int:
-    """Remove the placement groups of this job whose maker is dead; returns how many there were."""
-    found = orphans()
+    """Remove this job's orphaned placement groups; return how many there were."""
+    found = orphaned_groups()
     for group in found:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+        ray_internals.remove_group(group)
     return len(found)
 
 
-def orphans() -> list[Any]:
-    """Placement groups of this job that a dead actor has made and that are not meant to outlive it.
+def orphaned_groups() -> list[Group]:
+    """Return this job's placement groups whose creator, an actor, is dead, unless they are meant to outlive it.
 
-    Those that the driver made, as Tune does for its trials, have no actor, which the table counts as a dead one.
+    Tune's groups have no creator: the driver makes them for its trials.
     """
-    made = [group for group in _groups() if not ray.ActorID(group.creator_actor_id).is_nil()]
-    return [group for group in made if group.creator_actor_dead and not group.is_detached]
+    made = [group for group in groups() if group.creator is not None]
+    return [group for group in made if group.creator_dead and not group.detached]
 
 
 def end_runs(*, waiting: bool = False) -> int:
-    """Kill the controllers of this job's Train runs, with which their workers die; returns how many there were.
+    """Kill the controllers of this job's Train runs, and so their workers; return how many there were.
 
-    A run that waits for resources listens to nothing else. waiting: only those.
+    A run that waits for resources cannot be stopped in any other way. waiting: end only such runs.
     """
-    settled = {group.creator_actor_id for group in _groups() if group.state == group.CREATED} if waiting else set()
-    controllers = [row for row in _actors("TrainController") if row.actor_id not in settled]
-    for row in controllers:
-        ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID(row.actor_id), True)
+    settled = {group.creator for group in groups() if group.placed} if waiting else set()
+    controllers = [actor for actor in actors(ray_internals.TRAIN_CONTROLLER) if actor.id not in settled]
+    for actor in controllers:
+        ray_internals.kill_actor(actor)
     return len(controllers)
 
 
-def without_resources(kind: str) -> bool:
-    """Whether actors of a class wait for resources and none of them has any."""
-    states = {row.state for row in _actors(kind)}
-    return bool(states) and all(state == ActorTableData.PENDING_CREATION for state in states)
+def without_resources(kind: type) -> bool:
+    """Return whether actors of a class wait for resources and none of them has any."""
+    found = actors(ray_internals.table_name(kind))
+    return bool(found) and all(actor.pending for actor in found)
 
 
-def draining() -> list[str]:
-    """Nodes that are about to be taken away, as a spot notice or `ray drain-node` tells."""
-    return sorted(ray._private.state.state.get_draining_nodes())
+def groups() -> list[Group]:
+    """Return this job's placement groups."""
+    job = _job()
+    return [group for group in ray_internals.placement_groups() if group.job == job]
 
 
-def _accessor() -> Any:
-    return ray._private.state.state._connect_and_get_accessor()
+def actors(class_name: str) -> list[ray_internals.Actor]:
+    """Return this job's living actors of a class, by its name in Ray's actor table."""
+    return [actor for actor in ray_internals.actors(_job()) if actor.class_name == class_name]
 
 
-def _groups() -> list[Any]:
-    """This job's placement groups that have not been removed."""
-    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
-    groups = [PlacementGroupTableData.FromString(row) for row in _accessor().get_placement_group_table()]
-    return [group for group in groups if group.creator_job_id == job and group.state != group.REMOVED]
-
-
-def _actors(kind: str) -> list[Any]:
-    """This job's actors, but the dead, of a class whose name ends so: the table has it with the function around it."""
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    rows = [ActorTableData.FromString(row) for row in _accessor().get_actor_table(job, None)]
-    return [row for row in rows if row.class_name.endswith(kind) and row.state != ActorTableData.DEAD]
+def _job() -> bytes:
+    return bytes.fromhex(ray.get_runtime_context().get_job_id())

@@ -12,12 +12,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from tune.distributed.cluster.ray_internals import HEAD
 from tune.errors import ResourceError
 from tune.scheduling.queue_log import LoggedQueue
 from tune.storage.atomic import atomic_write_text
 
-#: Ray's own resource of the head node (1.0 in all): small shares of it keep light actors there and cost no CPU.
-HEAD = "node:__internal_head__"
 #: How long a caller waits for an answer; an actor that is made again on a busy machine takes seconds.
 PATIENCE_S = 180.0
 
@@ -32,8 +31,8 @@ def dispatching(folder: Path) -> Iterator[ActorHandle]:
 
     The actor takes no CPU. When its process dies, Ray starts it again and sends again what it had not answered.
     """
-    log = atomic_write_text(folder / f"orders-{uuid.uuid4().hex[:8]}.jsonl", "")
-    dispatcher = _Dispatcher.options(resources={HEAD: 0.001}).remote(log)
+    log = atomic_write_text(folder / f"queue-{uuid.uuid4().hex[:8]}.jsonl", "")
+    dispatcher = Dispatcher.options(resources={HEAD: 0.001}).remote(log)
     try:
         yield dispatcher
     finally:
@@ -43,7 +42,7 @@ def dispatching(folder: Path) -> Iterator[ActorHandle]:
 
 
 @ray.remote(num_cpus=0, max_concurrency=1, max_restarts=-1, max_task_retries=-1)
-class _Dispatcher:
+class Dispatcher:
     def __init__(self, log: Path) -> None:
         self.queue = LoggedQueue(log)
 

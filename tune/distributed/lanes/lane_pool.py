@@ -17,7 +17,8 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from tune.config.run_spec import RaySpec
-from tune.distributed.cluster.placement_groups import Reaper, draining, end_runs, without_resources
+from tune.distributed.cluster import ray_internals
+from tune.distributed.cluster.placement_groups import Reaper, end_runs, without_resources
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane import run_lane, tell_loss
 from tune.errors import ResourceError
@@ -33,15 +34,17 @@ LOOK_EVERY_S = 1.0
 ROOM_AFTER_S = 10.0
 #: Without any lane for so long, evaluators without work give up what they hold; lanes start, and come back, in less.
 STARVING_S = 60.0
-#: How the name of their class ends.
-EVALUATOR = "Evaluator"
 
 
 class LanePool:
     """Starts the lanes, notices dead ones, closes them."""
 
-    def __init__(self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path) -> None:
+    def __init__(
+        self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path, *, evaluator: type
+    ) -> None:
+        """evaluator: the class of the actors that idle lanes make room for."""
         self._dispatcher, self._spec, self._gpus, self._storage = dispatcher, spec, gpus_per_worker, storage
+        self._evaluator = evaluator
         self._numbers = itertools.count(1)
         self._threads: dict[str, threading.Thread] = {}
         self._errors: dict[str, Exception] = {}
@@ -120,7 +123,7 @@ class LanePool:
 
     def _look_at_nodes(self) -> None:
         """Tell the book when nodes are about to be taken away."""
-        leaving = draining()
+        leaving = ray_internals.draining_nodes()
         if leaving != self.leaving:
             self.leaving = leaving
             call(self._dispatcher, "drain", leaving)
@@ -129,7 +132,7 @@ class LanePool:
         """Give idle lanes' resources to evaluation actors that have none; have the lanes back when there are orders."""
         if queued and self._opened:
             self._wanted = self._spec.lanes
-        starving = scoring and not queued and without_resources(EVALUATOR)
+        starving = scoring and not queued and without_resources(self._evaluator)
         self._starving_since = (self._starving_since or self._looked) if starving else None
         idle = [name for name, lane in up.items() if not lane["task"]]
         if idle and self._starving_since and self._looked - self._starving_since >= ROOM_AFTER_S:

@@ -14,7 +14,7 @@ from ray.tune import Stopper
 from tune.config.eval_spec import VALIDATION, EvalJob
 from tune.config.recorded import asked_for
 from tune.config.run_spec import TrainSpec, dump
-from tune.distributed.actors.evaluators import EvalTask, Opening, Pool, Result
+from tune.distributed.actors.evaluators import EvalTask, EvaluatorPool, Opening, Result
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane_pool import LanePool
 from tune.distributed.sweep.events import Observer
@@ -41,7 +41,7 @@ class SweepController:
         run_folder: RunFolder,
         dispatcher: ActorHandle,
         lanes: LanePool,
-        pool: Pool,
+        pool: EvaluatorPool,
         jobs: dict[str, list[EvalJob]],
         progress: Observer,
         *,

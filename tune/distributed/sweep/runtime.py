@@ -13,7 +13,7 @@ import ray
 from macdrop.errors import MacDropError
 from tune.config.resume import check_same
 from tune.config.run_spec import RunSpec, dump
-from tune.distributed.actors.evaluators import Pool
+from tune.distributed.actors.evaluators import Evaluator, EvaluatorPool
 from tune.distributed.actors.judges import judge_sweep
 from tune.distributed.cluster import orphans
 from tune.distributed.cluster.node_checks import check_nodes
@@ -82,9 +82,9 @@ def run(
         stack.push(functools.partial(_leave, run_folder, stop))
         progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
         dispatcher = stack.enter_context(dispatching(run_dir / "ray"))
-        lanes = LanePool(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray")
+        lanes = LanePool(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray", evaluator=Evaluator)
         stack.callback(lanes.close)
-        pool = Pool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])
+        pool = EvaluatorPool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])
         stack.callback(pool.close)
         # Closed after the supervisor, whose last changes it copies.
         followed = functools.partial(trials_of_run, RunFolder(run_dir))

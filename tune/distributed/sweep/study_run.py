@@ -14,6 +14,7 @@ from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 from tune.config.eval_spec import PLAIN, TEST, VALIDATION, EvalJob, jobs
 from tune.config.run_spec import MacDropSpec, RunSpec, TrainSpec
 from tune.distributed.actors.evaluators import Opening
+from tune.distributed.cluster.ray_internals import HEAD
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.searcher import optuna_searcher, param_space, points, scheduler
@@ -163,8 +164,8 @@ class StudyRun:
         if samples < 1:
             return
         trainable = functools.partial(run_trial, context=context)
-        # A share of the head's own resource: a trial only waits, so it must not take a CPU from the lanes.
-        trainable = ray.tune.with_resources(trainable, {"CPU": 0, "node:__internal_head__": 0.001})
+        # On the head: a trial only waits, so it must not take a CPU from the lanes.
+        trainable = ray.tune.with_resources(trainable, {"CPU": 0, HEAD: 0.001})
         Tuner(
             trainable,
             param_space=param_space(self.study, listed),
