@@ -28,9 +28,11 @@ import numpy as np
 
 from macdrop.errors import DataError
 from tune.data.formats import converter, detect_format
-from tune.data.sources import Row, Source, find_sources, open_source, sha256_of
+from tune.data.readers import Row
+from tune.data.sources import Source, find_sources, open_source
 from tune.data.templates import IGNORE, Encoded, Encoder, choose_template
 from tune.storage.atomic import atomic_write_json, sync_folder, writing
+from tune.storage.sealed_folder import sha256
 
 LAYOUT = 1
 """Part of the cache key: raise it whenever the same input would give other arrays."""
@@ -247,7 +249,7 @@ def _encode_source(source: Source, rows: Any, encoder: Encoder) -> tuple[str, It
     def examples() -> Iterator[Encoded]:
         batch: list[Row] = [first, *islice(stream, _BATCH - 1)]
         while batch:
-            yield from encoder.encode([convert(row) for row in batch], [row.where for row in batch])
+            yield from encoder.encode([convert(row) for row in batch], [row.place for row in batch])
             batch = list(islice(stream, _BATCH))
 
     return format, examples()
@@ -267,8 +269,10 @@ def split(n: int, val_size: float, data_seed: int) -> tuple[np.ndarray, np.ndarr
     count = int(val_size) if val_size >= 1 else round(n * val_size)
     if (val_size > 0 and count == 0) or count >= n:
         part = "validation" if count == 0 else "training"
-        raise DataError(f"val_size {val_size} of {n} usable examples leaves the {part} part empty. "
-                        f"Allowed: 0, or {1 / n:.3g} to {(n - 1) / n:.3g}, or 1 to {n - 1} examples.")  # fmt: skip
+        raise DataError(
+            f"val_size {val_size} of {n} usable examples leaves the {part} part empty. "
+            f"Allowed: 0, or {1 / n:.3g} to {(n - 1) / n:.3g}, or 1 to {n - 1} examples."
+        )
     order = np.random.default_rng(data_seed).permutation(n)
     return np.sort(order[count:]).astype(np.int64), np.sort(order[:count]).astype(np.int64)
 
@@ -287,7 +291,7 @@ def _write(folder: Path, arrays: dict[str, np.ndarray], info: dict[str, Any]) ->
                 file.flush()
                 os.fsync(file.fileno())
         files = {f"{name}.npy": temporary / f"{name}.npy" for name in _ARRAYS}
-        info["files"] = {name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for name, p in files.items()}
+        info["files"] = {name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for name, p in files.items()}
         atomic_write_json(temporary / "info.json", info)
         if folder.exists():  # damaged, or it would not be built again
             shutil.rmtree(folder)
@@ -310,7 +314,7 @@ def _read_info(folder: Path) -> dict[str, Any] | None:
 
 def _intact(folder: Path) -> bool:
     info = _read_info(folder)
-    return info is not None and all(sha256_of(folder / name) == file["sha256"] for name, file in info["files"].items())
+    return info is not None and all(sha256(folder / name) == file["sha256"] for name, file in info["files"].items())
 
 
 def _label_counts(labels: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from macdrop.errors import DataError, nearest
-from tune.data.sources import Row
+from tune.data.readers import Row
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def detect_format(row: Row) -> str:
         return "text"
     needs = "\n".join(f"  {name}: {', '.join(required)}" for name, (required, _) in FORMATS.items())
     found = _columns(row)
-    raise DataError(f"{row.where}: no known format has the columns {found}.\nColumns needed, by format:\n{needs}")
+    raise DataError(f"{row.place}: no known format has the columns {found}.\nColumns needed, by format:\n{needs}")
 
 
 def converter(format: str) -> Callable[[Row], Conversation]:
@@ -64,7 +64,7 @@ def converter(format: str) -> Callable[[Row], Conversation]:
             missing = []
         if missing:
             raise DataError(
-                f"{row.where}: format {format} needs the columns {', '.join(required)}.\n"
+                f"{row.place}: format {format} needs the columns {', '.join(required)}.\n"
                 f"Missing: {', '.join(missing)}. Columns found: {_columns(row)}."
             )
         return convert(row)
@@ -77,7 +77,7 @@ def _alpaca(row: Row) -> Conversation:
     history = row.values.get("history") or []
     for pair in history if isinstance(history, (list, tuple)) else [history]:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise DataError(f"{row.where}: history must be a list of [question, answer] pairs, found {str(pair):.60}.")
+            raise DataError(f"{row.place}: history must be a list of [question, answer] pairs, found {str(pair):.60}.")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     question = Turn("user", _text(row, "instruction"), _text(row, "input", optional=True))
     return [*turns, question, Turn("assistant", _text(row, "output"))]
@@ -108,22 +108,24 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Conversation]]] = {
 def _turns(row: Row, column: str, role_key: str, text_key: str, roles: dict[str, str]) -> Conversation:
     entries = row.values[column]
     if not isinstance(entries, list):
-        raise DataError(f"{row.where}: {column} must be a list of turns, found a {type(entries).__name__}.")
+        raise DataError(f"{row.place}: {column} must be a list of turns, found a {type(entries).__name__}.")
     turns = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or role_key not in entry or text_key not in entry:
             found = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)[:60]
-            raise DataError(f"{row.where}: turn {number} of {column} needs {role_key} and {text_key}; found {found}.")
+            raise DataError(f"{row.place}: turn {number} of {column} needs {role_key} and {text_key}; found {found}.")
         role, text = entry[role_key], entry[text_key]
         if not isinstance(role, str) or role not in roles:
-            raise DataError(f"{row.where}: turn {number} has {role_key} {role!r}; allowed are {', '.join(roles)}.")
+            raise DataError(f"{row.place}: turn {number} has {role_key} {role!r}; allowed are {', '.join(roles)}.")
         if not isinstance(text, str):
-            raise DataError(f"{row.where}: {text_key} of turn {number} must be text, found a {type(text).__name__}.")
+            raise DataError(f"{row.place}: {text_key} of turn {number} must be text, found a {type(text).__name__}.")
         turns.append(Turn(roles[role], text))
     spoken = [turn.role for turn in turns if turn.role != "system"]
     if "assistant" not in spoken or spoken[0] != "user":
-        raise DataError(f"{row.where}: {column} must start with a question of the user and hold an answer; "
-                        f"found the roles {', '.join(turn.role for turn in turns) or '(none)'}.")  # fmt: skip
+        raise DataError(
+            f"{row.place}: {column} must start with a question of the user and hold an answer; "
+            f"found the roles {', '.join(turn.role for turn in turns) or '(none)'}."
+        )
     return turns
 
 
@@ -137,7 +139,7 @@ def _text(row: Row, column: str, optional: bool = False) -> str:
     if optional and value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{row.where}: {column} must be text, found {value!r:.60} ({type(value).__name__}).")
+        raise DataError(f"{row.place}: {column} must be text, found {value!r:.60} ({type(value).__name__}).")
     return value
 
 

@@ -54,7 +54,7 @@ class Encoded:
 
 
 def choose_template(template: str, tokenizer: Any) -> str:
-    """"chat" or "alpaca" for the spec's `template`; auto is chat where the tokenizer has a chat template.
+    """Resolve the spec's `template` to "chat" or "alpaca"; auto is chat where the tokenizer has a chat template.
 
     Raises:
         ConfigError: unknown template, or `chat` for a tokenizer without one.
@@ -64,8 +64,10 @@ def choose_template(template: str, tokenizer: Any) -> str:
         raise ConfigError(f"template {template!r} is not known.{nearest(template, TEMPLATES)} Allowed: {allowed}.")
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_chat:
-        raise ConfigError("template 'chat' needs a tokenizer with a chat template, and this one has none.\n"
-                          "Use template: alpaca, or the tokenizer of an instruction-tuned model.")  # fmt: skip
+        raise ConfigError(
+            "template 'chat' needs a tokenizer with a chat template, and this one has none.\n"
+            "Use template: alpaca, or the tokenizer of an instruction-tuned model."
+        )
     return "alpaca" if template == "alpaca" or not has_chat else "chat"
 
 
@@ -114,16 +116,19 @@ def chat_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
             prompt = head[: max(len(before), len(head.rstrip()))]  # and a blank belongs to the word that follows
         start = len(prompt)
         if not whole.startswith(prompt) or start < at:
-            raise DataError("the chat template rewrites earlier turns, so that no label mask is exact. "
-                            "Use template: alpaca.")  # fmt: skip
+            raise DataError(
+                "the chat template rewrites earlier turns, so that no label mask is exact. Use template: alpaca."
+            )
         if whole.startswith(after):
             end = max(len(after.rstrip()), start)
         else:
             content, mark = message["content"].strip(), tail.rstrip()
             found = whole.find(content, start)
             if found < 0:
-                raise DataError("the chat template changes the text of an answer, so that no label mask is exact. "
-                                "Use template: alpaca.")  # fmt: skip
+                raise DataError(
+                    "the chat template changes the text of an answer, so that no label mask is exact. "
+                    "Use template: alpaca."
+                )
             end = found + len(content)
             end += len(mark) if whole.startswith(mark, end) else 0
         pieces += [Piece(whole[at:start], answer=False), Piece(whole[start:end], answer=True, close=not tail.strip())]
@@ -218,4 +223,3 @@ def _growing(run: list[Piece]) -> list[str]:
 
 def _joined(turn: Turn) -> str:
     return f"{turn.content}\n{turn.context}" if turn.context else turn.content
-

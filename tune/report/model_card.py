@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tune.config.run_spec import TrainSpec
-from tune.data.sources import looks_like_a_path
+from tune.data.readers import looks_like_a_path
 from tune.report.tables import Table
 
 PLANTED = (

@@ -1,0 +1,133 @@
+"""tune.data.readers: every kind of file, damaged ones with their place, and all users on the same path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from macdrop.errors import DataError
+from tune.config.eval_spec import EvalSpec
+from tune.config.messages import build
+from tune.data.formats import detect_format
+from tune.data.readers import read_documents, read_file, read_rows
+from tune.data.sources import find_sources, open_source
+from tune.evaluation.check import check_files
+
+BOM = b"\xef\xbb\xbf"
+GOOD = {
+    "rows.json": b'[{"text": "a"},\n {"text": "b"}]',
+    "rows.jsonl": b'{"text": "a"}\n\n{"text": "b"}\n',
+    "rows.csv": b"text\na\nb\n",
+    "rows.tsv": b"text\na\nb\n",
+    "rows.txt": b"a\nb\n",
+}
+DEEP = b"[" * 100_000
+#: file name, content, what the refusal says. Each has a good first row.
+BAD = {
+    "short CSV row": ("r.csv", b"prompt,reference\na,b\nc\n", "line 3: fewer values than the 2 columns"),
+    "long CSV row": ("r.csv", b"prompt,reference\na,b\n\nc,d,e\n", "line 4: more values than the 2 columns"),
+    "open quote": ("r.csv", b'prompt,reference\na,b\n"c,d\n', "line 3: not valid CSV"),
+    "short TSV row": ("r.tsv", b"prompt\treference\na\tb\nc\n", "line 3: fewer values than the 2 columns"),
+    "no column names": ("r.csv", b"\na,b\n", "line 1: no column names"),
+    "broken JSON line": ("r.jsonl", b'{"prompt": "a", "reference": "b"}\n{"prompt": \n', "line 2: not valid JSON"),
+    "broken JSON list": ("r.json", b'[{"prompt": "a", "reference": "b"},\n {"prompt": }]', "line 2: not valid JSON"),
+    "no comma": ("r.json", b'[{"prompt": "a", "reference": "b"}\n {"prompt": ""}]', "line 2: not valid JSON"),
+    "trailing comma": ("r.json", b'[{"prompt": "a", "reference": "b"},\n]', "line 2: not valid JSON"),
+    "text after the list": ("r.json", b'[{"prompt": "a", "reference": "b"}]\nmore', "line 2: not valid JSON"),
+    "deep JSON line": ("r.jsonl", b'{"prompt": "a", "reference": "b"}\n' + DEEP, "line 2: nested too deeply"),
+    "deep JSON list": ("r.json", b'[{"prompt": "a", "reference": "b"},\n' + DEEP, "line 2: nested too deeply"),
+    "huge number": ("r.jsonl", b'{"prompt": "a", "reference": "b"}\n{"a": ' + b"1" * 5000 + b"}", "line 2: not valid"),
+    "no object": ("r.jsonl", b'{"prompt": "a", "reference": "b"}\n3\n', "line 2: expected an object .* found int"),
+    "no UTF-8": ("r.jsonl", b'{"prompt": "a", "reference": "b"}\n\xff\xfe', "not UTF-8 text"),
+    "no parquet": ("r.parquet", b"no parquet", "not a parquet file"),
+}
+
+
+def written(folder: Path, name: str, content: bytes) -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+def train_rows(path: str) -> list[dict]:
+    """Rows as training reads them."""
+    (source,) = find_sources(path, format="auto", max_samples=None)
+    return [dict(row.values) for row in open_source(source)[1]()]
+
+
+def check(section: str, path: str) -> None:
+    """Open a file as a benchmark."""
+    check_files(build(EvalSpec, {section: {"mine": {"data": path}}}))
+
+
+@pytest.mark.parametrize("bom", [b"", BOM], ids=["plain", "bom"])
+@pytest.mark.parametrize("name", GOOD)
+def test_training_and_benchmarks_read_the_same_rows(tmp_path, name, bom):
+    path = written(tmp_path, name, bom + GOOD[name])
+    assert train_rows(path) == [{"text": "a"}, {"text": "b"}]
+    if name == "rows.txt":
+        assert read_documents([path], "text") == ["a\nb\n"]  # perplexity takes a text file as one document
+        with pytest.raises(DataError, match="rows are read from"):
+            read_rows([path])
+    else:
+        assert read_rows([path]).rows == [{"text": "a"}, {"text": "b"}]
+        assert read_documents([path], "text") == ["a", "b"]
+
+
+def test_parquet_rows_hold_plain_lists(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"context": "2+2=", "choices": ["4", "5"], "label": 0},
+        {"context": "1+1=", "choices": ["3", "2"], "label": 1},
+    ]
+    path = str(tmp_path / "qa.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert train_rows(path) == read_rows([path]).rows == rows
+    check("zero_shot", path)
+    assert [row.place for row in read_file(Path(path))] == [f"{path}, row 1", f"{path}, row 2"]
+
+
+@pytest.mark.parametrize("damage", BAD)
+@pytest.mark.parametrize("user", ["training", "zero_shot", "perplexity", "generation"])
+def test_damaged_files_are_refused_with_their_place_everywhere(tmp_path, user, damage):
+    name, content, message = BAD[damage]
+    path = written(tmp_path, name, content)
+    with pytest.raises(DataError, match=message) as caught:
+        if user == "training":
+            train_rows(path)
+        else:
+            check(user, path)
+    assert path in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_bom_reaches_no_column_name_and_no_text(tmp_path):
+    path = written(tmp_path, "g.csv", BOM + b"prompt,reference\na,b\n")
+    assert list(read_rows([path]).rows[0]) == ["prompt", "reference"]
+    check("generation", path)
+    assert read_documents([written(tmp_path, "t.txt", BOM + b"a")], "text") == ["a"]
+
+
+def test_places_of_rows_are_the_lines_they_start_on(tmp_path):
+    path = Path(written(tmp_path, "r.csv", b'text\n"a\nb"\n\nc\n'))
+    assert [row.place for row in read_file(path)] == [f"{path}, line 2", f"{path}, line 5"]
+    path = Path(written(tmp_path, "r.json", b'\n[{"text":\n "a"},\n\n{"text": "b"}]'))
+    assert [row.place for row in read_file(path)] == [f"{path}, line 2", f"{path}, line 5"]
+
+
+def test_documents_that_are_not_text_are_refused(tmp_path):
+    path = written(tmp_path, "t.jsonl", json.dumps({"text": ["the cat", "sat on"]}).encode())
+    with pytest.raises(DataError, match=r"t.jsonl, line 1: 'text' must be text, not \['the cat', 'sat on'\]"):
+        check("perplexity", path)
+
+
+def test_real_files_read_as_json_reads_them(shared):
+    for file in ("alpaca_en_demo/train.json", "piqa/validation.jsonl", "spec_bench/question.jsonl", "gsm8k/test.jsonl"):
+        path = shared / "data" / file
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line]
+        assert train_rows(str(path)) == read_rows([str(path)]).rows == rows
+    first = next(iter(read_file(shared / "data/alpaca_en_demo/train.json")))
+    assert detect_format(first) == "alpaca"
