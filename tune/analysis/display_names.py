@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-BASE = "base"
+from tune.config.sections import BASE
+
 NAMES = {
     "macdrop": "MacDrop",
     "random_rows": "random rows",
@@ -32,14 +33,3 @@ def setting_label(arm: str, settings: Mapping[str, Any]) -> str:
 def adapter_name(settings: Mapping[str, Any]) -> str:
     """LoRA, DoRA, rsLoRA or rsDoRA."""
     return ("rs" if settings.get("use_rslora") else "") + ("DoRA" if settings.get("use_dora") else "LoRA")
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

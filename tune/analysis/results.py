@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tune.analysis.display_names import NAMES, flatten, setting_label
+from tune.analysis.display_names import NAMES, setting_label
+from tune.config.parse import flatten
 from tune.config.recorded import _block, asked_for, models_of
-from tune.config.run_spec import slug
+from tune.config.run_spec import CELL_KEYS, slug
 from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
 from tune.storage.run_folder import BASE, RunFolder
 
 MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
-CELL_KEYS = ("use_dora", "use_rslora")
-"""Settings that say what kind of adapter is trained: arms are compared where these are equal."""
 NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
 """Keys that do not change what is trained, so that trials that differ in them only are compared."""
 ARM_ORDER = (BASE, "plain", "macdrop")

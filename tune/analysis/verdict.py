@@ -17,8 +17,9 @@ from typing import Any
 from macdrop.errors import DataError
 from tune.analysis import sentences as telling
 from tune.analysis.comparison import CANNOT_TELL, Comparison, Sample, compare, corrected, unknown
-from tune.analysis.display_names import flatten, setting_label
+from tune.analysis.display_names import setting_label
 from tune.analysis.paired_samples import Samples
+from tune.config.parse import flatten
 from tune.config.run_spec import slug
 from tune.evaluation.score_names import Column, mean_columns
 from tune.storage.run_folder import RunFolder

@@ -19,12 +19,12 @@ from pydantic import (
 from macdrop.attack import NONE, Attack
 from tune.config import suites
 from tune.config.judge_spec import JudgeSpec
+from tune.config.parse import SECTIONS
 from tune.config.strict import Strict, Text
 
 PLAIN = NONE
 TEST, VALIDATION = SPLITS = ("test", "validation")
 """What a score is for: `test` benchmarks are reported (block `eval:`), `validation` ones select (`validation:`)."""
-SECTIONS = ("zero_shot", "perplexity", "generation")
 TEXT_METRICS = ("exact_match", "chrf", "rouge_l")
 INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from macdrop.errors import nearest
-from tune.config.eval_spec import PLAIN, SECTIONS, EvalSpec, jobs
+from tune.config.eval_spec import PLAIN, EvalSpec, jobs
+from tune.config.parse import SECTIONS
 from tune.config.sections import EVAL_LOSS, SweepSpec
 
 AVERAGED = ("zero_shot", "perplexity")

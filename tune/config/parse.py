@@ -6,6 +6,7 @@ Which keys exist is the business of `tune.config.run_spec`; what is wrong with t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ ALIASES = {
     "ray_num_workers": "ray.num_workers",
 }
 
-#: Sections that may be written as a list of names; an override of one entry needs them as a block.
-NAMED_SECTIONS = {
-    (block, section) for block in ("eval", "validation") for section in ("zero_shot", "perplexity", "generation")
-}
+#: Sections of benchmarks in the blocks `eval` and `validation`.
+SECTIONS = ("zero_shot", "perplexity", "generation")
+#: They may be written as a list of names; an override of one entry needs them as a block.
+NAMED_SECTIONS = {(block, section) for block in ("eval", "validation") for section in SECTIONS}
 
 
 # --- text -> plain data ---
@@ -133,14 +134,14 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: a key is given under two names.
     """
-    result = _flat(raw)
+    result = _nested(raw)
     sweep = result.get("sweep")
     if isinstance(sweep, dict):
         sweep = dict(sweep)
         if isinstance(sweep.get("parameters"), dict):
             sweep["parameters"] = _searched(sweep["parameters"])
         if isinstance(sweep.get("models"), list):
-            sweep["models"] = [_flat(entry) if isinstance(entry, dict) else entry for entry in sweep["models"]]
+            sweep["models"] = [_nested(entry) if isinstance(entry, dict) else entry for entry in sweep["models"]]
         result["sweep"] = sweep
     return result
 
@@ -195,7 +196,18 @@ def undot(values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _flat(raw: dict[str, Any]) -> dict[str, Any]:
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists and empty blocks are kept as they are."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            found |= flatten(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _nested(raw: dict[str, Any]) -> dict[str, Any]:
     return undot(_renamed(raw))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tune.config.eval_spec import SECTIONS
+from tune.config.parse import SECTIONS
 
 
 def models_of(config: Mapping[str, Any]) -> list[str]:

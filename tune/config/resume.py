@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.config.run_spec import RaySpec
+from tune.config.parse import flatten
+from tune.config.sections import RaySpec
 
 #: Of the block `ray:` what results depend on: the global batch, and the order in which a CPU adds numbers up.
 RESULTS = frozenset({"ray.num_workers", "ray.threads_per_worker"})
@@ -36,7 +37,7 @@ def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         ConfigError: with each key, its value then and now, and the remedy.
     """
-    then, now = flat(started), flat(wanted)
+    then, now = flatten(started), flatten(wanted)
     keys = [key for key in dict.fromkeys((*then, *now)) if key not in MACHINERY and then.get(key) != now.get(key)]
     if not keys:
         return
@@ -51,17 +52,6 @@ def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, An
         f"The run in {folder} was started with another spec:\n{told}{why}\nGo on with its own settings:\n"
         f"  {resume_command(folder)}\nor choose another output_dir for these."
     )
-
-
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys -> values; blocks without any key stay themselves."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + str(key)] = value
-    return found
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

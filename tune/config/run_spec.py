@@ -26,6 +26,7 @@ from tune.config.sections import MacDropSpec, Metric, RaySpec, Space, SweepSpec
 from tune.config.strict import Strict
 
 __all__ = [
+    "CELL_KEYS",
     "ENGINE_KEYS",
     "MacDropSpec",
     "Metric",
@@ -60,6 +61,9 @@ ENGINE_KEYS = (
     "zero_stage",
     "offload",
 )
+
+#: Keys that say what kind of adapter is trained; arms are compared where these are equal.
+CELL_KEYS = ("use_dora", "use_rslora")
 
 
 class TrainSpec(Strict):

@@ -15,6 +15,8 @@ from pydantic import (
 from macdrop.config import MacDropConfig
 from tune.config.strict import Strict
 
+#: The arm, and the trial name, of an untrained model's scores.
+BASE = "base"
 #: Arms in which something is dropped -> what.
 ARMS = {"macdrop": "massive", "random_rows": "random", "all_rows": "all", "activations": "activations"}
 #: Those that drop something else than massive weights, with the settings of the best MacDrop trial.

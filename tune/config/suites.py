@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError, DataError, nearest
-from tune.config.parse import merge, named_block, read_yaml
+from tune.config.parse import SECTIONS, merge, named_block, read_yaml
 
 FOLDER = Path(__file__).with_name("suites")
-SECTIONS = ("zero_shot", "perplexity", "generation")
 #: Keys of an entry that do not change what its score means: which copy of the data, how much of it, under which attack.
 FREE_KEYS = {"data", "fewshot_data", "limit", "batch_size", "attacks"}
 #: Keys that say which part of the hub's data set an entry takes; other data make them void.

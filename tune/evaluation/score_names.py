@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tune.config.eval_spec import SECTIONS
 from tune.config.objectives import AVERAGED
+from tune.config.parse import SECTIONS
 
 PRIMARY = ("acc", "exact_match", "word_perplexity", "perplexity", "judge_score", "rouge_l", "chrf", "repeated_4grams")
 """Which metric of a task stands in the tables, best first; all of them are in the CSV."""

@@ -7,11 +7,8 @@ from typing import Any
 
 from macdrop.errors import ConfigError
 from tune.config.eval_spec import jobs
-from tune.config.run_spec import MacDropSpec, RunSpec, Space, TrainSpec, points, slug, with_values
+from tune.config.run_spec import CELL_KEYS, MacDropSpec, RunSpec, Space, TrainSpec, points, slug, with_values
 from tune.config.sections import PLACEBOS
-
-#: Keys that say what kind of adapter is trained. Plain and MacDrop are compared within one *cell* of their values.
-CELL_KEYS = ("use_dora", "use_rslora")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from macdrop.errors import ConfigError, NoMassiveWeights
 from tune.config.eval_spec import TEST, EvalJob
-from tune.config.resume import flat
+from tune.config.parse import flatten
 from tune.config.run_spec import RunSpec, TrainSpec, dump, load
 from tune.errors import CheckpointError
 from tune.storage.atomic import (
@@ -99,7 +99,7 @@ def _run_files(run_dir: Path) -> list[str]:
         notes = [f"{_aside(about)}: what it holds of the spec is written anew from config.yaml"]
         atomic_write_json(about, {**run, "spec": config})
         return notes
-    if _is_whole(copy) and (config is None or flat(config) != flat(copy)):
+    if _is_whole(copy) and (config is None or flatten(config) != flatten(copy)):
         notes = [f"{_aside(spec)}: config.yaml is written anew as the run was started, from run.json"]
         atomic_write_yaml(spec, copy)
         return notes
@@ -122,7 +122,7 @@ def _config(file: Path) -> dict[str, Any]:
     """A run file with all its keys: one that was cut off may still be a run file, but of another run."""
     config = read_mapping(file)
     whole = dump(load(file))
-    missing = flat(whole).keys() - flat(config).keys()
+    missing = flatten(whole).keys() - flatten(config).keys()
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
     return config
@@ -131,7 +131,7 @@ def _config(file: Path) -> dict[str, Any]:
 def _is_whole(copy: Any) -> bool:
     """Whether the spec in run.json is one, with all its keys."""
     try:
-        return flat(dump(RunSpec.model_validate(copy))).keys() <= flat(copy).keys()
+        return flatten(dump(RunSpec.model_validate(copy))).keys() <= flatten(copy).keys()
     except UNREADABLE:
         return False
 

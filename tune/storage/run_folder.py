@@ -27,6 +27,7 @@ from tune.config.eval_spec import TEST
 from tune.config.messages import believable
 from tune.config.resume import resume_command
 from tune.config.run_spec import RunSpec, slug
+from tune.config.sections import BASE
 from tune.storage.atomic import (
     append_jsonl,
     atomic_write_json,
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     import pandas
 
 LAYOUT = 1
-BASE = "base"
-"""The arm, and the trial name, of an untrained model's scores."""
 ENDED = ("done", "stopped", "failed", "diverged", "cancelled")
 RUN_STATUSES = ("running", "done", "failed", "interrupted")
 SEARCH, FINALS = STAGES = ("search", "final")

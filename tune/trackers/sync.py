@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from macdrop.errors import MacDropError
+from tune.config.parse import flatten
 from tune.config.run_spec import TrainSpec
 from tune.storage.atomic import atomic_write_json
 from tune.storage.run_folder import RunFolder, TrialRecord
@@ -153,15 +154,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 def _card(seen: Seen) -> RunInfo:
     config = yaml.safe_load((seen.record.folder / "config.yaml").read_text(encoding="utf-8"))
     spec = TrainSpec.model_validate(config)
-    return RunInfo(seen.name, spec.setting_id(), f"seed-{spec.seed}", dict(_flat(config)))
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    return RunInfo(seen.name, spec.setting_id(), f"seed-{spec.seed}", flatten(config))
 
 
 def _remembered(record: TrialRecord, name: str) -> _Copy:

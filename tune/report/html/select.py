@@ -11,6 +11,7 @@ from macdrop.attack import Attack
 from tune.analysis.display_names import NAMES, adapter_name
 from tune.analysis.results import Group, Line, ModelResults
 from tune.config.eval_spec import PLAIN
+from tune.config.run_spec import CELL_KEYS
 from tune.evaluation.score_names import EVAL_LOSS, Column
 from tune.storage.run_folder import BASE
 
@@ -50,7 +51,7 @@ def cells(model: ModelResults) -> list[Cell]:
 
 def cell_words(key: dict[str, Any]) -> str:
     """{"use_dora": True} -> "DoRA"."""
-    others = [f"{name} {value}" for name, value in key.items() if name not in ("use_dora", "use_rslora")]
+    others = [f"{name} {value}" for name, value in key.items() if name not in CELL_KEYS]
     return " ".join([adapter_name(key), *others])
 
 
