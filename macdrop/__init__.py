@@ -6,6 +6,7 @@ Names are loaded on first use, so that `import macdrop` costs nothing and never 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 _HOME = {
     "MacDrop": "hooks",
@@ -25,7 +26,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'macdrop' has no attribute {name!r}")
     return getattr(importlib.import_module(f"macdrop.{_HOME[name]}"), name)

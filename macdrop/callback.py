@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from macdrop.config import MacDropConfig
 from macdrop.errors import ConfigError, TrainingInvariantError
 from macdrop.hooks import MacDrop
+from macdrop.scan import find_massive_weights
 from macdrop.weights import MassiveWeights
 
 
@@ -34,16 +37,23 @@ class MacDropCallback(TrainerCallback):
     def __init__(self, weights: MassiveWeights | str | os.PathLike | None, config: MacDropConfig) -> None:
         if not isinstance(config, MacDropConfig):
             raise ConfigError(f"config is {config!r}; give a MacDropConfig, for instance MacDropConfig(k=5, p0=0.8).")
-        known = weights is None or isinstance(weights, MassiveWeights)
-        self.weights: MassiveWeights | None = weights if known else MassiveWeights.load(weights)
+        if weights is not None and not isinstance(weights, MassiveWeights):
+            weights = MassiveWeights.load(weights)
+        self.weights: MassiveWeights | None = weights
         self.config = config
         self.drop: MacDrop | None = None
         self.p = 0.0
         self._substep = 0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
+        assert model is not None, "the Trainer hands over its model"
         if self.drop is not None:
             self.drop.detach()  # an earlier training ended by an exception
         if self.config.schedule.startswith("epoch") and state.num_train_epochs >= sys.maxsize:
@@ -56,36 +66,47 @@ class MacDropCallback(TrainerCallback):
         self.drop = MacDrop(model, self.weights, self.config)
         self.drop.attach()
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         epochs = max(1, int(state.num_train_epochs))
         epoch = min(int(state.epoch or 0) + 1, epochs)
         self.p = self.config.probability(state.global_step + 1, state.max_steps, epoch, epochs)
         self._substep = 0
         self._begin(args, state)
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._training.end()
         self._substep += 1
         self._begin(args, state)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._training.end()
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._training.cancel()  # training was stopped between two micro-batches
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._assert_inactive()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._assert_inactive()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         if self.drop is None or logs is None or "loss" not in logs:
             return
@@ -94,7 +115,9 @@ class MacDropCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(added)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.drop is not None:
             self.drop.detach()
 
@@ -112,10 +135,8 @@ class MacDropCallback(TrainerCallback):
             raise TrainingInvariantError("the model is evaluated while MacDrop's mask is in force")
 
 
-def _scan(model, tokenizer) -> MassiveWeights:
+def _scan(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> MassiveWeights:
     """The massive weights of the base model, seen without its adapter."""
-    from macdrop.scan import find_massive_weights
-
     base_alone = getattr(model, "disable_adapter", contextlib.nullcontext)
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     with base_alone():

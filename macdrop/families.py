@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from macdrop.errors import NoMassiveWeights, UnsupportedModel
@@ -44,6 +45,7 @@ __all__ = [
     "Projection",
     "bare_model",
     "decoder_layers",
+    "embedding_device",
     "find_ffn",
     "find_ffns",
     "massive_ffn",
@@ -55,7 +57,14 @@ _LISTED = 24  # how many sub-modules an error message names
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model (or the model itself). Tuner layers inside it stay where they are."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def embedding_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the input embeddings."""
+    embeddings = getattr(bare_model(model), "get_input_embeddings")()  # noqa: B009 (nn.Module does not declare it)
+    return embeddings.weight.device
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

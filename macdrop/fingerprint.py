@@ -77,12 +77,12 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
-def _add(digest, data: bytes) -> None:
+def _add(digest: hashlib._Hash, data: bytes) -> None:
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
 
 
-def _add_file(digest, file: Path) -> None:
+def _add_file(digest: hashlib._Hash, file: Path) -> None:
     size = file.stat().st_size
     digest.update(size.to_bytes(8, "little"))
     with file.open("rb") as data:

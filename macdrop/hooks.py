@@ -43,7 +43,7 @@ class MacDrop:
 
     model: a causal language model with a PEFT adapter (or bare), its base weights loaded and frozen; under DeepSpeed
         the engine's ``module``. Rows are read once, at `attach`.
-    weights: what `find_massive_weights` found for this base.
+    weights: what `find_massive_weights` found for this base; None only where the config is not `enabled`.
     config: scope, k, p0, schedule and seed; when it is not `enabled`, every call here does nothing.
 
     Around the forward and backward pass of ONE micro-batch::
@@ -65,8 +65,13 @@ class MacDrop:
     recomputation under gradient checkpointing must, and so does every rank.
     """
 
-    def __init__(self, model: nn.Module, weights: MassiveWeights, config: MacDropConfig) -> None:
-        self.model, self.weights, self.config = model, weights, config
+    def __init__(self, model: nn.Module, weights: MassiveWeights | None, config: MacDropConfig) -> None:
+        if weights is None and config.enabled:
+            raise ConfigError(
+                "weights is None: give the scan of the base model (find_massive_weights), or switch MacDrop off."
+            )
+        self.model, self.config = model, config
+        self._weights = weights
         self.entries_dropped = 0
         self.entries_masked = 0
         self.last_dropped = 0
@@ -135,10 +140,15 @@ class MacDrop:
         self._active = True
         draw = functools.partial(keep_mask, self.config.seed, micro_step, p)
         try:
+            keep = None
             if self.config.scope != "activations":
-                self._keep = draw((len(self._rows), self.weights.hidden_size))
+                keep = self._keep = draw((len(self._rows), self.weights.hidden_size))
             for site in self._sites:
-                site.open(draw, p) if isinstance(site, InputDropout) else site.open(self._keep)
+                if isinstance(site, InputDropout):
+                    site.open(draw, p)
+                else:
+                    assert keep is not None, "rows are masked by one mask of their own"
+                    site.open(keep)
         except BaseException:
             self.cancel()
             raise
@@ -178,6 +188,12 @@ class MacDrop:
             self.cancel()
             raise
         self.end()
+
+    @property
+    def weights(self) -> MassiveWeights:
+        """The scan of the base model; there may be none where MacDrop is off."""
+        assert self._weights is not None, "only an enabled MacDrop masks rows"
+        return self._weights
 
     @property
     def _must_run(self) -> bool:

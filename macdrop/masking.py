@@ -72,6 +72,7 @@ class OutputMask:
         key = (like.device, like.dtype)
         if key not in self._masked:
             self._features = self._features.to(like.device)
+            assert self._keep is not None, "only while a mask is in force"
             self._masked[key] = self._rows.to(*key) * self._keep.to(*key).repeat(self.matrices, 1)
         return self._features, self._masked[key]
 
@@ -84,12 +85,12 @@ class OutputMask:
         return output.index_copy_(-1, features, masked)
 
     def _replace(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        if not self.masks(module):
+        if self._keep is None or not self.masks(module):
             return None
         if not self.used:
             self.used = True
             self._on_use(self._keep)
-        return self.replace(output, args[0], module.bias)
+        return self.replace(output, args[0], getattr(module, "bias", None))
 
     def _dora_layers(self) -> list[nn.Module]:
         layers, wrapper = [], self._wrapper
@@ -110,8 +111,9 @@ class _DoraPatch:
     def __init__(self, layer: nn.Module, mask: OutputMask) -> None:
         self.layer, self._mask = layer, mask
         self._before = {name: layer.__dict__.get(name) for name in ("get_weight_norm", "forward")}
-        self._norm, self._forward = layer.get_weight_norm, layer.forward
-        layer.get_weight_norm, layer.forward = self.get_weight_norm, self.forward
+        self._norm: Callable[..., torch.Tensor] = getattr(layer, "get_weight_norm")  # noqa: B009 (PEFT's own)
+        self._forward = layer.forward
+        vars(layer).update(get_weight_norm=self.get_weight_norm, forward=self.forward)
 
     def remove(self) -> None:
         for name, function in self._before.items():
@@ -139,7 +141,8 @@ class _DoraPatch:
             weight = dequantize_module_weight(base_layer).to(x.dtype)
             weight = weight.T if self.layer.fan_in_fan_out else weight
             # PEFT subtracts the bias from a base result that it is given.
-            bias = None if base_layer.bias is None else base_layer.bias.to(x.dtype)
+            bias: torch.Tensor | None = getattr(base_layer, "bias", None)
+            bias = None if bias is None else bias.to(x.dtype)
             base_result = self._mask.replace(F.linear(x, weight, bias), x, bias)
         return self._forward(x, base_layer=base_layer, base_result=base_result, **kwargs)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from macdrop.structure import FFN, build_ffn, linear_slot, peel
+from macdrop.structure import FFN, Slot, build_ffn, linear_slot, peel
 
 _TOKENS = 16  # so that a feature which ReLU silences at some tokens is alive at others
 
@@ -39,7 +40,7 @@ def probe_ffn(module: nn.Module, layer: int, path: str) -> FFN | None:
     """
     inner = peel(module)
     slots = {name: slot for name, child in inner.named_children() if (slot := linear_slot(child))}
-    weights = [slot.module.weight for slot in slots.values()]
+    weights: list[torch.Tensor] = [getattr(slot.module, slot.parameter) for slot in slots.values()]
     if any(weight.is_meta or not weight.is_floating_point() or hasattr(weight, "ds_id") for weight in weights):
         return None
     for down in (name for name in slots if _is_down(name, slots)):
@@ -55,10 +56,10 @@ def probe_ffn(module: nn.Module, layer: int, path: str) -> FFN | None:
     return None
 
 
-def _inputs_by_trial(module: nn.Module, slots: dict, down: str) -> tuple[list[str], bool] | None:
+def _inputs_by_trial(module: nn.Module, slots: dict[str, Slot], down: str) -> tuple[list[str], bool] | None:
     """Input projections, gate first, and whether a fused one alternates; None when the flow is not that of an FFN."""
     inputs, size = [name for name in slots if name != down], slots[down].inputs
-    flow = _Flow(module, down, slots[down].outputs, size, slots[down].module.weight)
+    flow = _Flow(module, down, slots[down].outputs, size, getattr(slots[down].module, slots[down].parameter))
     if not flow.tokens_are_apart():
         return None
     interleaved = False
@@ -72,7 +73,7 @@ def _inputs_by_trial(module: nn.Module, slots: dict, down: str) -> tuple[list[st
     return (sorted(inputs, key=flow.enters_linearly) if len(inputs) == 2 else inputs), interleaved
 
 
-def _is_down(name: str, slots: dict) -> bool:
+def _is_down(name: str, slots: dict[str, Slot]) -> bool:
     hidden, size = slots[name].outputs, slots[name].inputs
     others = [slot for other, slot in slots.items() if other != name]
     widths = {1: (size, 2 * size), 2: (size,)}.get(len(others), ())
@@ -82,7 +83,7 @@ def _is_down(name: str, slots: dict) -> bool:
 class _Flow:
     """Forward passes of one module, with one output feature of one of its linear layers set by hand."""
 
-    def __init__(self, module: nn.Module, down: str, hidden: int, size: int, like: torch.Tensor):
+    def __init__(self, module: nn.Module, down: str, hidden: int, size: int, like: torch.Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
         self.module, self.down, self.size = module, down, size
         self.tokens = torch.randn(1, _TOKENS, hidden, generator=generator).to(like)
@@ -90,9 +91,9 @@ class _Flow:
 
     def run(self, tokens: torch.Tensor, name: str | None = None, feature: int = 0, value: float = 0.0) -> torch.Tensor:
         """The down projection's input, (tokens, size)."""
-        seen = []
+        seen: list[torch.Tensor] = []
 
-        def set_feature(_module, _args, output):
+        def set_feature(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             output = output.clone()
             output[..., feature] = value
             return output

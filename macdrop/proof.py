@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from macdrop.attack import attacked_rows
 from macdrop.errors import ConfigError, DataError
-from macdrop.families import bare_model
+from macdrop.families import embedding_device
 from macdrop.masking import attacked
 from macdrop.probe import evaluating
 from macdrop.weights import MassiveWeights
@@ -47,7 +48,7 @@ class Proof:
         return values
 
 
-def text_blocks(tokenizer, text: str, length: int, bos_token_id: int) -> torch.Tensor:
+def text_blocks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, bos_token_id: int) -> torch.Tensor:
     """Token ids (n, length) of `text`, packed: each block is bos and the next length - 1 tokens.
 
     The tail that fills no block is left out.
@@ -69,7 +70,7 @@ def text_blocks(tokenizer, text: str, length: int, bos_token_id: int) -> torch.T
 
 def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int = 8) -> float:
     """exp of the mean loss a token over blocks (n, T), the first token of each given; inf for NaN or overflow."""
-    device = bare_model(model).get_input_embeddings().weight.device
+    device = embedding_device(model)
     total, count = 0.0, 0
     with evaluating(model):
         for start in range(0, len(blocks), batch_size):

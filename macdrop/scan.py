@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
 from macdrop.families import bare_model, massive_ffn
@@ -58,7 +59,9 @@ def massive_layer(hidden: torch.Tensor, intermediate: Sequence[torch.Tensor | No
     """
     layer, entry, share = first_write(hidden, [state is not None for state in intermediate])
     spike = float(hidden[layer + 1, entry].abs())
-    state = intermediate[layer].abs()
+    written = intermediate[layer]
+    assert written is not None, "only a layer with an FFN can be chosen"
+    state = written.abs()
     top_ratio = _ratio(float(state.max()), _median(state))
     spike_ratio = _ratio(spike, _median(hidden[layer + 1].abs()))
     ratio = max(top_ratio, spike_ratio)
@@ -88,7 +91,9 @@ def first_write(hidden: torch.Tensor, has_ffn: Sequence[bool]) -> tuple[int, int
     return layer, int(entries[layer]), float(writes[layer]) / largest if largest > 0 else 1.0
 
 
-def choose_bos(tokenizer, config, bos_token_id: int | None = None) -> tuple[int, str]:
+def choose_bos(
+    tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig | None, bos_token_id: int | None = None
+) -> tuple[int, str]:
     """The token that stands for bos, and by which rule. `tokenizer` and `config` may be None.
 
     The first that applies: (1) "given": `bos_token_id`; (2) "tokenizer": the tokenizer's bos token; (3) "separator":
@@ -123,7 +128,7 @@ def choose_bos(tokenizer, config, bos_token_id: int | None = None) -> tuple[int,
 
 def find_massive_weights(
     model: nn.Module,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     source: str,
     fingerprint: str,
@@ -183,6 +188,7 @@ def _writer(model: nn.Module, token: int, states: BosStates, layer: int, entry: 
     if not beside:
         return first
     shared = beside[0]
+    assert shared.ffn.down is not None, "a shared expert is dense"
     handle = shared.ffn.down.register_forward_pre_hook(lambda _module, args: (torch.zeros_like(args[0]), *args[1:]))
     try:
         without = bos_states(model, token).hidden

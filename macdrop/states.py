@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from macdrop.errors import UnsupportedModel
-from macdrop.families import FFN, bare_model, decoder_layers, find_ffns
+from macdrop.families import FFN, bare_model, decoder_layers, embedding_device, find_ffns
 from macdrop.probe import evaluating
+
+#: Path of an FFN -> its intermediate state at bos, read once the forward pass has ended, and the expert it is of.
+_Seen = dict[str, Callable[[], tuple[torch.Tensor, int | None]]]
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,17 @@ def bos_states(model: nn.Module, bos_token_id: int) -> BosStates:
     ffns = {ffn.layer: ffn for ffn in find_ffns(model)}
     _, layers = decoder_layers(model)
     hidden: list[torch.Tensor] = []
-    seen: dict[str, Callable[[], tuple[torch.Tensor, int | None]]] = {}
+    seen: _Seen = {}
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
 
         def watch(handle: torch.utils.hooks.RemovableHandle) -> None:
             stack.callback(handle.remove)
 
-        def first_input(_module, args, kwargs):
+        def first_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden.append(_bos_vector(args[0] if args else kwargs["hidden_states"], ffn_size(ffns)))
 
-        def output(_module, _args, result):
+        def output(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
             tensor = result if isinstance(result, torch.Tensor) else result[0]
             hidden.append(_bos_vector(tensor, ffn_size(ffns)))
 
@@ -65,7 +69,7 @@ def bos_states(model: nn.Module, bos_token_id: int) -> BosStates:
         for ffn in ffns.values():
             for part in _parts(ffn):
                 watch(_record(part, seen))
-        device = bare_model(model).get_input_embeddings().weight.device
+        device = embedding_device(model)
         bare_model(model)(input_ids=torch.tensor([[bos_token_id]], device=device), use_cache=False)
         states = tuple(tuple(_collect(ffns[i], seen)) if i in ffns else () for i in range(len(layers)))
     if len(hidden) != len(layers) + 1:
@@ -91,23 +95,23 @@ def _parts(ffn: FFN) -> list[FFN]:
     return routed + ([ffn.shared] if ffn.shared else [])
 
 
-def _record(ffn: FFN, seen: dict) -> torch.utils.hooks.RemovableHandle:
+def _record(ffn: FFN, seen: _Seen) -> torch.utils.hooks.RemovableHandle:
     if ffn.down is not None:
 
-        def down_input(_module, args):
+        def down_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
             state = args[0].detach().reshape(-1, ffn.intermediate_size)
             if len(state):  # an expert that bos is not routed to may be called with no token
                 seen[ffn.path] = lambda: (state[0].float().cpu(), None)
 
         return ffn.down.register_forward_pre_hook(down_input)
 
-    def experts_input(module, args, kwargs):
+    def experts_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen[ffn.path] = lambda: _routed_state(ffn, *_routing(ffn, [*args, *kwargs.values()]))
 
     return ffn.module.register_forward_pre_hook(experts_input, with_kwargs=True)
 
 
-def _routing(ffn: FFN, values: list) -> tuple[int, torch.Tensor]:
+def _routing(ffn: FFN, values: list[Any]) -> tuple[int, torch.Tensor]:
     """The expert with the largest routing weight, and its input (1, d), from what an experts module is called with.
 
     Either (tokens, indices, weights), where indices and weights have one shape; or, as Llama 4 does it, one input a
@@ -136,7 +140,7 @@ def _routed_state(ffn: FFN, expert: int, tokens: torch.Tensor) -> tuple[torch.Te
         part = tokens @ matrix[features].T
         bias = projection.bias
         outputs.append(part if bias is None else part + bias[expert][features])
-    module = ffn.module
+    module: Any = ffn.module  # its act_fn and _apply_gate are callables that nn.Module does not declare
     if not ffn.gated:
         state = module.act_fn(outputs[0])
     elif hasattr(module, "_apply_gate"):
@@ -151,7 +155,7 @@ def _routed_state(ffn: FFN, expert: int, tokens: torch.Tensor) -> tuple[torch.Te
     return state[0].float().cpu(), expert
 
 
-def _collect(ffn: FFN, seen: dict) -> Iterator[Intermediate]:
+def _collect(ffn: FFN, seen: _Seen) -> Iterator[Intermediate]:
     if ffn.experts:
         called = {number: seen[part.path]()[0] for number, part in enumerate(ffn.experts) if part.path in seen}
         # Routing weights are out of sight here: of the called experts, take the one with the largest state.

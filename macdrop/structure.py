@@ -106,7 +106,7 @@ class FFN:
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """A linear layer, or a 3-D parameter, found under one name of a container."""
 
     inputs: int
@@ -125,8 +125,8 @@ def parameter_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 def peel(module: nn.Module) -> nn.Module:
     """The layer inside PEFT tuner layers."""
-    while isinstance(getattr(module, "base_layer", None), nn.Module):
-        module = module.base_layer
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
     return module
 
 
@@ -141,7 +141,7 @@ def match_ffn(module: nn.Module, layer: int, path: str) -> FFN | None:
 
 
 def build_ffn(
-    module: nn.Module, layer: int, path: str, slots: list[_Slot], down_name: str, *, interleaved: bool | None = None
+    module: nn.Module, layer: int, path: str, slots: list[Slot], down_name: str, *, interleaved: bool | None = None
 ) -> FFN | None:
     """An FFN from its slots (inputs, then down), or None where the shapes contradict that.
 
@@ -187,7 +187,7 @@ def build_ffn(
     )
 
 
-def linear_slot(module: nn.Module) -> _Slot | None:
+def linear_slot(module: nn.Module) -> Slot | None:
     inner = peel(module)
     weight = getattr(inner, "weight", None)
     if not isinstance(weight, torch.Tensor):
@@ -195,40 +195,41 @@ def linear_slot(module: nn.Module) -> _Slot | None:
     wrapper = module if module is not inner else None
     if isinstance(inner, Conv1D):
         inputs, outputs = parameter_shape(weight)
-        return _Slot(inputs, outputs, inner, "weight", wrapper, transposed=True)
-    if isinstance(getattr(inner, "in_features", None), int) and isinstance(getattr(inner, "out_features", None), int):
-        return _Slot(inner.in_features, inner.out_features, inner, "weight", wrapper, transposed=False)
+        return Slot(inputs, outputs, inner, "weight", wrapper, transposed=True)
+    sizes = getattr(inner, "in_features", None), getattr(inner, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return Slot(sizes[0], sizes[1], inner, "weight", wrapper, transposed=False)
     return None
 
 
-def _expert_slots(module: nn.Module, inner: nn.Module) -> dict[str, _Slot]:
+def _expert_slots(module: nn.Module, inner: nn.Module) -> dict[str, Slot]:
     """3-D parameters of a container, read as if stored (experts, out, in); `_orient` turns them where they are not."""
     slots = {}
     for name, parameter in inner.named_parameters(recurse=False):
         shape = parameter_shape(parameter)
         if len(shape) == 3:
             wrapper = _parameter_wrapper(module, name)
-            slots[name] = _Slot(shape[2], shape[1], inner, name, wrapper, transposed=False, experts=shape[0])
+            slots[name] = Slot(shape[2], shape[1], inner, name, wrapper, transposed=False, experts=shape[0])
     return slots
 
 
 def _parameter_wrapper(module: nn.Module, name: str) -> nn.Module | None:
     """PEFT's layer around one parameter of a module; such layers are nested, one a parameter."""
-    while isinstance(getattr(module, "base_layer", None), nn.Module):
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         if getattr(module, "parameter_name", None) == name:
             return module
-        module = module.base_layer
+        module = inner
     return None
 
 
-def _orient(inputs: list[_Slot], down: _Slot) -> tuple[list[_Slot], _Slot]:
+def _orient(inputs: list[Slot], down: Slot) -> tuple[list[Slot], Slot]:
     """Turn the slots when the shapes only fit a stored (experts, in, out)."""
 
-    def fits(slots: list[_Slot], last: _Slot) -> bool:
+    def fits(slots: list[Slot], last: Slot) -> bool:
         per_slot = (1, 2) if len(slots) == 1 else (1,)
         return all(s.inputs == last.outputs and s.outputs in [n * last.inputs for n in per_slot] for s in slots)
 
-    def turn(slot: _Slot) -> _Slot:
+    def turn(slot: Slot) -> Slot:
         return replace(slot, inputs=slot.outputs, outputs=slot.inputs, transposed=True)
 
     turned = [turn(slot) for slot in inputs], turn(down)
@@ -238,7 +239,7 @@ def _orient(inputs: list[_Slot], down: _Slot) -> tuple[list[_Slot], _Slot]:
     return inputs, down
 
 
-def _interleaved(module: nn.Module, fused: _Slot, size: int) -> bool:
+def _interleaved(module: nn.Module, fused: Slot, size: int) -> bool:
     """Whether gate and up alternate in a fused projection (GPT-OSS), rather than follow each other.
 
     Asked of the module's own gating function where it has one: does the first intermediate entry change with output
