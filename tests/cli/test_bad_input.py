@@ -245,7 +245,7 @@ def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, m
         (["scan", "zoo:planted-llama", "--k", "177"], ROWS),
         (["scan", "zoo:planted-llama", "--k", "-1"], "--k"),
         (["scan", "zoo:planted-llama", "--text", "a.txt"], "Add --prove"),
-        (["scan", "zoo:planted-llama", "--prove", "--text", "a.txt"], "a.txt is no text file"),
+        (["scan", "zoo:planted-llama", "--prove", "--text", "a.txt"], "a.txt is not a text file"),
         (["attack", "zoo:planted-llama", "--k", "1", "--k", "177"], ROWS),
         (["attack", "zoo:planted-llama", "--k", "-1"], "--k"),
         (["attack", "zoo:planted-llama", "--merged"], "--merged needs --adapter"),
@@ -273,7 +273,7 @@ def test_other_verbs(arguments, told, shell):
 def test_a_text_that_is_none(shell):
     (shell.folder / "empty.txt").write_text(" \n")
     (shell.folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    for name, told in (("empty", "is empty"), ("binary", "no UTF-8 text")):
+    for name, told in (("empty", "is empty"), ("binary", "not UTF-8 text")):
         assert told in shell.refused("scan", "zoo:planted-llama", "--prove", "--text", f"{name}.txt")
 
 

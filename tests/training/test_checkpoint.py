@@ -216,7 +216,7 @@ def test_a_sealed_folder_of_another_kind_is_told(tmp_path):
         (folder / MANIFEST).unlink()
         folder.rename(tmp_path / part / "staging")
         commit(tmp_path / part / "staging", folder)
-        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        with pytest.raises(CheckpointError, match="not a complete checkpoint"):
             AdapterState.load(folder)
 
 

@@ -42,9 +42,9 @@ class AdapterState:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path, names: Mapping[str, str] | None = None) -> None:
-        """Write the three files of a checkpoint but for the adapter's configuration into an existing folder.
+        """Write a checkpoint's three files into an existing folder; the adapter's configuration is written elsewhere.
 
-        names: of each parameter, its tensor's name in an adapter's file.
+        names: parameter name -> name of its tensor in the adapter file.
         """
         names = names or {name: name for name in self.weights}
         write_tensors({names[name]: tensor for name, tensor in self.weights.items()}, folder / ADAPTER)
@@ -66,7 +66,7 @@ class AdapterState:
         for name in (RESUME, STATE):
             if not (folder / name).is_file():
                 raise CheckpointError(
-                    f"{folder} is an adapter without {name}: it can be used, but training cannot go on from it. "
+                    f"{folder} is an adapter without {name}: it can be used, but training cannot resume from it. "
                     "Name a folder step-... of a trial."
                 )
         try:
@@ -76,16 +76,16 @@ class AdapterState:
             for key, tensor in load_file(folder / RESUME).items():
                 part, _, name = key.partition("|")
                 parts[part][name] = tensor
-            return cls(weights, *(parts[moment] for moment in MOMENTS), state["step"], state["meta"])
+            return cls(weights, parts["exp_avg"], parts["exp_avg_sq"], state["step"], state["meta"])
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{folder} is no whole checkpoint: {error!r}. Start the trial anew.") from None
+            raise CheckpointError(f"{folder} is not a complete checkpoint: {error!r}. Restart the trial.") from None
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file as PEFT does.
 
     Raises:
-        OSError: as for any file (safetensors has an error of its own, with the number in its text).
+        OSError: as for any file (safetensors raises its own error, with the errno in its text).
     """
     from safetensors.torch import save_file
 

@@ -1,14 +1,16 @@
-"""One rank's error is every rank's: what a process group does so that none is left waiting in a collective.
+"""Collectives that share errors: one rank's error is raised on every rank.
 
-An error on one rank only would leave the others in the next collective until it times out. Here all ranks raise the
-same, so that a lane can tell it and go on with its next order.
+An error on one rank alone would leave the others waiting in the next collective until it times out. Here all ranks
+raise the same error, so a lane can report it and take its next task.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
 
 from macdrop.errors import MacDropError
 
@@ -18,35 +20,31 @@ T = TypeVar("T")
 def rank0_does(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 alone and return its value, or raise its error, on every rank.
 
-    A collective that no rank leaves before rank 0 is done. The value is plain data: it is pickled.
+    A collective: no rank leaves it before rank 0 is done. The value is pickled, so it must be plain data.
     """
-    import torch.distributed as dist
-
-    told: list[Any] = [None, None]
+    shared: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        told = list(_tried(action))
-    dist.broadcast_object_list(told, src=0)
-    value, error = told
+        shared = list(_attempt(action))
+    dist.broadcast_object_list(shared, src=0)
+    value, error = shared
     if error is not None:
         raise error
     return value
 
 
 def all_do(action: Callable[[], T]) -> T:
-    """Run `action` on every rank and return each rank's own value; an error on any of them is raised on all."""
-    import torch.distributed as dist
-
-    value, error = _tried(action)
+    """Run `action` on every rank and return each rank's own value; an error on any rank is raised on all."""
+    value, error = _attempt(action)
     errors: list[BaseException | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     first = next((error for error in errors if error is not None), None)
     if first is not None:
         raise first
-    return value
+    return cast(T, value)
 
 
-def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """(value, None) or (None, an error that can be pickled)."""
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return (value, None), or (None, an error that can be pickled)."""
     try:
         return action(), None
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration as a pure function of the spec and of the adapter's size."""
+"""DeepSpeed configuration as a pure function of the spec and the adapter's size."""
 
 from __future__ import annotations
 

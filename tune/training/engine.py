@@ -1,27 +1,34 @@
-"""A DeepSpeed engine around one base model and one adapter shape, that trains fine-tuning after fine-tuning.
+"""DeepSpeed engine around one base model and one adapter shape, reused for one fine-tuning after another.
 
 Every fine-tuning starts by loading an `AdapterState` into the live engine: the working copy, the fp32 masters, Adam's
-moments and step counters. A new fine-tuning loads a step-0 state drawn from its seed, a resumed one the state that a
-checkpoint holds; there is no other path, so a reused engine gives the bits of a fresh one.
+moments and step counters. A new fine-tuning loads a step-0 state drawn from its seed, a resumed one that of its
+checkpoint. There is no other path, so a reused engine gives the same bits as a fresh one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
 from macdrop.errors import ConfigError, TrainingInvariantError
+from macdrop.load import load_model, load_tokenizer
 from tune.config.run_spec import TrainSpec
 from tune.training.checkpoint import ADAPTER as ADAPTER_FILE
 from tune.training.checkpoint import MOMENTS, AdapterState, write_tensors
 from tune.training.collectives import all_do
 from tune.training.deepspeed_config import deepspeed_config
 from tune.training.process_group import quiet
+from tune.zoo.catalog import resolve
 
 if TYPE_CHECKING:
-    import torch
+    from peft import PeftModel
 
 ADAPTER = "default"
 
@@ -35,10 +42,6 @@ class Engine:
 
     def __init__(self, spec: TrainSpec) -> None:
         import deepspeed
-        import torch.distributed as dist
-
-        from macdrop import load_model, load_tokenizer
-        from tune.zoo.catalog import resolve
 
         self.key = spec.engine_key()
         self.spec = spec
@@ -77,15 +80,13 @@ class Engine:
         self._create_moments()
         self._base_digest = self.base_digest()
 
-    # ------------------------------------------------------------------ state
+    # --- state ---
 
     def initial_state(self, seed: int) -> AdapterState:
         """The step-0 state of a seed: A as PEFT draws it (uniform, bound 1/sqrt(fan_in)), B = 0, zero moments.
 
         Every tensor has a generator of its own, keyed by seed and name, so the draw depends on nothing else.
         """
-        import torch
-
         weights: dict[str, torch.Tensor] = {}
         for number, (name, shape) in enumerate(sorted(self.shapes.items())):
             if name in self._magnitudes:
@@ -105,14 +106,13 @@ class Engine:
             ConfigError: the state belongs to another adapter shape.
         """
         import deepspeed
-        import torch
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         found = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
         if found != self.shapes:
             differing = sorted(set(found.items()) ^ set(self.shapes.items()))[:4]
             raise ConfigError(
-                f"The checkpoint belongs to another adapter: {differing} differ. "
+                f"The checkpoint belongs to another adapter shape; these differ: {differing}. "
                 "Use the rank, targets and DoRA setting it was trained with."
             )
         self.engine.zero_grad()
@@ -157,14 +157,12 @@ class Engine:
         return state
 
     def write_checkpoint(self, state: AdapterState, folder: Path) -> None:
-        """Put a checkpoint into a folder, which is an adapter of its own; rank 0 alone."""
+        """Write a checkpoint, itself a loadable adapter, into an existing folder; rank 0 only."""
         state.save(folder, self._names(state))
         self._write_config(folder)
 
     def write_adapter(self, state: AdapterState, folder: Path) -> None:
-        """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT itself does, in the working precision."""
-        import torch
-
+        """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does, in the working precision."""
         dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
         names = self._names(state)
         tensors = {names[name]: tensor.to(dtype) for name, tensor in state.weights.items()}
@@ -172,7 +170,7 @@ class Engine:
         self._write_config(folder)
 
     def _names(self, state: AdapterState) -> dict[str, str]:
-        """Parameter name -> name in an adapter's file, by PEFT's own translation."""
+        """Map parameter names to names in an adapter file, by PEFT's own translation."""
         from peft import get_peft_model_state_dict
 
         translated = get_peft_model_state_dict(
@@ -189,12 +187,10 @@ class Engine:
         finally:
             config.inference_mode = training
 
-    # ------------------------------------------------------------- invariants
+    # --- invariants ---
 
     def base_digest(self) -> tuple[int, ...]:
-        """A sum of bit patterns per frozen parameter (of this rank's part of it): equal unless a weight changed."""
-        import torch
-
+        """Return a sum of bit patterns per frozen parameter (this rank's part): equal unless a weight changed."""
         integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         sums = []
         for parameter in self.engine.module.parameters():
@@ -226,14 +222,14 @@ class Engine:
         if not any(bool(tensor.any()) for name, tensor in state.weights.items() if "lora_B" in name):
             raise TrainingInvariantError("lora_B is still zero after training: the adapter did not learn anything.")
 
-    # ---------------------------------------------------------------- details
+    # --- details ---
 
     def _inner_optimizer(self) -> Any:
-        """torch's AdamW under DeepSpeed's wrapper (stage 0 in fp32 has no wrapper)."""
+        """Return torch's AdamW inside DeepSpeed's wrapper (stage 0 in fp32 has none)."""
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
     def _masters(self) -> list[torch.Tensor]:
-        """The fp32 tensors that AdamW updates: flat partitions under ZeRO, else one per parameter."""
+        """List the fp32 tensors that AdamW updates: flat partitions under ZeRO, else one per parameter."""
         optimizer = self.engine.optimizer
         if self.spec.zero_stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
@@ -257,9 +253,7 @@ class Engine:
                 self._inner_optimizer().state[master][moment].copy_(getattr(state, moment)[name])
 
     def _create_moments(self) -> None:
-        """AdamW makes its state at the first step; loading a state needs it before."""
-        import torch
-
+        """Create AdamW's state now: it would be made in the first step, but loading a state needs it earlier."""
         inner = self._inner_optimizer()
         for master in self._masters():
             inner.state[master] = {
@@ -271,7 +265,7 @@ class Engine:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _with_adapter(base: Any, spec: TrainSpec) -> Any:
+def _with_adapter(base: PreTrainedModel, spec: TrainSpec) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -294,17 +288,17 @@ def _with_adapter(base: Any, spec: TrainSpec) -> Any:
 
 
 @contextmanager
-def _partitioned(spec: TrainSpec):
-    """Under ZeRO-3 a model is partitioned while it is loaded, so that no rank ever holds the whole of it.
+def _partitioned(spec: TrainSpec) -> Iterator[None]:
+    """Partition the model while it loads under ZeRO-3, so that no rank ever holds all of it.
 
-    PEFT must know of it too when it makes DoRA's magnitudes from the base weights.
+    PEFT must know of it too when it computes DoRA's magnitudes from the base weights.
     """
     if spec.zero_stage != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
 
-    # transformers asks for this object's config as long as it lives; the buckets' sizes do not matter for loading.
+    # transformers uses this object's config as long as it lives; bucket sizes do not matter for loading.
     alive = HfDeepSpeedConfig(deepspeed_config(spec, adapter_numel=1, largest_tensor=0))
     with quiet():
         yield

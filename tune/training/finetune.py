@@ -1,7 +1,7 @@
-"""One fine-tuning in the current process group: where it starts, when it is saved and stopped, what it leaves behind.
+"""The loop of one fine-tuning in the current process group: start or resume, validate, checkpoint, stop, write.
 
-Called on every rank with the same arguments, by a lane's Ray Train workers as by a single process. What is computed in
-a step is in `tune.training.step`; nothing depends on what the engine trained before.
+Every rank calls it with the same arguments, in a lane's Ray Train workers as in a single process. `tune.training.step`
+computes a step; nothing depends on what the engine trained before.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from macdrop.errors import ConfigError
+from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec
 from tune.data.batching import save_interval
+from tune.data.dataset import Prepared
 from tune.errors import CheckpointError, TrainingDiverged
 from tune.storage import sealed_folder
 from tune.storage.atomic import lasting, writing
 from tune.training.checkpoint import AdapterState
 from tune.training.collectives import all_do, rank0_does
+from tune.training.engine import Engine
 from tune.training.step import Training
-
-if TYPE_CHECKING:
-    from macdrop import MassiveWeights
-    from tune.data.dataset import Prepared
-    from tune.training.engine import Engine
 
 #: What an observer may answer; `stop` ends the fine-tuning early with its adapter, `leave` with a checkpoint to go on
 #: from, at once. Either is heard at the next step.
@@ -73,16 +71,16 @@ def finetune(
 ) -> Outcome:
     """Train one adapter into `folder` (`adapter/`, and meanwhile `checkpoints/` every `data.batching.save_interval`).
 
-    With `resume` the newest whole checkpoint in the folder is continued at its exact step, and a fine-tuning that is
-    done there is not done again. An error on one rank is raised on all of them. Every rank calls `beat` after each
+    With `resume`, training continues from the newest complete checkpoint in the folder at its exact step, and a
+    finished fine-tuning is not repeated. An error on one rank is raised on all. Every rank calls `beat` after each
     micro-step and each validation batch.
 
     Raises:
         ConfigError: the spec does not fit the engine, the model or the data.
         CheckpointError: the checkpoint belongs to other settings.
-        TrainingDiverged: a loss or gradient norm is not finite; the engine can be used on.
+        TrainingDiverged: a loss or gradient norm is not finite; the engine stays usable.
         TrainingInvariantError: the base changed or the adapter did not move.
-        ResourceError: the folder cannot be written; the engine can be used on.
+        ResourceError: the folder cannot be written; the engine stays usable.
     """
     if spec.engine_key() != engine.key:
         raise ConfigError("This engine was built for other settings; build one from this spec.")
@@ -90,24 +88,24 @@ def finetune(
 
 
 class _Run:
-    """The state of one fine-tuning; a class only so that the steps below need no dozen arguments."""
+    """State of one fine-tuning, shared by the steps below."""
 
     def __init__(self, training: Training, folder: Path, observe: Observer | None) -> None:
         self.training, self.engine, self.spec = training, training.engine, training.spec
         self.folder, self.checkpoints, self.observe = folder, folder / "checkpoints", observe
         self.steps = training.steps
         self.interval = save_interval(self.spec, self.steps)
-        #: Entries dropped and masked, and seconds spent, before the checkpoint that is resumed from.
+        #: Entries dropped and masked, and seconds spent, up to the checkpoint that training resumed from.
         self.before, self.spent = (0, 0), 0.0
         self.started = time.monotonic()
         self.step = self.resumed_from = 0
         self.eval_loss: float | None = None
         self.train_loss: float | None = None
         self.rows = 0
-        #: The observer's, on rank 0, until all ranks raise it.
+        #: The observer's error on rank 0, until all ranks raise it.
         self.error: Exception | None = None
 
-    # ------------------------------------------------------------------- loop
+    # --- loop ---
 
     def run(self, resume: bool) -> Outcome:
         rank0_does(self._tidy)
@@ -147,7 +145,7 @@ class _Run:
         return outcome
 
     def _train(self) -> str:
-        """Train from `self.step` on; returns how it ended."""
+        """Train from step `self.step` + 1; return the final status."""
         every, logged = self.spec.eval_steps, self.spec.logging_steps
         word = "go_on"
         if self.step == 0 and every:
@@ -181,7 +179,7 @@ class _Run:
         return "done" if self.step == self.steps else "stopped"
 
     def _report(self, metrics: dict[str, Any]) -> str:
-        """Show rank 0's observer the metrics; one of `WORDS`."""
+        """Pass metrics to rank 0's observer; return its word, one of `WORDS`."""
         if self.engine.rank != 0 or self.observe is None or self.error is not None:
             return "go_on" if self.error is None else "failed"
         try:
@@ -194,7 +192,7 @@ class _Run:
         if self.error is not None:
             raise self.error
 
-    # ------------------------------------------------------- state and output
+    # --- state and output ---
 
     def _tidy(self) -> None:
         with writing(self.folder):
@@ -203,24 +201,24 @@ class _Run:
                 sealed_folder.tidy(root)
 
     def _finished(self) -> dict[str, Any] | None:
-        """How this very fine-tuning ended, if its adapter lies whole in the folder already."""
+        """Return the outcome of this very fine-tuning if its complete adapter is already in the folder."""
         try:
             sealed_folder.verify(self.folder / "adapter")
-            told = json.loads((self.folder / "adapter" / OUTCOME).read_text())
+            found = json.loads((self.folder / "adapter" / OUTCOME).read_text())
         except (CheckpointError, OSError, ValueError):
             return None
-        return told["outcome"] if told["meta"] == self._meta() and told["outcome"]["status"] == "done" else None
+        return found["outcome"] if found["meta"] == self._meta() and found["outcome"]["status"] == "done" else None
 
     def _newest(self) -> Path | None:
         def look() -> Path | None:
             found = sealed_folder.newest(self.checkpoints)
-            self.folder.stat()  # nothing found in storage that is gone is no new beginning
+            self.folder.stat()  # unmounted storage must not look like a fresh start
             return found
 
         return lasting(look, self.folder)
 
     def _start(self, checkpoint: Path | None) -> None:
-        """Put the step-0 state, or that of a checkpoint, into the engine."""
+        """Load the step-0 state, or that of a checkpoint, into the engine."""
         if checkpoint is None:
             state = self.engine.initial_state(self.spec.seed)
         else:
@@ -247,11 +245,11 @@ class _Run:
         return self.engine.read_state(self.step, {**self._meta(), **spent})
 
     def _seconds(self) -> float:
-        """What the steps that count have taken; those that a crash undid do not."""
+        """Return the seconds of all steps that count; steps undone by a crash do not."""
         return self.spent + time.monotonic() - self.started
 
     def _entries(self) -> tuple[int, int]:
-        """Entries dropped, and masked, since step 0."""
+        """Return the entries dropped and masked since step 0."""
         drop = self.training.drop
         dropped, masked = (drop.entries_dropped, drop.entries_masked) if drop else (0, 0)
         return self.before[0] + dropped, self.before[1] + masked
@@ -266,7 +264,7 @@ class _Run:
         sealed_folder.prune(self.checkpoints, sealed_folder.KEPT)
 
     def _write_adapter(self, state: AdapterState, outcome: Outcome) -> None:
-        """The adapter and, with it, how it was made; a fine-tuning that is done needs its checkpoints no more."""
+        """Write the adapter with its outcome; a finished fine-tuning no longer needs its checkpoints."""
         self._raise()
 
         def write(staging: Path) -> None:

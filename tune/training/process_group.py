@@ -1,4 +1,4 @@
-"""What a training process sets before it imports DeepSpeed, and which device is its own."""
+"""Set-up of a training process before DeepSpeed is imported: environment, process group, device."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import io
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 def prepare_process(threads: int = 1) -> None:
-    """Set what must be set before DeepSpeed is imported, and start a process group of one if there is none."""
-    import torch
-
+    """Prepare the environment for DeepSpeed, import it, and start a process group of one if there is none."""
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -43,24 +40,22 @@ def prepare_process(threads: int = 1) -> None:
 
 
 def device() -> torch.device:
-    """This rank's device."""
-    import torch
-
+    """Return this rank's device."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 @contextlib.contextmanager
-def quiet():
-    """No standard output: DeepSpeed prints whatever the log level."""
+def quiet() -> Iterator[None]:
+    """Drop standard output: DeepSpeed prints at any log level."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
-def _hidden(module: str):
-    """Not importable within, unless it has been imported: DeepSpeed's autotuner would load all of MLflow, for 2 s."""
+def _hidden(module: str) -> Iterator[None]:
+    """Hide a module that is not loaded yet: DeepSpeed's autotuner would import all of MLflow, which takes 2 s."""
     if module in sys.modules:
         yield
         return

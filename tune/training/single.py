@@ -1,4 +1,4 @@
-"""One fine-tuning in this process."""
+"""One fine-tuning of a spec in the current process group, from loading the model to `trial.json`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from tune.config.run_spec import TrainSpec, dump
+from tune.data import dataset as data
+from tune.storage.atomic import atomic_write_json, atomic_write_yaml
 from tune.storage.cache import cache_dir
+from tune.storage.run_folder import TrialRecord
+from tune.training.collectives import rank0_does
+from tune.training.engine import Engine
 from tune.training.finetune import Observer, Outcome, Word, finetune
 from tune.training.massive_weights import scanned
+from tune.training.process_group import prepare_process
+from tune.training.reproduce import write_script
 
 
 def train_here(
     spec: TrainSpec, folder: Path, *, observe: Observer | None, threads: int, beat: Callable[[], None] = lambda: None
 ) -> Outcome:
     """Train in the current process group (of one, unless torchrun or Ray Train made a larger one)."""
-    import torch.distributed as dist
-
-    from tune.data import dataset as data
-    from tune.storage.atomic import atomic_write_json, atomic_write_yaml
-    from tune.storage.run_folder import TrialRecord
-    from tune.training.collectives import rank0_does
-    from tune.training.engine import Engine
-    from tune.training.process_group import prepare_process
-    from tune.training.reproduce import write_script
-
     prepare_process(threads)
     spec = spec.canonical()
     weights = scanned(spec) if spec.arm != "plain" else None

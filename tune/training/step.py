@@ -1,33 +1,34 @@
-"""What one fine-tuning computes: an optimizer step and the validation loss, the same call on every rank.
+"""One optimizer step and the validation loss of a fine-tuning; every rank makes the same calls.
 
-Batches, masks, learning rate and dropout are functions of (seed, step), so a step does not depend on what came before
-but through the engine's state.
+Batches, masks, learning rate and dropout are functions of (seed, step), so a step depends on earlier ones only through
+the engine's state.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch.nn.functional import cross_entropy
+
+from macdrop.config import MacDropConfig
 from macdrop.errors import ConfigError, MacDropError
+from macdrop.hooks import MacDrop
+from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec
 from tune.data.batching import Batches, learning_rates, total_steps
-
-if TYPE_CHECKING:
-    import torch
-
-    from macdrop import MacDrop, MassiveWeights
-    from tune.data.dataset import Examples, Prepared
-    from tune.training.engine import Engine
+from tune.data.dataset import Examples, Prepared, collate
+from tune.training.engine import Engine
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """A finished step: its metrics, whether loss and gradient norm were finite on every rank, the sum of the wishes."""
+    """A finished step: metrics, whether loss and gradient norm were finite on every rank, and the sum of the wishes."""
 
     metrics: dict[str, Any]
     finite: bool
@@ -35,10 +36,10 @@ class Stepped:
 
 
 class Training:
-    """A live engine, MacDrop on its frozen rows (`drop`, None for a plain adapter), and the data of one fine-tuning.
+    """One fine-tuning's engine, data, and MacDrop on the frozen rows (`drop`; None for a plain adapter).
 
     Raises:
-        ConfigError: MacDrop is on, and there are no massive weights.
+        ConfigError: MacDrop is on, but there are no massive weights.
     """
 
     def __init__(
@@ -65,16 +66,14 @@ class Training:
         self.drop = _macdrop(engine, weights, self.config)
 
     def set_optimizer(self) -> None:
-        """The fine-tuning's own settings of AdamW; the learning rate is set in every step."""
+        """Apply the fine-tuning's AdamW settings; the learning rate is set in every step."""
         for group in self.engine.engine.optimizer.param_groups:
             group["betas"] = (self.spec.adam_beta1, self.spec.adam_beta2)
             group["eps"] = self.spec.adam_epsilon
             group["weight_decay"] = self.spec.weight_decay
 
     def step(self, step: int, wish: int = 0) -> Stepped:
-        """One optimizer step. `wish` is a number of this rank's, which travels with the loss and costs nothing."""
-        import torch
-
+        """Run optimizer step `step` (from 1). `wish` is this rank's, summed over ranks with the loss."""
         started = time.monotonic()
         engine, rank = self.engine.engine, self.engine.rank
         p = self._probability(step)
@@ -116,13 +115,8 @@ class Training:
         }
         return Stepped(metrics, math.isfinite(loss) and not total[1] > 0, int(total[2]))
 
-    def _nats(self, examples: Examples, picked: Any) -> torch.Tensor:
-        """Sum over the answer tokens of a micro-batch of -log p, in fp32."""
-        import torch
-        from torch.nn.functional import cross_entropy
-
-        from tune.data.dataset import collate
-
+    def _nats(self, examples: Examples, picked: Iterable[int]) -> torch.Tensor:
+        """Return the sum of -log p over the answer tokens of a micro-batch, in fp32."""
         batch = collate([examples[int(index)] for index in picked], self.engine.tokenizer.pad_token_id or 0)
         batch = {name: tensor.to(self.engine.engine.device) for name, tensor in batch.items()}
         logits = self.engine.engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -135,9 +129,7 @@ class Training:
         ).to(torch.float32)
 
     def _gradient_norm(self) -> float | None:
-        """Stage 0 in fp32: DeepSpeed clips with the norm but does not keep it, and zeroes the gradients in `step`."""
-        import torch
-
+        """Return the norm under stage 0 in fp32, where DeepSpeed clips with it but does not keep it; None elsewhere."""
         if self.spec.zero_stage or self.spec.bf16:
             return None
         return float(
@@ -150,9 +142,7 @@ class Training:
         return self.config.probability(step, self.steps, self.batches.epoch(step), self.epochs)
 
     def validate(self) -> float | None:
-        """Mean nats per answer token of the validation examples, masks off and asserted off; None without any."""
-        import torch
-
+        """Return the mean nats per validation answer token (None without any); assert that masks are off."""
         examples = self.data.validation
         if examples is None or len(examples) == 0:
             return None
@@ -162,7 +152,7 @@ class Training:
         total = torch.zeros(2, dtype=torch.float64, device=engine.device)
         engine.eval()
         with torch.no_grad():
-            # Every rank runs equally many forwards, as ZeRO-3 gathers in each; a rank without examples repeats one.
+            # Every rank runs the same number of forwards, as ZeRO-3 gathers in each; one without examples repeats one.
             for start in range(0, len(examples), size * world):
                 mine = range(start + rank * size, min(start + (rank + 1) * size, len(examples)))
                 nats = self._nats(examples, mine if len(mine) else [0])
@@ -176,9 +166,7 @@ class Training:
         return float(total[0] / total[1])
 
 
-def _macdrop(engine: Engine, weights: MassiveWeights | None, config: Any) -> MacDrop | None:
-    from macdrop import MacDrop
-
+def _macdrop(engine: Engine, weights: MassiveWeights | None, config: MacDropConfig) -> MacDrop | None:
     if not config.enabled:
         return None
     if weights is None:

@@ -1,7 +1,7 @@
-"""Ends a worker or an actor that hangs, with its stacks on disk: a dead one is replaced, a stuck one never is.
+"""Watchdog that ends a hung worker or actor and leaves its stacks on disk; only a dead process is replaced.
 
-The timer is a thread of C (`faulthandler`): it fires while Python waits in a collective that will never end, or holds
-the interpreter's lock for ever.
+The timer is a C thread (`faulthandler`): it fires even while Python waits in a collective that never ends or holds the
+interpreter lock.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import torch
 
-#: The folder of a trial, of a model or of a run, in which stacks are left.
+#: Folder for stacks within that of a trial, a model or a run.
 STACKS = "stacks"
-#: Setting the timer takes 0.2 ms, so a beat sets it only when this share of the time has passed since it was set last.
+#: Arming the timer takes 0.2 ms, so a beat re-arms it only after this share of the time-out has passed.
 SLACK = 0.02
 
 
 class Watchdog:
-    """Between the first `beat` and the end of the `with` block, `seconds` without a beat end the process.
+    """Ends the process after `seconds` without a `beat`, from the first beat to the end of the `with` block.
 
-    `file` then holds the stacks of all its threads, and the next attempt keeps it as `.last.txt`; else it is removed.
+    `file` then holds the stacks of all threads; the next attempt keeps it as `.last.txt`. Otherwise it is removed.
     """
 
     def __init__(self, file: Path, seconds: float) -> None:
@@ -39,10 +39,10 @@ class Watchdog:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and self._path.stat().st_size:
                 self._path.replace(self._path.with_suffix(".last.txt"))
-            self._file = self._path.open("w")
+            self._file: TextIO = self._path.open("w")
         except OSError:
-            # Who needs the folder for more than this says so; the process's own log takes the stacks.
-            self._file = sys.__stderr__
+            # Others report that the folder cannot be written; the stacks go to the process's own log.
+            self._file = sys.__stderr__ or sys.stderr
         return self
 
     def __exit__(
@@ -56,7 +56,7 @@ class Watchdog:
                 self._path.parent.rmdir()  # by the last rank
 
     def beat(self) -> None:
-        """Something was done."""
+        """Report progress: restart the time-out."""
         now = time.monotonic()
         if now >= self._next:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
@@ -65,17 +65,17 @@ class Watchdog:
 
 @contextlib.contextmanager
 def passes_watched(model: torch.nn.Module, file: Path, seconds: float) -> Iterator[None]:
-    """In the `with` block a forward pass must begin every so many seconds; generation makes one for each token."""
+    """Require a forward pass to begin every `seconds` within the `with` block; generation makes one per token."""
     with Watchdog(file, seconds) as watchdog:
-        heard = model.register_forward_pre_hook(lambda *_: watchdog.beat())
+        hook = model.register_forward_pre_hook(lambda *_: watchdog.beat())
         try:
             yield
         finally:
-            heard.remove()
+            hook.remove()
 
 
 def why_it_died(file: Path, seconds: float, died: str) -> str:
-    """That an actor so watched hung, if it left stacks; else `died`, Ray's word for its death."""
+    """Say that a watched actor hung if it left stacks; otherwise return `died`, Ray's reason for its death."""
     try:
         hung = file.stat().st_size > 0
     except OSError:
@@ -84,10 +84,10 @@ def why_it_died(file: Path, seconds: float, died: str) -> str:
 
 
 def stack_file(folder: Path, rank: int) -> Path:
-    """Where a rank leaves its stacks, in the folder of its trial."""
+    """Return the file for a rank's stacks, in the folder of its trial."""
     return folder / STACKS / f"rank-{rank}.txt"
 
 
 def stacks(folder: Path) -> list[Path]:
-    """The files of the ranks that ended themselves under the newest attempt at a trial."""
+    """List the stacks of ranks that ended themselves in the latest attempt at a trial."""
     return sorted(path for path in (folder / STACKS).glob("rank-*[0-9].txt") if path.stat().st_size)
