@@ -32,7 +32,7 @@ def render(
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
     """Write a commented launch file from a few answers. No TARGET: list them; TARGET alone: list its answers."""
-    from cluster import render as rendering
+    from cluster.render import render as rendering
 
     rendering.run(target, answers or [], output=output, force=force)
 
@@ -47,10 +47,10 @@ def check(
 ) -> None:
     """Before `up`: what Ray lets pass. With --after: wait for the nodes, and tell why one does not come."""
     if after:
-        from cluster import launch_up
+        from cluster.commands import up as verb
 
-        raise typer.Exit(launch_up.check_after(file, nodes=nodes, timeout=timeout))
-    from cluster import check as checking
+        raise typer.Exit(verb.check_after(file, nodes=nodes, timeout=timeout))
+    from cluster.commands import check as checking
 
     raise typer.Exit(checking.run(file, crd))
 
@@ -63,9 +63,9 @@ def up(
     dry_run: DryRun = False,
 ) -> None:
     """Check the file, make token and secrets ready, start the cluster and wait for its nodes."""
-    from cluster import launch_up
+    from cluster.commands import up as verb
 
-    raise typer.Exit(launch_up.up(file, nodes=nodes, timeout=timeout, dry_run=dry_run))
+    raise typer.Exit(verb.up(file, nodes=nodes, timeout=timeout, dry_run=dry_run))
 
 
 @app.command(epilog="Example: macdrop cluster submit cluster.yaml llama-3.2-1b sweep.num_samples=40 --name llama")
@@ -78,17 +78,17 @@ def submit(
     dry_run: DryRun = False,
 ) -> None:
     """Start a sweep on the cluster and print its log; it goes on when this machine leaves. The same again resumes."""
-    from cluster import launch
+    from cluster.commands import jobs
 
-    raise typer.Exit(launch.submit(file, recipe, overrides or [], name=name, follow=follow, dry_run=dry_run))
+    raise typer.Exit(jobs.submit(file, recipe, overrides or [], name=name, follow=follow, dry_run=dry_run))
 
 
 @app.command(epilog="Example: macdrop cluster status cluster.yaml")
 def status(file: File, dry_run: DryRun = False) -> None:
     """Nodes, jobs, and the runs on the cluster's storage."""
-    from cluster import launch
+    from cluster.commands import status as verb
 
-    raise typer.Exit(launch.status(file, dry_run=dry_run))
+    raise typer.Exit(verb.status(file, dry_run=dry_run))
 
 
 @app.command(epilog="Example: macdrop cluster logs cluster.yaml llama --follow")
@@ -99,9 +99,9 @@ def logs(
     dry_run: DryRun = False,
 ) -> None:
     """The log of a run's newest job."""
-    from cluster import launch
+    from cluster.commands import jobs
 
-    raise typer.Exit(launch.logs(file, run, follow=follow, dry_run=dry_run))
+    raise typer.Exit(jobs.logs(file, run, follow=follow, dry_run=dry_run))
 
 
 @app.command(epilog="Example: macdrop cluster fetch cluster.yaml llama --to runs")
@@ -113,17 +113,17 @@ def fetch(
     dry_run: DryRun = False,
 ) -> None:
     """Bring a run's results home, also while it is running; fetched again, only what is new is copied."""
-    from cluster import launch
+    from cluster.commands import fetch as verb
 
-    raise typer.Exit(launch.fetch(file, run, to=to, everything=everything, dry_run=dry_run))
+    raise typer.Exit(verb.fetch(file, run, to=to, everything=everything, dry_run=dry_run))
 
 
 @app.command(epilog="Example: macdrop cluster down cluster.yaml --yes")
 def down(file: File, yes: Yes = False, dry_run: DryRun = False) -> None:
     """Stop jobs and cluster, and see to it that no Ray process is left on any host. Results stay on the storage."""
-    from cluster import launch
+    from cluster.commands import down as verb
 
-    raise typer.Exit(launch.down(file, yes=yes, dry_run=dry_run))
+    raise typer.Exit(verb.down(file, yes=yes, dry_run=dry_run))
 
 
 @app.command("spot-watch", epilog="Example: macdrop cluster spot-watch --cloud aws   (on each spot node, by its YAML)")
@@ -133,14 +133,14 @@ def spot_watch(
     node_id: Annotated[str | None, typer.Option(help="Only this node (default: all Ray nodes of this host).")] = None,
 ) -> None:
     """On a spot node: when the cloud announces its end, drain the Ray node, so that its work is saved at once."""
-    from cluster import spot
+    from cluster.remote import spot_watch
 
-    raise typer.Exit(spot.watch(cloud, interval=interval, node_id=node_id))
+    raise typer.Exit(spot_watch.watch(cloud, interval=interval, node_id=node_id))
 
 
 @app.command("on-head", hidden=True, epilog="Example: macdrop cluster on-head nodes jobs runs")
 def on_head(topics: Annotated[list[str], typer.Argument(help="nodes, jobs, runs, log.")]) -> None:
     """What the other verbs ask on the head: one line of JSON."""
-    from cluster import launch_head
+    from cluster.remote import head
 
-    launch_head.tell(topics)
+    head.tell(topics)

@@ -307,16 +307,16 @@ def adapters(folder: Path) -> Callable[[Any], str]:
 
 
 def launches(folder: Path) -> Callable[[Any], str]:
-    from cluster import files
-    from cluster.check import check
-    from cluster.render import EXAMPLES, render
-    from cluster.targets import TARGETS
+    from cluster.commands.check import check
+    from cluster.core import launch_file
+    from cluster.render.render import EXAMPLES, render
+    from cluster.render.targets import TARGETS
 
     examples = [path for path in sorted(EXAMPLES.iterdir()) if path.is_file()]
     targets = [TARGETS[name] for name in sorted(TARGETS)]
 
     def looked_at(file: Path) -> None:
-        launch = files.load(file)
+        launch = launch_file.load(file)
         check(launch)
         for name in dir(type(launch)):
             if isinstance(getattr(type(launch), name), property) or name == "environment":
@@ -331,7 +331,7 @@ def launches(folder: Path) -> Callable[[Any], str]:
             made: list[str] = []
             ended = quietly(lambda: made.append(render(target, [f"{name}={value}" for name, value in words.items()])))
             # What was rendered of whatever answers must be a launch file.
-            return f"render: {ended if not made else quietly(lambda: check(files.parse(made[0], folder / 'x')))}"
+            return f"render: {ended if not made else quietly(lambda: check(launch_file.parse(made[0], folder / 'x')))}"
         example = examples[which % len(examples)]
         file = folder / example.name
         file.write_bytes(damaged_file(example.name, example.read_bytes(), done))

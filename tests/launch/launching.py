@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from recorder import Recorder
 
-EXAMPLES = Path(__file__).parents[2] / "cluster" / "examples"
+from cluster.backends import kuberay, slurm
+from cluster.commands import jobs, up
+
+EXAMPLES = Path(__file__).parents[2] / "cluster" / "render" / "examples"
 TOOLS = ("ray", "ssh", "rsync", "kubectl", "sbatch", "squeue", "scancel", "sacct", "scontrol")
 TOKEN = "0123456789abcdef0123456789abcdef"
 SECRETS = {"HF_TOKEN": "hf_SECRETSECRET1", "WANDB_API_KEY": "wandb-SECRETSECRET2"}
@@ -28,9 +31,7 @@ class Laptop:
             patch.setenv(name, value)
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             patch.delenv(name, raising=False)
-        from cluster import launch, launch_kube, launch_slurm, launch_up
-
-        for module, name in ((launch, "AGAIN"), (launch_up, "POLL"), (launch_kube, "POLL"), (launch_slurm, "POLL")):
+        for module, name in ((jobs, "AGAIN"), (up, "POLL"), (kuberay, "POLL"), (slurm, "POLL")):
             patch.setattr(module, name, 0.01)
         self.out = self.err = ""
 

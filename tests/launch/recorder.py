@@ -75,7 +75,7 @@ class Recorder:
 
 def told(**topics) -> str:
     """An answer of the head, amid the lines that a remote terminal adds."""
-    from cluster.launch_head import MARK
+    from cluster.remote.head import MARK
 
     return (
         f"Fetched IP: 10.0.0.1\r\n{MARK}{json.dumps({'problems': {}, **topics})}\r\nShared connection to x closed.\r\n"

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from cluster import files, render
-from cluster.targets import EFA_CARDS, TARGETS
+from cluster.core import launch_file
+from cluster.render import render
+from cluster.render.targets import EFA_CARDS, TARGETS
 
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto")
@@ -53,7 +54,9 @@ def prepared(target: str) -> dict[str, Any]:
     }
     given = dict(word.partition("=")[::2] for word in TARGETS[target].example.split())
     words = [f"{key}={ids.get(key, value)}" for key, value in given.items()]
-    content = copy.deepcopy(files.parse(render.render(TARGETS[target], words), render.EXAMPLES / "aws.yaml").content)
+    content = copy.deepcopy(
+        launch_file.parse(render.render(TARGETS[target], words), render.EXAMPLES / "aws.yaml").content
+    )
     content = prepare_config(content)
     validate_config(content)
     return content

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cluster import check, files, render
+from cluster.check.finding import ERROR, NOTE
 from cluster.cli import app
+from cluster.commands import check
+from cluster.core import launch_file
 from cluster.errors import BadLaunchFile
-from cluster.findings import ERROR, NOTE
+from cluster.render import render
 
 #: target: (old text, new text, severity, words of the finding)
 SPOILT = [
@@ -170,7 +172,7 @@ def example(name: str) -> str:
 def found(text: str) -> list[tuple[str, str]]:
     return [
         (each.severity, f"{each.where} {each.what} {each.why} {each.remedy}")
-        for each in check.check(files.parse(text, Path("cluster.yaml")))
+        for each in check.check(launch_file.parse(text, Path("cluster.yaml")))
     ]
 
 
@@ -278,6 +280,6 @@ def test_any_yaml_ends_in_findings_or_a_refusal(content, kind):
     else:
         provider = content.get("provider")
         content = {**content, "provider": {**(provider if isinstance(provider, dict) else {}), "type": kind}}
-    file = files.parse(yaml.safe_dump(content), Path("cluster.yaml"))
+    file = launch_file.parse(yaml.safe_dump(content), Path("cluster.yaml"))
     assert all(each.severity in (ERROR, NOTE) for each in check.check(file))
     assert isinstance(file.workers, tuple) and isinstance(file.secrets, tuple) and isinstance(file.environment, dict)

@@ -10,7 +10,7 @@ import pytest
 from launching import SECRETS
 from recorder import job, node, run, told
 
-from cluster.hosts import MARK, PROCESSES
+from cluster.backends.ssh_hosts import MARK, PROCESSES
 
 # --- fetch ---
 
@@ -151,7 +151,7 @@ def pods(*states: tuple[str, str], message: str = "") -> dict:
 
 
 def test_kubernetes_up_submit_and_down(laptop, monkeypatch):
-    monkeypatch.setattr("cluster.check.run", lambda path: 0)
+    monkeypatch.setattr("cluster.commands.check.run", lambda path: 0)
     laptop.token()
     laptop.tools.answer("on-head jobs", told(jobs=[]))
     laptop.tools.answer("on-head nodes", told(nodes=[node(str(number)) for number in range(9)], log=[]))
@@ -174,8 +174,8 @@ def test_kubernetes_up_submit_and_down(laptop, monkeypatch):
 
 
 def test_kubernetes_tells_why_a_pod_does_not_come(laptop, monkeypatch):
-    monkeypatch.setattr("cluster.check.run", lambda path: 0)
-    monkeypatch.setattr("cluster.launch_kube.HEAD", 0)
+    monkeypatch.setattr("cluster.commands.check.run", lambda path: 0)
+    monkeypatch.setattr("cluster.backends.kuberay.HEAD", 0)
     laptop.token()
     laptop.tools.answer("get pods", pods(("head", "Pending"), message="0/3 nodes: 3 Insufficient nvidia.com/gpu."))
     assert laptop.run("up", laptop.file("kuberay")) == 1

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import check, files, render
-from cluster.findings import ERROR
-from cluster.targets import TARGETS
+from cluster.check.finding import ERROR
+from cluster.commands import check
+from cluster.core import launch_file
+from cluster.render import render
+from cluster.render.targets import TARGETS
 
 targets = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
 
@@ -29,7 +31,7 @@ def test_there_are_no_other_examples():
 @targets
 def test_the_example_passes_the_checks_without_a_network(target, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a check went online"))
-    found = check.check(files.load(render.EXAMPLES / target.file))
+    found = check.check(launch_file.load(render.EXAMPLES / target.file))
     assert [finding for finding in found if finding.severity == ERROR] == []
     # What is missing is what only the user's machine has: a clone, an ssh key.
     assert all("not on this machine" in finding.what for finding in found), found
@@ -44,7 +46,7 @@ def test_the_example_says_what_made_it_and_what_comes_next(target):
 
 @targets
 def test_every_host_gets_token_keepalive_storage_and_secrets_by_name(target):
-    file = files.load(render.EXAMPLES / target.file)
+    file = launch_file.load(render.EXAMPLES / target.file)
     assert file.token
     assert file.storage == "/shared"
     assert file.secrets[0] == "HF_TOKEN"
@@ -54,8 +56,12 @@ def test_every_host_gets_token_keepalive_storage_and_secrets_by_name(target):
 
 @targets
 def test_shell_commands_of_the_example_are_shell(target):
-    file = files.load(render.EXAMPLES / target.file)
-    scripts = [file.text] if file.kind == files.SLURM else [t for key in files.COMMANDS for t in file.commands(key)]
+    file = launch_file.load(render.EXAMPLES / target.file)
+    scripts = (
+        [file.text]
+        if file.kind == launch_file.SLURM
+        else [t for key in launch_file.COMMANDS for t in file.commands(key)]
+    )
     scripts += [text for document in file.documents for text in (document.get("data") or {}).values()]
     for script in scripts:
         done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
@@ -68,7 +74,7 @@ def test_setup_commands_do_what_they_say(tmp_path):
     (home / ".ray").mkdir(parents=True)
     (home / ".ray/auth_token").write_text("not a token")
     (home / ".bashrc").write_text("export OLD=1\n")
-    command = files.load(render.EXAMPLES / "local.yaml").commands("setup_commands")[0]
+    command = launch_file.load(render.EXAMPLES / "local.yaml").commands("setup_commands")[0]
     for _ in range(2):
         subprocess.run(["bash", "-c", command], env={"HOME": str(home), "PATH": "/usr/bin:/bin"}, check=True)
     assert (home / ".bashrc").read_text().count("macdrop") == 1
@@ -114,7 +120,9 @@ def test_the_slurm_script_ends_on_all_nodes_with_the_code_of_the_sweep(tmp_path,
 
 
 def test_the_job_of_kubernetes_resumes_where_a_run_is(tmp_path):
-    (document,) = [d for d in files.load(render.EXAMPLES / "kuberay-job.yaml").documents if d["kind"] == "ConfigMap"]
+    (document,) = [
+        d for d in launch_file.load(render.EXAMPLES / "kuberay-job.yaml").documents if d["kind"] == "ConfigMap"
+    ]
     (tmp_path / "macdrop").write_text('#!/bin/bash\necho "$@"\n')
     (tmp_path / "macdrop").chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MACDROP_STORAGE": str(tmp_path)}
@@ -143,7 +151,7 @@ def test_documented_render_commands_work_and_pass_the_checks():
     for name, words in found:
         for variable, value in values.items():
             words = words.replace(variable, value)
-        file = files.parse(render.render(TARGETS[name], words.split()), Path("cluster.yaml"))
+        file = launch_file.parse(render.render(TARGETS[name], words.split()), Path("cluster.yaml"))
         assert [each for each in check.check(file) if each.severity == ERROR] == []
     assert re.findall(r"^\| `([\w-]+)` \|.*`cluster/(?:render/)?examples/(\S+)` \|$", text, re.MULTILINE) == [
         (target.name, target.file) for target in TARGETS.values()

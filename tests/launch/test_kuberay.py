@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import check, check_kube, files, render
+from cluster.check import kuberay
+from cluster.check.finding import ERROR
+from cluster.commands import check
+from cluster.core import launch_file
 from cluster.errors import BadLaunchFile
-from cluster.findings import ERROR
+from cluster.render import render
 
-READ = check_kube.read_definitions  # before the fixture puts its own there
+READ = kuberay.read_definitions  # before the fixture puts its own there
 MANIFESTS = ("kuberay.yaml", "kuberay-job.yaml")
 
 
@@ -22,14 +25,14 @@ def crd():
     root = Path(os.environ.get("MACDROP_SHARED", Path(__file__).parents[3] / "shared"))
     if not (root / "data/kuberay").is_dir():
         pytest.skip("no definitions of KubeRay's resources")
-    definitions = check_kube.read_definitions(root / "data/kuberay")
+    definitions = kuberay.read_definitions(root / "data/kuberay")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check_kube, "read_definitions", lambda _: definitions)
+        patch.setattr(kuberay, "read_definitions", lambda _: definitions)
         yield root / "data/kuberay"
 
 
 def found(text: str, crd) -> list[tuple[str, str]]:
-    file = files.parse(text, render.EXAMPLES / "kuberay.yaml")
+    file = launch_file.parse(text, render.EXAMPLES / "kuberay.yaml")
     return [(each.where, each.what) for each in check.check(file, crd) if each.severity == ERROR]
 
 

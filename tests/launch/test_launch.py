@@ -15,10 +15,10 @@ import pytest
 from launching import SECRETS, TOKEN
 from recorder import job, node, run, told
 
-from cluster.hosts import MARK, Ssh, read_probe
-from cluster.launch_causes import causes
-from cluster.launch_kind import Job, submission
-from cluster.launch_shell import Done
+from cluster.backends.advice import causes
+from cluster.backends.base import Job, submission
+from cluster.backends.ssh_hosts import MARK, Ssh, read_probe
+from cluster.core.shell import Done
 
 THREE = [node("10.0.0.1", head=True), node("10.0.0.2", gpus=4), node("10.0.0.3", gpus=4)]
 MAKES_TOKEN = f"mkdir -p ~/.ray && printf {TOKEN} | tee ~/.ray/auth_token"
@@ -27,7 +27,7 @@ MAKES_TOKEN = f"mkdir -p ~/.ray && printf {TOKEN} | tee ~/.ray/auth_token"
 @pytest.fixture(autouse=True)
 def _before_is_another_test(monkeypatch):
     """What `check` finds in a file has its own tests; here all files pass."""
-    monkeypatch.setattr("cluster.check.run", lambda path: 0)
+    monkeypatch.setattr("cluster.commands.check.run", lambda path: 0)
 
 
 # --- up ---
@@ -186,9 +186,9 @@ def started(laptop, *jobs: dict) -> None:
 
 @pytest.fixture
 def _stamped(monkeypatch):
-    from cluster import launch
+    from cluster.commands import jobs
 
-    monkeypatch.setattr(launch, "stamp", lambda: "1")
+    monkeypatch.setattr(jobs, "stamp", lambda: "1")
 
 
 @pytest.mark.usefixtures("_stamped")
@@ -217,9 +217,9 @@ def test_a_dropped_line_is_taken_up_where_it_was(laptop):
 
 @pytest.mark.usefixtures("_stamped")
 def test_a_line_that_stays_away_leaves_the_job_alone_and_says_how_to_look_again(laptop, monkeypatch):
-    from cluster import launch
+    from cluster.commands import jobs
 
-    monkeypatch.setattr(launch, "ATTEMPTS", 2)
+    monkeypatch.setattr(jobs, "ATTEMPTS", 2)
     laptop.tools.answer("on-head jobs", told(jobs=[]), {"out": "Connection timed out", "code": 255})
     file = laptop.file("local")
     assert laptop.run("submit", file, "demo") == 3
@@ -259,9 +259,9 @@ def test_a_recipe_file_is_copied_and_goes_to_the_storage(laptop):
 
 
 def test_a_head_that_has_just_started_is_asked_again(laptop, monkeypatch):
-    from cluster import launch_kind
+    from cluster.backends import base
 
-    monkeypatch.setattr(launch_kind, "AGAIN", 0.01)
+    monkeypatch.setattr(base, "AGAIN", 0.01)
     started(laptop)
     refused = {"out": "status code 500: No available agent to submit job, please try again later", "code": 1}
     laptop.tools.answer("ray job submit", refused, refused, "submitted")

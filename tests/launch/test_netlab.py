@@ -36,8 +36,8 @@ def test_all_see_the_shared_folder_the_packages_and_the_repository(lab):
     assert (lab.shared / "seen").exists()
     for machine in lab.machines.values():
         assert "seen" in said(machine, "ls", str(SHARED))
-        code = "import sys, cluster.files, yaml; print(sys.executable, cluster.files.__file__)"
-        expected = f"{sys.prefix}/bin/python {REPOSITORY}/cluster/files.py"
+        code = "import sys, cluster.core.launch_file, yaml; print(sys.executable, cluster.core.launch_file.__file__)"
+        expected = f"{sys.prefix}/bin/python {REPOSITORY}/cluster/core/launch_file.py"
         assert said(machine, "python", "-c", code) == expected
 
 

@@ -125,7 +125,7 @@ def test_a_job_runs_ends_and_is_found_again(there):
 
 
 def test_a_job_is_stopped_as_by_ctrl_c(there):
-    from cluster.launch import open_kind
+    from cluster.backends.registry import open_kind
 
     laptop, file = there
     assert laptop.run("submit", file, "demo", "--name", "long", "--no-follow") == 0, laptop.out + laptop.err

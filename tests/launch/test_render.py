@@ -11,10 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cluster import answers, files, render
 from cluster.cli import app
+from cluster.core import launch_file
 from cluster.errors import BadLaunchFile
-from cluster.targets import TARGETS, Target
+from cluster.render import fields, render
+from cluster.render.targets import TARGETS, Target
 
 LOCAL = "head_ip=10.0.0.1 worker_ips=10.0.0.2,10.0.0.3 user=me install=none".split()
 
@@ -87,15 +88,15 @@ def test_an_unknown_target_is_named_with_the_nearest():
 
 def test_the_clone_that_macdrop_runs_from_is_installed_unless_told_otherwise():
     words = LOCAL[:3]
-    own = files.parse(render.render(TARGETS["local"], words), Path("x"))
-    assert own.content["file_mounts"]["~/macdrop-source"] == str(Path(render.__file__).parents[1])
-    none = files.parse(render.render(TARGETS["local"], [*words, "install=none"]), Path("x"))
+    own = launch_file.parse(render.render(TARGETS["local"], words), Path("x"))
+    assert own.content["file_mounts"]["~/macdrop-source"] == str(Path(render.__file__).parents[2])
+    none = launch_file.parse(render.render(TARGETS["local"], [*words, "install=none"]), Path("x"))
     assert "~/macdrop-source" not in none.content["file_mounts"]
 
 
 def test_a_container_has_storage_and_shared_memory():
     words = [*TARGETS["aws"].example.split()[:4], "image=me/macdrop:1", "install=none", "shm_gb=64"]
-    docker = files.parse(render.render(TARGETS["aws"], words), Path("x")).content["docker"]
+    docker = launch_file.parse(render.render(TARGETS["aws"], words), Path("x")).content["docker"]
     assert docker["image"] == "me/macdrop:1"
     assert {"--shm-size=64g", "-v /shared:/shared"} <= set(docker["run_options"])
 
@@ -185,7 +186,7 @@ def paths(value: object, prefix: tuple = ()) -> set[tuple]:
     return {prefix}
 
 
-def rendered(target: Target, name: str, value: str) -> files.ClusterFile | None:
+def rendered(target: Target, name: str, value: str) -> launch_file.ClusterFile | None:
     """With one answer replaced; None where it is refused."""
     given = dict(word.partition("=")[::2] for word in target.example.split())
     given |= {"source": "~/macdrop"} if any(a.name == "source" for a in target.answers) else {}
@@ -197,10 +198,10 @@ def rendered(target: Target, name: str, value: str) -> files.ClusterFile | None:
     except BadLaunchFile as error:
         assert len(str(error)) < 1000 and "\n" not in str(error).partition(value[:1])[0]
         return None
-    return files.parse(text, Path("x"))
+    return launch_file.parse(text, Path("x"))
 
 
-def held(file: files.ClusterFile, tame: files.ClusterFile) -> None:
+def held(file: launch_file.ClusterFile, tame: launch_file.ClusterFile) -> None:
     """The same shape as with a tame value, and shell that is the same command with another word."""
     assert file.kind == tame.kind and paths(file.documents) == paths(tame.documents)
     assert file.directives.keys() == tame.directives.keys()
@@ -208,7 +209,7 @@ def held(file: files.ClusterFile, tame: files.ClusterFile) -> None:
         for text in (document.get("data") or {}).values():
             assert shlex.split(text, comments=True)
     # Words of the shell: as many as before, or the value broke out of its quotes.
-    assert len(files._words(file.shell)) == len(files._words(tame.shell))
+    assert len(launch_file._words(file.shell)) == len(launch_file._words(tame.shell))
 
 
 @pytest.mark.parametrize(("target", "name"), TEXTS)
@@ -262,7 +263,7 @@ def test_a_template_cannot_write_a_value_without_a_filter():
 
 def test_every_kind_of_answer_is_used_and_known():
     used = {answer.kind for target in TARGETS.values() for answer in target.answers}
-    assert used == set(answers.KINDS) | {"choice"}
+    assert used == set(fields.KINDS) | {"choice"}
 
 
 def test_every_example_of_an_answer_is_a_value_of_it():

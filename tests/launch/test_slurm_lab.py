@@ -11,9 +11,9 @@ import sys
 import pytest
 from netlab import HOME, PATH, SHARED, until
 
-from cluster import render
-from cluster.targets import TARGETS
-from tune.storage.run_folder import Journal
+from cluster.render import render
+from cluster.render.targets import TARGETS
+from tune.storage.run_folder import RunFolder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -70,12 +70,12 @@ def test_the_same_submit_goes_on_after_a_time_limit_and_no_process_stays(lab, tm
     assert job.wait(20) != 0
     for host in hosts:
         lab.boot(host.name)
-    assert Journal.open(run).run()["status"] == "running"
+    assert RunFolder.open(run).run()["status"] == "running"
     job = sbatch(8)
     assert job.wait(300) == 0, (tmp_path / "job.log").read_text()[-3000:]
-    trials = Journal.open(run).trials()
+    trials = RunFolder.open(run).trials()
     assert [trial["status"] for trial in trials] == ["done", "done"]
     assert max(trial["resumed_from"] or 0 for trial in trials) >= 10, "it went on from a checkpoint"
-    assert Journal.open(run).run()["status"] == "done"
+    assert RunFolder.open(run).run()["status"] == "done"
     assert [host.processes() for host in hosts] == [[], []]
     assert not list(lab.shared.glob(".slurm-8*")), "the note that ends the nodes is taken away"

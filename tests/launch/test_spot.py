@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from recorder import Recorder
 
-from cluster import spot
 from cluster.errors import BadLaunchFile, Missing
+from cluster.remote import spot_watch
 
 
 class Service:
@@ -95,9 +95,9 @@ def host(tmp_path, monkeypatch):
     tools = Recorder(tmp_path / "tools", ("ray",))
     monkeypatch.setenv("PATH", tools.path)
     monkeypatch.delenv("RAY_AUTH_MODE")
-    monkeypatch.setattr(spot, "TELL", 0.0)
+    monkeypatch.setattr(spot_watch, "TELL", 0.0)
     monkeypatch.setattr(
-        spot, "ray_nodes", lambda only=None: {} if len(tools.calls) > 1 else {"ab" * 28: "10.0.0.1:6379"}
+        spot_watch, "ray_nodes", lambda only=None: {} if len(tools.calls) > 1 else {"ab" * 28: "10.0.0.1:6379"}
     )
     tools.answer("drain-node", {"out": "no such head\n", "code": 1}, "")
     return tools
@@ -109,7 +109,7 @@ def test_a_notice_drains_the_node_and_errors_are_outlived(cloud, host, monkeypat
     service, lines = make(), []
     monkeypatch.setenv("MACDROP_METADATA_URL", service.url)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert spot.watch(cloud, interval=0.01, say=lines.append) == 0
+    assert spot_watch.watch(cloud, interval=0.01, say=lines.append) == 0
     first, second = (call["argv"] for call in host.calls)
     options = dict(zip(second[2::2], second[3::2], strict=True))
     assert second[:2] == first[:2] == ["ray", "drain-node"]
@@ -125,13 +125,13 @@ def test_a_notice_drains_the_node_and_errors_are_outlived(cloud, host, monkeypat
 def test_a_rebalance_recommendation_is_told_and_nothing_is_done(host, monkeypatch):
     service, lines = aws(None, None, aws_ends(), **{REBALANCE: ['{"noticeTime": "now"}']}), []
     monkeypatch.setenv("MACDROP_METADATA_URL", service.url)
-    spot.watch("aws", interval=0.01, say=lines.append)
+    spot_watch.watch("aws", interval=0.01, say=lines.append)
     assert "higher risk" in lines[1] and "nothing is done yet" in lines[1] and "AWS will terminate" in lines[3]
 
 
 def test_a_token_that_has_expired_is_asked_for_anew(monkeypatch):
     service = aws(aws_ends())
-    watched = spot.Aws(service.url)
+    watched = spot_watch.Aws(service.url)
     watched._token = "old"
     assert watched.notice().final
 
@@ -147,22 +147,22 @@ def test_the_cloud_is_found_by_what_answers(cloud, monkeypatch):
     }
     service = Service(needs[cloud], there, token="x" if cloud == "aws" else None)
     monkeypatch.setenv("MACDROP_METADATA_URL", service.url)
-    assert type(spot._service(None)) is spot.CLOUDS[cloud]
+    assert type(spot_watch._service(None)) is spot_watch.CLOUDS[cloud]
 
 
 def test_no_cloud_and_no_such_cloud(monkeypatch):
     monkeypatch.setenv("MACDROP_METADATA_URL", "http://127.0.0.1:9")
     with pytest.raises(Missing, match="Name the cloud"):
-        spot._service(None)
+        spot_watch._service(None)
     with pytest.raises(BadLaunchFile, match="Did you mean 'azure'"):
-        spot._service("azur")
+        spot_watch._service("azur")
 
 
 def test_it_ends_where_no_ray_node_runs(host, monkeypatch):
     monkeypatch.setenv("MACDROP_METADATA_URL", aws(None).url)
-    monkeypatch.setattr(spot, "ray_nodes", lambda only=None: {})
+    monkeypatch.setattr(spot_watch, "ray_nodes", lambda only=None: {})
     lines = []
-    assert spot.watch("aws", interval=0.01, say=lines.append, alone=0.05) == 0
+    assert spot_watch.watch("aws", interval=0.01, say=lines.append, alone=0.05) == 0
     assert "nothing is left to watch for" in lines[-1] and host.calls == []
 
 
@@ -175,8 +175,8 @@ def test_ray_nodes_are_read_from_the_arguments_of_raylets(tmp_path):
     process(2, "/x/python", "--node_id=cc", "--gcs-address=10.0.0.1:6379")
     process(3, "grep", "raylet/raylet")
     process(4, "/y/raylet/raylet", "--node_id=dd", "--gcs-address=10.0.0.2:6379")
-    assert spot.ray_nodes(processes=tmp_path) == {"aa": "10.0.0.1:6379", "dd": "10.0.0.2:6379"}
-    assert spot.ray_nodes("dd", tmp_path) == {"dd": "10.0.0.2:6379"}
+    assert spot_watch.ray_nodes(processes=tmp_path) == {"aa": "10.0.0.1:6379", "dd": "10.0.0.2:6379"}
+    assert spot_watch.ray_nodes("dd", tmp_path) == {"dd": "10.0.0.2:6379"}
 
 
 @pytest.mark.slow
@@ -197,10 +197,10 @@ def test_a_real_node_is_drained(monkeypatch, tmp_path):
     try:
         cluster.connect()
         worker = cluster.add_node(num_cpus=1)
-        assert spot.ray_nodes(worker.node_id) == {worker.node_id: cluster.address}
+        assert spot_watch.ray_nodes(worker.node_id) == {worker.node_id: cluster.address}
         lines: list[str] = []
         watching = threading.Thread(
-            target=spot.watch, args=("aws",), kwargs=dict(interval=0.2, node_id=worker.node_id, say=lines.append)
+            target=spot_watch.watch, args=("aws",), kwargs=dict(interval=0.2, node_id=worker.node_id, say=lines.append)
         )
         watching.start()
         deadline = time.monotonic() + 60

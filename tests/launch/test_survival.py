@@ -11,7 +11,7 @@ import pytest
 from netlab import HOME, until
 from onprem import FILE, SAVED_EVERY, STEPS, Cluster, Run, ray_processes
 
-from tune.storage.run_folder import SCORE_KEY, Journal
+from tune.storage.run_folder import SCORE_KEY, RunFolder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -97,7 +97,7 @@ def test_a_notice_saves_at_once_and_a_new_head_goes_on_where_the_lost_one_was(cl
 
 def check_whole(run: Run, log: str, *, trials: int) -> None:
     """Every planned trial is done, once; every step and every score is there, once; the report is there."""
-    assert Journal.open(run.folder).run()["status"] == "done"
+    assert RunFolder.open(run.folder).run()["status"] == "done"
     states = {name: facts["status"] for name, facts in run.trials().items()}
     assert len(states) == trials and set(states.values()) == {"done"}, states
     for trial in states:

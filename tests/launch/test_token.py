@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from launching import SECRETS, TOKEN
 
-from cluster import secrets, token
+from cluster.core import secrets, token
+from cluster.core.shell import HIDDEN_LENGTH, Shell
 from cluster.errors import BadLaunchFile, Missing
-from cluster.launch_shell import HIDDEN_LENGTH, Shell
 
 
 def rights(file: Path) -> int:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import secrets, token
+from cluster.backends.advice import causes
+from cluster.backends.base import Job, Kind
+from cluster.core import secrets, token
+from cluster.core.launch_file import as_dict, as_dicts
 from cluster.errors import BadLaunchFile, LaunchFailed
-from cluster.files import as_dict, as_dicts
-from cluster.launch_causes import causes
-from cluster.launch_kind import Job, Kind
 
 #: Seconds until the head pod is there, and until the pods are gone; pods have 120 to end in our manifests.
 HEAD, GONE = 600, 240

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cluster import token
-from cluster.files import ClusterFile, as_dict
-from cluster.launch_shell import Done, Shell
+from cluster.core import token
+from cluster.core.launch_file import ClusterFile, as_dict
+from cluster.core.shell import Done, Shell
 
 MARK = "macdrop-host: "
 #: Seconds for a connection, and for a whole command.

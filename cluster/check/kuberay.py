@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from cluster.check.finding import Finding, environment_findings, error, note, place, unknown_keys
+from cluster.core.launch_file import LOADER, ClusterFile, as_dict, as_dicts
 from cluster.errors import BadLaunchFile
-from cluster.files import LOADER, ClusterFile, as_dict, as_dicts
-from cluster.findings import Finding, environment_findings, error, note, place, unknown_keys
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.core.launch_file import ClusterFile, assignments
 from cluster.errors import nearest
-from cluster.files import ClusterFile, assignments
 
 ERROR, NOTE = "error", "note"
 

@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster import secrets, token
+from cluster.backends.advice import causes
+from cluster.backends.base import RUNNING, Kind
+from cluster.backends.registry import open_kind
+from cluster.commands import check
+from cluster.core import secrets, token
 from cluster.errors import BadLaunchFile, LaunchError, LaunchFailed
-from cluster.launch import RUNNING, open_kind
-from cluster.launch_causes import causes
-from cluster.launch_kind import Kind
 
 #: Seconds between two looks at the nodes.
 POLL = 5.0
@@ -18,8 +19,6 @@ POLL = 5.0
 
 def up(path: Path, *, nodes: int | None, timeout: float, dry_run: bool) -> int:
     """Check, token, secrets, start, and wait for the nodes: 0 when they are all there, else 1 with the causes."""
-    from cluster import check
-
     if check.run(path):
         raise BadLaunchFile(f"nothing was started: mend {path} first, as told above.")
     kind = open_kind(path, dry_run=dry_run)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cluster.core.shell import Shell
 from cluster.errors import Missing
-from cluster.launch_shell import Shell
 
 #: What every child process gets: the mode is not taken from the file's being there (job commands, workers).
 ENVIRONMENT = {"RAY_AUTH_MODE": "token"}

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import launch_head, secrets
+from cluster.backends.base import Job, Kind
+from cluster.core import secrets
+from cluster.core.shell import Done
 from cluster.errors import BadLaunchFile, LaunchFailed
-from cluster.launch_kind import Job, Kind
-from cluster.launch_shell import Done
+from cluster.remote import head
 
 POLL = 5.0
 #: Seconds until cancelled jobs must have left the queue: a minute to save their state, then Slurm's own time to kill.
@@ -77,7 +78,7 @@ class Slurm(Kind):
 
     def ask(self, *topics: str, **more: Any) -> dict[str, Any]:
         found: dict[str, Any] = {"problems": {}}
-        tellers = {"nodes": list, "log": list, "jobs": self._jobs, "runs": lambda: launch_head.runs(str(self.storage))}
+        tellers = {"nodes": list, "log": list, "jobs": self._jobs, "runs": lambda: head.runs(str(self.storage))}
         for topic in topics:
             found[topic] = tellers[topic]()
         return found

@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from cluster import hosts, secrets
+from cluster.backends import ssh_hosts
+from cluster.backends.advice import causes
+from cluster.backends.base import Kind
+from cluster.core import secrets
 from cluster.errors import LaunchFailed
-from cluster.launch_causes import causes
-from cluster.launch_kind import Kind
 
 
 class Ray(Kind):
@@ -45,7 +46,7 @@ class Ray(Kind):
         """
         if not self.file.head_host or self._known():
             return False
-        running, _ = hosts.left(self.shell, hosts.Ssh.of(self.file), [self.file.head_host])
+        running, _ = ssh_hosts.left(self.shell, ssh_hosts.Ssh.of(self.file), [self.file.head_host])
         if not any("gcs_server" in line for line in running.get(self.file.head_host, [])):
             return False
         from ray.autoscaler._private.local import node_provider
@@ -90,9 +91,9 @@ class Ray(Kind):
         everywhere = self._hosts()
         if not everywhere:
             return []
-        ssh = hosts.Ssh.of(self.file)
-        hosts.stop_ray(self.shell, ssh, everywhere)
-        running, silent = hosts.left(self.shell, ssh, everywhere)
+        ssh = ssh_hosts.Ssh.of(self.file)
+        ssh_hosts.stop_ray(self.shell, ssh, everywhere)
+        running, silent = ssh_hosts.left(self.shell, ssh, everywhere)
         if not (running or silent or self.shell.dry_run):
             self.shell.say(f"no Ray process is left on {', '.join(everywhere)}")
         return [
@@ -110,8 +111,8 @@ class Ray(Kind):
         version = next((node["ray"] for node in nodes or []), None)
         missing = [host for host in self._hosts() if host not in alive]
         if missing:
-            ssh = hosts.Ssh.of(self.file)
-            probed = hosts.probe(self.shell, ssh, missing, self.file.head_host, version)
+            ssh = ssh_hosts.Ssh.of(self.file)
+            probed = ssh_hosts.probe(self.shell, ssh, missing, self.file.head_host, version)
             found = [*(told for host in missing for told in probed[host]), *found]
         dead = [node for node in nodes or [] if not node["alive"] and node["reason"]]
         return [*found, *(f"{node['address']} was a node and is dead: {node['reason']}" for node in dead)]

@@ -12,15 +12,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster import hosts, launch_head
+from cluster.backends import ssh_hosts
+from cluster.core.launch_file import ClusterFile
+from cluster.core.shell import Done, Shell
 from cluster.errors import LaunchFailed
-from cluster.files import ClusterFile
-from cluster.launch_shell import Done, Shell
+from cluster.remote.head import answer
 
 #: Seconds for an answer from the head: a remote login shell, Python and Ray have to start.
 ANSWER = 120
 #: What Ray answers to a job in the first seconds of its head; seconds until it is asked again, and how often.
 NOT_YET, AGAIN, ATTEMPTS = "No available agent to submit job", 5.0, 12
+#: Status of a job that has not ended.
+RUNNING = ("PENDING", "RUNNING")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 #: Lines that a remote terminal adds to what a command prints.
 NOISE = re.compile(
     r"^(Fetched IP: |Shared connection to \S+ closed|bash: (cannot set terminal|no job control)|Loaded cached provider"
@@ -142,7 +146,7 @@ class Kind:
         done = self.shell.ask(self.on_head(f"macdrop cluster on-head {' '.join(topics)}"), shown=shown, timeout=timeout)
         if self.shell.dry_run:
             return {"problems": {}, **{topic: [] for topic in topics}}
-        found = launch_head.answer(done.text)
+        found = answer(done.text)
         if found is None:
             raise LaunchFailed(self.unanswered(done))
         return found
@@ -151,7 +155,7 @@ class Kind:
         for pattern, remedy in UNANSWERED.items():
             if re.search(pattern, done.text):
                 return remedy.format(file=self.file.path) + "."
-        for pattern, words in hosts.WORDS.items():
+        for pattern, words in ssh_hosts.WORDS.items():
             if re.search(pattern, done.text):
                 head = self.file.head_host or "the head"
                 return f"{head} {words.format(host=head, user=self.file.ssh_user)}."

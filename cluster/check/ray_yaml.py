@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.check_cloud import cloud_findings
+from cluster.check.cloud import cloud_findings
+from cluster.check.finding import Finding, environment_findings, error, masked, note, place, unknown_keys
+from cluster.core.launch_file import COMMANDS, ClusterFile, as_dict, assignments
 from cluster.errors import nearest
-from cluster.files import COMMANDS, ClusterFile, as_dict, assignments
-from cluster.findings import Finding, environment_findings, error, masked, note, place, unknown_keys
 
 HEAD, WORKER = "head_start_ray_commands", "worker_start_ray_commands"
 _ROLE = {HEAD: "head", WORKER: "workers"}

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.answers import Required, read
 from cluster.errors import BadLaunchFile, nearest
-from cluster.targets import EFA_CARDS, TARGETS, Target
+from cluster.render.fields import Like, Required, read
+from cluster.render.targets import EFA_CARDS, TARGETS, Target
 
 if TYPE_CHECKING:
     import jinja2
@@ -80,7 +80,7 @@ def _derived(target: Target, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_source(target: Target, words: Sequence[str]) -> list[str]:
     """The clone that macdrop runs from is what hosts install, unless another is named or none is wanted."""
-    clone = Path(__file__).parents[1]
+    clone = Path(__file__).parents[2]
     takes = any(answer.name == "source" for answer in target.answers)
     told = any(word.startswith("source=") or word == "install=none" for word in words)
     return [*words, f"source={clone}"] if takes and not told and (clone / "pyproject.toml").is_file() else list(words)
@@ -184,8 +184,6 @@ def list_answers(target: Target) -> None:
 
 
 def _default(answer: Any) -> str:
-    from cluster.answers import Like
-
     if answer.default is Required:
         return answer.example
     if isinstance(answer.default, Like):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.files import KUBERAY, RAY, ClusterFile, load
-from cluster.findings import ERROR, Finding, secret_findings
+from cluster.check import kuberay, ray_yaml, slurm
+from cluster.check.finding import ERROR, Finding, secret_findings
+from cluster.core.launch_file import KUBERAY, RAY, ClusterFile, load
 
 #: Exit code where there is an error.
 BAD = 2
@@ -30,15 +31,13 @@ def run(path: Path, crd: Path | None = None) -> int:
 
 def check(file: ClusterFile, crd: Path | None = None) -> list[Finding]:
     """All findings, errors first, each once. `crd`: folder with KubeRay's resource definitions."""
-    from cluster import check_kube, check_ray, check_slurm
-
     found = list(secret_findings(file))
     if file.kind == RAY:
-        found += check_ray.findings(file)
+        found += ray_yaml.findings(file)
     elif file.kind == KUBERAY:
-        found += check_kube.findings(file, crd)
+        found += kuberay.findings(file, crd)
     else:
-        found += check_slurm.findings(file)
+        found += slurm.findings(file)
     return sorted(dict.fromkeys(found), key=lambda finding: finding.severity != ERROR)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from cluster.check.finding import Finding, environment_findings, error, note
+from cluster.core.launch_file import ClusterFile, assignments, sbatch_lines
 from cluster.errors import nearest
-from cluster.files import ClusterFile, assignments, sbatch_lines
-from cluster.findings import Finding, environment_findings, error, note
 
 #: Long options of sbatch (Slurm 24).
 OPTIONS = set(

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.check.finding import Finding, error, note, place, unknown_keys
+from cluster.core.launch_file import ClusterFile, as_dict
 from cluster.errors import nearest
-from cluster.files import ClusterFile, as_dict
-from cluster.findings import Finding, error, note, place, unknown_keys
-from cluster.targets import EFA_CARDS
+from cluster.render.targets import EFA_CARDS
 
 #: Read by the autoscaler whatever the provider.
 _ANY = {

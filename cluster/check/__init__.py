@@ -1,0 +1,1 @@
+"""Offline checks of launch files: what is wrong, where, why, and the remedy."""

@@ -1,0 +1,1 @@
+"""The verbs of `macdrop cluster`, a module each (the verbs on jobs share one)."""
