@@ -25,25 +25,42 @@ class JudgeSpec(Strict):
     model's positions is refused, or with `long_prompts: cut` loses tokens on the left.
     """
 
-    model: Text
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    revision: str | None = None
-    rubric: Text = "spec_bench"
-    reference: bool = True
-    max_new_tokens: int = Field(512, ge=1)
-    temperature: float | None = Field(0.0, ge=0)
-    retries: int = Field(2, ge=0)
-    retry_temperature: float = Field(1.0, gt=0)
-    seed: int = Field(0, ge=0, lt=2**31)
-    request_retries: int = Field(5, ge=0)
-    timeout_s: float = Field(120.0, gt=0)
-    max_concurrent: int = Field(8, ge=1)
-    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    batch_size: int = Field(8, ge=1)
-    bf16: bool = False
-    trust_remote_code: bool = False
-    long_prompts: Literal["refuse", "cut"] = "refuse"
+    model: Text = Field(description="Hub id or folder of a local model, or the endpoint's name for its model.")
+    base_url: str | None = Field(
+        None, description="Address of an OpenAI-compatible endpoint; `null` loads the model locally."
+    )
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="Name of the environment variable that holds the endpoint's key."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    rubric: Text = Field(
+        "spec_bench",
+        description="Scoring rubric: `spec_bench`, `helpfulness`, `correctness`, or the path of a YAML file.",
+    )
+    reference: bool = Field(True, description="Show the judge the reference answer if the row has one.")
+    max_new_tokens: int = Field(512, ge=1, description="Maximum number of tokens of feedback and score.")
+    temperature: float | None = Field(
+        0.0,
+        ge=0,
+        description="Sampling temperature of the first attempt; `null` (endpoints only) uses the endpoint's default.",
+    )
+    retries: int = Field(2, ge=0, description="Further attempts for an answer whose score cannot be parsed.")
+    retry_temperature: float = Field(1.0, gt=0, description="Sampling temperature of these attempts, above 0.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Sampling seed.")
+    request_retries: int = Field(
+        5, ge=0, description="Retries, with backoff, of failed requests: 429, 5xx, connection errors, time-outs."
+    )
+    timeout_s: float = Field(120.0, gt=0, description="Time limit of one request in seconds.")
+    max_concurrent: int = Field(8, ge=1, description="Maximum number of concurrent requests.")
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="The endpoint's name for the token limit: `max_tokens` or `max_completion_tokens`."
+    )
+    batch_size: int = Field(8, ge=1, description="Prompts per batch of a local model.")
+    bf16: bool = Field(False, description="Load a local model in bfloat16.")
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with a local model.")
+    long_prompts: Literal["refuse", "cut"] = Field(
+        "refuse", description="Prompts longer than a local model's context: `refuse` them, or `cut` them on the left."
+    )
 
     @model_validator(mode="before")
     @classmethod

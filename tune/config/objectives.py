@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from macdrop.errors import nearest
 from tune.config.eval_spec import PLAIN, EvalSpec, jobs
 from tune.config.parse import SECTIONS
-from tune.config.sections import EVAL_LOSS, SweepSpec
+from tune.config.sections import EVAL_LOSS
+from tune.config.sweep_spec import SweepSpec
 
 AVERAGED = ("zero_shot", "perplexity")
 

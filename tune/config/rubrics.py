@@ -1,9 +1,9 @@
 """Rubrics: versioned YAML that says what each score from 1 to 5 means; shipped ones are in `tune/config/rubrics`.
 
-    name: mine
-    version: 1
-    default: {criteria: "Is it short?", scores: [endless, long, medium, short, one line]}
-    categories: {writing: {criteria: ..., scores: [...]}}     # optional: others for questions of these categories
+name: mine
+version: 1
+default: {criteria: "Is it short?", scores: [endless, long, medium, short, one line]}
+categories: {writing: {criteria: ..., scores: [...]}}     # optional: others for questions of these categories
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from tune.config.strict import Strict, Text
 
 FOLDER = Path(__file__).with_name("rubrics")
 
+
 class Scale(Strict):
     """A question to the judge, and what the scores 1, 2, 3, 4 and 5 stand for, in this order."""
 
-    criteria: Text
-    scores: Annotated[list[Text], Field(min_length=5, max_length=5)]
+    criteria: Text = Field(description="Question to the judge.")
+    scores: Annotated[list[Text], Field(min_length=5, max_length=5)] = Field(
+        description="What the scores 1, 2, 3, 4 and 5 stand for, in this order."
+    )
 
     def text(self) -> str:
         """As Prometheus reads it."""
@@ -37,11 +40,11 @@ class Scale(Strict):
 class Rubric(Strict):
     """A scale, and others for some categories of questions."""
 
-    name: Text
-    version: Text | int | float
-    about: str = ""
-    default: Scale
-    categories: dict[str, Scale] = {}
+    name: Text = Field(description="Name of the rubric.")
+    version: Text | int | float = Field(description="Version, part of the rubric's identity.")
+    about: str = Field("", description="What the rubric is for.")
+    default: Scale = Field(description="Scale of every question without a scale of its own.")
+    categories: dict[str, Scale] = Field({}, description="Scales of questions of these categories.")
 
     @property
     def id(self) -> str:

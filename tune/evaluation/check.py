@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError, DataError, nearest
-from tune.config.eval_spec import EvalSpec, Generation, Perplexity, ZeroShot
+from tune.config.eval_entries import Generation, Perplexity, ZeroShot
+from tune.config.eval_spec import EvalSpec
 from tune.data.readers import Table, is_local, locate, read_documents, read_rows
 from tune.evaluation import catalogue
 

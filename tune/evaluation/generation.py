@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from macdrop.errors import ConfigError, DataError
-from tune.config.eval_spec import TEXT_METRICS, Generation
+from tune.config.eval_entries import TEXT_METRICS, Generation
 from tune.data.formats import Turn
 from tune.data.templates import Encoder
 from tune.evaluation.check import read_generation

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from macdrop.errors import ConfigError, DataError
-from tune.config.eval_spec import Perplexity
+from tune.config.eval_entries import Perplexity
 from tune.data.readers import is_local, read_documents
 from tune.errors import BenchmarkError
 from tune.evaluation.prefix_cache import Logits, plain_logits

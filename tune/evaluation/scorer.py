@@ -15,7 +15,8 @@ import torch
 
 from macdrop.attack import Attack, attacked_rows
 from macdrop.errors import ConfigError, MacDropError
-from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, Perplexity, ZeroShot, jobs
+from tune.config.eval_entries import Perplexity, ZeroShot
+from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, jobs
 from tune.evaluation.adapters import merged_weights
 from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
 from tune.storage.atomic import atomic_write_text

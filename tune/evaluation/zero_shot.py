@@ -23,7 +23,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from macdrop.errors import ConfigError, DataError, MacDropError
-from tune.config.eval_spec import EvalSpec, ZeroShot
+from tune.config.eval_entries import ZeroShot
+from tune.config.eval_spec import EvalSpec
 from tune.data.readers import Table, read_rows
 from tune.errors import BenchmarkError
 from tune.evaluation import catalogue

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from macdrop.errors import ConfigError
 from macdrop.schedules import probability
 from tune.config.run_spec import TrainSpec
-from tune.config.sections import MacDropSpec, Space, SweepSpec
+from tune.config.sections import MacDropSpec
+from tune.config.sweep_spec import Space, SweepSpec
 from tune.scheduling.study import Study
 
 #: Searched keys that change how many steps a fine-tuning has: their trials stand at different points of the decay.

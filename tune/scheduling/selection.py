@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune.config.run_spec import TrainSpec, dump
-from tune.config.sections import ARMS, EVAL_LOSS, MacDropSpec, Metric
+from tune.config.sections import ARMS, EVAL_LOSS, MacDropSpec
+from tune.config.sweep_spec import Metric
 from tune.scheduling.study import Study, as_plain
 
 

@@ -1,0 +1,186 @@
+"""The entries of an `eval:` block: one class for each kind of benchmark, with the keys that a user may set."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from macdrop.attack import NONE, Attack
+from tune.config.strict import Strict, Text
+
+PLAIN = NONE
+TEXT_METRICS = ("exact_match", "chrf", "rouge_l")
+#: Keys of the block that an entry may set for itself.
+INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+def _one_or_several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[Text], Field(min_length=1), BeforeValidator(_one_or_several)]
+
+
+def _attacks(value: Any) -> list[str]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        raise ValueError(f"a list of attacks is wanted, like [{PLAIN}, zeroing@3]")
+    names = [str(Attack.parse(item)) for item in items]
+    if not names:
+        raise ValueError(f"no attack is listed; write [{PLAIN}] for scores without attack")
+    if len(set(names)) < len(names):
+        raise ValueError(f"an attack is listed twice: {', '.join(names)}")
+    return names
+
+
+Attacks = Annotated[list[str], BeforeValidator(_attacks)]
+
+
+class BenchmarkEntry(Strict):
+    """Base of every benchmark entry; an inheritable key that is left out is taken from the `eval:` block.
+
+    `suite` is written by `eval.suite`: NAME@VERSION of the suite an entry came from, +KEY for a changed definition.
+    """
+
+    suite: Text | None = Field(None, description="Filled in by `eval.suite`: the suite that this entry came from.")
+    attacks: Attacks | None = Field(None, description="Overrides `attacks` of the block.")
+    limit: PositiveInt | None = Field(None, description="Overrides `limit` of the block.")
+    batch_size: PositiveInt | None = Field(None, description="Overrides `batch_size` of the block.")
+
+    @model_serializer(mode="wrap")
+    def _inherited_stays_out(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write what is inherited as left out: read back, a null would count as set."""
+        kept = self.model_fields_set
+        return {key: value for key, value in dump(self).items() if key in kept or key not in INHERITABLE}
+
+
+class ZeroShot(BenchmarkEntry):
+    """One lm-eval task, or a local multiple-choice file of rows ``{"context", "choices", "label"}``."""
+
+    task: Text | None = Field(None, description="Task name in lm-eval, if NAME differs from it.")
+    data: Paths | None = Field(
+        None,
+        description=(
+            "Local files with rows in the task's own schema; for a custom task, rows `{context, choices, label}`."
+        ),
+    )
+    split: Text | None = Field(
+        None, description="Split of the Hub data set; `null` is the one lm-eval scores. Not allowed with `data`."
+    )
+    fewshot_data: Paths | None = Field(None, description="Local files to draw few-shot examples from; needs `data`.")
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Overrides `num_fewshot` of the block.")
+    metric: Text | None = Field(None, description="The task's metric that tables and means show.")
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Maximum number of tokens of prompt and answer together; `null` uses the block's."
+    )
+    truncation: Literal["left", "middle"] = Field(
+        "left", description="Where longer prompts are cut: on the `left`, or in the `middle` (generative tasks only)."
+    )
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="Maximum number of generated tokens (generative tasks only)."
+    )
+    target_delimiter: str | None = Field(None, description="Text between context and choice (custom tasks only).")
+
+    @model_validator(mode="after")
+    def _fits_the_data(self) -> ZeroShot:
+        if self.fewshot_data and not self.data:
+            raise ValueError("fewshot_data is for tasks with local data; give data: as well")
+        if self.split and self.data:
+            raise ValueError("split is for data of the hub; a local file is scored whole, so leave split out")
+        return self
+
+
+class Perplexity(BenchmarkEntry):
+    """Text to measure perplexity on: local files, or a Hub data set."""
+
+    limit: PositiveInt | None = Field(None, description="Overrides `limit` of the block; counts windows.")
+    data: Paths = Field(description="Local text files, local rows with a text column, or a Hub data set.")
+    name: Text | None = Field(None, description="Configuration name of the Hub data set.")
+    split: Text = Field("test", description="Split of the Hub data set.")
+    column: Text = Field("text", description="Column that holds the text.")
+    documents: PositiveInt | None = Field(
+        None, description="Number of documents to use, from the start; `null` uses all."
+    )
+    keep_empty: bool = Field(False, description="Keep empty documents.")
+    join: str = Field("\n\n", description="Separator between documents.")
+    bos: Literal["window", "text", "none"] = Field(
+        "window",
+        description="Where bos tokens go: in front of every `window`, once in front of the whole `text`, or `none`.",
+    )
+    window: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Window length in tokens, including bos; `null` is the model's maximum, up to `max_window`."
+    )
+    max_window: Annotated[int, Field(ge=2)] = Field(
+        2048, description="Upper limit of the window length if `window` is `null`."
+    )
+    stride: PositiveInt | None = Field(
+        None, description="Tokens between the starts of overlapping windows; `null` means that windows do not overlap."
+    )
+    windows: PositiveInt | None = Field(
+        None, description="Number of windows to score, from the start; `null` scores all."
+    )
+    full_windows: bool = Field(False, description="Drop a last window that is not full.")
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Perplexity:
+        if self.window and self.stride and self.stride > self.window - 1:
+            raise ValueError(
+                f"stride {self.stride} skips tokens: a window of {self.window} holds at most {self.window - 1} tokens "
+                "after its first; use a smaller stride, or null for windows that do not overlap"
+            )
+        return self
+
+
+def _per_category(value: Any) -> Any:
+    match = re.fullmatch(r"(\d+) per category", value.strip()) if isinstance(value, str) else None
+    return int(match[1]) if match else value
+
+
+class Generation(BenchmarkEntry):
+    """Greedy answers to prompts.
+
+    spec_bench: rows ``{"question_id", "category", "turns"}``; `limit` counts questions per category (``2``, or written
+    out as ``2 per category``).
+    reference: rows ``{"prompt", "reference"}`` or ``{"instruction", "input", "output"}``, scored by `metrics`.
+    Answers are cut before the first text of `stop`, references with them; rows with `prompt` are taken as they are.
+    """
+
+    data: Paths = Field(description="Spec-Bench question files, or files with rows `{prompt, reference}`.")
+    format: Literal["spec_bench", "reference"] | None = Field(
+        None, description="`spec_bench` or `reference`; `null` detects it from the columns."
+    )
+    template: Literal["auto", "chat", "alpaca", "plain"] = Field(
+        "auto",
+        description=(
+            "Prompt template: `chat`, `alpaca`, `plain`, or `auto` (the tokenizer's chat template if there is one, "
+            "else alpaca)."
+        ),
+    )
+    max_new_tokens: PositiveInt = Field(64, description="Maximum number of greedily decoded tokens per turn.")
+    metrics: list[Literal["exact_match", "chrf", "rouge_l"]] | None = Field(
+        None,
+        min_length=1,
+        description="Any of `exact_match`, `chrf`, `rouge_l`; `null` is all of them if there are references.",
+    )
+    stop: Annotated[list[Text], BeforeValidator(_one_or_several)] = Field(
+        [], description="An answer is cut before the first occurrence of any of these texts."
+    )
+    limit: Annotated[PositiveInt | None, BeforeValidator(_per_category)] = Field(
+        None,
+        description=(
+            "Overrides `limit` of the block; counts prompts, for Spec-Bench questions per category (`N per category`)."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _metrics_need_references(self) -> Generation:
+        if self.metrics and self.format == "spec_bench":
+            raise ValueError("metrics need references, and format spec_bench has none; leave metrics out")
+        return self
+
+
+Entry = ZeroShot | Perplexity | Generation

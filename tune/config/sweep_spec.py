@@ -1,0 +1,204 @@
+"""The block `sweep:` of a run file: models, arms, search space, objectives, early stops."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_serializer, field_validator, model_serializer, model_validator
+
+from tune.config.sections import EVAL_LOSS, PLACEBOS
+from tune.config.strict import Strict
+
+
+class Space(Strict):
+    """One searched key: a list of values, or a range with a distribution (the shape of W&B sweeps)."""
+
+    values: list[Any] | None = Field(None, description="List of values; a bare list is shorthand for this.")
+    min: float | None = Field(None, description="Lower bound of a range.")
+    max: float | None = Field(None, description="Upper bound of a range.")
+    distribution: Literal["uniform", "log_uniform", "int_uniform"] = Field(
+        "uniform", description="Distribution over the range: `uniform`, `log_uniform` or `int_uniform`."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_list(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return {"values": value}
+        if not isinstance(value, (dict, Space)):
+            raise ValueError(f"must be a list of values, or a block with min and max, not {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Space:
+        if self.values is not None:
+            if self.min is not None or self.max is not None:
+                raise ValueError("has both values and min/max; write one of them")
+            if not self.values:
+                raise ValueError("has an empty list of values")
+            return self
+        if self.min is None or self.max is None:
+            raise ValueError("needs a list of values, or min and max")
+        if not self.min < self.max:
+            raise ValueError(f"needs min < max, not {self.min:g} and {self.max:g}")
+        if self.distribution == "log_uniform" and self.min <= 0:
+            raise ValueError(f"log_uniform needs min > 0, not {self.min:g}")
+        if self.distribution == "int_uniform" and (self.min % 1 or self.max % 1):
+            raise ValueError(f"int_uniform needs whole numbers, not {self.min:g} and {self.max:g}")
+        return self
+
+    @model_serializer
+    def _short(self) -> Any:
+        if self.values is not None:
+            return self.values
+        return {"min": self.min, "max": self.max, "distribution": self.distribution}
+
+    def bounds(self) -> list[Any]:
+        """Values that must be valid for the whole space to be valid."""
+        if self.values is not None:
+            return self.values
+        cast = int if self.distribution == "int_uniform" else float
+        return [cast(self.min), cast(self.max)]
+
+
+class Metric(Strict):
+    """What a search optimises: `eval_loss` (validation loss, masks off) or a score `benchmark/task/metric[@attack]`.
+
+    Scores are those of the block `validation:`; the test benchmarks of `eval:` select nothing.
+    """
+
+    name: str = Field(
+        EVAL_LOSS,
+        description=(
+            "Search objective: `eval_loss` (validation loss), or a score of the `validation` block written "
+            "`benchmark/task/metric`, with `@attack` for a score under attack. With `optuna`, `sweep.metric` may "
+            "also be a list of `{name, goal}`."
+        ),
+    )
+    goal: Literal["minimize", "maximize"] = Field("minimize", description="`minimize` or `maximize`.")
+
+
+class SweepSpec(Strict):
+    """The block `sweep:`.
+
+    A search selects `finalists` MacDrop settings and the plain setting of each kind of adapter by `metric` (one, or
+    several: then those of the non-dominated front that are best by the first). On `seeds` fresh seeds these and the
+    placebos among `arms` are trained once more, and scored on the test benchmarks; with `seeds: 0` the search's own
+    trials are. `time_budget_s` is for the searches of all models together: the final stage always runs.
+    ASHA cuts on the validation loss, and not before p has fallen to `decayed` times p0.
+    """
+
+    models: list[dict[str, Any]] = Field(
+        [],
+        description=(
+            "Models to study, each a name or a mapping of `model_name_or_path` and the keys that differ for it."
+        ),
+    )
+    arms: list[Literal["base", "plain", "macdrop", "random_rows", "all_rows", "activations"]] = Field(
+        [*("base", "plain", "macdrop")],
+        description=(
+            "What is compared: `base`, `plain`, `macdrop` and the placebos `random_rows`, `all_rows`, "
+            "`activations`, which use the settings of the best MacDrop trial."
+        ),
+    )
+    parameters: dict[str, Space] = Field(
+        {}, description="Searched keys by dotted name; each has a list of values, or the mapping below."
+    )
+    metric: list[Metric] = Field(
+        [Metric()], description="Search objective; with `optuna` also a list of objectives, for a Pareto front."
+    )
+    finalists: int = Field(
+        1,
+        ge=1,
+        description=(
+            "Number of best MacDrop settings per adapter type that advance from the search to the final stage."
+        ),
+    )
+    seeds: int = Field(
+        3,
+        ge=0,
+        description=(
+            "Number of fresh seeds (`seed` + 1, ...) on which plain, finalists and placebos are trained and "
+            "compared; `0` compares the search's own trials instead."
+        ),
+    )
+    search_alg: Literal["grid", "random", "optuna"] = Field(
+        "grid", description="Search algorithm: `grid`, `random` or `optuna` (TPE)."
+    )
+    search_seed: int = Field(0, ge=0, lt=2**31, description="Seed of the search algorithm.")
+    scheduler: Literal["none", "asha"] = Field(
+        "none", description="`asha` stops poor trials early; `none` runs every trial to the end."
+    )
+    grace_period: int = Field(1, ge=1, description="Minimum number of optimizer steps before ASHA may stop a trial.")
+    reduction_factor: int = Field(4, ge=2, description="ASHA keeps one in this many trials at each rung.")
+    decayed: float = Field(
+        0.1, gt=0, lt=1, description="ASHA never stops a trial before its p has fallen to this fraction of p0."
+    )
+    num_samples: int = Field(
+        8, ge=1, description="MacDrop trials drawn per model by `random` and `optuna`; a grid runs all its points."
+    )
+    max_concurrent_trials: int = Field(4, ge=1, description="Maximum number of trials submitted to the lanes at once.")
+    time_budget_s: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Time limit in seconds for the searches of all models together, carried over by `--resume`; `null` is "
+            "unlimited. The final stage always runs."
+        ),
+    )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        return [{"model_name_or_path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
+
+    @field_serializer("metric")
+    def _as_written(self, metric: list[Metric]) -> Any:
+        written = [each.model_dump() for each in metric]
+        return written[0] if len(written) == 1 else written
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepSpec:
+        self._check_arms()
+        self._check_metrics()
+        if self.search_alg == "grid":
+            ranges = [key for key, space in self.parameters.items() if space.values is None]
+            if ranges:
+                raise ValueError(
+                    f"a grid needs lists of values, but {', '.join(ranges)} has min and max. "
+                    "Write a list, or set search_alg to random or optuna."
+                )
+        elif not self.parameters and "macdrop" in self.arms:
+            raise ValueError(
+                f"search_alg {self.search_alg} has nothing to draw: parameters is empty.\n"
+                "List what to search, for example macdrop.p0: {min: 0.2, max: 1.0}, or set search_alg to grid."
+            )
+        return self
+
+    def _check_arms(self) -> None:
+        if not self.arms:
+            raise ValueError("arms is empty; allowed: base, plain, macdrop")
+        placebos = [arm for arm in self.arms if arm in PLACEBOS]
+        if placebos and "macdrop" not in self.arms:
+            raise ValueError(
+                f"arms has {', '.join(placebos)}, which take k, p0 and schedule from the best MacDrop setting, but no "
+                "macdrop. Add macdrop to sweep.arms."
+            )
+
+    def _check_metrics(self) -> None:
+        names = [metric.name for metric in self.metric]
+        if not names:
+            raise ValueError(f"metric is an empty list; leave it out for {EVAL_LOSS}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"metric lists {max(names, key=names.count)} more than once")
+        if len(names) > 1 and self.search_alg != "optuna":
+            raise ValueError(
+                f"metric lists {len(names)} objectives, which only optuna searches, and search_alg is "
+                f"{self.search_alg}. Set search_alg to optuna, or write one metric."
+            )
