@@ -11,8 +11,7 @@ from tune.cli import plan
 from tune.config.run_spec import RaySpec, RunSpec
 from tune.errors import ResourceError
 from tune.preflight import forecast
-from tune.preflight.forecast import START_S, TRIAL_S, Forecast, forecast_study, price_of, read_prices, total
-from tune.preflight.probe import Measured
+from tune.preflight.forecast import START_S, TRIAL_S, Forecast, Measured, forecast_study, price_of, read_prices, total
 from tune.scheduling.study import studies
 
 FOUND = Measured(load=10, step=2.0, fast=1.5, slow=3.0, validation=5.0, memory=2**30, adapter=1000, data=50, tests=60.0,
@@ -78,10 +77,9 @@ def test_a_price_file_that_is_none_is_refused_with_an_example(tmp_path, text):
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
     from tune.preflight import probe as timing
-    from tune.storage import environment
 
-    monkeypatch.setattr(environment, "memory", lambda: (2**20, 2**30))
-    monkeypatch.setattr("macdrop.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(timing, "memory", lambda: (2**20, 2**30))
+    monkeypatch.setattr(timing, "Engine", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(ResourceError, match="GiB of weights"):
         timing.probe(RunSpec.model_validate(RUN), study())
 

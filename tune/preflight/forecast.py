@@ -1,4 +1,4 @@
-"""Forecast of a sweep: hours, memory, disk and cost, from a probe of each model."""
+"""Forecast of a sweep: hours, memory, disk and cost, from a probe of each model. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -11,30 +11,46 @@ import yaml
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RaySpec
 from tune.data.batching import save_interval
-from tune.preflight.probe import Measured
 from tune.scheduling.study import Study
 from tune.storage.sealed_folder import KEPT
 from tune.training.checkpoint import MOMENTS
 
 #: `--start` asks before a sweep that is forecast to take longer, or to cost more.
 ASK_HOURS, ASK_COST = 4.0, 20.0
-#: Starting Ray, lanes and evaluators once, and handing over each trial; seconds.
+#: Seconds to start Ray, lanes and evaluators once, and to hand over each trial.
 START_S, TRIAL_S = 30.0, 1.0
 #: The upper end of the range allows for waiting, slow disks and longer texts than the probe's.
 SLACK = 1.5
 ANSWER_BYTES = 2000
 PRICES = Path(__file__).with_name("prices.yaml")
 ASSUMED = (
-    f"Assumed: {START_S:.0f} s to start and {TRIAL_S:.0f} s a trial to hand over; lanes and evaluators work side by "
-    "side, each device as fast as the one probed, and more workers cost no time for their gradients; nothing is "
-    "stopped early and no trial drawn twice. The range is the spread of the probe's steps, its upper end times "
-    f"{SLACK:g}. Judging is not in it."
+    f"Assumed: {START_S:.0f} s to start and {TRIAL_S:.0f} s per trial to hand over; lanes and evaluators run in "
+    "parallel, every device is as fast as the one probed, and more workers add no time for communication; nothing is "
+    "stopped early and no trial is drawn twice. The range is the spread of the probe's steps, its upper end times "
+    f"{SLACK:g}. Judging is not included."
 )
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a probe of one model found. Times in seconds, memory and disk in bytes; `slow` is the upper quartile."""
+
+    load: float
+    step: float
+    fast: float
+    slow: float
+    validation: float
+    memory: int
+    adapter: int
+    data: int
+    tests: float  # all test benchmarks of one adapter, plain and attacked
+    validations: float  # the same for the validation benchmarks
+    answers: int  # items scored for one adapter
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """One study. `hours` is the wall clock; `low` and `high` its range."""
+    """Forecast of one study. `hours` is wall-clock time; `low` and `high` are its range."""
 
     name: str
     trials: int
@@ -49,7 +65,7 @@ class Forecast:
 
 
 def forecast_study(study: Study, steps: int, found: Measured, ray: RaySpec) -> Forecast:
-    """The two stages of a study one after the other, in each of them training beside scoring."""
+    """Forecast a study: its two stages in sequence, training and scoring in parallel within each."""
     evals = study.spec.eval_steps
     validations = steps // evals + 1 if evals else 1
     one = steps * found.step + validations * found.validation + TRIAL_S
@@ -62,27 +78,35 @@ def forecast_study(study: Study, steps: int, found: Measured, ray: RaySpec) -> F
     ]
     seconds = found.load + study.base * (found.tests + (found.validations if study.search else 0.0)) / ray.evaluators
     for trials, scoring in stages:
-        # Whole rounds of the lanes; the last adapter is scored when nothing is trained any more.
+        # Whole rounds of the lanes; the last adapter is scored after all training has ended.
         rounds = -(-trials // ray.lanes) * one
         tail = scoring / max(trials, 1)
         seconds += max(rounds + tail, scoring / ray.evaluators) if trials else scoring / ray.evaluators
     trained, scored = study.count * one, sum(scoring for _, scoring in stages) + study.base * found.tests
     disk = study.count * found.adapter + found.data
     if save_interval(study.spec, steps):
-        # Of what is being trained alone: the kept ones and the one in the making, each weights and moments in fp32.
+        # Only trials in training keep checkpoints: the kept ones and one being written, weights and moments in fp32.
         whole = (1 + len(MOMENTS)) * found.adapter * (2 if study.spec.bf16 else 1)
         disk += min(ray.lanes, study.count) * (KEPT + 1) * whole
     disk += (study.count + study.base) * found.answers * ANSWER_BYTES
     hours = seconds / 3600
     return Forecast(
-        study.name, study.count, steps, trained / 3600, scored / 3600, hours, hours * found.fast / found.step,
-        hours * SLACK * found.slow / found.step, found.memory, disk,
-    )  # fmt: skip
+        name=study.name,
+        trials=study.count,
+        steps=steps,
+        training_h=trained / 3600,
+        scoring_h=scored / 3600,
+        hours=hours,
+        low=hours * found.fast / found.step,
+        high=hours * SLACK * found.slow / found.step,
+        memory=found.memory,
+        disk=disk,
+    )
 
 
 @dataclass(frozen=True)
 class Total:
-    """The whole run on its devices; `cost` is None where no price is known."""
+    """Forecast of the whole run on its devices; `cost` is None without a known price."""
 
     hours: float
     low: float
@@ -102,22 +126,22 @@ class Total:
 
     @property
     def large(self) -> bool:
-        """Whether `--start` asks first."""
+        """Return whether `--start` asks before starting."""
         return self.hours > ASK_HOURS or (self.cost or 0.0) > ASK_COST
 
 
 def total(parts: list[Forecast], devices: float, device: str, price: float | None) -> Total:
-    """Studies run one after the other."""
+    """Add up studies, which run one after the other."""
     start = START_S / 3600
     hours, low, high = (start + sum(getattr(part, name) for part in parts) for name in ("hours", "low", "high"))
     return Total(hours, low, high, sum(part.disk for part in parts), devices, device, price)
 
 
 def read_prices(file: Path | None) -> dict[str, Any]:
-    """The price file.
+    """Read a price file (default: the shipped one).
 
     Raises:
-        ConfigError: there is none, or it is no list of devices with a price.
+        ConfigError: there is none, or it is not a list of devices with prices.
     """
     path = file or PRICES
     try:
@@ -127,7 +151,7 @@ def read_prices(file: Path | None) -> dict[str, Any]:
         raise ConfigError(f"--prices {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"--prices {path} is no price file ({error}). Write, for example\n  date: 2026-11\n  currency: USD\n"
+            f"--prices {path} is not a price file ({error}). Write, for example\n  date: 2026-11\n  currency: USD\n"
             "  devices:\n    - {match: H100, per_hour: 3.00}"
         ) from error
     wrong = [name for name, price in devices if not price >= 0]
@@ -137,5 +161,5 @@ def read_prices(file: Path | None) -> dict[str, Any]:
 
 
 def price_of(prices: dict[str, Any], device: str) -> float | None:
-    """Of the first pattern that is a part of the device's name."""
+    """Return the price of the first pattern that is part of the device's name; None without one."""
     return next((price for match, price in prices["devices"] if match.lower() in device.lower()), None)

@@ -1,4 +1,4 @@
-"""Everything about a run's inputs that can be told without Ray, weights or a GPU, told before anything starts."""
+"""Checks of a run's inputs that need neither Ray, weights nor a GPU, made before anything starts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
 from macdrop.attack import Attack
+from macdrop.config import MacDropConfig
 from macdrop.errors import ConfigError, nearest
+from macdrop.families import find_ffns
+from macdrop.fingerprint import weight_files
+from macdrop.load import check_model, load_tokenizer
 from macdrop.schedules import SCHEDULES, probability
 from tune.config.eval_spec import PLAIN, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
 from tune.config.sections import ARMS, EVAL_LOSS
+from tune.data import dataset as data
 from tune.data.batching import Batches, total_steps
+from tune.evaluation.check import check_files
+from tune.evaluation.judge.session import check_judge
 from tune.scheduling.early_stopping import Cuts, cuts
 from tune.scheduling.study import Study
 from tune.storage.cache import cache_dir
@@ -21,7 +33,7 @@ from tune.storage.run_folder import check_new
 from tune.trackers.backends import check as check_trackers
 from tune.zoo.catalog import resolve
 
-#: Keys that decide what the tokenised data are.
+#: Keys that the tokenised data depend on.
 DATA_KEYS = (
     "dataset",
     "format",
@@ -36,24 +48,22 @@ DATA_KEYS = (
 
 @dataclass(frozen=True)
 class Checked:
-    """Of a study: optimizer steps of a fine-tuning (0: none is trained), and what ASHA may do (None without it)."""
+    """Findings on a study: optimizer steps per fine-tuning (0: none is trained) and ASHA's cuts (None without ASHA)."""
 
     steps: int
     cuts: Cuts | None
 
 
 def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
-    """Look at models, tokenizers, data and benchmark files; returns what was found of each study.
+    """Check models, tokenizers, data and benchmark files; return what was found for each study.
 
-    What is quick comes first. The tokenised data are kept for the workers; nothing else is written.
+    Quick checks come first. The tokenised data are kept for the workers; nothing else is written.
 
     Raises:
         ConfigError: a tracker, model or file cannot be used, k or an attack is above the size of the FFN, `lora_target`
-            names no layer, the ZeRO stage cannot do it, the search needs a validation set that is not there, or ASHA
-            could stop nothing.
+            names no layer, the ZeRO stage does not support it, the search lacks a validation set, or ASHA could stop
+            nothing.
     """
-    from tune.evaluation.check import check_files
-
     attacks = {job.attack: name for name in ("validation", "eval") for job in jobs(getattr(spec, name))}
     check_trackers(spec.report_to, Path(spec.output_dir or "."))
     tokenizers = [check_study(study.spec, study.parameters, attacks, spec.sweep.arms) for study in planned]
@@ -75,15 +85,13 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
 
 
 def check_training(spec: TrainSpec, workers: int) -> int:
-    """The same for one fine-tuning on `workers` workers; returns its optimizer steps."""
+    """Check the inputs of one fine-tuning on `workers` workers; return its optimizer steps."""
     steps, _ = _steps(spec, {}, check_study(spec, {}, {}), workers, needs_validation=False)
     return steps
 
 
 def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
-    """The same for scoring one model, whose weights are about to be loaded."""
-    from tune.evaluation.check import check_files
-
+    """Check the inputs for scoring one model, before its weights are loaded."""
     outline = model_outline(spec)
     check_rows(outline, spec, attacks={job.attack: "eval" for job in jobs(block)})
     check_files(block)
@@ -99,32 +107,28 @@ def check_judging(block: EvalSpec) -> None:
             "eval.judge judges generated answers, and eval.generation lists no benchmark. Add one, such as Spec-Bench, "
             "or leave the judge out."
         )
-    from tune.evaluation.judge.session import check_judge
-
     check_judge(block.judge)
 
 
 def check_folder(folder: Path, *, resume: bool, remedy: str | None = None) -> None:
-    """Refuse a folder that holds something, but for `resume`; what is in it is not touched.
+    """Refuse a folder that is not empty, unless `resume` is set; its contents are not touched.
 
-    remedy: the command that goes on there.
+    remedy: the command that resumes the run there.
     """
     if not resume:
         check_new(folder, remedy)
-    standing = next((parent for parent in folder.absolute().parents if parent.exists()), None)
-    if standing is not None and not standing.is_dir():
-        raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {standing} is a file.")
+    above = next((parent for parent in folder.absolute().parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ConfigError(f"output_dir {str(folder)!r} cannot be created: {above} is a file.")
 
 
 def check_study(
     spec: TrainSpec, parameters: dict[str, Space], attacks: dict[str, str], arms: Iterable[str] | None = None
-) -> Any:
-    """Check one model with the values that its search may draw; returns its tokenizer.
+) -> PreTrainedTokenizerBase:
+    """Check one model with the values that its search may draw; return its tokenizer.
 
     attacks: attack -> the block of the run file that asks for it. arms: by default the model's own.
     """
-    from macdrop import load_tokenizer
-
     scopes = [ARMS[arm] for arm in (arms or [spec.arm]) if arm in ARMS]
     outline = model_outline(spec)
     tokenizer = load_tokenizer(
@@ -144,36 +148,33 @@ def check_study(
     return tokenizer
 
 
-def model_outline(spec: TrainSpec) -> Any:
-    """The model of a spec without weights (on torch's meta device): its modules and shapes.
+def model_outline(spec: TrainSpec) -> PreTrainedModel:
+    """Return the model of a spec without weights (on torch's meta device): its modules and shapes.
 
     Raises:
-        ConfigError: there is no such model, it has no weight files, or it is no causal language model of text.
+        ConfigError: there is no such model, it has no weight files, or it is not a causal language model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from macdrop import check_model
-    from macdrop.fingerprint import weight_files
-
     source = resolve(spec.model_name_or_path)
     config = check_model(source, revision=spec.model_revision, trust_remote_code=spec.trust_remote_code)
     folder = Path(source).expanduser()
     if folder.is_dir() and not weight_files(folder):
-        raise ConfigError(f"{folder} is no model folder: it has a config.json but no weights (*.safetensors).")
+        raise ConfigError(f"{folder} is not a model folder: it has a config.json but no weights (*.safetensors).")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
 def check_rows(
-    outline: Any, spec: TrainSpec, *, ks: Iterable[int] = (), attacks: Mapping[str, str] | None = None, name: str = ""
+    outline: PreTrainedModel,
+    spec: TrainSpec,
+    *,
+    ks: Iterable[int] = (),
+    attacks: Mapping[str, str] | None = None,
+    name: str = "",
 ) -> None:
     """Refuse k, searched or attacked, above the number of rows that an FFN of the model has.
 
     name: how the user wrote k, for the message; by default as a key of a run file.
     """
-    from macdrop import find_ffns
-
     rows = max(ffn.intermediate_size for ffn in find_ffns(outline))
     for k in ks:
         if k > rows:
@@ -189,13 +190,11 @@ def check_rows(
             )
 
 
-def check_scopes(outline: Any, spec: TrainSpec, *, ks: list[int], scopes: list[str]) -> None:
-    """Refuse placebos that the model cannot have: too few rows to draw from, or no layer to drop the input of.
+def check_scopes(outline: PreTrainedModel, spec: TrainSpec, *, ks: list[int], scopes: list[str]) -> None:
+    """Refuse placebos that the model cannot have: too few rows to draw from, or no layer whose input can be dropped.
 
     Where only some layers are fused experts the scan decides; MacDrop itself refuses there.
     """
-    from macdrop import MacDropConfig, find_ffns
-
     ffns = find_ffns(outline)
     rows = max(ffn.intermediate_size for ffn in ffns)
     for k in ks if "random" in scopes else []:
@@ -212,13 +211,11 @@ def check_scopes(outline: Any, spec: TrainSpec, *, ks: list[int], scopes: list[s
         )
 
 
-def check_partitioned(outline: Any, spec: TrainSpec) -> None:
+def check_partitioned(outline: PreTrainedModel, spec: TrainSpec) -> None:
     """Refuse MacDrop under ZeRO-3 for models whose every FFN is fused experts: their rows are edited, not masked.
 
     Where some layers have a dense FFN only the scan can tell; MacDrop itself refuses there.
     """
-    from macdrop import find_ffns
-
     fused = [any(projection.expert_axis for projection in ffn.projections) for ffn in find_ffns(outline)]
     shared = any(ffn.shared for ffn in find_ffns(outline))
     if all(fused) and not shared:
@@ -229,13 +226,10 @@ def check_partitioned(outline: Any, spec: TrainSpec) -> None:
         )
 
 
-def check_targets(outline: Any, target: str | list[str]) -> None:
-    """Refuse a `lora_target` name that no layer ends with of the kinds that PEFT puts LoRA on."""
+def check_targets(outline: PreTrainedModel, target: str | list[str]) -> None:
+    """Refuse a `lora_target` that matches no layer of a kind that PEFT puts LoRA on."""
     if target == "all":
         return
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     kinds = (nn.Linear, Conv1D, nn.Embedding)
     layers = [name for name, module in outline.named_modules() if isinstance(module, kinds)]
     leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
@@ -248,11 +242,13 @@ def check_targets(outline: Any, target: str | list[str]) -> None:
 
 
 def _steps(
-    spec: TrainSpec, parameters: dict[str, Space], tokenizer: Any, workers: int, needs_validation: bool
+    spec: TrainSpec,
+    parameters: dict[str, Space],
+    tokenizer: PreTrainedTokenizerBase,
+    workers: int,
+    needs_validation: bool,
 ) -> tuple[int, int]:
-    """Tokenise the data (kept for the workers), also for searched values; optimizer steps in all and of an epoch."""
-    from tune.data import dataset as data
-
+    """Tokenise the data, also for searched values; return the optimizer steps in all and per epoch."""
     if needs_validation and 0 in _values(spec, parameters, "val_size"):
         raise ConfigError(
             "val_size is 0, but the search optimises eval_loss, or stops trials by it. Set val_size (for example "
@@ -278,12 +274,12 @@ def _steps(
 
 
 def may_drop(spec: TrainSpec, parameters: dict[str, Space]) -> bool:
-    """Whether any trial drops weights."""
+    """Return whether any trial drops weights."""
     return spec.arm != "plain" or any(key.startswith("macdrop.") for key in parameters)
 
 
 def _check_schedule(schedule: str, steps: int, epochs: int) -> None:
-    """Refuse a schedule that starts at p = 0: it would drop nothing and pass for MacDrop."""
+    """Refuse a schedule that starts at p = 0: it would drop nothing and still be called MacDrop."""
     alpha = 1.0 if schedule == "exp" else None
     first = probability(schedule, p0=1.0, step=1, total_steps=steps, epoch=1, total_epochs=epochs, alpha=alpha)
     if first == 0:
@@ -294,7 +290,7 @@ def _check_schedule(schedule: str, steps: int, epochs: int) -> None:
 
 
 def _values(spec: TrainSpec, parameters: dict[str, Space], key: str) -> list[Any]:
-    """What the dotted key may be: the searched values, else the spec's own."""
+    """Return the values that a dotted key may take: those searched, else the spec's own."""
     if key in parameters:
         return parameters[key].bounds()
     value: Any = spec

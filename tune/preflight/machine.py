@@ -1,6 +1,6 @@
-"""Is this machine fit for a run? Checks, each with what was found and how to mend it.
+"""Checks of this machine, each with its finding and remedy.
 
-What could hang or crash (gloo, DeepSpeed, Ray) is tried in a process of its own, so that nothing of it stays in this.
+Whatever could hang or crash (gloo, DeepSpeed, Ray) is tried in a separate process, and leaves nothing in this one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from macdrop.errors import MacDropError
+from macdrop.load import load_model, load_tokenizer
+from tune.storage.cache import cache_dir
 from tune.storage.environment import gpu_names, memory
+from tune.zoo.catalog import ZOO, zoo_path
 
 MAIN_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "lm-eval")
 MEMORY_GIB, DISK_GIB = 4.0, 2.0
@@ -33,7 +39,7 @@ HUB_TIMEOUT_S = 5
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `fix` is a sentence, empty when all is well; `needed` is False where macdrop can do without."""
+    """One finding. `fix` is the remedy, empty when all is well; `needed` is False for what macdrop can do without."""
 
     name: str
     ok: bool
@@ -43,14 +49,12 @@ class Check:
 
 
 def checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) -> list[Check]:
-    """All checks; `ray` also starts a local Ray with its dashboard (some ten seconds more)."""
+    """Run all checks; `ray` also starts a local Ray with its dashboard (about ten seconds more)."""
     return list(iter_checks(output_dir=output_dir, ray=ray))
 
 
 def iter_checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) -> Iterator[Check]:
-    """The same, one by one as they are done."""
-    from tune.storage.cache import cache_dir
-
+    """Yield the checks one by one as they finish."""
     accelerator = {} if gpu_names() else {"DS_ACCELERATOR": "cpu"}
     with ThreadPoolExecutor(2) as pool:  # each probe spends its time on imports
         torch_probe = pool.submit(_probe, _TORCH_PROBE)
@@ -68,7 +72,7 @@ def iter_checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) ->
 
 
 def lines(found: list[Check]) -> list[str]:
-    """The checks as text, a line each and one more where something is to be mended."""
+    """Format the checks: one line each, and one more for a remedy."""
     width = max((len(check.name) for check in found), default=0)
     text = []
     for check in found:
@@ -83,16 +87,13 @@ def lines(found: list[Check]) -> list[str]:
 
 
 def package_checks(distribution: str = "macdrop") -> Iterator[Check]:
-    """Installed versions against what macdrop's own metadata asks for."""
-    from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
-
+    """Compare installed versions with what macdrop's own metadata requires."""
     try:
         about = metadata.metadata(distribution)
     except metadata.PackageNotFoundError:
         yield Check("macdrop", False, "not installed", "Run: pip install -e . in the repository.")
         return
-    wanted = SpecifierSet(about.get("Requires-Python") or "")
+    wanted = SpecifierSet(about["Requires-Python"] or "")
     version = platform.python_version()
     fit = wanted.contains(version, prereleases=True)
     yield Check("python", fit, f"{version} ({wanted})", "" if fit else f"Make an environment with Python {wanted}.")
@@ -110,7 +111,7 @@ def package_checks(distribution: str = "macdrop") -> Iterator[Check]:
     yield Check("other packages", not broken, found, " ".join(check.fix for check in broken))
 
 
-def _package(requirement) -> Check:  # packaging's Requirement, imported late
+def _package(requirement: Requirement) -> Check:
     wanted = str(requirement.specifier) or "any version"
     try:
         version = metadata.version(requirement.name)
@@ -129,7 +130,7 @@ def _machine() -> Iterator[Check]:
     yield Check("memory", free >= MEMORY_GIB, f"{free:.1f} of {total:.1f} GiB free", fix)
 
 
-# --- probes in a process of their own ---
+# --- probes in a separate process ---
 
 _TORCH_PROBE = """
 import json, os, tempfile, torch, torch.distributed as dist
@@ -159,7 +160,7 @@ ray.shutdown()
 
 
 def _probe(code: str, **environment: str) -> tuple[dict, str]:
-    """(what the code found, or {} with the last words of its output)."""
+    """Return (what the code found, ""), or ({}, the last line of its output)."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -208,7 +209,7 @@ def _ray(found: dict, error: str) -> Check:
 
 
 def writable(name: str, folder: str | os.PathLike, fix: str) -> Check:
-    """Whether `folder` can be made and written to, and the free space there. Leaves nothing behind."""
+    """Check that `folder` can be created and written to, and the free space there. Leaves no file."""
     path = Path(folder).expanduser().absolute()
     place = next(parent for parent in (path, *path.parents) if parent.exists())
     probe = place / f".macdrop-{uuid.uuid4().hex[:8]}"
@@ -225,9 +226,6 @@ def writable(name: str, folder: str | os.PathLike, fix: str) -> Check:
 
 
 def _zoo() -> Check:
-    from macdrop import load_model, load_tokenizer
-    from tune.zoo.catalog import ZOO, zoo_path
-
     fix = "Reinstall macdrop: its package data are damaged."
     for name in ZOO:
         try:
@@ -240,7 +238,7 @@ def _zoo() -> Check:
 
 
 def _hub() -> Check:
-    fix = "Built-in models and local files work without it; for hub ids mend the network or set HF_ENDPOINT."
+    fix = "Built-in models and local files work without it; for hub ids fix the network or set HF_ENDPOINT."
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Check("hub", True, "offline by HF_HUB_OFFLINE: cached and local files only", needed=False)
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")

@@ -12,6 +12,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -244,7 +245,7 @@ def _mlflow_name(name: str) -> str:
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
 
 
-def check(names: list[str], run_dir: Path) -> None:
+def check(names: Sequence[str], run_dir: Path) -> None:
     """Refuse a tracker that cannot work here.
 
     Raises:
