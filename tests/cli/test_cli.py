@@ -81,7 +81,7 @@ def test_help_loads_nothing_heavy():
     ],
 )
 def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatch):
-    from tune.cli import doctor
+    from tune.cli.verbs import doctor
 
     def fail(*arguments, **options):
         raise error("what, and how to mend it")
@@ -92,7 +92,7 @@ def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatc
 
 
 def test_ctrl_c_is_130(shell, monkeypatch):
-    from tune.cli import doctor
+    from tune.cli.verbs import doctor
 
     def interrupt(**options):
         raise KeyboardInterrupt
@@ -102,7 +102,7 @@ def test_ctrl_c_is_130(shell, monkeypatch):
 
 
 def test_failed_trials_are_1(shell, monkeypatch):
-    from tune.cli import sweep
+    from tune.cli.verbs import sweep
 
     for failures, code in ((0, 0), (1, 1), (7, 1)):
         monkeypatch.setattr(sweep, "sweep", lambda *a, failures=failures, **o: failures)

@@ -396,7 +396,7 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
 
 def test_train_on_two_workers_equals_the_lane(tmp_path, alone):
     """`macdrop train` with two workers, and its errors as the workers raised them."""
-    from tune.cli.train import train_one as train
+    from tune.cli.verbs.train import train_one as train
     from tune.errors import TrainingDiverged
 
     settings = {"ray": {"dashboard": False, "num_workers": 2}}

@@ -270,5 +270,5 @@ def test_a_secret_is_refused_and_not_repeated(secret, key):
 
 def test_the_pure_part_loads_nothing_heavy():
     heavy = {"torch", "transformers", "ray", "openai"}
-    code = f"import sys, tune.cli.judge, tune.evaluation.judge.prompt; print(*sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, tune.cli.verbs.judge, tune.evaluation.judge.prompt; print(*sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

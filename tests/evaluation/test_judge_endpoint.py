@@ -11,7 +11,7 @@ from helpers.judge_fixtures import ANSWERS, GOOD, Endpoint, answered_run, comple
 
 from macdrop.errors import ConfigError
 from tune.analysis.items import read_items
-from tune.cli.judge import judge_run
+from tune.cli.verbs.judge import judge_run
 from tune.errors import BenchmarkError
 from tune.evaluation.judge import endpoint as judge_endpoint
 from tune.evaluation.score_names import Column

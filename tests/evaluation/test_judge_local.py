@@ -10,7 +10,7 @@ from helpers.judge_fixtures import ANSWERS, CONVERSATIONS, Endpoint, answered_ru
 
 from macdrop.errors import ConfigError, DataError
 from macdrop.fingerprint import checkpoint_fingerprint
-from tune.cli.judge import judge_run
+from tune.cli.verbs.judge import judge_run
 from tune.config.judge_spec import JudgeSpec
 from tune.evaluation.judge.local import LocalJudge, Sampling
 from tune.evaluation.judge.prompt import Question

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from macdrop.errors import ConfigError
-from tune.cli import plan
+from tune.cli.verbs import plan
 from tune.config.run_spec import RaySpec, RunSpec
 from tune.errors import ResourceError
 from tune.preflight import forecast

@@ -13,7 +13,7 @@ from helpers.run_folders import make_run
 from helpers.small import SMALL
 
 from macdrop.errors import ConfigError
-from tune.cli.export import check_hub, export, read_trial
+from tune.cli.verbs.export import check_hub, export, read_trial
 from tune.config.run_spec import TrainSpec
 from tune.errors import BenchmarkError, CheckpointError
 from tune.report.model_card import LogitCheck, Z
@@ -78,7 +78,7 @@ def test_merged_weights_answer_as_base_and_adapter(trained, tmp_path, capsys, mo
 
 
 def test_a_merge_that_answers_otherwise_is_an_error_that_leaves_it(trained, tmp_path, monkeypatch):
-    from tune.cli import export as exporting
+    from tune.cli.verbs import export as exporting
 
     logits, calls = exporting._logits, []
 

@@ -135,7 +135,7 @@ def test_the_command_that_goes_on_can_be_typed_as_it_is(tmp_path):
 
 @pytest.mark.ray
 def test_sessions_of_dead_sweeps_are_found_and_ended(tmp_path, monkeypatch):
-    from tune.cli import doctor
+    from tune.cli.verbs import doctor
     from tune.distributed.cluster import orphans
 
     monkeypatch.setenv("MACDROP_CACHE", str(tmp_path))

@@ -9,7 +9,7 @@ from helpers.judge_fixtures import ANSWERS, CONVERSATIONS, answered_run
 
 from macdrop import load_model
 from macdrop.errors import ConfigError
-from tune.cli.judge import judge_run
+from tune.cli.verbs.judge import judge_run
 from tune.config.judge_spec import JudgeSpec
 from tune.config.rubrics import load
 from tune.evaluation.judge.local import LocalJudge

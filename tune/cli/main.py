@@ -52,7 +52,7 @@ def scan(
     trust_remote_code: Trust = False,
 ) -> None:
     """Find a model's massive weights: the layer, the rows, how clear it is; with --prove, whether they matter."""
-    from tune.cli import scan as scanning
+    from tune.cli.verbs import scan as scanning
 
     source = scanning.Source(model, revision, bf16, trust_remote_code, bos_token_id)
     scanning.scan(source, prove=prove, k=k, text=text, output=output, fresh=fresh)
@@ -71,7 +71,7 @@ def attack(
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of a model whose top-k massive weights are zeroed, or alone retained, beside random rows."""
-    from tune.cli import scan as scanning
+    from tune.cli.verbs import scan as scanning
 
     source = scanning.Source(model, revision, bf16, trust_remote_code, bos_token_id)
     scanning.attack(source, ks=k or [1, 3, 5, 10], adapter=adapter, merged=merged, text=text)
@@ -83,7 +83,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on in output_dir from its newest checkpoint.")] = False,
 ) -> None:
     """Fine-tune one adapter with MacDrop (or without: macdrop.p0=0), in this process or on ray.num_workers workers."""
-    from tune.cli import train as commands
+    from tune.cli.verbs import train as commands
 
     file, overrides = _split(config)
     commands.train(file, overrides, resume=resume)
@@ -101,7 +101,7 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Score one model or adapter on a suite or the benchmarks of an eval: block, plain and under attack."""
-    from tune.cli import eval as commands
+    from tune.cli.verbs import eval as commands
 
     file, overrides = _split(config)
     source = commands.Source(model, revision, bf16, trust_remote_code)
@@ -113,7 +113,7 @@ def suites(
     name: Annotated[str | None, typer.Argument(help="Show this suite as YAML; without it, list all.")] = None,
 ) -> None:
     """The shipped benchmark suites: named, versioned lists of benchmarks and attacks."""
-    from tune.cli import suites as shipped
+    from tune.cli.verbs import suites as shipped
 
     shipped.show(name)
 
@@ -125,7 +125,7 @@ def judge(
     fresh: Annotated[bool, typer.Option("--fresh", help="Judge again what this judge has judged.")] = False,
 ) -> None:
     """Judge a run's generated answers from 1 to 5, by a local model or an endpoint; nothing is generated anew."""
-    from tune.cli import judge as judging
+    from tune.cli.verbs import judge as judging
 
     raise typer.Exit(TRIALS_FAILED if judging.judge_run(run, config or [], fresh=fresh) else 0)
 
@@ -138,7 +138,7 @@ def plan(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Forecast a sweep from a short probe of each model: hours, memory, disk and cost."""
-    from tune.cli import plan as forecast
+    from tune.cli.verbs import plan as forecast
 
     file, overrides = _split(config)
     raise typer.Exit(forecast.plan(file, overrides, prices=prices, start=start, yes=yes))
@@ -153,7 +153,7 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="Make the pushed repository private.")] = False,
 ) -> None:
     """A trial as a PEFT adapter (or merged weights) with a model card of its setting, data and scores."""
-    from tune.cli import export as exporting
+    from tune.cli.verbs import export as exporting
 
     exporting.export(trial, output, merged=merged, push=push, private=private)
 
@@ -179,7 +179,7 @@ def sweep(
     recipes: Annotated[bool, typer.Option("--recipes", help="List the shipped recipes.")] = False,
 ) -> None:
     """Compare plain and MacDrop adapters on many models: search, train, score, report. No argument: the demo."""
-    from tune.cli import sweep as commands
+    from tune.cli.verbs import sweep as commands
 
     if recipes:
         commands.list_recipes()
@@ -197,7 +197,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="Folder for the files (default: the run's own).")] = None,
 ) -> None:
     """Verdict, tables and figures of runs, half-finished ones too; writes report.html, .md, .csv, .tex, figures/."""
-    from tune.cli import report as reporting
+    from tune.cli.verbs import report as reporting
 
     reporting.report(runs, format=format, output=output)
 
@@ -210,7 +210,7 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Also write it to this file (.md, .csv or .tex).")] = None,
 ) -> None:
     """One leaderboard of the models of several runs: verdict, differences and scores side by side."""
-    from tune.cli import compare as leaderboard
+    from tune.cli.verbs import compare as leaderboard
 
     leaderboard.compare(runs, sort=sort, format=format, output=output)
 
@@ -220,7 +220,7 @@ def doctor(
     ray: Annotated[bool, typer.Option("--ray", help="Also start Ray for a moment (some seconds).")] = False,
 ) -> None:
     """Check this machine: packages, hardware, process groups, DeepSpeed, the zoo; each fault with its remedy."""
-    from tune.cli import doctor as commands
+    from tune.cli.verbs import doctor as commands
 
     raise typer.Exit(0 if commands.doctor(ray=ray) else 1)
 
@@ -228,7 +228,7 @@ def doctor(
 @zoo.command("list", epilog="Example: macdrop zoo list")
 def zoo_list() -> None:
     """The built-in models and data sets, with the names to use them by."""
-    from tune.cli import zoo as commands
+    from tune.cli.verbs import zoo as commands
 
     commands.zoo_list()
 

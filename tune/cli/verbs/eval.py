@@ -7,7 +7,7 @@ from typing import Any
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line
-from tune.cli.scan import Source, check_adapter
+from tune.cli.verbs.scan import Source, check_adapter
 from tune.config.recipes import DEMO, recipe
 from tune.errors import BenchmarkError
 from tune.training.quiet import quiet_libraries
@@ -70,7 +70,7 @@ def evaluate(
         line("written", str(output / "scores.jsonl"))
     if spec.eval.judge is not None:
         del model, scorer, scored, prefix  # the judge needs their memory
-        from tune.cli.judge import judge_evaluation
+        from tune.cli.verbs.judge import judge_evaluation
 
         if judge_evaluation(output, spec.eval.judge):
             raise BenchmarkError(f"Some answers could not be judged; to ask again: macdrop judge {output} model=...")

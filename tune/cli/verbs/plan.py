@@ -30,7 +30,7 @@ from tune.scheduling.resources import resources
 def plan(file: str | None, overrides: list[str], *, prices: Path | None, start: bool, yes: bool) -> int:
     """Probe, tell, and with `start` run the sweep; returns the exit code."""
     from tune.cli.console import console
-    from tune.cli.sweep import sweep
+    from tune.cli.verbs.sweep import sweep
     from tune.config.recipes import DEMO, recipe
     from tune.config.run_spec import load
     from tune.preflight.inputs import check_inputs
