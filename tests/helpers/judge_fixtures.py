@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.benchmark_fixtures import byte_tokenizer
 from tune.storage.run_folder import RunFolder
+from tune.storage.states import TaskState
 
 GOOD = "Feedback: It is right. [RESULT] 4"
 
@@ -140,7 +141,7 @@ def answered_run(folder: Path, config: dict | None = None, *, attacks: tuple[str
         if trial != "base":
             record = run_folder.trial(trial)
             record.start({}, model=model, arm="macdrop", seed=1)
-            record.finish("done", stage=stage)
+            record.finish(TaskState.DONE, stage=stage)
         for attack in attacks:
             on = None if attack == "none" else "base"
             place = run_folder.answers_dir(model, trial)

@@ -25,6 +25,7 @@ from tune.config.run_spec import TrainSpec, dump, slug
 from tune.config.sections import ARMS, MacDropSpec
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml
 from tune.storage.run_folder import BASE, RunFolder
+from tune.storage.states import RunStatus, TaskState
 
 OFF = {"k": 0, "p0": 0.0, "schedule": "step", "alpha": None}
 SEARCHED = [
@@ -244,7 +245,7 @@ def make_run(
         atomic_write_json(run_folder.finalists_file(name), record)
     for row in maker.rows:  # rows of one call stand or fall together
         run_folder.add_scores([row])
-    run_folder.set_status(status)
+    run_folder.set_status(RunStatus(status))
     return run_folder
 
 
@@ -315,9 +316,9 @@ def _trial(
     summary = {"step": STEPS, "total_steps": STEPS, "train_loss": loss - 0.1, "eval_loss": loss, "seconds": 9.5}
     summary |= {"entries_dropped": dropped, "entries_masked": 63360 if block.p0 else 0, "resumed_from": 0}
     if ended == "diverged":
-        record.finish(ended, "Step 31 of 100: loss nan, gradient norm nan; training has diverged.")
+        record.finish(TaskState(ended), "Step 31 of 100: loss nan, gradient norm nan; training has diverged.")
     elif ended:
-        record.finish(ended, None, **summary, rows_hooked=2 * block.k)
+        record.finish(TaskState(ended), None, **summary, rows_hooked=2 * block.k)
     return record.id
 
 

@@ -21,6 +21,7 @@ from tune.report.sections import BUILDERS, UNREADABLE
 from tune.report.sections.findings import PLANTED
 from tune.report.tables import NUMBER, Part, Table, latex
 from tune.storage.run_folder import RunFolder
+from tune.storage.states import TaskState
 
 MODEL = "zoo:planted-llama"
 CELLS = [{"use_dora": False}, {"use_dora": True}]
@@ -287,7 +288,7 @@ def test_a_run_from_before_there_were_stages(tmp_path):
         record.start({"model_name_or_path": "m", "seed": 0, "macdrop": block}, model="m", arm=arm, seed=0)
         kept = {key: value for key, value in record.info.items() if key not in ("stage", "setting", "cell")}
         record._write(**kept)
-        record.finish("done", eval_loss=loss, step=20, seconds=1.2)
+        record.finish(TaskState.DONE, eval_loss=loss, step=20, seconds=1.2)
         run_folder.add_scores(
             [score(trial, arm, "zero_shot", task, "acc", 0.5, higher_is_better=True) for task in "xy"]
         )

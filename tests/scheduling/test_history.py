@@ -72,7 +72,7 @@ def search(spec: RunSpec, study: Study, kept: Kept, trials: int, die_at: int | N
     known = []
     for values in kept.draws:
         trial = name(values)
-        record = kept.records.get(trial, {"status": "pending"})
+        record = kept.records.get(trial, {})
         known.append(
             past.past(values, standing.get(trial), record, record.get("objectives", ()), reports.get(trial, ()))
         )

@@ -7,7 +7,9 @@ import pickle
 
 import pytest
 
-from tune.scheduling.queue import FINAL, GO_ON, LEAVE, MAX_ATTEMPTS, STOP, TaskQueue, TrainTask
+from tune.scheduling.queue import MAX_ATTEMPTS, TaskQueue, TrainTask
+from tune.storage.states import TaskState
+from tune.training.observer import Word
 
 DONE = {"status": "done", "step": 4, "total_steps": 4, "eval_loss": 1.0}
 STOPPED = {"status": "stopped", "step": 2, "total_steps": 4, "eval_loss": 2.0}
@@ -95,8 +97,8 @@ def test_the_whole_way():
     queue.lane_up("l", 1, "host")
     assert queue.place(task(), "tom") == "queued" and queue.poll("a", -1)["state"] == "queued"
     assert queue.take("l", None) == task() and queue.snapshot()["lanes"]["l"]["task"] == "a"
-    assert queue.progress("a", {"step": 1, "loss": 3.0}) == GO_ON
-    assert queue.progress("a", {"step": 2, "eval_loss": 2.0}) == GO_ON
+    assert queue.progress("a", {"step": 1, "loss": 3.0}) == Word.GO_ON
+    assert queue.progress("a", {"step": 2, "eval_loss": 2.0}) == Word.GO_ON
     assert queue.poll("a", -1)["metrics"] == [{"step": 2, "eval_loss": 2.0}] and not queue.poll("a", 2)["metrics"]
     queue.trained("a", DONE)
     assert queue.snapshot()["lanes"]["l"]["task"] is None and queue.poll("a", 2)["state"] == "trained"
@@ -113,9 +115,9 @@ def test_placing_the_same_fine_tuning_twice_follows_the_first():
     queue.lane_up("m", 1, "host")
     assert queue.take("l", None).id == "a" and queue.take("m", None) is None
     queue.cancel("a", "tom")
-    assert queue.progress("a", {"step": 1}) == GO_ON, "ann still waits for it"
+    assert queue.progress("a", {"step": 1}) == Word.GO_ON, "ann still waits for it"
     queue.cancel("a", "ann")
-    assert queue.progress("a", {"step": 2}) == STOP
+    assert queue.progress("a", {"step": 2}) == Word.STOP
     queue.trained("a", STOPPED)
     assert queue.poll("a", -1) | {"metrics": None} == {
         **{"state": "stopped", "metrics": None, "outcome": STOPPED, "scores": None},
@@ -126,13 +128,13 @@ def test_placing_the_same_fine_tuning_twice_follows_the_first():
 def test_wanted_again_before_the_lane_has_stopped():
     queue = book_in("running")
     queue.cancel("a", "tom")
-    assert queue.place(task(), "ann") == "running" and queue.progress("a", {"step": 1}) == GO_ON
+    assert queue.place(task(), "ann") == "running" and queue.progress("a", {"step": 1}) == Word.GO_ON
 
 
 def test_wanted_again_after_the_lane_was_told_to_stop():
     queue = book_in("running")
     queue.cancel("a", "tom")
-    assert queue.progress("a", {"step": 1}) == STOP
+    assert queue.progress("a", {"step": 1}) == Word.STOP
     queue.place(task(), "ann")
     queue.trained("a", STOPPED)
     assert queue.poll("a", -1)["state"] == "queued" and queue.entries["a"].attempts == 0
@@ -235,18 +237,18 @@ def test_the_order_of_a_lane_whose_node_will_go_is_saved_and_queued_without_coun
     queue.lane_up("m", 1, "host", ["another node"])
     queue.drain(["node"])
     assert queue.closing("l") and not queue.closing("m")
-    assert queue.progress("a", {"step": 1}, "l") == LEAVE
+    assert queue.progress("a", {"step": 1}, "l") == Word.LEAVE
     queue.trained("a", LEFT, "l")
     assert queue.entries["a"].attempts == 0 and queue.take("l", None) is None
-    assert queue.take("m", None).id == "a" and queue.progress("a", {"step": 3}, "m") == GO_ON
-    assert queue.progress("a", {"step": 3}, "l") == STOP, "the order is no longer its own"
+    assert queue.take("m", None).id == "a" and queue.progress("a", {"step": 3}, "m") == Word.GO_ON
+    assert queue.progress("a", {"step": 3}, "l") == Word.STOP, "the order is no longer its own"
 
 
 def test_nobody_waits_for_what_was_cancelled_though_its_node_will_go():
     queue = book_in("running")
     queue.drain(["node"])
     queue.cancel("a", "tom")
-    assert queue.progress("a", {"step": 1}, "l") == STOP
+    assert queue.progress("a", {"step": 1}, "l") == Word.STOP
     queue.trained("a", LEFT, "l")
     assert queue.entries["a"].state == "stopped"
 
@@ -312,7 +314,7 @@ def test_snapshot_has_a_row_for_each_order():
 
 def test_final_states_are_those_that_nothing_but_a_new_follower_leaves():
     kept = {state for state, row in TABLE.items() if set(row) <= {"placed by another"}}
-    assert kept - {"trained"} == FINAL
+    assert kept - {TaskState.TRAINED} == {state for state in TaskState if state.is_final}
 
 
 def test_a_book_can_cross_processes():

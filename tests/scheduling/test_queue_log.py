@@ -16,9 +16,9 @@ from hypothesis import strategies as some
 
 from tune.errors import ResourceError
 from tune.scheduling import queue_log as order_log
-from tune.scheduling.queue import FINAL, TaskQueue, TrainTask
+from tune.scheduling.queue import TaskQueue, TrainTask
 from tune.scheduling.queue_log import LoggedQueue
-from tune.storage.run_folder import STAGES
+from tune.storage.states import Stage, TaskState
 
 NAMES, LANES, NODES, FOLLOWERS = ("a", "b", "c"), ("l", "m"), ("n1", "n2"), ("tom", "ann")
 
@@ -42,11 +42,13 @@ def metrics(step: int, loss: float | None) -> dict:
 
 names, lanes, nodes, followers = map(some.sampled_from, (NAMES, LANES, NODES, FOLLOWERS))
 lane_or_none = some.none() | lanes
+#: The states in which a task can be entered from an earlier run.
+ENTERED = [state for state in TaskState if state.is_final or state == TaskState.TRAINED]
 ends = some.builds(steps, some.sampled_from(["done", "stopped", "left"]))
 CALLS = some.one_of(
-    method("place", some.builds(task, names, some.sampled_from(STAGES)), followers),
+    method("place", some.builds(task, names, some.sampled_from(list(Stage))), followers),
     method("place", some.builds(task, names), followers, some.just([metrics(1, 2.5)])),
-    method("record", some.builds(task, names), some.sampled_from(sorted({"trained", *FINAL})), ends, some.none()),
+    method("record", some.builds(task, names), some.sampled_from(ENTERED), ends, some.none()),
     method("cancel", names, followers, some.none() | some.integers(1, 4)),
     method("abandon", some.just("s"), followers),
     method("poll", names, some.integers(-1, 4)),

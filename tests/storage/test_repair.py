@@ -12,7 +12,7 @@ from helpers.run_folders import make_resumable_run
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec
-from tune.scheduling import history as past
+from tune.scheduling.history import resume_state
 from tune.scheduling.selection import final_specs
 from tune.storage.repair import check_run, mend
 from tune.storage.run_folder import RunFolder
@@ -107,9 +107,8 @@ def flat_equal(run_folder: RunFolder, before: dict, after: dict, name: str) -> b
     hit = {trial for trial, record in before.items() if after.get(trial) != record}
     if name in ("trial.json", "trial's config.yaml", "adapter", "manifest"):
         (trial,) = hit
-        again = after.get(trial, {"status": "pending"})
-        standing = past.resume_state({"status": "running", **again}, adapter=False, scored=True)
-        return again["status"] != "done" and standing is None
+        again = after.get(trial)
+        return again is None or resume_state(again, adapter=False, scored=True) is None
     return not hit
 
 

@@ -18,6 +18,7 @@ from macdrop.errors import ConfigError
 from tune.errors import ResourceError
 from tune.storage import atomic as files
 from tune.storage.run_folder import SCORE_COLUMNS, RunFolder
+from tune.storage.states import RunStatus, TaskState
 
 SPEC = {"model_name_or_path": "zoo:planted-llama", "macdrop": {"k": 5, "p0": 0.8}, "learning_rate": 1e-4}
 
@@ -41,9 +42,9 @@ def test_a_run_folder_comes_back_as_it_was_made(run_folder):
     assert again.config() == SPEC
     assert again.run()["status"] == "running" and again.run()["command"] == "macdrop sweep x.yaml"
     assert again.run()["macdrop"] and again.run()["name"] == "run"
-    run_folder.set_status("done")
+    run_folder.set_status(RunStatus.DONE)
     assert again.run()["status"] == "done" and again.run()["finished"] >= again.run()["created"]
-    run_folder.set_status("running")  # resumed
+    run_folder.set_status(RunStatus.RUNNING)  # resumed
     assert "finished" not in again.run()
     assert again.trials() == [] and list(again.scores().columns) == list(SCORE_COLUMNS)
     assert pickle.loads(pickle.dumps(run_folder)).config() == SPEC
@@ -119,7 +120,7 @@ def test_a_trial_from_start_to_end(run_folder):
     trial.start({"learning_rate": 1e-4}, model="m", arm="macdrop", seed=3)
     assert trial.status == "running"
     trial.log([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan"), "p": np.float32(0.5)}])
-    trial.finish("done", eval_loss=np.float64(1.5), steps=2)
+    trial.finish(TaskState.DONE, eval_loss=np.float64(1.5), steps=2)
     (record,) = RunFolder.open(run_folder.run_dir).trials()
     assert record["config"] == {"learning_rate": 1e-4} and record["eval_loss"] == 1.5 and record["attempts"] == 1
     assert (record["model"], record["arm"], record["seed"], record["status"]) == ("m", "macdrop", 3, "done")
@@ -142,10 +143,10 @@ def test_a_resumed_trial_logs_each_step_once(run_folder):
 def test_a_failed_trial_keeps_its_reason(run_folder):
     trial = run_folder.trial("t")
     trial.start({}, model="m", arm="plain", seed=0)
-    trial.finish("diverged", "loss is nan at step 3")
+    trial.finish(TaskState.DIVERGED, "loss is nan at step 3")
     assert run_folder.trials()[0]["reason"] == "loss is nan at step 3"
     with pytest.raises(AssertionError):
-        trial.finish("exploded")
+        trial.finish(TaskState.RUNNING)
     with pytest.raises(AssertionError):
         run_folder.trial("../elsewhere")
 

@@ -18,6 +18,7 @@ from tune.errors import ResourceError
 from tune.storage import atomic as files
 from tune.storage.atomic import append_jsonl, atomic_write_json, lasting, read_jsonl
 from tune.storage.run_folder import RunFolder
+from tune.storage.states import RunStatus, TaskState
 
 SCORE = {"model": "m", "arm": "plain", "trial": "t", "seed": 0, "benchmark": "zero_shot", "metric": "acc", "value": 0.5}
 SCORE |= {"attack": "none", "attack_on": None}
@@ -53,16 +54,16 @@ def everything(run_folder: RunFolder) -> None:
     record.start({"seed": 0}, model="m", arm="plain", seed=0)
     record.log([{"step": 1, "loss": 2.0}])
     assert run_folder.add_scores([{**SCORE, "task": "b"}]) == 1
-    record.finish("done")
-    run_folder.set_status("done")
+    record.finish(TaskState.DONE)
+    run_folder.set_status(RunStatus.DONE)
 
 
 WORDS = {
     "start": lambda run_folder: run_folder.trial("new").start({}, model="m", arm="plain", seed=0),
     "log": lambda run_folder: run_folder.trial("t").log([{"step": 2, "loss": 1.0}]),
     "score": lambda run_folder: run_folder.add_scores([{**SCORE, "task": "c"}]),
-    "finish": lambda run_folder: run_folder.trial("t").finish("failed", "x"),
-    "status": lambda run_folder: run_folder.set_status("failed"),
+    "finish": lambda run_folder: run_folder.trial("t").finish(TaskState.FAILED, "x"),
+    "status": lambda run_folder: run_folder.set_status(RunStatus.FAILED),
     "read scores": lambda run_folder: run_folder.score_rows(),
     "read a trial": lambda run_folder: run_folder.trial("t").info,
     "read metrics": lambda run_folder: run_folder.trial("t").metrics(),

@@ -11,6 +11,7 @@ import yaml
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec, TrainSpec, dump
 from tune.storage.run_folder import RunFolder, TrialRecord
+from tune.storage.states import TaskState
 from tune.trackers import backends as trackers
 from tune.trackers.sync import OneTrial, TrackerSync, trials_of_run
 
@@ -36,7 +37,7 @@ def end(run_folder: RunFolder, record, status: str = "done") -> None:
     run_folder.add_scores(
         [{**SCORE, "trial": record.id, "attack": a, "attack_on": on, "value": value} for a, on, value in rows]
     )
-    record.finish(status, step=3)
+    record.finish(TaskState(status), step=3)
 
 
 def sync(run_folder: RunFolder, *names: str) -> list[str]:
@@ -133,7 +134,7 @@ def test_wandb_offline_has_group_job_type_steps_summary_and_exit_code(run_folder
     first = begin(run_folder)
     second = begin(run_folder, SPEC.model_copy(update={"seed": 4}))
     end(run_folder, first)
-    second.finish("diverged", "loss is nan")
+    second.finish(TaskState.DIVERGED, "loss is nan")
     assert sync(run_folder, "wandb") == []
     records = wandb_records(run_folder.run_dir)
     runs = {r.run.display_name: r.run for r in records if r.HasField("run")}

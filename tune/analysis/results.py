@@ -20,6 +20,7 @@ from tune.config.recorded import _block, asked_for, models_of
 from tune.config.run_spec import CELL_KEYS, slug
 from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
 from tune.storage.run_folder import BASE, RunFolder
+from tune.storage.states import Stage, TaskState
 
 MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
 NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
@@ -38,7 +39,7 @@ class Line:
     status: str
     reason: str | None = None
     seed: int | None = None
-    stage: str = "final"
+    stage: str = Stage.FINAL
     group: str = ""
     cell: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +119,7 @@ class ModelResults:
     @property
     def searched(self) -> list[Line]:
         """The trials among which the setting was chosen; in runs without stages, all of them."""
-        found = self.trials(stage="search")
+        found = self.trials(stage=Stage.SEARCH)
         return found or self.trials("plain", "macdrop")
 
     @property
@@ -165,7 +166,7 @@ def _model(
     rows: list[dict[str, Any]],
     config: Mapping[str, Any],
 ) -> ModelResults:
-    base = [Line(BASE, BASE, BASE, "done", group=BASE)] if any(row["trial"] == BASE for row in rows) else []
+    base = [Line(BASE, BASE, BASE, TaskState.DONE, group=BASE)] if any(row["trial"] == BASE for row in rows) else []
     lines = base + [_line(trial) for trial in trials]
     by_trial = {line.trial: line for line in lines}
     columns: dict[Column, None] = {}
@@ -210,7 +211,7 @@ def _line(trial: Mapping[str, Any]) -> Line:
         status=trial.get("status", "unknown"),
         reason=trial.get("reason"),
         seed=trial.get("seed"),
-        stage=trial.get("stage") or "final",
+        stage=trial.get("stage") or Stage.FINAL,
         group=trial.get("setting") or _setting_text(settings, trial.get("arm", "macdrop")),
         cell=trial.get("cell") or {key: settings[key] for key in CELL_KEYS if settings.get(key)},
         settings=settings,
@@ -233,13 +234,13 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
 
     def key(line: Line) -> tuple:
         value = value_of(line, name)
-        usable = value is not None and line.status == "done"
+        usable = value is not None and line.status == TaskState.DONE
         arm = ARM_ORDER.index(line.arm) if line.arm in ARM_ORDER else len(ARM_ORDER)
         return arm, line.arm, not usable, sign * value if usable else 0.0
 
     lines.sort(key=key)
     counts: dict[str, int] = {}
-    for line in (line for line in lines if line.stage == "search" or not _staged(lines)):
+    for line in (line for line in lines if line.stage == Stage.SEARCH or not _staged(lines)):
         counts[line.arm] = number = counts.get(line.arm, 0) + 1
         if line.arm == "plain":
             several = sum(other.arm == "plain" and other.stage == line.stage for other in lines) > 1
@@ -253,7 +254,8 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
 def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
     """The settings of the final stage (of the search where there was no other), by arm, kind of adapter and rank."""
     trials = [line for line in lines if line.arm != BASE]
-    final = [line for line in trials if line.stage != "search"] or [line for line in trials if _tested(line)] or trials
+    final = [line for line in trials if line.stage != Stage.SEARCH]
+    final = final or [line for line in trials if _tested(line)] or trials
     by_id: dict[tuple[str, str], list[Line]] = {}
     for line in [line for line in lines if line.arm == BASE] + final:
         by_id.setdefault((line.arm, line.group), []).append(line)
@@ -281,7 +283,7 @@ def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
 
 def _staged(lines: list[Line]) -> bool:
     """Whether the run had a search of its own before the final stage."""
-    return any(line.stage == "search" for line in lines)
+    return any(line.stage == Stage.SEARCH for line in lines)
 
 
 def _tested(line: Line) -> bool:

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from tune.config.resume import resume_command
-from tune.scheduling.queue import FINAL
+from tune.storage.states import TaskState
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from tune.scheduling.study import Study
 
 STYLES = {
-    "running": "cyan",
-    "trained": "blue",
-    "done": "green",
-    "failed": "red",
-    "diverged": "red",
-    "stopped": "yellow",
+    TaskState.RUNNING: "cyan",
+    TaskState.TRAINED: "blue",
+    TaskState.DONE: "green",
+    TaskState.FAILED: "red",
+    TaskState.DIVERGED: "red",
+    TaskState.STOPPED: "yellow",
 }
 #: Columns that keep their width when the scores do not fit the terminal.
 WIDTHS = {"state": 8, "step": 5, "loss": 7, "eval loss": 9, "p": 7, "tokens/s": 8}
-WORDS = {"trained": "scoring"}
+WORDS = {TaskState.TRAINED: "scoring"}
 #: Rows of the live table; finished trials scroll off first, as the report has them all.
 MAX_ROWS = 24
 
@@ -85,9 +85,9 @@ class Progress:
         if self._stage:
             self._line = f"{self._stage[0]}   {self._remaining()}   {self._line}"
         for name, row in self._tasks.items():
-            if row["state"] != self._states.get(name) and row["state"] in ("running", "trained"):
+            if row["state"] != self._states.get(name) and row["state"] in (TaskState.RUNNING, TaskState.TRAINED):
                 if not self._live:
-                    self._say(f"{name} {'is trained' if row['state'] == 'trained' else 'is training'}")
+                    self._say(f"{name} {'is trained' if row['state'] == TaskState.TRAINED else 'is training'}")
             self._states[name] = row["state"]
         if self._live:
             self._live.update(self._table())
@@ -120,7 +120,7 @@ class Progress:
         """search 3/8: trials of the stage that have ended, and all of them."""
         name, stage, trials = self._stage
         rows = [row for row in self._tasks.values() if (row["study"], row["stage"]) == (name, stage)]
-        return f"{stage} {sum(row['state'] in FINAL for row in rows)}/{max(trials, len(rows))}"
+        return f"{stage} {sum(row['state'].is_final for row in rows)}/{max(trials, len(rows))}"
 
     def _say(self, text: str) -> None:
         self.console.print(f"[dim]{time.monotonic() - self._begun:6.1f}s[/dim] {text}", soft_wrap=True, highlight=False)
@@ -132,7 +132,7 @@ class Progress:
             left = heading in ("trial", "state")
             table.add_column(heading, justify="left" if left else "right", no_wrap=True, min_width=width)
         table.add_column("scores", no_wrap=True, overflow="ellipsis")
-        rows = sorted(self._tasks.values(), key=lambda row: row["state"] in FINAL)
+        rows = sorted(self._tasks.values(), key=lambda row: row["state"].is_final)
         for row in rows[:MAX_ROWS]:
             last = row["last"]
             style = STYLES.get(row["state"], "dim")

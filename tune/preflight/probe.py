@@ -108,7 +108,7 @@ def _train(
 
     def watch(metrics: dict[str, Any]) -> Word:
         moments.append(time.monotonic())
-        return "go_on"
+        return Word.GO_ON
 
     with tempfile.TemporaryDirectory() as folder:
         short = spec.model_copy(update=settings)

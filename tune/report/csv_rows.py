@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tune.analysis.results import Line, ModelResults
+from tune.storage.states import Stage
 
 if TYPE_CHECKING:
     from tune.analysis.verdict import Comparison, Verdict
@@ -44,7 +45,7 @@ def _rows(model: ModelResults, line: Line, verdicts: list[Verdict]) -> Iterable[
         yield about
     found: dict[Any, Comparison] = {}
     for verdict in verdicts:
-        if (verdict.setting, verdict.arm) == (line.group, line.arm) and line.stage != "search":
+        if (verdict.setting, verdict.arm) == (line.group, line.arm) and line.stage != Stage.SEARCH:
             found = {row.column: row for row in verdict.rows}
     for column in model.columns:
         if column not in line.scores:

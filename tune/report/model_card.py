@@ -12,6 +12,7 @@ import yaml
 from tune.config.run_spec import TrainSpec
 from tune.data.readers import looks_like_a_path
 from tune.report.tables import Table
+from tune.storage.states import TaskState
 
 PLANTED = (
     "**PLANTED.** The base is a built-in tiny model of macdrop whose massive weights were put there on purpose. "
@@ -136,7 +137,7 @@ def _training(trial: Exported) -> list[tuple[str, str]]:
     spec, info = trial.spec, trial.info
     batch = f"{spec.per_device_train_batch_size} x {spec.gradient_accumulation_steps} micro-batches"
     workers = f" x {trial.workers} worker(s)" if trial.workers else ""
-    early = ", stopped early by the search" if info["status"] == "stopped" else ""
+    early = ", stopped early by the search" if info["status"] == TaskState.STOPPED else ""
     dropped, masked = info.get("entries_dropped"), info.get("entries_masked")
     rows = [
         ("data", ", ".join(_shown(name) for name in _data(spec))),

@@ -19,6 +19,7 @@ from tune.report.sections.subject import Subject
 from tune.report.tables import Part, latex
 from tune.report.text import count, one_line
 from tune.storage.run_folder import BASE, RunFolder
+from tune.storage.states import TaskState
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -171,7 +172,7 @@ def _about(run_folder: RunFolder, models: list[ModelResults]) -> list[str]:
     begun = {file.parent.name for file in (run_folder.run_dir / "trials").glob("*/trial.json")}
     lost = [folder.name for folder in (run_folder.run_dir / "trials").glob("*/") if folder.name not in begun]
     about += [f"MISSING: trial.json of {', '.join(sorted(lost))}; not yet written, or lost."] if lost else []
-    done = [line for line in trials if line.status == "done"]
+    done = [line for line in trials if line.status == TaskState.DONE]
     about += ["MISSING: there are no scores."] if done and not run_folder.score_rows() else []
     return about
 

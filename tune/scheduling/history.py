@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune.config.sections import EVAL_LOSS
+from tune.storage.states import TaskState
 
 #: How a draw of an earlier run stands: to be tried (again), with its objectives, without any, or not to be counted.
 OPEN, COMPLETE, PRUNED, FAILED = "open", "complete", "pruned", "failed"
@@ -35,21 +36,23 @@ class PastTrial:
     reported: tuple[tuple[int, float], ...] = ()
 
 
-def resume_state(record: Mapping[str, Any], *, adapter: bool, scored: bool, retry_failed: bool = False) -> str | None:
+def resume_state(
+    record: Mapping[str, Any], *, adapter: bool, scored: bool, retry_failed: bool = False
+) -> TaskState | None:
     """In which state of an order (`tune.scheduling.queue`) a trial enters a resumed run; None: it is yet to be trained.
 
     record: its trial.json. adapter: whether a whole adapter lies in its folder. scored: whether it has all its scores.
     """
-    status = record["status"]
-    if status == "done" and scored:
+    status = TaskState(record["status"])
+    if status == TaskState.DONE and scored:
         return status  # also where its adapter was deleted to save room
-    if status == "done" or (status == "running" and record.get("trained")):
-        return "trained" if adapter else None
-    if status == "stopped":
+    if status == TaskState.DONE or (status == TaskState.RUNNING and record.get("trained")):
+        return TaskState.TRAINED if adapter else None
+    if status == TaskState.STOPPED:
         return status if record.get("step") is not None else None  # given up before it began: it says nothing
-    if status == "failed":
+    if status == TaskState.FAILED:
         return status if not retry_failed and lies_with_the_trial(record) else None
-    return status if status == "diverged" and not retry_failed else None
+    return status if status == TaskState.DIVERGED and not retry_failed else None
 
 
 def lies_with_the_trial(record: Mapping[str, Any]) -> bool:
@@ -69,7 +72,7 @@ def judged(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> l
 
 def past(
     drawn: dict[str, Any],
-    state: str | None,
+    state: TaskState | None,
     record: Mapping[str, Any],
     objectives: Sequence[float | None],
     reports: Sequence[tuple[int, float]],
@@ -79,11 +82,11 @@ def past(
     state: of the order (`resume_state`). objectives: as they were measured, None where one is missing. reports:
     `judged`.
     """
-    if state in (None, "trained"):
+    if state in (None, TaskState.TRAINED):
         return PastTrial(drawn, OPEN)
-    if state == "failed":
+    if state == TaskState.FAILED:
         return PastTrial(drawn, FAILED)
-    if state == "done" and all(value is not None and math.isfinite(value) for value in objectives):
+    if state == TaskState.DONE and all(value is not None and math.isfinite(value) for value in objectives):
         return PastTrial(drawn, COMPLETE, tuple(objectives))
     # The searcher is not told of the very validation for which a trial is stopped.
     last = record.get("judged")

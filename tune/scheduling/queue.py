@@ -14,14 +14,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tune.storage.run_folder import FINALS
+from tune.storage.states import Stage, TaskState
+from tune.training.observer import Ending, Word
 
-#: States that no order leaves.
-FINAL = frozenset({"done", "stopped", "diverged", "failed"})
 #: A worker may die under an order (node lost, out of memory); after this many lost lanes the order counts as failed.
 MAX_ATTEMPTS = 3
-#: What `TaskQueue.progress` answers: train on, end without an adapter, or save what is there and make room.
-GO_ON, STOP, LEAVE = "go_on", "stop", "leave"
 
 
 @dataclass(frozen=True)
@@ -29,9 +26,8 @@ class TrainTask:
     """One fine-tuning to be done, as plain data that crosses processes.
 
     `spec` is a dumped TrainSpec; `folder` the trial's folder; `data` the cache of tokenised data; `weights` the file
-    with the massive weights, None for a plain adapter; `width` the number of workers a lane must have; `stage` (one of
-    `run_folder.STAGES`) decides what the adapter is scored on; `cell` is the searched kind of adapter; `drawn` are
-    the values that a search drew for it.
+    with the massive weights, None for a plain adapter; `width` the number of workers a lane must have; `stage` decides
+    what the adapter is scored on; `cell` is the searched kind of adapter; `drawn` are the values that a search drew.
     """
 
     id: str
@@ -42,7 +38,7 @@ class TrainTask:
     weights: str | None
     engine_key: str
     width: int
-    stage: str = FINALS
+    stage: Stage = Stage.FINAL
     cell: dict[str, Any] = field(default_factory=dict)
     drawn: dict[str, Any] | None = None
 
@@ -57,7 +53,7 @@ class QueuedTask:
     """
 
     task: TrainTask
-    state: str = "queued"
+    state: TaskState = TaskState.QUEUED
     lane: str | None = None
     attempts: int = 0
     reached: int = 0
@@ -86,7 +82,7 @@ class TaskQueue:
 
     # ------------------------------------------------------------- followers
 
-    def place(self, task: TrainTask, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> str:
+    def place(self, task: TrainTask, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> TaskState:
         """Queue an order, or follow the equal one that is there; returns its state.
 
         A trial of the search that is placed for the final stage is not trained again, but scored for that stage.
@@ -96,15 +92,15 @@ class TaskQueue:
         if entry is None:
             entry = self.entries[task.id] = QueuedTask(task, evaluated=list(evaluated))
             self._changed(task.id)
-        elif entry.state == "stopped" or (entry.cancelled and entry.state == "running"):
+        elif entry.state == TaskState.STOPPED or (entry.cancelled and entry.state == TaskState.RUNNING):
             # Wanted again by somebody after its only follower gave up.
             entry.cancelled = False
-            if entry.state == "stopped":
+            if entry.state == TaskState.STOPPED:
                 self._requeue(entry)
-        if entry.task.stage != task.stage == FINALS:
+        if entry.task.stage != task.stage == Stage.FINAL:
             entry.task = replace(task, drawn=entry.task.drawn)
-            if entry.state == "done":
-                entry.state = "trained"
+            if entry.state == TaskState.DONE:
+                entry.state = TaskState.TRAINED
                 self._changed(task.id)
         entry.followers.add(follower)
         return entry.state
@@ -112,7 +108,7 @@ class TaskQueue:
     def record(
         self,
         task: TrainTask,
-        state: str,
+        state: TaskState,
         outcome: dict[str, Any],
         scores: dict[str, float] | None,
         reason: str | None = None,
@@ -121,11 +117,12 @@ class TaskQueue:
 
         Nothing happens to an order that is in the book.
         """
-        assert state in FINAL | {"trained"}
+        state = TaskState(state)  # a plain string where it comes from a log
+        assert state.is_final or state == TaskState.TRAINED
         if task.id in self.entries:
             return
         self.entries[task.id] = QueuedTask(task, state=state, outcome=outcome, scores=scores, reason=reason)
-        if state == "trained":
+        if state == TaskState.TRAINED:
             self._changed(task.id)
 
     def cancel(self, order_id: str, follower: str, judged: int | None = None) -> None:
@@ -134,17 +131,17 @@ class TaskQueue:
         judged: the last step whose validation the follower has seen.
         """
         entry = self.entries.get(order_id)
-        if entry is None or entry.state in FINAL:
+        if entry is None or entry.state.is_final:
             return
         entry.judged = judged
-        if entry.state == "trained":
+        if entry.state == TaskState.TRAINED:
             return
         entry.followers.discard(follower)
         if entry.followers:
             return
         entry.cancelled = True
-        if entry.state == "queued":
-            self._end(entry, "stopped", "stopped before it started")
+        if entry.state == TaskState.QUEUED:
+            self._end(entry, TaskState.STOPPED, "stopped before it started")
 
     def abandon(self, study: str, keep: str) -> None:
         """The search of a study is over (its time is up, say): of its followers only `keep` still waits."""
@@ -175,10 +172,10 @@ class TaskQueue:
         """A lane is gone; its order is queued again, or fails after the attempts it has."""
         self.lanes.pop(lane, None)
         for entry in self.entries.values():
-            if entry.lane == lane and entry.state == "running":
+            if entry.lane == lane and entry.state == TaskState.RUNNING:
                 entry.reason = entry.reason or reason
                 if entry.cancelled:
-                    self._end(entry, "stopped", "stopped")
+                    self._end(entry, TaskState.STOPPED, "stopped")
                 elif not self._exhausted(entry):
                     self._requeue(entry)
 
@@ -192,12 +189,12 @@ class TaskQueue:
         if running := self.lanes[lane]["task"]:
             return self.entries[running].task
         width = self.lanes[lane]["width"]
-        waiting = [e for e in self.entries.values() if e.state == "queued" and e.task.width == width]
+        waiting = [e for e in self.entries.values() if e.state == TaskState.QUEUED and e.task.width == width]
         if not waiting or self.closing(lane):
             return None
         fitting = [entry for entry in waiting if entry.task.engine_key == engine_key]
         entry = (fitting or waiting)[0]
-        entry.state, entry.lane = "running", lane
+        entry.state, entry.lane = TaskState.RUNNING, lane
         entry.attempts += 1
         entry.reason, entry.limit = None, MAX_ATTEMPTS
         self.lanes[lane]["task"] = entry.task.id
@@ -216,16 +213,16 @@ class TaskQueue:
         """Nodes are about to go: lanes with a worker there save what they have, give their order back and end."""
         self._drained |= set(nodes)
 
-    def progress(self, order_id: str, metrics: dict[str, Any], lane: str | None = None) -> str:
-        """Take the metrics of a step from a lane; answers `GO_ON`, `STOP` or `LEAVE`."""
+    def progress(self, order_id: str, metrics: dict[str, Any], lane: str | None = None) -> Word:
+        """Take the metrics of a step from a lane; return the answer for it."""
         entry = self.entries[order_id]
         entry.last = metrics
         # A retried order repeats the steps after its last checkpoint: the first word on a step has been passed on.
         if metrics.get("eval_loss") is not None and all(m["step"] != metrics["step"] for m in entry.evaluated):
             entry.evaluated.append(metrics)
         if entry.cancelled or not self._has(entry, lane):
-            return STOP
-        return LEAVE if self._leaving(entry.lane) else GO_ON
+            return Word.STOP
+        return Word.LEAVE if self._leaving(entry.lane) else Word.GO_ON
 
     def trained(self, order_id: str, outcome: dict[str, Any], lane: str | None = None) -> None:
         """A fine-tuning has ended with its adapter on disk, or was told to stop or to leave.
@@ -237,21 +234,22 @@ class TaskQueue:
             return
         self._release(entry)
         entry.outcome = outcome
-        if outcome["status"] not in ("stopped", "left"):
-            entry.state = "trained"
+        if outcome["status"] == Ending.DONE:
+            entry.state = TaskState.TRAINED
             self._changed(order_id)
         elif entry.cancelled:
-            self._end(entry, "stopped", f"stopped at step {outcome['step']} of {outcome['total_steps']}")
+            self._end(entry, TaskState.STOPPED, f"stopped at step {outcome['step']} of {outcome['total_steps']}")
         else:
             # Its lane had to go, or it was wanted again after its lane was told to stop: its newest checkpoint counts.
-            if outcome["status"] == "left":
+            if outcome["status"] == Ending.LEFT:
                 self.close(entry.lane)
             entry.attempts -= 1
             self._requeue(entry)
 
-    def failed(self, order_id: str, state: str, reason: str, lane: str | None = None) -> None:
+    def failed(self, order_id: str, state: TaskState, reason: str, lane: str | None = None) -> None:
         """A fine-tuning has ended without an adapter; `state` is failed or diverged, `lane` as for `trained`."""
-        assert state in ("failed", "diverged")
+        state = TaskState(state)  # a plain string where it comes from a log
+        assert state in (TaskState.FAILED, TaskState.DIVERGED)
         entry = self.entries[order_id]
         if self._has(entry, lane):
             self._release(entry)
@@ -275,11 +273,11 @@ class TaskQueue:
         and go, a long one would else never end. kind: of the failure; a resumed run tries some again.
         """
         entry = self.entries[order_id]
-        if entry.state in ("running", "queued") and entry.attempts:
+        if entry.state in (TaskState.RUNNING, TaskState.QUEUED) and entry.attempts:
             if step > entry.reached:
                 entry.reached, entry.attempts = step, 1
             entry.reason, entry.limit, entry.kind = reason, attempts, kind
-            if entry.state == "queued":
+            if entry.state == TaskState.QUEUED:
                 self._exhausted(entry)
 
     # ------------------------------------------------------------ supervisor
@@ -287,9 +285,9 @@ class TaskQueue:
     def scored(self, order_id: str, scores: dict[str, float], reason: str | None) -> None:
         """All benchmarks of a trained order are through; `reason` names those that failed."""
         entry = self.entries[order_id]
-        if entry.state == "trained":
+        if entry.state == TaskState.TRAINED:
             entry.scores = scores
-            self._end(entry, "done", reason)
+            self._end(entry, TaskState.DONE, reason)
 
     def changes(self, after: int) -> tuple[int, list[QueuedTask]]:
         """How many changes of a state there were so far, and the entries of those later than `after`."""
@@ -318,7 +316,7 @@ class TaskQueue:
 
     def _has(self, entry: QueuedTask, lane: str | None) -> bool:
         """Whether the order is running, on this lane if one is named."""
-        return entry.state == "running" and lane in (None, entry.lane)
+        return entry.state == TaskState.RUNNING and lane in (None, entry.lane)
 
     def _leaving(self, lane: str) -> bool:
         return not self._drained.isdisjoint(self.lanes[lane]["nodes"])
@@ -328,21 +326,21 @@ class TaskQueue:
         if entry.attempts < entry.limit:
             return False
         tried = f" (tried {entry.attempts} times)" if entry.attempts > 1 else ""
-        self._end(entry, "failed", f"{entry.reason}{tried}")
+        self._end(entry, TaskState.FAILED, f"{entry.reason}{tried}")
         return True
 
     def _requeue(self, entry: QueuedTask) -> None:
         """Back into the queue as if it had never ended; why its lane was lost is kept until it is taken again."""
-        if entry.state == "stopped":
+        if entry.state == TaskState.STOPPED:
             entry.reason, entry.attempts = None, 0
-        entry.state, entry.lane, entry.outcome = "queued", None, {}
+        entry.state, entry.lane, entry.outcome = TaskState.QUEUED, None, {}
         self._changed(entry.task.id)
 
     def _release(self, entry: QueuedTask) -> None:
         if entry.lane in self.lanes:
             self.lanes[entry.lane]["task"] = None
 
-    def _end(self, entry: QueuedTask, state: str, reason: str | None) -> None:
+    def _end(self, entry: QueuedTask, state: TaskState, reason: str | None) -> None:
         entry.state, entry.reason = state, reason
         self._changed(entry.task.id)
 

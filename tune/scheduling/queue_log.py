@@ -16,6 +16,7 @@ from typing import Any
 from tune.errors import ResourceError
 from tune.scheduling.queue import TaskQueue, TrainTask
 from tune.storage.atomic import append_jsonl, lasting, plain, read_jsonl
+from tune.storage.states import Stage
 
 #: Methods that only look.
 LOOKS = frozenset({"poll", "closing", "held", "snapshot", "changes"})
@@ -75,4 +76,6 @@ def _written(argument: Any) -> Any:
 
 def _read(argument: Any) -> Any:
     is_order = isinstance(argument, dict) and argument.keys() == {ORDER}
-    return TrainTask(**argument[ORDER]) if is_order else argument
+    if not is_order:
+        return argument
+    return TrainTask(**{**argument[ORDER], "stage": Stage(argument[ORDER]["stage"])})

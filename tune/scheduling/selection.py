@@ -28,6 +28,7 @@ from tune.config.run_spec import TrainSpec, dump
 from tune.config.sections import ARMS, EVAL_LOSS, MacDropSpec
 from tune.config.sweep_spec import Metric
 from tune.scheduling.study import Study, as_plain
+from tune.storage.states import TaskState
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Candidate:
     @property
     def selectable(self) -> bool:
         """Whether it was trained to its end and has every objective."""
-        return self.status == "done" and all(value is not None and math.isfinite(value) for value in self.values)
+        done = self.status == TaskState.DONE
+        return done and all(value is not None and math.isfinite(value) for value in self.values)
 
 
 def candidate(record: Mapping[str, Any], scores: Mapping[str, float], objectives: Sequence[Metric]) -> Candidate:
@@ -54,7 +56,7 @@ def candidate(record: Mapping[str, Any], scores: Mapping[str, float], objectives
         status=record["status"],
         spec=TrainSpec.model_validate(record["config"]),
         values=tuple(known.get(metric.name) for metric in objectives),
-        begun=record["status"] != "stopped" or record.get("step") is not None,
+        begun=record["status"] != TaskState.STOPPED or record.get("step") is not None,
     )
 
 

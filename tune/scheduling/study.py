@@ -9,6 +9,7 @@ from macdrop.errors import ConfigError
 from tune.config.eval_spec import jobs
 from tune.config.run_spec import CELL_KEYS, MacDropSpec, RunSpec, Space, TrainSpec, points, slug, with_values
 from tune.config.sections import PLACEBOS
+from tune.storage.states import Stage
 
 
 @dataclass(frozen=True)
@@ -200,14 +201,14 @@ def outline(run: RunSpec, study: Study) -> list[tuple[str, str]]:
     if study.search:
         by = ", ".join(f"{metric.name} ({metric.goal})" for metric in run.sweep.metric)
         told.append(
-            ("search", f"{study.searched_count} fine-tunings on seed {study.spec.seed}; the best by {by} go on")
+            (Stage.SEARCH, f"{study.searched_count} fine-tunings on seed {study.spec.seed}; the best by {by} go on")
         )
     arms = [f"the {study.finalists} best macdrop" if study.finalists > 1 else "the best macdrop"] if study.drops else []
     arms = ["plain"] * bool(study.plain) + arms + list(study.placebos)
     cells = f" in each of {study.cells} cells ({', '.join(k for k in CELL_KEYS if k in study.parameters)})"
     seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
     trained = f"{study.final_count} fine-tunings{'' if study.reseeded else ' beside those of the search'}"
-    told.append(("final", f"{', '.join(arms)}{cells if study.cells > 1 else ''} on {seeds}: {trained}"))
+    told.append((Stage.FINAL, f"{', '.join(arms)}{cells if study.cells > 1 else ''} on {seeds}: {trained}"))
     return told
 
 

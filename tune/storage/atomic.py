@@ -305,7 +305,9 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):  # bool is an int
+    if isinstance(value, str):
+        return str(value)  # YAML knows no subclass of str
+    if value is None or isinstance(value, int):  # bool is an int
         return value
     if hasattr(value, "item"):
         return plain(value.item())

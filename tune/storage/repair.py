@@ -28,9 +28,10 @@ from tune.storage.atomic import (
     read_mapping,
 )
 from tune.storage.environment import version
-from tune.storage.run_folder import BASE, ENDED, LAYOUT, RUN_STATUSES, SCORE_KINDS, SCORE_NEEDS, STAGES, TRIAL_KINDS
+from tune.storage.run_folder import BASE, LAYOUT, SCORE_KINDS, SCORE_NEEDS, TRIAL_KINDS
 from tune.storage.sealed_folder import tidy, verify
 from tune.storage.search_state import search_time
+from tune.storage.states import RunStatus, Stage, TaskState
 
 #: What went wrong with a file that cannot be believed.
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -90,8 +91,8 @@ def _run_files(run_dir: Path) -> list[str]:
     if run is None:
         notes = [f"{_aside(about)}: run.json is written anew from config.yaml"]
         name = run_dir.resolve().name
-        run = {"name": name, "created": now(), "status": "interrupted", "command": None, "macdrop": version("macdrop")}
-        atomic_write_json(about, {**run, "layout": LAYOUT, "spec": config})
+        run = {"name": name, "created": now(), "status": RunStatus.INTERRUPTED, "command": None}
+        atomic_write_json(about, {**run, "macdrop": version("macdrop"), "layout": LAYOUT, "spec": config})
         return notes
     copy = run.get("spec")
     if copy is not None and not _is_whole(copy) and config is not None:
@@ -113,8 +114,7 @@ def _run_files(run_dir: Path) -> list[str]:
 
 def _run(file: Path) -> dict[str, Any]:
     run = read_mapping(file, needs=("name", "created", "status"))
-    if run["status"] not in RUN_STATUSES:
-        raise ValueError(f"its status is {run['status']!r}")
+    RunStatus(run["status"])
     return run
 
 
@@ -156,14 +156,14 @@ def _trial(folder: Path) -> list[str]:
         return [*notes, f"{aside}: {told}"]
     adapter = folder / "adapter"
     tidy(folder)
-    if (record["status"] == "done" or record.get("trained")) and adapter.exists():
+    if (record["status"] == TaskState.DONE or record.get("trained")) and adapter.exists():
         try:
             verify(adapter)
         except CheckpointError as error:
             _aside(adapter)
             reason = str(error).splitlines()[0]
             kept = {key: value for key, value in record.items() if key not in ("trained", "finished")}
-            atomic_write_json(file, {**kept, "status": "running", "reason": None})
+            atomic_write_json(file, {**kept, "status": TaskState.RUNNING, "reason": None})
             return [*notes, f"{reason} {told}"]
     return notes
 
@@ -171,9 +171,8 @@ def _trial(folder: Path) -> list[str]:
 def _record(file: Path) -> dict[str, Any]:
     """trial.json, with all that a resumed run makes of it."""
     record = read_mapping(file, needs=("trial", "model", "arm", "seed", "status"), kinds=TRIAL_KINDS)
-    known = [record["trial"] == file.parent.name, record["status"] in (*ENDED, "running", "pending")]
-    known += [record.get("stage", STAGES[0]) in STAGES]
-    if not all(known):
+    TaskState(record["status"]), Stage(record.get("stage", Stage.FINAL))
+    if record["trial"] != file.parent.name:
         raise ValueError(f"{file} holds something else than a trial")
     return record
 

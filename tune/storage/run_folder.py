@@ -41,15 +41,12 @@ from tune.storage.atomic import (
 )
 from tune.storage.environment import environment, version
 from tune.storage.run_lock import FILE, GUARD
+from tune.storage.states import RunStatus, Stage, TaskState
 
 if TYPE_CHECKING:
     import pandas
 
 LAYOUT = 1
-ENDED = ("done", "stopped", "failed", "diverged", "cancelled")
-RUN_STATUSES = ("running", "done", "failed", "interrupted")
-SEARCH, FINALS = STAGES = ("search", "final")
-"""What a trial is for: to select a setting by validation, or to be compared on the test benchmarks."""
 SCORE_KEY = ("model", "trial", "split", "benchmark", "task", "metric", "attack", "attack_on")
 """What makes a score one score: a later line with the same values replaces the earlier one."""
 SCORE_COLUMNS = (
@@ -98,7 +95,7 @@ class RunFolder:
         run_folder._write_run(
             name=path.resolve().name,
             created=now(),
-            status="running",
+            status=RunStatus.RUNNING,
             command=" ".join(sys.argv) if command is None else command,
             macdrop=version("macdrop"),
             layout=LAYOUT,
@@ -144,11 +141,10 @@ class RunFolder:
         file = self.run_dir / "environment.json"
         return (read_mapping(file, self.problems) if file.exists() else None) or {}
 
-    def set_status(self, status: str) -> None:
-        """Set the run's status, one of `RUN_STATUSES`."""
-        assert status in RUN_STATUSES, status
+    def set_status(self, status: RunStatus) -> None:
+        """Set the run's status."""
         kept = {key: value for key, value in self.run().items() if key != "finished"}
-        ended = {} if status == "running" else {"finished": now()}
+        ended = {} if status == RunStatus.RUNNING else {"finished": now()}
         self._write_run(**{**kept, "status": status, **ended})
 
     def write_environment(self) -> dict[str, Any]:
@@ -197,7 +193,7 @@ class RunFolder:
             record = read_mapping(file, self.problems, needs=("trial", "model"), kinds=TRIAL_KINDS)
             if record is not None:
                 settings = read_mapping(config, self.problems) if config.exists() else None
-                records.append({"stage": FINALS, "setting": None, "cell": {}, **record, "config": settings or {}})
+                records.append({"stage": Stage.FINAL, "setting": None, "cell": {}, **record, "config": settings or {}})
         return sorted(records, key=lambda record: (record.get("started") or "", record["trial"]))
 
     def answers_dir(self, model: str, trial: str) -> Path:
@@ -282,18 +278,17 @@ class TrialRecord:
         model: str,
         arm: str,
         seed: int,
-        stage: str = FINALS,
+        stage: Stage = Stage.FINAL,
         setting: str | None = None,
         cell: Mapping[str, Any] | None = None,
         drawn: Mapping[str, Any] | None = None,
     ) -> None:
         """Record that the trial runs. Called again after a restart, it counts the attempt and keeps the first start.
 
-        stage: one of `STAGES`. setting: `TrainSpec.setting_id`, equal for trials that differ in their seed alone.
+        setting: `TrainSpec.setting_id`, equal for trials that differ in their seed alone.
         cell: the searched kind of adapter (`tune.scheduling.selection`), within which plain and MacDrop are compared.
         drawn: the searched values behind the trial; None for one that no search asked for.
         """
-        assert stage in STAGES, stage
         before = self.info
         atomic_write_yaml(self.folder / "config.yaml", config, within=self._within)
         self._write(
@@ -305,7 +300,7 @@ class TrialRecord:
             setting=setting,
             cell=dict(cell or {}),
             drawn=drawn,
-            status="running",
+            status=TaskState.RUNNING,
             reason=None,
             started=before.get("started") or now(),
             attempts=before.get("attempts", 0) + 1,
@@ -338,9 +333,9 @@ class TrialRecord:
         """Add to what is recorded, whatever the status."""
         self._write(**{**self.info, **content})
 
-    def finish(self, status: str, reason: str | None = None, **summary: Any) -> None:
-        """Record how the trial ended (one of `ENDED`) and anything to keep of it: eval_loss, steps, seconds ..."""
-        assert status in ENDED, status
+    def finish(self, status: TaskState, reason: str | None = None, **summary: Any) -> None:
+        """Record how the trial ended (a final state) and anything to keep of it: eval_loss, steps, seconds ..."""
+        assert status.is_final, status
         self._write(**{**self.info, "status": status, "reason": reason, "finished": now(), **summary})
 
     def _write(self, **content: Any) -> None:

@@ -23,6 +23,7 @@ from tune.config.parse import flatten
 from tune.config.run_spec import TrainSpec
 from tune.storage.atomic import atomic_write_json
 from tune.storage.run_folder import RunFolder, TrialRecord
+from tune.storage.states import TaskState
 from tune.trackers.backends import TRACKERS, RunInfo, Tracker, TrackerRun
 
 EVERY_S = 2.0
@@ -30,7 +31,12 @@ EVERY_S = 2.0
 RETRY_S = 60.0
 CLOSE_S = 60.0
 #: How a trial ended -> how trackers call it. Of a run that ends early, open trials are killed.
-ENDS = {"done": "finished", "stopped": "finished", "failed": "failed", "diverged": "failed", "cancelled": "killed"}
+ENDS = {
+    TaskState.DONE: "finished",
+    TaskState.STOPPED: "finished",
+    TaskState.FAILED: "failed",
+    TaskState.DIVERGED: "failed",
+}
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ class OneTrial:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None and issubclass(kind, MacDropError):
-            self.status = "failed"
+            self.status = TaskState.FAILED
         self._sync.close()
 
     def _seen(self) -> list[Seen]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from macdrop.errors import ConfigError
 from macdrop.weights import MassiveWeights
@@ -25,28 +25,24 @@ from tune.storage.atomic import lasting, writing
 from tune.training.checkpoint import AdapterState
 from tune.training.collectives import all_do, rank0_does
 from tune.training.engine import Engine
+from tune.training.observer import Ending, Observer, Word
 from tune.training.step import Training
 
-#: What an observer may answer; `stop` ends the fine-tuning early with its adapter, `leave` with a checkpoint to go on
-#: from, at once. Either is heard at the next step.
-Word = Literal["go_on", "stop", "leave"]
-#: Called on rank 0 with the metrics of each logged step.
-Observer = Callable[[dict[str, Any]], Word]
-#: How words travel between the ranks: by their place. Rank 0 alone has one, so a sum over ranks is that word; `failed`
-#: is said for an observer that raised.
-WORDS = ("go_on", "stop", "leave", "failed")
+#: How words travel between the ranks: by their index. Only rank 0 has one, so the sum over ranks is that word; None
+#: stands for an observer that raised.
+WORDS: tuple[Word | None, ...] = (Word.GO_ON, Word.STOP, Word.LEAVE, None)
 #: In the adapter's folder: how its fine-tuning ended.
 OUTCOME = "outcome.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a fine-tuning ended: `done`, `stopped`, or `left` (a checkpoint to go on from, and no adapter).
+    """How a fine-tuning ended.
 
     Losses in nats per answer token, `eval_loss` with masks off.
     """
 
-    status: str
+    status: Ending
     step: int
     total_steps: int
     train_loss: float | None
@@ -136,7 +132,7 @@ class _Run:
             seconds=self._seconds(),
             resumed_from=self.resumed_from,
         )
-        if status == "left":
+        if status == Ending.LEFT:
             rank0_does(lambda: self._write_checkpoint(final))
             rank0_does(self._raise)
         else:
@@ -144,10 +140,10 @@ class _Run:
             rank0_does(lambda: self._write_adapter(final, outcome))
         return outcome
 
-    def _train(self) -> str:
-        """Train from step `self.step` + 1; return the final status."""
+    def _train(self) -> Ending:
+        """Train from step `self.step` + 1; return how it ended."""
         every, logged = self.spec.eval_steps, self.spec.logging_steps
-        word = "go_on"
+        word: Word | None = Word.GO_ON
         if self.step == 0 and every:
             self.eval_loss = self.training.validate()
             word = self._report({"step": 0, "eval_loss": self.eval_loss})
@@ -162,31 +158,31 @@ class _Run:
                     f"({self.spec.max_grad_norm})."
                 )
             self.step, self.train_loss = step, metrics["loss"]
-            if said == "failed":
+            if said is None:
                 rank0_does(self._raise)
-            left = said == "leave" and step < self.steps
-            last = not left and (step == self.steps or said == "stop")
+            left = said == Word.LEAVE and step < self.steps
+            last = not left and (step == self.steps or said == Word.STOP)
             if last or (every and step % every == 0 and not left):
                 self.eval_loss = metrics["eval_loss"] = self.training.validate()
             if last or step % logged == 0 or "eval_loss" in metrics:
                 word = self._report(metrics)
             if left:
-                return "left"
+                return Ending.LEFT
             if last:
                 break
             if self.interval and step % self.interval == 0:
                 self._save()
-        return "done" if self.step == self.steps else "stopped"
+        return Ending.DONE if self.step == self.steps else Ending.STOPPED
 
-    def _report(self, metrics: dict[str, Any]) -> str:
-        """Pass metrics to rank 0's observer; return its word, one of `WORDS`."""
+    def _report(self, metrics: dict[str, Any]) -> Word | None:
+        """Pass metrics to rank 0's observer; return its word, None if it raised."""
         if self.engine.rank != 0 or self.observe is None or self.error is not None:
-            return "go_on" if self.error is None else "failed"
+            return Word.GO_ON if self.error is None else None
         try:
             return self.observe(metrics)
         except Exception as error:
             self.error = error
-            return "failed"
+            return None
 
     def _raise(self) -> None:
         if self.error is not None:
@@ -207,7 +203,8 @@ class _Run:
             found = json.loads((self.folder / "adapter" / OUTCOME).read_text())
         except (CheckpointError, OSError, ValueError):
             return None
-        return found["outcome"] if found["meta"] == self._meta() and found["outcome"]["status"] == "done" else None
+        done = found["outcome"]["status"] == Ending.DONE
+        return found["outcome"] if done and found["meta"] == self._meta() else None
 
     def _newest(self) -> Path | None:
         def look() -> Path | None:
@@ -272,5 +269,5 @@ class _Run:
             (staging / OUTCOME).write_text(json.dumps({"outcome": asdict(outcome), "meta": self._meta()}, indent=1))
 
         sealed_folder.write_folder(self.folder / "adapter", write, self.folder)
-        if outcome.status == "done":
+        if outcome.status == Ending.DONE:
             shutil.rmtree(self.checkpoints, ignore_errors=True)

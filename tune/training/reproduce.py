@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError, MacDropError, NoMassiveWeights
 from tune.storage.atomic import atomic_write_json, atomic_write_text
+from tune.training.observer import Word
 
 if TYPE_CHECKING:
     from macdrop import MassiveWeights
@@ -143,11 +144,11 @@ def _train(folder: Path, spec: TrainSpec, frozen: dict[str, Any], stop_at: int |
         shutil.rmtree(target, ignore_errors=True)
     dist.barrier()
 
-    def watch(metrics: dict[str, Any]) -> str:
+    def watch(metrics: dict[str, Any]) -> Word:
         if metrics["step"]:
             print(f"step {metrics['step']}  loss {metrics['loss']:.4f}", flush=True)
         # A wish to stop is heard at the next step: a trial that was stopped at step n was told so at n - 1 at latest.
-        return "go_on" if stop_at is None or metrics["step"] + 1 < stop_at else "stop"
+        return Word.GO_ON if stop_at is None or metrics["step"] + 1 < stop_at else Word.STOP
 
     spec = spec.model_copy(update={"save_steps": 0})
     outcome = finetune(engine, spec, prepared, target, weights=weights, observe=watch, resume=False)

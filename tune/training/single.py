@@ -16,8 +16,9 @@ from tune.storage.cache import cache_dir
 from tune.storage.run_folder import TrialRecord
 from tune.training.collectives import rank0_does
 from tune.training.engine import Engine
-from tune.training.finetune import Observer, Outcome, Word, finetune
+from tune.training.finetune import Outcome, finetune
 from tune.training.massive_weights import scanned
+from tune.training.observer import Observer, Word
 from tune.training.process_group import prepare_process
 from tune.training.reproduce import write_script
 
@@ -36,7 +37,7 @@ def train_here(
 
     def watch(metrics: dict[str, Any]) -> Word:
         record.log([metrics])
-        return observe(metrics) if observe else "go_on"
+        return observe(metrics) if observe else Word.GO_ON
 
     def prepare() -> None:
         atomic_write_yaml(folder / "config.yaml", dump(spec))

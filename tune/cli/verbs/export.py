@@ -24,6 +24,7 @@ from tune.errors import BenchmarkError, ResourceError
 from tune.report.model_card import Exported, LogitCheck, model_card
 from tune.storage.atomic import atomic_write_json, atomic_write_text, writing
 from tune.storage.run_folder import BASE, RunFolder
+from tune.storage.states import TaskState
 from tune.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 #: Positions of real text that a logit check looks at, at most.
 CHECKED = 512
-FINISHED = ("done", "stopped")
+FINISHED = (TaskState.DONE, TaskState.STOPPED)
 
 
 def export(trial: Path, output: Path, *, merged: bool, push: str | None, private: bool) -> None:

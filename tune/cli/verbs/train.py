@@ -13,6 +13,7 @@ from tune.config.recipes import fresh_folder, recipe
 from tune.config.run_spec import RunSpec, TrainSpec
 from tune.trackers.sync import OneTrial
 from tune.training.finetune import Observer, Outcome
+from tune.training.observer import Word
 from tune.training.quiet import quiet_libraries
 from tune.training.single import train_here
 
@@ -81,11 +82,11 @@ def train(file: str | None, overrides: list[str], *, resume: bool) -> None:
         steps = check_training(models[0], spec.ray.num_workers)
     if checkpoint is not None:
         line("resuming", f"from {checkpoint}")
-    def show(metrics: dict[str, Any]) -> str:
+    def show(metrics: dict[str, Any]) -> Word:
         parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}"]
         parts += [f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None]
         console.print("  ".join(parts), highlight=False, soft_wrap=True)
-        return "go_on"
+        return Word.GO_ON
 
     outcome = train_one(spec, folder, observe=show, resume=resume)
     line("adapter", str(folder / "adapter"))

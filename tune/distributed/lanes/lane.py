@@ -22,7 +22,9 @@ from tune.distributed.cluster.placement_groups import Trainer
 from tune.distributed.lanes.dispatcher import DispatcherLost, answer, ask, call
 from tune.errors import ResourceError, TrainingDiverged
 from tune.scheduling.failures import Failure, classify
-from tune.scheduling.queue import GO_ON, TrainTask
+from tune.scheduling.queue import TrainTask
+from tune.storage.states import TaskState
+from tune.training.observer import Word
 from tune.training.watchdog import Watchdog, stack_file, stacks
 
 #: How often an idle lane asks for an order, and for how long before it lets the other ranks know that it still lives.
@@ -196,7 +198,7 @@ def _train(dispatcher: ActorHandle, lane: str, task: TrainTask, engine: Any, wat
     except MacDropError as error:
         # Raised on every rank alike: the lane goes on with the next order, and with the engine if no step was cut.
         if first:
-            state = "diverged" if isinstance(error, TrainingDiverged) else "failed"
+            state = TaskState.DIVERGED if isinstance(error, TrainingDiverged) else TaskState.FAILED
             call(dispatcher, "failed", task.id, state, str(error), lane)
         return engine if isinstance(error, (TrainingDiverged, ResourceError, ValueError)) else None
     # Any other error is on some ranks only, or in the middle of a step: the worker group is made anew.
@@ -215,10 +217,10 @@ class _Relay:
         self.record = TrialRecord(Path(task.folder), within=Path(task.folder))
         self.answer: ray.ObjectRef | None = None
 
-    def __call__(self, metrics: dict[str, Any]) -> str:
+    def __call__(self, metrics: dict[str, Any]) -> Word:
         self.record.log([metrics])
         # The answer to the last report has arrived by now, so that no step waits for the dispatcher.
-        word = GO_ON if self.answer is None else answer(self.answer)
+        word = Word.GO_ON if self.answer is None else answer(self.answer)
         self.answer = ask(self.dispatcher, "progress", self.task.id, metrics, self.lane)
         return word
 

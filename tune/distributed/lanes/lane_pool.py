@@ -23,6 +23,7 @@ from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane import run_lane, tell_loss
 from tune.errors import ResourceError
 from tune.scheduling.failures import of_run
+from tune.storage.states import TaskState
 
 #: So often, for each lane, Train runs may end without any order having been taken in between.
 RELAUNCHES = 2
@@ -77,7 +78,7 @@ class LanePool:
         up = snapshot["lanes"]
         if any(lane["task"] for lane in up.values()):
             self._stillborn = 0
-        queued = any(row["state"] == "queued" for row in snapshot["tasks"])
+        queued = any(row["state"] == TaskState.QUEUED for row in snapshot["tasks"])
         now = time.monotonic()
         if now > self._looked + LOOK_EVERY_S:
             self._looked = now

@@ -20,11 +20,12 @@ from tune.distributed.lanes.lane_pool import LanePool
 from tune.distributed.sweep.events import Observer
 from tune.evaluation.score_names import named_scores
 from tune.scheduling.history import resume_state
-from tune.scheduling.queue import FINAL, QueuedTask, TrainTask
+from tune.scheduling.queue import QueuedTask, TrainTask
 from tune.scheduling.study import Study
 from tune.storage.atomic import now
-from tune.storage.run_folder import BASE, FINALS, SEARCH, RunFolder
+from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.search_state import SearchTime
+from tune.storage.states import Stage, TaskState
 from tune.training.finetune import Outcome
 
 #: Short beside a benchmark of a tiny model: an actor that is done waits for it.
@@ -81,7 +82,7 @@ class SweepController:
         with self._lock:
             if study.base:
                 tag = {"model": study.spec.model_name_or_path, "arm": BASE, "trial": BASE, "seed": None}
-                jobs = self._jobs[FINALS] + (self._jobs[SEARCH] if study.search else [])
+                jobs = self._jobs[Stage.FINAL] + (self._jobs[Stage.SEARCH] if study.search else [])
                 self._score(f"{study.name}:{BASE}", tag, None, jobs)
         return weights
 
@@ -105,7 +106,7 @@ class SweepController:
             if state is None:
                 continue
             entered[record["trial"]] = state
-            if state in ("failed", "diverged"):
+            if state in (TaskState.FAILED, TaskState.DIVERGED):
                 self._failed.add(record["trial"])
             spec = TrainSpec.model_validate(record["config"])
             task = TrainTask(
@@ -129,7 +130,7 @@ class SweepController:
             self.check()
             with self._lock:
                 tasks = call(self._dispatcher, "snapshot")["tasks"]
-                settled = all(row["state"] in FINAL for row in tasks if row["study"] == study.name)
+                settled = all(row["state"].is_final for row in tasks if row["study"] == study.name)
                 if settled and not self._pending and not self._pool.busy and not self._take_changes():
                     return
             time.sleep(TICK_S)
@@ -230,22 +231,22 @@ class SweepController:
         spec = TrainSpec.model_validate(task.spec)
         arm = spec.arm
         about = {"stage": task.stage, "setting": spec.setting_id(), "cell": task.cell, "drawn": task.drawn}
-        if entry.state == "running":
+        if entry.state == TaskState.RUNNING:
             record.start(task.spec, model=model, arm=arm, seed=seed, **about)
-        elif entry.state == "trained":
+        elif entry.state == TaskState.TRAINED:
             if "trained" not in record.info:  # else it comes from an earlier run, or is wanted for another stage
                 record.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
             tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
             self._score(task.id, tag, str(record.adapter_dir), self._jobs[task.stage])
-        elif entry.state in FINAL:
+        elif entry.state.is_final:
             if record.status == "pending":
                 record.start(task.spec, model=model, arm=arm, seed=seed, **about)
-            if entry.state in ("failed", "diverged"):
+            if entry.state in (TaskState.FAILED, TaskState.DIVERGED):
                 self._failed.add(task.id)
             outcome = {key: value for key, value in entry.outcome.items() if key != "status"}
             if entry.judged is not None:
                 outcome["judged"] = entry.judged
-            if entry.state == "failed":
+            if entry.state == TaskState.FAILED:
                 outcome["kind"] = entry.kind
             record.finish(entry.state, entry.reason, **about, **outcome)
             self._progress.ended(entry)

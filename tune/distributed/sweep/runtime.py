@@ -31,6 +31,7 @@ from tune.scheduling.study import studies
 from tune.storage.repair import check_run, mend
 from tune.storage.run_folder import RunFolder
 from tune.storage.run_lock import locked
+from tune.storage.states import RunStatus
 from tune.trackers.sync import TrackerSync, trials_of_run
 
 
@@ -78,7 +79,7 @@ def run(
             stack.enter_context(locked(run_dir))
         run_folder = RunFolder.open(run_dir) if resume else RunFolder.create(run_dir, dump(spec))
         run_folder.write_environment()
-        run_folder.set_status("running")
+        run_folder.set_status(RunStatus.RUNNING)
         stack.push(functools.partial(_leave, run_folder, stop))
         progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
         dispatcher = stack.enter_context(dispatching(run_dir / "ray"))
@@ -138,7 +139,7 @@ def _leave(
 ) -> None:
     """Record how the run ended, whatever ended it."""
     if kind is None:
-        run_folder.set_status("done")
+        run_folder.set_status(RunStatus.DONE)
         return
     stopped = issubclass(kind, (KeyboardInterrupt, SystemExit)) or (stop is not None and stop.signal is not None)
-    run_folder.set_status("interrupted" if stopped else "failed")
+    run_folder.set_status(RunStatus.INTERRUPTED if stopped else RunStatus.FAILED)

@@ -27,8 +27,9 @@ from tune.scheduling.study import Study
 from tune.storage import search_state
 from tune.storage.atomic import atomic_write_json
 from tune.storage.cache import cache_dir
-from tune.storage.run_folder import FINALS, SEARCH, RunFolder
+from tune.storage.run_folder import RunFolder
 from tune.storage.search_state import SearchTime
+from tune.storage.states import Stage, TaskState
 
 #: The follower of orders that no Tune trial placed: baselines of the search, and all of the final stage.
 BASELINE = "baseline"
@@ -36,7 +37,7 @@ BASELINE = "baseline"
 
 def jobs_of_stages(spec: RunSpec) -> dict[str, list[EvalJob]]:
     """What the trials of each stage are scored on: no test benchmark takes part in the search."""
-    return {SEARCH: jobs(spec.validation, VALIDATION), FINALS: jobs(spec.eval)}
+    return {Stage.SEARCH: jobs(spec.validation, VALIDATION), Stage.FINAL: jobs(spec.eval)}
 
 
 @dataclass
@@ -72,8 +73,8 @@ class StudyRun:
                 chosen = self._select()
                 atomic_write_json(file, chosen)
             specs = finalists.final_specs(chosen)
-            self.controller.stage(self.study, FINALS, len(specs))
-            self._place(context, specs, FINALS)
+            self.controller.stage(self.study, Stage.FINAL, len(specs))
+            self._place(context, specs, Stage.FINAL)
         self.controller.wait(self.study)
         return searched.seconds
 
@@ -81,7 +82,7 @@ class StudyRun:
         """Make the model resident in the evaluators, score the base, find the massive weights."""
         wanted = jobs_of_stages(self.spec)
         blocks = {TEST: self.spec.eval}
-        if self.study.search and wanted[SEARCH]:
+        if self.study.search and wanted[Stage.SEARCH]:
             blocks[VALIDATION] = self.spec.validation
         attacked = any(job.attack != PLAIN for block in blocks.values() for job in jobs(block))
         opening = Opening(
@@ -108,8 +109,8 @@ class StudyRun:
 
     def _search(self, context: TrialContext, time_budget_s: float | None) -> None:
         """Baselines and searched trials, all of them trained and scored; then the plain twins of what was found."""
-        self.controller.stage(self.study, SEARCH, self.study.searched_count)
-        self._place(context, self.study.plain, SEARCH)
+        self.controller.stage(self.study, Stage.SEARCH, self.study.searched_count)
+        self._place(context, self.study.plain, Stage.SEARCH)
         if self.study.samples:
             self._tune(context, time_budget_s)
             # When its time is up, Tune ends trials without telling anybody.
@@ -117,7 +118,7 @@ class StudyRun:
         self.controller.wait(self.study)
         twins = finalists.twins(self.study, self._candidates(), self.spec.sweep.metric)
         if twins:
-            self._place(context, twins, SEARCH)
+            self._place(context, twins, Stage.SEARCH)
             self.controller.wait(self.study)
 
     def _select(self) -> dict[str, Any]:
@@ -159,7 +160,8 @@ class StudyRun:
             samples = sweep.num_samples - sum(each.state != past.OPEN for each in known)
             searcher = optuna_searcher(sweep, known, functools.partial(search_state.remember, draws))
         else:
-            listed = [values for values in listed if self.standing.get(self._name(values), "trained") == "trained"]
+            states = ((values, self.standing.get(self._name(values))) for values in listed)
+            listed = [values for values, state in states if state in (None, TaskState.TRAINED)]
             samples = min(1, len(listed))
         if samples < 1:
             return

@@ -16,9 +16,10 @@ from tune.config.sections import EVAL_LOSS
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.sweep.searcher import FINISHED, values
 from tune.scheduling.history import FAILED
-from tune.scheduling.queue import FINAL, TrainTask
+from tune.scheduling.queue import TrainTask
 from tune.scheduling.study import Study
-from tune.storage.run_folder import SEARCH, TrialRecord
+from tune.storage.run_folder import TrialRecord
+from tune.storage.states import Stage, TaskState
 
 POLL_EVERY_S = 0.2
 #: Times that Tune starts a trial's actor again after its process died; the order knows nothing of it.
@@ -59,7 +60,7 @@ def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
 
     However the order ended, the function returns: Tune would try again what the lanes have tried.
     """
-    task = context.task(context.study.searched(values(config)), SEARCH, values(config))
+    task = context.task(context.study.searched(values(config)), Stage.SEARCH, values(config))
     # What an earlier run of this folder validated, a scheduler has to hear of: a resumed lane begins after it.
     record = TrialRecord(Path(task.folder), within=Path(context.run_dir))
     evaluated = [row for row in record.metrics() if row.get(EVAL_LOSS) is not None]
@@ -70,14 +71,14 @@ def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
         for metrics in news["metrics"]:
             step = metrics["step"]
             ray.tune.report({"step": step, EVAL_LOSS: metrics["eval_loss"]})
-        if news["state"] in FINAL:
+        if news["state"].is_final:
             break
         time.sleep(POLL_EVERY_S)
-    if news["state"] == "done":
+    if news["state"] == TaskState.DONE:
         outcome = news["outcome"]
         last = {"step": outcome["step"], EVAL_LOSS: outcome["eval_loss"], FINISHED: True}
         ray.tune.report({**last, **news["scores"]})
-    elif news["state"] == "failed":
+    elif news["state"] == TaskState.FAILED:
         ray.tune.report({FAILED: True})
     # stopped or diverged: an end that says something about the setting, but has no objective
 

@@ -10,6 +10,7 @@ from tune.config.run_spec import slug
 from tune.evaluation.judge.judgements import Answers
 from tune.storage.atomic import read_jsonl
 from tune.storage.run_folder import BASE, RunFolder
+from tune.storage.states import Stage, TaskState
 
 
 def answers_of(run_folder: RunFolder) -> list[Answers]:
@@ -23,7 +24,7 @@ def answers_of(run_folder: RunFolder) -> list[Answers]:
     folders = [
         (run_folder.trial(record["trial"]).folder, {key: record[key] for key in ("model", "arm", "trial", "seed")})
         for record in records
-        if record["status"] == "done" and record.get("stage", "final") == "final"
+        if record["status"] == TaskState.DONE and record.get("stage", Stage.FINAL) == Stage.FINAL
     ]
     names = _models(run_folder)
     for folder in sorted((run_folder.run_dir / "models").glob("*/")):

@@ -11,6 +11,7 @@ from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import is_share
 from tune.storage.run_folder import RunFolder
+from tune.storage.states import TaskState
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ def _front(model: ModelResults, lines: list[Line]) -> set[str]:
         return recorded
     costs = {
         line.trial: [value_of(line, name) * (1 if goal == "minimize" else -1) for name, goal in model.objectives]
-        for line in lines if line.arm == "macdrop" and line.status == "done"
+        for line in lines if line.arm == "macdrop" and line.status == TaskState.DONE
     }  # fmt: skip
     return {trial for trial, own in costs.items() if not any(_dominates(other, own) for other in costs.values())}
 

@@ -13,6 +13,7 @@ from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.palette import STEPS
 from tune.report.html.select import Cell, cells, is_share
 from tune.storage.run_folder import RunFolder
+from tune.storage.states import TaskState
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +39,7 @@ class Point:
 
     @property
     def ended(self) -> bool:
-        return self.value is not None and self.line.status in ("done", "running")
+        return self.value is not None and self.line.status in (TaskState.DONE, TaskState.RUNNING)
 
 
 @dataclass(frozen=True)

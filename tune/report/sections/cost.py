@@ -14,6 +14,7 @@ from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import count, hours, number
 from tune.storage.run_folder import BASE, RunFolder
+from tune.storage.states import Stage, TaskState
 from tune.training.reproduce import FROZEN, SCRIPT
 
 
@@ -64,7 +65,7 @@ def reproduce(subject: Subject) -> Part:
     """Command, versions, seeds and the scripts of the compared trials."""
     run_folder, model = subject.run_folder, subject.model
     run, config, environment = run_folder.run(), run_folder.config(), run_folder.environment()
-    final = [line for line in model.lines if line.arm != BASE and line.stage != "search"]
+    final = [line for line in model.lines if line.arm != BASE and line.stage != Stage.SEARCH]
     seeds = sorted({line.seed for line in final if line.seed is not None})
     installed = environment.get("versions") or {}
     versions = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
@@ -110,7 +111,7 @@ def _devices(environment: dict[str, Any], ray: dict[str, Any], training: float, 
 
 
 def _saved(trained: list[Line]) -> list[str]:
-    stopped = [line for line in trained if line.status == "stopped"]
+    stopped = [line for line in trained if line.status == TaskState.STOPPED]
     if not stopped:
         return []
     totals = [(line.info.get("step") or 0, line.info.get("total_steps") or 0) for line in stopped]

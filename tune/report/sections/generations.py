@@ -11,6 +11,7 @@ from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import short
 from tune.storage.atomic import read_jsonl
+from tune.storage.states import TaskState
 
 SHOWN = 4
 """Questions of each benchmark, one a category as far as there are enough."""
@@ -45,7 +46,7 @@ def _pair(model: ModelResults) -> tuple[Line, Line] | None:
 
 
 def _done(group: Group) -> list[Line]:
-    return [line for line in group.lines if line.status == "done"]
+    return [line for line in group.lines if line.status == TaskState.DONE]
 
 
 def _table(subject: Subject, entry: str, pair: tuple[Line, Line]) -> Table:

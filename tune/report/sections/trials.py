@@ -8,18 +8,19 @@ from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import count, hours, number, setting, short
 from tune.storage.run_folder import BASE
+from tune.storage.states import Stage
 
 
 def search(subject: Subject) -> Part:
     """Every searched trial, with what it was judged by."""
     model = subject.model
-    searched = model.trials(stage="search")
+    searched = model.trials(stage=Stage.SEARCH)
     if not searched:
         return Part("Search")
     goals = " and ".join(f"{name} ({goal})" for name, goal in model.objectives)
     statuses = count(line.status for line in searched)
     lines = [f"{model.tried} MacDrop setting(s) tried in {len(searched)} trials ({statuses}), chosen by {goals}."]
-    others = model.trials(stage="final")
+    others = model.trials(stage=Stage.FINAL)
     lines += ["Selected on validation data; test scores are of fresh seeds in the final stage."] if others else []
     return Part("Search", lines, [_table(model, "Searched trials", searched, objectives=True)])
 
@@ -40,8 +41,8 @@ def pareto(subject: Subject) -> Part:
 def trials(subject: Subject) -> Part:
     """All trials that were compared, with their seeds, and why others ended."""
     model = subject.model
-    staged = bool(model.trials(stage="search"))
-    final = [line for line in model.lines if line.arm != BASE and line.stage != "search"]
+    staged = bool(model.trials(stage=Stage.SEARCH))
+    final = [line for line in model.lines if line.arm != BASE and line.stage != Stage.SEARCH]
     table = _finals(model) if staged else _table(model, "Trials", final, objectives=True)
     tables = [table] if table.rows else []
     failed = [line for line in model.lines if line.reason]
@@ -53,7 +54,7 @@ def _finals(model: ModelResults) -> Table:
     """The final stage: each setting with its seeds."""
     rows = []
     for group in (group for group in model.groups if group.arm != BASE):
-        for line in (line for line in group.lines if line.stage != "search"):
+        for line in (line for line in group.lines if line.stage != Stage.SEARCH):
             loss = line.scores.get(EVAL_LOSS)
             row = [group.label, setting(line.seed), line.status, _steps(line), number(loss.value if loss else None)]
             rows.append([*row, hours(line.info.get("seconds")), line.trial.rpartition("-")[2]])
