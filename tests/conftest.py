@@ -1,4 +1,4 @@
-"""Settings of every test, and builders of tiny random models. torch is imported by those who need it."""
+"""Settings and fixtures of every test. `shell` runs the command line in the test, `alone` in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # A process keeps the mode that Ray first met in it, and clusters of several nodes in one process know no token.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
-import functools
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,9 +23,8 @@ from typing import Any
 
 import pytest
 
-#: Files with tests so marked start a Ray, never two of them at once; and those that start processes of any kind.
-STARTS_RAY = re.compile(r"pytest\.mark\.(ray|cluster)\b")
-STARTS_PROCESSES = re.compile(r"pytest\.mark\.(zero|ray|cluster)\b")
+#: Folders with tests that start a Ray, of which there must never be two at once.
+RAY_FOLDERS = ("distributed", "launch", "benchmarks")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -36,28 +33,28 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under xdist one process runs all files whose tests start a Ray, the other one the rest, file by file.
+    """Under xdist one process runs the folders whose tests start a Ray, the other one the rest, file by file.
 
-    By the files' text: xdist's own groups need node ids that pytest 9.2 no longer lets it change.
+    xdist's own groups need node ids that pytest 9.2 no longer lets it change.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "ray" if _has(STARTS_RAY, config.rootpath / file) else file
+            return "ray" if file.split("/")[1] in RAY_FOLDERS else file
 
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first: a Ray, then other processes."""
-    items.sort(key=lambda item: (not _has(STARTS_RAY, item.path), not _has(STARTS_PROCESSES, item.path)))
+    """Put what takes longest first: folders that start a Ray, then files that start other processes."""
+    spawning = {item.path for item in items if item.get_closest_marker("zero")}
+    items.sort(key=lambda item: (not _in_ray_folder(item), item.path not in spawning))
 
 
-@functools.cache
-def _has(mark: re.Pattern[str], file: Path) -> bool:
-    return bool(mark.search(file.read_text(encoding="utf-8")))
+def _in_ray_folder(item: pytest.Item) -> bool:
+    return item.path.parent.name in RAY_FOLDERS
 
 
 @pytest.fixture(autouse=True)
