@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
-
 import pytest
-from pydantic import BaseModel
+from helpers.config_models import config_models
 
-import tune.config
 from macdrop.errors import ConfigError
 from tune.config.messages import build
 from tune.config.rubrics import Rubric
@@ -19,17 +14,8 @@ from tune.config.strict import Strict
 MODEL = "model_name_or_path=zoo:planted-llama"
 
 
-def models() -> list[type[BaseModel]]:
-    """Every pydantic model that the package defines."""
-    found = []
-    for module in pkgutil.iter_modules(tune.config.__path__, "tune.config."):
-        members = inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
-        found += [kind for _, kind in members if issubclass(kind, BaseModel) and kind.__module__ == module.name]
-    return found
-
-
 def test_every_model_of_the_configuration_is_strict():
-    found = [kind for kind in models() if kind is not Strict]
+    found = config_models()
     assert len(found) > 10
     for kind in found:
         assert issubclass(kind, Strict), kind

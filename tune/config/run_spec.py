@@ -118,10 +118,15 @@ class RunSpec(TrainSpec):
             raise ConfigError(f"{where}: {error}") from None
 
 
-def _check_searchable(key: str) -> None:
+def searchable() -> list[str]:
+    """The dotted keys that `sweep.parameters` may list."""
     fixed = {*MODEL_KEYS, "finetuning_type", "macdrop", "seed"}
-    allowed = [name for name in TrainSpec.model_fields if name not in fixed]
-    allowed += [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
+    flat = [name for name in TrainSpec.model_fields if name not in fixed]
+    return flat + [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
+
+
+def _check_searchable(key: str) -> None:
+    allowed = searchable()
     if key in allowed:
         return
     if key in MODEL_KEYS:
@@ -129,7 +134,7 @@ def _check_searchable(key: str) -> None:
             f"sweep.parameters: {key} belongs to the model. List models, each with its own keys, under sweep.models."
         )
     hint = f" {ELSEWHERE[key]}" if key in ELSEWHERE else nearest(key, allowed)
-    raise ValueError(f"sweep.parameters: {key!r} is no key that can be searched.{hint}")
+    raise ValueError(f"sweep.parameters: {key!r} cannot be searched.{hint}")
 
 
 def _check_space(study: TrainSpec, parameters: dict[str, Space]) -> None:

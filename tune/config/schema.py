@@ -1,0 +1,169 @@
+"""The JSON Schema of a run file, made from the fields: with it editors complete and check what a user writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from macdrop.attack import ATTACKS, NONE
+from macdrop.config import SCOPES
+from macdrop.schedules import SCHEDULES
+from tune.config.parse import ALIASES, SECTIONS
+from tune.config.run_spec import RunSpec, searchable
+from tune.config.sections import MacDropSpec
+from tune.config.train_spec import TrainSpec
+
+Schema = dict[str, Any]
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+#: The model behind each section of an eval block.
+_ENTRIES = dict(zip(SECTIONS, ("ZeroShot", "Perplexity", "Generation"), strict=True))
+_TEXT: Schema = {"type": "string", "minLength": 1}
+_NULL: Schema = {"type": "null"}
+
+
+def json_schema() -> Schema:
+    """JSON Schema (draft 2020-12) of a run file, with every shorthand, alias and dotted key that is accepted."""
+    raw = RunSpec.model_json_schema()
+    defs = raw["$defs"]
+    for part in (raw, *defs.values()):
+        _tidy(part)
+    _name_choices(defs)
+    _accept_shorthands(raw, defs)
+    defs["TrainKeys"] = _train_keys(raw["properties"])
+    return {
+        "$schema": DRAFT,
+        "title": "A run of macdrop",
+        "type": "object",
+        "properties": raw["properties"],
+        "patternProperties": _aliases(raw["properties"]) | _dotted(defs),
+        "additionalProperties": False,
+        "$defs": defs,
+    }
+
+
+def _tidy(part: Schema) -> None:
+    """Drop the titles that pydantic makes from names, and the docstrings of models, which are for developers."""
+    for name in ("title", "description"):
+        part.pop(name, None)
+    for field in part["properties"].values():
+        field.pop("title", None)
+
+
+def _name_choices(defs: dict[str, Schema]) -> None:
+    """Registered names: fields that hold one are plain texts to pydantic, and checked by the method."""
+    defs["MacDropSpec"]["properties"]["schedule"]["enum"] = list(SCHEDULES)
+    defs["MacDropSpec"]["properties"]["scope"]["enum"] = list(SCOPES)
+    attack = {"type": "string", "pattern": f"^({NONE}|({'|'.join(ATTACKS)})@[0-9]+)$"}
+    for name in ("EvalSpec", *_ENTRIES.values()):
+        field = defs[name]["properties"]["attacks"]
+        _replace(field, [*_one_or_several(attack), *([_NULL] if name != "EvalSpec" else [])])
+
+
+def _accept_shorthands(run: Schema, defs: dict[str, Schema]) -> None:
+    """Forms that validators of the models rewrite before pydantic looks at them."""
+    _replace(
+        run["properties"]["report_to"], [{"enum": ["tensorboard", "wandb", "mlflow", "none"]}, _plain(run, "report_to")]
+    )
+    evaluation = defs["EvalSpec"]["properties"]
+    _replace(evaluation["suite"], [*_one_or_several(_TEXT), _NULL])
+    _replace(evaluation["local"], [_TEXT, _NULL])
+    _replace(evaluation["judge"], [{"$ref": "#/$defs/JudgeSpec"}, _TEXT, _NULL])
+    for section, model in _ENTRIES.items():
+        # false is `off`: it leaves out an entry of a suite. A text is the entry's data.
+        entry = {"anyOf": [{"$ref": f"#/$defs/{model}"}, _TEXT, _NULL, {"const": False}]}
+        named = {"type": "object", "additionalProperties": entry}
+        _replace(evaluation[section], [named, {"type": "array", "items": {"anyOf": [_TEXT, named]}}, _TEXT, _NULL])
+    for model, keys in {
+        "ZeroShot": ("data", "fewshot_data"),
+        "Perplexity": ("data",),
+        "Generation": ("data", "stop"),
+    }.items():
+        for key in keys:
+            optional = [_NULL] if key != "stop" and key not in defs[model].get("required", ()) else []
+            _replace(defs[model]["properties"][key], [*_one_or_several(_TEXT, empty=key == "stop"), *optional])
+        defs[model].pop("required", None)  # a suite may have given the data
+    limit = defs["Generation"]["properties"]["limit"]
+    _replace(limit, [*limit["anyOf"], {"type": "string", "pattern": "^\\s*[0-9]+ per category\\s*$"}])
+    sweep = defs["SweepSpec"]["properties"]
+    model = [_TEXT, {"$ref": "#/$defs/TrainKeys"}]
+    _replace(sweep["models"], [*model, {"type": "array", "items": {"anyOf": model}}])
+    _replace(sweep["metric"], _one_or_several({"$ref": "#/$defs/Metric"}))
+    space = {"anyOf": [{"type": "array", "minItems": 1}, {"$ref": "#/$defs/Space"}]}
+    names = searchable()
+    inner = [name.removeprefix("macdrop.") for name in names if name.startswith("macdrop.")]
+    sweep["parameters"].pop("additionalProperties")
+    sweep["parameters"] |= {
+        "properties": {name: space for name in names}
+        | {"macdrop": {"type": "object", "properties": {name: space for name in inner}, "additionalProperties": False}},
+        "patternProperties": {_exactly(alias): space for alias, name in ALIASES.items() if name in names},
+        "additionalProperties": False,
+    }
+
+
+def _train_keys(properties: dict[str, Schema]) -> Schema:
+    """The keys that a model under `sweep.models` may have for itself."""
+    own = {name: properties[name] for name in TrainSpec.model_fields}
+    dotted = {_exactly(f"macdrop.{name}"): _at("MacDropSpec", name) for name in MacDropSpec.model_fields}
+    return {
+        "type": "object",
+        "properties": own,
+        "patternProperties": _aliases(own) | dotted,
+        "additionalProperties": False,
+    }
+
+
+def _aliases(properties: dict[str, Schema]) -> dict[str, Schema]:
+    """Other tools' names, as patterns: an editor accepts them and does not offer them."""
+    found = {_exactly(alias): properties[name] for alias, name in ALIASES.items() if name in properties}
+    if "ray" in properties:
+        nested = {alias: name.split(".") for alias, name in ALIASES.items() if name.startswith("ray.")}
+        found |= {_exactly(alias): _at("RaySpec", name) for alias, (_, name) in nested.items()}
+    return found
+
+
+def _dotted(defs: dict[str, Schema]) -> dict[str, Schema]:
+    """Dotted keys at the top of a file."""
+    found: dict[str, Schema] = {}
+    for block, model in (("macdrop", "MacDropSpec"), ("sweep", "SweepSpec"), ("ray", "RaySpec")):
+        found |= {_exactly(f"{block}.{key}"): _at(model, key) for key in defs[model]["properties"]}
+    searched = {"anyOf": [{"type": "array", "minItems": 1}, {"$ref": "#/$defs/Space"}]}
+    found[f"^sweep\\.parameters\\.({_any_of(searchable())})$"] = searched
+    found |= {_exactly(f"sweep.metric.{key}"): _at("Metric", key) for key in defs["Metric"]["properties"]}
+    block = "^(eval|validation)\\."
+    found |= {f"{block}{key}$": _at("EvalSpec", key) for key in defs["EvalSpec"]["properties"]}
+    found |= {f"{block}judge\\.{key}$": _at("JudgeSpec", key) for key in defs["JudgeSpec"]["properties"]}
+    for section, model in _ENTRIES.items():
+        found[f"{block}{section}\\.[^.]+$"] = {
+            "$ref": f"#/$defs/EvalSpec/properties/{section}/anyOf/0/additionalProperties"
+        }
+        found |= {f"{block}{section}\\.[^.]+\\.{key}$": _at(model, key) for key in defs[model]["properties"]}
+    return found
+
+
+def _at(model: str, key: str) -> Schema:
+    return {"$ref": f"#/$defs/{model}/properties/{key}"}
+
+
+def _exactly(name: str) -> str:
+    return f"^{_any_of([name])}$"
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(name.replace(".", "\\.") for name in names)
+
+
+def _one_or_several(item: Schema, *, empty: bool = False) -> list[Schema]:
+    return [item, {"type": "array", "items": item} | ({} if empty else {"minItems": 1})]
+
+
+def _plain(part: Schema, name: str) -> Schema:
+    """A field's schema without what is said about the field."""
+    return {key: value for key, value in part["properties"][name].items() if key not in ("description", "default")}
+
+
+def _replace(field: Schema, options: list[Schema]) -> None:
+    """Give a field other allowed forms; its description and default are kept."""
+    kept = {key: field[key] for key in ("description", "default") if key in field}
+    field.clear()
+    field.update(kept | {"anyOf": options})
