@@ -3,7 +3,7 @@
 The rule by which two arms are compared is `Paired`: a difference has two sources of noise, the seeds that were drawn
 and the items that were asked, and an interval that is honest for other seeds *and* other items carries both.
 
-numpy and scipy.special only. No function draws at random but `bootstrap`, which takes a seed.
+Textbook methods are scipy's; the rule itself, `Paired`, is ours. Only `bootstrap` draws at random, from a seed.
 """
 
 from __future__ import annotations
@@ -13,55 +13,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import bdtr, gammaincinv, ndtr, ndtri, poch, stdtrit
+import scipy.stats
+from scipy.special import gammaincinv, ndtr, ndtri, poch, stdtrit
 
 Numbers = float | np.ndarray
 LEVEL = 0.05
 POWER = 0.8
 SMALLEST_P = 1e-16
+BATCH = 2_000_000
+"""Values that a bootstrap holds in memory at once."""
 SEED_NODES = (np.arange(128) + 0.5) / 128
 _Z, _W = np.polynomial.hermite_e.hermegauss(5)
 ITEM_NODES, ITEM_WEIGHTS = ndtr(_Z), np.outer(_W, _W) / _W.sum() ** 2
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """Two-sided exact p-value that two arms answer right equally often, from the items that just one answered right.
+    """Exact two-sided McNemar test that two arms are right equally often (McNemar 1947).
 
-    Under the null hypothesis the smaller count is binomial with n = first_only + second_only and probability 1/2
-    (McNemar 1947, exact form). 1.0 without any such item.
+    The arguments count the items that only one of the two arms answered correctly; 1.0 without any.
 
     Raises:
-        ValueError: a negative count.
+        ValueError: a count is negative.
     """
     if first_only < 0 or second_only < 0:
         raise ValueError(f"counts of items cannot be negative: {first_only}, {second_only}")
     n = first_only + second_only
-    return min(1.0, 2.0 * float(bdtr(min(first_only, second_only), n, 0.5))) if n else 1.0
+    return float(scipy.stats.binomtest(first_only, n, 0.5).pvalue) if n else 1.0
 
 
 def sign_test(values: Sequence[float]) -> tuple[int, int, float]:
-    """How many values are above and below zero, and the exact two-sided p-value that both are equally likely.
+    """Count the values above and below zero; the p-value is that of the exact two-sided sign test.
 
     Zeros are left out (Conover 1999, section 3.4).
     """
     above, below = sum(value > 0 for value in values), sum(value < 0 for value in values)
     return above, below, mcnemar(above, below)
-
-
-def student(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
-    """Mean and Student's interval of level 1 - `level`; nan bounds for a single value.
-
-    Raises:
-        ValueError: no value.
-    """
-    values = np.asarray(values, dtype=float)
-    if values.size == 0:
-        raise ValueError("an interval needs at least one value")
-    mean = float(values.mean())
-    if values.size == 1:
-        return mean, math.nan, math.nan
-    margin = _t(values.size - 1, level / 2) * float(values.std(ddof=1)) / math.sqrt(values.size)
-    return mean, mean - margin, mean + margin
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -91,58 +77,39 @@ class Resampled:
 
 
 def bootstrap(
-    differences: Sequence[float],
-    weights: Sequence[float] | None = None,
-    *,
-    seed: int = 0,
-    resamples: int = 10_000,
-    level: float = LEVEL,
+    differences: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = 10_000, level: float = LEVEL
 ) -> Resampled:
-    """Paired bootstrap over items of sum(differences) / sum(weights), by default the mean difference.
+    """Paired bootstrap over items of the mean difference, with scipy's BCa interval (Efron 1987).
 
-    For a log-perplexity ratio: differences of the windows' summed negative log-likelihoods, weights their tokens.
-    The interval is BCa (Efron 1987: bias-corrected and accelerated), the p-value the smallest level whose interval
-    leaves out zero, at least 2 / (resamples + 1). Repeats for a seed.
+    The p-value is the smallest level whose interval excludes zero, at least 2 / (resamples + 1). Deterministic for a
+    given seed.
 
     Raises:
-        ValueError: fewer than two items, other numbers of weights than of differences, a value that is not finite, or
-            weights without a positive sum.
+        ValueError: fewer than two items, or a value that is not finite.
     """
     d = np.asarray(differences, dtype=float)
-    w = np.ones_like(d) if weights is None else np.asarray(weights, dtype=float)
-    if d.ndim != 1 or d.size < 2 or w.shape != d.shape:
-        raise ValueError(f"a bootstrap needs two items or more, each with a weight; got {d.shape} and {w.shape}")
-    if not (np.isfinite(d).all() and np.isfinite(w).all() and w.sum() > 0):
-        raise ValueError("a bootstrap needs finite differences, and weights with a positive sum")
-    estimate = float(d.sum() / w.sum())
-    if np.allclose(d, estimate * w, rtol=1e-12, atol=0):  # all items say the same: nothing to resample
-        return Resampled(estimate, estimate, estimate, 1.0 if estimate == 0 else 2 / (resamples + 1))
-    draws = np.sort(_resample(d, w, seed, resamples))
-    jackknife = (d.sum() - d) / (w.sum() - w)
-    spread = jackknife.mean() - jackknife
-    acceleration = float((spread**3).sum() / (6 * ((spread**2).sum() ** 1.5)))
-    below = ((draws < estimate).sum() + 0.5 * (draws == estimate).sum()) / resamples
-    bias = float(ndtri(min(max(below, 0.5 / resamples), 1 - 0.5 / resamples)))
+    if d.ndim != 1 or d.size < 2 or not np.isfinite(d).all():
+        raise ValueError(f"a bootstrap needs two or more finite differences; got shape {d.shape}")
+    estimate, smallest = float(d.mean()), 2 / (resamples + 1)
+    if np.allclose(d, estimate, rtol=1e-12, atol=0):  # BCa is not defined without any spread
+        return Resampled(estimate, estimate, estimate, 1.0 if estimate == 0 else smallest)
+    settings = {"method": "BCa", "batch": max(1, BATCH // d.size), "rng": np.random.default_rng(seed)}
+    drawn = scipy.stats.bootstrap((d,), np.mean, n_resamples=resamples, confidence_level=1 - level, **settings)
 
-    def bound(quantile: float) -> float:
-        z = bias + float(ndtri(quantile))
-        return float(np.quantile(draws, ndtr(bias + z / (1 - acceleration * z))))
+    def excludes_zero(at: float) -> bool:
+        again = scipy.stats.bootstrap(
+            (d,), np.mean, n_resamples=0, bootstrap_result=drawn, confidence_level=1 - at, **settings
+        )
+        return not again.confidence_interval.low <= 0 <= again.confidence_interval.high
 
-    share = ((draws < 0).sum() + 0.5 * (draws == 0).sum() + 0.5) / (resamples + 1)
-    z = float(ndtri(share)) - bias  # `bound` solved for the quantile whose bound is zero
-    tail = float(ndtr(z / (1 + acceleration * z) - bias))
-    p = min(1.0, max(2 * min(tail, 1 - tail), 2 / (resamples + 1)))
-    return Resampled(estimate, bound(level / 2), bound(1 - level / 2), p)
-
-
-def _resample(d: np.ndarray, w: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """Ratios of `resamples` draws of items with replacement; in pieces that fit into memory."""
-    draws, rows = np.random.default_rng(seed), max(1, 2_000_000 // d.size)
-    found = []
-    for start in range(0, resamples, rows):
-        picked = draws.integers(0, d.size, (min(rows, resamples - start), d.size))
-        found.append(d[picked].sum(axis=1) / w[picked].sum(axis=1))
-    return np.concatenate(found)
+    low, high = smallest, 1.0
+    if excludes_zero(low):
+        high = low
+    while high - low > smallest / 2:
+        middle = (low + high) / 2
+        low, high = (low, middle) if excludes_zero(middle) else (middle, high)
+    interval = drawn.confidence_interval
+    return Resampled(estimate, float(interval.low), float(interval.high), high)
 
 
 @dataclass(frozen=True)
