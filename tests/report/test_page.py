@@ -20,7 +20,7 @@ from tune.report.html.figures import FAMILIES, figures
 from tune.report.html.generations import generations
 from tune.report.html.intervals import Row, _forest
 from tune.report.html.page import write_page
-from tune.report.html.palette import DARK, LIGHT, STEPS, TEXT, contrast
+from tune.report.html.palette import LIGHT
 from tune.report.html.pareto import _front
 from tune.report.html.select import best_groups, cells
 from tune.report.report import Report, make_report
@@ -217,20 +217,6 @@ def test_every_colour_of_a_figure_follows_the_scheme(drawn):
         assert not re.findall(r"#[0-9a-fA-F]{6}\b", figure.svg)
         names = set(re.findall(r"var\(--([\w-]+)\)", figure.svg))
         assert names and names <= set(LIGHT)
-
-
-@pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
-def test_text_has_enough_contrast_in_both_schemes(scheme):
-    assert list(scheme) == list(LIGHT)
-    for name in TEXT:
-        assert min(contrast(scheme[name], scheme[ground]) for ground in ("card", "page")) >= 4.5, name
-    for step in range(STEPS):
-        assert contrast(scheme[f"seq-{step}"], scheme[f"seq-ink-{step}"]) >= 4.5, step
-
-
-def test_contrast_is_that_of_wcag():
-    assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
 
 
 def test_generations_stand_side_by_side_with_their_judgements(finished):

@@ -1,7 +1,7 @@
 """Colours of the page by name, for both schemes. Hues after Okabe and Ito, shifted in lightness until they carry text.
 
-Every colour in `TEXT` has a contrast of at least 4.5 : 1 against card and page (WCAG 2.2, AA), and every `seq` step
-against the ink that is written on it.
+Colours of text have a contrast of at least 4.5 : 1 against card and page (WCAG 2.2, AA), and every `seq` step against
+the ink written on it: a test measures it, so change a colour and run tests/report/test_palette.py.
 """
 
 from __future__ import annotations
@@ -61,16 +61,6 @@ DARK = {
     "warn": "#f0c05a",
     **_steps(_NIGHT, _LIGHT_INK, _DARK_INK),
 }
-TEXT = (
-    *("ink", "soft", "link", "base", "plain", "macdrop", "random_rows", "all_rows", "activations"),
-    *("helps", "hurts", "unsure", "warn"),
-)
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2.2 contrast ratio of two `#rrggbb` colours, 1 to 21."""
-    low, high = sorted((_luminance(one), _luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def stylesheet() -> str:
@@ -83,9 +73,3 @@ def stylesheet() -> str:
 
 def _properties(scheme: dict[str, str]) -> str:
     return ";".join(f"--{name}:{value}" for name, value in scheme.items())
-
-
-def _luminance(tone: str) -> float:
-    parts = [int(tone[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
