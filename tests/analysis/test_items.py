@@ -11,7 +11,7 @@ from helpers import benchmark_fixtures as fix
 from helpers.run_folders import make_run
 
 from macdrop.errors import DataError
-from tune.analysis.items import Items, matched, read_items
+from tune.analysis.items import Items, matched
 from tune.config.eval_spec import EvalSpec
 from tune.config.messages import build
 from tune.evaluation.score_names import Column
@@ -88,7 +88,7 @@ def test_items_of_what_the_scorer_writes_average_to_its_scores(tmp_path, monkeyp
 
 def test_two_trials_have_the_same_ids_and_other_items_are_refused(run_folder):
     (first, second), column = of_arm(run_folder, "plain"), Column("zero_shot", "qa", "acc")
-    mine, theirs = (read_items(run_folder, MODEL, trial, column) for trial in (first, second))
+    mine, theirs = (Items(run_folder, MODEL).read(trial, column) for trial in (first, second))
     assert matched(mine, theirs, "qa") == list(mine) and len(mine) == 12
     fewer = dict(list(theirs.items())[:-1])
     with pytest.raises(DataError, match="12 and 11; only one of them has qa/11 .*another limit or other data"):
@@ -100,9 +100,9 @@ def test_two_trials_have_the_same_ids_and_other_items_are_refused(run_folder):
 
 def test_nothing_is_made_up_where_items_are_missing(run_folder):
     trial = of_arm(run_folder, "plain")[0]
-    assert read_items(run_folder, MODEL, trial, Column("zero_shot", "no such task", "acc")) is None
-    assert read_items(run_folder, MODEL, "no-such-trial", Column("zero_shot", "qa", "acc")) is None
-    assert read_items(run_folder, MODEL, trial, Column("zero_shot", "qa", "acc"), split="validation") is None
+    assert Items(run_folder, MODEL).read(trial, Column("zero_shot", "no such task", "acc")) is None
+    assert Items(run_folder, MODEL).read("no-such-trial", Column("zero_shot", "qa", "acc")) is None
+    assert Items(run_folder, MODEL).read(trial, Column("zero_shot", "qa", "acc"), split="validation") is None
 
 
 def test_damaged_answers_are_named(tmp_path):
@@ -112,15 +112,15 @@ def test_damaged_answers_are_named(tmp_path):
     whole = file.read_text()
     file.write_text(whole.replace("{", "", 1))
     with pytest.raises(DataError, match=r"zero_shot-qa-none.jsonl, line 1: not JSON"):
-        read_items(run_folder, MODEL, trial, column)
+        Items(run_folder, MODEL).read(trial, column)
     file.write_text(whole.replace('"acc": 1.0', '"acc": 0.0'))
     with pytest.raises(DataError, match="items of zero_shot/qa/acc average 0, but its score is"):
-        read_items(run_folder, MODEL, trial, column)
+        Items(run_folder, MODEL).read(trial, column)
     file.write_text(whole.replace('"metrics"', '"metric"', 1))
     with pytest.raises(DataError, match="zero_shot-qa-none.jsonl: an item has no 'metrics'; the file is damaged"):
-        read_items(run_folder, MODEL, trial, column)
+        Items(run_folder, MODEL).read(trial, column)
     file.unlink()
-    assert read_items(run_folder, MODEL, trial, column) is None
+    assert Items(run_folder, MODEL).read(trial, column) is None
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -138,7 +138,7 @@ def test_a_group_has_the_items_of_its_members(tmp_path, weighted):
     common |= {"attack": "none", "attack_on": None, "stderr": 0.1}
     run_folder.add_scores({**common, "task": task, "value": value} for task, value in values.items())
     for task, value in values.items():
-        found = read_items(run_folder, "m", "t", Column("zero_shot", task, "acc"))
+        found = Items(run_folder, "m").read("t", Column("zero_shot", task, "acc"))
         assert math.fsum(found.values()) / len(found) == pytest.approx(value)
         assert len(found) == {"group": 8, "group/long": 6, "group/short": 2}[task]
 
@@ -155,9 +155,9 @@ def test_lm_evals_own_perplexities_and_aggregations(tmp_path):
     common |= {"attack": "none", "attack_on": None, "entry": "wikitext"}
     run_folder.add_scores([{**common, "metric": "word_perplexity", "value": math.exp(60 / 15)}])
     run_folder.add_scores([{**common, "metric": "f1", "value": 0.4}])
-    found = read_items(run_folder, "m", "t", Column("zero_shot", "wikitext", "word_perplexity"))
+    found = Items(run_folder, "m").read("t", Column("zero_shot", "wikitext", "word_perplexity"))
     assert list(found.values()) == [(10.0, 5.0), (20.0, 5.0), (30.0, 5.0)]
-    assert read_items(run_folder, "m", "t", Column("zero_shot", "wikitext", "f1")) is None
+    assert Items(run_folder, "m").read("t", Column("zero_shot", "wikitext", "f1")) is None
 
 
 def _write(file: Path, rows: list[dict]) -> None:

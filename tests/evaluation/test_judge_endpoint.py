@@ -10,7 +10,7 @@ import pytest
 from helpers.judge_fixtures import ANSWERS, GOOD, Endpoint, answered_run, completion
 
 from macdrop.errors import ConfigError
-from tune.analysis.items import read_items
+from tune.analysis.items import Items
 from tune.cli.verbs.judge import judge_run
 from tune.errors import BenchmarkError
 from tune.evaluation.judge import endpoint as judge_endpoint
@@ -86,7 +86,7 @@ def test_answers_under_attack_are_judged_apart(tmp_path):
         assert judge(run_folder, server) == 0
     for row in run_folder.score_rows():  # whoever compares trials finds the items of every score
         if row["metric"] == "judge_score" and row["n"]:
-            items = read_items(run_folder, row["model"], row["trial"], Column.of(row))
+            items = Items(run_folder, row["model"]).read(row["trial"], Column.of(row))
             assert sum(value == 4 for value in items.values()) == row["n"]
             assert set(items) >= ({"81/1", "81/2"} if "qa" not in row["task"] else {"481/1", "482/1"})
     found = {(row["attack"], row["attack_on"], row["entry"]) for row in run_folder.score_rows() if row["value"] == 4.0}

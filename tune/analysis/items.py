@@ -27,19 +27,6 @@ RATIOS = ("perplexity", "word_perplexity", "byte_perplexity")
 Found = dict[str, Value] | None
 
 
-def read_items(run_folder: RunFolder, model: str, trial: str, column: Column, split: str = "test") -> Found:
-    """Values of the items behind one score of a trial (or of "base"), by item id; None where none were kept.
-
-    An id names the item and its content, so that two trials' items can be matched with `matched`. For a plain mean over
-    tasks of different sizes, values are weighted so that their mean is the score. An answer that a judge gave no score
-    is nan.
-
-    Raises:
-        DataError: the file is damaged, or its items do not add up to the score.
-    """
-    return Items(run_folder, model).read(trial, column, split)
-
-
 def matched(first: Mapping[str, Value], second: Mapping[str, Value], what: str) -> list[str]:
     """Ids of the items that both have, in order.
 
@@ -68,7 +55,15 @@ class Items:
         self._found: dict[tuple, Found] = {}
 
     def read(self, trial: str, column: Column, split: str = "test") -> Found:
-        """See `read_items`."""
+        """Values behind one score of a trial (or of "base"), by item id; None where none were kept.
+
+        An id names the item and its content, so that the items of two trials can be matched (`matched`). For a plain
+        mean over tasks of different sizes, values are weighted so that their mean is the score. Answers that the judge
+        did not score are nan.
+
+        Raises:
+            DataError: the file is damaged, or its items do not add up to the score.
+        """
         key = _key({**vars(column), "trial": trial, "split": split})
         if key not in self._found:
             row = self._rows.get(key)

@@ -12,7 +12,7 @@ from tune.analysis.display_names import NAMES, adapter_name
 from tune.analysis.results import Group, Line, ModelResults
 from tune.config.eval_spec import PLAIN
 from tune.config.run_spec import CELL_KEYS
-from tune.evaluation.score_names import EVAL_LOSS, Column
+from tune.evaluation.score_names import Column
 from tune.storage.run_folder import BASE
 
 ARMS = (BASE, "plain", "macdrop", "random_rows", "all_rows", "activations")
@@ -141,11 +141,6 @@ def attack_words(column: Column) -> str:
         return ""
     attack = Attack.parse(column.attack)
     return f"top-{attack.k} {attack.kind}" + (f" of {column.attack_on} rows" if column.attack_on else "")
-
-
-def task_words(column: Column) -> str:
-    """ "arc_easy, accuracy (%)": the words for a column without its attack."""
-    return unit(column) if column == EVAL_LOSS else f"{column.task}, {unit(column)}"
 
 
 def seeds_words(groups: Iterable[Group]) -> str:
