@@ -17,7 +17,7 @@ from tune.analysis.results import collect, value_of
 from tune.evaluation.score_names import Column
 from tune.report.csv_rows import text as csv_text
 from tune.report.report import make_report
-from tune.report.sections import BUILDERS, UNREADABLE
+from tune.report.sections.builders import BUILDERS, UNREADABLE
 from tune.report.sections.findings import PLANTED
 from tune.report.tables import NUMBER, Part, Table, latex
 from tune.storage.run_folder import RunFolder

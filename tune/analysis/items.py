@@ -178,5 +178,3 @@ def _entry(row: Mapping[str, Any]) -> str:
 def _key(row: Mapping[str, Any]) -> tuple:
     """What makes a score one score of a model."""
     return tuple(row.get(key) for key in SCORE_KEY[1:])
-
-

@@ -16,7 +16,7 @@ from typing import Any
 
 from tune.analysis.display_names import NAMES, setting_label
 from tune.config.parse import flatten
-from tune.config.recorded import _block, asked_for, models_of
+from tune.config.recorded import asked_for, block_of, models_of
 from tune.config.run_spec import CELL_KEYS, slug
 from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
 from tune.storage.run_folder import BASE, RunFolder
@@ -196,7 +196,7 @@ def _model(
         groups=_groups(lines, finalists or {}),
         columns=eval_loss + sorted([*columns, *means], key=place),
         shown=eval_loss + sorted([*tested, *(mean for mean in means if mean.split == "test")], key=place),
-        keys=_varied(lines, list(_block(_block(config, "sweep"), "parameters"))),
+        keys=_varied(lines, list(block_of(block_of(config, "sweep"), "parameters"))),
         objectives=objectives,
         best=best,
     )
@@ -314,6 +314,6 @@ def _setting_text(settings: Mapping[str, Any], arm: str) -> str:
 
 
 def _objectives(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    metric = _block(config, "sweep").get("metric") or {}
+    metric = block_of(config, "sweep").get("metric") or {}
     several = metric if isinstance(metric, list) else [metric]
     return [(one.get("name", EVAL_LOSS.metric), one.get("goal", "minimize")) for one in several]

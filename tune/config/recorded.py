@@ -10,7 +10,7 @@ from tune.config.parse import SECTIONS
 
 def models_of(config: Mapping[str, Any]) -> list[str]:
     """The names of a run's models, in the order of its spec."""
-    entries = _block(config, "sweep").get("models") or [config.get("model_name_or_path")]
+    entries = block_of(config, "sweep").get("models") or [config.get("model_name_or_path")]
     names = [entry.get("model_name_or_path") if isinstance(entry, Mapping) else entry for entry in entries]
     return [name for name in names if isinstance(name, str) and name]
 
@@ -20,13 +20,13 @@ def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:
     names: dict[str, str | None] = {}
     for block in ("validation", "eval"):
         for section in SECTIONS:
-            for name, entry in _block(_block(config, block), section).items():
+            for name, entry in block_of(block_of(config, block), section).items():
                 entry = entry if isinstance(entry, Mapping) else {}
                 names |= dict.fromkeys((name, entry.get("task") or name), entry.get("metric"))
     return names
 
 
-def _block(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def block_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A block of a run file; empty where it is missing or no block."""
     found = config.get(key)
     return found if isinstance(found, Mapping) else {}

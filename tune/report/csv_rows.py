@@ -6,14 +6,12 @@ import csv
 import io
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tune.analysis.results import Line, ModelResults
+from tune.analysis.verdict import Comparison, Verdict
+from tune.report.report import Report
 from tune.storage.states import Stage
-
-if TYPE_CHECKING:
-    from tune.analysis.verdict import Comparison, Verdict
-    from tune.report.report import Report
 
 COMPARED = ("plain", "delta", "low", "high", "p", "p_holm", "mde")
 """Numbers of a `Comparison`: means over the seeds shared with plain, so equal for all seeds of a setting."""

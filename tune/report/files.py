@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from macdrop.errors import ConfigError, nearest
+from tune.report.csv_rows import text as csv_text
+from tune.report.html.page import write_page
+from tune.report.report import Report, make_report
+from tune.storage.atomic import atomic_write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from tune.report.report import Report
 
 
 FORMATS = ("terminal", "markdown", "csv", "latex")
@@ -26,8 +28,6 @@ def read(runs: Sequence[Path]) -> list[Report]:
     Raises:
         ConfigError: a folder is no run.
     """
-    from tune.report.report import make_report
-
     made = [make_report(run) for run in runs]
     names = [each.name for each in made]
     return [replace(each, name=str(each.run_dir)) if names.count(each.name) > 1 else each for each in made]
@@ -45,8 +45,6 @@ def show(reports: Sequence[Report], format: str, console: Console, keys: Sequenc
 def text(reports: Sequence[Report], format: str) -> str:
     """Reports one after the other in a format; as CSV in one table."""
     if format == "csv":
-        from tune.report.csv_rows import text as csv_text
-
         return csv_text(reports)
     return "\n".join(made.markdown() if format == "markdown" else made.latex() for made in reports)
 
@@ -57,9 +55,6 @@ def write(reports: Sequence[Report], folder: Path) -> list[Path]:
     Raises:
         ResourceError: the folder cannot be written.
     """
-    from tune.report.html.page import write_page
-    from tune.storage.atomic import atomic_write_text
-
     endings = {"markdown": "md", "csv": "csv", "latex": "tex"}
     files = [atomic_write_text(folder / f"report.{end}", text(reports, name)) for name, end in endings.items()]
     return [*files, write_page(reports, folder / "report.html")[0]]

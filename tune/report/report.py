@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune.analysis.results import ModelResults, collect
-from tune.report.sections import parts
+from tune.analysis.verdict import Verdict, verdicts
+from tune.report.sections.builders import parts
 from tune.report.sections.findings import no_verdict
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, latex
@@ -23,8 +24,6 @@ from tune.storage.states import TaskState
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from tune.analysis.verdict import Verdict
 
 WIDTH = 116
 """Characters that a table may take, so that it is readable in a terminal of 120."""
@@ -49,7 +48,7 @@ class Report:
     _parts: dict[str, dict[str, Part]] = field(default_factory=dict, repr=False, compare=False)
 
     def parts(self, model: ModelResults) -> dict[str, Part]:
-        """What is said of a model, by the keys of `sections.BUILDERS`; parts that have nothing to say are false."""
+        """The parts on one model, by the keys of `sections.builders.BUILDERS`; empty ones are false."""
         if model.name not in self._parts:
             self._parts[model.name] = parts(Subject(self.run_folder, model, self.verdicts[model.name]))
         return self._parts[model.name]
@@ -148,8 +147,6 @@ def make_report(run_dir: str | os.PathLike) -> Report:
 
 def _verdicts(run_folder: RunFolder, model: ModelResults) -> list[Verdict]:
     """None, with the reason as the model's `trouble`, where a damaged file stops the statistics."""
-    from tune.analysis.verdict import verdicts
-
     try:
         return verdicts(run_folder, model.display) if model.trials("macdrop") else []
     except Exception as error:  # a file of another shape than ours: there is no end to what that may raise

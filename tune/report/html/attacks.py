@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from macdrop.attack import ATTACKS, Attack
 from tune.analysis.results import Group, ModelResults
+from tune.analysis.verdict import Verdict
 from tune.config.eval_spec import PLAIN
 from tune.evaluation.score_names import EVAL_LOSS, Column
 from tune.report.html.drawing import LEGEND, colour, draw, legend, plain_log, tidy
@@ -33,8 +34,6 @@ from tune.storage.run_folder import RunFolder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-
-    from tune.analysis.verdict import Verdict
 
 BANDS = ("plain", "macdrop")
 """Arms whose seeds are drawn as a band; with all of them nothing could be told apart."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from tune.analysis.results import ModelResults
+from tune.analysis.verdict import Verdict
 from tune.report.html.attacks import attack_figures
 from tune.report.html.figure import Figure
 from tune.report.html.intervals import comparison_figures, verdict_figures
@@ -14,9 +14,6 @@ from tune.report.html.scan import scan_figures
 from tune.report.html.surface import surface_figures
 from tune.report.html.training import training_figures
 from tune.storage.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from tune.analysis.verdict import Verdict
 
 Family = Callable[[RunFolder, ModelResults, "list[Verdict]"], Iterator[Figure]]
 FAMILIES: dict[str, tuple[str, Family]] = {

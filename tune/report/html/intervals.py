@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from tune.analysis.display_names import NAMES
 from tune.analysis.items import RATIOS
 from tune.analysis.results import ModelResults
+from tune.analysis.verdict import Comparison, Verdict
 from tune.config.eval_spec import PLAIN
+from tune.evaluation.score_names import Column
 from tune.report.html.drawing import colour, draw, signed
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import MARKERS, attack_words, cell_words, difference_unit, is_share, tint
@@ -19,9 +21,6 @@ from tune.storage.run_folder import RunFolder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-
-    from tune.analysis.verdict import Comparison, Verdict
-    from tune.evaluation.score_names import Column
 
 STATUS = {"helps": ("helps", ">"), "hurts": ("hurts", "<"), "cannot tell": ("unsure", "o")}
 """Verdict -> colour and mark."""

@@ -6,22 +6,20 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from tune.analysis.results import ModelResults
+from tune.analysis.verdict import Verdict
 from tune.report.html.figure import Figure
 from tune.report.html.figures import figures
 from tune.report.html.generations import QUESTIONS, Question, generations
 from tune.report.html.palette import stylesheet
 from tune.report.html.select import attack_words, cells
+from tune.report.report import Report
 from tune.report.sections.findings import PLANTED
 from tune.report.tables import Part
 from tune.storage.atomic import atomic_write_text
-
-if TYPE_CHECKING:
-    from tune.analysis.verdict import Verdict
-    from tune.report.report import Report
 
 ORDER = ("weights", "paper", "comparisons", "placebos", "attacks", "search", "training", "pareto", "generations",
          "cost", "reproduce", "trials")  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tune.analysis.results import Line, ModelResults, value_of
+from tune.analysis.verdict import Verdict
 from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import is_share
@@ -16,8 +17,6 @@ from tune.storage.states import TaskState
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-
-    from tune.analysis.verdict import Verdict
 
 MARKS = {"plain": "D", "macdrop": "o"}
 

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tune.analysis.results import ModelResults
+from tune.analysis.verdict import Verdict
 from tune.report.html.drawing import colour, draw, plain_log, tidy
 from tune.report.html.figure import Figure
 from tune.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
-
-    from tune.analysis.verdict import Verdict
 
 TOP_ROWS = 20
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tune.analysis.results import Line, ModelResults, value_of
+from tune.analysis.verdict import Verdict
 from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.palette import STEPS
@@ -18,8 +19,6 @@ from tune.storage.states import TaskState
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-
-    from tune.analysis.verdict import Verdict
 
 GRID = 8
 """With at most so many different p0 they are columns of tiles; with more, p0 is an axis with points."""

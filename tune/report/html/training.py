@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tune.analysis.results import Group, Line, ModelResults
+from tune.analysis.verdict import Verdict
 from tune.report.html.drawing import LEGEND, colour, draw, legend, plain_log, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import (
@@ -26,8 +27,6 @@ from tune.storage.run_folder import BASE, RunFolder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-
-    from tune.analysis.verdict import Verdict
 
 Logged = dict[str, list[dict[str, Any]]]
 """Trial -> its logged steps."""

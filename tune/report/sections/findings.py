@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from tune.analysis.comparison import unit_of
 from tune.analysis.display_names import NAMES
 from tune.analysis.results import ModelResults
+from tune.analysis.verdict import Comparison, Verdict
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import head, number, one_line, probability, setting, short
-
-if TYPE_CHECKING:
-    from tune.analysis.verdict import Comparison, Verdict
 
 PLANTED = "PLANTED: the massive weights of this built-in model were put there on purpose. A demonstration, no evidence."
 ONE_SEED = "One seed per setting: differences hold for this seed only; they are no claim about the method."
@@ -118,7 +116,5 @@ def _row(row: Comparison, *, placed: bool) -> list[str]:
 
 def level(row: Comparison, value: float) -> str:
     """A mean of one arm, in percent where differences are told in points of 100."""
-    from tune.analysis.comparison import unit_of
-
     percent = unit_of(row) == "points" and row.column.metric != "chrf"
     return f"{100 * value:.1f}" if percent else number(value)

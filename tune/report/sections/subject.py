@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tune.analysis.results import ModelResults
+from tune.analysis.verdict import Verdict
 from tune.storage.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from tune.analysis.verdict import Verdict
 
 
 @dataclass(frozen=True)
