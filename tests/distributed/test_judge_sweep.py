@@ -75,7 +75,9 @@ def test_a_sweep_judges_at_its_end(tmp_path, model):
     gone = {"model": "m", "base_url": "http://127.0.0.1:9/v1", "request_retries": 0}
     progress, out = make_progress()
     spec = RunSpec.model_validate({**raw, "eval": {**raw["eval"], "judge": gone}})
-    assert judge_sweep(spec, run_folder, gpus=0, note=progress.note, show=progress.judged) == 1
+    assert (
+        judge_sweep(spec.eval.judge, run_folder, actors=spec.ray, gpus=0, note=progress.note, show=progress.judged) == 1
+    )
     assert "cannot be reached" in out.getvalue() and "What was judged is kept" in out.getvalue()
     assert [record["status"] for record in run_folder.trials()] == ["done"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RaySpec
@@ -18,27 +19,35 @@ class Resources:
     sum: str
 
 
+class GpuShares(NamedTuple):
+    """GPUs of one worker and of one evaluator."""
+
+    per_worker: float
+    per_evaluator: float
+
+
 def resources(spec: RaySpec, *, cluster_gpus: float) -> Resources:
     """Add up what a run needs; the sum is written out for people."""
-    gpus_per_worker, gpus_per_evaluator = gpu_shares(spec, cluster_gpus)
+    shares = gpu_shares(spec, cluster_gpus)
     workers = spec.lanes * spec.num_workers
     cpus = workers * spec.cpus_per_worker + spec.evaluators * spec.cpus_per_evaluator
-    gpus = workers * gpus_per_worker + spec.evaluators * gpus_per_evaluator
+    gpus = workers * shares.per_worker + spec.evaluators * shares.per_evaluator
     return Resources(
         cpus,
         gpus,
-        f"{spec.lanes} lane(s) x {spec.num_workers} worker(s) x ({spec.cpus_per_worker:g} CPU, {gpus_per_worker:g} GPU)"
-        f" + {spec.evaluators} evaluator(s) x ({spec.cpus_per_evaluator:g} CPU, {gpus_per_evaluator:g} GPU)"
+        f"{spec.lanes} lane(s) x {spec.num_workers} worker(s)"
+        f" x ({spec.cpus_per_worker:g} CPU, {shares.per_worker:g} GPU)"
+        f" + {spec.evaluators} evaluator(s) x ({spec.cpus_per_evaluator:g} CPU, {shares.per_evaluator:g} GPU)"
         f" = {cpus:g} CPU, {gpus:g} GPU",
     )
 
 
-def gpu_shares(spec: RaySpec, cluster_gpus: float) -> tuple[float, float]:
+def gpu_shares(spec: RaySpec, cluster_gpus: float) -> GpuShares:
     """GPUs per worker and per evaluator: as written, else 1 each where there are GPUs and 0 where there are none."""
     default = 1.0 if cluster_gpus else 0.0
     worker = default if spec.gpus_per_worker is None else spec.gpus_per_worker
     evaluator = default if spec.gpus_per_evaluator is None else spec.gpus_per_evaluator
-    return worker, evaluator
+    return GpuShares(worker, evaluator)
 
 
 def check_local(spec: RaySpec) -> None:

@@ -1,4 +1,4 @@
-"""A local judge in Ray actors: resident in each of them, batches handed to whoever is idle, the dead replaced."""
+"""A local judge in a pool of Ray actors: resident in each of them, fed batch by batch, replaced when an actor dies."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from macdrop.errors import MacDropError
 from tune.config.judge_spec import JudgeSpec
-from tune.config.run_spec import RunSpec
+from tune.config.run_spec import RaySpec
 from tune.distributed.actors.actor_pool import ActorPool, PoolActor
 from tune.evaluation.judge.answers import answers_of
+from tune.evaluation.judge.local import LocalJudge
 from tune.evaluation.judge.prompt import Judgement, Question
 from tune.evaluation.judge.session import Judge, judge_at_end, make_judge
 from tune.scheduling.queue import MAX_ATTEMPTS
@@ -21,8 +24,10 @@ from tune.training.watchdog import STACKS, passes_watched, why_it_died
 
 @dataclass(frozen=True)
 class JudgeOpening:
-    """What an actor needs to make a judge resident. One that begins no forward pass for `step_timeout_s` seconds in the
-    middle of a batch ends itself."""
+    """What an actor needs to make a judge resident.
+
+    An actor that begins no forward pass for `step_timeout_s` seconds within a batch exits.
+    """
 
     spec: JudgeSpec
     threads: int
@@ -33,22 +38,19 @@ class JudgeActor(PoolActor):
     """One resident judge."""
 
     def prepare(self, opening: JudgeOpening) -> None:
-        import torch
-
-        from tune.evaluation.judge.local import LocalJudge
-
         torch.set_num_threads(opening.threads)
         self.step_timeout_s = opening.step_timeout_s
         self.local = LocalJudge(opening.spec)
 
     def judge(self, batch: _Batch) -> list[Judgement]:
+        """Judge the questions of a batch."""
         with passes_watched(self.local.model, batch.stacks, self.step_timeout_s):
             return list(self.local.judge(batch.asked))
 
 
 @dataclass
 class _Batch:
-    """Questions that are judged together, where an actor that hangs leaves its stacks, and how many were given them."""
+    """Questions that are judged together; `stacks` is the file for the stacks of an actor that hangs."""
 
     asked: list[Question]
     stacks: Path
@@ -56,7 +58,7 @@ class _Batch:
 
 
 class ActorJudge:
-    """`size` actors with the same judge; those that hang leave their stacks in the folder `stacks`.
+    """`size` actors with the same judge; actors that hang leave their stacks in the folder `stacks`.
 
     Raises:
         MacDropError: the judge cannot be loaded, or actors die of it.
@@ -81,16 +83,16 @@ class ActorJudge:
             raise
 
     def judge(self, asked: Sequence[Question]) -> Iterator[Judgement]:
-        """Judgements, batch by batch. A batch under which actors die again and again is one of errors.
+        """Yield judgements, batch by batch; a batch under which actors keep dying yields errors.
 
         Raises:
             MacDropError: the judge failed.
         """
-        order = sorted(asked, key=lambda question: -len(question.prompt))
+        longest_first = sorted(asked, key=lambda question: -len(question.prompt))
         size = self._opening.spec.batch_size
         waiting = deque(
-            _Batch(order[at : at + size], self._stacks / f"judge-{at // size + 1}.txt")
-            for at in range(0, len(order), size)
+            _Batch(longest_first[at : at + size], self._stacks / f"judge-{at // size + 1}.txt")
+            for at in range(0, len(asked), size)
         )
         while waiting or self._pool.work:
             while self._pool.idle and waiting:
@@ -107,30 +109,31 @@ class ActorJudge:
                     waiting.appendleft(batch)
                 else:
                     why = why_it_died(batch.stacks, self._opening.step_timeout_s, done.died)
-                    told = f"the judge's actor died {batch.attempts} times: {why}"
-                    yield from (Judgement(question, error=told) for question in batch.asked)
+                    error = f"the judge's actor died {batch.attempts} times: {why}"
+                    yield from (Judgement(question, error=error) for question in batch.asked)
 
     def close(self) -> None:
+        """End the actors; safe to call twice."""
         self._pool.close()
 
 
 def judge_sweep(
-    spec: RunSpec,
+    judge: JudgeSpec,
     run_folder: RunFolder,
     *,
+    actors: RaySpec,
     gpus: float,
     note: Callable[[str], None],
     show: Callable[[int, int], None],
 ) -> int:
-    """Judge at the end of a sweep what is not judged yet; returns the failures.
+    """Judge at the end of a sweep what has not been judged yet; return the number of failures.
 
-    gpus: of each actor, as an evaluation actor has them; these are gone by now.
+    gpus: those of an evaluation actor, which have been freed by now.
     """
 
     def make(judge: JudgeSpec) -> Judge:
         if judge.base_url:
             return make_judge(judge)
-        actors = spec.ray
         return ActorJudge(
             JudgeOpening(judge, actors.threads_per_worker, actors.step_timeout_s),
             size=actors.evaluators,
@@ -146,7 +149,7 @@ def judge_sweep(
         return 1
     return judge_at_end(
         files,
-        spec.eval.judge,
+        judge,
         make=make,
         add_scores=run_folder.add_scores,
         note=note,

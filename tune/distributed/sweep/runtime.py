@@ -1,14 +1,17 @@
-"""A whole run: studies one after the other over the same lanes and evaluation actors, one folder, one table."""
+"""A whole run: its studies one after the other over the same lanes and evaluation actors, in one folder."""
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
 from macdrop.errors import MacDropError
 from tune.config.resume import check_same
@@ -25,14 +28,189 @@ from tune.distributed.sweep.events import Observer
 from tune.distributed.sweep.stop import Stop
 from tune.distributed.sweep.study_run import StudyRun, jobs_of_stages
 from tune.errors import ResourceError
-from tune.preflight.inputs import check_inputs
-from tune.scheduling.resources import gpu_shares, resources
-from tune.scheduling.study import studies
+from tune.preflight.inputs import Checked, check_inputs
+from tune.scheduling.resources import GpuShares, gpu_shares, resources
+from tune.scheduling.study import Study, studies
 from tune.storage.repair import check_run, mend
 from tune.storage.run_folder import RunFolder
 from tune.storage.run_lock import locked
 from tune.storage.states import RunStatus
 from tune.trackers.sync import TrackerSync, trials_of_run
+
+#: What a `with` block calls at its end: type, value and traceback of the exception that ended it, or three None.
+Exit = Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], bool | None]
+
+
+class SweepRuntime:
+    """What a run holds while it is going: its folder, Ray, actors and threads, as named members.
+
+    Opened and closed by a `with` block, which closes what has been opened also if opening fails half-way.
+    """
+
+    #: The order of closing. The controller comes first, as it uses all others, and the trackers next, which copy its
+    #: last changes. Evaluators free what closing lanes may need to save a checkpoint; lanes report their last step to
+    #: the dispatcher. The status is written while the folder is still locked, and the lock outlives Ray, whose
+    #: processes may write there until they end.
+    CLOSE_ORDER = ("controller", "trackers", "evaluators", "lanes", "dispatcher", "status", "ray", "lock")
+
+    run_folder: RunFolder
+    gpus: GpuShares
+    dispatcher: ActorHandle
+    lanes: LanePool
+    evaluators: EvaluatorPool
+    trackers: TrackerSync
+    controller: SweepController
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        *,
+        resume: bool = False,
+        retry_failed: bool = False,
+        clear_orphans: bool = False,
+        ask: Callable[[str], bool] | None = None,
+        progress: Observer,
+        stop: Stop | None = None,
+    ) -> None:
+        assert spec.output_dir is not None, "the command line gives every run a folder"
+        self.spec, self.progress = spec, progress
+        self.planned: list[Study] = studies(spec)
+        self.checked: dict[str, Checked] = {}
+        self._run_dir = Path(spec.output_dir).absolute()
+        self._resume, self._retry_failed = resume, retry_failed
+        self._clear_orphans, self._ask, self._stop = clear_orphans, ask, stop
+        self._exits: dict[str, Exit] = {}
+
+    def __enter__(self) -> SweepRuntime:
+        try:
+            self.open()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A stack closes all of it even if some of it raises, with the exception handed from one to the next.
+        stack = ExitStack()
+        for member in reversed(self.CLOSE_ORDER):
+            if member in self._exits:
+                stack.push(self._exits.pop(member))
+        stack.__exit__(kind, error, trace)
+
+    def open(self) -> None:
+        """Open the run; whatever is refused leaves nothing behind.
+
+        Raises:
+            ConfigError: the spec does not fit its models or data, or the folder cannot be used.
+            ResourceError: the cluster has too little.
+        """
+        if self._resume:
+            check_run(self._run_dir)
+            self._enter("lock", locked(self._run_dir))
+            _repair(self._run_dir, self.spec, self.progress)
+        self.checked = check_inputs(self.spec, self.planned)
+        address, cluster_gpus = self._connect()
+        # The folder comes last, after everything that may refuse the run.
+        if not self._resume:
+            self._enter("lock", locked(self._run_dir))
+        self._open_folder()
+        self.progress.started(self._run_dir, address, resources(self.spec.ray, cluster_gpus=cluster_gpus).sum)
+        self._start()
+
+    def run_studies(self) -> int:
+        """Run every study; return the number of trials, benchmarks and studies that did not end well."""
+        if any(study.count for study in self.planned):
+            self.lanes.open()
+        left = self.spec.sweep.time_budget_s
+        for number, study in enumerate(self.planned):
+            share = None if left is None else max(1.0, left / (len(self.planned) - number))
+            try:
+                cuts = self.checked[study.name].cuts
+                study_run = StudyRun(self.spec, study, cuts, self.run_folder, self.controller, self.dispatcher)
+                spent = study_run.run(share)
+                left = None if left is None else left - spent
+            except MacDropError as error:
+                if self.controller.broken or isinstance(error, ResourceError) or len(self.planned) == 1:
+                    raise
+                # One model that cannot be used does not stop the others.
+                self.controller.study_failed(study, str(error))
+        return self.controller.failures
+
+    def judge(self) -> int:
+        """Judge the generated answers, after the last study; return the number of failures."""
+        if self.spec.eval.judge is None:
+            return 0
+        # The judge needs the memory of the models.
+        self.controller.close()
+        self.evaluators.close()
+        self.lanes.close()
+        return judge_sweep(
+            self.spec.eval.judge,
+            self.run_folder,
+            actors=self.spec.ray,
+            gpus=self.gpus.per_evaluator,
+            note=self.progress.note,
+            show=self.progress.judged,
+        )
+
+    # --- opening ---
+
+    def _connect(self) -> tuple[str, float]:
+        """Join or start Ray and check the cluster; return the dashboard's address and the cluster's GPUs."""
+        spec, note = self.spec, self.progress.note
+        address, joined = connect(spec.ray)
+        if joined:
+            self._at_close("ray", functools.partial(_disconnect, self._stop))
+            orphans.look(local=spec.ray.address is None, clear=self._clear_orphans, ask=self._ask, tell=note)
+        cluster_gpus = check_cluster(spec.ray, note)
+        self.gpus = gpu_shares(spec.ray, cluster_gpus)
+        check_nodes(spec, self.planned, self._run_dir, note)
+        return address, cluster_gpus
+
+    def _open_folder(self) -> None:
+        run_dir = self._run_dir
+        self.run_folder = RunFolder.open(run_dir) if self._resume else RunFolder.create(run_dir, dump(self.spec))
+        self.run_folder.write_environment()
+        self.run_folder.set_status(RunStatus.RUNNING)
+        self._exits["status"] = functools.partial(_record_end, self.run_folder, self._stop)
+
+    def _start(self) -> None:
+        """Start the dispatcher, the pools, the trackers and the control loop."""
+        spec, ray_dir = self.spec, self._run_dir / "ray"
+        self.dispatcher = self._enter("dispatcher", dispatching(ray_dir))
+        self.lanes = LanePool(self.dispatcher, spec.ray, self.gpus.per_worker, ray_dir, evaluator=Evaluator)
+        self._at_close("lanes", self.lanes.close)
+        self.evaluators = EvaluatorPool(
+            spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=self.gpus.per_evaluator
+        )
+        self._at_close("evaluators", self.evaluators.close)
+        # A run folder of its own: the trackers read it from another thread.
+        followed = functools.partial(trials_of_run, RunFolder(self._run_dir))
+        self.trackers = TrackerSync(spec.report_to, self._run_dir, followed, self.progress.note)
+        self._at_close("trackers", self.trackers.close)
+        self.controller = SweepController(
+            self.run_folder,
+            self.dispatcher,
+            self.lanes,
+            self.evaluators,
+            jobs_of_stages(spec),
+            self.progress,
+            retry_failed=self._retry_failed,
+        )
+        self._at_close("controller", self.controller.close)
+
+    def _at_close(self, member: str, close: Callable[[], Any]) -> None:
+        def leave(*_: object) -> None:
+            close()
+
+        self._exits[member] = leave
+
+    def _enter(self, member: str, manager: AbstractContextManager[Any]) -> Any:
+        entered = manager.__enter__()
+        self._exits[member] = manager.__exit__
+        return entered
 
 
 def run(
@@ -47,9 +225,9 @@ def run(
 ) -> int:
     """Run every study of `spec` into its output folder.
 
-    resume: what of it is not done yet. retry_failed: also what failed or diverged. clear_orphans: remove what
-    dead runs hold without asking; else `ask` puts the question (None: nobody can answer). stop: tells an end from
-    outside, whatever exception it became, from a failure.
+    resume: only what is not done yet. retry_failed: also what failed or diverged. clear_orphans: remove resources held
+    by dead runs without asking; otherwise `ask` puts the question (None: nobody can answer). stop: distinguishes a stop
+    signal, whatever exception it became, from a failure.
 
     Returns:
         The number of trials that did not end well.
@@ -59,83 +237,43 @@ def run(
             beyond repair.
         ResourceError: the cluster has too little, with the arithmetic.
     """
-    assert spec.output_dir is not None, "the command line gives every run a folder"
-    planned = studies(spec)
-    run_dir = Path(spec.output_dir).absolute()
-    with ExitStack() as stack:
-        if resume:
-            check_run(run_dir)
-            stack.enter_context(locked(run_dir))
-            _take_up(run_dir, spec, progress)
-        checked = check_inputs(spec, planned)
-        address, joined = connect(spec.ray)
-        if joined:
-            stack.callback(_disconnect, stop)
-            orphans.look(local=spec.ray.address is None, clear=clear_orphans, ask=ask, tell=progress.note)
-        gpus = check_cluster(spec.ray, progress.note)
-        check_nodes(spec, planned, run_dir, progress.note)
-        # The folder comes last: whatever is refused above leaves nothing behind.
-        if not resume:
-            stack.enter_context(locked(run_dir))
-        run_folder = RunFolder.open(run_dir) if resume else RunFolder.create(run_dir, dump(spec))
-        run_folder.write_environment()
-        run_folder.set_status(RunStatus.RUNNING)
-        stack.push(functools.partial(_leave, run_folder, stop))
-        progress.started(run_dir, address, resources(spec.ray, cluster_gpus=gpus).sum)
-        dispatcher = stack.enter_context(dispatching(run_dir / "ray"))
-        lanes = LanePool(dispatcher, spec.ray, gpu_shares(spec.ray, gpus)[0], run_dir / "ray", evaluator=Evaluator)
-        stack.callback(lanes.close)
-        pool = EvaluatorPool(spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=gpu_shares(spec.ray, gpus)[1])
-        stack.callback(pool.close)
-        # Closed after the supervisor, whose last changes it copies.
-        followed = functools.partial(trials_of_run, RunFolder(run_dir))
-        stack.callback(TrackerSync(spec.report_to, run_dir, followed, progress.note).close)
-        controller = SweepController(
-            run_folder, dispatcher, lanes, pool, jobs_of_stages(spec), progress, retry_failed=retry_failed
-        )
-        stack.callback(controller.close)
-        if any(study.count for study in planned):
-            lanes.open()
-        left = spec.sweep.time_budget_s
-        for number, study in enumerate(planned):
-            share = None if left is None else max(1.0, left / (len(planned) - number))
-            try:
-                cuts = checked[study.name].cuts
-                spent = StudyRun(spec, study, cuts, run_folder, controller, dispatcher).run(share)
-                left = None if left is None else left - spent
-            except MacDropError as error:
-                if controller.broken or isinstance(error, ResourceError) or len(planned) == 1:
-                    raise
-                # One model that cannot be used does not stop the others.
-                controller.study_failed(study, str(error))
-        failures = controller.failures
-        if spec.eval.judge is not None:
-            # Its model needs the memory of theirs.
-            controller.close()
-            pool.close()
-            lanes.close()
-            told = {"note": progress.note, "show": progress.judged}
-            failures += judge_sweep(spec, run_folder, gpus=gpu_shares(spec.ray, gpus)[1], **told)
+    with SweepRuntime(
+        spec,
+        resume=resume,
+        retry_failed=retry_failed,
+        clear_orphans=clear_orphans,
+        ask=ask,
+        progress=progress,
+        stop=stop,
+    ) as runtime:
+        failures = runtime.run_studies()
+        failures += runtime.judge()
         progress.finished()
     return failures
 
 
-def _take_up(run_dir: Path, spec: RunSpec, progress: Observer) -> None:
-    """Mend an earlier run's folder, and refuse it to a spec that is another run's."""
+def _repair(run_dir: Path, spec: RunSpec, progress: Observer) -> None:
+    """Repair an earlier run's folder, and refuse it to the spec of another run."""
     for note in mend(run_dir):
         progress.note(note)
     check_same(run_dir, dump(RunSpec.model_validate(RunFolder.open(run_dir).config())), dump(spec))
 
 
 def _disconnect(stop: Stop | None) -> None:
-    """Leave Ray. A process that was told to stop ends at once, and what it started of Ray with it: a shutdown would
-    wait, and brings the process down where the signal came to Ray's processes, too."""
+    """Leave Ray. On a stop signal, exit without it: Ray's child processes exit with us.
+
+    A shutdown would wait, and would crash this process where Ray's processes have received the signal, too.
+    """
     if stop is None or stop.signal is None:
         ray.shutdown()
 
 
-def _leave(
-    run_folder: RunFolder, stop: Stop | None, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+def _record_end(
+    run_folder: RunFolder,
+    stop: Stop | None,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
 ) -> None:
     """Record how the run ended, whatever ended it."""
     if kind is None:

@@ -1,0 +1,76 @@
+"""The order in which a sweep closes what it has opened; no Ray is started."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.small import SMALL
+
+from tune.config.run_spec import RunSpec
+from tune.distributed.sweep.runtime import SweepRuntime
+from tune.errors import ResourceError
+
+
+class Recorded(SweepRuntime):
+    """Opens what it is given in place of a run, and records what is closed, and on which exception."""
+
+    def __init__(self, folder, members, refuses=None, breaks=None):
+        super().__init__(RunSpec(**SMALL, output_dir=str(folder)), progress=None)
+        self.members, self.refuses, self.breaks = members, refuses, breaks
+        self.closed = []
+
+    def open(self):
+        for member in self.members:
+            if member == self.refuses:
+                raise ResourceError(f"no {member}")
+            self._exits[member] = lambda kind, error, trace, member=member: self._leave(member, kind)
+
+    def _leave(self, member, kind):
+        self.closed.append((member, kind))
+        if member == self.breaks:
+            raise OSError(member)
+
+
+def test_members_close_in_the_stated_order_whatever_the_order_of_opening(tmp_path):
+    order = SweepRuntime.CLOSE_ORDER
+    for members in (order, tuple(reversed(order)), order[2:6]):
+        with Recorded(tmp_path, members) as runtime:
+            assert runtime.closed == []
+        assert runtime.closed == [(member, None) for member in order if member in members]
+
+
+def test_every_member_is_named_once_and_its_dependencies_close_later():
+    order = SweepRuntime.CLOSE_ORDER
+    assert len(set(order)) == len(order)
+    for user, used in (
+        ("controller", "evaluators"),
+        ("controller", "lanes"),
+        ("controller", "trackers"),  # which copy the controller's last changes
+        ("lanes", "dispatcher"),
+        ("dispatcher", "ray"),
+        ("status", "lock"),
+    ):
+        assert order.index(user) < order.index(used), f"{user} needs {used} until it is closed"
+
+
+def test_members_opened_before_a_refusal_are_closed_with_it(tmp_path):
+    runtime = Recorded(tmp_path, ("lock", "ray", "status", "dispatcher"), refuses="status")
+    with pytest.raises(ResourceError, match="no status"), runtime:
+        raise AssertionError("not reached")
+    assert runtime.closed == [("ray", ResourceError), ("lock", ResourceError)]
+
+
+def test_a_member_that_fails_to_close_keeps_no_other_open(tmp_path):
+    runtime = Recorded(tmp_path, ("lanes", "evaluators", "dispatcher", "lock"), breaks="lanes")
+    with pytest.raises(OSError, match="lanes"), runtime:
+        pass
+    assert [member for member, _ in runtime.closed] == ["evaluators", "lanes", "dispatcher", "lock"]
+    assert [kind for _, kind in runtime.closed] == [None, None, OSError, OSError], "the status must not say done"
+    runtime.__exit__(None, None, None)
+    assert len(runtime.closed) == 4, "closing twice does nothing"
+
+
+def test_an_exception_of_the_body_reaches_every_member_and_the_caller(tmp_path):
+    runtime = Recorded(tmp_path, ("controller", "status"))
+    with pytest.raises(KeyboardInterrupt), runtime:
+        raise KeyboardInterrupt
+    assert runtime.closed == [("controller", KeyboardInterrupt), ("status", KeyboardInterrupt)]
