@@ -267,7 +267,7 @@ def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
                     raise RuntimeError(result.error)
                 saved += result.calls_saved
                 scores = {(row["task"], row["metric"]): row["value"] for row in result.rows}
-                found.setdefault((result.item.adapter, result.item.job.attack), {}).update(scores)
+                found.setdefault((result.task.adapter, result.task.job.attack), {}).update(scores)
             time.sleep(POLL_S)
         return ByActors(ready - began, time.perf_counter() - ready, found, saved)
     finally:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tune.config.run_spec import RaySpec, RunSpec
-from tune.distributed.cluster.node_checks import Hub, Needs, _token, check_nodes, hub_models, look, look_at, places
+from tune.distributed.cluster.node_checks import Hub, Needs, _token, check_each, check_nodes, hub_models, look, places
 from tune.errors import ResourceError
 from tune.scheduling.study import studies
 from tune.storage.environment import version
@@ -82,10 +82,10 @@ def test_a_lone_machine_pays_nothing_and_a_node_is_named(tmp_path):
         spec, told = RunSpec(model_name_or_path="zoo:planted-llama"), []
         check_nodes(spec, studies(spec), tmp_path / "run", told.append)
         assert not told and not list(tmp_path.iterdir())
-        look_at(ray.nodes(), spec, studies(spec), tmp_path / "run", told.append)
+        check_each(ray.nodes(), spec, studies(spec), tmp_path / "run", told.append)
         gone = {**ray.nodes()[0], "NodeID": "0" * 56}
-        look_at([gone], spec, studies(spec), tmp_path / "run", told.append)
-        assert "was lost while it was looked at" in told[0]
+        check_each([gone], spec, studies(spec), tmp_path / "run", told.append)
+        assert "was lost during its check" in told[0]
         away = RunSpec(model_name_or_path="zoo:planted-llama", dataset="rows.jsonl")
         os.environ["HF_HUB_OFFLINE"] = "1"
         there = tmp_path / "there"
@@ -93,7 +93,7 @@ def test_a_lone_machine_pays_nothing_and_a_node_is_named(tmp_path):
         (there / "rows.jsonl").write_text("{}\n")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ResourceError, match="has no rows.jsonl") as caught:
             patch.chdir(there)  # where the driver is; the node's tasks run elsewhere
-            look_at(ray.nodes(), away, studies(away), tmp_path / "run", told.append)
+            check_each(ray.nodes(), away, studies(away), tmp_path / "run", told.append)
         assert str(caught.value).startswith(f"Node {ray.nodes()[0]['NodeManagerHostname']} (")
         assert [path.name for path in tmp_path.iterdir()] == ["there"]
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tune.config.run_spec import RaySpec
-from tune.distributed.cluster import ray_cluster as cluster_state
+from tune.distributed.cluster import ray_cluster
 from tune.distributed.cluster.ray_cluster import check_cluster, token_hint
 from tune.errors import ResourceError
 
@@ -13,11 +13,11 @@ from tune.errors import ResourceError
 @pytest.mark.parametrize(
     ("mode", "file", "value", "told"),
     [
-        (None, True, None, "wants RAY_AUTH_MODE=token here"),
-        ("disabled", False, None, "wants RAY_AUTH_MODE=token here"),
+        (None, True, None, "needs RAY_AUTH_MODE=token here"),
+        ("disabled", False, None, "needs RAY_AUTH_MODE=token here"),
         ("token", False, None, "There is no token in"),
-        ("token", True, None, "Is the token of this machine the cluster's?"),
-        ("token", False, "secret", "Is the token of this machine the cluster's?"),
+        ("token", True, None, "Does the token of this machine match the cluster's?"),
+        ("token", False, "secret", "Does the token of this machine match the cluster's?"),
     ],
 )
 def test_what_the_machine_lacks_is_told_and_the_token_is_not(tmp_path, monkeypatch, mode, file, value, told):
@@ -52,7 +52,7 @@ def nodes():
 def test_a_node_is_waited_for_and_the_autoscaler_asked(nodes, monkeypatch):
     spec = RaySpec(address=nodes.address, lanes=2, cpus_per_worker=2, resource_timeout_s=60)
     asked, told = [], []
-    monkeypatch.setattr(cluster_state, "request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(bundles))
 
     def tell(text: str) -> None:
         told.append(text)
@@ -62,7 +62,7 @@ def test_a_node_is_waited_for_and_the_autoscaler_asked(nodes, monkeypatch):
     assert check_cluster(spec, tell) == 0.0
     assert asked == [[{"CPU": 2.0}], []], "one lane's worker, and nothing any more once it is there"
     assert "CPU: needs 2, there 0\nWaiting for nodes, for up to 60 s. If none will come:" in told[0]
-    assert told[1:] == [told[1]] and "CPU: needs 4, there 3\nWhat has no room waits for it." in told[1]
+    assert told[1:] == [told[1]] and "CPU: needs 4, there 3\nThe rest starts when there is room." in told[1]
 
 
 @pytest.mark.cluster

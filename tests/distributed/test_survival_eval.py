@@ -84,8 +84,8 @@ def finish(pool: EvaluatorPool) -> dict[str, str | None]:
     while pool.busy and time.monotonic() < deadline:
         results += pool.step()
         time.sleep(0.02)
-    assert len({result.item.tag["name"] for result in results}) == len(results)
-    return {result.item.tag["name"]: result.error for result in results}
+    assert len({result.task.tag["name"] for result in results}) == len(results)
+    return {result.task.tag["name"]: result.error for result in results}
 
 
 def open_all(pool: EvaluatorPool, folder: Path) -> str:
@@ -128,7 +128,7 @@ def test_actors_killed_while_they_open_a_model_are_replaced(pool, tmp_path):
     submit(pool, "ab")
     assert finish(pool) == {"a": None, "b": None}
     tell(tmp_path, open=100)
-    with pytest.raises(MacDropError, match="(?s)3 actors died while they were made ready: .*lower ray.evaluators"):
+    with pytest.raises(MacDropError, match="(?s)3 actors died while they were initialised: .*lower ray.evaluators"):
         pool.open(opening(tmp_path))
     tell(tmp_path)
     open_all(pool, tmp_path)  # the next model, say
@@ -177,17 +177,17 @@ def test_actors_that_rest_hold_nothing_and_are_back_when_there_is_work(tmp_path)
     tell(tmp_path)
     pool = EvaluatorPool(2, cpus=0.25, gpus=0, kind=Fragile)
     open_all(pool, tmp_path)
-    assert holds(0.5) and pool.rest() == 2 and pool.rest() == 0 and holds(0.0)
+    assert holds(0.5) and pool.release() == 2 and pool.release() == 0 and holds(0.0)
     submit(pool, "abc")
     assert finish(pool) == {"a": None, "b": None, "c": None} and holds(0.5)
-    assert pool.rest() == 2 and holds(0.0)
+    assert pool.release() == 2 and holds(0.0)
     tell(tmp_path)
     open_all(pool, tmp_path)  # the next model
     assert holds(0.5) and log(tmp_path) == ["open", "open"]
     pool.close()
     free = EvaluatorPool(1, cpus=0, gpus=0, kind=Fragile)
     free.open(opening(tmp_path))
-    assert free.rest() == 0, "it holds nothing that another could use"
+    assert free.release() == 0, "it holds nothing that another could use"
     free.close()
 
 
@@ -237,7 +237,7 @@ def test_a_damaged_adapter_costs_its_own_scores_alone(tmp_path):
     first, damaged, base, again = found
     assert "is damaged: its checksum differs" in damaged.error and not damaged.rows
     assert first.rows == again.rows and first.rows != base.rows and not base.error
-    assert [result.item.attempts for result in found] == [1, 1, 1, 1]
+    assert [result.task.attempts for result in found] == [1, 1, 1, 1]
 
 
 class Stuck(Evaluator):
@@ -272,7 +272,7 @@ def test_an_actor_that_hangs_ends_with_its_stacks_and_others_go_on(tmp_path):
     found = {}
     deadline = time.monotonic() + 120
     while pool.busy and time.monotonic() < deadline:
-        found |= {result.item.tag["name"]: result for result in pool.step()}
+        found |= {result.task.tag["name"]: result for result in pool.step()}
         time.sleep(0.02)
     pool.close()
     stacks = tmp_path / "base" / "stacks" / "score-qa.txt"

@@ -109,7 +109,7 @@ def test_lane_and_evaluator_take_turns_on_the_last_node(cluster, tmp_path):
         assert sweep.wait(timeout=240) == 0, log.read_text()[-3000:]
     finally:
         sweep.kill()
-    assert "1 evaluation actor(s) without work make room for a lane" in log.read_text()
+    assert "1 idle evaluation actor(s) released to make room for a lane" in log.read_text()
     trials = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("trials/*/trial.json")}
     assert len(trials) == 6 and {trial["status"] for trial in trials.values()} == {"done"}
     scored = [json.loads(line) for line in (folder / "scores.jsonl").open()]

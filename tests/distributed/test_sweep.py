@@ -217,8 +217,7 @@ def test_resume_trains_and_scores_only_what_is_missing(grid):
     lines = [
         line
         for line in rows
-        if (row := json.loads(line))["trial"] != lost
-        and (row["trial"], row["benchmark"]) != (unscored, "generation")
+        if (row := json.loads(line))["trial"] != lost and (row["trial"], row["benchmark"]) != (unscored, "generation")
     ]
     (folder / "scores.jsonl").write_text("\n".join(lines) + "\n")
     run(load(folder / "config.yaml"), resume=True)
@@ -371,7 +370,7 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
             "limit": 8,
             "attacks": ["none", "zeroing@3"],
             "zero_shot": {"qa": {"data": "zoo:qa"}, "fact": {"data": "zoo:fact"}},
-        }
+        },
     )
     spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
     pool = EvaluatorPool(1, cpus=0, gpus=0)
@@ -386,12 +385,12 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
         results += pool.step()
         time.sleep(0.1)
     pool.close()
-    scored = [result.item.tag["name"] for result in results]
+    scored = [result.task.tag["name"] for result in results]
     assert sorted(scored) == sorted(job.key for job in jobs(block))
     assert scored[0].split("/")[1] == scored[1].split("/")[1]  # an entry's attacks follow its plain score
     assert [result.calls_saved > 0 for result in results] == [False, False, False, True]
     assert all(result.rows and not result.error for result in results)
-    assert max(result.item.attempts for result in results) == 2
+    assert max(result.task.attempts for result in results) == 2
 
 
 def test_train_on_two_workers_equals_the_lane(tmp_path, alone):

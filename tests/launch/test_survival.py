@@ -43,7 +43,7 @@ def test_nobody_talks_to_it_without_the_token(cluster):
     join = ("macdrop", "sweep", "demo", "output_dir=refused", f"ray.address={head.address}:6379")
     told = worker.run(*join, timeout=240, RAY_AUTH_MODE="disabled")
     cluster.say("without the token:", told.stdout[-600:])
-    assert told.returncode == 3 and "wants RAY_AUTH_MODE=token here" in told.stdout, told.stdout
+    assert told.returncode == 3 and "needs RAY_AUTH_MODE=token here" in told.stdout, told.stdout
     assert "Traceback" not in told.stdout
 
 

@@ -109,7 +109,7 @@ class Progress:
             attack = "" if row["attack"] == "none" else f"@{row['attack']}"
             self._scores.setdefault(name, []).append(f"{row['task']}{attack} {_number(row['value'])}")
         if result.error:
-            self._say(f"[red]{name} {result.item.job.key}: {result.error}[/red]")
+            self._say(f"[red]{name} {result.task.job.key}: {result.error}[/red]")
 
     def judged(self, done: int, of: int) -> None:
         """How far the judge has come, every tenth of the way."""

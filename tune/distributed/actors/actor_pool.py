@@ -1,7 +1,7 @@
-"""Actors of one kind that all hold the same thing, and take work one piece at a time; the dead are replaced.
+"""A fault-tolerant actor pool: identical actors, one task each; dead ones are replaced.
 
-The owner hands work to whoever is idle and asks for what is done. A piece whose actor died comes back as such: whether
-it is tried again is the owner's to say.
+The owner hands tasks to idle actors and asks for finished ones. A task whose actor died is reported as such: whether it
+is retried is up to the owner.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ NODE_ID = "ray.io/node-id"
 
 
 class PoolActor:
-    """What a crew's actors are. `prepare` is for the kind to say."""
+    """Base class of the actors in a pool."""
 
     def prepare(self, argument: Any) -> Any:
+        """Load what the actor keeps resident."""
         raise NotImplementedError
 
     def open(self, argument: Any) -> tuple[Any, str]:
-        """Make ready; returns what `prepare` does, and the node's id."""
+        """Initialise the actor; return the result of `prepare` and the id of its node."""
         return self.prepare(argument), ray.get_runtime_context().get_node_id()
 
 
 @dataclass
 class Done:
-    """A finished piece of work: what the actor answered, the error it raised, or why it died.
+    """A finished task: the actor's answer, the error it raised, or the reason for its death.
 
-    `excused`: its node was about to leave, so the work is not to blame.
+    `excused`: the node was about to leave, so the task is not to blame.
     """
 
     actor: ActorHandle
@@ -51,11 +52,13 @@ class Done:
 
 
 class ActorPool:
-    """`size` actors of a kind. Those in `idle` are ready, or will be before they begin what they are given."""
+    """`size` actors of one class. Actors in `idle` are initialised, or will be before they begin their next task."""
 
     def __init__(self, kind: type[PoolActor], size: int, *, cpus: float, gpus: float) -> None:
-        options = {"max_restarts": 0, "num_cpus": cpus, "num_gpus": gpus, "label_selector": _off_bare_heads()}
-        self._make = ray.remote(**options)(kind).remote
+        actor: Any = ray.remote(kind).options(
+            max_restarts=0, num_cpus=cpus, num_gpus=gpus, label_selector=_off_bare_heads()
+        )
+        self._make: Callable[[], ActorHandle] = actor.remote
         self.idle: list[ActorHandle] = [self._make() for _ in range(size)]
         self._busy: dict[ray.ObjectRef, tuple[ActorHandle, Any]] = {}
         self._coming: dict[ray.ObjectRef, ActorHandle] = {}
@@ -63,21 +66,21 @@ class ActorPool:
         self._leaving: set[str] = set()
         self._argument: Any = None
         self._lost = 0
-        self._holds, self._resting = bool(cpus or gpus), 0
+        self._holds, self._released = bool(cpus or gpus), 0
 
     def open(self, argument: Any, then: Callable[[Any], Any] = lambda argument: argument) -> Any:
-        """Make an actor ready with `argument`, and have the others, and later ones, made so with `then` of it.
+        """Initialise one actor with `argument`, and all others, later ones too, with `then(argument)`.
 
-        Returns what the first one answered, which is the first that has its resources: the others, which may have to
-        wait for theirs, come when they come. An actor that dies is replaced.
+        Returns the answer of the first actor that has its resources; the others join when they get theirs. An actor
+        that dies is replaced.
 
         Raises:
-            MacDropError: the first actor raised it, or `MAX_ATTEMPTS` of them died. The crew can be opened again.
+            MacDropError: the first actor raised it, or `MAX_ATTEMPTS` of them died. The pool can be opened again.
         """
-        assert not self._busy, "a crew is opened when it has no work"
-        actors = [*self.idle, *self._coming.values(), *(self._make() for _ in range(self._resting))]
+        assert not self._busy, "a pool is opened when it has no tasks"
+        actors = [*self.idle, *self._coming.values(), *(self._make() for _ in range(self._released))]
         first = self._quickest(actors)
-        self.idle, self._coming, self._resting = [], {}, 0
+        self.idle, self._coming, self._released = [], {}, 0
         self._argument, self._lost = then(argument), 0
         others = [actor for actor in actors if actor is not first]
         try:
@@ -89,12 +92,12 @@ class ActorPool:
         return answer
 
     def _quickest(self, actors: list[ActorHandle]) -> ActorHandle:
-        """The first that has its resources and lives."""
+        """Return the first actor that has its resources and is alive."""
         waiting = {ray_internals.ready(actor): actor for actor in actors}
         while len(waiting) > 1:
             (ref,), _ = ray.wait(list(waiting), num_returns=1)
             actor = waiting.pop(ref)
-            with suppress(RayError):  # a dead one
+            with suppress(RayError):  # raised for a dead actor
                 ray.get(ref)
                 return actor
         return next(iter(waiting.values()))
@@ -102,33 +105,34 @@ class ActorPool:
     def _opened(self, actor: ActorHandle, argument: Any) -> Any:
         while True:
             try:
-                answer, self._nodes[actor] = ray.get(actor.open.remote(argument))
-                return answer
+                opened: Any = ray.get(actor.open.remote(argument))
+                self._nodes[actor] = opened[1]
+                return opened[0]
             except RayTaskError as error:
                 raise cause_of(error) from None
             except RayError as error:
                 self._forget(actor)
                 actor = self._make()
-                if not self._survived(error):
+                if not self._survived():
                     raise self._given_up(error) from None
             finally:
                 self.idle = [actor]
 
     def give(self, actor: ActorHandle, call: str, work: Any) -> None:
-        """Have an idle actor begin with a piece of work, the argument of its method `call`."""
+        """Start a task on an idle actor, by its method `call` with the argument `work`."""
         self.idle.remove(actor)
         self._busy[getattr(actor, call).remote(work)] = (actor, work)
 
     @property
     def work(self) -> list[Any]:
-        """What is being done."""
+        """The tasks in flight."""
         return [work for _, work in self._busy.values()]
 
     def ready(self, timeout: float | None = 0) -> list[Done]:
-        """What is done by now; waits for a first piece up to `timeout` seconds (None: as long as it takes).
+        """Collect finished tasks; wait up to `timeout` seconds for the first one (None: without limit).
 
         Raises:
-            MacDropError: actors that are to replace dead ones die or fail as they are made ready, and none is left.
+            MacDropError: replacements of dead actors die or fail while they are initialised, and no actor is left.
         """
         refs = [*self._busy, *self._coming]
         if not refs:
@@ -161,49 +165,48 @@ class ActorPool:
         return done
 
     def _welcome(self, ref: ray.ObjectRef) -> None:
-        """A replacement is ready, or is replaced itself."""
+        """Add an initialised replacement to the idle actors, or replace it if it died."""
         actor = self._coming.pop(ref)
         try:
             _, self._nodes[actor] = ray.get(ref)
             self.idle.append(actor)
         except RayError as error:
             self._forget(actor)
-            if self._survived(error):
+            if self._survived():
                 self._replace(actor)
             elif not (self.idle or self._busy or self._coming):
                 raise self._given_up(error) from None
 
     def drain(self, nodes: Collection[str]) -> None:
-        """Actors on these nodes get no more work and are replaced elsewhere, those at work once they are done."""
+        """Replace actors on these nodes elsewhere; busy ones finish their task first."""
         self._leaving |= set(nodes)
         for actor in [actor for actor in self.idle if self._nodes.get(actor) in self._leaving]:
             self.idle.remove(actor)
             self._replace(actor)
 
-    def rest(self) -> int:
-        """End actors without work that hold something, or wait for it, so that others can have it: how many there were.
-        `wake` makes new ones."""
+    def release(self) -> int:
+        """Release idle and pending actors that hold resources; return how many. `restart` brings them back."""
         if not self._holds:
             return 0
-        resting = [*self.idle, *self._coming.values()]
-        for actor in resting:
+        released = [*self.idle, *self._coming.values()]
+        for actor in released:
             self._forget(actor)
         self.idle, self._coming = [], {}
-        self._resting += len(resting)
-        return len(resting)
+        self._released += len(released)
+        return len(released)
 
-    def wake(self) -> None:
-        """Have those back that rest; they are ready when they have been made so anew."""
-        for _ in range(self._resting):
+    def restart(self) -> None:
+        """Restart released actors; they become idle once re-initialised."""
+        for _ in range(self._released):
             self._start()
-        self._resting = 0
+        self._released = 0
 
     def close(self) -> None:
         """End all actors; safe to call twice."""
         for actor in [*self.idle, *self._coming.values(), *(actor for actor, _ in self._busy.values())]:
             with suppress(RayError):
                 ray.kill(actor)
-        self.idle, self._busy, self._coming, self._resting = [], {}, {}, 0
+        self.idle, self._busy, self._coming, self._released = [], {}, {}, 0
 
     def _replace(self, actor: ActorHandle) -> None:
         self._forget(actor)
@@ -216,10 +219,10 @@ class ActorPool:
     def _forget(self, actor: ActorHandle) -> None:
         self._nodes.pop(actor, None)
         with suppress(RayError):
-            ray.kill(actor)  # one that cannot be reached may live
+            ray.kill(actor)  # an unreachable actor may still be alive
 
-    def _survived(self, error: RayError) -> bool:
-        """Count an actor that was lost before it was ready; whether another one may be made."""
+    def _survived(self) -> bool:
+        """Count an actor that was lost before it was initialised; return whether another one may be made."""
         self._lost += 1
         return self._lost < MAX_ATTEMPTS
 
@@ -227,20 +230,22 @@ class ActorPool:
         if isinstance(error, RayTaskError):
             return cause_of(error)
         return MacDropError(
-            f"{self._lost} actors died while they were made ready: {str(error).splitlines()[0]}\n"
-            "Too little memory is the usual reason: lower ray.evaluators or batch sizes, or use larger machines."
+            f"{self._lost} actors died while they were initialised: {str(error).splitlines()[0]}\n"
+            "The usual cause is too little memory: lower ray.evaluators or batch sizes, or use larger machines."
         )
 
 
 def cause_of(error: RayTaskError) -> MacDropError:
-    """Our own error as it was raised in the actor; any other with its type's name."""
+    """Return our own error as it was raised in the actor; any other with the name of its type."""
     cause = error.cause
     return cause if isinstance(cause, MacDropError) else MacDropError(f"{type(cause).__name__}: {cause}")
 
 
 def _off_bare_heads() -> dict[str, str]:
-    """Ray's label selector for every node but a head without CPUs, which is kept free of work: an actor that asks for
-    none would land there, and a sliver of a CPU would take the room of a whole one from a lane elsewhere."""
+    """Return Ray's label selector for all nodes but a head without CPUs, which is kept free of work.
+
+    An actor that asks for no CPU would land there, and a sliver of a CPU would cost a lane elsewhere a whole one.
+    """
     for node in ray.nodes():
         if node["Alive"] and HEAD in node["Resources"] and not node["Resources"].get("CPU"):
             return {NODE_ID: f"!{node['NodeID']}"}

@@ -1,4 +1,4 @@
-"""A pool of evaluation actors: base model and tasks stay resident, adapters are swapped in and out."""
+"""A pool of evaluation actors: base model and benchmarks stay resident, adapters are swapped in and out."""
 
 from __future__ import annotations
 
@@ -8,24 +8,37 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from ray.actor import ActorHandle
 
+from macdrop import MassiveWeights, load_model, load_tokenizer
 from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec
 from tune.config.run_spec import TrainSpec
 from tune.distributed.actors.actor_pool import ActorPool, Done, PoolActor
+from tune.evaluation.adapters import AdapterSlot
+from tune.evaluation.prefix_cache import PrefixCache
+from tune.evaluation.scorer import Row, Scorer
 from tune.scheduling.queue import MAX_ATTEMPTS
+from tune.storage.atomic import atomic_write_json
+from tune.training.massive_weights import massive_weights, proof
+from tune.training.process_group import device
 from tune.training.watchdog import STACKS, passes_watched, why_it_died
+from tune.zoo.catalog import resolve
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What an actor needs to make a model resident; `weights` is where its massive weights are (to be) kept.
+    """What an actor needs to make a model resident; `weights` is the file of its massive weights.
 
     `blocks` are the benchmarks of each split (`tune.config.eval_spec.SPLITS`), all of them resident side by side.
-    With `scan` the actor finds them and proves them with k rows; else it reads them, if they are there. An actor that
-    begins no forward pass for `step_timeout_s` seconds in the middle of a benchmark ends itself.
+    With `scan` the actor finds the massive weights and proves them with k rows; otherwise it reads the file if it
+    exists. An actor that begins no forward pass for `step_timeout_s` seconds within a benchmark exits.
     """
 
     spec: TrainSpec
@@ -41,7 +54,7 @@ class Opening:
 class EvalTask:
     """One benchmark of one adapter (None: the base model). `tag` comes back with the result.
 
-    `answers` is the file for what was measured item by item, `within` a folder above it that is there.
+    `answers` is the file for per-item results; `within` is a folder above it that must exist.
     """
 
     tag: dict[str, Any]
@@ -53,61 +66,50 @@ class EvalTask:
 
     @property
     def group(self) -> tuple[str | None, EvalJob]:
-        """Equal for the plain score and the attacks of one benchmark of one adapter, which share most of the work."""
+        """The same for the plain score and all attacks of a benchmark and adapter, which share most of the work."""
         return self.adapter, replace(self.job, attack=PLAIN, attack_on=None)
 
     @property
     def stacks(self) -> Path:
-        """Where an actor that hangs leaves what it was at: in the trial's folder, or the model's."""
+        """The file for the stacks of an actor that hangs, in the folder of the trial or the model."""
         answers = Path(self.answers)
         return answers.parent.parent / STACKS / f"score-{answers.stem}.txt"
 
 
 @dataclass
 class Result:
-    """Rows, or why there are none."""
+    """The score rows of a task, or the reason why there are none."""
 
-    item: EvalTask
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    task: EvalTask
+    rows: list[Row] = field(default_factory=list)
     error: str | None = None
     seconds: float = 0.0
-    calls_saved: int = 0  # of layers, by what was shared with other attacks
+    calls_saved: int = 0  # layer calls saved by sharing with other attacks
 
 
 class Evaluator(PoolActor):
-    """One resident model. A new model takes the place of the last one in the same process."""
+    """One resident model. A new model replaces the previous one in the same process."""
 
     def __init__(self) -> None:
+        self.model: PreTrainedModel | PeftModel | None = None
+        self.slot: AdapterSlot | None = None
         self.adapter: str | None = None
-        self.model: Any = None
-        self.slot: Any = None
-        self.scorers: dict[str, Any] = {}
-        self.prefix: Any = None
+        self.scorers: dict[str, Scorer] = {}
+        self.prefix = PrefixCache()
         self.in_place = ExitStack()
         self.step_timeout_s = 0.0
 
     def prepare(self, opening: Opening) -> str | None:
-        """Load model, tokenizer and tasks, find the massive weights; returns their file, None without."""
-        import torch
-
-        from macdrop import MassiveWeights, load_model, load_tokenizer
-        from tune.evaluation.adapters import AdapterSlot
-        from tune.evaluation.prefix_cache import PrefixCache
-        from tune.evaluation.scorer import Scorer
-        from tune.storage.atomic import atomic_write_json
-        from tune.training.massive_weights import massive_weights, proof
-        from tune.training.process_group import device
-        from tune.zoo.catalog import resolve
-
+        """Load model, tokenizer and benchmarks, find the massive weights; return their file, None without."""
         self.in_place.close()
-        self.model = self.slot = None
+        self.model = self.slot = None  # Two models at once may not fit.
         self.scorers = {}
         self.prefix = PrefixCache()
         torch.set_num_threads(opening.threads)
         self.step_timeout_s = opening.step_timeout_s
         spec = opening.spec
         source = resolve(spec.model_name_or_path)
-        loading = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
+        loading: dict[str, Any] = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
         tokenizer = load_tokenizer(source, **loading)
         model = load_model(
             source,
@@ -130,29 +132,30 @@ class Evaluator(PoolActor):
             self.scorers[split].prepare()
         return opening.weights if weights else None
 
-    def score(self, item: EvalTask) -> tuple[list[dict[str, Any]], float, int]:
-        """Rows of one benchmark, the seconds it took, and the calls of layers that sharing saved."""
+    def score(self, task: EvalTask) -> tuple[list[Row], float, int]:
+        """Return the rows of one benchmark, the seconds it took, and the layer calls that sharing saved."""
+        assert self.slot is not None, "an actor is opened before it scores"
         started = time.monotonic()
-        if item.adapter != self.adapter:
+        if task.adapter != self.adapter:
             self.in_place.close()
             self.prefix.clear()
             self.adapter = None
-            self.model = self.in_place.enter_context(self.slot.adapter(item.adapter))
-            self.adapter = item.adapter
+            self.model = self.in_place.enter_context(self.slot.adapter(task.adapter))
+            self.adapter = task.adapter
         saved = self.prefix.calls_saved
-        scorer = self.scorers[item.job.split]
-        with passes_watched(self.slot.base, item.stacks, self.step_timeout_s):  # an adapter calls the base as well
+        scorer = self.scorers[task.job.split]
+        with passes_watched(self.slot.base, task.stacks, self.step_timeout_s):  # an adapter calls the base as well
             rows = scorer.score(
-                item.job, model=self.model, answers_path=item.answers, prefix=self.prefix, within=item.within
+                task.job, model=self.model, answers_path=task.answers, prefix=self.prefix, within=task.within
             )
         return rows, time.monotonic() - started, self.prefix.calls_saved - saved
 
 
 class EvaluatorPool:
-    """Gives items to idle actors; an item whose actor died is given out again.
+    """Hands tasks to idle evaluators; a task whose actor died is retried.
 
-    An actor goes on with the benchmark it has just scored, under its other attacks; else with one that no other actor
-    is at, of the adapter it has; else with whatever is waiting, so that none is idle.
+    Scheduling order per actor: the same benchmark under another attack; then an unclaimed benchmark of the loaded
+    adapter; then any.
     """
 
     def __init__(self, size: int, *, cpus: float, gpus: float, kind: type[PoolActor] = Evaluator) -> None:
@@ -162,7 +165,7 @@ class EvaluatorPool:
         self._step_timeout_s = 0.0
 
     def open(self, opening: Opening) -> str | None:
-        """Make a model resident in every actor; returns the file of its massive weights, None if it has none.
+        """Make a model resident in every actor; return the file of its massive weights, None if it has none.
 
         Raises:
             MacDropError: the model cannot be loaded, scanned or scored, or actors die of it.
@@ -171,44 +174,45 @@ class EvaluatorPool:
         self._step_timeout_s = opening.step_timeout_s
         return self._pool.open(opening, lambda opening: replace(opening, scan=False))
 
-    def submit(self, item: EvalTask) -> None:
-        self._waiting.append(item)
+    def submit(self, task: EvalTask) -> None:
+        """Queue a task."""
+        self._waiting.append(task)
 
     def drain(self, nodes: Collection[str]) -> None:
-        """Nodes (Ray's ids) that will be gone soon: their actors finish what they are at, and are made elsewhere."""
+        """Replace actors on nodes (Ray's ids) that will be taken away; busy ones finish their benchmark first."""
         self._pool.drain(nodes)
 
-    def rest(self) -> int:
-        """Give up what idle actors hold until something is to be scored; returns how many there were."""
-        return self._pool.rest()
+    def release(self) -> int:
+        """Release idle actors until something is to be scored; return how many there were."""
+        return self._pool.release()
 
     @property
     def busy(self) -> int:
-        """Items waiting or being scored."""
+        """Tasks waiting or being scored."""
         return len(self._waiting) + self.at_work
 
     @property
     def at_work(self) -> int:
-        """Items being scored."""
+        """Tasks being scored."""
         return len(self._pool.work)
 
     def step(self) -> list[Result]:
-        """Collect what is ready and hand out what is waiting, without waiting.
+        """Collect finished tasks and hand out waiting ones, without blocking.
 
         Raises:
-            MacDropError: no actor is left, and new ones do not come up.
+            MacDropError: no actor is left, and replacements fail to start.
         """
-        # Collected first, so that an actor that is done goes on at once.
+        # Collected first, so that an actor that is done gets its next task at once.
         results = [result for done in self._pool.ready() if (result := self._result(done))]
         if self._waiting:
-            self._pool.wake()
+            self._pool.restart()
         while self._pool.idle and self._waiting:
             actor = self._pool.idle[-1]
-            item = self._next(actor)
-            self._waiting.remove(item)
-            self._last[actor] = item
-            item.attempts += 1
-            self._pool.give(actor, "score", item)
+            task = self._next(actor)
+            self._waiting.remove(task)
+            self._last[actor] = task
+            task.attempts += 1
+            self._pool.give(actor, "score", task)
         return results
 
     def close(self) -> None:
@@ -217,10 +221,10 @@ class EvaluatorPool:
 
     def _next(self, actor: ActorHandle) -> EvalTask:
         last = self._last.get(actor)
-        taken = {item.group for item in self._pool.work}
+        claimed = {task.group for task in self._pool.work}
 
-        def cost(item: EvalTask) -> tuple[bool, bool, bool]:
-            return last is None or item.group != last.group, item.group in taken, not self._holds(actor, item.adapter)
+        def cost(task: EvalTask) -> tuple[bool, bool, bool]:
+            return last is None or task.group != last.group, task.group in claimed, not self._holds(actor, task.adapter)
 
         return min(self._waiting, key=cost)
 
@@ -229,19 +233,19 @@ class EvaluatorPool:
         return adapter == (self._last[actor].adapter if actor in self._last else None)
 
     def _result(self, done: Done) -> Result | None:
-        """None where the item is scored again, because its actor died."""
-        item: EvalTask = done.work
+        """Return the result, or None if the task is retried because its actor died."""
+        task: EvalTask = done.work
         if done.died:
             self._last.pop(done.actor, None)
-            item.attempts -= done.excused
-            if item.attempts < MAX_ATTEMPTS:
-                self._waiting.appendleft(item)
+            task.attempts -= done.excused
+            if task.attempts < MAX_ATTEMPTS:
+                self._waiting.appendleft(task)
                 return None
-            why = why_it_died(item.stacks, self._step_timeout_s, done.died)
-            return Result(item, error=f"the evaluation actor died {item.attempts} times: {why}")
+            why = why_it_died(task.stacks, self._step_timeout_s, done.died)
+            return Result(task, error=f"the evaluation actor died {task.attempts} times: {why}")
         if done.error:
-            # What the actor holds is unknown after an error half-way.
+            # After an error the state of the actor's adapter is unknown.
             self._last.pop(done.actor, None)
-            return Result(item, error=str(done.error))
+            return Result(task, error=str(done.error))
         rows, seconds, saved = done.value
-        return Result(item, rows, seconds=seconds, calls_saved=saved)
+        return Result(task, rows, seconds=seconds, calls_saved=saved)

@@ -1,7 +1,7 @@
-"""Whether every node of a cluster can do its part: one task a node looks there, before anything starts.
+"""Pre-flight check of every node: one task per node, before the sweep starts.
 
-What a node must have is plain data (`Needs`), what it lacks plain sentences (`look`, which imports nothing of Ray). The
-driver's own node is not looked at, so that a run on one machine pays nothing.
+What a node must have is plain data (`Needs`), what it lacks plain sentences (`look`, which needs no Ray). The driver's
+own node is not checked, so a run on one machine pays nothing.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from tune.storage.atomic import atomic_write_text, writing
 from tune.storage.environment import version
 from tune.zoo.catalog import PREFIX
 
-#: How long a file may take to be seen through a network file system's caches; seconds.
+#: How long a file may take to show up through the caches of a network file system, in seconds.
 LAG_S = 30.0
-#: What a task with GPUs may wait for them; who else holds them is not ours to wait for.
+#: How long a task may wait for its GPUs; beyond that somebody else is using them.
 GPU_WAIT_S = 120.0
-#: Keys of a run file whose value is a file or folder, or the id of something on the hub.
+#: Keys of a run file whose value is a file, a folder, or an id on the hub.
 PLACES = ("model_name_or_path", "dataset", "data", "fewshot_data", "path", "model")
-#: Of a repository on the hub, what a model is loaded from; never a pickle. Code only where the run file trusts it.
+#: The files of a hub repository that a model is loaded from; never a pickle, and code only if the run file trusts it.
 PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 NOT_NEEDED = ("original/*", "consolidated*", "onnx/*")
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A model of the hub, to be fetched."""
+    """A model on the hub, to be fetched."""
 
     name: str
     revision: str | None
@@ -54,8 +54,8 @@ class Hub:
 class Needs:
     """What every node needs.
 
-    `token` is a file in the run folder, or what is there of the folders above it, and `word` its content; `paths` are
-    local models and data as the run file has them; `weights` the bytes of the largest model's weights on one GPU.
+    `token` is a file in the run folder, or in its nearest existing parent, and `word` its content; `paths` are local
+    models and data as the run file has them; `weights` is the size in bytes of the largest model's weights on one GPU.
     """
 
     token: str
@@ -64,12 +64,12 @@ class Needs:
     hub: tuple[Hub, ...]
     bf16: bool
     weights: int
-    macdrop: str
+    macdrop: str | None
     lag: float = LAG_S
 
 
 def check_nodes(spec: RunSpec, planned: Sequence[Study], run_dir: Path, tell: Callable[[str], None]) -> None:
-    """Look at every node but the driver's own, and fetch hub models there. Free on one machine.
+    """Check every node except the driver's own, and fetch hub models there. Costs nothing on one machine.
 
     Raises:
         ResourceError: what nodes lack, each with its remedy.
@@ -77,20 +77,20 @@ def check_nodes(spec: RunSpec, planned: Sequence[Study], run_dir: Path, tell: Ca
     here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     if nodes:
-        look_at(nodes, spec, planned, run_dir, tell)
+        check_each(nodes, spec, planned, run_dir, tell)
 
 
-def look_at(
+def check_each(
     nodes: Sequence[dict[str, Any]],
     spec: RunSpec,
     planned: Sequence[Study],
     run_dir: Path,
     tell: Callable[[str], None],
 ) -> None:
-    """The same for nodes as `ray.nodes` has them; raises as `check_nodes`."""
+    """Check these entries of `ray.nodes`; raises the same as `check_nodes`."""
     hub = sorted({hub.name for hub in hub_models(spec, planned)})
     if hub:
-        tell(f"each node fetches {', '.join(hub)} where it does not have it yet")
+        tell(f"each node fetches {', '.join(hub)} unless it has it already")
     with _token(run_dir) as (token, word):
         needs = needs_of(spec, planned, token, word)
         tasks: dict[ray.ObjectRef, tuple[dict[str, Any], float | None]]
@@ -107,7 +107,7 @@ def look_at(
 
 
 def needs_of(spec: RunSpec, planned: Sequence[Study], token: str, word: str) -> Needs:
-    """What a run's nodes must have; the size of its models is left for GPUs that are there to be compared with."""
+    """Return what a run's nodes must have; the size of its models is measured only where there are GPUs."""
     paths = {place for place in places([dump(study.spec) for study in planned]) if os.path.exists(place)}
     paths |= {place for place in places(dump(spec)) if os.path.exists(place)}
     gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
@@ -122,8 +122,8 @@ def needs_of(spec: RunSpec, planned: Sequence[Study], token: str, word: str) -> 
     )
 
 
-def places(value: Any, key: str | None = None) -> Iterator[str]:
-    """Strings under `PLACES` of a dumped run file, but built-in models and data."""
+def places(value: object, key: str | None = None) -> Iterator[str]:
+    """Yield the strings under `PLACES` of a dumped run file, except built-in models and data."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from places(item, name if name in PLACES else None)
@@ -135,7 +135,7 @@ def places(value: Any, key: str | None = None) -> Iterator[str]:
 
 
 def hub_models(spec: RunSpec, planned: Iterable[Study]) -> list[Hub]:
-    """The models that are neither local nor built in, the local judge's included."""
+    """Return the models that are neither local nor built in, including a local judge's."""
     found = [Hub(s.spec.model_name_or_path, s.spec.model_revision, s.spec.trust_remote_code) for s in planned]
     judge = spec.eval.judge
     if judge is not None and not judge.base_url:
@@ -147,7 +147,7 @@ def hub_models(spec: RunSpec, planned: Iterable[Study]) -> list[Hub]:
 
 
 def look(needs: Needs) -> list[str]:
-    """What this node lacks, as sentences that go on after its name."""
+    """Return what this node lacks, as sentences that continue after its name."""
     problems = []
     mine = version("macdrop")
     if mine != needs.macdrop:
@@ -165,16 +165,16 @@ def look(needs: Needs) -> list[str]:
 
 def _storage(needs: Needs) -> list[str]:
     folder = Path(needs.token).parent
-    told = f"output_dir must be on storage that all nodes mount (here the folder {folder})."
+    remedy = f"output_dir must be on storage that all nodes mount (here the folder {folder})."
     until = time.monotonic() + needs.lag
     while True:
         try:
             if Path(needs.token).read_text() == needs.word:
                 break
-            return [f"sees another folder at {folder} than the head. {told}"]
+            return [f"sees another folder at {folder} than the head. {remedy}"]
         except OSError as error:
             if time.monotonic() > until:
-                return [f"does not see what the head wrote to {folder} ({error.strerror}). {told}"]
+                return [f"does not see what the head wrote to {folder} ({error.strerror}). {remedy}"]
             time.sleep(0.5)
     mine = folder / f"{Path(needs.token).name}-{uuid.uuid4().hex[:8]}"
     try:
@@ -186,14 +186,14 @@ def _storage(needs: Needs) -> list[str]:
 
 
 def _fetch(hub: Hub) -> list[str]:
-    """Have the model in this node's cache of the hub; of what is there nothing is fetched again."""
+    """Fetch the model into this node's hub cache, unless it is there."""
     from huggingface_hub import snapshot_download
 
     patterns = [*PATTERNS, "*.py"] if hub.code else list(PATTERNS)
     try:
         snapshot_download(hub.name, revision=hub.revision, allow_patterns=patterns, ignore_patterns=list(NOT_NEEDED))
-    except Exception as error:  # the hub's, the network's and the disk's: all of them end the same way
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # of the hub, the network or the disk: the remedy is the same
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         return [
             f"cannot fetch {hub.name}: {why}\n  Give the node access to the hub (HF_TOKEN for a gated model), or set "
             "HF_HOME to shared storage that has the model."
@@ -202,11 +202,11 @@ def _fetch(hub: Hub) -> list[str]:
 
 
 def try_gpus(needs: Needs) -> list[str]:
-    """What the GPUs of this task lack; with two of them NCCL is tried."""
+    """Return what the GPUs of this task lack; two of them also try NCCL."""
     import torch
 
     if not torch.cuda.is_available():
-        return ["has GPUs by Ray's count, and torch sees none. Install a torch build for its driver (nvidia-smi)."]
+        return ["has GPUs according to Ray, but torch sees none. Install a torch build for its driver (nvidia-smi)."]
     problems = []
     name, memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
     if needs.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -221,7 +221,7 @@ def try_gpus(needs: Needs) -> list[str]:
         torch.cuda.nccl.all_reduce(parts)
         torch.cuda.synchronize()
         if any(float(part[0]) != len(parts) for part in parts):
-            problems.append("sums wrongly over NCCL. Try NCCL_P2P_DISABLE=1, and see to the driver.")
+            problems.append("computes wrong sums over NCCL. Try NCCL_P2P_DISABLE=1, and check the driver.")
     except RuntimeError as error:
         problems.append(f"fails in NCCL: {str(error).splitlines()[0]}. NCCL_DEBUG=INFO says more.")
     return problems
@@ -232,7 +232,7 @@ def try_gpus(needs: Needs) -> list[str]:
 
 @contextmanager
 def _token(run_dir: Path) -> Iterator[tuple[str, str]]:
-    """A file with a random word in the run folder, or in the nearest folder above it that is there."""
+    """Write a file with a random word into the run folder, or into its nearest existing parent."""
     folder = next(place for place in (run_dir, *run_dir.parents) if place.is_dir())
     token, word = folder / f".macdrop-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex
     with writing(token):
@@ -244,31 +244,31 @@ def _token(run_dir: Path) -> Iterator[tuple[str, str]]:
 
 
 def _task(work: Callable[[Needs], list[str]], needs: Needs, node: dict[str, Any], gpus: int = 0) -> ray.ObjectRef:
-    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=1)(work)
-    return task.options(scheduling_strategy=there, name=work.__name__).remote(needs)
+    return task.options(scheduling_strategy=on_node, name=work.__name__).remote(needs)
 
 
 def _answer(ref: ray.ObjectRef, node: dict[str, Any], wait: float | None, tell: Callable[[str], None]) -> list[str]:
-    """What a node's task found, with the node's name in front; a node that is lost, or in use, is told of alone."""
+    """Return the problems that a node's task found, prefixed with the node; a lost or busy node is only reported."""
     name = f"Node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
     try:
         return [f"{name} {problem}" for problem in ray.get(ref, timeout=wait)]
     except GetTimeoutError:
         ray.cancel(ref, force=True)
-        tell(f"{name}: its GPUs were not tried, as they were not free within {wait:g} s")
+        tell(f"{name}: its GPUs were not checked, as they were not free within {wait:g} s")
         return []
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, ImportError):
             return [f"{name} cannot import macdrop's packages: {cause}. Install the same version everywhere."]
-        return [f"{name} could not be looked at: {type(cause).__name__}: {cause}"]
+        return [f"{name} could not be checked: {type(cause).__name__}: {cause}"]
     except RayError as error:
-        tell(f"{name} was lost while it was looked at: {str(error).splitlines()[0]}")
+        tell(f"{name} was lost during its check: {str(error).splitlines()[0]}")
         return []
 
 
 def _weights_on_a_gpu(spec: RunSpec, study: Study) -> int:
-    """Bytes of a model's weights on each GPU, by its shapes alone."""
+    """Return the bytes of a model's weights on each GPU, from its shapes alone."""
     size = sum(p.numel() for p in model_outline(study.spec).parameters()) * (2 if study.spec.bf16 else 4)
     return size // spec.ray.num_workers if study.spec.zero_stage == 3 else size

@@ -120,9 +120,7 @@ def _end(session: str) -> None:
 # --- reporting and removal ---
 
 
-def look(
-    *, local: bool, clear: bool, ask: Callable[[str], bool] | None = None, tell: Callable[[str], None]
-) -> int:
+def look(*, local: bool, clear: bool, ask: Callable[[str], bool] | None = None, tell: Callable[[str], None]) -> int:
     """Report the orphans of this machine (`local`) or of the cluster just joined, and offer to remove them.
 
     ask: puts a yes-or-no question to the user; None where nobody can answer. Returns how many were removed.

@@ -27,7 +27,8 @@ class Trainer(TorchTrainer):
     """A TorchTrainer without Train's own cleaner of placement groups; needs a running `Reaper`."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return ray_internals.without_cleaner(super()._create_default_callbacks())
+        # Type checkers see the class of Train V1, which has no such method.
+        return ray_internals.without_cleaner(super()._create_default_callbacks())  # type: ignore[misc]
 
 
 class Reaper:

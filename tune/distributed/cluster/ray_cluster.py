@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and telling whether it has what a run needs."""
+"""Joins or starts a Ray cluster, and checks that it has the resources that a run needs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.util.placement_group import placement_group_table
 
 from tune.config.run_spec import RaySpec
 from tune.errors import ResourceError
 from tune.scheduling.resources import check_local, gpu_shares, resources
 
-#: Exit code after SIGTERM, as a shell has it.
+#: The exit code of a shell after SIGTERM.
 TERMINATED = 143
-#: What is free is told by the nodes now and then: a run that has just ended may still hold something for so long.
+#: Nodes report free resources periodically: a run that has just ended may seem to hold some for this long.
 GIVEN_BACK_S = 10.0
 LOOK_EVERY_S = 0.5
 SHARE = (
     "on few GPUs let workers and evaluators share them, for example ray.gpus_per_worker=0.5 ray.gpus_per_evaluator=0.5."
 )
-#: Set before Ray starts. Train V2 asks its workers twice a second, and takes one that is silent for two minutes (not
+#: Set before Ray starts. Train V2 polls its workers twice a second, and takes one that is silent for two minutes (not
 #: ten) for dead; Tune's own loggers and the usage report are off.
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -41,7 +42,7 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # The newer output prints boxes whatever the verbosity.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Ctrl-C ends the whole run with its own exit code; Tune's handler would end one study and go on with the next.
+    # Ctrl-C ends the whole run with its own exit code; Tune's handler would end one study and start the next.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # A searched score exists only in a trial's last report.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -52,7 +53,7 @@ SETTINGS = {
 def connect(spec: RaySpec) -> tuple[str, bool]:
     """Join the cluster at `spec.address`, or start Ray on this machine, unless this process has joined one already.
 
-    Returns the dashboard's address, and whether this call did join or start: who does so leaves with `ray.shutdown`.
+    Returns the dashboard's address, and whether this call joined or started Ray: then the caller owes a `ray.shutdown`.
 
     Raises:
         ConfigError: the run can never fit on this machine.
@@ -62,7 +63,7 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
         return "", False
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    # Trials that fail are told by the run itself, with their reason; Tune would print each one's whole traceback.
+    # The run itself reports failed trials, with the reason; Tune would print a whole traceback for each.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -71,7 +72,7 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
     if spec.address is None:
         options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": spec.dashboard}
         if "RAY_TMPDIR" not in os.environ and len(tempfile.gettempdir()) > 60:
-            # Ray's sockets live under its temporary folder and may not have long paths.
+            # Ray's sockets live under its temporary folder, and socket paths must be short.
             options["_temp_dir"] = "/tmp/ray"
     else:
         options["address"] = spec.address
@@ -84,49 +85,49 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
             f"Start one (`ray start --head`), or leave ray.address out to use this machine.{token_hint()}"
         ) from None
     if threading.current_thread() is threading.main_thread():
-        # Ray's own handler aborts the process; an end from outside should close the run as Ctrl-C does.
+        # Ray's own handler aborts the process; SIGTERM should close the run as Ctrl-C does.
         signal.signal(signal.SIGTERM, before if callable(before) else lambda *_: sys.exit(TERMINATED))
     return context.dashboard_url or "", True
 
 
 def token_hint() -> str:
-    """What this machine lacks to join a cluster that asks for a token, as a line; Ray says only that it cannot."""
+    """Return one line on what this machine lacks to join a cluster with a token; Ray only says that it cannot."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     if os.environ.get("RAY_AUTH_MODE") != "token":
-        return f"\nA cluster that asks for a token wants RAY_AUTH_MODE=token here, and its token in {token}."
+        return f"\nA cluster with a token needs RAY_AUTH_MODE=token here, and its token in {token}."
     if not token.is_file() and "RAY_AUTH_TOKEN" not in os.environ:
-        return f"\nThere is no token in {token}: copy that of the cluster's head (mode 600)."
-    return "\nIs the token of this machine the cluster's?"
+        return f"\nThere is no token in {token}: copy the one on the cluster's head (mode 600)."
+    return "\nDoes the token of this machine match the cluster's?"
 
 
 def check_cluster(spec: RaySpec, tell: Callable[[str], None]) -> float:
-    """Compare what a run needs with what the cluster has; returns the cluster's GPUs.
+    """Compare what a run needs with what the cluster has; return the cluster's GPUs.
 
-    On one machine all of it must be free now, but for what a run that has just ended gives back. A cluster's machines
-    come and go: one lane and one evaluator must have room in it, busy or not, and are waited for, with the autoscaler
-    asked for them; the other lanes start when there is room.
+    On one machine all of it must be free now, or as soon as a run that has just ended has released it. The nodes of a
+    cluster come and go: one lane and one evaluator must fit, whether the nodes are busy or not; they are requested from
+    the autoscaler and waited for, and the other lanes start when there is room.
 
     Raises:
-        ResourceError: with the arithmetic and who holds what.
+        ResourceError: with the arithmetic and the current holders.
     """
     if spec.address is None:
         return _all_now(spec)
     least = spec.model_copy(update={"lanes": 1, "evaluators": 1})
-    deadline, told = time.monotonic() + spec.patience_s, False
+    deadline, requested = time.monotonic() + spec.patience_s, False
     try:
         while short := _short(least, _total()):
             if time.monotonic() > deadline:
-                raise ResourceError(f"{short}\nIt did not come within ray.resource_timeout_s = {spec.patience_s:g} s.")
-            if not told:
+                raise ResourceError(f"{short}\nNo node came within ray.resource_timeout_s = {spec.patience_s:g} s.")
+            if not requested:
                 tell(f"{short}\nWaiting for nodes, for up to {spec.patience_s:g} s. If none will come: {SHARE}")
                 request_resources(bundles=_bundles(least))
-                told = True
+                requested = True
             time.sleep(LOOK_EVERY_S)
     finally:
-        if told:
+        if requested:
             request_resources(bundles=[])
     if short := _short(spec, _total()):
-        tell(f"{short}\nWhat has no room waits for it.")
+        tell(f"{short}\nThe rest starts when there is room.")
     return _total().get("GPU", 0.0)
 
 
@@ -147,7 +148,7 @@ def _total() -> dict[str, float]:
 
 
 def _short(spec: RaySpec, there: dict[str, float], word: str = "there") -> str | None:
-    """What a run lacks of what is there, with the sum; None if nothing."""
+    """Return what a run lacks, with the sum of its needs; None if nothing."""
     needs = resources(spec, cluster_gpus=_total().get("GPU", 0.0))
     lines = [
         f"{name}: needs {need:g}, {word} {there.get(name, 0.0):g}"
@@ -158,18 +159,17 @@ def _short(spec: RaySpec, there: dict[str, float], word: str = "there") -> str |
 
 
 def _bundles(spec: RaySpec) -> list[dict[str, float]]:
-    """One for each process of a run, for the autoscaler."""
+    """Return one resource bundle per process of a run, for the autoscaler."""
     gpus = gpu_shares(spec, 0.0)
-    worker, evaluator = {"CPU": spec.cpus_per_worker, "GPU": gpus[0]}, {"CPU": spec.cpus_per_evaluator, "GPU": gpus[1]}
+    worker = {"CPU": spec.cpus_per_worker, "GPU": gpus.per_worker}
+    evaluator = {"CPU": spec.cpus_per_evaluator, "GPU": gpus.per_evaluator}
     bundles = [worker] * spec.num_workers * spec.lanes + [evaluator] * spec.evaluators
     found = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
     return [bundle for bundle in found if bundle]
 
 
 def holders() -> str:
-    """Who holds the cluster's CPUs and GPUs: placement groups and actors with resources, one a line."""
-    from ray.util.placement_group import placement_group_table
-
+    """Return who holds the cluster's CPUs and GPUs: totals, then one line per placement group."""
     lines = []
     for group in placement_group_table().values():
         if group["state"] != "REMOVED":

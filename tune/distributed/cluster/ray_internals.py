@@ -16,7 +16,11 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray.actor import ActorHandle
-from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData, PlacementGroupTableData
+from ray.core.generated.gcs_pb2 import (  # type: ignore[attr-defined]  # protobuf makes them at run time
+    ActorTableData,
+    JobTableData,
+    PlacementGroupTableData,
+)
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 #: The resource of the head node, 1.0 of it in all; a small share pins a light actor there without taking a CPU.
@@ -119,7 +123,8 @@ def remove_group(group: Group) -> None:
 def kill_actor(actor: Actor) -> None:
     """Kill an actor without a restart."""
     # Ray 2.60: `ray.kill` takes a handle, and `ray.get_actor` finds actors by name alone.
-    ray_worker.global_worker.core_worker.kill_actor(ray.ActorID(actor.id), True)
+    worker: Any = ray_worker.global_worker
+    worker.core_worker.kill_actor(ray.ActorID(actor.id), True)
 
 
 def draining_nodes() -> list[str]:
@@ -137,7 +142,8 @@ def free_resources() -> dict[str, dict[str, float]]:
 def session_dir() -> str:
     """Return the session folder of the Ray that this process has started."""
     # Ray 2.60: the context that `ray.init` returns has the address alone.
-    return ray_worker._global_node.get_session_dir_path()
+    node: Any = ray_worker._global_node
+    return node.get_session_dir_path()
 
 
 def ready(actor: ActorHandle) -> ray.ObjectRef:

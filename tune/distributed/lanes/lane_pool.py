@@ -1,7 +1,7 @@
 """The lanes of a run, kept alive from the driver: each `run_lane` blocks in a thread of its own.
 
-A lane that dies under an order is that order's affair (`failures` says how often it is tried), one that waits for
-resources has not failed: only lanes that die without an order, over and over, end a run, and a time without any lane.
+A lane that dies while it trains counts against its task (`failures` says how often a task is retried), and a lane that
+waits for resources has not failed. A run ends only if idle lanes keep dying, or if there is no lane for too long.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from ray.actor import ActorHandle
 from tune.config.run_spec import RaySpec
 from tune.distributed.cluster import ray_internals
 from tune.distributed.cluster.placement_groups import Reaper, end_runs, without_resources
+from tune.distributed.cluster.ray_cluster import holders
 from tune.distributed.lanes.dispatcher import call
-from tune.distributed.lanes.lane import run_lane, tell_loss
+from tune.distributed.lanes.lane import report_loss, run_lane
 from tune.errors import ResourceError
 from tune.scheduling.failures import of_run
 from tune.storage.states import TaskState
 
-#: So often, for each lane, Train runs may end without any order having been taken in between.
+#: How many Train runs per lane may end in a row before a lane takes a task.
 RELAUNCHES = 2
-#: How long closing lanes are waited for; then their processes are ended.
+#: How long closing lanes are waited for; then their processes are killed.
 CLOSE_S = 20.0
-#: How often the nodes are looked at that will be taken away.
+#: How often nodes that will be taken away are looked for.
 LOOK_EVERY_S = 1.0
-#: Evaluators that have work and get no resources for so long have an idle lane's.
+#: Evaluators that have work but no resources for this long get those of an idle lane.
 ROOM_AFTER_S = 10.0
-#: Without any lane for so long, evaluators without work give up what they hold; lanes start, and come back, in less.
+#: After this long without any lane, idle evaluators release their resources; lanes take less to start or restart.
 STARVING_S = 60.0
 
 
 class LanePool:
-    """Starts the lanes, notices dead ones, closes them."""
+    """Starts the lanes, replaces dead ones, closes them."""
 
     def __init__(
         self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path, *, evaluator: type
@@ -51,16 +52,16 @@ class LanePool:
         self._errors: dict[str, Exception] = {}
         self._reaper = Reaper()
         self._opened = False
-        self._wanted = 0  # lanes that should be there
-        self._stillborn = 0
+        self._wanted = 0  # how many lanes there should be
+        self._stillborn = 0  # lanes that ended before any took a task
         self._none_since: float | None = None
         self._starving_since: float | None = None
         self._looked = 0.0
-        #: Nodes that are about to be taken away.
+        #: Nodes that will be taken away soon.
         self.leaving: list[str] = []
 
     def open(self) -> None:
-        """Start as many lanes as the spec says; returns at once."""
+        """Start as many lanes as the spec says, without waiting for them."""
         self._opened = True
         self._wanted = self._spec.lanes
         for _ in range(self._wanted):
@@ -69,11 +70,11 @@ class LanePool:
     def check(self, snapshot: dict[str, Any], *, scoring: bool = False, working: bool = False) -> None:
         """Replace lanes that ended, move those whose nodes will go, make room for evaluation actors.
 
-        snapshot: the order book's. scoring: benchmarks wait or are at work. working: some are at work, on what a lane
-        may have next.
+        snapshot: the queue's. scoring: benchmarks are waiting or running. working: some are running, on resources that
+        a lane may get next.
 
         Raises:
-            ResourceError: there was no lane for `ray.resource_timeout_s`, or lanes end before they take an order.
+            ResourceError: there was no lane for `ray.resource_timeout_s`, or lanes keep ending without a task.
         """
         up = snapshot["lanes"]
         if any(lane["task"] for lane in up.values()):
@@ -94,7 +95,7 @@ class LanePool:
 
     @property
     def starving(self) -> bool:
-        """Whether no lane has had its workers for long, though one should."""
+        """Whether there has been no lane for long, though there should be one."""
         return self._waited_s > min(STARVING_S, self._spec.patience_s / 2)
 
     @property
@@ -102,9 +103,9 @@ class LanePool:
         return time.monotonic() - self._none_since if self._none_since else 0.0
 
     def close(self) -> None:
-        """Have every lane save what it is at and end, and wait for it; safe to call twice.
+        """Have every lane save its state and end, and wait for it; safe to call twice.
 
-        A thread still inside Ray would break its shutdown, so runs that do not listen are killed.
+        A thread still inside Ray would break Ray's shutdown, so runs that do not respond are killed.
         """
         self._opened, self._wanted = False, 0
         with contextlib.suppress(Exception):
@@ -123,14 +124,14 @@ class LanePool:
     # --------------------------------------------------------------- details
 
     def _look_at_nodes(self) -> None:
-        """Tell the book when nodes are about to be taken away."""
+        """Report nodes that will be taken away to the queue."""
         leaving = ray_internals.draining_nodes()
         if leaving != self.leaving:
             self.leaving = leaving
             call(self._dispatcher, "drain", leaving)
 
     def _share(self, up: dict[str, Any], queued: bool, scoring: bool) -> None:
-        """Give idle lanes' resources to evaluation actors that have none; have the lanes back when there are orders."""
+        """Give idle lanes' resources to evaluation actors that have none; restart lanes when tasks are queued."""
         if queued and self._opened:
             self._wanted = self._spec.lanes
         starving = scoring and not queued and without_resources(self._evaluator)
@@ -139,7 +140,7 @@ class LanePool:
         if idle and self._starving_since and self._looked - self._starving_since >= ROOM_AFTER_S:
             self._starving_since = None
             self._wanted = len(up) - 1
-            # One that waits for resources would be the first to take them.
+            # A lane that waits for resources would be the first to take them.
             end_runs(waiting=True)
             call(self._dispatcher, "close", idle[0])
 
@@ -149,19 +150,17 @@ class LanePool:
             call(self._dispatcher, "lane_down", name, "the lane ended")
             return
         failure = of_run(error)
-        if tell_loss(self._dispatcher, name, failure) or len(self._threads) >= self._wanted:
+        if report_loss(self._dispatcher, name, failure) or len(self._threads) >= self._wanted:
             return
         self._stillborn += 1
         if self._stillborn > RELAUNCHES * self._spec.lanes:
-            raise ResourceError(f"The lanes keep failing before they take an order. {failure.reason}\n{self._resume()}")
+            raise ResourceError(f"The lanes keep failing before they take a task. {failure.reason}\n{self._resume()}")
 
     def _check_any(self, up: dict[str, Any], working: bool) -> None:
-        """Raise if all lanes that should be there have been waiting for too long."""
+        """Raise if there should be lanes and all have been waiting for too long."""
         waiting = self._wanted and not up
         self._none_since = (self._none_since or time.monotonic()) if waiting else None
         if self._waited_s > self._spec.patience_s and not working:
-            from tune.distributed.cluster.ray_cluster import holders
-
             gpus = f" and {self._gpus:g} GPU(s)" if self._gpus else ""
             raise ResourceError(
                 f"No lane got its {self._spec.num_workers} worker(s) of {self._spec.cpus_per_worker:g} CPU(s){gpus} "
@@ -169,7 +168,7 @@ class LanePool:
             )
 
     def _resume(self) -> str:
-        return f"What is finished is kept: macdrop sweep --resume output_dir={self._storage.parent}"
+        return f"Finished work is kept. To resume: macdrop sweep --resume output_dir={self._storage.parent}"
 
     def _launch(self) -> None:
         name = f"lane-{next(self._numbers)}-{int(time.time())}"
@@ -185,7 +184,7 @@ class LanePool:
             self._errors[name] = error
 
     def _join(self, seconds: float, *, waiting: bool) -> None:
-        """Wait for the threads; of lanes that are not up only if `waiting`."""
+        """Wait for the threads; for those of lanes that are not up only if `waiting`."""
         deadline = time.monotonic() + seconds
         up = set(self._threads) if waiting else set(call(self._dispatcher, "snapshot")["lanes"])
         for name, thread in self._threads.items():

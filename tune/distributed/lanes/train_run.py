@@ -1,4 +1,4 @@
-"""One fine-tuning on Ray Train workers: what `macdrop train` does with ray.num_workers above one."""
+"""One fine-tuning on Ray Train workers, for `macdrop train` with ray.num_workers above one."""
 
 from __future__ import annotations
 
@@ -11,27 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch.distributed as dist
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, UserCallback
+from ray.train import UserCallback
 
+from macdrop import errors as method_errors
 from macdrop.errors import MacDropError
+from tune import errors as sweep_errors
 from tune.config.run_spec import RaySpec, TrainSpec, dump
 from tune.distributed.cluster.placement_groups import Reaper, Trainer, end_runs
 from tune.distributed.cluster.ray_cluster import check_cluster, connect
-from tune.distributed.lanes.lane import trainer, why
+from tune.distributed.lanes.lane import run_config, trainer, why
 from tune.scheduling.failures import of_run
 from tune.scheduling.resources import gpu_shares, one_lane
+from tune.storage.atomic import atomic_write_json
 from tune.training.finetune import Outcome
+from tune.training.single import train_here
 from tune.training.watchdog import Watchdog, stack_file
 
-#: Times that a run is started whose controller was killed.
+#: How often a run is started whose controller gets killed.
 RUNS = 3
-#: How long a run that was killed is waited for.
+#: How long to wait for the end of a run that was killed.
 CLOSE_S = 5.0
 
 
 class _Limit(UserCallback):
-    """Runs in the controller: ends a run that fails as often as that kind of failure may happen to it."""
+    """Runs in the controller; ends a run after as many failures as its kind of failure allows."""
 
     def __init__(self, folder: Path, step_timeout_s: float) -> None:
         self.folder, self.step_timeout_s, self.failures = folder, step_timeout_s, 0
@@ -40,19 +45,19 @@ class _Limit(UserCallback):
         failure = why(worker_exceptions, self.folder, self.step_timeout_s)
         self.failures += 1
         if self.failures >= failure.attempts:
-            # What a callback raises ends the run, which Train's own limits cannot do by the kind of failure.
+            # An exception in a callback ends the run; Train's own limits do not distinguish kinds of failure.
             raise MacDropError(failure.reason)
 
 
 class Workers:
-    """A Ray Train run in a thread; leaving the `with` block shuts Ray down if it was started here."""
+    """A Ray Train run in a thread; leaving the `with` block shuts down Ray if it was started here."""
 
     def __init__(self, spec: RaySpec, train_spec: TrainSpec, folder: Path) -> None:
         self._folder = folder.absolute()
         self._error: BaseException | None = None
         spec = one_lane(spec)
         self._joined = connect(spec)[1]
-        gpus = gpu_shares(spec, check_cluster(spec, lambda text: print(text, file=sys.stderr)))[0]
+        gpus = gpu_shares(spec, check_cluster(spec, lambda text: print(text, file=sys.stderr))).per_worker
         run = trainer(
             _work,
             {
@@ -63,14 +68,13 @@ class Workers:
             },
             spec,
             gpus,
-            RunConfig(
-                name=f"train-{int(time.time())}",
-                storage_path=str(self._folder / "ray"),
-                # How often workers may fail is `_Limit`'s to say; resources are waited for by the minute.
-                failure_config=FailureConfig(
-                    max_failures=-1, controller_failure_limit=math.ceil(spec.patience_s / 60)
-                ),
-                callbacks=[_Limit(self._folder, spec.step_timeout_s)],
+            # `_Limit` decides how often workers may fail; the controller fails once per minute without resources.
+            run_config(
+                f"train-{int(time.time())}",
+                self._folder / "ray",
+                failures=-1,
+                controller_failures=math.ceil(spec.patience_s / 60),
+                callback=_Limit(self._folder, spec.step_timeout_s),
             ),
         )
         self._reaper = Reaper()
@@ -89,27 +93,25 @@ class Workers:
             ray.shutdown()
 
     def wait(self, seconds: float) -> bool:
-        """Wait up to `seconds`; True once the run has ended."""
+        """Wait up to `seconds`; return True once the run has ended."""
         self._thread.join(timeout=seconds)
         return not self._thread.is_alive()
 
     def outcome(self) -> Outcome:
-        """How the run ended.
+        """Return how the run ended.
 
         Raises:
             MacDropError: our own error as a worker raised it, or a short form of any other.
         """
         failure = self._folder / "error.json"
         if failure.is_file():
-            from macdrop import errors
-
-            told = json.loads(failure.read_text())
+            raised = json.loads(failure.read_text())
             failure.unlink()
-            raise getattr(errors, told["type"], MacDropError)(told["message"])
+            raise _error(raised["type"], raised["message"])
         if self._error is not None:
             raise MacDropError(f"The workers failed. {of_run(self._error).reason}") from None
-        told = json.loads((self._folder / "trial.json").read_text())
-        return Outcome(**{name: told[name] for name in Outcome.__dataclass_fields__})
+        record = json.loads((self._folder / "trial.json").read_text())
+        return Outcome(**{name: record[name] for name in Outcome.__dataclass_fields__})
 
     def _fit(self, run: Trainer) -> None:
         for _ in range(RUNS):
@@ -118,25 +120,28 @@ class Workers:
                 run.fit()
                 return
             except RayActorError as error:
-                # The controller was killed, and its workers with it; the newest checkpoint counts.
+                # The controller was killed, and its workers with it: continue from the newest checkpoint.
                 self._error = error
             except Exception as error:
                 self._error = error
                 return
 
 
+def _error(name: str, message: str) -> MacDropError:
+    """Rebuild one of our errors from the name of its class."""
+    known = {**vars(method_errors), **vars(sweep_errors)}
+    kind: type[MacDropError] = known.get(name, MacDropError)
+    return kind(message)
+
+
 def _work(config: dict[str, Any]) -> None:
-    import torch.distributed as dist
-
-    from tune.storage.atomic import atomic_write_json
-    from tune.training.single import train_here
-
+    """Train, in every worker."""
     folder = Path(config["folder"])
     try:
         with Watchdog(stack_file(folder, dist.get_rank()), config["step_timeout_s"]) as watchdog:
             spec = TrainSpec.model_validate(config["spec"])
             train_here(spec, folder, observe=None, threads=config["threads"], beat=watchdog.beat)
     except MacDropError as error:
-        # Raised on every rank alike; raising it on would only make Ray Train try again.
+        # Raised on every rank alike; re-raised, it would only make Ray Train retry.
         if dist.get_rank() == 0:
             atomic_write_json(folder / "error.json", {"type": type(error).__name__, "message": str(error)})

@@ -1,7 +1,8 @@
-"""The driver's own loop: changes into the journal, adapters to the evaluators, scores back to the orders."""
+"""The driver's control loop: queue changes to the run folder, adapters to the evaluators, scores to the queue."""
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -28,32 +29,34 @@ from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
 from tune.training.finetune import Outcome
 
-#: Short beside a benchmark of a tiny model: an actor that is done waits for it.
+#: Short compared with a benchmark of a tiny model: an actor that is done waits for the next tick.
 TICK_S = 0.1
-#: An actor that has not started after so long waits for resources.
+#: An actor that has not started after this long is waiting for resources.
 STARTING_S = 60.0
 
 
 class SweepController:
-    """A thread beside Tune. The only writer of trial.json and scores.jsonl, so a killed trial loses nothing."""
+    """A thread next to Tune; the only writer of trial.json and scores.jsonl, so a killed trial loses nothing."""
 
     def __init__(
         self,
         run_folder: RunFolder,
         dispatcher: ActorHandle,
         lanes: LanePool,
-        pool: EvaluatorPool,
+        evaluators: EvaluatorPool,
         jobs: dict[str, list[EvalJob]],
         progress: Observer,
         *,
         retry_failed: bool = False,
     ) -> None:
-        """jobs: what the trials of each stage are scored on; the base is scored on all of it.
+        """Start the loop.
 
-        retry_failed: train what failed or diverged in an earlier run of the same folder once more.
+        jobs: what the trials of each stage are scored on; the base model is scored on all of it. retry_failed: retrain
+        trials that failed or diverged in an earlier run of the same folder.
         """
         self._retry_failed = retry_failed
-        self._run_folder, self._dispatcher, self._lanes, self._pool = run_folder, dispatcher, lanes, pool
+        self._run_folder, self._dispatcher = run_folder, dispatcher
+        self._lanes, self._evaluators = lanes, evaluators
         self._jobs, self._progress = jobs, progress
         self._lock = threading.Lock()
         self._pending: dict[str, dict[str, Any]] = {}
@@ -64,19 +67,19 @@ class SweepController:
         self._opening: float | None = None
         self._failed: set[str] = set()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name="controller", daemon=True)
         self._thread.start()
 
     # ---------------------------------------------------------------- driver
 
     def open(self, study: Study, opening: Opening) -> str | None:
-        """Make the study's model resident in the evaluators and score the base; returns its massive weights' file."""
+        """Make the study's model resident in the evaluators and score the base; return its massive weights' file."""
         with self._lock:
             self._progress.study(study)
             self._opening = time.monotonic()
         try:
-            # The loop goes on meanwhile: an actor may have to wait for what an idle lane holds.
-            weights = self._pool.open(opening)
+            # Without the lock, so that the loop runs: an actor may be waiting for what an idle lane holds.
+            weights = self._evaluators.open(opening)
         finally:
             self._opening = None
         with self._lock:
@@ -87,10 +90,12 @@ class SweepController:
         return weights
 
     def resume_finished(self, study: Study) -> dict[str, str]:
-        """Enter what an earlier run of this folder has ended; of what is trained, missing scores are still to be made.
+        """Enter the trials that an earlier run of this folder has finished into the queue.
+
+        Trials that are trained but not fully scored will get their missing scores.
 
         Returns:
-            The states of the orders entered, by trial.
+            The states of the entered tasks, by trial.
         """
         entered = {}
         for record in self._run_folder.trials():
@@ -121,17 +126,17 @@ class SweepController:
         return entered
 
     def wait(self, study: Study) -> None:
-        """Wait until every order and every score of the study is settled.
+        """Wait until every task and every score of the study is settled.
 
         Raises:
-            the error that ended the supervisor's loop.
+            the error that ended the loop.
         """
         while True:
             self.check()
             with self._lock:
                 tasks = call(self._dispatcher, "snapshot")["tasks"]
                 settled = all(row["state"].is_final for row in tasks if row["study"] == study.name)
-                if settled and not self._pending and not self._pool.busy and not self._take_changes():
+                if settled and not self._pending and not self._evaluators.busy and not self._take_changes():
                     return
             time.sleep(TICK_S)
 
@@ -141,13 +146,13 @@ class SweepController:
             raise self._error
 
     def stage(self, study: Study, stage: str, trials: int) -> None:
-        """A stage of at most so many trials begins."""
+        """Announce a stage of at most `trials` trials."""
         with self._lock:
             self._progress.stage(study, stage, trials)
 
     @contextmanager
     def timing(self, searched: SearchTime) -> Iterator[None]:
-        """In the `with` block the time spent searching is kept."""
+        """Keep the time spent searching up to date within the `with` block."""
         self._searched = searched
         try:
             yield
@@ -155,17 +160,17 @@ class SweepController:
             self._searched = None
 
     def note(self, text: str) -> None:
-        """Tell something that the run's user should know."""
+        """Show the user a message."""
         with self._lock:
             self._progress.note(text)
 
     def validation_scores(self, trial: str) -> dict[str, float]:
-        """Scores of the search as `sweep.metric` names them: benchmark/task/metric, with @attack where there is one."""
+        """Return a trial's search scores as `sweep.metric` names them: benchmark/task/metric[@attack]."""
         rows = [r for r in self._run_folder.score_rows() if (r["trial"], r["split"]) == (trial, VALIDATION)]
         return named_scores(rows, asked_for(self._run_folder.config()))
 
     def study_failed(self, study: Study, reason: str) -> None:
-        """A model could not be used at all."""
+        """Record that a model cannot be used at all."""
         self._failed.add(study.name)
         self._progress.note(f"{study.name}: {reason}")
 
@@ -176,14 +181,15 @@ class SweepController:
 
     @property
     def failures(self) -> int:
-        """Trials, benchmarks and studies that did not end well."""
+        """The number of trials, benchmarks and studies that did not end well."""
         return len(self._failed)
 
     def stopper(self) -> Stopper:
-        """Stops Tune when the loop has ended with an error."""
+        """Return what stops Tune when the loop has ended with an error."""
         return _StopOnError(self)
 
     def close(self) -> None:
+        """End the loop; safe to call twice."""
         self._end.set()
         self._thread.join(timeout=10)
 
@@ -203,22 +209,22 @@ class SweepController:
         self._take_changes()
         opening = self._opening
         if opening is None:
-            for result in self._pool.step():
+            for result in self._evaluators.step():
                 self._scored(result)
         snapshot = call(self._dispatcher, "snapshot")
-        scoring = bool(self._pool.busy) or (opening is not None and time.monotonic() > opening + STARTING_S)
-        self._lanes.check(snapshot, scoring=scoring, working=bool(self._pool.at_work))
+        scoring = bool(self._evaluators.busy) or (opening is not None and time.monotonic() > opening + STARTING_S)
+        self._lanes.check(snapshot, scoring=scoring, working=bool(self._evaluators.at_work))
         if opening is None:
-            self._pool.drain(self._lanes.leaving)
+            self._evaluators.drain(self._lanes.leaving)
         if self._lanes.starving and not self._waits:
             self._progress.note("no lane has its workers; waiting for resources")
         self._waits = self._lanes.starving
-        if self._waits and opening is None and not scoring and (rested := self._pool.rest()):
-            self._progress.note(f"{rested} evaluation actor(s) without work make room for a lane")
-        self._progress.show(snapshot, self._pool.busy)
+        if self._waits and opening is None and not scoring and (released := self._evaluators.release()):
+            self._progress.note(f"{released} idle evaluation actor(s) released to make room for a lane")
+        self._progress.show(snapshot, self._evaluators.busy)
 
     def _take_changes(self) -> bool:
-        """Whether orders have changed since the last look; the changes are worked off at once."""
+        """Process the queue's changes since the last call; return whether there were any."""
         self._seen, changes = call(self._dispatcher, "changes", self._seen)
         for entry in changes:
             self._changed(entry)
@@ -230,17 +236,23 @@ class SweepController:
         model, seed = task.spec["model_name_or_path"], task.spec["seed"]
         spec = TrainSpec.model_validate(task.spec)
         arm = spec.arm
-        about = {"stage": task.stage, "setting": spec.setting_id(), "cell": task.cell, "drawn": task.drawn}
+        about: dict[str, Any] = {
+            "stage": task.stage,
+            "setting": spec.setting_id(),
+            "cell": task.cell,
+            "drawn": task.drawn,
+        }
+        start = functools.partial(record.start, task.spec, model=model, arm=arm, seed=seed, **about)
         if entry.state == TaskState.RUNNING:
-            record.start(task.spec, model=model, arm=arm, seed=seed, **about)
+            start()
         elif entry.state == TaskState.TRAINED:
-            if "trained" not in record.info:  # else it comes from an earlier run, or is wanted for another stage
+            if "trained" not in record.info:  # otherwise it comes from an earlier run, or was placed for another stage
                 record.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
             tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
             self._score(task.id, tag, str(record.adapter_dir), self._jobs[task.stage])
         elif entry.state.is_final:
             if record.status == "pending":
-                record.start(task.spec, model=model, arm=arm, seed=seed, **about)
+                start()
             if entry.state in (TaskState.FAILED, TaskState.DIVERGED):
                 self._failed.add(task.id)
             outcome = {key: value for key, value in entry.outcome.items() if key != "status"}
@@ -254,18 +266,20 @@ class SweepController:
     # ---------------------------------------------------------------- scores
 
     def _score(self, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[EvalJob]) -> None:
-        """Hand out the benchmarks of an adapter, or of the base, that are not scored yet."""
+        """Submit the benchmarks of an adapter, or of the base, that have no score yet."""
         answers = self._run_folder.answers_dir(tag["model"], tag["trial"])
         missing = self._missing(tag["model"], tag["trial"], jobs)
         self._pending[name] = {"left": len(missing), "errors": []}
         for job in missing:
             file = answers / f"{job.key.replace('/', '-')}.jsonl"
-            self._pool.submit(EvalTask({**tag, "name": name}, job, adapter, str(file), str(self._run_folder.run_dir)))
+            self._evaluators.submit(
+                EvalTask({**tag, "name": name}, job, adapter, str(file), str(self._run_folder.run_dir))
+            )
         if not missing:
             self._settle(name)
 
     def _missing(self, model: str, trial: str, jobs: list[EvalJob]) -> list[EvalJob]:
-        """The benchmarks among `jobs` that the journal has no score of."""
+        """Return the benchmarks among `jobs` without a score in the run folder."""
         known = {
             EvalJob(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
             for row in self._run_folder.score_rows()
@@ -274,14 +288,14 @@ class SweepController:
         return [job for job in jobs if job not in known]
 
     def _scored(self, result: Result) -> None:
-        tag = dict(result.item.tag)
+        tag = dict(result.task.tag)
         name = tag.pop("name")
         if result.error:
-            self._pending[name]["errors"].append(f"{result.item.job.key}: {result.error}")
-            self._failed.add(f"{name} {result.item.job.key}")
+            self._pending[name]["errors"].append(f"{result.task.job.key}: {result.error}")
+            self._failed.add(f"{name} {result.task.job.key}")
         else:
-            # lm-eval may name a task otherwise than the entry of the eval: block that asked for it.
-            job = result.item.job
+            # lm-eval may name a task differently from the entry of the eval: block that asked for it.
+            job = result.task.job
             extra = {"entry": job.task, "split": job.split, "seconds": round(result.seconds, 3)}
             self._run_folder.add_scores([{**tag, **row, **extra} for row in result.rows])
         self._progress.scored(name, result)
@@ -297,11 +311,13 @@ class SweepController:
 
 
 class _StopOnError(Stopper):
+    """Stops all of Tune's trials when the controller has failed."""
+
     def __init__(self, controller: SweepController | None) -> None:
         self._controller = controller
 
     def __reduce__(self) -> tuple:
-        # Tune pickles its settings into the run folder; a thread cannot go along, and nobody asks the copy.
+        # Tune pickles its settings into the run folder; a thread cannot be pickled, and nobody uses the copy.
         return _StopOnError, (None,)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Events of a sweep, for whoever shows them."""
+"""Events of a sweep, for its display."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tune.scheduling.study import Study
 
 
 class Observer(Protocol):
-    """Follows a sweep. All but `started` and `finished` are called from the control loop's thread alone."""
+    """Follows a sweep. Only `started` and `finished` are called outside the control loop's thread."""
 
     def started(self, run_dir: Path, dashboard: str, resources: str) -> None:
-        """The run folder exists and Ray is connected; `resources` is their sum in words."""
+        """The run folder exists and Ray is connected; `resources` is the written-out sum of what the run needs."""
 
     def finished(self) -> None:
         """The sweep has ended, one way or another; may be called twice."""
@@ -23,13 +23,13 @@ class Observer(Protocol):
         """A study begins."""
 
     def stage(self, study: Study, stage: str, trials: int) -> None:
-        """A stage begins, of `trials` trials at most."""
+        """A stage of at most `trials` trials begins."""
 
     def note(self, text: str) -> None:
-        """Something the user should read."""
+        """A message for the user."""
 
     def show(self, snapshot: dict[str, Any], scoring: int) -> None:
-        """The queue as it stands now; `scoring` benchmarks wait or run."""
+        """The current state of the queue; `scoring` benchmarks are waiting or running."""
 
     def ended(self, entry: QueuedTask) -> None:
         """A trial has ended."""

@@ -1,4 +1,7 @@
-"""From the spec's search block to Ray Tune's space, searcher and scheduler."""
+"""Ray Tune's space, searcher and scheduler, made from the spec's search block.
+
+The subclasses here use protected attributes of `OptunaSearch`, as Ray 2.60 has them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from ray.tune import choice as one_of
@@ -21,14 +24,14 @@ from tune.scheduling.early_stopping import Cuts
 from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, PastTrial
 from tune.scheduling.study import Study
 
-#: Under this key listed trials carry their values: one list, so that what is left out stays out.
+#: The key under which listed trials carry their values: a single list, so that omitted points stay omitted.
 POINT = "point"
 #: In the last report of a trial that was trained and scored to its end.
 FINISHED = "finished"
 
 
 def points(study: Study, sweep: SweepSpec) -> list[dict[str, Any]] | None:
-    """The points that a search will try, where they are known beforehand: a grid's, or random ones of `search_seed`.
+    """Return the points that a search will try, if known beforehand: a grid's, or random ones from `search_seed`.
 
     None for a searcher whose draws depend on results.
     """
@@ -42,21 +45,21 @@ def points(study: Study, sweep: SweepSpec) -> list[dict[str, Any]] | None:
 
 
 def param_space(study: Study, listed: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
-    """Tune's `param_space`: the points of a list, or a distribution per dotted key."""
+    """Return Tune's `param_space`: the points of a list, or a distribution per dotted key."""
     if listed is not None:
         return {POINT: grid_search(list(listed))}
     return {key: _domain(space) for key, space in study.parameters.items()}
 
 
 def values(config: dict[str, Any]) -> dict[str, Any]:
-    """The dotted keys and values of a Tune trial's config."""
+    """Return the dotted keys and values of a Tune trial's config."""
     return config.get(POINT, config)
 
 
 def optuna_searcher(
     sweep: SweepSpec, past: Sequence[PastTrial] = (), remember: Callable[[int, dict[str, Any]], None] | None = None
 ) -> Searcher:
-    """Optuna's TPE, going on from `past`; each new draw is given to `remember` with its number, counted from 0."""
+    """Return Optuna's TPE, resumed from `past`; `remember` gets each new draw with its number, counted from 0."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -74,9 +77,9 @@ def optuna_searcher(
 
 
 def _sampler(seed: int) -> Any:
-    """TPE whose n-th draw is a function of (seed, n) and of the trials that are known by then.
+    """Return a TPE sampler whose n-th draw depends on (seed, n) and the trials known by then alone.
 
-    TPE's own generator would have to be wound forward by all draws before, each with the results of its time.
+    TPE's own generator would have to be advanced by all earlier draws, each with the results known at its time.
     """
     from optuna.samplers import BaseSampler, TPESampler
 
@@ -85,7 +88,7 @@ def _sampler(seed: int) -> Any:
 
         def before_trial(self, study: Any, trial: Any) -> None:
             drawn = np.random.SeedSequence([seed, trial.number]).generate_state(1)
-            # Until five trials are done TPE draws at random; a small sweep would see nothing else with its default.
+            # TPE draws at random until five trials are done; with its default a small sweep would see nothing else.
             self.tpe = TPESampler(seed=int(drawn[0]), n_startup_trials=5)
 
         def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
@@ -98,28 +101,32 @@ def _sampler(seed: int) -> Any:
             return self.tpe.sample_independent(study, trial, param_name, param_distribution)
 
         def __reduce__(self) -> tuple:
-            # Tune pickles its searcher into the run folder; nobody reads it, but a class in a function has no name.
+            # Tune pickles its searcher into the run folder, and a class within a function cannot be looked up.
             return _sampler, (seed,)
 
     return PerDraw()
 
 
 class _Optuna(OptunaSearch):
-    """Tells Optuna the truth about trials that were stopped early: they have no objective, and count as pruned.
+    """`OptunaSearch` that counts trials that were stopped early as pruned, as they have no objective.
 
-    `OptunaSearch` looks for every metric in every report, takes the last report of a stopped trial for its result, and
-    with several metrics tells Optuna values of None, which it refuses, so that the trial would stay open for ever.
+    The original looks for every metric in every report, takes the last report of a stopped trial for its result, and
+    with several metrics passes values of None to Optuna, which rejects them, so that the trial stays open forever.
     """
+
+    _ot_study: Any
+    _space: Any
 
     def __init__(
         self, past: Sequence[PastTrial], remember: Callable[[int, dict[str, Any]], None] | None, **settings: Any
     ) -> None:
         super().__init__(**settings)
         self._past, self._remember = tuple(past), remember
-        #: Of each trial the steps whose loss was told: Tune repeats the last report of one that ends.
-        self._told: dict[str, set[int]] = {}
+        #: Per trial, the steps whose loss has been reported: Tune repeats the last report of a trial that ends.
+        self._reported: dict[str, set[int]] = {}
 
     def set_search_properties(self, metric: Any, mode: Any, config: dict[str, Any], **spec: Any) -> bool:
+        """Create the Optuna study, with the trials of earlier runs in it."""
         done = super().set_search_properties(metric, mode, config, **spec)
         from optuna.trial import TrialState, create_trial
 
@@ -141,6 +148,7 @@ class _Optuna(OptunaSearch):
         return done
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Draw the values of a trial and remember them."""
         drawn = super().suggest(trial_id)
         number = self._ot_trials[trial_id].number
         if self._remember is not None and number >= len(self._past):
@@ -148,14 +156,15 @@ class _Optuna(OptunaSearch):
         return drawn
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """With one objective that is measured on the way, tell it by our own step (Tune's count starts anew)."""
+        """Report a single objective that is measured during training, by our own step (Tune's count restarts)."""
         loss, trial = result.get(EVAL_LOSS), self._ot_trials[trial_id]
         if self.metric == EVAL_LOSS and _finite(loss) and trial_id not in self._completed_trials:
-            if result["step"] not in self._told.setdefault(trial_id, set()):
-                self._told[trial_id].add(result["step"])
+            if result["step"] not in self._reported.setdefault(trial_id, set()):
+                self._reported[trial_id].add(result["step"])
                 trial.report(loss, result["step"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Pass on the objectives of a trial that has all of them; any other is pruned, or failed."""
         names = [self.metric] if isinstance(self.metric, str) else self.metric
         whole = result and result.get(FINISHED) and all(_finite(result.get(name)) for name in names)
         failed = error or bool(result and result.get(FAILED))
@@ -165,7 +174,7 @@ class _Optuna(OptunaSearch):
 def scheduler(
     study: Study, sweep: SweepSpec, cuts: Cuts | None, known: Mapping[str, Sequence[tuple[int, float]]] | None = None
 ) -> TrialScheduler | None:
-    """ASHA on our own `step` and `eval_loss`, or None; a trial that reached its end is not cut before its scores.
+    """Return ASHA on our own `step` and `eval_loss`, or None without `cuts`; a finished trial is not cut.
 
     known: trials of an earlier run by name, with the steps and losses on which they were judged.
     """
@@ -175,8 +184,8 @@ def scheduler(
 class _AfterDecay(AsyncHyperBandScheduler):
     """ASHA among the trials whose curriculum has decayed by the first rung (`early_stopping`); others take no part.
 
-    On its rungs a trial has the name of its fine-tuning, so that one which comes again, drawn twice or in a resumed
-    run, counts once, and is not judged again where it was let through.
+    On its rungs a trial has the name of its fine-tuning: one that is drawn twice, or again in a resumed run, counts
+    once, and is not judged again where it passed.
     """
 
     def __init__(
@@ -193,25 +202,28 @@ class _AfterDecay(AsyncHyperBandScheduler):
         )
         self._study, self._cuts = study, cuts
         for name, reports in known.items():
-            trial = SimpleNamespace(trial_id=name)
-            super().on_trial_add(None, trial)
+            trial, no_controller = _stand_in(name), cast(Any, None)
+            super().on_trial_add(no_controller, trial)
             for step, loss in reports:
-                super().on_trial_result(None, trial, {"step": step, EVAL_LOSS: loss})
+                super().on_trial_result(no_controller, trial, {"step": step, EVAL_LOSS: loss})
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
+        """Put a trial on the lowest rung, if it takes part."""
         if (named := self._named(trial)) is not None:
             super().on_trial_add(controller, named)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide whether a trial continues; one at its last step always does."""
         if result.get("step", self._cuts.total) >= self._cuts.total:
             return TrialScheduler.CONTINUE
         return self._judge(controller, trial, result)
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Enter the last report of a finished trial."""
         self._judge(controller, trial, result)
 
     def on_trial_remove(self, controller: Any, trial: Any) -> None:
-        """Its reports stay on the rungs."""
+        """Keep the reports of a removed trial on the rungs."""
 
     def _judge(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         named = self._named(trial)
@@ -219,10 +231,15 @@ class _AfterDecay(AsyncHyperBandScheduler):
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, named, result)
 
-    def _named(self, trial: Any) -> SimpleNamespace | None:
-        """The trial under its fine-tuning's name; None where it takes no part."""
+    def _named(self, trial: Any) -> Any:
+        """Return the trial under the name of its fine-tuning; None if it takes no part."""
         spec = self._study.searched(values(trial.config))
-        return SimpleNamespace(trial_id=spec.trial_id()) if self._cuts.comparable(spec.macdrop) else None
+        return _stand_in(spec.trial_id()) if self._cuts.comparable(spec.macdrop) else None
+
+
+def _stand_in(name: str) -> Any:
+    """Return a trial with nothing but a name, which is all that ASHA looks at."""
+    return SimpleNamespace(trial_id=name)
 
 
 def _finite(value: Any) -> bool:
@@ -232,6 +249,7 @@ def _finite(value: Any) -> bool:
 def _domain(space: Space) -> Any:
     if space.values is not None:
         return one_of(space.values)
+    assert space.min is not None and space.max is not None, "a space has values or limits"
     if space.distribution == "int_uniform":
         return randint(int(space.min), int(space.max) + 1)
     if space.distribution == "log_uniform":

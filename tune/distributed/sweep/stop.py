@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a sweep: the first ends it in good order, the second at once. Pure; no Ray."""
+"""Ctrl-C and SIGTERM: the first signal stops a sweep gracefully, the second at once. Uses no Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Whether a signal has come, and which: `signal` is None until then."""
+    """A handler of stop signals; `signal` is the one that came, None until then."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.signal: int | None = None
@@ -24,28 +24,28 @@ class Stop:
         if self.signal is not None:
             self.leave()
         self.signal = number
-        self._tell("running fine-tunings save a checkpoint; once more to stop at once")
-        # Whatever the call that it comes into makes of the exception: `signal` says that it was no failure.
+        self._tell("running fine-tunings save a checkpoint; signal once more to stop at once")
+        # Whatever the interrupted call turns the exception into, `signal` shows that it was not a failure.
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.code)
 
     @property
     def code(self) -> int:
-        """The exit code, as a shell has it."""
+        """The exit code of a shell after the signal."""
         return 128 + (self.signal or 0)
 
     def leave(self) -> NoReturn:
-        """End the process now. Ray's processes that it started end with it; threads inside Ray are not waited for."""
+        """Exit at once. Ray's child processes exit with us; threads inside Ray are not waited for."""
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except (OSError, ValueError, RuntimeError):  # a closed pipe, or the signal came into a write
+            except (OSError, ValueError, RuntimeError):  # a closed pipe, or a write that the signal interrupted
                 pass
         os._exit(self.code)
 
 
 @contextmanager
 def stoppable(tell: Callable[[str], None]) -> Iterator[Stop]:
-    """Have `SIGNALS` stop what runs inside; tell: where the user is told so."""
+    """Let `SIGNALS` stop the body of a `with` block; `tell` shows a message to the user."""
     stop = Stop(tell)
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -31,18 +31,18 @@ from tune.storage.run_folder import RunFolder
 from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
 
-#: The follower of orders that no Tune trial placed: baselines of the search, and all of the final stage.
+#: The follower of tasks that no Tune trial queued: baselines of the search, and the whole final stage.
 BASELINE = "baseline"
 
 
 def jobs_of_stages(spec: RunSpec) -> dict[str, list[EvalJob]]:
-    """What the trials of each stage are scored on: no test benchmark takes part in the search."""
+    """Return what the trials of each stage are scored on; no test benchmark takes part in the search."""
     return {Stage.SEARCH: jobs(spec.validation, VALIDATION), Stage.FINAL: jobs(spec.eval)}
 
 
 @dataclass
 class StudyRun:
-    """One model's study on lanes and evaluators that are there; `cuts` are what ASHA may do, None without it."""
+    """One model's study on the lanes and evaluators of a run; `cuts` are ASHA's rules, None without it."""
 
     spec: RunSpec
     study: Study
@@ -50,14 +50,14 @@ class StudyRun:
     run_folder: RunFolder
     controller: SweepController
     dispatcher: ActorHandle
-    #: Trials of an earlier run of the same folder that are not to be trained again -> the states of their orders.
+    #: Trials of an earlier run of the same folder that will not be retrained -> the states of their tasks.
     standing: dict[str, str] = field(default_factory=dict)
 
     def run(self, time_budget_s: float | None) -> float:
-        """Run what is not done yet of the study; returns the seconds spent searching.
+        """Run what is not done yet of the study; return the seconds spent searching.
 
-        time_budget_s: for the search, earlier runs of the same folder included. The selection and the final stage
-        follow, however it ended.
+        time_budget_s: for the search, including earlier runs of the same folder. The selection and the final stage
+        follow, however the search ended.
         """
         context = self._open()
         self.standing = self.controller.resume_finished(self.study)
@@ -108,12 +108,12 @@ class StudyRun:
             call(self.dispatcher, "place", context.task(spec, stage), BASELINE)
 
     def _search(self, context: TrialContext, time_budget_s: float | None) -> None:
-        """Baselines and searched trials, all of them trained and scored; then the plain twins of what was found."""
+        """Train and score the baselines and the searched trials, then the plain twins of the best."""
         self.controller.stage(self.study, Stage.SEARCH, self.study.searched_count)
         self._place(context, self.study.plain, Stage.SEARCH)
         if self.study.samples:
             self._tune(context, time_budget_s)
-            # When its time is up, Tune ends trials without telling anybody.
+            # On timeout Tune stops trials without calling back.
             call(self.dispatcher, "abandon", self.study.name, BASELINE)
         self.controller.wait(self.study)
         twins = finalists.twins(self.study, self._candidates(), self.spec.sweep.metric)
@@ -122,7 +122,7 @@ class StudyRun:
             self.controller.wait(self.study)
 
     def _select(self) -> dict[str, Any]:
-        """The content of finalists.json."""
+        """Return the content of the finalists file."""
         if not self.study.search:
             return finalists.planned(self.study, self.spec.sweep.metric)
         content, notes = finalists.select(self.study, self._candidates(), self.spec.sweep.metric)
@@ -131,7 +131,7 @@ class StudyRun:
         return content
 
     def _candidates(self) -> list[Candidate]:
-        """The trials of the search, as the journal has them."""
+        """Return the trials of the search, from the run folder."""
         return [self._candidate(record) for record in self._searched()]
 
     def _candidate(self, record: dict[str, Any]) -> Candidate:
@@ -139,7 +139,7 @@ class StudyRun:
         return finalists.candidate(record, scores, self.spec.sweep.metric)
 
     def _searched(self) -> list[dict[str, Any]]:
-        """What trial.json of each trial of the search holds, those included that the final stage has taken over."""
+        """Return the records of the search's trials, including those that the final stage has taken over."""
         same = (self.study.spec.model_name_or_path, self.study.spec.seed)
         return [
             record
@@ -148,7 +148,7 @@ class StudyRun:
         ]
 
     def _tune(self, context: TrialContext, time_budget_s: float | None) -> None:
-        """What is left of the search: trials that ended in an earlier run are not run again, but known."""
+        """Run the rest of the search; trials that ended in an earlier run are known to it, but not run again."""
         sweep, records = self.spec.sweep, {record["trial"]: record for record in self._searched()}
         draws = self.run_folder.draws_file(self.study.name)
         listed = points(self.study, sweep)
@@ -166,12 +166,12 @@ class StudyRun:
         if samples < 1:
             return
         trainable = functools.partial(run_trial, context=context)
-        # On the head: a trial only waits, so it must not take a CPU from the lanes.
+        # On the head, without a CPU, which the lanes need: a trial only waits.
         trainable = ray.tune.with_resources(trainable, {"CPU": 0, HEAD: 0.001})
         Tuner(
             trainable,
             param_space=param_space(self.study, listed),
-            # Searcher and scheduler know their metrics: Tune refuses several, and two that differ.
+            # Searcher and scheduler know their own metrics: Tune accepts no more than one for both.
             tune_config=TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler(self.study, sweep, self.cuts, reports),
@@ -196,7 +196,7 @@ class StudyRun:
     def _reports(
         self, drawn: list[dict[str, Any]], records: dict[str, dict[str, Any]]
     ) -> dict[str, list[tuple[int, float]]]:
-        """What searched trials that are trained no more had reported. Others report all of it again, as they go on."""
+        """Return the reports of searched trials that will not be retrained; others repeat theirs when they resume."""
         names = dict.fromkeys(self._name(values) for values in drawn)
         return {
             name: past.judged(records[name], self.run_folder.trial(name).metrics())

@@ -1,4 +1,4 @@
-"""Tune's side of a trial: place an order, relay its progress, report its scores."""
+"""Tune's side of a trial: queue a task, forward its progress, report its scores."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import ray.tune
 from ray.actor import ActorHandle
 from ray.tune import Callback
+from ray.tune.experiment import Trial
 
 from tune.config.run_spec import TrainSpec, dump
 from tune.config.sections import EVAL_LOSS
@@ -22,13 +23,13 @@ from tune.storage.run_folder import TrialRecord
 from tune.storage.states import Stage, TaskState
 
 POLL_EVERY_S = 0.2
-#: Times that Tune starts a trial's actor again after its process died; the order knows nothing of it.
+#: How often Tune restarts a trial's actor after its process died; the task is not affected.
 RESTARTS = 5
 
 
 @dataclass(frozen=True)
 class TrialContext:
-    """Where the trials of one study place their orders."""
+    """What the trials of one study need to queue their tasks."""
 
     dispatcher: ActorHandle
     study: Study
@@ -38,7 +39,7 @@ class TrialContext:
     width: int
 
     def task(self, spec: TrainSpec, stage: str, drawn: dict[str, Any] | None = None) -> TrainTask:
-        """The order for a canonical fine-tuning in a stage of its study; its folder lies in the run folder."""
+        """Return the task of a canonical fine-tuning in a stage of its study, with its folder in the run folder."""
         name = spec.trial_id()
         return TrainTask(
             id=name,
@@ -56,12 +57,12 @@ class TrialContext:
 
 
 def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
-    """Tune's function trainable: when Tune starts it again, it follows the order that it had placed.
+    """Run one trial as Tune's function trainable; after a restart, follow the task queued before.
 
-    However the order ended, the function returns: Tune would try again what the lanes have tried.
+    The function returns however the task ended: Tune would retry what the lanes have retried already.
     """
     task = context.task(context.study.searched(values(config)), Stage.SEARCH, values(config))
-    # What an earlier run of this folder validated, a scheduler has to hear of: a resumed lane begins after it.
+    # The scheduler must know the validations of an earlier run of this folder: a resumed lane starts after them.
     record = TrialRecord(Path(task.folder), within=Path(context.run_dir))
     evaluated = [row for row in record.metrics() if row.get(EVAL_LOSS) is not None]
     call(context.dispatcher, "place", task, ray.tune.get_context().get_trial_id(), evaluated)
@@ -80,22 +81,24 @@ def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
         ray.tune.report({**last, **news["scores"]})
     elif news["state"] == TaskState.FAILED:
         ray.tune.report({FAILED: True})
-    # stopped or diverged: an end that says something about the setting, but has no objective
+    # stopped or diverged: informative about the setting, but without objectives
 
 
 class CancelStopped(Callback):
-    """Tells the dispatcher when Tune has ended a trial, so that a lane need not finish what nobody waits for."""
+    """Cancels a trial's task when Tune has ended the trial, so that no lane finishes it in vain."""
 
     def __init__(self, context: TrialContext) -> None:
         self.context = context
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Cancel the task of a trial that has ended."""
         self._cancel(trial)
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Cancel the task of a trial that has failed."""
         self._cancel(trial)
 
-    def _cancel(self, trial: Any) -> None:
+    def _cancel(self, trial: Trial) -> None:
         name = self.context.study.searched(values(trial.config)).trial_id()
         last = trial.last_result or {}
         call(self.context.dispatcher, "cancel", name, trial.trial_id, None if last.get(FINISHED) else last.get("step"))
