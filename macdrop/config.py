@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from macdrop.attack import Rows, random_rows
 from macdrop.errors import ConfigError, nearest
 from macdrop.schedules import check_schedule, probability
 
-#: What is dropped -> whether k says how much of it. The first is MacDrop, the others are placebos for it.
-SCOPES = {"massive": True, "random": True, "all": False, "activations": False}
 #: Random rows are drawn beside the top k and at least this many, so that none of them is nearly massive.
 SPARED = 10
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is dropped: entries of the rows that `rows` selects, or (None) of the intermediate state.
+
+    uses_k: whether k says how many rows. spared: rows that the layer must have beside these k.
+    """
+
+    rows: Rows | None
+    uses_k: bool = True
+    spared: Callable[[int], int] = lambda k: 0
+
+
+def _spared(k: int) -> int:
+    return max(k, SPARED) if k else 0
+
+
+#: Every scope by name. The first is MacDrop, the others are placebos for it.
+SCOPES = {
+    "massive": Scope(lambda weights, k, seed: weights.top(k)),
+    "random": Scope(lambda weights, k, seed: random_rows(weights, k, spared=max(k, SPARED), seed=seed), spared=_spared),
+    "all": Scope(lambda weights, k, seed: tuple(range(weights.intermediate_size)), uses_k=False),
+    "activations": Scope(None, uses_k=False),
+}
 
 
 def _integer(value: object) -> bool:
@@ -59,20 +84,19 @@ class MacDropConfig:
     @property
     def enabled(self) -> bool:
         """Whether any entry can ever be dropped."""
-        return self.p0 > 0 and (self.k > 0 or not SCOPES[self.scope])
+        return self.p0 > 0 and (self.k > 0 or not SCOPES[self.scope].uses_k)
 
     @property
     def rows_needed(self) -> int:
         """Rows that an FFN must have for this k."""
-        if not SCOPES[self.scope]:
-            return 0
-        return self.k + max(self.k, SPARED) if self.scope == "random" and self.k else self.k
+        scope = SCOPES[self.scope]
+        return self.k + scope.spared(self.k) if scope.uses_k else 0
 
     def canonical(self) -> MacDropConfig:
-        """This config with k = 0 where its scope uses none; of all disabled ones, which train one adapter, the same."""
+        """This config with k = 0 where its scope uses none; all disabled configs are one, as they train one adapter."""
         if not self.enabled:
             return MacDropConfig(k=0, p0=0.0)
-        return self if SCOPES[self.scope] or self.k == 0 else replace(self, k=0)
+        return self if SCOPES[self.scope].uses_k or self.k == 0 else replace(self, k=0)
 
     def probability(self, step: int, total_steps: int, epoch: int, total_epochs: int) -> float:
         """Drop probability at optimizer step `step` of `total_steps`, epoch `epoch` of `total_epochs`, all from 1."""

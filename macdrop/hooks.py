@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from macdrop.attack import random_rows
-from macdrop.config import SPARED, MacDropConfig
+from macdrop.config import SCOPES, MacDropConfig
 from macdrop.errors import ConfigError, NoMassiveWeights, TrainingInvariantError
 from macdrop.families import FFN, find_ffn
 from macdrop.masking import EditedRows, InputDropout, OutputMask
@@ -105,7 +104,7 @@ class MacDrop:
             self._rows = self._scope_rows()
             ffn = self._target()
             try:
-                if self.config.scope == "activations":
+                if SCOPES[self.config.scope].rows is None:
                     self._sites.append(InputDropout(ffn, self._count))
                 else:
                     self._mask_rows(ffn)
@@ -141,7 +140,7 @@ class MacDrop:
         draw = functools.partial(keep_mask, self.config.seed, micro_step, p)
         try:
             keep = None
-            if self.config.scope != "activations":
+            if SCOPES[self.config.scope].rows is not None:
                 keep = self._keep = draw((len(self._rows), self.weights.hidden_size))
             for site in self._sites:
                 if isinstance(site, InputDropout):
@@ -212,12 +211,8 @@ class MacDrop:
 
     def _scope_rows(self) -> tuple[int, ...]:
         """The rows whose entries are dropped; none for activations. Raises `ConfigError` for an impossible k."""
-        weights, k, scope = self.weights, self.config.k, self.config.scope
-        if scope == "massive":
-            return weights.top(k)
-        if scope == "random":
-            return random_rows(weights, k, spared=max(k, SPARED), seed=self.config.seed)
-        return tuple(range(weights.intermediate_size)) if scope == "all" else ()
+        rows = SCOPES[self.config.scope].rows
+        return () if rows is None else rows(self.weights, self.config.k, self.config.seed)
 
     def _mask_rows(self, ffn: FFN) -> None:
         for module in dict.fromkeys(p.module for p in ffn.projections):

@@ -9,7 +9,7 @@ from macdrop.errors import ConfigError
 from tune.config.messages import build
 from tune.config.rubrics import Rubric
 from tune.config.run_spec import load
-from tune.config.strict import Strict
+from tune.config.sections import Strict
 
 MODEL = "model_name_or_path=zoo:planted-llama"
 

@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 
 import tune.config
-from tune.config.strict import Strict
+from tune.config.sections import Strict
 
 
 def config_models() -> list[type]:

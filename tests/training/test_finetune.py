@@ -198,6 +198,17 @@ def test_a_placebo_trains_and_drops(arm, tmp_path):
     assert json.loads((tmp_path / "run" / "trial.json").read_text())["arm"] == arm
 
 
+def test_a_placebo_registered_from_outside_trains_and_drops(tmp_path, monkeypatch):
+    from macdrop import config
+    from tune.config import sections
+
+    monkeypatch.setitem(config.SCOPES, "bottom_rows", config.Scope(lambda weights, k, seed: weights.indices[-k:]))
+    monkeypatch.setitem(sections.ARMS, "bottom_rows", "bottom_rows")
+    _, outcome = train(tmp_path / "run", max_steps=2, macdrop={"p0": 0.5, "scope": "bottom_rows"})
+    assert outcome.status == "done" and outcome.rows_hooked > 0
+    assert json.loads((tmp_path / "run" / "trial.json").read_text())["arm"] == "bottom_rows"
+
+
 def adapter_of(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from macdrop.attack import NONE, Attack
-from tune.config.strict import Strict, Text
+from tune.config.sections import Strict, Text
 
 PLAIN = NONE
 TEXT_METRICS = ("exact_match", "chrf", "rouge_l")

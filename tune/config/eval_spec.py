@@ -12,7 +12,7 @@ from tune.config import suites
 from tune.config.eval_entries import PLAIN, Attacks, Entry, Generation, Perplexity, PositiveInt, ZeroShot
 from tune.config.judge_spec import JudgeSpec
 from tune.config.parse import SECTIONS
-from tune.config.strict import Strict, Text
+from tune.config.sections import Strict, Text
 
 TEST, VALIDATION = SPLITS = ("test", "validation")
 """What a score is for: `test` benchmarks are reported (block `eval:`), `validation` ones select (`validation:`)."""

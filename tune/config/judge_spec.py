@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from tune.config.strict import Strict, Text
+from tune.config.sections import Strict, Text
 
 #: Keys that only a local model, or only an endpoint, has a use for.
 LOCAL_KEYS = ("batch_size", "bf16", "trust_remote_code", "long_prompts")

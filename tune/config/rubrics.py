@@ -18,7 +18,7 @@ from pydantic import Field
 from macdrop.errors import ConfigError, nearest
 from tune.config.messages import build
 from tune.config.parse import read_yaml
-from tune.config.strict import Strict, Text
+from tune.config.sections import Strict, Text
 
 FOLDER = Path(__file__).with_name("rubrics")
 

@@ -10,7 +10,7 @@ from macdrop.config import SCOPES
 from macdrop.schedules import SCHEDULES
 from tune.config.parse import ALIASES, SECTIONS
 from tune.config.run_spec import RunSpec, searchable
-from tune.config.sections import MacDropSpec
+from tune.config.sections import ARMS, Arm, MacDropSpec
 from tune.config.train_spec import TrainSpec
 
 Schema = dict[str, Any]
@@ -54,6 +54,7 @@ def _name_choices(defs: dict[str, Schema]) -> None:
     """Registered names: fields that hold one are plain texts to pydantic, and checked by the method."""
     defs["MacDropSpec"]["properties"]["schedule"]["enum"] = list(SCHEDULES)
     defs["MacDropSpec"]["properties"]["scope"]["enum"] = list(SCOPES)
+    defs["SweepSpec"]["properties"]["arms"]["items"] = {"enum": [Arm.BASE, Arm.PLAIN, *ARMS]}
     attack = {"type": "string", "pattern": f"^({NONE}|({'|'.join(ATTACKS)})@[0-9]+)$"}
     for name in ("EvalSpec", *_ENTRIES.values()):
         field = defs[name]["properties"]["attacks"]

@@ -1,22 +1,69 @@
-"""The blocks `macdrop:` and `ray:` of a run file, and the arms of a sweep."""
+"""The strict base of every model of the configuration, the arms of a sweep, and the blocks `macdrop:` and `ray:`."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from enum import StrEnum
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from macdrop.config import MacDropConfig
-from tune.config.strict import Strict
+from macdrop.config import SCOPES, MacDropConfig, Scope
 
-#: The arm, and the trial name, of an untrained model's scores.
-BASE = "base"
 #: The validation loss with masks off, the metric that every trial has.
 EVAL_LOSS = "eval_loss"
-#: Arms in which something is dropped -> what.
-ARMS = {"macdrop": "massive", "random_rows": "random", "all_rows": "all", "activations": "activations"}
-#: Those that drop something else than massive weights, with the settings of the best MacDrop trial.
-PLACEBOS = tuple(arm for arm in ARMS if arm != "macdrop")
+
+#: A text that is not empty.
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """A model without unknown keys, in which no value of another type passes: true is not 1, "8" is not 8."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
+
+
+class Arm(StrEnum):
+    """What is compared in a sweep; further placebo arms are registered by `register_placebo`."""
+
+    #: The untrained model; also the trial name of its scores.
+    BASE = "base"
+    #: Fine-tuning in which nothing is dropped.
+    PLAIN = "plain"
+    MACDROP = "macdrop"
+    RANDOM_ROWS = "random_rows"
+    ALL_ROWS = "all_rows"
+    ACTIVATIONS = "activations"
+
+
+BASE = Arm.BASE.value
+#: Arms in which something is dropped -> what: a name of `macdrop.config.SCOPES`. All but the first are placebos.
+ARMS: dict[str, str] = {
+    Arm.MACDROP.value: "massive",
+    Arm.RANDOM_ROWS.value: "random",
+    Arm.ALL_ROWS.value: "all",
+    Arm.ACTIVATIONS.value: "activations",
+}
+
+
+def placebos() -> list[str]:
+    """Arms that drop something other than massive weights, with the settings of the best MacDrop trial."""
+    return [arm for arm in ARMS if arm != Arm.MACDROP]
+
+
+def register_placebo(arm: str, scope: Scope) -> None:
+    """Register a placebo arm, which drops `scope`; every process that plans, trains or reports has to import it.
+
+    Raises:
+        ValueError: the name is taken, or cannot stand in a folder's name.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", arm) or arm in (*Arm, *ARMS, *SCOPES):
+        raise ValueError(f"{arm!r} cannot name an arm: use letters a to z, digits and _, and a name that is not taken")
+    SCOPES[arm] = scope
+    ARMS[arm] = arm
 
 
 #: Defaults of the block `macdrop:`, stated once, by the method.
@@ -67,7 +114,7 @@ class MacDropSpec(Strict):
     def arm(self) -> str:
         """`plain` (nothing is ever dropped), `macdrop`, or the placebo arm."""
         scopes = {scope: arm for arm, scope in ARMS.items()}
-        return scopes[self.scope] if self.config(seed=0).enabled else "plain"
+        return scopes[self.scope] if self.config(seed=0).enabled else Arm.PLAIN.value
 
 
 class RaySpec(Strict):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_serializer, field_validator, model_serializer, model_validator
+from pydantic import AfterValidator, Field, field_serializer, field_validator, model_serializer, model_validator
 
-from tune.config.sections import EVAL_LOSS, PLACEBOS
-from tune.config.strict import Strict
+from macdrop.errors import nearest
+from tune.config.sections import ARMS, EVAL_LOSS, Arm, Strict, placebos
 
 
 class Space(Strict):
@@ -78,6 +78,13 @@ class Metric(Strict):
     goal: Literal["minimize", "maximize"] = Field("minimize", description="`minimize` or `maximize`.")
 
 
+def _known_arm(arm: str) -> str:
+    known = [Arm.BASE.value, Arm.PLAIN.value, *ARMS]
+    if arm not in known:
+        raise ValueError(f"unknown arm {arm!r}.{nearest(arm, known)} Allowed: {', '.join(known)}.")
+    return arm
+
+
 class SweepSpec(Strict):
     """The block `sweep:`.
 
@@ -94,8 +101,8 @@ class SweepSpec(Strict):
             "Models to study, each a name or a mapping of `model_name_or_path` and the keys that differ for it."
         ),
     )
-    arms: list[Literal["base", "plain", "macdrop", "random_rows", "all_rows", "activations"]] = Field(
-        [*("base", "plain", "macdrop")],
+    arms: list[Annotated[str, AfterValidator(_known_arm)]] = Field(
+        [Arm.BASE.value, Arm.PLAIN.value, Arm.MACDROP.value],
         description=(
             "What is compared: `base`, `plain`, `macdrop` and the placebos `random_rows`, `all_rows`, "
             "`activations`, which use the settings of the best MacDrop trial."
@@ -184,10 +191,10 @@ class SweepSpec(Strict):
     def _check_arms(self) -> None:
         if not self.arms:
             raise ValueError("arms is empty; allowed: base, plain, macdrop")
-        placebos = [arm for arm in self.arms if arm in PLACEBOS]
-        if placebos and "macdrop" not in self.arms:
+        listed = [arm for arm in self.arms if arm in placebos()]
+        if listed and Arm.MACDROP not in self.arms:
             raise ValueError(
-                f"arms has {', '.join(placebos)}, which take k, p0 and schedule from the best MacDrop setting, but no "
+                f"arms has {', '.join(listed)}, which take k, p0 and schedule from the best MacDrop setting, but no "
                 "macdrop. Add macdrop to sweep.arms."
             )
 

@@ -14,8 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from macdrop.schedules import SCHEDULES
 from tune.config.messages import build
 from tune.config.parse import merge, undot
-from tune.config.sections import MacDropSpec
-from tune.config.strict import Strict
+from tune.config.sections import MacDropSpec, Strict
 
 #: Keys that decide how an engine is built; two orders that agree on them can share one engine.
 ENGINE_KEYS = (

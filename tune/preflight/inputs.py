@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.pytorch_utils import Conv1D
 
 from macdrop.attack import Attack
-from macdrop.config import MacDropConfig
+from macdrop.config import SCOPES, MacDropConfig
 from macdrop.errors import ConfigError, nearest
 from macdrop.families import find_ffns
 from macdrop.fingerprint import weight_files
@@ -142,7 +142,7 @@ def check_study(
     check_scopes(outline, spec, ks=ks, scopes=scopes)
     for target in _values(spec, parameters, "lora_target"):
         check_targets(outline, target)
-    masked = may_drop(spec, parameters) and set(scopes) != {"activations"}
+    masked = may_drop(spec, parameters) and any(SCOPES[scope].rows for scope in scopes)
     if masked and 3 in _values(spec, parameters, "zero_stage"):
         check_partitioned(outline, spec)
     return tokenizer
@@ -197,14 +197,15 @@ def check_scopes(outline: PreTrainedModel, spec: TrainSpec, *, ks: list[int], sc
     """
     ffns = find_ffns(outline)
     rows = max(ffn.intermediate_size for ffn in ffns)
-    for k in ks if "random" in scopes else []:
-        needed = MacDropConfig(k=k, scope="random").rows_needed
+    for scope, k in ((scope, k) for scope in scopes for k in ks):
+        needed = MacDropConfig(k=k, scope=scope).rows_needed
         if needed > rows:
             raise ConfigError(
-                f"Dropping {k} random rows beside the top {needed - k} takes {needed} rows, but an FFN of "
-                f"{spec.model_name_or_path} has {rows}. Lower macdrop.k, or leave the random rows out."
+                f"Dropping {k} {scope} rows beside the top {needed - k} takes {needed} rows, but an FFN of "
+                f"{spec.model_name_or_path} has {rows}. Lower macdrop.k, or leave the {scope} rows out."
             )
-    if "activations" in scopes and not any(ffn.down or ffn.experts or ffn.shared for ffn in ffns):
+    wanted = any(SCOPES[scope].rows is None for scope in scopes)
+    if wanted and not any(ffn.down or ffn.experts or ffn.shared for ffn in ffns):
         raise ConfigError(
             f"Activations cannot be dropped in {spec.model_name_or_path}: its experts are fused, and no layer takes "
             "their intermediate state. Leave the placebo 'activations' out for this model."

@@ -8,7 +8,7 @@ from typing import Any
 from macdrop.errors import ConfigError
 from tune.config.eval_spec import jobs
 from tune.config.run_spec import CELL_KEYS, MacDropSpec, RunSpec, Space, TrainSpec, points, slug, with_values
-from tune.config.sections import PLACEBOS
+from tune.config.sections import placebos
 from tune.storage.states import Stage
 
 
@@ -86,7 +86,7 @@ def studies(run: RunSpec) -> list[Study]:
         if spec.macdrop.scope != "massive":
             raise ConfigError(
                 f"macdrop.scope is {spec.macdrop.scope!r}, which is for one fine-tuning (macdrop train).\n"
-                f"A sweep trains placebos beside MacDrop: list them under sweep.arms ({', '.join(PLACEBOS)})."
+                f"A sweep trains placebos beside MacDrop: list them under sweep.arms ({', '.join(placebos())})."
             )
     planned = [_study(run, spec) for spec in run.studies()]
     for study in planned:
@@ -158,7 +158,7 @@ def _study(run: RunSpec, spec: TrainSpec) -> Study:
         search=search,
         seeds=tuple(range(spec.seed + 1, last + 1)) or (spec.seed,),
         finalists=sweep.finalists,
-        placebos=tuple(arm for arm in sweep.arms if arm in PLACEBOS),
+        placebos=tuple(arm for arm in sweep.arms if arm in placebos()),
         cells=len(cells),
     )
 
