@@ -22,7 +22,7 @@ class ConfigError(MacDropError, ValueError):
 
 
 class UnsupportedModel(ConfigError):
-    """The model has no feed-forward network that macdrop knows how to mask, or is no causal language model."""
+    """The model has no feed-forward network that macdrop knows how to mask, or is not a causal language model."""
 
 
 class NoMassiveWeights(ConfigError):

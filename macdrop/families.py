@@ -1,4 +1,4 @@
-"""How a model stores its feed-forward networks (FFNs), found by structure and never by model name.
+"""Feed-forward networks (FFNs) of a model, found by structure, never by model name.
 
 Terms are the paper's (arXiv 2410.01866, section 2): the *intermediate state* of an FFN is ``act(W_gate x) * W_up x``,
 or ``act(W_up x)`` when there is no gate, and is the input of the down projection. Row i of W_gate and row i of W_up
@@ -12,7 +12,7 @@ What is recognised:
 * conv1d: plain or gated FFNs whose weights are stored (in, out) (GPT-2)
 * experts: 3-D parameters, one matrix an expert (Mixtral, Qwen-MoE, OLMoE, GPT-OSS, Llama 4), or a list of expert
   modules; with or without a shared expert beside them
-* dense ones under unknown names, when shapes and a trial run of the module show what it is (`macdrop.probe`)
+* dense ones under unknown names, identified by shapes and a trial run of the module (`macdrop.probe`)
 
 Rows of the weight matrices are all that is ever masked or zeroed: the biases of a plain FFN (and of GPT-OSS experts)
 stay, so entry i of a plain FFN with a masked row is ``act(bias_i)``, not 0.
@@ -62,7 +62,7 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def embedding_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device of the input embeddings."""
+    """Return the device of the input embeddings, where token ids go."""
     embeddings = getattr(bare_model(model), "get_input_embeddings")()  # noqa: B009 (nn.Module does not declare it)
     return embeddings.weight.device
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is this: a hash of a model folder that is fast for hundreds of gigabytes."""
+"""Fingerprint of a checkpoint: a hash of a model folder that is fast for hundreds of gigabytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpoint_folder(model_name_or_path: str | os.PathLike, revision: str | Non
     if not isinstance(config, str):
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(
-            f"{str(model_name_or_path)!r}{at} is no folder here and not in the Hugging Face cache.\n"
+            f"{str(model_name_or_path)!r}{at} is neither a folder here nor in the Hugging Face cache.\n"
             "Give the path of a model folder, or the id of a model that is downloaded."
         )
     return Path(config).parent
@@ -48,10 +48,10 @@ def checkpoint_fingerprint(model_name_or_path: str | os.PathLike, revision: str 
     folder = checkpoint_folder(model_name_or_path, revision)
     config = folder / "config.json"
     if not config.is_file():
-        raise ConfigError(f"{folder} is no model folder: it has no config.json.")
+        raise ConfigError(f"{folder} is not a model folder: it has no config.json.")
     files = weight_files(folder)
     if not files:
-        raise ConfigError(f"{folder} is no model folder: it has no weight file (*.safetensors).")
+        raise ConfigError(f"{folder} is not a model folder: it has no weight file (*.safetensors).")
     digest = hashlib.sha256()
     _add(digest, config.read_bytes())
     for file in files:

@@ -14,7 +14,7 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
-    """Whether DeepSpeed ZeRO-3 owns the parameter, so that its values are spread over the ranks."""
+    """Return whether DeepSpeed ZeRO-3 owns the parameter, so that its values are spread over the ranks."""
     return hasattr(parameter, "ds_id")
 
 

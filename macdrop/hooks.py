@@ -88,7 +88,7 @@ class MacDrop:
 
     @property
     def active(self) -> bool:
-        """Whether a mask is in force: between `begin` and `end`, with p > 0."""
+        """True while a mask is in force: between `begin` and `end`, with p > 0."""
         return self._active
 
     def attach(self) -> int:
@@ -245,7 +245,7 @@ class MacDrop:
             )
         if any(p.tensor.requires_grad for p in ffn.projections):
             raise ConfigError(
-                f"The weights of {weights.path} are trainable; MacDrop masks frozen rows beside a trainable adapter.\n"
+                f"The weights of {weights.path} are trainable; MacDrop masks frozen rows while an adapter trains.\n"
                 "Put a LoRA or DoRA adapter on the model first, or freeze its base weights."
             )
         if any(getattr(p.wrapper, "merged", False) for p in ffn.projections):

@@ -1,4 +1,4 @@
-"""Where a mask meets the model: the output of frozen linears, PEFT's DoRA norm, or the stored rows of fused experts.
+"""Sites where a mask meets the model: outputs of frozen linears, PEFT's DoRA norm, stored rows of fused experts.
 
 All three make the forward and backward pass that the paper's edited weights would make. Biases are never masked.
 `InputDropout`, for the placebo that drops activations, masks the intermediate state instead. `attacked` zeroes rows.
@@ -64,7 +64,7 @@ class OutputMask:
             patch.remove()
 
     def masks(self, module: nn.Module) -> bool:
-        """Whether `module` (the linear or a DoRA layer of it) must be masked in this forward pass."""
+        """Return whether `module` (the linear or a DoRA layer of it) must be masked in this forward pass."""
         return self._keep is not None and module.training
 
     def masked_rows(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +104,7 @@ class OutputMask:
 class _DoraPatch:
     """Makes one DoRA layer of PEFT see the masked rows; `remove` puts its own functions back.
 
-    DoRA reads the base weight beside the base layer's forward pass, in two places: for the norm that divides the
+    DoRA reads the base weight outside the base layer's forward pass in two places: for the norm that divides the
     magnitude, and, when LoRA dropout gives the adapter another input, for a base result of its own.
     """
 

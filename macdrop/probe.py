@@ -109,7 +109,7 @@ class _Flow:
         return seen[0].reshape(_TOKENS, self.size).float()
 
     def tokens_are_apart(self) -> bool:
-        """Whether the state of a token stays when all tokens before, or all after it, are replaced."""
+        """Return whether a token's state stays the same when all tokens before it, or all after it, are replaced."""
         half = _TOKENS // 2
         first, last = self.tokens.clone(), self.tokens.clone()
         first[:, :half], last[:, half:] = self.others[:, :half], self.others[:, half:]
@@ -124,6 +124,6 @@ class _Flow:
         return set(change.abs().amax(0).nonzero().flatten().tolist())
 
     def enters_linearly(self, name: str) -> bool:
-        """Whether turning the sign of a feature turns the sign of its entry, as the up projection does."""
+        """Return whether flipping the sign of a feature flips the sign of its entry, as for the up projection."""
         plus, minus = self.run(self.tokens, name, 0, 3.0)[:, 0], self.run(self.tokens, name, 0, -3.0)[:, 0]
         return torch.allclose(plus, -minus, rtol=1e-3)

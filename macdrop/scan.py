@@ -138,7 +138,7 @@ def find_massive_weights(
 
     source names the model for people, fingerprint identifies its checkpoint (`checkpoint_fingerprint`). For tokenizers
     without bos see `choose_bos`. The layer is chosen by `massive_layer`. Of routed experts, the one with the largest
-    routing weight for bos is scanned; where a shared expert is beside them, the spike is measured again without it, and
+    routing weight for bos is scanned; where there is also a shared expert, the spike is measured again without it, and
     the shared expert is recorded when less than half of what the layer wrote is left.
 
     The model comes back as it was: modes, gradients, weights. An adapter in place takes part in the scan. Before it
@@ -183,7 +183,7 @@ def find_massive_weights(
 
 
 def _writer(model: nn.Module, token: int, states: BosStates, layer: int, entry: int) -> Intermediate:
-    """Which FFN of the massive layer wrote the spike: the routed expert, or the shared one beside it."""
+    """Find the FFN of the massive layer that wrote the spike: the routed expert or the shared one."""
     first, *beside = states.intermediates[layer]
     if not beside:
         return first

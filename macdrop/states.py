@@ -29,7 +29,7 @@ class Intermediate:
 
 @dataclass(frozen=True)
 class BosStates:
-    """What one forward pass of bos alone shows.
+    """States in one forward pass of bos alone.
 
     hidden: (L + 1, d) float32 on the CPU, the residual stream before the first and after each of the L layers.
     intermediates: per layer the states of its FFNs, none for a layer without one; of routed experts the one with the

@@ -1,4 +1,4 @@
-"""What one module of a model stores: the feed-forward network (FFN) made of its linear layers or 3-D parameters.
+"""Structure of one FFN module: the linear layers or 3-D parameters that make a feed-forward network.
 
 Names and shapes decide, never a model's name. `macdrop.families` looks through whole models with it.
 """
@@ -61,7 +61,7 @@ class Projection:
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias beside the parameter, whole: (out,), or (experts, out). It is never masked nor zeroed."""
+        """The bias that belongs to the parameter, whole: (out,), or (experts, out). It is never masked nor zeroed."""
         return getattr(self.module, f"{self.parameter}_bias" if self.parameter != "weight" else "bias", None)
 
     def features(self, indices: Iterable[int]) -> list[int]:
@@ -240,7 +240,7 @@ def _orient(inputs: list[Slot], down: Slot) -> tuple[list[Slot], Slot]:
 
 
 def _interleaved(module: nn.Module, fused: Slot, size: int) -> bool:
-    """Whether gate and up alternate in a fused projection (GPT-OSS), rather than follow each other.
+    """Return whether gate and up alternate in a fused projection (GPT-OSS) instead of following each other.
 
     Asked of the module's own gating function where it has one: does the first intermediate entry change with output
     feature 1, or with feature `size`? In releases without it only the transposed layout with biases alternates.

@@ -1,4 +1,4 @@
-"""What a scan found: the massive weights of one checkpoint, as a value that can be saved, compared and sent around."""
+"""Massive weights of one checkpoint: the result of a scan, a value that can be saved, compared and sent around."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Confidence:
-    """How clear the finding is, in a word, in numbers and in a sentence; see `macdrop.scan.massive_layer`."""
+    """Confidence in a finding, as a level, as numbers and as a sentence; see `macdrop.scan.massive_layer`."""
 
     level: str  # "strong", "moderate" or "weak"
     top_over_median: float  # largest over median |intermediate state| of the layer
@@ -41,7 +41,7 @@ class Confidence:
 
 @dataclass(frozen=True)
 class MassiveWeights:
-    """Where the massive weights of a model are: rows of W_up (and of W_gate) of one FFN (arXiv 2410.01866, section 2).
+    """Location of a model's massive weights: rows of W_up (and W_gate) of one FFN (arXiv 2410.01866, section 2).
 
     `indices` holds ALL rows of the FFN, by descending |intermediate state| at bos, and `magnitudes` these values. Only
     rows of matrices belong to them: biases of plain FFNs are neither masked nor zeroed.
@@ -101,12 +101,12 @@ class MassiveWeights:
                 }
             )
             if sorted(weights.indices) != list(range(weights.intermediate_size)):
-                raise ValueError("`indices` is no ordering of all rows")
+                raise ValueError("`indices` is not an ordering of all rows")
             if len(weights.magnitudes) != weights.intermediate_size:
                 raise ValueError("`magnitudes` and `indices` differ in length")
         except (KeyError, TypeError, ValueError) as error:
             raise NoMassiveWeights(
-                f"This is no scan by macdrop ({type(error).__name__}: {error}).\nMake one: macdrop scan MODEL"
+                f"This is not a scan by macdrop ({type(error).__name__}: {error}).\nMake one: macdrop scan MODEL"
             ) from None
         return weights
 

@@ -59,6 +59,10 @@ STILTED = re.compile(
 )
 
 
+#: A docstring begins with a noun phrase (module, class) or an imperative (function).
+QUESTION = re.compile(r"(What|Whether|Which|How|Where|Who|Whose|Why|When|That|If)\b")
+
+
 @functools.cache
 def tracked() -> tuple[str, ...]:
     """Files of the repository: git's list, and what is new but not ignored."""
@@ -280,6 +284,17 @@ def _prose(name: str) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(text(name)).readline):
         if token.type in (tokenize.STRING, tokenize.COMMENT):
             yield from enumerate(token.string.splitlines(), token.start[0])
+
+
+@pytest.mark.parametrize("name", sources(*PACKAGES))
+def test_a_docstring_names_the_thing(name):
+    found = []
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            about = ast.get_docstring(node) or ""
+            if QUESTION.match(about):
+                found.append(f"{getattr(node, 'name', name)}: {about.splitlines()[0]}")
+    assert not found, "\n".join(found)
 
 
 def test_no_path_of_a_machine_is_in_the_tree():

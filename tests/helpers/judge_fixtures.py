@@ -1,4 +1,4 @@
-"""Judges for tests, all real: an HTTP server that speaks the protocol and fails as told, a tiny model that talks."""
+"""Judges for tests, all real: an HTTP server that speaks the protocol and fails on request, a tiny model that talks."""
 
 from __future__ import annotations
 

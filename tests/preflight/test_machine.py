@@ -1,4 +1,4 @@
-"""tune.preflight.machine: every check finds what is there, and says how to mend what is not."""
+"""tune.preflight.machine: every check reports its finding and a remedy."""
 
 from __future__ import annotations
 

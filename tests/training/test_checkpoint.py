@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back, what is damaged is told and passed over, nothing is a pickle."""
+"""Checkpoints: they round-trip, damaged ones are reported and skipped, and nothing is a pickle."""
 
 from __future__ import annotations
 

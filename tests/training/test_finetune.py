@@ -234,7 +234,7 @@ def test_what_is_done_keeps_no_checkpoint_and_is_not_done_again(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
     assert train(tmp_path) == ([], done)
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    assert losses(train(tmp_path)[0]) == losses(rows), "a damaged one is made anew"
+    assert losses(train(tmp_path)[0]) == losses(rows), "a damaged one is trained again"
     assert train(tmp_path, seed=1)[0], "another fine-tuning"
 
 

@@ -1,1 +1,1 @@
-"""What can be known before anything starts: inputs, machine, forecast."""
+"""Checks and forecasts made before anything starts: inputs, machine, hours and cost."""

@@ -33,7 +33,7 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What a probe of one model found. Times in seconds, memory and disk in bytes; `slow` is the upper quartile."""
+    """Findings of a probe of one model. Times in seconds, memory and disk in bytes; `slow` is the upper quartile."""
 
     load: float
     step: float

@@ -215,7 +215,7 @@ def check_scopes(outline: PreTrainedModel, spec: TrainSpec, *, ks: list[int], sc
 def check_partitioned(outline: PreTrainedModel, spec: TrainSpec) -> None:
     """Refuse MacDrop under ZeRO-3 for models whose every FFN is fused experts: their rows are edited, not masked.
 
-    Where some layers have a dense FFN only the scan can tell; MacDrop itself refuses there.
+    Where some layers have a dense FFN only the scan decides; MacDrop itself refuses there.
     """
     fused = [any(projection.expert_axis for projection in ffn.projections) for ffn in find_ffns(outline)]
     shared = any(ffn.shared for ffn in find_ffns(outline))
