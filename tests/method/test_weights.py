@@ -65,10 +65,10 @@ def test_another_checkpoint_is_refused(weights):
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "no scan by macdrop"),
+        ("[]", "not a scan by macdrop"),
         ("{}", "KeyError"),
         ('{"format": 99}', "format 99"),
-        ('{"format": 1, "model": "x"}', "no scan by macdrop"),
+        ('{"format": 1, "model": "x"}', "not a scan by macdrop"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
@@ -139,9 +139,9 @@ def test_fingerprint_of_a_cached_hub_id_is_that_of_its_files(folder, tmp_path, m
 
 
 def test_fingerprint_refuses_what_is_no_model(tmp_path):
-    with pytest.raises(ConfigError, match="not in the Hugging Face cache"):
+    with pytest.raises(ConfigError, match="neither a folder here nor in the Hugging Face cache"):
         checkpoint_fingerprint("no/such-model")
-    with pytest.raises(ConfigError, match="not in the Hugging Face cache"):
+    with pytest.raises(ConfigError, match="neither a folder here nor in the Hugging Face cache"):
         checkpoint_fingerprint("/no/such/folder/here")
     with pytest.raises(ConfigError, match="no config.json"):
         checkpoint_fingerprint(tmp_path)
