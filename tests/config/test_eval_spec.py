@@ -13,7 +13,7 @@ import pytest
 from macdrop.errors import ConfigError, DataError
 from tune.config.eval_spec import EvalJob, EvalSpec, jobs
 from tune.config.messages import build
-from tune.evaluation.check import check_files
+from tune.evaluation.benchmark import check_files
 
 
 def write(path: Path, *rows: dict) -> str:

@@ -13,7 +13,7 @@ from tune.config.messages import build
 from tune.data.formats import detect_format
 from tune.data.readers import read_documents, read_file, read_rows
 from tune.data.sources import find_sources, open_source
-from tune.evaluation.check import check_files
+from tune.evaluation.benchmark import check_files
 
 BOM = b"\xef\xbb\xbf"
 GOOD = {

@@ -118,7 +118,7 @@ def test_the_alpaca_prompt_is_that_of_training_and_cut_prompts_are_counted(tmp_p
 
     row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
     spec = build(EvalSpec, {"generation": {"g": {"data": fix.write_jsonl(tmp_path / "a.jsonl", [row])}}})
-    resident = generation.load(spec.generation["g"], tokenizer, 256)
+    resident = generation.load("g", spec.generation["g"], tokenizer, 256)
     prompt = generation.prompt_ids(resident, tokenizer, resident.questions[0], [])
     trained = Encoder(tokenizer, "alpaca", False).encode(
         [[Turn("user", "Add.", "1, 2"), Turn("assistant", "3")]], ["x"]

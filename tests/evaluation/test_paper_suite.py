@@ -16,7 +16,7 @@ from tune.config.eval_spec import EvalSpec
 from tune.config.messages import build
 from tune.errors import BenchmarkError
 from tune.evaluation import check
-from tune.evaluation.check import check_files
+from tune.evaluation.benchmark import check_files
 from tune.evaluation.decode import fit_middle
 from tune.evaluation.scorer import Scorer
 

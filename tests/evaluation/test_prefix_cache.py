@@ -219,5 +219,5 @@ def test_scores_are_those_of_lm_eval_itself(block, tokenizer):
     loaded = scorer._data(job).loaded
     found = evaluate(theirs, loaded, bootstrap_iters=0, log_samples=True)
     assert found["results"]["piqa"]["acc,none"] == row["value"]
-    ours = evaluate(scorer._harness, loaded, bootstrap_iters=0, log_samples=True)
+    ours = evaluate(scorer._benchmark(job)._harness, loaded, bootstrap_iters=0, log_samples=True)
     assert [s["resps"] for s in ours["samples"]["piqa"]] == [s["resps"] for s in found["samples"]["piqa"]]

@@ -7,7 +7,7 @@ import pytest
 from macdrop.errors import MacDropError
 from tune.config.eval_spec import EvalSpec
 from tune.config.messages import build
-from tune.evaluation.check import check_files
+from tune.evaluation.benchmark import check_files
 from tune.evaluation.scorer import Scorer
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tune.analysis.items import RATIOS
 from tune.analysis.stats import LEVEL, Paired, bootstrap, holm, mcnemar, over_seeds, paired
+from tune.evaluation.item_values import RATIOS
 from tune.evaluation.score_names import Column
 
 HELPS, HURTS, CANNOT_TELL = "helps", "hurts", "cannot tell"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,20 +9,15 @@ from typing import Any
 
 from macdrop.errors import DataError
 from tune.config.eval_spec import EvalJob
+from tune.evaluation.benchmark import BENCHMARKS
+from tune.evaluation.item_values import MULTI_TURN, Value, Values, entry_of, part_of, same_score
 from tune.evaluation.score_names import Column
 from tune.storage.atomic import read_jsonl
 from tune.storage.run_folder import SCORE_KEY, RunFolder
 
-Value = float | tuple[float, float]
-"""Of an item: its score; of a perplexity's window: (summed negative log-likelihood in nats, tokens or words)."""
-#: The part of Spec-Bench that is no category.
-MULTI_TURN = "multi_turn"
 JUDGE_METRICS = ("judge_score", "judge_unparsed")
-RATIOS = ("perplexity", "word_perplexity", "byte_perplexity")
-"""Metrics that are exp of one ratio of sums over all items, not a mean over items."""
 
-
-Found = dict[str, Value] | None
+Found = Values | None
 
 
 def matched(first: Mapping[str, Value], second: Mapping[str, Value], what: str) -> list[str]:
@@ -83,7 +76,7 @@ class Items:
             return found
         known = [value for value in values if not math.isnan(value)]
         mean = math.fsum(known) / len(known) if known else math.nan
-        if _equal(mean, row["value"]):
+        if same_score(mean, row["value"]):
             return found
         if row.get("stderr") is None:  # lm-eval's aggregations other than the mean
             return None
@@ -96,15 +89,12 @@ class Items:
 
     def _answers(self, row: Mapping[str, Any]) -> Found:
         records = self._load(self._place(row))
-        if row["benchmark"] == "perplexity":
-            return {f"window {r['window']}, {r['tokens']} tokens": (r["nll"], r["tokens"]) for r in records}
-        if row["benchmark"] == "zero_shot":
-            return _zero_shot(records, row)
-        return _generation(records, row)
+        benchmark = BENCHMARKS.get(row["benchmark"])  # a kind that is not registered here has no items
+        return benchmark.items(records, row) if benchmark else None
 
     def _place(self, row: Mapping[str, Any]) -> Path:
         folder = self._run_folder.answers_dir(self._model, row["trial"])
-        key = EvalJob(row["benchmark"], _entry(row), row["attack"], row["attack_on"], row["split"]).key
+        key = EvalJob(row["benchmark"], entry_of(row), row["attack"], row["attack_on"], row["split"]).key
         return folder / f"{key.replace('/', '-')}.jsonl"
 
     # --- judgements ---
@@ -114,7 +104,7 @@ class Items:
         if not row.get("judgements"):
             return None
         latest = {str(r["item"]): r for r in self._load(self._run_folder.run_dir / row["judgements"])}
-        part = row["task"].removeprefix(_entry(row)).lstrip("/")
+        part = part_of(row)
         mine = {
             item: r["score"]
             for item, r in latest.items()
@@ -131,48 +121,6 @@ class Items:
             except ValueError as error:
                 raise DataError(str(error)) from error
         return self._files[file]
-
-
-def _zero_shot(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Found:
-    """Items of one task, or of all members of a group; None for a metric that is not kept item by item."""
-    metric, _, filtered = row["metric"].partition(",")
-    mine = [r for r in records if r["filter"] == (filtered or "none") and metric in r["metrics"]]
-    names = {r["task"] for r in mine}
-    member = row["task"].removeprefix(_entry(row)).lstrip("/")
-    if member:
-        mine = [r for r in mine if r["task"] == member]
-    values = {f"{r['task']}/{r['doc_id']} {r['doc_hash'][:8]}": r["metrics"][metric] for r in mine}
-    if metric in RATIOS:  # lm-eval keeps pairs (log-likelihood, words)
-        return {key: (-float(loss), float(words)) for key, (loss, words) in values.items()} or None
-    if not values or not all(isinstance(value, (int, float)) for value in values.values()):
-        return None
-    if member or len(names) < 2 or _equal(math.fsum(values.values()) / len(values), row["value"]):
-        return values
-    sizes = {name: sum(r["task"] == name for r in mine) for name in names}
-    weights = [len(mine) / (len(names) * sizes[r["task"]]) for r in mine]
-    return {key: value * weight for (key, value), weight in zip(values.items(), weights, strict=True)}
-
-
-def _generation(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Found:
-    """One value an answer: all turns of the questions that belong to the task."""
-    part = row["task"].removeprefix(_entry(row)).lstrip("/")
-    chosen = {"": lambda r: True, "multi_turn": lambda r: len(r["turns"]) > 1}
-    mine = filter(chosen.get(part, lambda r: r["category"] == part), records)
-    values: dict[str, Value] = {}
-    for r in mine:
-        content = hashlib.sha256(json.dumps([r["turns"], r.get("input")]).encode()).hexdigest()[:8]
-        for turn, value in enumerate(r.get("metrics", {}).get(row["metric"], [])):
-            values[f"question {r['question_id']}/{turn} {content}"] = float(value)
-    return values or None
-
-
-def _equal(mean: float, score: float) -> bool:
-    return math.isclose(mean, score, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def _entry(row: Mapping[str, Any]) -> str:
-    """The entry of the eval: block that the score came from."""
-    return row.get("entry") or row["task"].partition("/")[0]
 
 
 def _key(row: Mapping[str, Any]) -> tuple:

@@ -9,11 +9,12 @@ import numpy as np
 
 from macdrop.errors import DataError
 from tune.analysis.comparison import Sample
-from tune.analysis.items import RATIOS, Items, matched
+from tune.analysis.items import Items, matched
 from tune.analysis.stats import linearised
 from tune.config.eval_spec import TEST
 from tune.config.recorded import asked_for
 from tune.config.run_spec import slug
+from tune.evaluation.item_values import RATIOS
 from tune.evaluation.score_names import Column, is_part, primary_columns
 from tune.storage.run_folder import RunFolder
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tune.analysis.comparison import CANNOT_TELL, HELPS, Comparison
-from tune.analysis.items import RATIOS
 from tune.analysis.stats import sign_test
+from tune.evaluation.item_values import RATIOS
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy (acc_norm)"}
 

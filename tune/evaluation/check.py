@@ -1,4 +1,4 @@
-"""Checks of an evaluation spec against the files it names. Loads neither torch nor lm-eval."""
+"""Checks of benchmark entries against the files they name. Loads neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -18,21 +18,6 @@ CHOICE_COLUMNS = ("context", "choices", "label")
 RENAMED = {"Xnhyacinth/LongBench": {"input": "question"}}
 #: Folder of lm-eval's tasks -> packages that its metrics import, and our extra that installs them.
 PACKAGES = {"longbench": (("jieba", "fuzzywuzzy", "rouge"), "macdrop[longbench]")}
-
-
-def check_files(spec: EvalSpec) -> None:
-    """Open every local file of `spec` and look at all its rows; nothing is downloaded.
-
-    Raises:
-        DataError: a file is missing or empty, or a row cannot be used (file, line, columns).
-        ConfigError: a task that lm-eval does not have, or a key that does not fit the data.
-    """
-    for name, entry in spec.zero_shot.items():
-        check_zero_shot(name, entry, spec)
-    for entry in spec.perplexity.values():
-        check_perplexity(entry)
-    for entry in spec.generation.values():
-        read_generation(entry)
 
 
 def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Answer:
     ended: str
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
+def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: those of the model's generation config (chat models have several) and eos."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [configured] if isinstance(configured, int) else list(configured or [])
@@ -46,21 +48,23 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
-class _StopAtText(StoppingCriteria):
-    """Ends a row as soon as its new text holds a stop string."""
+class _StopAtText:
+    """Stopping criterion: ends a row as soon as its new text holds a stop string."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
         self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
         found = [any(stop in text for stop in self.stop) for text in texts]
-        return torch.tensor(found, device=input_ids.device)
+        return input_ids.new_tensor(found).bool()
 
 
 @contextmanager
-def _own_settings_only(model: Any) -> Iterator[None]:
+def _own_settings_only(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Set the checkpoint's generation config aside: transformers would mix its penalties and the like into ours."""
+    from transformers import GenerationConfig
+
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = holder.generation_config
     holder.generation_config = GenerationConfig()
@@ -70,10 +74,9 @@ def _own_settings_only(model: Any) -> Iterator[None]:
         holder.generation_config = kept
 
 
-@torch.no_grad()
 def greedy(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -85,9 +88,11 @@ def greedy(
 
     logits: for the prompts (their numbers) of each batch, transformers' logits processors to put before the argmax.
     """
-    order = sorted(
-        range(len(prompts)), key=lambda i: (-len(prompts[i]), i)
-    )  # longest first: what does not fit fails at once
+    import torch
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+    # longest first: what does not fit fails at once
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     answers: dict[int, Answer] = {}
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
@@ -103,7 +108,7 @@ def greedy(
             ids[at, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
             mask[at, width - len(prompts[i]) :] = 1
         criteria = StoppingCriteriaList([_StopAtText(tokenizer, stop, width)] if stop else [])
-        with _own_settings_only(model):
+        with _own_settings_only(model), torch.no_grad():
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -116,7 +121,7 @@ def greedy(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _answer(tokenizer: Any, new: list[int], ends: Sequence[int], stop: Sequence[str]) -> Answer:
+def _answer(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: Sequence[int], stop: Sequence[str]) -> Answer:
     """Cut what follows the end of a row: other rows of the batch may have run on."""
     last = next((i for i, token in enumerate(new) if token in ends), None)
     tokens = new if last is None else new[: last + 1]
@@ -124,8 +129,8 @@ def _answer(tokenizer: Any, new: list[int], ends: Sequence[int], stop: Sequence[
     cut = cut_at(text, stop)
     if cut == text:
         return Answer(text, tokens, "length" if last is None else "eos")
-    upto = next(
-        n for n in range(1, len(tokens) + 1)
-        if any(s in tokenizer.decode(tokens[:n], skip_special_tokens=True) for s in stop)
-    )  # fmt: skip
+    for upto in range(1, len(tokens) + 1):
+        begun = tokenizer.decode(tokens[:upto], skip_special_tokens=True)
+        if any(text in begun for text in stop):
+            break
     return Answer(cut, tokens[:upto], "stop")

@@ -7,17 +7,27 @@ for the answer lose tokens on the left, bos excepted; the rows say how many did.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError, DataError
 from tune.config.eval_entries import TEXT_METRICS, Generation
+from tune.config.eval_spec import EvalSpec
 from tune.data.formats import Turn
 from tune.data.templates import Encoder
 from tune.evaluation.check import read_generation
 from tune.evaluation.decode import Answer, cut_at, fit_prompt, greedy
+from tune.evaluation.item_values import MULTI_TURN, Value, Values, part_of
 from tune.evaluation.text_metrics import mean_and_stderr, repetition, text_metric
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tune.evaluation.prefix_cache import Logits
 
 VERSION = "1"
 HIGHER_IS_BETTER = {**dict.fromkeys(TEXT_METRICS, True), "empty_share": False, "repeated_4grams": False}
@@ -39,15 +49,16 @@ class Question:
 class ResidentQuestions:
     """The questions of one benchmark entry, ready to be put."""
 
+    name: str
     questions: list[Question]
     entry: Generation
     kind: str
     template: str
     room: int
-    encoder: Any
+    encoder: Encoder | None
 
 
-def load(entry: Generation, tokenizer: Any, max_positions: int) -> ResidentQuestions:
+def load(name: str, entry: Generation, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> ResidentQuestions:
     """Read the questions of an entry and choose their template.
 
     Raises:
@@ -69,7 +80,7 @@ def load(entry: Generation, tokenizer: Any, max_positions: int) -> ResidentQuest
         )
     encoder = Encoder(tokenizer, "alpaca", train_on_prompt=True) if template == "alpaca" else None
     questions = [_question(kind, row, number) for number, row in enumerate(table.rows)]
-    return ResidentQuestions(questions, entry, kind, template, room, encoder)
+    return ResidentQuestions(name, questions, entry, kind, template, room, encoder)
 
 
 def _question(kind: str, row: dict[str, Any], number: int) -> Question:
@@ -97,7 +108,9 @@ def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
     return chosen
 
 
-def prompt_ids(resident: ResidentQuestions, tokenizer: Any, question: Question, answers: Sequence[str]) -> list[int]:
+def prompt_ids(
+    resident: ResidentQuestions, tokenizer: PreTrainedTokenizerBase, question: Question, answers: Sequence[str]
+) -> list[int]:
     """Token ids of the conversation up to the turn after `answers`, before any cut."""
     asked = question.turns[: len(answers) + 1]
     if resident.template == "alpaca":
@@ -122,14 +135,18 @@ def prompt_ids(resident: ResidentQuestions, tokenizer: Any, question: Question, 
 
 
 def score(
-    resident: ResidentQuestions, name: str, model: Any, tokenizer: Any, batch_size: int, limit: int | None
+    resident: ResidentQuestions,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    limit: int | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Answer every question, all turns, and score the answers.
 
     Returns:
         rows, and per question what is kept as jsonl: question_id, category, turns, answers, tokens, ended, metrics.
     """
-    entry, questions = resident.entry, select(resident.questions, limit)
+    name, entry, questions = resident.name, resident.entry, select(resident.questions, limit)
     answers: list[list[Answer]] = [[] for _ in questions]
     cut = 0
     for turn in range(max(len(question.turns) for question in questions)):
@@ -201,7 +218,7 @@ def _groups(name: str, questions: Sequence[Question]) -> dict[str, list[int]]:
     groups = {name: list(range(len(questions)))}
     multi = [i for i, question in enumerate(questions) if len(question.turns) > 1]
     if multi and len(multi) < len(questions):
-        groups[f"{name}/multi_turn"] = multi
+        groups[f"{name}/{MULTI_TURN}"] = multi
     for i, question in enumerate(questions):
         groups.setdefault(f"{name}/{question.category}", []).append(i)
     return groups
@@ -211,3 +228,43 @@ def _row(metric: str, values: list[float]) -> dict[str, Any]:
     value, stderr = mean_and_stderr(values)
     better = HIGHER_IS_BETTER.get(metric)
     return {"metric": metric, "value": value, "stderr": stderr, "n": len(values), "higher_is_better": better}
+
+
+class GenerationBenchmark:
+    """Scores entries of `generation`; an item is an answer, of which a question has one per turn."""
+
+    def __init__(self, spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+
+    @staticmethod
+    def check(name: str, entry: Generation, spec: EvalSpec) -> None:
+        read_generation(entry)
+
+    def load(self, name: str, entry: Generation) -> ResidentQuestions:
+        return load(name, entry, self._tokenizer, self._max_length)
+
+    def count(self, data: ResidentQuestions, limit: int | None) -> int:
+        return len(select(data.questions, limit))
+
+    def score(
+        self,
+        data: ResidentQuestions,
+        model: PreTrainedModel | PeftModel,
+        batch_size: int,
+        limit: int | None,
+        logits: Logits,
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return score(data, model, self._tokenizer, batch_size, limit)
+
+    @staticmethod
+    def items(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Values | None:
+        """One value per answer: all turns of the questions that belong to the task."""
+        part = part_of(row)
+        chosen = {"": lambda r: True, MULTI_TURN: lambda r: len(r["turns"]) > 1}
+        mine = filter(chosen.get(part, lambda r: r["category"] == part), records)
+        values: dict[str, Value] = {}
+        for r in mine:
+            content = hashlib.sha256(json.dumps([r["turns"], r.get("input")]).encode()).hexdigest()[:8]
+            for turn, value in enumerate(r.get("metrics", {}).get(row["metric"], [])):
+                values[f"question {r['question_id']}/{turn} {content}"] = float(value)
+        return values or None

@@ -11,18 +11,23 @@ scored in the first window that holds it. Perplexity is exp of the mean negative
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError, DataError
 from tune.config.eval_entries import Perplexity
+from tune.config.eval_spec import EvalSpec
 from tune.data.readers import is_local, read_documents
 from tune.errors import BenchmarkError
-from tune.evaluation.prefix_cache import Logits, plain_logits
+from tune.evaluation.check import check_perplexity
+from tune.evaluation.item_values import Values
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tune.evaluation.prefix_cache import Logits
 
 VERSION = "1"
 
@@ -43,7 +48,7 @@ class ResidentText:
     settings: str
 
 
-def load(entry: Perplexity, tokenizer: Any, max_positions: int) -> ResidentText:
+def load(entry: Perplexity, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> ResidentText:
     """Read, tokenise and cut the text of an entry.
 
     Raises:
@@ -75,7 +80,7 @@ def load(entry: Perplexity, tokenizer: Any, max_positions: int) -> ResidentText:
     return ResidentText(windows, _settings(entry, size, tokenizer, ids, local))
 
 
-def _settings(entry: Perplexity, size: int, tokenizer: Any, ids: Sequence[int], local: bool) -> str:
+def _settings(entry: Perplexity, size: int, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], local: bool) -> str:
     """The rules that made the windows, as words key=value; of the rarer ones those that are not as by default."""
     bos = None if entry.bos == "none" else tokenizer.bos_token_id
     if entry.bos == "text":
@@ -122,9 +127,8 @@ def _from_hub(entry: Perplexity) -> list[str]:
     return [text or "" for text in rows[entry.column]]
 
 
-@torch.no_grad()
 def score(
-    text: ResidentText, model: Any, batch_size: int, limit: int | None, logits: Logits = plain_logits
+    text: ResidentText, model: PreTrainedModel | PeftModel, batch_size: int, limit: int | None, logits: Logits
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measure the perplexity of `model` on the first `limit` windows.
 
@@ -160,8 +164,11 @@ def score(
     return [row], items
 
 
-def _window_sums(windows: Sequence[Window], model: Any, logits_of: Logits) -> list[float]:
+def _window_sums(windows: Sequence[Window], model: PreTrainedModel | PeftModel, logits_of: Logits) -> list[float]:
     """Summed negative log-likelihood of the scored tokens of each window, in fp32, one window of logits at a time."""
+    import torch
+    import torch.nn.functional as F
+
     longest = max(len(window.ids) for window in windows)
     ids = torch.zeros(len(windows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -169,10 +176,37 @@ def _window_sums(windows: Sequence[Window], model: Any, logits_of: Logits) -> li
         ids[row, : len(window.ids)] = torch.tensor(window.ids)
         mask[row, : len(window.ids)] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    logits = logits_of(model, ids, mask)
     sums = []
-    for row, window in enumerate(windows):
-        kept = logits[row, window.first - 1 : len(window.ids) - 1].float()
-        losses = F.cross_entropy(kept, ids[row, window.first : len(window.ids)], reduction="none")
-        sums.append(losses.double().sum().item())
+    with torch.no_grad():
+        logits = logits_of(model, ids, mask)
+        for row, window in enumerate(windows):
+            kept = logits[row, window.first - 1 : len(window.ids) - 1].float()
+            losses = F.cross_entropy(kept, ids[row, window.first : len(window.ids)], reduction="none")
+            sums.append(losses.double().sum().item())
     return sums
+
+
+class PerplexityBenchmark:
+    """Scores entries of `perplexity`; an item is a window."""
+
+    def __init__(self, spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+
+    @staticmethod
+    def check(name: str, entry: Perplexity, spec: EvalSpec) -> None:
+        check_perplexity(entry)
+
+    def load(self, name: str, entry: Perplexity) -> ResidentText:
+        return load(entry, self._tokenizer, self._max_length)
+
+    def count(self, data: ResidentText, limit: int | None) -> int:
+        return len(data.windows[:limit])
+
+    def score(
+        self, data: ResidentText, model: PreTrainedModel | PeftModel, batch_size: int, limit: int | None, logits: Logits
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return score(data, model, batch_size, limit, logits)
+
+    @staticmethod
+    def items(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Values | None:
+        return {f"window {r['window']}, {r['tokens']} tokens": (r["nll"], r["tokens"]) for r in records}

@@ -15,9 +15,9 @@ import torch
 
 from macdrop.attack import Attack, attacked_rows
 from macdrop.errors import ConfigError, MacDropError
-from tune.config.eval_entries import Perplexity, ZeroShot
 from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, jobs
 from tune.evaluation.adapters import merged_weights
+from tune.evaluation.benchmark import BENCHMARKS, Benchmark
 from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
 from tune.storage.atomic import atomic_write_text
 
@@ -80,8 +80,7 @@ class Scorer:
         self.max_length = spec.max_length or positions
         for job in jobs(spec):
             self._check_attack(job)
-        self._tasks: Any = None
-        self._harness: Any = None
+        self._benchmarks: dict[str, Benchmark] = {}
         self._resident: dict[tuple[str, str], Any] = {}
 
     def _check_attack(self, job: EvalJob) -> None:
@@ -140,7 +139,8 @@ class Scorer:
         batch_size = self.spec.inherited(entry, "batch_size") or self.spec.batch_size
         limit = limit or self.spec.inherited(entry, "limit")
         with quiet(), masks_off(model, drop), self._under(job, model), self._sharing(job, model, prefix) as logits:
-            rows, items = self._measure(job, entry, self._data(job), model, batch_size, limit, logits)
+            benchmark, data = self._benchmark(job), self._data(job)
+            rows, items = benchmark.score(data, model, batch_size, limit, logits)
         if answers_path is not None:
             lines = (
                 json.dumps(item | {"attack": job.attack, "attack_on": job.attack_on}, default=str) for item in items
@@ -152,55 +152,22 @@ class Scorer:
 
     def items(self, job: EvalJob, limit: int | None = None) -> int:
         """How many documents, windows or questions `score` goes through."""
-        data = self._data(job)
         limit = limit or self.spec.inherited(self.spec.entry(job), "limit")
-        if job.benchmark == "perplexity":
-            return len(data.windows[:limit])
-        if job.benchmark == "generation":
-            from tune.evaluation.generation import select
+        return self._benchmark(job).count(self._data(job), limit)
 
-            return len(select(data.questions, limit))
-        sizes = [len(task.eval_docs) for task in data.loaded["tasks"].values()]
-        return sum(sizes if limit is None else [min(size, limit) for size in sizes])
+    def _benchmark(self, job: EvalJob) -> Benchmark:
+        """The job's kind of benchmark, made on first use."""
+        if job.benchmark not in self._benchmarks:
+            made = BENCHMARKS[job.benchmark](self.spec, self.tokenizer, self.max_length)
+            self._benchmarks[job.benchmark] = made
+        return self._benchmarks[job.benchmark]
 
     def _data(self, job: EvalJob) -> Any:
         """The resident tasks or data of the job's entry, loaded on first use."""
         key = (job.benchmark, job.task)
         if key not in self._resident:
-            entry = self.spec.entry(job)
-            if isinstance(entry, ZeroShot):
-                from tune.evaluation import zero_shot
-
-                self._tasks = self._tasks or zero_shot.Tasks()
-                self._resident[key] = self._tasks.load(job.task, entry, self.spec, self.max_length)
-            elif isinstance(entry, Perplexity):
-                from tune.evaluation import perplexity
-
-                self._resident[key] = perplexity.load(entry, self.tokenizer, self.max_length)
-            else:
-                from tune.evaluation import generation
-
-                self._resident[key] = generation.load(entry, self.tokenizer, self.max_length)
+            self._resident[key] = self._benchmark(job).load(job.task, self.spec.entry(job))
         return self._resident[key]
-
-    def _measure(
-        self, job: EvalJob, entry: Any, data: Any, model: Any, batch_size: int, limit: int | None, logits: Logits
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        if isinstance(entry, ZeroShot):
-            from tune.evaluation import zero_shot
-
-            if self._harness is None:
-                tokenizer = copy.deepcopy(self.tokenizer)  # lm-eval sets its pad token and side
-                self._harness = zero_shot.Harness(model, tokenizer, self.max_length)
-            self._harness.use(model, batch_size, entry, logits)
-            return zero_shot.score(data, self._harness, limit)
-        if isinstance(entry, Perplexity):
-            from tune.evaluation import perplexity
-
-            return perplexity.score(data, model, batch_size, limit, logits)
-        from tune.evaluation import generation
-
-        return generation.score(data, job.task, model, self.tokenizer, batch_size, limit)
 
     @contextlib.contextmanager
     def _sharing(self, job: EvalJob, model: Any, prefix: PrefixCache | None) -> Iterator[Logits]:

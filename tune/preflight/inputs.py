@@ -24,7 +24,7 @@ from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
 from tune.config.sections import ARMS, EVAL_LOSS
 from tune.data import dataset as data
 from tune.data.batching import Batches, total_steps
-from tune.evaluation.check import check_files
+from tune.evaluation.benchmark import check_files
 from tune.evaluation.judge.session import check_judge
 from tune.scheduling.early_stopping import Cuts, cuts
 from tune.scheduling.study import Study

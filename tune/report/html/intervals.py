@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tune.analysis.display_names import NAMES
-from tune.analysis.items import RATIOS
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Comparison, Verdict
 from tune.config.eval_spec import PLAIN
+from tune.evaluation.item_values import RATIOS
 from tune.evaluation.score_names import Column
 from tune.report.html.drawing import colour, draw, signed
 from tune.report.html.figure import Figure, words_to_name
