@@ -183,4 +183,5 @@ class Generation(BenchmarkEntry):
         return self
 
 
-Entry = ZeroShot | Perplexity | Generation
+#: The model of each section's entries.
+ENTRIES: dict[str, type[BenchmarkEntry]] = {"zero_shot": ZeroShot, "perplexity": Perplexity, "generation": Generation}

@@ -7,9 +7,19 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from tune.config import suites
-from tune.config.eval_entries import PLAIN, Attacks, Entry, Generation, Perplexity, PositiveInt, ZeroShot
+from tune.config.eval_entries import (
+    ENTRIES,
+    PLAIN,
+    Attacks,
+    BenchmarkEntry,
+    Generation,
+    Perplexity,
+    PositiveInt,
+    ZeroShot,
+)
 from tune.config.judge_spec import JudgeSpec
 from tune.config.parse import SECTIONS
 from tune.config.sections import Strict, Text
@@ -39,7 +49,7 @@ def _named(value: Any) -> Any:
 
 
 class EvalSpec(Strict):
-    """The `eval:` block: three sections of named benchmarks, and the settings they share.
+    """The `eval:` block: a section of named benchmarks per kind, and the settings they share.
 
     `suite` and `local` are replaced by what they stand for when a block is read, and never written
     (`tune.config.suites.expand`).
@@ -102,11 +112,15 @@ class EvalSpec(Strict):
             raise ValueError(f"batch_size must be a whole number, not {value!r}: scores move with it, so it is fixed")
         return value
 
-    def entry(self, job: EvalJob) -> Entry:
-        """The benchmark entry that `job` scores."""
-        return getattr(self, job.benchmark)[job.task]
+    def entries(self, section: str) -> dict[str, BenchmarkEntry]:
+        """The entries of a section by name; none in a block made before the section was registered."""
+        return getattr(self, section, {})
 
-    def inherited(self, entry: Entry, key: str) -> Any:
+    def entry(self, job: EvalJob) -> BenchmarkEntry:
+        """The benchmark entry that `job` scores."""
+        return self.entries(job.benchmark)[job.task]
+
+    def inherited(self, entry: BenchmarkEntry, key: str) -> Any:
         """`key` of the entry where it is set there (null counts as set), else of the block."""
         return getattr(entry if key in entry.model_fields_set else self, key)
 
@@ -136,8 +150,23 @@ def jobs(spec: EvalSpec, split: str = TEST) -> list[EvalJob]:
     places = ["base", "merged"] if spec.attack_on == "both" else [spec.attack_on]
     found = []
     for section in SECTIONS:
-        for name, entry in getattr(spec, section).items():
+        for name, entry in spec.entries(section).items():
             for attack in entry.attacks or spec.attacks:
                 places_of = [None] if attack == PLAIN else places
                 found += [EvalJob(section, name, attack, place, split) for place in places_of]
     return found
+
+
+def add_section(section: str, entry: type[BenchmarkEntry]) -> None:
+    """Let `eval:` blocks hold a section of another kind of benchmark.
+
+    Models with an `EvalSpec` in them have to be rebuilt afterwards; `tune.evaluation.benchmark.register_benchmark`
+    does it.
+    """
+    entries: Any = dict.__class_getitem__((Text, entry))
+    named = FieldInfo.from_annotated_attribute(Annotated[entries, BeforeValidator(_named)], {})
+    named.description = (entry.__doc__ or "").strip().partition("\n")[0] or None
+    ENTRIES[section] = entry
+    SECTIONS.append(section)
+    EvalSpec.model_fields[section] = named
+    EvalSpec.model_rebuild(force=True)

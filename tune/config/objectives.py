@@ -65,7 +65,7 @@ def _rows(block: EvalSpec) -> list[tuple[str, set[tuple[str | None, ...]]]]:
     """Of each benchmark its key in the block, and what it reads: files, hub data or an lm-eval task, with a split."""
     found = []
     for section in SECTIONS:
-        for name, entry in getattr(block, section).items():
+        for name, entry in block.entries(section).items():
             sources = entry.data or [getattr(entry, "task", None) or name]
             about = (getattr(entry, "name", None), getattr(entry, "split", None))
             found.append((f"{section}.{name}", {(source, *about) for source in sources}))

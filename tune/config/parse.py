@@ -35,10 +35,8 @@ ALIASES = {
     "ray_num_workers": "ray.num_workers",
 }
 
-#: Sections of benchmarks in the blocks `eval` and `validation`.
-SECTIONS = ("zero_shot", "perplexity", "generation")
-#: They may be written as a list of names; an override of one entry needs them as a block.
-NAMED_SECTIONS = {(block, section) for block in ("eval", "validation") for section in SECTIONS}
+#: Sections of benchmarks in the blocks `eval` and `validation`; `register_benchmark` adds one.
+SECTIONS = ["zero_shot", "perplexity", "generation"]
 
 
 # --- text -> plain data ---
@@ -240,9 +238,11 @@ def _set(raw: dict[str, Any], path: list[str], value: Any, above: tuple[str, ...
         return {**raw, path[0]: value}
     here = (*above, path[0])
     inner = raw.get(path[0])
-    if here in NAMED_SECTIONS:
+    # A section may be written as a list of names; an override of one entry needs it as a block.
+    in_section = here[0] in ("eval", "validation") and here[1:2] and here[1] in SECTIONS
+    if in_section and len(here) == 2:
         inner = named_block(inner)
-    elif here[:2] in NAMED_SECTIONS and isinstance(inner, str):
+    elif in_section and isinstance(inner, str):
         inner = {"data": inner}
     if inner is None:
         inner = {}

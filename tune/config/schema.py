@@ -8,7 +8,8 @@ from typing import Any
 from macdrop.attack import ATTACKS, NONE
 from macdrop.config import SCOPES
 from macdrop.schedules import SCHEDULES
-from tune.config.parse import ALIASES, SECTIONS
+from tune.config.eval_entries import ENTRIES
+from tune.config.parse import ALIASES
 from tune.config.run_spec import RunSpec, searchable
 from tune.config.sections import ARMS, Arm, MacDropSpec
 from tune.config.train_spec import TrainSpec
@@ -16,10 +17,13 @@ from tune.config.train_spec import TrainSpec
 Schema = dict[str, Any]
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-#: The model behind each section of an eval block.
-_ENTRIES = dict(zip(SECTIONS, ("ZeroShot", "Perplexity", "Generation"), strict=True))
 _TEXT: Schema = {"type": "string", "minLength": 1}
 _NULL: Schema = {"type": "null"}
+
+
+def _entry_models() -> dict[str, str]:
+    """The name of the model behind each section of an eval block."""
+    return {section: entry.__name__ for section, entry in ENTRIES.items()}
 
 
 def json_schema() -> Schema:
@@ -56,7 +60,7 @@ def _name_choices(defs: dict[str, Schema]) -> None:
     defs["MacDropSpec"]["properties"]["scope"]["enum"] = list(SCOPES)
     defs["SweepSpec"]["properties"]["arms"]["items"] = {"enum": [Arm.BASE, Arm.PLAIN, *ARMS]}
     attack = {"type": "string", "pattern": f"^({NONE}|({'|'.join(ATTACKS)})@[0-9]+)$"}
-    for name in ("EvalSpec", *_ENTRIES.values()):
+    for name in ("EvalSpec", *_entry_models().values()):
         field = defs[name]["properties"]["attacks"]
         _replace(field, [*_one_or_several(attack), *([_NULL] if name != "EvalSpec" else [])])
 
@@ -70,7 +74,7 @@ def _accept_shorthands(run: Schema, defs: dict[str, Schema]) -> None:
     _replace(evaluation["suite"], [*_one_or_several(_TEXT), _NULL])
     _replace(evaluation["local"], [_TEXT, _NULL])
     _replace(evaluation["judge"], [{"$ref": "#/$defs/JudgeSpec"}, _TEXT, _NULL])
-    for section, model in _ENTRIES.items():
+    for section, model in _entry_models().items():
         # false is `off`: it leaves out an entry of a suite. A text is the entry's data.
         entry = {"anyOf": [{"$ref": f"#/$defs/{model}"}, _TEXT, _NULL, {"const": False}]}
         named = {"type": "object", "additionalProperties": entry}
@@ -134,7 +138,7 @@ def _dotted(defs: dict[str, Schema]) -> dict[str, Schema]:
     block = "^(eval|validation)\\."
     found |= {f"{block}{key}$": _at("EvalSpec", key) for key in defs["EvalSpec"]["properties"]}
     found |= {f"{block}judge\\.{key}$": _at("JudgeSpec", key) for key in defs["JudgeSpec"]["properties"]}
-    for section, model in _ENTRIES.items():
+    for section, model in _entry_models().items():
         found[f"{block}{section}\\.[^.]+$"] = {
             "$ref": f"#/$defs/EvalSpec/properties/{section}/anyOf/0/additionalProperties"
         }

@@ -1,7 +1,7 @@
 """Kinds of benchmarks: what each must do, and the table of those there are.
 
-A new kind is one module with an entry model (a subclass of `tune.config.eval_spec.Entry`) and a class that follows
-`Benchmark`, made known by `register`. The module must be imported wherever run files are read or benchmarks scored.
+A new kind is one module with an entry model (a subclass of `BenchmarkEntry`) and a class that follows `Benchmark`, made
+known by `register_benchmark`. That module must be imported in every process that reads run files or scores.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tune.config.eval_spec import EvalSpec
+from tune.config.eval_entries import BenchmarkEntry
+from tune.config.eval_spec import EvalSpec, add_section
 from tune.config.parse import SECTIONS
+from tune.config.run_spec import RunSpec
 from tune.evaluation.generation import GenerationBenchmark
 from tune.evaluation.item_values import Values
 from tune.evaluation.lm_eval_tasks import ZeroShotBenchmark
@@ -62,6 +64,13 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
 }
 
 
+def register_benchmark(section: str, entry: type[BenchmarkEntry], benchmark: type[Benchmark]) -> None:
+    """Add a kind of benchmark: `eval:` and `validation:` then take a section of entries that it scores."""
+    add_section(section, entry)
+    BENCHMARKS[section] = benchmark
+    RunSpec.model_rebuild(force=True)
+
+
 def check_files(spec: EvalSpec) -> None:
     """Open every local file of `spec` and look at all its rows; nothing is downloaded.
 
@@ -70,5 +79,5 @@ def check_files(spec: EvalSpec) -> None:
         ConfigError: a task that lm-eval does not have, or a key that does not fit the data.
     """
     for section in SECTIONS:
-        for name, entry in getattr(spec, section).items():
+        for name, entry in spec.entries(section).items():
             BENCHMARKS[section].check(name, entry, spec)
