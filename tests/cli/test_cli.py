@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from macdrop import errors
 from tune import errors as tune_errors
-from tune.cli.main import _split
+from tune.cli.options import split_config
 
 VERBS = (
     *("scan", "attack", "train", "eval", "suites", "judge", "plan", "export", "sweep", "report", "compare", "doctor"),
@@ -25,11 +26,12 @@ VERBS = (
 
 
 def test_the_verbs_are_those_that_are_tested(shell):
-    from tune.cli.main import app, cluster, zoo
+    from tune.cli.main import app
 
-    named = {command.name or command.callback.__name__ for command in app.registered_commands}
-    for group, verbs in (("zoo", zoo), ("cluster", cluster)):
-        named |= {f"{group} {command.name or command.callback.__name__}" for command in verbs.registered_commands}
+    commands = typer.main.get_command(app).commands
+    named = set(commands) - {"zoo", "cluster"}
+    for group in ("zoo", "cluster"):
+        named |= {f"{group} {verb}" for verb in commands[group].commands}
     assert named == set(VERBS)
 
 
@@ -81,23 +83,23 @@ def test_help_loads_nothing_heavy():
     ],
 )
 def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatch):
-    from tune.cli.verbs import doctor
+    from tune.preflight import machine
 
-    def fail(*arguments, **options):
-        raise error("what, and how to mend it")
+    def fail(**options):
+        raise error("what, and how to fix it")
 
-    monkeypatch.setattr(doctor, "doctor", fail)
+    monkeypatch.setattr(machine, "checks", fail)
     ended = shell("doctor")
-    assert (ended.code, ended.err) == (code, "macdrop: what, and how to mend it\n")
+    assert (ended.code, ended.err) == (code, "macdrop: what, and how to fix it\n")
 
 
 def test_ctrl_c_is_130(shell, monkeypatch):
-    from tune.cli.verbs import doctor
+    from tune.preflight import machine
 
     def interrupt(**options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "doctor", interrupt)
+    monkeypatch.setattr(machine, "checks", interrupt)
     assert shell("doctor").code == 130
 
 
@@ -105,7 +107,8 @@ def test_failed_trials_are_1(shell, monkeypatch):
     from tune.cli.verbs import sweep
 
     for failures, code in ((0, 0), (1, 1), (7, 1)):
-        monkeypatch.setattr(sweep, "sweep", lambda *a, failures=failures, **o: failures)
+        monkeypatch.setattr(sweep, "_run", lambda *arguments, failures=failures: failures)
+        monkeypatch.setattr(sweep, "_report", lambda folder: None)
         assert shell("sweep").code == code
 
 
@@ -115,11 +118,11 @@ def test_failed_trials_are_1(shell, monkeypatch):
 def test_a_file_may_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a=b.yaml").write_text("")
-    assert _split(None) == (None, [])
-    assert _split(["demo"]) == ("demo", [])
-    assert _split(["my.yaml", "a=1", "b.c=2"]) == ("my.yaml", ["a=1", "b.c=2"])
-    assert _split(["a=1", "b=2"]) == (None, ["a=1", "b=2"])
-    assert _split(["a=b.yaml", "c=1"]) == ("a=b.yaml", ["c=1"])
+    assert split_config(None) == (None, [])
+    assert split_config(["demo"]) == ("demo", [])
+    assert split_config(["my.yaml", "a=1", "b.c=2"]) == ("my.yaml", ["a=1", "b.c=2"])
+    assert split_config(["a=1", "b=2"]) == (None, ["a=1", "b=2"])
+    assert split_config(["a=b.yaml", "c=1"]) == ("a=b.yaml", ["c=1"])
 
 
 # --- what the verbs print ---

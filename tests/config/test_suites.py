@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from macdrop.errors import ConfigError
-from tune.cli.verbs.suites import show
+from tune.cli.verbs.suites import suites as show
 from tune.config import suites
 from tune.config.eval_spec import EvalSpec, jobs
 from tune.config.messages import build
@@ -175,11 +175,9 @@ def test_an_unknown_suite_in_a_run_file_names_the_key():
 
 def test_the_whole_curve_of_one_entry_is_scored_and_without_an_adapter_nothing_twice(tmp_path, capsys):
     from tune.cli.verbs.eval import evaluate
-    from tune.cli.verbs.scan import Source
 
     text = ["eval.perplexity.wikitext_bos={data: zoo:text, window: 64, limit: 4}"]
-    source = Source("zoo:planted-llama", None, False, False)
-    evaluate(source, None, text, adapter=None, suites=["attack-curve"], output=tmp_path / "out")
+    evaluate("zoo:planted-llama", text, suite=["attack-curve"], output=tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
     curve = {row["attack"]: row["value"] for row in rows}
     assert len(rows) == len(curve) == 9 and {row["attack_on"] for row in rows} == {None, "base"}
@@ -190,12 +188,12 @@ def test_the_whole_curve_of_one_entry_is_scored_and_without_an_adapter_nothing_t
 
 
 def test_an_attack_on_more_rows_than_there_are_is_refused_before_the_model_is_loaded():
-    from tune.cli.verbs.scan import Source
+    from tune.cli.source import Source
     from tune.preflight.inputs import check_scoring
 
     spec = parse(suite="attack-curve", attacks=["zeroing@100000"], perplexity={"wikitext_bos": "zoo:text"})
     with pytest.raises(ConfigError, match="eval.attacks has 'zeroing@100000', but an FFN"):
-        check_scoring(Source("zoo:planted-llama", None, False, False).spec(), spec)
+        check_scoring(Source("zoo:planted-llama").spec(), spec)
 
 
 def test_the_mean_of_the_validation_suite_is_an_objective():

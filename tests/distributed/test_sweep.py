@@ -395,13 +395,16 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
 
 def test_train_on_two_workers_equals_the_lane(tmp_path, alone):
     """`macdrop train` with two workers, and its errors as the workers raised them."""
-    from tune.cli.verbs.train import train_one as train
+    from tune.distributed.lanes.train_run import train_on_workers
     from tune.errors import TrainingDiverged
 
     settings = {"ray": {"dashboard": False, "num_workers": 2}}
     spec = make(tmp_path / "run", **settings)
     seen = []
-    outcome = train(spec, tmp_path / "train", observe=lambda metrics: seen.append(metrics) or "go_on", resume=False)
+    (model,) = spec.studies()
+    outcome = train_on_workers(
+        spec.ray, model, tmp_path / "train", observe=lambda metrics: seen.append(metrics) or "go_on"
+    )
     assert outcome.status == "done" and [row["step"] for row in seen if "loss" in row] == list(range(1, 7))
     failures, _ = run(make(tmp_path / "run", **settings, sweep={"arms": ["macdrop"], "seeds": 0}))
     (trial,) = trials(tmp_path / "run")
@@ -417,7 +420,7 @@ def test_train_on_two_workers_equals_the_lane(tmp_path, alone):
     assert "equal        the recorded adapter" in told
     with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
         bad = make(tmp_path / "bad", **settings, learning_rate=DIVERGES)
-        train(bad, tmp_path / "bad", observe=lambda metrics: "go_on", resume=False)
+        train_on_workers(bad.ray, bad.studies()[0], tmp_path / "bad", observe=lambda metrics: "go_on")
 
 
 def test_too_few_gpus_is_said_with_the_arithmetic(tmp_path):

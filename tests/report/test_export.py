@@ -13,10 +13,12 @@ from helpers.run_folders import make_run
 from helpers.small import SMALL
 
 from macdrop.errors import ConfigError
-from tune.cli.verbs.export import check_hub, export, read_trial
+from tune.cli.verbs.export import export
 from tune.config.run_spec import TrainSpec
 from tune.errors import BenchmarkError, CheckpointError
-from tune.report.model_card import LogitCheck, Z
+from tune.evaluation.merging import LogitCheck
+from tune.report.model_card import Z
+from tune.report.trial_export import check_hub, read_trial
 
 pytestmark = pytest.mark.zero
 
@@ -78,15 +80,15 @@ def test_merged_weights_answer_as_base_and_adapter(trained, tmp_path, capsys, mo
 
 
 def test_a_merge_that_answers_otherwise_is_an_error_that_leaves_it(trained, tmp_path, monkeypatch):
-    from tune.cli.verbs import export as exporting
+    from tune.evaluation import merging
 
-    logits, calls = exporting._logits, []
+    logits, calls = merging._logits, []
 
     def worse(model, blocks):
         calls.append(1)
         return logits(model, blocks) + 0.1 * len(calls)
 
-    monkeypatch.setattr(exporting, "_logits", worse)
+    monkeypatch.setattr(merging, "_logits", worse)
     with pytest.raises(BenchmarkError, match="left there for inspection"):
         export(trained, tmp_path / "whole", merged=True, push=None, private=False)
     assert (tmp_path / "whole/model.safetensors").is_file()

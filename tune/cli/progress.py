@@ -118,6 +118,8 @@ class Progress:
 
     def _remaining(self) -> str:
         """search 3/8: trials of the stage that have ended, and all of them."""
+        if self._stage is None:
+            return ""
         name, stage, trials = self._stage
         rows = [row for row in self._tasks.values() if (row["study"], row["stage"]) == (name, stage)]
         return f"{stage} {sum(row['state'].is_final for row in rows)}/{max(trials, len(rows))}"

@@ -11,6 +11,7 @@ import yaml
 
 from tune.config.run_spec import TrainSpec
 from tune.data.readers import looks_like_a_path
+from tune.evaluation.merging import LogitCheck
 from tune.report.tables import Table
 from tune.storage.states import TaskState
 
@@ -222,33 +223,3 @@ def _section(title: str, lines: Iterable[str]) -> str:
 def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     table = Table(title, list(head), [list(row) for row in rows])
     return table.markdown().replace(f"**{title}**", f"## {title}", 1)
-
-
-#: dtype -> (largest |difference| of a logit, as a share of the largest |logit|; least share of equal first choices).
-#: Merging rounds each weight once: in bf16 by up to 2^-9 of it, and massive activations carry that on.
-LIMITS = {"float32": (1e-4, 0.999), "bfloat16": (0.05, 0.95)}
-
-
-@dataclass(frozen=True)
-class LogitCheck:
-    """Logits of base and adapter against those of the merged weights as read back from the disk."""
-
-    difference: float  # largest |difference|
-    largest: float  # largest |logit| of base and adapter
-    agreement: float  # share of positions with the same first choice
-    positions: int
-    dtype: str
-
-    @property
-    def ok(self) -> bool:
-        share, agreement = LIMITS[self.dtype]
-        return self.difference <= share * self.largest and self.agreement >= agreement
-
-    @property
-    def text(self) -> str:
-        share, agreement = LIMITS[self.dtype]
-        return (
-            f"largest |difference| {self.difference:.3g} (limit {share * self.largest:.3g}: {share:g} of the largest "
-            f"|logit| {self.largest:.3g}), same first choice at {self.agreement:.2%} of {self.positions} positions "
-            f"(limit {agreement:.1%}), {self.dtype}"
-        )

@@ -1,21 +1,37 @@
-"""`macdrop doctor`: check this machine."""
+"""`macdrop doctor`: checks of this machine."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
 from tune.cli.console import console
-from tune.preflight.machine import Check, checks, lines
+
+if TYPE_CHECKING:
+    from tune.preflight.machine import Check
+
+app = typer.Typer()
 
 
-def doctor(*, ray: bool) -> bool:
+@app.command(epilog="Example: macdrop doctor --ray")
+def doctor(
+    ray: Annotated[bool, typer.Option("--ray", help="Also start Ray for a moment (some seconds).")] = False,
+) -> None:
+    """Check this machine: packages, hardware, process groups, DeepSpeed, the zoo; print a fix for each problem."""
+    from tune.preflight.machine import checks, lines
+
     with console.status("Checking"):
         found = [*checks(ray=ray), orphaned()]
     for text in lines(found):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-    return all(check.ok or not check.needed for check in found)
+    raise typer.Exit(0 if all(check.ok or not check.needed for check in found) else 1)
 
 
 def orphaned() -> Check:
-    """Ray processes of dead sweeps on this machine."""
+    """Check for Ray processes of dead sweeps on this machine."""
+    from tune.preflight.machine import Check
+
     name, fix = "dead runs", "The next sweep offers to remove them; with --clear-orphans it does so without asking."
     try:
         from tune.distributed.cluster.orphans import on_machine

@@ -1,38 +1,45 @@
-"""`macdrop eval`: score one model or adapter."""
+"""`macdrop eval`: scores of one model or adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line
-from tune.cli.verbs.scan import Source, check_adapter
-from tune.config.recipes import DEMO, recipe
+from tune.cli.options import Adapter, Bf16, Model, Revision, Trust, split_config
+from tune.cli.source import Source, check_adapter
 from tune.errors import BenchmarkError
-from tune.training.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from tune.config.eval_spec import EvalJob, EvalSpec
+
+app = typer.Typer()
 
 
+@app.command("eval", epilog="Example: macdrop eval MODEL --adapter runs/one/adapter --suite paper eval.limit=100")
 def evaluate(
-    source: Source,
-    file: str | None,
-    overrides: list[str],
-    *,
-    adapter: Path | None,
-    suites: list[str],
-    output: Path | None,
+    model: Model,
+    config: Annotated[list[str] | None, typer.Argument(help="A YAML file with an eval: block, then key=value.")] = None,
+    adapter: Adapter = None,
+    suite: Annotated[list[str] | None, typer.Option(help="Shipped suite (see `macdrop suites`); may repeat.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for scores.jsonl and generated answers.")] = None,
+    revision: Revision = None,
+    bf16: Bf16 = False,
+    trust_remote_code: Trust = False,
 ) -> None:
+    """Score one model or adapter on a suite or the benchmarks of an eval: block, plain and under attack."""
+    from tune.config.recipes import DEMO, recipe
     from tune.config.run_spec import dump, load
-    from tune.evaluation.adapters import AdapterSlot
-    from tune.evaluation.prefix_cache import PrefixCache
-    from tune.evaluation.scorer import Scorer
+    from tune.preflight.inputs import check_scoring
     from tune.report.score_table import score_table
-    from tune.storage.atomic import append_jsonl
-    from tune.training.massive_weights import massive_weights
 
-    if file is None and not overrides and not suites and source.model.startswith("zoo:"):
+    (file, overrides), source = split_config(config), Source(model, revision, bf16, trust_remote_code)
+    if file is None and not overrides and not suite and source.model.startswith("zoo:"):
         file = DEMO
-    overrides = [f"eval.suite={suites}", *overrides] if suites else overrides
+    overrides = [f"eval.suite={suite}", *overrides] if suite else overrides
     spec = load(recipe(file), overrides, replace={"sweep.models": [], "model_name_or_path": source.model})
     wanted = _jobs_of_one(spec.eval, adapter)
     if not wanted:
@@ -45,14 +52,45 @@ def evaluate(
     if spec.eval.judge is not None and output is None:
         raise ConfigError("eval.judge needs --output FOLDER: every judgement is kept in it, with its feedback.")
     check_adapter(adapter)
-    quiet_libraries()
-    from tune.preflight.inputs import check_scoring
-
     check_scoring(source.spec(), spec.eval)
+    scores = _score(source, spec.eval, wanted, adapter, output)
+    made = score_table(f"{source.model}{f' with {adapter}' if adapter else ''}", scores, dump(spec))
+    for part in made.split(console.width):
+        console.print(part.rich())
+    if output is not None:
+        line("written", str(output / "scores.jsonl"))
+    if spec.eval.judge is not None and output is not None:
+        from tune.cli.verbs.judge import judge_evaluation
+
+        if judge_evaluation(output, spec.eval.judge):
+            raise BenchmarkError(f"Some answers could not be judged; to ask again: macdrop judge {output} model=...")
+
+
+def _jobs_of_one(block: EvalSpec, adapter: Path | None) -> list[EvalJob]:
+    """Return the jobs to score one model on.
+
+    Without an adapter the merged weights are the base's, so of the two places of an attack one is left.
+    """
+    from tune.config.eval_spec import jobs
+
+    same = adapter is None and block.attack_on == "both"
+    return [job for job in jobs(block) if not (same and job.attack_on == "merged")]
+
+
+def _score(
+    source: Source, block: EvalSpec, wanted: list[EvalJob], adapter: Path | None, output: Path | None
+) -> list[dict[str, Any]]:
+    """Score the jobs, written to `output` as they come; the model is gone afterwards: a judge needs its memory."""
+    from tune.evaluation.adapters import AdapterSlot
+    from tune.evaluation.prefix_cache import PrefixCache
+    from tune.evaluation.scorer import Scorer
+    from tune.storage.atomic import append_jsonl
+    from tune.training.massive_weights import massive_weights
+
     model, tokenizer = source.load()
     attacks = any(job.attack != "none" for job in wanted)
     weights = massive_weights(source.spec(), model, tokenizer) if attacks else None
-    scorer, prefix = Scorer(model, tokenizer, spec.eval, weights), PrefixCache()
+    scorer, prefix = Scorer(model, tokenizer, block, weights), PrefixCache()
     tag = {"model": source.model, "adapter": str(adapter) if adapter else None}
     scores: list[dict[str, Any]] = []
     with AdapterSlot(model).adapter(adapter) as scored:
@@ -62,23 +100,5 @@ def evaluate(
                 rows = scorer.score(job, model=scored, answers_path=answers, prefix=prefix)
             if output is not None:
                 append_jsonl(output / "scores.jsonl", [{**tag, **row} for row in rows])
-            scores += rows
-    made = score_table(f"{source.model}{f' with {adapter}' if adapter else ''}", scores, dump(spec))
-    for part in made.split(console.width):
-        console.print(part.rich())
-    if output is not None:
-        line("written", str(output / "scores.jsonl"))
-    if spec.eval.judge is not None:
-        del model, scorer, scored, prefix  # the judge needs their memory
-        from tune.cli.verbs.judge import judge_evaluation
-
-        if judge_evaluation(output, spec.eval.judge):
-            raise BenchmarkError(f"Some answers could not be judged; to ask again: macdrop judge {output} model=...")
-
-
-def _jobs_of_one(block: Any, adapter: Path | None) -> list[Any]:
-    """What to score one thing on. Without an adapter merged weights are the base's, so of both places one is left."""
-    from tune.config.eval_spec import jobs
-
-    same = adapter is None and block.attack_on == "both"
-    return [job for job in jobs(block) if not (same and job.attack_on == "merged")]
+            scores += map(dict, rows)
+    return scores

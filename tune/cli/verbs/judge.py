@@ -1,30 +1,49 @@
-"""What `macdrop judge` does: whose answers there are to judge, by whom, and how it went. No Ray here."""
+"""`macdrop judge`: scores of a run's generated answers, given by a judge model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from macdrop.errors import ConfigError
-from tune.config.judge_spec import JudgeSpec
-from tune.config.run_spec import slug
-from tune.evaluation.judge.answers import answers_of, answers_of_evaluation
-from tune.evaluation.judge.judgements import Answers
-from tune.evaluation.judge.session import Outcome, judge_files, make_judge, unparsable
-from tune.storage.atomic import append_jsonl
-from tune.storage.run_folder import BASE, RunFolder
+from tune.cli.console import console, line, table
 
-#: How to ask for a judge, for messages.
+if TYPE_CHECKING:
+    from tune.config.judge_spec import JudgeSpec
+    from tune.evaluation.judge.judgements import Answers
+    from tune.evaluation.judge.session import Outcome
+
+#: Judges that can be named, for messages.
 EXAMPLE = "  model=prometheus-eval/prometheus-7b-v2.0\n  model=NAME base_url=http://127.0.0.1:8000/v1"
+
+app = typer.Typer()
+
+
+@app.command(epilog="Examples: macdrop judge runs/mine model=PATH | macdrop judge runs/mine model=gpt-4o base_url=URL")
+def judge(
+    run: Annotated[Path, typer.Argument(help="Run folder with generated answers.")],
+    config: Annotated[
+        list[str] | None, typer.Argument(help="Keys of eval.judge as key=value (default: the run's own).")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Judge again what this judge has already judged.")] = False,
+) -> None:
+    """Judge a run's generated answers from 1 to 5, by a local model or an endpoint; nothing is generated again."""
+    raise typer.Exit(1 if judge_run(run, config or [], fresh=fresh) else 0)
 
 
 def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False) -> int:
-    """Judge the answers of a run, or of `macdrop eval --output`; returns in how many files some could not be judged.
+    """Judge the answers of a run, or of `macdrop eval --output`; return the number of files with failures.
 
     Raises:
         ConfigError: there is no judge, or no answer, and the like; see `tune.evaluation.judge.session.judge_files`.
     """
+    from tune.evaluation.judge.answers import answers_of
+    from tune.storage.run_folder import RunFolder
+
     folder = Path(run)
     if not (folder / "run.json").is_file() and (folder / "answers").is_dir():
         return judge_evaluation(folder, judge_spec({}, overrides), fresh=fresh)
@@ -34,7 +53,9 @@ def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False)
 
 
 def judge_evaluation(folder: Path, spec: JudgeSpec, *, fresh: bool = False) -> int:
-    """The same for a folder of `macdrop eval --output`."""
+    """Judge the answers in a folder of `macdrop eval --output`; return the number of files with failures."""
+    from tune.evaluation.judge.answers import answers_of_evaluation
+    from tune.storage.atomic import append_jsonl
 
     def add_scores(rows: list[dict[str, Any]]) -> None:
         append_jsonl(folder / "scores.jsonl", rows)
@@ -42,26 +63,13 @@ def judge_evaluation(folder: Path, spec: JudgeSpec, *, fresh: bool = False) -> i
     return _judge(answers_of_evaluation(folder), spec, add_scores, folder, fresh=fresh)
 
 
-def _judge(files: list[Answers], spec: JudgeSpec, add_scores: Callable[..., Any], folder: Path, *, fresh: bool) -> int:
-    from tune.cli.console import line
-    from tune.training.quiet import quiet_libraries
-
-    quiet_libraries()
-    where = f" at {spec.base_url}" if spec.base_url else ""
-    line("judge", f"{spec.model}{where}, rubric {spec.rubric}; {len(files)} file(s) of answers")
-    with shown() as show:
-        outcome = judge_files(files, spec, make=make_judge, add_scores=add_scores, show=show, fresh=fresh)
-    tell(outcome)
-    line("written", f"{folder / 'scores.jsonl'}, and judgements/ beside every answers/")
-    return outcome.failures
-
-
 def judge_spec(config: dict[str, Any], overrides: Sequence[str]) -> JudgeSpec:
-    """The run's own judge with keys replaced; with another `model`, nothing of the run's own block is kept.
+    """Return the run's own judge with keys replaced; with another `model`, nothing of the run's own block is kept.
 
     Raises:
         ConfigError: there is no judge, or a key or value is wrong.
     """
+    from tune.config.judge_spec import JudgeSpec
     from tune.config.messages import build
     from tune.config.parse import read_override
 
@@ -75,33 +83,49 @@ def judge_spec(config: dict[str, Any], overrides: Sequence[str]) -> JudgeSpec:
     return build(JudgeSpec, {**own, **given})
 
 
-class shown:
-    """A bar in a terminal, a line every tenth of the way elsewhere, for the `with` block."""
+def _judge(
+    files: list[Answers],
+    spec: JudgeSpec,
+    add_scores: Callable[[list[dict[str, Any]]], object],
+    folder: Path,
+    *,
+    fresh: bool,
+) -> int:
+    from tune.evaluation.judge.session import judge_files, make_judge
+    from tune.training.quiet import quiet_libraries
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        from tune.cli.console import console
-
-        columns = (TextColumn("Judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._bar.start()
-        self._task = self._bar.add_task("")
-        self._console = console
-        return self._show
-
-    def _show(self, done: int, of: int) -> None:
-        self._bar.update(self._task, completed=done, total=of)
-        if done and not self._console.is_terminal and done * 10 // of > (done - 1) * 10 // of:
-            self._console.print(f"judged {done} of {of}", highlight=False)
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
+    quiet_libraries()
+    where = f" at {spec.base_url}" if spec.base_url else ""
+    line("judge", f"{spec.model}{where}, rubric {spec.rubric}; {len(files)} file(s) of answers")
+    with _progress_bar() as show:
+        outcome = judge_files(files, spec, make=make_judge, add_scores=add_scores, show=show, fresh=fresh)
+    _show_outcome(outcome)
+    line("written", f"{folder / 'scores.jsonl'}, and judgements/ beside every answers/")
+    return outcome.failures
 
 
-def tell(outcome: Outcome) -> None:
-    """A table of trials, and what was asked of the judge."""
-    from tune.cli.console import console, line, table
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """Show a bar in a terminal, a line per tenth of the way elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("Judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+
+        def show(done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of)
+            if done and not console.is_terminal and done * 10 // of > (done - 1) * 10 // of:
+                console.print(f"judged {done} of {of}", highlight=False)
+
+        yield show
+
+
+def _show_outcome(outcome: Outcome) -> None:
+    """Print a table of trials, and the number of requests to the judge."""
+    from tune.config.run_spec import slug
+    from tune.evaluation.judge.session import unparsable
+    from tune.storage.run_folder import BASE
 
     left = ("trial", "answers")
     made = table("trial", "answers", "judge_score", "stderr", "judged", "unparsable", "failed", left=left)

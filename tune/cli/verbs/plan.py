@@ -1,50 +1,48 @@
-"""What `macdrop plan` does: hours, memory, disk and cost of a sweep, from a short probe of each model.
-
-The arithmetic is pure (`forecast_study`, `Total`); `tune.preflight.probe` measures. A forecast says what it assumes.
-"""
+"""`macdrop plan`: hours, memory, disk and cost of a sweep, forecast from a short probe of each model."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from macdrop.errors import ConfigError
-from tune.config.run_spec import RunSpec
-from tune.preflight.forecast import (
-    ASK_COST,
-    ASK_HOURS,
-    ASSUMED,
-    Forecast,
-    Total,
-    forecast_study,
-    price_of,
-    read_prices,
-    total,
-)
-from tune.scheduling.resources import resources
+from tune.cli.console import console, line, table
+from tune.cli.options import Config, split_config
 
-# --- the command ---
+if TYPE_CHECKING:
+    from tune.config.run_spec import RunSpec
+    from tune.preflight.forecast import Forecast, Total
+
+app = typer.Typer()
 
 
-def plan(file: str | None, overrides: list[str], *, prices: Path | None, start: bool, yes: bool) -> int:
-    """Probe, tell, and with `start` run the sweep; returns the exit code."""
-    from tune.cli.console import console
-    from tune.cli.verbs.sweep import sweep
+@app.command(epilog="Example: macdrop plan llama-3.2-1b sweep.num_samples=40")
+def plan(
+    config: Config = None,
+    prices: Annotated[Path | None, typer.Option(help="YAML of prices by device (default: the shipped one).")] = None,
+    start: Annotated[bool, typer.Option("--start", help="Then start the sweep; asks first if it is large.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Forecast a sweep from a short probe of each model: hours, memory, disk and cost."""
     from tune.config.recipes import DEMO, recipe
     from tune.config.run_spec import load
+    from tune.preflight.forecast import forecast_study, price_of, read_prices, total
     from tune.preflight.inputs import check_inputs
     from tune.preflight.probe import device_name, probe
     from tune.scheduling.resources import check_local
     from tune.scheduling.study import studies
     from tune.training.quiet import quiet_libraries
 
+    file, overrides = split_config(config)
     known = read_prices(prices)
     spec = load(recipe(file or DEMO), overrides)
     planned = studies(spec)
     check_local(spec.ray)
     quiet_libraries()
-    with console.status("Reading models' settings, data and benchmark files"):
+    with console.status("Reading model settings, data and benchmark files"):
         checked = check_inputs(spec, planned)
     parts = []
     for study in planned:
@@ -54,20 +52,21 @@ def plan(file: str | None, overrides: list[str], *, prices: Path | None, start: 
     device = device_name()
     whole = total(parts, _devices(spec, device), device, price_of(known, device))
     _show(parts, whole, known)
-    if not start:
-        return 0
-    if whole.large and not yes and not _agreed(whole):
-        return 0
-    return 1 if sweep(file, overrides, dry_run=False, resume=False) else 0
+    if start and (yes or not whole.large or _agreed(whole)):
+        from tune.cli.verbs.sweep import sweep
+
+        sweep(config)
 
 
 def _devices(spec: RunSpec, device: str) -> float:
-    """GPUs that the run holds; without GPUs it is one machine."""
+    """Return the number of GPUs that the run holds; without GPUs it is one machine."""
+    from tune.scheduling.resources import resources
+
     return 1.0 if device == "cpu" else resources(spec.ray, cluster_gpus=1).gpus
 
 
 def _show(parts: list[Forecast], whole: Total, prices: dict[str, Any]) -> None:
-    from tune.cli.console import console, line, table
+    from tune.preflight.forecast import ASSUMED
 
     head = ("trials", "steps", "training h", "scoring h", "wall h", "memory GiB", "disk GiB")
     shown = table("model", *head, left=["model"])
@@ -81,20 +80,22 @@ def _show(parts: list[Forecast], whole: Total, prices: dict[str, Any]) -> None:
     if whole.cost is None:
         line("cost", f"unknown: the price file has no {whole.device!r}. Give one with --prices FILE.")
     else:
-        told = f"{whole.cost:.2f} {prices['currency']}, at {whole.price:g} an hour and device"
-        line("cost", f"{told} (example prices of {prices['date']}; give yours with --prices FILE)")
+        cost = f"{whole.cost:.2f} {prices['currency']}, at {whole.price:g} per device-hour"
+        line("cost", f"{cost} (example prices of {prices['date']}; give yours with --prices FILE)")
     console.print(ASSUMED, highlight=False)
 
 
 def _agreed(whole: Total) -> bool:
-    """Ask a person.
+    """Ask whether to start.
 
     Raises:
-        ConfigError: there is nobody at a terminal to ask.
+        ConfigError: the standard input is not a terminal.
     """
+    from tune.preflight.forecast import ASK_COST, ASK_HOURS
+
     cost = "" if whole.cost is None else f" and cost {whole.cost:.2f}"
     limits = f"asked above {ASK_HOURS:g} hours or a cost of {ASK_COST:g}"
-    told = f"The run is forecast to take {whole.hours:.3g} hours{cost} ({limits})."
+    forecast = f"The run is forecast to take {whole.hours:.3g} hours{cost} ({limits})."
     if not sys.stdin.isatty():
-        raise ConfigError(f"{told}\nNobody can be asked here. Add --yes to start it, or make it smaller.")
-    return input(f"{told} Start it? [y/N] ").strip().lower() in ("y", "yes")
+        raise ConfigError(f"{forecast}\nThere is no terminal to ask at. Add --yes to start it, or make it smaller.")
+    return input(f"{forecast} Start it? [y/N] ").strip().lower() in ("y", "yes")

@@ -1,72 +1,59 @@
-"""What `macdrop scan` and `macdrop attack` do: massive weights of one model, and its perplexity without them."""
+"""`macdrop scan`: the massive weights of a model, and with --prove whether it depends on them."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, lines, table
-from tune.training.quiet import quiet_libraries
+from tune.cli.options import Bf16, Bos, Model, Revision, Text, Trust
+from tune.cli.source import Source
+
+if TYPE_CHECKING:
+    from macdrop import MassiveWeights
+    from macdrop.proof import Proof
+
+app = typer.Typer()
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model as the command line names it."""
+@app.command(epilog="Example: macdrop scan meta-llama/Llama-3.2-1B --prove --text wiki.txt")
+def scan(
+    model: Model,
+    prove: Annotated[bool, typer.Option("--prove", help="Zero, retain and compare with random rows on text.")] = False,
+    k: Annotated[int, typer.Option(min=0, help="Rows to list and to use in the proof.")] = 5,
+    text: Text = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the massive weights to this JSON file.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Scan again even if this checkpoint was scanned.")] = False,
+    bos_token_id: Bos = None,
+    revision: Revision = None,
+    bf16: Bf16 = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Find a model's massive weights: layer, rows, confidence; with --prove, whether the model depends on them."""
+    from tune.training.massive_weights import massive_weights, proof, proof_text
 
-    model: str
-    revision: str | None
-    bf16: bool
-    trust_remote_code: bool
-    bos_token_id: int | None = None
-
-    def spec(self) -> Any:
-        """The same as the model part of a fine-tuning's spec."""
-        from tune.config.run_spec import TrainSpec
-
-        return TrainSpec(
-            model_name_or_path=self.model,
-            model_revision=self.revision,
-            bf16=self.bf16,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-    def check(self, *, ks: list[int], name: str) -> None:
-        """Refuse a model that cannot be used, and k above its rows, before any weight is read."""
-        from tune.preflight.inputs import check_rows, model_outline
-
-        quiet_libraries()
-        spec = self.spec()
-        check_rows(model_outline(spec), spec, ks=ks, name=name)
-
-    def load(self) -> tuple[Any, Any]:
-        """Model, in evaluation mode and on the accelerator if there is one, and tokenizer."""
-        import torch
-
-        from macdrop import load_model, load_tokenizer
-        from tune.zoo.catalog import resolve
-
-        quiet_libraries()
-        source = resolve(self.model)
-        loading: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        with console.status(f"Loading {self.model}"):
-            model = load_model(source, dtype="bfloat16" if self.bf16 else "float32", **loading)
-            tokenizer = load_tokenizer(source, model=model, **loading)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def scan(source: Source, *, prove: bool, k: int, text: Path | None, output: Path | None, fresh: bool) -> None:
-    from tune.training.massive_weights import massive_weights, proof_text
-
+    source = Source(model, revision, bf16, trust_remote_code, bos_token_id)
     if text is not None and not prove:
         raise ConfigError("--text is for the proof. Add --prove, or leave --text out.")
     if prove:
         proof_text(text, source.model)
     source.check(ks=[k], name="--k")
-    model, tokenizer = source.load()
-    weights = massive_weights(source.spec(), model, tokenizer, bos_token_id=source.bos_token_id, fresh=fresh)
+    loaded, tokenizer = source.load()
+    weights = massive_weights(source.spec(), loaded, tokenizer, bos_token_id=bos_token_id, fresh=fresh)
+    _show_weights(weights, k)
+    if prove:
+        with console.status("Measuring perplexity"):
+            found = proof(loaded, tokenizer, weights, k=k, text=text, source=source.model)
+        _show_proof(found, k)
+    if output is not None:
+        weights.save(output)
+        line("written", str(output))
+
+
+def _show_weights(weights: MassiveWeights, k: int) -> None:
     rows = table("layer", "max |hidden|", "median", "max |intermediate|", "median", "", left=("",))
     for stats in weights.layers:
         mark = "<- massive weights" if stats.layer == weights.layer else ""
@@ -84,18 +71,9 @@ def scan(source: Source, *, prove: bool, k: int, text: Path | None, output: Path
             ("confidence", weights.confidence.text),
         ]
     )
-    if prove:
-        _show_proof(source, model, tokenizer, weights, k, text)
-    if output is not None:
-        weights.save(output)
-        line("written", str(output))
 
 
-def _show_proof(source: Source, model: Any, tokenizer: Any, weights: Any, k: int, text: Path | None) -> None:
-    from tune.training.massive_weights import proof
-
-    with console.status("Measuring perplexity"):
-        found = proof(model, tokenizer, weights, k=k, text=text, source=source.model)
+def _show_proof(found: Proof, k: int) -> None:
     measured = [
         ("untouched", found.untouched),
         (f"top {k} zeroed", found.zeroed),
@@ -107,45 +85,3 @@ def _show_proof(source: Source, model: Any, tokenizer: Any, weights: Any, k: int
         rows.add_row(name, f"{value:.4g}", f"{value / found.untouched:.4g}")
     console.print(rows)
     line("verdict", found.text)
-
-
-def attack(source: Source, *, ks: list[int], adapter: Path | None, merged: bool, text: Path | None) -> None:
-    from macdrop import attacked
-    from macdrop.proof import perplexity
-    from tune.evaluation.adapters import AdapterSlot, merged_weights
-    from tune.training.massive_weights import massive_weights, proof_blocks, proof_text
-
-    if merged and adapter is None:
-        raise ConfigError("--merged needs --adapter: without an adapter there is nothing to merge.")
-    check_adapter(adapter)
-    proof_text(text, source.model)
-    source.check(ks=ks, name="--k")
-    model, tokenizer = source.load()
-    weights = massive_weights(source.spec(), model, tokenizer, bos_token_id=source.bos_token_id)
-    blocks = proof_blocks(model, tokenizer, weights.bos_token_id, text=text, source=source.model)
-    rows = table("k", "zeroing", "ratio", "retaining", "ratio", "random rows", "ratio")
-    with (
-        console.status("Measuring perplexity"),
-        AdapterSlot(model).adapter(adapter) as scored,
-        merged_weights(scored) if merged else nullcontext(),
-    ):
-        untouched = perplexity(scored, blocks)
-        for k in ks:
-            cells = []
-            for kind in ("zeroing", "retaining", "random"):
-                with attacked(scored, weights, kind, k):
-                    value = perplexity(scored, blocks)
-                cells += [f"{value:.4g}", f"{value / untouched:.4g}"]
-            rows.add_row(str(k), *cells)
-    where = "merged weights" if merged else "base rows, adapter in place" if adapter else "base rows"
-    line("attack on", f"{where}, layer {weights.layer} of {source.model}")
-    line("untouched", f"perplexity {untouched:.4g} on {blocks.numel()} tokens")
-    console.print(rows)
-
-
-def check_adapter(adapter: Path | None) -> None:
-    """Refuse a folder that holds no PEFT adapter, before the base is loaded."""
-    if adapter is None or (adapter / "adapter_config.json").is_file():
-        return
-    what = "holds no adapter_config.json" if adapter.is_dir() else "is no folder"
-    raise ConfigError(f"--adapter {adapter} {what}. Give the folder of a PEFT adapter, for example runs/one/adapter.")

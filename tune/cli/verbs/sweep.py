@@ -2,110 +2,135 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from macdrop.errors import ConfigError, MacDropError
 from tune.cli.console import asked_by, console, line, lines, report_console
-from tune.config.recipes import DEMO, RECIPES, fresh_folder, recipe
-from tune.training.quiet import quiet_libraries
+from tune.cli.options import Config, split_config
+
+if TYPE_CHECKING:
+    from tune.config.run_spec import RunSpec
+    from tune.distributed.sweep.events import Observer
+    from tune.distributed.sweep.stop import Stop
+    from tune.scheduling.study import Study
+
+NO_FOLDER = "--resume needs output_dir=FOLDER, the folder of the run to resume."
+
+app = typer.Typer()
 
 
+@app.command(epilog="Examples: macdrop sweep | macdrop sweep my.yaml sweep.num_samples=20 --dry-run")
 def sweep(
-    file: str | None,
-    overrides: list[str],
-    *,
-    dry_run: bool,
-    resume: bool,
-    retry_failed: bool = False,
-    clear_orphans: bool = False,
-) -> int:
+    config: Config = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show spec, trials and resources; start nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in output_dir.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: also retry failed and diverged trials.")
+    ] = False,
+    clear_orphans: Annotated[
+        bool,
+        typer.Option(
+            "--clear-orphans",
+            "--clear-leftovers",
+            help="Remove resources held by dead runs without asking. (Also spelled --clear-leftovers.)",
+        ),
+    ] = False,
+    recipes: Annotated[bool, typer.Option("--recipes", help="List the shipped recipes.")] = False,
+) -> None:
+    """Compare plain and MacDrop adapters on many models: search, train, score, report. No argument: the demo."""
     from tune.config.resume import resume_command
-    from tune.config.run_spec import load
-    from tune.distributed.sweep.stop import stoppable
+    from tune.preflight.inputs import check_folder
     from tune.scheduling.resources import check_local
     from tune.scheduling.study import studies
+    from tune.training.quiet import quiet_libraries
 
+    if recipes:
+        list_recipes()
+        return
     if retry_failed and not resume:
-        raise ConfigError("--retry-failed is about the run in a folder: add --resume.")
+        raise ConfigError("--retry-failed applies to the run in a folder: add --resume.")
+    file, overrides = split_config(config)
     if resume and file is not None and Path(file).is_dir():
         file, overrides = None, [f"output_dir={file}", *overrides]
-    spec = load(_started_with(overrides) if resume and file is None else recipe(file or DEMO), overrides)
-    if spec.output_dir is None:
-        if resume:
-            raise ConfigError("--resume needs output_dir=FOLDER, the folder of the run to go on with.")
-        spec = spec.model_copy(update={"output_dir": fresh_folder(file or DEMO)})
+    spec, folder = _resolve(file, overrides, resume)
     planned = studies(spec)
     check_local(spec.ray)
     quiet_libraries()
-    from tune.preflight.inputs import check_folder, check_inputs
-
-    folder = Path(spec.output_dir)
-    check_folder(folder, resume=resume, remedy=resume_command(folder, overrides))
+    again = resume_command(folder, overrides)
+    check_folder(folder, resume=resume, remedy=again)
     if dry_run:
         _show_plan(spec, planned)
-        with console.status("Reading models' settings, data and benchmark files"):
-            found = check_inputs(spec, planned)
-        for name, checked in found.items():
-            told = f"{name}: model, tokenizer, data and benchmark files; {checked.steps} optimizer steps a trial"
-            line("checked", told)
-            if checked.cuts:
-                line("asha", f"{name}: {checked.cuts.told()}")
-        return 0
+        _check(spec, planned)
+        return
     with console.status("Loading"):
-        from tune.cli.progress import Progress
         from tune.distributed.sweep.runtime import run
-        from tune.report import files as reports
-        from tune.report.report import make_report
 
-    progress = Progress(console)
-    with stoppable(lambda text: line("stopping", text)) as stop:
-        try:
-            how = {"resume": resume, "retry_failed": retry_failed, "clear_orphans": clear_orphans, "ask": asked_by()}
-            failures = run(spec, **how, progress=progress, stop=stop)
-        except BaseException as error:
-            progress.finished()
-            if stop.signal is None:
-                raise
-            if isinstance(error, MacDropError):
-                line("stopped", str(error))
-            if (folder / "run.json").exists():
-                line("to go on", resume_command(folder, overrides))
-            stop.leave()
-        finally:
-            progress.finished()
-    made = [make_report(spec.output_dir)]
-    reports.show(made, "terminal", report_console(), reports.BRIEF)
-    line("report", ", ".join(map(str, reports.write(made, made[0].run_dir))))
-    line("more", f"macdrop report {spec.output_dir}   (attacks, search, cost, how to reproduce ...)")
-    return failures
+    def start(progress: Observer, stop: Stop) -> int:
+        return run(
+            spec,
+            resume=resume,
+            retry_failed=retry_failed,
+            clear_orphans=clear_orphans,
+            ask=asked_by(),
+            progress=progress,
+            stop=stop,
+        )
+
+    failures = _run(start, folder, again)
+    _report(folder)
+    raise typer.Exit(1 if failures else 0)
 
 
-def _started_with(overrides: list[str]) -> Path:
-    """The effective config in the folder of the run to go on with."""
+def list_recipes() -> None:
+    """Print the shipped recipes, each with the first line of its file."""
+    from tune.config.recipes import RECIPES
+
+    found = []
+    for path in sorted(RECIPES.glob("*.yaml")):
+        found.append((path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()))
+    lines(found)
+
+
+def _resolve(file: str | None, overrides: list[str], resume: bool) -> tuple[RunSpec, Path]:
+    """Return the spec with its output folder: that of the run to resume, or a new one.
+
+    Raises:
+        ConfigError: the spec cannot be used, or it is not clear which run to resume.
+    """
+    from tune.config.recipes import DEMO, fresh_folder, recipe
+    from tune.config.run_spec import load
+
+    spec = load(_recorded_config(overrides) if resume and file is None else recipe(file or DEMO), overrides)
+    if spec.output_dir is None:
+        if resume:
+            raise ConfigError(NO_FOLDER)
+        spec = spec.model_copy(update={"output_dir": fresh_folder(file or DEMO)})
+    return spec, Path(str(spec.output_dir))
+
+
+def _recorded_config(overrides: list[str]) -> Path:
+    """Return the effective config of the run to resume, after repairing what an interrupted write left."""
     from tune.config.parse import read_override
     from tune.storage.repair import check_run, mend
     from tune.storage.run_lock import locked
 
-    folder = dict(read_override(override) for override in overrides).get("output_dir")
-    if folder is None:
-        raise ConfigError("--resume needs output_dir=FOLDER, the folder of the run to go on with.")
-    check_run(Path(str(folder)))
-    with locked(Path(str(folder))):
-        for note in mend(Path(str(folder))):
-            line("mended", note)
-    return Path(str(folder)) / "config.yaml"
+    named = dict(read_override(override) for override in overrides).get("output_dir")
+    if named is None:
+        raise ConfigError(NO_FOLDER)
+    folder = Path(str(named))
+    check_run(folder)
+    with locked(folder):
+        for note in mend(folder):
+            line("repaired", note)
+    return folder / "config.yaml"
 
 
-def list_recipes() -> None:
-    told = []
-    for path in sorted(RECIPES.glob("*.yaml")):
-        told.append((path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()))
-    lines(told)
-
-
-def _show_plan(spec: Any, planned: list[Any]) -> None:
-    """The resolved spec, the trials and the resource sum."""
+def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
+    """Print the resolved spec, the trials and the sum of resources."""
     import yaml
 
     from tune.config.run_spec import dump
@@ -116,9 +141,63 @@ def _show_plan(spec: Any, planned: list[Any]) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     for study in planned:
         console.print(f"[bold]{study.name}[/bold] ({study.spec.model_name_or_path})", highlight=False, soft_wrap=True)
-        for word, told in outline(spec, study):
-            line(word, told)
+        for name, content in outline(spec, study):
+            line(name, content)
     trained = sum(study.count for study in planned)
     line("trials", f"{trained} fine-tunings, {benchmark_runs(spec, planned)} benchmark runs")
     gpus = spec.ray.gpus_per_worker or spec.ray.gpus_per_evaluator
     line("resources", resources(spec.ray, cluster_gpus=0).sum + ("" if gpus else " (one GPU each where there are any)"))
+
+
+def _check(spec: RunSpec, planned: list[Study]) -> None:
+    """Check models, data and benchmark files, and print what was found.
+
+    Raises:
+        ConfigError: something cannot be used.
+    """
+    from tune.preflight.inputs import check_inputs
+
+    with console.status("Reading model settings, data and benchmark files"):
+        found = check_inputs(spec, planned)
+    for name, checked in found.items():
+        what = f"{name}: model, tokenizer, data and benchmark files; {checked.steps} optimizer steps per trial"
+        line("checked", what)
+        if checked.cuts:
+            line("asha", f"{name}: {checked.cuts.told()}")
+
+
+def _run(start: Callable[[Observer, Stop], int], folder: Path, again: str) -> int:
+    """Run with a live table and return the number of failures; a signal saves what trains and ends the process.
+
+    again: the command that resumes the run.
+    """
+    with console.status("Loading"):
+        from tune.cli.progress import Progress
+        from tune.distributed.sweep.stop import stoppable
+
+    progress = Progress(console)
+    with stoppable(lambda text: line("stopping", text)) as stop:
+        try:
+            return start(progress, stop)
+        except BaseException as error:
+            progress.finished()
+            if stop.signal is None:
+                raise
+            if isinstance(error, MacDropError):
+                line("stopped", str(error))
+            if (folder / "run.json").exists():
+                line("to resume", again)
+            stop.leave()
+        finally:
+            progress.finished()
+
+
+def _report(folder: Path) -> None:
+    """Print the short report of a run and write the whole one into its folder."""
+    from tune.report import files
+    from tune.report.report import make_report
+
+    made = [make_report(folder)]
+    files.show(made, "terminal", report_console(), files.BRIEF)
+    line("report", ", ".join(map(str, files.write(made, made[0].run_dir))))
+    line("more", f"macdrop report {folder}   (attacks, search, cost, how to reproduce ...)")

@@ -24,8 +24,9 @@ from tune.distributed.cluster.ray_cluster import check_cluster, connect
 from tune.distributed.lanes.lane import run_config, trainer, why
 from tune.scheduling.failures import of_run
 from tune.scheduling.resources import gpu_shares, one_lane
-from tune.storage.atomic import atomic_write_json
+from tune.storage.atomic import atomic_write_json, read_jsonl
 from tune.training.finetune import Outcome
+from tune.training.observer import Observer
 from tune.training.single import train_here
 from tune.training.watchdog import Watchdog, stack_file
 
@@ -33,6 +34,8 @@ from tune.training.watchdog import Watchdog, stack_file
 RUNS = 3
 #: How long to wait for the end of a run that was killed.
 CLOSE_S = 5.0
+#: How often new metrics are looked for.
+FOLLOW_EVERY_S = 0.3
 
 
 class _Limit(UserCallback):
@@ -47,6 +50,25 @@ class _Limit(UserCallback):
         if self.failures >= failure.attempts:
             # An exception in a callback ends the run; Train's own limits do not distinguish kinds of failure.
             raise MacDropError(failure.reason)
+
+
+def train_on_workers(spec: RaySpec, train_spec: TrainSpec, folder: Path, *, observe: Observer) -> Outcome:
+    """Train on Ray Train workers; `observe` receives the metrics that rank 0 writes, as they appear.
+
+    Raises:
+        MacDropError: as the workers raised it, or a short form of any other error.
+    """
+    file = folder / "metrics.jsonl"
+    seen = len(read_jsonl(file)) if file.is_file() else 0
+    with Workers(spec, train_spec, folder) as workers:
+        while True:
+            finished = workers.wait(FOLLOW_EVERY_S)
+            rows = read_jsonl(file) if file.is_file() else []
+            for metrics in rows[seen:]:
+                observe(metrics)
+            seen = len(rows)
+            if finished:
+                return workers.outcome()
 
 
 class Workers:

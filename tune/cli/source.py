@@ -1,0 +1,73 @@
+"""The model that `macdrop scan`, `attack` and `eval` are given, with an adapter or without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from macdrop.errors import ConfigError
+from tune.cli.console import console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tune.config.run_spec import TrainSpec
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the command line names it."""
+
+    model: str
+    revision: str | None = None
+    bf16: bool = False
+    trust_remote_code: bool = False
+    bos_token_id: int | None = None
+
+    def spec(self) -> TrainSpec:
+        """Return a fine-tuning spec of the same model."""
+        from tune.config.messages import build
+        from tune.config.run_spec import TrainSpec
+
+        named = {
+            "model_name_or_path": self.model,
+            "model_revision": self.revision,
+            "bf16": self.bf16,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        return build(TrainSpec, named)
+
+    def check(self, *, ks: list[int], name: str) -> None:
+        """Refuse an unusable model, or a k above its number of rows, before any weights are read."""
+        from tune.preflight.inputs import check_rows, model_outline
+        from tune.training.quiet import quiet_libraries
+
+        quiet_libraries()
+        spec = self.spec()
+        check_rows(model_outline(spec), spec, ks=ks, name=name)
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the tokenizer and the model, in evaluation mode and on the accelerator if there is one."""
+        import torch
+
+        from macdrop import load_model, load_tokenizer
+        from tune.training.quiet import quiet_libraries
+        from tune.zoo.catalog import resolve
+
+        quiet_libraries()
+        source, trust = resolve(self.model), self.trust_remote_code
+        dtype = "bfloat16" if self.bf16 else "float32"
+        with console.status(f"Loading {self.model}"):
+            model = load_model(source, revision=self.revision, dtype=dtype, trust_remote_code=trust)
+            tokenizer = load_tokenizer(source, revision=self.revision, model=model, trust_remote_code=trust)
+        model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return model, tokenizer
+
+
+def check_adapter(adapter: Path | None) -> None:
+    """Refuse a folder without a PEFT adapter, before the base is loaded."""
+    if adapter is None or (adapter / "adapter_config.json").is_file():
+        return
+    what = "holds no adapter_config.json" if adapter.is_dir() else "is not a folder"
+    raise ConfigError(f"--adapter {adapter} {what}. Give the folder of a PEFT adapter, for example runs/one/adapter.")
