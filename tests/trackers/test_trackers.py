@@ -1,14 +1,16 @@
-"""Trackers, read back: real TensorBoard files, Weights & Biases offline, MLflow stores; failures harm no trial."""
+"""Trackers, read back: real TensorBoard files, offline Weights & Biases, MLflow stores; failures affect no trial."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from macdrop.errors import ConfigError
+from tune.config.messages import build
 from tune.config.run_spec import RunSpec, TrainSpec, dump
 from tune.storage.run_folder import RunFolder, TrialRecord
 from tune.storage.states import TaskState
@@ -41,7 +43,7 @@ def end(run_folder: RunFolder, record, status: str = "done") -> None:
 
 
 def sync(run_folder: RunFolder, *names: str) -> list[str]:
-    """Copy what there is, as at the end of a run; returns the warnings."""
+    """Copy everything, as at the end of a run; return the warnings."""
     warnings: list[str] = []
     made = TrackerSync(names, run_folder.run_dir, lambda: trials_of_run(run_folder), warnings.append)
     made.close()
@@ -70,7 +72,7 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
     return found
 
 
-def test_tensorboard_has_every_step_on_its_own_axis_and_the_scores(run_folder):
+def test_tensorboard_has_every_step_and_the_scores(run_folder):
     record = begin(run_folder)
     end(run_folder, record)
     assert sync(run_folder, "tensorboard") == []
@@ -85,7 +87,7 @@ def test_tensorboard_has_every_step_on_its_own_axis_and_the_scores(run_folder):
     assert ("zero_shot/qa/acc", 3, 0.75) in found and ("zero_shot/qa/acc_zeroing_3-merged", 3, 0.25) in found
 
 
-def test_a_resumed_trial_does_not_double_its_steps(run_folder):
+def test_resumed_trial_sends_no_step_twice(run_folder):
     record = begin(run_folder)
     sync(run_folder, "tensorboard")  # the run was interrupted after step 3
     assert trackers_of(record)["tensorboard"] == {"run": record.id, "step": 3, "end": "killed"}
@@ -99,8 +101,6 @@ def test_a_resumed_trial_does_not_double_its_steps(run_folder):
 
 
 def trackers_of(record) -> dict:
-    import json
-
     return json.loads((record.folder / "trackers.json").read_text())
 
 
@@ -108,7 +108,7 @@ def trackers_of(record) -> dict:
 
 
 def wandb_records(run_dir: Path) -> list:
-    """The records of W&B's offline files: seven bytes, then LevelDB's log format in blocks of 32 KiB."""
+    """Return the records of W&B's offline files: seven bytes, then LevelDB's log format in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found, whole = [], b""
@@ -150,7 +150,7 @@ def test_wandb_offline_has_group_job_type_steps_summary_and_exit_code(run_folder
     assert sorted(r.exit.exit_code for r in records if r.HasField("exit")) == [0, 1]
 
 
-def test_wandb_online_without_a_login_is_refused_before_anything_starts(tmp_path, monkeypatch):
+def test_wandb_online_without_a_login_is_refused(tmp_path, monkeypatch):
     need("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -169,7 +169,7 @@ def test_mlflow_local_stores_are_read_back_with_its_client(run_folder, monkeypat
 
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     for name in ("MLFLOW_ALLOW_FILE_STORE", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "")  # so that what is set in the test is taken back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what the tracker sets
         monkeypatch.delenv(name)
     uri = f"sqlite:///{run_folder.run_dir / 'mlruns/mlflow.db'}"
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -193,31 +193,31 @@ def test_mlflow_local_stores_are_read_back_with_its_client(run_folder, monkeypat
     assert run.data.metrics["zero_shot/qa/acc"] == 0.75 and run.data.metrics["zero_shot/qa/acc-zeroing-3"] == 0.5
 
 
-# --- what goes wrong ---
+# --- failures ---
 
 
-def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(run_folder, monkeypatch):
+def test_failing_tracker_is_reported_once_and_the_others_continue(run_folder, monkeypatch):
     need("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # a closed port
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     records = [begin(run_folder), begin(run_folder, SPEC.model_copy(update={"seed": 4}))]
     for record in records:
         end(run_folder, record)
     (warning,) = sync(run_folder, "mlflow", "tensorboard")
-    assert warning.startswith("mlflow does not take the run's numbers") and len(warning.splitlines()) == 1
+    assert warning.startswith("mlflow does not accept the run's metrics") and len(warning.splitlines()) == 1
     for record in records:
         assert scalars(run_folder.run_dir / "tensorboard" / record.id)
     assert sync(run_folder, "tensorboard") == []
 
 
-def test_steps_that_a_tracker_did_not_take_are_sent_when_it_is_back(run_folder, monkeypatch):
+def test_rejected_steps_are_sent_once_the_tracker_recovers(run_folder, monkeypatch):
     record = begin(run_folder)
     end(run_folder, record)
     sent: list[int] = []
     broken = [True]
 
     class Flaky(trackers.TensorBoard):
-        def open(self, card, run):
+        def open(self, info, run):
             return FlakyRun()
 
     class FlakyRun:
@@ -238,23 +238,21 @@ def test_steps_that_a_tracker_did_not_take_are_sent_when_it_is_back(run_folder, 
     assert sent == [0, 1, 2, 3, "finished"]
 
 
-def test_a_missing_package_is_refused_with_the_line_that_installs_it(tmp_path, monkeypatch):
+def test_missing_package_is_refused_with_its_install_command(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.MLflow, "package", "no_such_package")
     with pytest.raises(ConfigError, match=r"pip install 'macdrop\[mlflow\]'"):
         trackers.check(["tensorboard", "mlflow"], tmp_path)
 
 
-def test_report_to_is_validated_and_no_part_of_a_trial():
+def test_report_to_is_validated_and_not_part_of_a_trial():
     run = RunSpec(model_name_or_path="zoo:planted-llama", report_to="wandb")
     assert run.report_to == ["wandb"] and RunSpec(model_name_or_path="x", report_to="none").report_to == []
     assert run.studies()[0].trial_id() == RunSpec(model_name_or_path="zoo:planted-llama").studies()[0].trial_id()
     with pytest.raises(ConfigError, match="tensorboard"):
-        from tune.config.messages import build
-
         build(RunSpec, {"model_name_or_path": "x", "report_to": ["tensorbord"]})
 
 
-def test_one_training_is_followed_under_its_trial_id(tmp_path):
+def test_single_training_is_copied_under_its_trial_id(tmp_path):
     with OneTrial(["tensorboard"], SPEC, tmp_path, pytest.fail) as followed:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(dump(SPEC)))
         TrialRecord(tmp_path).log([{"step": 1, "loss": 2.0}])

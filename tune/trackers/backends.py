@@ -1,7 +1,14 @@
-"""Trackers that a trial's numbers can go to as well: TensorBoard, Weights & Biases, MLflow. `trackers.sync` feeds them.
+"""Trackers of a trial's metrics: TensorBoard, Weights & Biases, MLflow; `trackers.sync` feeds them.
 
-Each class opens one run a trial, named as the trial, with its setting as the group and its seed as the job type. The
-packages are imported when a run is opened; `check` says before anything starts what is missing.
+Each class opens one run per trial, named after the trial, with its setting as the group and its seed as the job type.
+The packages are imported when a run is opened; `check` reports before anything starts what is missing.
+
+Why not accelerate: `accelerate.tracking` (1.15) serves one run of the process that trains, while one thread here feeds
+all trials of a sweep in turn. `MLflowTracker` works on the process's active run, so a second trial raises "already
+active"; `WandBTracker` stores settings in wandb's global run, which fails for runs that live side by side; `finish` has
+no status, so a failed or killed trial would end as finished; TensorBoard's hyperparameters go without scores into a new
+sub-run at every start; and the methods of two of the three create a `PartialState`, which starts a process group in a
+process that has LOCAL_RANK set. What is left, a `log` of three lines, is no less code than ours.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from macdrop.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of a trial when its run is opened. `config` has dotted keys; it never holds a secret."""
+    """What a tracker needs to know about a trial to open its run. `config` has dotted keys and never holds a secret."""
 
     name: str
     group: str
@@ -32,11 +39,12 @@ class RunInfo:
 
 
 class TrackerRun(Protocol):
-    """One trial in one tracker. `id` finds the same run again after a restart."""
+    """One trial in one tracker. `id` identifies the run after a restart."""
 
     id: str
 
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of one step."""
 
     def close(self, status: str, summary: dict[str, float]) -> None:
         """End the run as `finished`, `failed` or `killed`, with the final scores."""
@@ -51,10 +59,10 @@ class Tracker(Protocol):
     def __init__(self, run_dir: Path) -> None: ...
 
     def check(self) -> None:
-        """Raise ConfigError where the package is there and yet cannot be used."""
+        """Raise ConfigError if the package is installed but cannot be used."""
 
-    def open(self, card: RunInfo, run: str | None) -> TrackerRun:
-        """Open the trial's run anew, or the one with the id that an earlier process left."""
+    def open(self, info: RunInfo, run: str | None) -> TrackerRun:
+        """Open a new run for the trial, or the one with the id that an earlier process has recorded."""
 
 
 # --- TensorBoard ---
@@ -69,19 +77,20 @@ class TensorBoard:
         self._root = run_dir / "tensorboard"
 
     def check(self) -> None:
-        pass
+        """Accept: there is nothing beyond the package to check."""
 
-    def open(self, card: RunInfo, run: str | None) -> TrackerRun:
-        return _TensorBoardRun(self._root / card.name, card)
+    def open(self, info: RunInfo, run: str | None) -> TrackerRun:
+        """Open another event file of the trial."""
+        return _TensorBoardRun(self._root / info.name, info)
 
 
 class _TensorBoardRun:
-    def __init__(self, folder: Path, card: RunInfo) -> None:
-        from tensorboardX import SummaryWriter
+    def __init__(self, folder: Path, info: RunInfo) -> None:
+        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
         self.id = folder.name
-        self._card, self._step = card, 0
-        # Files are named by the second: one of an earlier process must not be written over.
+        self._info, self._step = info, 0
+        # Files are named by the second: that of an earlier process must not be overwritten.
         self._writer = SummaryWriter(str(folder), filename_suffix=f".{uuid.uuid4().hex[:8]}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -91,11 +100,11 @@ class _TensorBoardRun:
         self._writer.flush()
 
     def close(self, status: str, summary: dict[str, float]) -> None:
-        from tensorboardX.summary import hparams
+        from tensorboardX.summary import hparams  # type: ignore[import-untyped]
 
         plain = (bool, int, float, str)
-        settings = {key: value if isinstance(value, plain) else str(value) for key, value in self._card.config.items()}
-        settings |= {"group": self._card.group, "job_type": self._card.job, "status": status}
+        settings = {key: value if isinstance(value, plain) else str(value) for key, value in self._info.config.items()}
+        settings |= {"group": self._info.group, "job_type": self._info.job, "status": status}
         for event in hparams(settings, summary):
             self._writer.file_writer.add_summary(event)
         for name, value in summary.items():
@@ -115,37 +124,45 @@ class Wandb:
         self._run_dir = run_dir
 
     def check(self) -> None:
-        """Online without a key wandb would ask in the terminal, in the middle of a run."""
+        """Refuse online mode without a key: wandb would ask for it in the terminal, in the middle of a run."""
         if os.environ.get("WANDB_MODE", "online") not in ("online", "shared") or os.environ.get("WANDB_API_KEY"):
             return
         from requests.utils import get_netrc_auth
 
         if get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is None:
             raise ConfigError(
-                "report_to has wandb, but nobody is logged in to Weights & Biases here.\n"
+                "report_to has wandb, but this machine is not logged in to Weights & Biases.\n"
                 "Run `wandb login`, set WANDB_API_KEY, or keep the runs on disk with WANDB_MODE=offline."
             )
 
-    def open(self, card: RunInfo, run: str | None) -> TrackerRun:
-        return _WandbRun(self._run_dir, card, run or uuid.uuid4().hex[:16])
+    def open(self, info: RunInfo, run: str | None) -> TrackerRun:
+        """Open a new run, or resume the one with the id `run`."""
+        return _WandbRun(self._run_dir, info, run or uuid.uuid4().hex[:16])
 
 
 class _WandbRun:
-    def __init__(self, run_dir: Path, card: RunInfo, run: str) -> None:
+    def __init__(self, run_dir: Path, info: RunInfo, run: str) -> None:
         import wandb
 
         self.id = run
-        # Nothing of the process but what is logged: its command line and git remote may hold secrets.
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True,
-                                  x_disable_stats=True, x_save_requirements=False)  # fmt: skip
+        # Nothing about the process itself: its command line and git remote may hold secrets.
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or run_dir.name,
             dir=str(run_dir),
             id=run,
-            name=card.name,
-            group=card.group,
-            job_type=card.job,
-            config=card.config,
+            name=info.name,
+            group=info.group,
+            job_type=info.job,
+            config=info.config,
             resume="allow",
             reinit="create_new",
             settings=settings,
@@ -161,7 +178,7 @@ class _WandbRun:
 
 # --- MLflow ---
 
-#: What MLflow takes in a metric's name on every file system.
+#: What MLflow does not accept in a metric's name on every file system.
 _MLFLOW_NAME = re.compile(r"[^\w./ -]")
 _MLFLOW_BATCH = {"params": 100, "metrics": 1000}
 
@@ -169,7 +186,7 @@ _MLFLOW_BATCH = {"params": 100, "metrics": 1000}
 class MLflow:
     """Server or store MLFLOW_TRACKING_URI, else RUN/mlruns/mlflow.db, the local store that MLflow 3 supports.
 
-    A folder as the store (`file:...`) is in maintenance mode there and works where it is named. The experiment is
+    A folder as the store (`file:...`) is in maintenance mode there, and works if it is requested. The experiment is
     MLFLOW_EXPERIMENT_NAME, else the run folder's name.
     """
 
@@ -183,16 +200,17 @@ class MLflow:
         self._experiment = ""
 
     def check(self) -> None:
-        pass
+        """Accept: there is nothing beyond the package to check."""
 
-    def open(self, card: RunInfo, run: str | None) -> TrackerRun:
+    def open(self, info: RunInfo, run: str | None) -> TrackerRun:
+        """Open a new run, or resume the one with the id `run`."""
         if self._client is None:
             self._client, self._experiment = self._connect()
-        return _MLflowRun(self._client, self._experiment, card, run)
+        return _MLflowRun(self._client, self._experiment, info, run)
 
     def _connect(self) -> tuple[Any, str]:
         local = urlsplit(self._uri).scheme in ("", "file")
-        # By default a server that is down would be asked for some minutes. Set before the import, which reads them.
+        # By default MLflow retries a dead server for minutes. Set before the import, which reads these variables.
         wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
         for name, value in (wanted | ({"MLFLOW_ALLOW_FILE_STORE": "true"} if local else {})).items():
             os.environ.setdefault(name, value)
@@ -210,7 +228,7 @@ class MLflow:
 
 
 class _MLflowRun:
-    def __init__(self, client: Any, experiment: str, card: RunInfo, run: str | None) -> None:
+    def __init__(self, client: Any, experiment: str, info: RunInfo, run: str | None) -> None:
         self._client, self._step = client, 0
         if run is not None:
             client.update_run(run, status="RUNNING")
@@ -218,9 +236,9 @@ class _MLflowRun:
             return
         from mlflow.entities import Param
 
-        tags = {"group": card.group, "job_type": card.job, "seed": card.job.removeprefix("seed-")}
-        self.id = client.create_run(experiment, run_name=card.name, tags=tags).info.run_id
-        self._send("params", [Param(_mlflow_name(key), str(value)) for key, value in card.config.items()])
+        tags = {"group": info.group, "job_type": info.job, "seed": info.job.removeprefix("seed-")}
+        self.id = client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
+        self._send("params", [Param(_mlflow_name(key), str(value)) for key, value in info.config.items()])
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         from mlflow.entities import Metric
@@ -249,7 +267,7 @@ def check(names: Sequence[str], run_dir: Path) -> None:
     """Refuse a tracker that cannot work here.
 
     Raises:
-        ConfigError: its package is missing, or nobody is logged in to it.
+        ConfigError: its package is missing, or this machine is not logged in to it.
     """
     for name in names:
         kind = TRACKERS[name]
