@@ -62,7 +62,7 @@ class Attack:
 
 
 def attacked_rows(weights: MassiveWeights, kind: str, k: int, *, seed: int = 0) -> tuple[int, ...]:
-    """The rows that an attack sets to zero. Raises `ConfigError` for an unknown kind and for an impossible k."""
+    """Return the rows that an attack sets to zero. Raises `ConfigError` for an unknown kind and for an impossible k."""
     if kind == NONE:
         return ()
     if kind not in ATTACKS:

@@ -52,7 +52,7 @@ class MacDropConfig:
         state instead of weights, as ordinary inverted dropout.
     k: rows taken, per matrix (0 = MacDrop off); the scopes `all` and `activations` do not use it.
     p0: drop probability of one entry at the start, within [0, 1] (0 = MacDrop off).
-    schedule: a name of `macdrop.schedules.SCHEDULES`.
+    schedule: a name from `macdrop.schedules.SCHEDULES`.
     alpha: decay rate per optimizer step; needed by `exp`, refused by the others.
     seed: keys the mask generator together with the micro-step; 0 to 2**63 - 1.
 
@@ -93,13 +93,13 @@ class MacDropConfig:
         return self.k + scope.spared(self.k) if scope.uses_k else 0
 
     def canonical(self) -> MacDropConfig:
-        """This config with k = 0 where its scope uses none; all disabled configs are one, as they train one adapter."""
+        """Return the config with k = 0 where its scope uses none; disabled configs, which train alike, are equal."""
         if not self.enabled:
             return MacDropConfig(k=0, p0=0.0)
         return self if SCOPES[self.scope].uses_k or self.k == 0 else replace(self, k=0)
 
     def probability(self, step: int, total_steps: int, epoch: int, total_epochs: int) -> float:
-        """Drop probability at optimizer step `step` of `total_steps`, epoch `epoch` of `total_epochs`, all from 1."""
+        """Return the drop probability at optimizer step `step` of `total_steps`, epoch `epoch` of `total_epochs`."""
         return probability(
             self.schedule,
             p0=self.p0,

@@ -49,7 +49,7 @@ def check_schedule(schedule: str, alpha: float | None = None) -> None:
         raise ConfigError(f"unknown MacDrop schedule {schedule!r}.{hint}\nAllowed: {', '.join(SCHEDULES)}.")
     if schedule == "exp":
         number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if not (number and math.isfinite(alpha) and alpha > 0):
+        if alpha is None or not (number and math.isfinite(alpha) and alpha > 0):
             raise ConfigError(
                 f"alpha is {alpha!r}, but the schedule 'exp' (p0 * exp(-alpha * t)) needs a number above 0.\n"
                 "The paper uses 0.01, 0.05 and 0.10."
@@ -71,7 +71,7 @@ def probability(
     total_epochs: int,
     alpha: float | None = None,
 ) -> float:
-    """Drop probability p for optimizer step `step` of `total_steps` in epoch `epoch` of `total_epochs`, all from 1.
+    """Return the drop probability p for optimizer step `step` of `total_steps` in epoch `epoch` of `total_epochs`.
 
     Raises `ConfigError` for an unknown schedule, for an alpha that is missing or superfluous, and for a position
     outside of the training.

@@ -74,10 +74,10 @@ def test_a_value_is_yaml(text, key, value):
         ("macdrop=0.5", "macdrop must be a block of keys, not 0.5"),
         ("macdrop=null", "macdrop must be a block of keys"),
         ("offload=cpu zero_stage=0", "offload: cpu needs zero_stage 1, 2 or 3"),
-        ("learning_rate", "no override"),
-        ("=3", "no override"),
-        ("dataset=[a", "no YAML"),
-        ("dataset=@a", "no YAML"),
+        ("learning_rate", "not an override"),
+        ("=3", "not an override"),
+        ("dataset=[a", "not valid YAML"),
+        ("dataset=@a", "not valid YAML"),
     ],
 )
 def test_a_wrong_value_is_refused_and_never_repaired(text, told):
@@ -125,8 +125,8 @@ def test_aliases_hold_in_models_and_searched_keys(tmp_path):
         ("macdrop:\n  k: 1\n  k: 1\n", "k is written twice (line 4"),
         ("sweep:\n  parameters: {lora_r: [1], lora_rank: [2]}\n", "mean the same"),
         ("sweep:\n  parameters: {macdrop.k: [1], macdrop: {k: [2]}}\n", "sweep.parameters.macdrop.k is given twice"),
-        ("3: 4\n", "the key 3 is no text"),
-        ("a: [1\n", "no YAML"),
+        ("3: 4\n", "the key 3 is not a text"),
+        ("a: [1\n", "not valid YAML"),
         ("- a\n", "must hold keys and values"),
     ],
 )
@@ -160,9 +160,9 @@ def test_one_benchmark_of_a_list_can_be_overridden(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("lerning_rate=1", "lerning_rate is no key we know. Did you mean 'learning_rate'?"),
+        ("lerning_rate=1", "lerning_rate is an unknown key. Did you mean 'learning_rate'?"),
         ("learning-rate=1", "Did you mean 'learning_rate'?"),
-        ("macdrop.p=1", "macdrop.p is no key we know. Did you mean 'p0'? Allowed: alpha, k, p0, schedule, scope."),
+        ("macdrop.p=1", "macdrop.p is an unknown key. Did you mean 'p0'? Allowed: alpha, k, p0, schedule, scope."),
         ("ray.num_worker=1", "Did you mean 'num_workers'?"),
         ("sweep.num_sample=1", "Did you mean 'num_samples'?"),
         ("sweep.metric.gaol=maximize", "Did you mean 'goal'?"),
@@ -170,14 +170,14 @@ def test_one_benchmark_of_a_list_can_be_overridden(tmp_path):
         ("sweep.parameters.macdrop.p0={mim: 1, max: 2}", "Did you mean 'min'?"),
         ("sweep.parameters.lr=[1.0]", "Write learning_rate."),
         ("eval.zero_shots.a.data=b", "Did you mean 'zero_shot'?"),
-        ("eval.zero_shot.a.dta=b", "eval.zero_shot.a.dta is no key we know. Did you mean 'data'?"),
+        ("eval.zero_shot.a.dta=b", "eval.zero_shot.a.dta is an unknown key. Did you mean 'data'?"),
         ("eval.perplexity.a={data: b, windw: 3}", "Did you mean 'window'?"),
         ("lr=1e-4", "Write learning_rate."),
         ("deepspeed=ds.json", "zero_stage"),
         ("load_in_4bit=true", "Quantised"),
         ("k=3", "Write macdrop.k."),
-        ("sweep.models.0.seed=3", "sweep.models is no block of keys"),
-        ("a.b.c=1", "a is no key we know."),
+        ("sweep.models.0.seed=3", "sweep.models is not a block of keys"),
+        ("a.b.c=1", "a is an unknown key."),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(text, told):
@@ -209,14 +209,14 @@ sweep:
     [
         (
             "[{model: m, lora_rnk: 3}]",
-            "sweep.models, entry 1 (m): lora_rnk is no key we know. Did you mean 'lora_rank'?",
+            "sweep.models, entry 1 (m): lora_rnk is an unknown key. Did you mean 'lora_rank'?",
         ),
-        ("[m, {model: n, macdrop: {p: 3}}]", "sweep.models, entry 2 (n): macdrop.p is no key we know."),
+        ("[m, {model: n, macdrop: {p: 3}}]", "sweep.models, entry 2 (n): macdrop.p is an unknown key."),
         ("[{model: n, macdrop: {p0: 3}}]", "p0 is 3"),
         ("[{lora_rank: 3}]", "model_name_or_path is missing"),
         ("[{model: n, eval: {limit: 3}}]", "eval is for the whole run"),
         ("[3]", "sweep.models.0 must be a block of keys"),
-        ("[]", "there is no model"),
+        ("[]", "no model is given"),
     ],
 )
 def test_a_wrong_model_entry_is_refused(models, told):

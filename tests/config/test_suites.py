@@ -167,7 +167,7 @@ def test_a_run_file_keeps_what_the_suite_stood_for(tmp_path):
 
 
 def test_an_unknown_suite_in_a_run_file_names_the_key():
-    with pytest.raises(ConfigError, match="eval: there is no suite 'papr'. Did you mean 'paper'"):
+    with pytest.raises(ConfigError, match="eval: unknown suite 'papr'. Did you mean 'paper'"):
         load(None, ["model=zoo:planted-llama", "eval.suite=papr"])
     with pytest.raises(ConfigError, match="Write eval.suite"):
         load(None, ["model=zoo:planted-llama", "suite=paper"])

@@ -230,7 +230,7 @@ def test_resume_trains_and_scores_only_what_is_missing(grid):
 
 def test_resume_refuses_another_spec(grid):
     changed = load(grid[0] / "config.yaml", ["max_steps=7"])
-    with pytest.raises(ConfigError, match="another spec"):
+    with pytest.raises(ConfigError, match="other settings"):
         run(changed, resume=True)
 
 

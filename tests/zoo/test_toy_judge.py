@@ -54,7 +54,7 @@ def test_checks_can_fail():
 def test_is_small_and_says_what_it_is():
     folder = zoo_path("toy-judge")
     card = json.loads((folder / "zoo.json").read_text())
-    assert "no judgement" in card["statement"] and "no judgement" in ZOO["toy-judge"].description
+    assert "no judgement" in card["statement"] and "not a judgement" in ZOO["toy-judge"].description
     assert load_model(str(folder)).num_parameters() == card["parameters"] < 20_000
     assert sum(file.stat().st_size for file in folder.iterdir()) < 100_000
     assert "toy-judge" not in SUBJECTS and set(SUBJECTS) < set(ZOO)

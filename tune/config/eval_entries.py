@@ -46,14 +46,16 @@ class BenchmarkEntry(Strict):
     `suite` is written by `eval.suite`: NAME@VERSION of the suite an entry came from, +KEY for a changed definition.
     """
 
-    suite: Text | None = Field(None, description="Filled in by `eval.suite`: the suite that this entry came from.")
-    attacks: Attacks | None = Field(None, description="Overrides `attacks` of the block.")
-    limit: PositiveInt | None = Field(None, description="Overrides `limit` of the block.")
-    batch_size: PositiveInt | None = Field(None, description="Overrides `batch_size` of the block.")
+    suite: Text | None = Field(
+        default=None, description="Filled in by `eval.suite`: the suite that this entry came from."
+    )
+    attacks: Attacks | None = Field(default=None, description="Overrides `attacks` of the block.")
+    limit: PositiveInt | None = Field(default=None, description="Overrides `limit` of the block.")
+    batch_size: PositiveInt | None = Field(default=None, description="Overrides `batch_size` of the block.")
 
     @model_serializer(mode="wrap")
     def _inherited_stays_out(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write what is inherited as left out: read back, a null would count as set."""
+        """Leave inherited keys out: read back, a null would count as set."""
         kept = self.model_fields_set
         return {key: value for key, value in dump(self).items() if key in kept or key not in INHERITABLE}
 
@@ -61,29 +63,37 @@ class BenchmarkEntry(Strict):
 class ZeroShot(BenchmarkEntry):
     """One lm-eval task, or a local multiple-choice file of rows ``{"context", "choices", "label"}``."""
 
-    task: Text | None = Field(None, description="Task name in lm-eval, if NAME differs from it.")
+    task: Text | None = Field(default=None, description="Task name in lm-eval, if NAME differs from it.")
     data: Paths | None = Field(
-        None,
+        default=None,
         description=(
             "Local files with rows in the task's own schema; for a custom task, rows `{context, choices, label}`."
         ),
     )
     split: Text | None = Field(
-        None, description="Split of the Hub data set; `null` is the one lm-eval scores. Not allowed with `data`."
+        default=None,
+        description="Split of the Hub data set; `null` is the one lm-eval scores. Not allowed with `data`.",
     )
-    fewshot_data: Paths | None = Field(None, description="Local files to draw few-shot examples from; needs `data`.")
-    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Overrides `num_fewshot` of the block.")
-    metric: Text | None = Field(None, description="The task's metric that tables and means show.")
+    fewshot_data: Paths | None = Field(
+        default=None, description="Local files to draw few-shot examples from; needs `data`."
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Overrides `num_fewshot` of the block."
+    )
+    metric: Text | None = Field(default=None, description="The task's metric that tables and means show.")
     max_length: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Maximum number of tokens of prompt and answer together; `null` uses the block's."
+        default=None, description="Maximum number of tokens of prompt and answer together; `null` uses the block's."
     )
     truncation: Literal["left", "middle"] = Field(
-        "left", description="Where longer prompts are cut: on the `left`, or in the `middle` (generative tasks only)."
+        default="left",
+        description="Where longer prompts are cut: on the `left`, or in the `middle` (generative tasks only).",
     )
     max_new_tokens: PositiveInt | None = Field(
-        None, description="Maximum number of generated tokens (generative tasks only)."
+        default=None, description="Maximum number of generated tokens (generative tasks only)."
     )
-    target_delimiter: str | None = Field(None, description="Text between context and choice (custom tasks only).")
+    target_delimiter: str | None = Field(
+        default=None, description="Text between context and choice (custom tasks only)."
+    )
 
     @model_validator(mode="after")
     def _fits_the_data(self) -> ZeroShot:
@@ -97,33 +107,35 @@ class ZeroShot(BenchmarkEntry):
 class Perplexity(BenchmarkEntry):
     """Text to measure perplexity on: local files, or a Hub data set."""
 
-    limit: PositiveInt | None = Field(None, description="Overrides `limit` of the block; counts windows.")
+    limit: PositiveInt | None = Field(default=None, description="Overrides `limit` of the block; counts windows.")
     data: Paths = Field(description="Local text files, local rows with a text column, or a Hub data set.")
-    name: Text | None = Field(None, description="Configuration name of the Hub data set.")
-    split: Text = Field("test", description="Split of the Hub data set.")
-    column: Text = Field("text", description="Column that holds the text.")
+    name: Text | None = Field(default=None, description="Configuration name of the Hub data set.")
+    split: Text = Field(default="test", description="Split of the Hub data set.")
+    column: Text = Field(default="text", description="Column that holds the text.")
     documents: PositiveInt | None = Field(
-        None, description="Number of documents to use, from the start; `null` uses all."
+        default=None, description="Number of documents to use, from the start; `null` uses all."
     )
-    keep_empty: bool = Field(False, description="Keep empty documents.")
-    join: str = Field("\n\n", description="Separator between documents.")
+    keep_empty: bool = Field(default=False, description="Keep empty documents.")
+    join: str = Field(default="\n\n", description="Separator between documents.")
     bos: Literal["window", "text", "none"] = Field(
-        "window",
+        default="window",
         description="Where bos tokens go: in front of every `window`, once in front of the whole `text`, or `none`.",
     )
     window: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Window length in tokens, including bos; `null` is the model's maximum, up to `max_window`."
+        default=None,
+        description="Window length in tokens, including bos; `null` is the model's maximum, up to `max_window`.",
     )
     max_window: Annotated[int, Field(ge=2)] = Field(
-        2048, description="Upper limit of the window length if `window` is `null`."
+        default=2048, description="Upper limit of the window length if `window` is `null`."
     )
     stride: PositiveInt | None = Field(
-        None, description="Tokens between the starts of overlapping windows; `null` means that windows do not overlap."
+        default=None,
+        description="Tokens between the starts of overlapping windows; `null` means that windows do not overlap.",
     )
     windows: PositiveInt | None = Field(
-        None, description="Number of windows to score, from the start; `null` scores all."
+        default=None, description="Number of windows to score, from the start; `null` scores all."
     )
-    full_windows: bool = Field(False, description="Drop a last window that is not full.")
+    full_windows: bool = Field(default=False, description="Drop a last window that is not full.")
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Perplexity:
@@ -151,26 +163,26 @@ class Generation(BenchmarkEntry):
 
     data: Paths = Field(description="Spec-Bench question files, or files with rows `{prompt, reference}`.")
     format: Literal["spec_bench", "reference"] | None = Field(
-        None, description="`spec_bench` or `reference`; `null` detects it from the columns."
+        default=None, description="`spec_bench` or `reference`; `null` detects it from the columns."
     )
     template: Literal["auto", "chat", "alpaca", "plain"] = Field(
-        "auto",
+        default="auto",
         description=(
             "Prompt template: `chat`, `alpaca`, `plain`, or `auto` (the tokenizer's chat template if there is one, "
             "else alpaca)."
         ),
     )
-    max_new_tokens: PositiveInt = Field(64, description="Maximum number of greedily decoded tokens per turn.")
+    max_new_tokens: PositiveInt = Field(default=64, description="Maximum number of greedily decoded tokens per turn.")
     metrics: list[Literal["exact_match", "chrf", "rouge_l"]] | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Any of `exact_match`, `chrf`, `rouge_l`; `null` is all of them if there are references.",
     )
     stop: Annotated[list[Text], BeforeValidator(_one_or_several)] = Field(
-        [], description="An answer is cut before the first occurrence of any of these texts."
+        default=[], description="An answer is cut before the first occurrence of any of these texts."
     )
     limit: Annotated[PositiveInt | None, BeforeValidator(_per_category)] = Field(
-        None,
+        default=None,
         description=(
             "Overrides `limit` of the block; counts prompts, for Spec-Bench questions per category (`N per category`)."
         ),

@@ -1,4 +1,4 @@
-"""The `eval:` block of a run file, and the list of jobs it stands for. No torch, no lm-eval, no file is opened here."""
+"""The `eval:` block of a run file, and the jobs it stands for. Loads no torch and no lm-eval, and opens no file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tune.config.parse import SECTIONS
 from tune.config.sections import Strict, Text
 
 TEST, VALIDATION = SPLITS = ("test", "validation")
-"""What a score is for: `test` benchmarks are reported (block `eval:`), `validation` ones select (`validation:`)."""
+"""What a score is for: `test` benchmarks (block `eval:`) are reported, `validation` benchmarks select settings."""
 
 
 def _named(value: Any) -> Any:
@@ -56,7 +56,7 @@ class EvalSpec(Strict):
     """
 
     suite: None = Field(
-        None,
+        default=None,
         exclude=True,
         description=(
             "Shipped suites to include, a name or a list (see `macdrop suites`). Your own keys override theirs; an "
@@ -64,39 +64,44 @@ class EvalSpec(Strict):
         ),
     )
     local: None = Field(
-        None,
+        default=None,
         exclude=True,
         description="Folder with the suites' data files, laid out as `macdrop suites NAME` lists them.",
     )
     batch_size: PositiveInt = Field(
-        16, description="Evaluation batch size. It is fixed and stored with every score, because scores depend on it."
+        default=16,
+        description="Evaluation batch size. It is fixed and stored with every score, because scores depend on it.",
     )
-    limit: PositiveInt | None = Field(None, description="Maximum number of examples per benchmark; `null` is all.")
+    limit: PositiveInt | None = Field(
+        default=None, description="Maximum number of examples per benchmark; `null` is all."
+    )
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
-        0, description="Number of few-shot examples in the prompt; `null` uses the task's own."
+        default=0, description="Number of few-shot examples in the prompt; `null` uses the task's own."
     )
     max_length: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Maximum number of tokens of prompt and answer together; `null` is the model's maximum."
+        default=None,
+        description="Maximum number of tokens of prompt and answer together; `null` is the model's maximum.",
     )
-    add_bos_token: bool | None = Field(None, description="Prepend the bos token; `null` follows the tokenizer.")
+    add_bos_token: bool | None = Field(default=None, description="Prepend the bos token; `null` follows the tokenizer.")
     attacks: Attacks = Field(
-        [PLAIN], description="Attacks to score under: `none`, `zeroing@K`, `retaining@K` and `random@K` (random rows)."
+        default=[PLAIN],
+        description="Attacks to score under: `none`, `zeroing@K`, `retaining@K` and `random@K` (random rows).",
     )
     attack_on: Literal["base", "merged", "both"] = Field(
-        "base",
+        default="base",
         description="Which weights are attacked: `base` rows with the adapter in place, `merged` weights, or `both`.",
     )
     zero_shot: Annotated[dict[Text, ZeroShot], BeforeValidator(_named)] = Field(
-        {}, description="lm-eval tasks: a list of names, or a mapping of names to the keys below."
+        default={}, description="lm-eval tasks: a list of names, or a mapping of names to the keys below."
     )
     perplexity: Annotated[dict[Text, Perplexity], BeforeValidator(_named)] = Field(
-        {}, description="Perplexity texts: a mapping of names to the keys below."
+        default={}, description="Perplexity texts: a mapping of names to the keys below."
     )
     generation: Annotated[dict[Text, Generation], BeforeValidator(_named)] = Field(
-        {}, description="Generation prompts: a mapping of names to the keys below."
+        default={}, description="Generation prompts: a mapping of names to the keys below."
     )
     judge: JudgeSpec | None = Field(
-        None,
+        default=None,
         description="Judge of generated answers: a model name, or a mapping of the keys below; `null` is no judge.",
     )
 
@@ -113,15 +118,15 @@ class EvalSpec(Strict):
         return value
 
     def entries(self, section: str) -> dict[str, BenchmarkEntry]:
-        """The entries of a section by name; none in a block made before the section was registered."""
+        """Return the entries of a section by name; none in a block made before the section was registered."""
         return getattr(self, section, {})
 
     def entry(self, job: EvalJob) -> BenchmarkEntry:
-        """The benchmark entry that `job` scores."""
+        """Return the benchmark entry that `job` scores."""
         return self.entries(job.benchmark)[job.task]
 
     def inherited(self, entry: BenchmarkEntry, key: str) -> Any:
-        """`key` of the entry where it is set there (null counts as set), else of the block."""
+        """Return `key` of the entry where it is set there (null counts as set), else of the block."""
         return getattr(entry if key in entry.model_fields_set else self, key)
 
 
@@ -129,7 +134,7 @@ class EvalSpec(Strict):
 class EvalJob:
     """One benchmark entry under one attack: the unit that is scored, scheduled and cached.
 
-    `split` says which block of the run file asks for it, one of `SPLITS`.
+    `split` is the block of the run file that lists it, one of `SPLITS`.
     """
 
     benchmark: str
@@ -140,7 +145,7 @@ class EvalJob:
 
     @property
     def key(self) -> str:
-        """A short readable name, unique within a run; that of a validation job begins with its split."""
+        """A short readable name, unique within a run; validation jobs begin with their split."""
         split = "" if self.split == TEST else self.split
         return "/".join(part for part in (split, self.benchmark, self.task, self.attack, self.attack_on) if part)
 

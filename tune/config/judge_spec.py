@@ -1,4 +1,4 @@
-"""The block `eval.judge:`: who judges generated answers from 1 to 5, by which rubric, and how it is asked."""
+"""The block `eval.judge:`: the model that scores generated answers from 1 to 5, its rubric, and its settings."""
 
 from __future__ import annotations
 
@@ -10,56 +10,53 @@ from pydantic import Field, field_validator, model_validator
 
 from tune.config.sections import Strict, Text
 
-#: Keys that only a local model, or only an endpoint, has a use for.
+#: Keys that apply to a local model only, or to an endpoint only.
 LOCAL_KEYS = ("batch_size", "bf16", "trust_remote_code", "long_prompts")
 ENDPOINT_KEYS = ("api_key_env", "request_retries", "timeout_s", "max_concurrent", "token_limit")
 
 
 class JudgeSpec(Strict):
-    """A local causal language model, or with `base_url` a model behind an OpenAI-compatible endpoint.
-
-    `rubric` is the name of a shipped one or a YAML file; `reference`: show the judge the reference answers of rows that
-    have them. An answer without a score is asked for again, `retries` times, sampled at `retry_temperature` with a seed
-    of its own for each attempt; `temperature` null leaves the endpoint its own. `request_retries`, with backoff, are
-    for requests that fail (429, 5xx, no connection, `timeout_s` seconds over). A prompt that is longer than a local
-    model's positions is refused, or with `long_prompts: cut` loses tokens on the left.
-    """
+    """A local causal language model, or with `base_url` a model behind an OpenAI-compatible endpoint."""
 
     model: Text = Field(description="Hub id or folder of a local model, or the endpoint's name for its model.")
     base_url: str | None = Field(
-        None, description="Address of an OpenAI-compatible endpoint; `null` loads the model locally."
+        default=None, description="Address of an OpenAI-compatible endpoint; `null` loads the model locally."
     )
     api_key_env: str = Field(
-        "OPENAI_API_KEY", description="Name of the environment variable that holds the endpoint's key."
+        default="OPENAI_API_KEY", description="Name of the environment variable that holds the endpoint's key."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub model.")
     rubric: Text = Field(
-        "spec_bench",
+        default="spec_bench",
         description="Scoring rubric: `spec_bench`, `helpfulness`, `correctness`, or the path of a YAML file.",
     )
-    reference: bool = Field(True, description="Show the judge the reference answer if the row has one.")
-    max_new_tokens: int = Field(512, ge=1, description="Maximum number of tokens of feedback and score.")
+    reference: bool = Field(default=True, description="Show the judge the reference answer if the row has one.")
+    max_new_tokens: int = Field(default=512, ge=1, description="Maximum number of tokens of feedback and score.")
     temperature: float | None = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="Sampling temperature of the first attempt; `null` (endpoints only) uses the endpoint's default.",
     )
-    retries: int = Field(2, ge=0, description="Further attempts for an answer whose score cannot be parsed.")
-    retry_temperature: float = Field(1.0, gt=0, description="Sampling temperature of these attempts, above 0.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Sampling seed.")
+    retries: int = Field(default=2, ge=0, description="Further attempts for an answer whose score cannot be parsed.")
+    retry_temperature: float = Field(default=1.0, gt=0, description="Sampling temperature of these attempts, above 0.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Sampling seed.")
     request_retries: int = Field(
-        5, ge=0, description="Retries, with backoff, of failed requests: 429, 5xx, connection errors, time-outs."
+        default=5,
+        ge=0,
+        description="Retries, with backoff, of failed requests: 429, 5xx, connection errors, time-outs.",
     )
-    timeout_s: float = Field(120.0, gt=0, description="Time limit of one request in seconds.")
-    max_concurrent: int = Field(8, ge=1, description="Maximum number of concurrent requests.")
+    timeout_s: float = Field(default=120.0, gt=0, description="Time limit of one request in seconds.")
+    max_concurrent: int = Field(default=8, ge=1, description="Maximum number of concurrent requests.")
     token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
-        "max_tokens", description="The endpoint's name for the token limit: `max_tokens` or `max_completion_tokens`."
+        default="max_tokens",
+        description="The endpoint's name for the token limit: `max_tokens` or `max_completion_tokens`.",
     )
-    batch_size: int = Field(8, ge=1, description="Prompts per batch of a local model.")
-    bf16: bool = Field(False, description="Load a local model in bfloat16.")
-    trust_remote_code: bool = Field(False, description="Run Python code that ships with a local model.")
+    batch_size: int = Field(default=8, ge=1, description="Prompts per batch of a local model.")
+    bf16: bool = Field(default=False, description="Load a local model in bfloat16.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that ships with a local model.")
     long_prompts: Literal["refuse", "cut"] = Field(
-        "refuse", description="Prompts longer than a local model's context: `refuse` them, or `cut` them on the left."
+        default="refuse",
+        description="Prompts longer than a local model's context: `refuse` them, or `cut` them on the left.",
     )
 
     @model_validator(mode="before")
@@ -69,7 +66,7 @@ class JudgeSpec(Strict):
             return {"model": value}
         if isinstance(value, dict) and "api_key" in value:
             raise ValueError(
-                "api_key is no key: a secret does not belong in a run file, which is copied into every run folder.\n"
+                "unknown key api_key: a secret does not belong in a run file, which is copied into every run folder.\n"
                 "Put it into an environment variable and name that: api_key_env: OPENAI_API_KEY."
             )
         return value

@@ -1,4 +1,4 @@
-"""Validation by pydantic, and what it found wrong told in words: what, the value, what is allowed, the nearest name."""
+"""Turns pydantic validation errors into user-facing messages: key, value, what is allowed, nearest name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from macdrop.errors import ConfigError, nearest
 from tune.config.parse import ALIASES
@@ -17,14 +18,14 @@ ELSEWHERE = {
     "lr": "Write learning_rate.",
     "epochs": "Write num_train_epochs.",
     "batch_size": "Write per_device_train_batch_size (training) or eval.batch_size (scoring).",
-    "warmup_steps": "Write warmup_ratio, the share of all steps.",
-    "deepspeed": "The configuration of DeepSpeed is made from zero_stage, offload and bf16.",
-    "stage": "Write zero_stage for the ZeRO stage; fine-tuning on instructions is all that is done here.",
+    "warmup_steps": "Write warmup_ratio, the fraction of all steps.",
+    "deepspeed": "The DeepSpeed configuration is derived from zero_stage, offload and bf16.",
+    "stage": "Write zero_stage for the ZeRO stage; instruction fine-tuning is the only training stage.",
     "fp16": "Write bf16: true, or leave it out for fp32.",
     "pure_bf16": "Write bf16: true.",
-    "load_in_8bit": "Quantised bases are not trained here.",
-    "load_in_4bit": "Quantised bases are not trained here.",
-    "quantization_bit": "Quantised bases are not trained here.",
+    "load_in_8bit": "Quantised base models are not supported.",
+    "load_in_4bit": "Quantised base models are not supported.",
+    "quantization_bit": "Quantised base models are not supported.",
     "num_gpus": "Write ray.num_workers: one worker is one GPU.",
     "num_workers": "Write ray.num_workers.",
     "tasks": "Write eval.zero_shot.",
@@ -33,8 +34,8 @@ ELSEWHERE = {
     "k": "Write macdrop.k.",
     "schedule": "Write macdrop.schedule.",
     "alpha": "Write macdrop.alpha.",
-    "seed": "Set sweep.seeds, the number of fresh seeds on which what the search selects is compared.",
-    "macdrop.scope": "Placebos are compared with what the search found: list them under sweep.arms.",
+    "seed": "Set sweep.seeds, the number of fresh seeds on which the selected settings are compared.",
+    "macdrop.scope": "Placebos are compared with the settings that the search selects: list them under sweep.arms.",
     "parameters": "Write it under sweep.",
     "models": "Write it under sweep.",
 }
@@ -64,22 +65,22 @@ def build(kind: type[BaseModel], raw: dict[str, Any]) -> Any:
     """Validate `raw` as a `kind`.
 
     Raises:
-        ConfigError: a line (or few) for each key or value that is not allowed.
+        ConfigError: names each key or value that is not allowed.
     """
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        wrong: dict[str, list[dict[str, Any]]] = {}
+        wrong: dict[str, list[ErrorDetails]] = {}
         for item in error.errors():
             wrong.setdefault(".".join(_place(kind, item["loc"])[0]), []).append(item)
         raise ConfigError("\n".join(_explain(kind, where, items) for where, items in wrong.items())) from None
 
 
 def believable(kind: type[BaseModel], content: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
-    """`content` without the values that a `kind` cannot have, for who reads what another version may have written.
+    """Return `content` without values that a `kind` cannot have, for readers of what another version may have written.
 
-    What is left out is told in `problems`, each once, with the file's `name`. Unknown keys, and values that only do not
-    fit each other, stay.
+    Each value that is left out is reported once in `problems`, with the file's `name`. Unknown keys, and values that
+    merely do not fit each other, are kept.
     """
     content = copy.deepcopy(content)
     while True:
@@ -92,14 +93,16 @@ def believable(kind: type[BaseModel], content: dict[str, Any], name: str, proble
         if not found:
             return content
         (holder, key, dotted), item = found[0]
-        told = f"{name} is damaged, and this left out: {_explain(kind, dotted, [item])}"
-        problems += [told] if told not in problems else []
+        problem = f"{name} is damaged, and this left out: {_explain(kind, dotted, [item])}"
+        problems += [problem] if problem not in problems else []
         holder.pop(key)
 
 
-def _holder(kind: type[BaseModel], content: Any, item: dict[str, Any]) -> tuple[Any, Any, str] | None:
-    """The mapping or list that holds what an error of pydantic is about, and its key there; None for a whole block
-    whose keys do not fit each other."""
+def _holder(kind: type[BaseModel], content: Any, item: ErrorDetails) -> tuple[Any, Any, str] | None:
+    """Find the mapping or list that holds the value of a pydantic error, its key there, and its dotted name.
+
+    None for a whole block whose keys do not fit each other.
+    """
     holder, key, walked = None, None, []
     for name in _place(kind, item["loc"])[0]:
         inner = dict(enumerate(content)) if isinstance(content, list) else content
@@ -114,14 +117,14 @@ def _holder(kind: type[BaseModel], content: Any, item: dict[str, Any]) -> tuple[
     return holder, key, ".".join(walked)
 
 
-def _explain(kind: type[BaseModel], where: str, items: list[dict[str, Any]]) -> str:
-    """What, the value, what is allowed, the nearest name. Several items are the branches of a union."""
+def _explain(kind: type[BaseModel], where: str, items: list[ErrorDetails]) -> str:
+    """Name the wrong key, its value, what is allowed and the nearest name. Several items are branches of a union."""
     item = items[0]
     if item["type"] == "extra_forbidden":
         return _unknown(kind, where, item)
-    told = [other for other in items if other["type"] == "value_error"]
-    if told:
-        message = str(told[0]["ctx"]["error"])
+    ours = [other for other in items if other["type"] == "value_error"]
+    if ours:
+        message = str(ours[0]["ctx"]["error"])
         return f"{where}: {message}" if where else message
     if item["type"] == "missing":
         return f"{where} is missing."
@@ -134,18 +137,18 @@ def _explain(kind: type[BaseModel], where: str, items: list[dict[str, Any]]) -> 
     return f"{where} must be {' or '.join(dict.fromkeys(wanted))}, not {item['input']!r}.{hint}"
 
 
-def _unknown(kind: type[BaseModel], where: str, item: dict[str, Any]) -> str:
+def _unknown(kind: type[BaseModel], where: str, item: ErrorDetails) -> str:
     owner = _place(kind, item["loc"])[1]
     allowed = list(owner.model_fields) if owner else []
     key = str(item["loc"][-1])
     top = len(item["loc"]) == 1
     hint = f" {ELSEWHERE[key]}" if top and key in ELSEWHERE else nearest(key, [*allowed, *(ALIASES if top else ())])
     known = f" Allowed: {', '.join(sorted(allowed))}." if 0 < len(allowed) <= 16 else ""
-    return f"{where} is no key we know.{hint}{known}"
+    return f"{where} is an unknown key.{hint}{known}"
 
 
 def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], type[BaseModel] | None]:
-    """pydantic's location without the names of union branches, and the model that owns the last key."""
+    """Return pydantic's location without the names of union branches, and the model that owns the last key."""
     names: list[str] = []
     owner: type[BaseModel] | None = None
     here: Any = kind
@@ -162,7 +165,7 @@ _BRANCH = object()
 
 
 def _descend(annotation: Any, part: Any) -> Any:
-    """(owning model or None, annotation of the part), or `_BRANCH` when `part` names a branch of a union."""
+    """Return the owning model (or None) and the annotation of a part, or `_BRANCH` if it names a branch of a union."""
     for option in _options(annotation):
         if isinstance(option, type) and issubclass(option, BaseModel) and isinstance(part, str):
             field = option.model_fields.get(part)

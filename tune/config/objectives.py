@@ -1,4 +1,4 @@
-"""What a search may optimise: the validation loss, or scores of the block `validation:`. Pure checks of a run file."""
+"""Checks of objectives: a search may optimise the validation loss, or scores of the block `validation:`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from tune.config.parse import SECTIONS
 from tune.config.sections import EVAL_LOSS
 from tune.config.sweep_spec import SweepSpec
 
+#: What a benchmark reads: a source, and the configuration name and split of Hub data.
+Rows = tuple[str, str | None, str | None]
+#: Sections whose benchmarks have a mean.
 AVERAGED = ("zero_shot", "perplexity")
 
 
 def score_name(benchmark: str, task: str, metric: str, attack: str) -> str:
-    """A score as `sweep.metric` names it: benchmark/task/metric, with @attack where there is one."""
+    """Return the name of a score in `sweep.metric`: benchmark/task/metric, with @attack for a score under attack."""
     return f"{benchmark}/{task}/{metric}" + ("" if attack == PLAIN else f"@{attack}")
 
 
 def check_metrics(sweep: SweepSpec, test: EvalSpec, validation: EvalSpec) -> None:
-    """Refuse an objective that no validation score gives.
+    """Refuse an objective that is not a validation score.
 
     Raises:
-        ValueError: the metric is a test benchmark's, or nothing of that name is scored.
+        ValueError: the metric belongs to a test benchmark, or nothing of that name is scored.
     """
     selectable, tested = _forms(validation), _forms(test)
     for name in (metric.name for metric in sweep.metric if metric.name != EVAL_LOSS):
@@ -32,8 +35,8 @@ def check_metrics(sweep: SweepSpec, test: EvalSpec, validation: EvalSpec) -> Non
         if form in tested:
             section, task = name.split("/")[:2]
             raise ValueError(
-                f"sweep.metric.name is {name!r}, a score of the block eval: what is chosen by a test benchmark looks "
-                f"better on it than it is.\nGive the search data of its own under validation (validation.{section}."
+                f"sweep.metric.name is {name!r}, a score of the block eval: a setting chosen by a test benchmark "
+                f"looks better on it than it is.\nGive the search its own data under validation (validation.{section}."
                 f"{task}, other rows than the test's), or optimise {EVAL_LOSS}."
             )
         allowed = ", ".join((EVAL_LOSS, *selectable))
@@ -45,10 +48,10 @@ def check_metrics(sweep: SweepSpec, test: EvalSpec, validation: EvalSpec) -> Non
 
 
 def check_apart(test: EvalSpec, validation: EvalSpec) -> None:
-    """Refuse rows that would both select and be reported on, and a judge in the search.
+    """Refuse rows that are used for selection and reported as well, and a judge in the search.
 
     Raises:
-        ValueError: a benchmark of the validation block reads what one of the eval block reads.
+        ValueError: a validation benchmark reads the same rows as a test benchmark, or validation has a judge.
     """
     if validation.judge is not None:
         raise ValueError("validation.judge: a judge scores the answers of the final stage. Write it under eval.")
@@ -61,9 +64,9 @@ def check_apart(test: EvalSpec, validation: EvalSpec) -> None:
             )
 
 
-def _rows(block: EvalSpec) -> list[tuple[str, set[tuple[str | None, ...]]]]:
-    """Of each benchmark its key in the block, and what it reads: files, hub data or an lm-eval task, with a split."""
-    found = []
+def _rows(block: EvalSpec) -> list[tuple[str, set[Rows]]]:
+    """List each benchmark's key in the block and what it reads: files, Hub data or an lm-eval task, with a split."""
+    found: list[tuple[str, set[Rows]]] = []
     for section in SECTIONS:
         for name, entry in block.entries(section).items():
             sources = entry.data or [getattr(entry, "task", None) or name]
@@ -86,7 +89,7 @@ def check_early_stops(sweep: SweepSpec, eval_steps: Sequence[int | None]) -> Non
 
 
 def _forms(block: EvalSpec) -> list[str]:
-    """The scores of a block and their means, with METRIC for the metrics, which only a task itself knows."""
+    """List the scores of a block and their means, with METRIC in place of the metric, which only the task knows."""
     listed = jobs(block)
     forms = [score_name(job.benchmark, job.task, "METRIC", job.attack) for job in listed]
     for section in AVERAGED:
@@ -99,4 +102,4 @@ def _forms(block: EvalSpec) -> list[str]:
 def _form(name: str) -> str:
     score, _, attack = name.partition("@")
     parts = score.split("/")
-    return score_name(*parts[:2], "METRIC", attack or PLAIN) if len(parts) == 3 else name
+    return score_name(parts[0], parts[1], "METRIC", attack or PLAIN) if len(parts) == 3 else name

@@ -1,6 +1,6 @@
-"""Reading what a user wrote, before any of it is understood: YAML, `key=value`, aliases, dotted keys.
+"""Syntax of run files and overrides: YAML, `key=value`, aliases, dotted keys.
 
-Which keys exist is the business of `tune.config.run_spec`; what is wrong with them is told by `tune.config.messages`.
+Which keys exist is defined by `tune.config.run_spec`; messages about wrong keys are in `tune.config.messages`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 
 from macdrop.errors import ConfigError
 
-#: Names of other tools for the same thing, accepted and translated (Axolotl, PEFT, TRL, LLaMA-Factory, Ray).
+#: Other tools' names for our keys, accepted and translated (Axolotl, PEFT, TRL, LLaMA-Factory, Ray).
 ALIASES = {
     "base_model": "model_name_or_path",
     "model": "model_name_or_path",
@@ -43,7 +43,7 @@ SECTIONS = ["zero_shot", "perplexity", "generation"]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose 3e-4 is a number, whose dates stay texts, and whose mappings have text keys, each once."""
+    """YAML loader that reads 3e-4 as a number and dates as texts, and refuses duplicate and non-text keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is no text; put it in quotes", key_node.start_mark
+                    None, None, f"the key {key!r} is not a text; put it in quotes", key_node.start_mark
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is written twice", key_node.start_mark)
@@ -76,38 +76,38 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        ConfigError: there is no such file, it is no YAML (with the line), or no mapping.
+        ConfigError: the file is missing, is not valid YAML (with the line), or does not hold a mapping.
     """
     if not path.is_file():
         raise ConfigError(
-            f"{path} is no file. Give the path of a run's YAML file; `macdrop sweep --recipes` lists ours."
+            f"{path} is not a file. Give the path of a run's YAML file; `macdrop sweep --recipes` lists shipped ones."
         )
     try:
         raw = _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is no YAML: {_where(error)}.") from None
+        raise ConfigError(f"{path} is not valid YAML: {_where(error)}.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values, for example\n  model_name_or_path: zoo:planted-llama")
     return raw
 
 
 def read_override(text: str) -> tuple[str, Any]:
-    """`key=value` -> (key, value); the value is YAML: numbers, true, null, [lists], {key: value}.
+    """Split `key=value`; the value is YAML: numbers, true, null, [lists], {key: value}.
 
     Raises:
-        ConfigError: there is no key, or the value is no YAML.
+        ConfigError: the key is missing, or the value is not valid YAML.
     """
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
-        raise ConfigError(f"{text!r} is no override. Write key=value, for example learning_rate=1e-4.")
+        raise ConfigError(f"{text!r} is not an override. Write key=value, for example learning_rate=1e-4.")
     try:
         return key.strip(), _parse(value)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
-            f"The value of {key} is no YAML: {_where(error)}.\n"
+            f"The value of {key} is not valid YAML: {_where(error)}.\n"
             f"Quote a text with special characters, twice because of the shell: {key}='\"...\"'"
         ) from None
 
@@ -125,7 +125,7 @@ def _where(error: Exception) -> str:
 
 
 def normalise(raw: dict[str, Any]) -> dict[str, Any]:
-    """The same with our names for other tools' names, and with blocks for dotted keys; doing it twice changes nothing.
+    """Replace other tools' names by ours, and dotted keys by blocks; idempotent.
 
     The names under `sweep.parameters` keep their dots: they name keys.
 
@@ -145,10 +145,10 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """`raw` (normalised) with one dotted key set; what was there, also a whole block or list, is replaced.
+    """Return `raw` (normalised) with one dotted key set; the previous value, even a whole block or list, is replaced.
 
     Raises:
-        ConfigError: the key leads into something that is no block.
+        ConfigError: the key leads into something that is not a block.
     """
     if key.startswith("sweep.parameters."):
         name = key.removeprefix("sweep.parameters.")
@@ -159,7 +159,7 @@ def override(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` with what `top` sets; blocks are merged, all else is replaced."""
+    """Return `base` with the keys of `top` set; blocks are merged, everything else is replaced."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -168,7 +168,7 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def undot(values: dict[str, Any]) -> dict[str, Any]:
-    """{'a.b': 1} -> {'a': {'b': 1}}.
+    """Turn dotted keys into blocks: {'a.b': 1} -> {'a': {'b': 1}}.
 
     Raises:
         ConfigError: a key is set twice, or is both a block and a value.
@@ -180,7 +180,7 @@ def undot(values: dict[str, Any]) -> dict[str, Any]:
         for part in path[:-1]:
             block = block.setdefault(part, {})
             if not isinstance(block, dict):
-                raise ConfigError(f"{key}: {part} has a value already, so that it cannot be a block.")
+                raise ConfigError(f"{key}: {part} already has a value and cannot be a block.")
         last = path[-1]
         if isinstance(value, dict) and isinstance(block.get(last), dict):
             twice = sorted(set(value) & set(block[last]))
@@ -195,7 +195,7 @@ def undot(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists and empty blocks are kept as they are."""
+    """Turn blocks into dotted keys: {"a": {"b": 1}} -> {"a.b": 1}; lists and empty blocks are kept as they are."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, Mapping) and value:
@@ -222,7 +222,7 @@ def _renamed(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _searched(parameters: dict[str, Any]) -> dict[str, Any]:
-    """`macdrop: {k: [1, 5]}` is as good as `macdrop.k: [1, 5]`."""
+    """Accept `macdrop: {k: [1, 5]}` as well as `macdrop.k: [1, 5]`."""
     dotted: dict[str, Any] = {}
     for key, value in parameters.items():
         nested = value.items() if key == "macdrop" and isinstance(value, dict) else None
@@ -247,12 +247,12 @@ def _set(raw: dict[str, Any], path: list[str], value: Any, above: tuple[str, ...
     if inner is None:
         inner = {}
     if not isinstance(inner, dict):
-        raise ConfigError(f"{'.'.join((*above, *path))}: {'.'.join(here)} is no block of keys; set it whole.")
+        raise ConfigError(f"{'.'.join((*above, *path))}: {'.'.join(here)} is not a block of keys; set it whole.")
     return {**raw, path[0]: _set(inner, path[1:], value, here)}
 
 
 def named_block(section: Any) -> Any:
-    """A section of benchmarks that is written as a name or a list of names, as a mapping of names to settings."""
+    """Turn a section written as a name or a list of names into a mapping of names to settings."""
     if not isinstance(section, (str, list)):
         return section
     block: dict[str, Any] = {}

@@ -12,7 +12,7 @@ DEMO = "demo"
 
 
 def recipe(name: str | None) -> Path | None:
-    """A file, or the shipped recipe of that name."""
+    """Return the path of a file, or of the shipped recipe of that name; `ConfigError` if there is neither."""
     if name is None:
         return None
     path = Path(name)
@@ -27,4 +27,5 @@ def recipe(name: str | None) -> Path | None:
 
 
 def fresh_folder(name: str) -> str:
+    """Return the default run folder of a run that starts now."""
     return str(Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")

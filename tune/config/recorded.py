@@ -1,4 +1,4 @@
-"""Reading recorded run files, leniently: models and benchmarks a run was asked for."""
+"""Lenient reading of recorded run files: the models and benchmarks of a run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tune.config.parse import SECTIONS
 
 
 def models_of(config: Mapping[str, Any]) -> list[str]:
-    """The names of a run's models, in the order of its spec."""
+    """List the names of a run's models, in the order of its spec."""
     entries = block_of(config, "sweep").get("models") or [config.get("model_name_or_path")]
     names = [entry.get("model_name_or_path") if isinstance(entry, Mapping) else entry for entry in entries]
     return [name for name in names if isinstance(name, str) and name]
 
 
 def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:
-    """Names of the run's benchmarks, and of lm-eval's tasks behind them, with the metric that tables show of them."""
+    """Map the run's benchmarks, and the lm-eval tasks behind them, to the metric that tables show."""
     names: dict[str, str | None] = {}
     for block in ("validation", "eval"):
         for section in SECTIONS:
@@ -27,6 +27,6 @@ def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def block_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A block of a run file; empty where it is missing or no block."""
+    """Return a block of a run file; empty if it is missing or is not a block."""
     found = config.get(key)
     return found if isinstance(found, Mapping) else {}

@@ -58,7 +58,7 @@ class Row:
 
 
 def configuration_reference() -> str:
-    """Markdown tables of every key of a run file, one table for each block."""
+    """Return Markdown tables of every key of a run file, one table per block."""
     blocks: dict[str, list[Row]] = {}
     for row in _rows(RunSpec, "", json_schema()):
         blocks.setdefault(row.prefix, []).append(row)
@@ -71,7 +71,7 @@ def configuration_reference() -> str:
 
 
 def _rows(kind: type[BaseModel], prefix: str, schema: dict[str, Any]) -> Iterator[Row]:
-    """The keys of a model, and after each the keys below it; `validation` has those of `eval` and is one row."""
+    """Yield the keys of a model, each with the keys below it; `validation` has the keys of `eval` and is one row."""
     for name, field in kind.model_fields.items():
         inner = _inner(field)
         below = prefix + name == "validation"
@@ -87,7 +87,7 @@ def _rows(kind: type[BaseModel], prefix: str, schema: dict[str, Any]) -> Iterato
 
 
 def _inner(field: FieldInfo) -> type[BaseModel] | None:
-    """The model that a field holds: one, an optional one, or several in a list or a mapping."""
+    """Return the model that a field holds: one, an optional one, or several in a list or a mapping."""
     for part in (field.annotation, *get_args(field.annotation)):
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part
@@ -95,7 +95,7 @@ def _inner(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _default(field: FieldInfo) -> str:
-    """A default as YAML on one line."""
+    """Return a default as YAML on one line."""
     value = field.get_default(call_default_factory=True)
     if isinstance(value, str) and "\n" in value:
         return json.dumps(value)
@@ -103,7 +103,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(schema: dict[str, Any]) -> str:
-    """The values of a key, from its JSON Schema: types, bounds and names."""
+    """Return the allowed values of a key, from its JSON Schema: types, bounds and names."""
     words: dict[str, None] = {}
     for option in schema.get("anyOf", [schema]):
         for choice in option.get("enum", [option["const"]] if "const" in option else []):

@@ -1,4 +1,4 @@
-"""Which keys of a run file may change when a run is resumed, and the command that resumes it. Pure; no Ray."""
+"""The keys of a run file that may change when a run is resumed, and the command that resumes it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from macdrop.errors import ConfigError
 from tune.config.parse import flatten
 from tune.config.sections import RaySpec
 
-#: Of the block `ray:` what results depend on: the global batch, and the order in which a CPU adds numbers up.
+#: Keys of the block `ray:` that results depend on: the global batch, and the order in which a CPU adds numbers.
 RESULTS = frozenset({"ray.num_workers", "ray.threads_per_worker"})
-#: All else in it is about machinery, and so are where a run lies, who follows it, and how many trials go at once.
+#: Keys without an effect on results: the rest of `ray:`, the run folder, trackers, and how many trials run at once.
 MACHINERY = frozenset({f"ray.{key}" for key in RaySpec.model_fields}) - RESULTS | {
     *("output_dir", "report_to", "sweep.max_concurrent_trials")
 }
 
 
 def resume_command(folder: str | Path, overrides: Iterable[str] = ()) -> str:
-    """What to type to go on with the run in a folder; of `overrides` those are kept that are about machinery."""
+    """Return the command that resumes the run in a folder, with those of `overrides` that have no effect on results."""
     words = ["macdrop", "sweep", "--resume", f"output_dir={folder}"]
     for text in overrides:
         key = text.partition("=")[0].strip()
@@ -30,26 +30,26 @@ def resume_command(folder: str | Path, overrides: Iterable[str] = ()) -> str:
 
 
 def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run under settings that its results depend on and that it was not started with.
+    """Refuse to resume a run with other settings that its results depend on.
 
     started, wanted: dumped run files.
 
     Raises:
-        ConfigError: with each key, its value then and now, and the remedy.
+        ConfigError: names each changed key, its value then and now, and the remedy.
     """
     then, now = flatten(started), flatten(wanted)
     keys = [key for key in dict.fromkeys((*then, *now)) if key not in MACHINERY and then.get(key) != now.get(key)]
     if not keys:
         return
-    told = "\n".join(f"  {key}: {_shown(then, key)} when it was started, {_shown(now, key)} now" for key in keys)
+    changed = "\n".join(f"  {key}: {_shown(then, key)} when it was started, {_shown(now, key)} now" for key in keys)
     why = ""
     if "ray.num_workers" in keys:
         why = (
-            "\nWith another number of workers a step would see another batch: finished and new trials could not be "
-            "compared. More lanes (ray.lanes) use more machines."
+            "\nWith another number of workers each step would see another batch, and finished and new trials could "
+            "not be compared. More lanes (ray.lanes) use more machines."
         )
     raise ConfigError(
-        f"The run in {folder} was started with another spec:\n{told}{why}\nGo on with its own settings:\n"
+        f"The run in {folder} was started with other settings:\n{changed}{why}\nResume it with its own settings:\n"
         f"  {resume_command(folder)}\nor choose another output_dir for these."
     )
 

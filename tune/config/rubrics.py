@@ -24,7 +24,7 @@ FOLDER = Path(__file__).with_name("rubrics")
 
 
 class Scale(Strict):
-    """A question to the judge, and what the scores 1, 2, 3, 4 and 5 stand for, in this order."""
+    """A question to the judge and the meaning of each score."""
 
     criteria: Text = Field(description="Question to the judge.")
     scores: Annotated[list[Text], Field(min_length=5, max_length=5)] = Field(
@@ -32,25 +32,25 @@ class Scale(Strict):
     )
 
     def text(self) -> str:
-        """As Prometheus reads it."""
+        """Return the scale in the form that Prometheus was trained on."""
         lines = [f"Score {number}: {meaning}" for number, meaning in enumerate(self.scores, 1)]
         return "\n".join([f"[{self.criteria}]", *lines])
 
 
 class Rubric(Strict):
-    """A scale, and others for some categories of questions."""
+    """A default scale, and scales for some categories of questions."""
 
     name: Text = Field(description="Name of the rubric.")
     version: Text | int | float = Field(description="Version, part of the rubric's identity.")
-    about: str = Field("", description="What the rubric is for.")
+    about: str = Field(default="", description="What the rubric is for.")
     default: Scale = Field(description="Scale of every question without a scale of its own.")
-    categories: dict[str, Scale] = Field({}, description="Scales of questions of these categories.")
+    categories: dict[str, Scale] = Field(default={}, description="Scales of questions of these categories.")
 
     @property
     def id(self) -> str:
-        """NAME@VERSION, and six digits of what it says: a file may change under the same name."""
-        told = json.dumps(self.model_dump(include={"default", "categories"}), sort_keys=True)
-        return f"{self.name}@{self.version}#{hashlib.sha256(told.encode()).hexdigest()[:6]}"
+        """NAME@VERSION and six digits of a hash of the content, as a file may change under the same name."""
+        content = json.dumps(self.model_dump(include={"default", "categories"}), sort_keys=True)
+        return f"{self.name}@{self.version}#{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 
     def scale(self, category: str) -> Scale:
         return self.categories.get(category, self.default)
@@ -60,7 +60,7 @@ def load(name: str) -> Rubric:
     """Load a shipped rubric by name, or the one in a YAML file.
 
     Raises:
-        ConfigError: there is none of that name, or the file holds no rubric.
+        ConfigError: there is no such rubric, or the file does not hold one.
     """
     shipped = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     path = FOLDER / f"{name}.yaml" if name in shipped else Path(name).expanduser()

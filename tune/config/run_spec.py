@@ -1,4 +1,4 @@
-"""What a user may write: one YAML file plus `key=value` overrides, validated before anything starts.
+"""The whole run file: one YAML file plus `key=value` overrides, validated before anything starts.
 
 `RunSpec` adds the blocks `sweep`, `eval`, `validation` and `ray` to the flat keys of one fine-tuning
 (`tune.config.train_spec`). Unknown keys are refused with the nearest known name; no value is ever repaired.
@@ -40,39 +40,38 @@ __all__ = [
 
 #: Keys that say what the base model is; another value is another model, to be listed under sweep.models.
 MODEL_KEYS = ("model_name_or_path", "model_revision", "trust_remote_code")
-#: Keys of which single values may be fine and their combination not.
+#: Keys whose values may be valid alone and invalid together.
 COUPLED_KEYS = ("zero_stage", "offload")
 
 
 class RunSpec(TrainSpec):
-    """A whole run: the flat keys are the defaults of every trial.
-
-    `eval` are the test benchmarks, for the base and the final stage; `validation`, of the same shape, is scored in the
-    search and may be its objective.
-    """
+    """A whole run; its flat keys are the defaults of every trial."""
 
     model_name_or_path: str = Field(
-        "", description="Base model: a Hub id, a local folder, or `zoo:NAME`. In a sweep, set `sweep.models` instead."
+        default="",
+        description="Base model: a Hub id, a local folder, or `zoo:NAME`. In a sweep, set `sweep.models` instead.",
     )
-    output_dir: str | None = Field(None, description="The run folder; `null` is `runs/NAME-TIME`.")
+    output_dir: str | None = Field(default=None, description="The run folder; `null` is `runs/NAME-TIME`.")
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        [],
+        default=[],
         description="Trackers that receive every trial: `tensorboard`, `wandb`, `mlflow`; a name, a list, or `none`.",
     )
-    sweep: SweepSpec = Field(SweepSpec(), description="What is searched, compared and repeated on fresh seeds.")
-    eval: EvalSpec = Field(EvalSpec(), description="Test benchmarks, scored for the base model and in the final stage.")
+    sweep: SweepSpec = Field(default=SweepSpec(), description="What is searched, compared and repeated on fresh seeds.")
+    eval: EvalSpec = Field(
+        default=EvalSpec(), description="Test benchmarks, scored for the base model and in the final stage."
+    )
     validation: EvalSpec = Field(
-        EvalSpec(),
+        default=EvalSpec(),
         description=(
             "Benchmarks scored during the search only, in the same form as `eval`; `sweep.metric` may name them."
         ),
     )
-    ray: RaySpec = Field(RaySpec(), description="Workers and resources.")
+    ray: RaySpec = Field(default=RaySpec(), description="Workers and resources.")
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _trackers(cls, value: Any) -> Any:
-        """As in transformers, one name and `none` may stand for a list."""
+        """Accept one name or `none` in place of a list, as in transformers."""
         return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -84,7 +83,7 @@ class RunSpec(TrainSpec):
             )
         if not self.model_name_or_path and not self.sweep.models:
             raise ValueError(
-                "there is no model. Give model_name_or_path (one) or sweep.models (a list): a hub id, a folder, or "
+                "no model is given. Write model_name_or_path (one) or sweep.models (a list): a Hub id, a folder, or "
                 "zoo:planted-llama"
             )
         for key in self.sweep.parameters:
@@ -98,7 +97,7 @@ class RunSpec(TrainSpec):
         return self
 
     def studies(self) -> list[TrainSpec]:
-        """One fine-tuning spec per model: the flat keys with that model's own overrides."""
+        """Return one fine-tuning spec per model: the flat keys with that model's own overrides."""
         flat = {name: getattr(self, name) for name in TrainSpec.model_fields}
         flat["macdrop"] = self.macdrop.model_dump()
         if not self.sweep.models:
@@ -119,7 +118,7 @@ class RunSpec(TrainSpec):
 
 
 def searchable() -> list[str]:
-    """The dotted keys that `sweep.parameters` may list."""
+    """List the dotted keys that `sweep.parameters` may have."""
     fixed = {*MODEL_KEYS, "finetuning_type", "macdrop", "seed"}
     flat = [name for name in TrainSpec.model_fields if name not in fixed]
     return flat + [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
@@ -138,7 +137,7 @@ def _check_searchable(key: str) -> None:
 
 
 def _check_space(study: TrainSpec, parameters: dict[str, Space]) -> None:
-    """Refuse a value, or a combination of values, that the search could draw and that is not allowed."""
+    """Refuse a space from which the search could draw a value, or a combination of values, that is not allowed."""
     for key, space in parameters.items():
         for value in space.bounds():
             try:
@@ -180,7 +179,7 @@ def load(
     Keys may be dotted, and have other tools' names (`tune.config.parse.ALIASES`). An override replaces what was there.
 
     Raises:
-        ConfigError: the file is missing or no YAML mapping, a key is unknown or given twice, a value is not allowed.
+        ConfigError: the file is missing or not a YAML mapping, a key is unknown or given twice, a value is not allowed.
     """
     raw: dict[str, Any] = {} if path is None else normalise(read_yaml(Path(path)))
     given = [read_override(text) for text in overrides]
@@ -190,7 +189,7 @@ def load(
 
 
 def dump(spec: BaseModel) -> dict[str, Any]:
-    """Plain data that `load` reads back."""
+    """Return plain data that `load` reads back."""
     content = spec.model_dump(mode="json")
     if content.get("model_name_or_path") == "":  # a run whose models are listed under sweep
         del content["model_name_or_path"]

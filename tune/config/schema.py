@@ -1,4 +1,4 @@
-"""The JSON Schema of a run file, made from the fields: with it editors complete and check what a user writes."""
+"""The JSON Schema of a run file, made from the fields; editors complete and check run files with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _entry_models() -> dict[str, str]:
 
 
 def json_schema() -> Schema:
-    """JSON Schema (draft 2020-12) of a run file, with every shorthand, alias and dotted key that is accepted."""
+    """Return the JSON Schema (draft 2020-12) of a run file, with every accepted shorthand, alias and dotted key."""
     raw = RunSpec.model_json_schema()
     defs = raw["$defs"]
     for part in (raw, *defs.values()):
@@ -55,7 +55,7 @@ def _tidy(part: Schema) -> None:
 
 
 def _name_choices(defs: dict[str, Schema]) -> None:
-    """Registered names: fields that hold one are plain texts to pydantic, and checked by the method."""
+    """List the values of fields that hold a registered name, which are plain texts to pydantic."""
     defs["MacDropSpec"]["properties"]["schedule"]["enum"] = list(SCHEDULES)
     defs["MacDropSpec"]["properties"]["scope"]["enum"] = list(SCOPES)
     defs["SweepSpec"]["properties"]["arms"]["items"] = {"enum": [Arm.BASE, Arm.PLAIN, *ARMS]}
@@ -66,7 +66,7 @@ def _name_choices(defs: dict[str, Schema]) -> None:
 
 
 def _accept_shorthands(run: Schema, defs: dict[str, Schema]) -> None:
-    """Forms that validators of the models rewrite before pydantic looks at them."""
+    """Add the forms that validators of the models rewrite before pydantic sees them."""
     _replace(
         run["properties"]["report_to"], [{"enum": ["tensorboard", "wandb", "mlflow", "none"]}, _plain(run, "report_to")]
     )
@@ -107,7 +107,7 @@ def _accept_shorthands(run: Schema, defs: dict[str, Schema]) -> None:
 
 
 def _train_keys(properties: dict[str, Schema]) -> Schema:
-    """The keys that a model under `sweep.models` may have for itself."""
+    """Return the schema of a model under `sweep.models`."""
     own = {name: properties[name] for name in TrainSpec.model_fields}
     dotted = {_exactly(f"macdrop.{name}"): _at("MacDropSpec", name) for name in MacDropSpec.model_fields}
     return {
@@ -119,7 +119,7 @@ def _train_keys(properties: dict[str, Schema]) -> Schema:
 
 
 def _aliases(properties: dict[str, Schema]) -> dict[str, Schema]:
-    """Other tools' names, as patterns: an editor accepts them and does not offer them."""
+    """Return other tools' names, as patterns: editors accept them but do not offer them."""
     found = {_exactly(alias): properties[name] for alias, name in ALIASES.items() if name in properties}
     if "ray" in properties:
         nested = {alias: name.split(".") for alias, name in ALIASES.items() if name.startswith("ray.")}
@@ -128,7 +128,7 @@ def _aliases(properties: dict[str, Schema]) -> dict[str, Schema]:
 
 
 def _dotted(defs: dict[str, Schema]) -> dict[str, Schema]:
-    """Dotted keys at the top of a file."""
+    """Return the dotted keys at the top of a file."""
     found: dict[str, Schema] = {}
     for block, model in (("macdrop", "MacDropSpec"), ("sweep", "SweepSpec"), ("ray", "RaySpec")):
         found |= {_exactly(f"{block}.{key}"): _at(model, key) for key in defs[model]["properties"]}
@@ -163,12 +163,12 @@ def _one_or_several(item: Schema, *, empty: bool = False) -> list[Schema]:
 
 
 def _plain(part: Schema, name: str) -> Schema:
-    """A field's schema without what is said about the field."""
+    """Return a field's schema without its description and default."""
     return {key: value for key, value in part["properties"][name].items() if key not in ("description", "default")}
 
 
 def _replace(field: Schema, options: list[Schema]) -> None:
-    """Give a field other allowed forms; its description and default are kept."""
+    """Replace the allowed forms of a field; its description and default are kept."""
     kept = {key: field[key] for key in ("description", "default") if key in field}
     field.clear()
     field.update(kept | {"anyOf": options})

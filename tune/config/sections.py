@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -50,7 +50,7 @@ ARMS: dict[str, str] = {
 
 
 def placebos() -> list[str]:
-    """Arms that drop something other than massive weights, with the settings of the best MacDrop trial."""
+    """List the arms that drop something other than massive weights, with the settings of the best MacDrop trial."""
     return [arm for arm in ARMS if arm != Arm.MACDROP]
 
 
@@ -67,29 +67,32 @@ def register_placebo(arm: str, scope: Scope) -> None:
 
 
 #: Defaults of the block `macdrop:`, stated once, by the method.
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(MacDropConfig)}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(MacDropConfig)}
 
 
 class MacDropSpec(Strict):
     """The block `macdrop:`; p0 = 0 or k = 0 means plain fine-tuning."""
 
-    k: int = Field(_DEFAULTS["k"], description="Number of massive rows masked per matrix; `0` is plain fine-tuning.")
+    k: int = Field(
+        default=_DEFAULTS["k"], description="Number of massive rows masked per matrix; `0` is plain fine-tuning."
+    )
     p0: float = Field(
-        _DEFAULTS["p0"], description="Drop probability at the start of training, from 0 to 1; `0` is plain fine-tuning."
+        default=_DEFAULTS["p0"],
+        description="Drop probability at the start of training, from 0 to 1; `0` is plain fine-tuning.",
     )
     schedule: str = Field(
-        _DEFAULTS["schedule"],
+        default=_DEFAULTS["schedule"],
         description=(
             "Decay of p over T steps or E epochs: `step` p0(1 - t/T), `epoch_before` p0(1 - (e-1)/E), `epoch_after`"
             " p0(1 - e/E) (always 0 in a one-epoch run), `exp` p0 exp(-alpha t), `constant`."
         ),
     )
     alpha: float | None = Field(
-        _DEFAULTS["alpha"],
+        default=_DEFAULTS["alpha"],
         description="Decay rate per optimizer step; required by `exp`, refused by the other schedules.",
     )
     scope: str = Field(
-        _DEFAULTS["scope"],
+        default=_DEFAULTS["scope"],
         description=(
             "What `macdrop train` drops: `massive` rows, or a placebo: `random` rows of the same layer, `all` of "
             "its rows, or `activations` (ordinary dropout on its intermediate state). In a sweep, use `sweep.arms`."
@@ -102,11 +105,11 @@ class MacDropSpec(Strict):
         return self
 
     def config(self, seed: int) -> MacDropConfig:
-        """The method's own configuration, in canonical form."""
+        """Return the method's own configuration, in canonical form."""
         return MacDropConfig(**self.model_dump(), seed=seed).canonical()
 
     def canonical(self) -> MacDropSpec:
-        """The same block with settings that have no effect normalised."""
+        """Return the block with settings that have no effect normalised."""
         config = self.config(seed=0)
         return MacDropSpec(**{name: getattr(config, name) for name in type(self).model_fields})
 
@@ -118,24 +121,26 @@ class MacDropSpec(Strict):
 
 
 class RaySpec(Strict):
-    """The block `ray:`; resources are per worker or actor. `None` for GPUs means: 1 if the cluster has any, else 0."""
+    """The block `ray:`; resources are per worker or actor."""
 
     address: str | None = Field(
-        None, description="`auto`, or the address of a running cluster; `null` starts Ray on this machine."
+        default=None, description="`auto`, or the address of a running cluster; `null` starts Ray on this machine."
     )
-    num_workers: int = Field(1, ge=1, description="Data-parallel workers per lane.")
-    lanes: int = Field(1, ge=1, description="Number of lanes that train at the same time.")
-    evaluators: int = Field(1, ge=1, description="Number of evaluation actors.")
-    cpus_per_worker: float = Field(1.0, ge=0, description="CPUs reserved per worker.")
+    num_workers: int = Field(default=1, ge=1, description="Data-parallel workers per lane.")
+    lanes: int = Field(default=1, ge=1, description="Number of lanes that train at the same time.")
+    evaluators: int = Field(default=1, ge=1, description="Number of evaluation actors.")
+    cpus_per_worker: float = Field(default=1.0, ge=0, description="CPUs reserved per worker.")
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs reserved per worker; `null` is 1 if the cluster has any, else 0."
+        default=None, ge=0, description="GPUs reserved per worker; `null` is 1 if the cluster has any, else 0."
     )
-    cpus_per_evaluator: float = Field(0.0, ge=0, description="CPUs reserved per evaluation actor.")
+    cpus_per_evaluator: float = Field(default=0.0, ge=0, description="CPUs reserved per evaluation actor.")
     gpus_per_evaluator: float | None = Field(
-        None, ge=0, description="GPUs reserved per evaluation actor; `null` is 1 if the cluster has any, else 0."
+        default=None,
+        ge=0,
+        description="GPUs reserved per evaluation actor; `null` is 1 if the cluster has any, else 0.",
     )
     resource_timeout_s: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description=(
             "Seconds to wait for resources before giving up with exit code 3; `null` is 120 on this machine, and "
@@ -143,17 +148,17 @@ class RaySpec(Strict):
         ),
     )
     step_timeout_s: float = Field(
-        1800.0,
+        default=1800.0,
         gt=0,
         description=(
             "Seconds without a finished micro-step (worker) or a new forward pass (evaluation or judge actor) after"
             " which the process writes its stacks and is restarted."
         ),
     )
-    threads_per_worker: int = Field(1, ge=1, description="torch threads per worker.")
-    dashboard: bool = Field(True, description="Start Ray's web dashboard.")
+    threads_per_worker: int = Field(default=1, ge=1, description="torch threads per worker.")
+    dashboard: bool = Field(default=True, description="Start Ray's web dashboard.")
 
     @property
     def patience_s(self) -> float:
-        """`resource_timeout_s`; without it a cluster gets the time in which it replaces a machine that was lost."""
+        """Seconds to wait for resources; by default longer on a cluster, which may have to replace a lost machine."""
         return self.resource_timeout_s or (120.0 if self.address is None else 3600.0)

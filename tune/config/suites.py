@@ -1,8 +1,8 @@
 """Shipped benchmark suites: named, versioned lists of benchmarks and attacks, and how they enter an `eval:` block.
 
-A suite is a YAML file beside this one: {name, version, title, about, files, get, eval}. `eval` is an `eval:` block that
-may itself name suites; `files` says under which name each entry's data are looked for in a local folder, `get` where
-they are to be had.
+A suite is a YAML file in `tune/config/suites`: {name, version, title, about, files, get, eval}. `eval` is an `eval:`
+block that may itself name suites; `files` maps each entry to its data file below a local folder, and `get` says where
+to get these files.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from macdrop.errors import ConfigError, DataError, nearest
 from tune.config.parse import SECTIONS, merge, named_block, read_yaml
 
 FOLDER = Path(__file__).with_name("suites")
-#: Keys of an entry that do not change what its score means: which copy of the data, how much of it, under which attack.
+#: Keys of an entry that do not change what its score means: the copy of the data, how much of it, the attacks.
 FREE_KEYS = {"data", "fewshot_data", "limit", "batch_size", "attacks"}
-#: Keys that say which part of the hub's data set an entry takes; other data make them void.
+#: Keys that select a part of the Hub data set; they do not apply to other data.
 HUB_KEYS = ("name", "split")
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite, those that it names included. `files`: "section/entry" -> path below a local folder."""
+    """A suite, with the suites that it names merged in. `files`: "section/entry" -> path below a local folder."""
 
     name: str
     version: int
@@ -37,7 +37,7 @@ class Suite:
 
 
 def names() -> list[str]:
-    """The shipped suites."""
+    """List the shipped suites."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -49,7 +49,7 @@ def load(name: str) -> Suite:
         ConfigError: there is no such suite.
     """
     if name not in names():
-        raise ConfigError(f"there is no suite {name!r}.{nearest(name, names())} Suites: {', '.join(names())}.")
+        raise ConfigError(f"unknown suite {name!r}.{nearest(name, names())} Suites: {', '.join(names())}.")
     raw = read_yaml(FOLDER / f"{name}.yaml")
     own = {"files": {}, "get": ""} | raw
     block = dict(own["eval"])
@@ -66,20 +66,20 @@ def load(name: str) -> Suite:
 
 
 def expand(block: Mapping[str, Any]) -> dict[str, Any]:
-    """An `eval:` block with the entries of its `suite` and the files of its `local` folder written out.
+    """Write out the entries of an `eval:` block's `suite` and the files of its `local` folder.
 
-    Suites are merged in their order; what the block itself says wins, key by key. An entry set to `off` (false) is left
-    out. Doing it twice changes nothing.
+    Suites are merged in their order; the block's own keys override theirs. An entry set to `off` (false) is left out.
+    Idempotent.
 
     Raises:
-        ConfigError: an unknown suite, `off` for what no suite has, or an entry that has to be given data.
-        DataError: files that the local folder lacks, all of them.
+        ConfigError: a suite is unknown, `off` names an entry that no suite has, or an entry needs data.
+        DataError: lists the files that the local folder lacks.
     """
     own = {key: value for key, value in block.items() if key not in ("suite", "local")}
     wanted, local = block.get("suite"), block.get("local")
     if wanted is None:
         if local is not None:
-            raise ConfigError("local is the folder of a suite's files, and no suite is given: add suite: NAME.")
+            raise ConfigError("local is the folder of a suite's files, but no suite is given: add suite: NAME.")
         return own
     chosen = [load(name) for name in _list(wanted)]
     base = _merged(chosen)
@@ -98,7 +98,7 @@ def expand(block: Mapping[str, Any]) -> dict[str, Any]:
     for section, name in _entries(base):
         if section != "zero_shot" and "data" not in (merged[section].get(name) or {"data": ""}):
             raise ConfigError(
-                f"{section}.{name} needs a file, because the hub has none. {_get([base[section][name]])}\n"
+                f"{section}.{name} needs a file, because the Hub has none. {_get([base[section][name]])}\n"
                 f"Then give {section}.{name}.data: FILE, or local: FOLDER with {files[f'{section}/{name}']} in it, or "
                 f"leave it out: {section}.{name}: off."
             )
@@ -106,7 +106,7 @@ def expand(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _get(entries: list[Mapping[str, Any]]) -> str:
-    """Where to get the data of entries, as the suites say that define them."""
+    """Say where to get the data of entries, in the words of the suites that define them."""
     owners = dict.fromkeys(entry["suite"].partition("@")[0] for entry in entries)
     return "\n".join(get for get in (load(owner).get for owner in owners) if get)
 
@@ -139,7 +139,7 @@ def _without_off(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own_entries(section: str, value: Any, base: Mapping[str, Any]) -> Any:
-    """What the user says of a section, as keys of each entry; a changed definition is told by the entry's `suite`."""
+    """Return a section's own keys by entry; the `suite` of an entry records which keys of its definition changed."""
     value = named_block(value)
     if not isinstance(value, Mapping):
         return value
@@ -156,7 +156,7 @@ def _own_entries(section: str, value: Any, base: Mapping[str, Any]) -> Any:
 
 
 def _with_local(base: Mapping[str, Any], own: dict[str, Any], files: Mapping[str, str], folder: str) -> dict[str, Any]:
-    """`own` with a file of the folder as data of each suite's entry that is given none."""
+    """Return `own` with a file of the folder as the data of each suite's entry that has none."""
     missing = []
     for section, name in _entries(base):
         mine = (own.get(section) or {}).get(name, {})

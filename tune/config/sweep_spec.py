@@ -13,11 +13,11 @@ from tune.config.sections import ARMS, EVAL_LOSS, Arm, Strict, placebos
 class Space(Strict):
     """One searched key: a list of values, or a range with a distribution (the shape of W&B sweeps)."""
 
-    values: list[Any] | None = Field(None, description="List of values; a bare list is shorthand for this.")
-    min: float | None = Field(None, description="Lower bound of a range.")
-    max: float | None = Field(None, description="Upper bound of a range.")
+    values: list[Any] | None = Field(default=None, description="List of values; a bare list is shorthand for this.")
+    min: float | None = Field(default=None, description="Lower bound of a range.")
+    max: float | None = Field(default=None, description="Upper bound of a range.")
     distribution: Literal["uniform", "log_uniform", "int_uniform"] = Field(
-        "uniform", description="Distribution over the range: `uniform`, `log_uniform` or `int_uniform`."
+        default="uniform", description="Distribution over the range: `uniform`, `log_uniform` or `int_uniform`."
     )
 
     @model_validator(mode="before")
@@ -54,28 +54,29 @@ class Space(Strict):
         return {"min": self.min, "max": self.max, "distribution": self.distribution}
 
     def bounds(self) -> list[Any]:
-        """Values that must be valid for the whole space to be valid."""
+        """Return the values that must be valid for the whole space to be valid."""
         if self.values is not None:
             return self.values
+        assert self.min is not None and self.max is not None, "checked when the space was made"
         cast = int if self.distribution == "int_uniform" else float
         return [cast(self.min), cast(self.max)]
 
 
 class Metric(Strict):
-    """What a search optimises: `eval_loss` (validation loss, masks off) or a score `benchmark/task/metric[@attack]`.
+    """An objective: `eval_loss` (validation loss, masks off) or a score `benchmark/task/metric[@attack]`.
 
-    Scores are those of the block `validation:`; the test benchmarks of `eval:` select nothing.
+    Scores come from the block `validation:`; the test benchmarks of `eval:` take no part in selection.
     """
 
     name: str = Field(
-        EVAL_LOSS,
+        default=EVAL_LOSS,
         description=(
             "Search objective: `eval_loss` (validation loss), or a score of the `validation` block written "
             "`benchmark/task/metric`, with `@attack` for a score under attack. With `optuna`, `sweep.metric` may "
             "also be a list of `{name, goal}`."
         ),
     )
-    goal: Literal["minimize", "maximize"] = Field("minimize", description="`minimize` or `maximize`.")
+    goal: Literal["minimize", "maximize"] = Field(default="minimize", description="`minimize` or `maximize`.")
 
 
 def _known_arm(arm: str) -> str:
@@ -88,41 +89,41 @@ def _known_arm(arm: str) -> str:
 class SweepSpec(Strict):
     """The block `sweep:`.
 
-    A search selects `finalists` MacDrop settings and the plain setting of each kind of adapter by `metric` (one, or
-    several: then those of the non-dominated front that are best by the first). On `seeds` fresh seeds these and the
-    placebos among `arms` are trained once more, and scored on the test benchmarks; with `seeds: 0` the search's own
-    trials are. `time_budget_s` is for the searches of all models together: the final stage always runs.
-    ASHA cuts on the validation loss, and not before p has fallen to `decayed` times p0.
+    The search selects `finalists` MacDrop settings, and the plain setting of each kind of adapter, by `metric`: one
+    objective, or several (then the settings of the non-dominated front that are best by the first). These settings and
+    the placebo arms are trained again on `seeds` fresh seeds and scored on the test benchmarks; with `seeds: 0` the
+    search's own trials are scored. `time_budget_s` limits the searches of all models together; the final stage always
+    runs. ASHA compares validation losses, and never before p has fallen to `decayed` times p0.
     """
 
     models: list[dict[str, Any]] = Field(
-        [],
+        default=[],
         description=(
             "Models to study, each a name or a mapping of `model_name_or_path` and the keys that differ for it."
         ),
     )
     arms: list[Annotated[str, AfterValidator(_known_arm)]] = Field(
-        [Arm.BASE.value, Arm.PLAIN.value, Arm.MACDROP.value],
+        default=[Arm.BASE.value, Arm.PLAIN.value, Arm.MACDROP.value],
         description=(
             "What is compared: `base`, `plain`, `macdrop` and the placebos `random_rows`, `all_rows`, "
             "`activations`, which use the settings of the best MacDrop trial."
         ),
     )
     parameters: dict[str, Space] = Field(
-        {}, description="Searched keys by dotted name; each has a list of values, or the mapping below."
+        default={}, description="Searched keys by dotted name; each has a list of values, or the mapping below."
     )
     metric: list[Metric] = Field(
-        [Metric()], description="Search objective; with `optuna` also a list of objectives, for a Pareto front."
+        default=[Metric()], description="Search objective; with `optuna` also a list of objectives, for a Pareto front."
     )
     finalists: int = Field(
-        1,
+        default=1,
         ge=1,
         description=(
             "Number of best MacDrop settings per adapter type that advance from the search to the final stage."
         ),
     )
     seeds: int = Field(
-        3,
+        default=3,
         ge=0,
         description=(
             "Number of fresh seeds (`seed` + 1, ...) on which plain, finalists and placebos are trained and "
@@ -130,23 +131,29 @@ class SweepSpec(Strict):
         ),
     )
     search_alg: Literal["grid", "random", "optuna"] = Field(
-        "grid", description="Search algorithm: `grid`, `random` or `optuna` (TPE)."
+        default="grid", description="Search algorithm: `grid`, `random` or `optuna` (TPE)."
     )
-    search_seed: int = Field(0, ge=0, lt=2**31, description="Seed of the search algorithm.")
+    search_seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the search algorithm.")
     scheduler: Literal["none", "asha"] = Field(
-        "none", description="`asha` stops poor trials early; `none` runs every trial to the end."
+        default="none", description="`asha` stops poor trials early; `none` runs every trial to the end."
     )
-    grace_period: int = Field(1, ge=1, description="Minimum number of optimizer steps before ASHA may stop a trial.")
-    reduction_factor: int = Field(4, ge=2, description="ASHA keeps one in this many trials at each rung.")
+    grace_period: int = Field(
+        default=1, ge=1, description="Minimum number of optimizer steps before ASHA may stop a trial."
+    )
+    reduction_factor: int = Field(default=4, ge=2, description="ASHA keeps one in this many trials at each rung.")
     decayed: float = Field(
-        0.1, gt=0, lt=1, description="ASHA never stops a trial before its p has fallen to this fraction of p0."
+        default=0.1, gt=0, lt=1, description="ASHA never stops a trial before its p has fallen to this fraction of p0."
     )
     num_samples: int = Field(
-        8, ge=1, description="MacDrop trials drawn per model by `random` and `optuna`; a grid runs all its points."
+        default=8,
+        ge=1,
+        description="MacDrop trials drawn per model by `random` and `optuna`; a grid runs all its points.",
     )
-    max_concurrent_trials: int = Field(4, ge=1, description="Maximum number of trials submitted to the lanes at once.")
+    max_concurrent_trials: int = Field(
+        default=4, ge=1, description="Maximum number of trials submitted to the lanes at once."
+    )
     time_budget_s: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description=(
             "Time limit in seconds for the searches of all models together, carried over by `--resume`; `null` is "

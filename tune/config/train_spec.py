@@ -16,7 +16,7 @@ from tune.config.messages import build
 from tune.config.parse import merge, undot
 from tune.config.sections import MacDropSpec, Strict
 
-#: Keys that decide how an engine is built; two orders that agree on them can share one engine.
+#: Keys that decide how an engine is built; tasks that agree on them can share one engine.
 ENGINE_KEYS = (
     "model_name_or_path",
     "model_revision",
@@ -42,84 +42,90 @@ CELL_KEYS = ("use_dora", "use_rslora")
 
 
 class TrainSpec(Strict):
-    """One fine-tuning. Every field may be searched by its dotted name, but for the model (see `sweep.models`)."""
+    """One fine-tuning. Every key can be searched by its dotted name, except the model (see `sweep.models`)."""
 
     model_name_or_path: str = Field(
         description="Base model: a Hub id, a local folder, or `zoo:NAME`. In a sweep, set `sweep.models` instead."
     )
     model_revision: str | None = Field(
-        None, description="Branch, tag or commit of a Hub model; `null` is its default branch."
+        default=None, description="Branch, tag or commit of a Hub model; `null` is its default branch."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model.")
     attn_implementation: str | None = Field(
-        None,
+        default=None,
         description=(
             "Attention implementation, as in transformers: `sdpa`, `eager`, `flash_attention_2`; `null` lets "
             "transformers choose."
         ),
     )
     bf16: bool = Field(
-        False, description="Base model and adapter in bfloat16, with fp32 master weights; otherwise everything is fp32."
+        default=False,
+        description="Base model and adapter in bfloat16, with fp32 master weights; otherwise everything is fp32.",
     )
 
     finetuning_type: Literal["lora"] = Field(
-        "lora", description="Only `lora` is supported; `use_dora` and `use_rslora` select its variants."
+        default="lora", description="Only `lora` is supported; `use_dora` and `use_rslora` select its variants."
     )
-    lora_rank: int = Field(16, ge=1, description="Rank r of the adapter.")
+    lora_rank: int = Field(default=16, ge=1, description="Rank r of the adapter.")
     lora_alpha: float = Field(
-        16.0, gt=0, description="Scales the adapter by alpha / r (with rsLoRA, by alpha / sqrt(r))."
+        default=16.0, gt=0, description="Scales the adapter by alpha / r (with rsLoRA, by alpha / sqrt(r))."
     )
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, at least 0 and below 1.")
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout on the adapter's input, at least 0 and below 1."
+    )
     lora_target: Literal["all"] | list[str] = Field(
-        "all", description="`all` for every linear layer except embeddings and lm_head, or a list of module names."
+        default="all",
+        description="`all` for every linear layer except embeddings and lm_head, or a list of module names.",
     )
-    use_dora: bool = Field(False, description="Train DoRA instead of plain LoRA.")
-    use_rslora: bool = Field(False, description="Scale the adapter as rsLoRA does.")
+    use_dora: bool = Field(default=False, description="Train DoRA instead of plain LoRA.")
+    use_rslora: bool = Field(default=False, description="Scale the adapter as rsLoRA does.")
 
     dataset: str | list[str | dict[str, Any]] = Field(
-        "zoo:train",
+        default="zoo:train",
         description=(
             "A Hub id, a local file or `zoo:train`; or a list of these or of `{path, format, split, name, "
             "max_samples}`."
         ),
     )
     format: Literal["auto", "alpaca", "sharegpt", "messages", "text"] = Field(
-        "auto",
+        default="auto",
         description="Row format: `alpaca`, `sharegpt`, `messages` or `text`; `auto` detects it from the columns.",
     )
     template: Literal["auto", "alpaca", "chat"] = Field(
-        "auto",
+        default="auto",
         description=(
             "Prompt template: `alpaca`, `chat` (the tokenizer's chat template), or `auto` (the chat template if "
             "there is one, else alpaca)."
         ),
     )
-    cutoff_len: int = Field(1024, ge=2, description="Maximum number of tokens per example.")
-    train_on_prompt: bool = Field(False, description="Compute the loss on the prompt as well as the answer.")
+    cutoff_len: int = Field(default=1024, ge=2, description="Maximum number of tokens per example.")
+    train_on_prompt: bool = Field(default=False, description="Compute the loss on the prompt as well as the answer.")
     val_size: float = Field(
-        0.05, ge=0, description="Validation split: a fraction if below 1, otherwise a number of examples."
+        default=0.05, ge=0, description="Validation split: a fraction if below 1, otherwise a number of examples."
     )
     max_samples: int | None = Field(
-        None, ge=1, description="Maximum number of examples taken from each data set; `null` takes all."
+        default=None, ge=1, description="Maximum number of examples taken from each data set; `null` takes all."
     )
-    data_seed: int = Field(0, ge=0, lt=2**31, description="Seed of the validation split.")
+    data_seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the validation split.")
 
-    per_device_train_batch_size: int = Field(8, ge=1, description="Examples per worker and micro-batch.")
+    per_device_train_batch_size: int = Field(default=8, ge=1, description="Examples per worker and micro-batch.")
     per_device_eval_batch_size: int = Field(
-        8, ge=1, description="Examples per worker and micro-batch during validation."
+        default=8, ge=1, description="Examples per worker and micro-batch during validation."
     )
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass to save memory."
+        default=False, description="Recompute activations in the backward pass to save memory."
     )
     num_train_epochs: float = Field(
-        3.0, gt=0, description="Passes over the training data; ignored if `max_steps` is set."
+        default=3.0, gt=0, description="Passes over the training data; ignored if `max_steps` is set."
     )
-    max_steps: int | None = Field(None, ge=1, description="Number of optimizer steps; overrides `num_train_epochs`.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Number of optimizer steps; overrides `num_train_epochs`."
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         Field(
-            "linear",
+            default="linear",
             description=(
                 "Learning-rate schedule: `linear`, `cosine`, `constant`, `constant_with_warmup`, `polynomial` or "
                 "`inverse_sqrt`."
@@ -127,29 +133,31 @@ class TrainSpec(Strict):
         )
     )
     warmup_ratio: float = Field(
-        0.05, ge=0, le=1, description="Fraction of the optimizer steps used for warm-up, from 0 to 1."
+        default=0.05, ge=0, le=1, description="Fraction of the optimizer steps used for warm-up, from 0 to 1."
     )
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Beta 1 of AdamW.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Beta 2 of AdamW.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient-norm clipping threshold; `0` disables clipping.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Beta 1 of AdamW.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Beta 2 of AdamW.")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="Epsilon of AdamW.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Gradient-norm clipping threshold; `0` disables clipping."
+    )
     seed: int = Field(
-        0, ge=0, lt=2**31, description="Seed of the adapter's initialisation, the data order and the masks."
+        default=0, ge=0, lt=2**31, description="Seed of the adapter's initialisation, the data order and the masks."
     )
 
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage: 0, 1, 2 or 3.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage: 0, 1, 2 or 3.")
     offload: Literal["none", "cpu"] = Field(
-        "none",
+        default="none",
         description=(
             "`cpu` keeps optimizer state (with ZeRO-3 also base weights) in host memory; needs `zero_stage` 1 or "
             "higher."
         ),
     )
 
-    logging_steps: int = Field(1, ge=1, description="Optimizer steps between log lines.")
+    logging_steps: int = Field(default=1, ge=1, description="Optimizer steps between log lines.")
     eval_steps: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description=(
             "Optimizer steps between validations, starting at step 0; `null` validates only after the last step, "
@@ -157,7 +165,7 @@ class TrainSpec(Strict):
         ),
     )
     save_steps: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description=(
             "Optimizer steps between resumable checkpoints; `null` is a tenth of the fine-tuning, `0` is none. "
@@ -165,7 +173,7 @@ class TrainSpec(Strict):
         ),
     )
 
-    macdrop: MacDropSpec = Field(MacDropSpec(), description="Settings of MacDrop itself.")
+    macdrop: MacDropSpec = Field(default=MacDropSpec(), description="Settings of MacDrop itself.")
 
     @field_validator("lora_target")
     @classmethod
@@ -185,23 +193,23 @@ class TrainSpec(Strict):
 
     @property
     def arm(self) -> str:
-        """`plain` (nothing is ever dropped), `macdrop`, or one of its placebos; see `tune.config.sections.ARMS`."""
+        """`plain`, `macdrop`, or the placebo arm; see `tune.config.sections.Arm`."""
         return self.macdrop.arm
 
     def engine_key(self) -> str:
-        """Equal for two specs that one engine can train one after the other."""
+        """Return a key that is equal for specs that one engine can train one after the other."""
         return _digest({key: getattr(self, key) for key in ENGINE_KEYS})
 
     def canonical(self) -> TrainSpec:
-        """The same fine-tuning with MacDrop's irrelevant settings normalised (k = 0 and p0 = 0 are one baseline)."""
+        """Return the spec with MacDrop settings that have no effect normalised (k = 0 and p0 = 0 are one baseline)."""
         return self.model_copy(update={"macdrop": self.macdrop.canonical()})
 
     def trial_id(self) -> str:
-        """A name for this fine-tuning made of its canonical content: equal settings are never trained twice."""
+        """Return a name made of the canonical content: equal settings are never trained twice."""
         return f"{slug(self.model_name_or_path)}-{self.arm}-{self._identity()}"
 
     def setting_id(self) -> str:
-        """Equal for fine-tunings that differ in nothing but their seed: replicates of one setting; 8 hex digits."""
+        """Return 8 hex digits that are equal for fine-tunings that differ in their seed only (replicates)."""
         return self._identity("seed")
 
     def _identity(self, *without: str) -> str:
@@ -210,20 +218,20 @@ class TrainSpec(Strict):
 
 
 def slug(model_name_or_path: str) -> str:
-    """The last part of a model's name, fit for a folder's name."""
+    """Return the last part of a model's name, made fit for a folder's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/:]", model_name_or_path.rstrip("/"))[-1])
 
 
 def points(axes: dict[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """Every combination of the values of the axes."""
+    """List every combination of the values of the axes."""
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
 def with_values(spec: TrainSpec, values: dict[str, Any], *, partial: bool = False) -> TrainSpec:
-    """Return `spec` with dotted keys set, validated anew.
+    """Return `spec` with dotted keys set, validated again.
 
-    A schedule without alpha leaves a searched or configured alpha unused, so that schedule and alpha can be searched
-    side by side; with `partial` a missing companion (exp without alpha) is not held against one value alone.
+    A schedule without alpha leaves a searched or configured alpha unused, which lets schedule and alpha be searched
+    together. With `partial`, values are checked without their companions (exp without alpha is accepted).
 
     Raises:
         ConfigError: a value is not allowed.
@@ -234,7 +242,7 @@ def with_values(spec: TrainSpec, values: dict[str, Any], *, partial: bool = Fals
         if block["schedule"] != "exp":
             unused, block["alpha"] = block["alpha"], None
             if partial and values.get("macdrop.alpha") is not None:
-                # The value is for trials with the schedule exp: look at it with that.
+                # The value is for trials with the schedule exp: check it under that.
                 block |= {"schedule": "exp", "alpha": unused}
         elif partial and block["alpha"] is None:
             block["alpha"] = 0.05

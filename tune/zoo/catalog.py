@@ -46,17 +46,17 @@ ZOO: dict[str, ZooModel] = {
     for model in (
         ZooModel("planted-llama", "llama", True, "gated FFN, 4 layers, planted rows it depends on"),
         ZooModel("planted-phi3", "phi3", True, "fused gate_up FFN, 4 layers, planted rows it depends on"),
-        ZooModel("insensitive-llama", "llama", False, "gated FFN, 3 layers, planted rows it can do without"),
+        ZooModel("insensitive-llama", "llama", False, "gated FFN, 3 layers, planted rows it does not depend on"),
         ZooModel(
             "toy-judge",
             "llama",
             None,
-            "a toy for eval.judge.model: its score is a fixed function of which letters occur, no judgement",
+            "a toy for eval.judge.model: its score is a fixed function of the letters that occur, not a judgement",
             role="judge",
         ),
     )
 }
-#: Those with planted massive rows.
+#: Built-in models with planted massive rows.
 SUBJECTS: dict[str, ZooModel] = {name: model for name, model in ZOO.items() if model.role == "subject"}
 
 ZOO_DATA: dict[str, ZooData] = {
@@ -81,7 +81,7 @@ def get_model(name: str) -> ZooModel:
     bare = name.removeprefix(PREFIX)
     if bare not in ZOO:
         known = ", ".join(ZOO)
-        raise ConfigError(f"There is no built-in model {name!r}.{nearest(bare, ZOO)} Built-in models: {known}.")
+        raise ConfigError(f"Unknown built-in model {name!r}.{nearest(bare, ZOO)} Built-in models: {known}.")
     return ZOO[bare]
 
 
@@ -93,7 +93,7 @@ def zoo_path(name: str) -> Path:
 def resolve(name_or_path: str) -> str:
     """Turn ``zoo:NAME`` into the path of the shipped model or data file; return anything else unchanged.
 
-    `ConfigError`: nothing is called NAME.
+    `ConfigError`: NAME is unknown.
     """
     if not name_or_path.startswith(PREFIX):
         return name_or_path
