@@ -162,6 +162,14 @@ def test_every_module_and_file_that_a_command_runs_exists():
             assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), command
 
 
+def test_pre_commit_runs_the_quick_checks_of_ci():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    entries = [hook["entry"] for hook in local["hooks"]]
+    steps = re.findall(r"^(.*) \|\| status=\$\?$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [step.removesuffix(" .") for step in steps if "pytest" not in step] == entries[:-1]
+    assert entries[-1].startswith("python -m pytest") and entries[-1].endswith("tests/test_architecture.py")
+
+
 # --- console blocks ---
 
 
