@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,18 +18,8 @@ from tune.evaluation.adapters import merged_weights
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
 from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
 from tune.storage.atomic import atomic_write_text
+from tune.training.quiet import quiet_while_scoring
 
-_NOISY = (
-    "lm_eval",
-    "datasets",
-    "transformers",
-    "huggingface_hub",
-    "peft",
-    "absl",
-    "rouge_score",
-    "sacrebleu",
-    "evaluate",
-)
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length", "max_seq_len")
 
 
@@ -99,7 +87,7 @@ class Scorer:
 
     def prepare(self) -> None:
         """Load the tasks and data of all jobs now, so that a mistake in any of them shows before the first score."""
-        with quiet():
+        with quiet_while_scoring():
             for job in self.jobs():
                 self._data(job)
 
@@ -138,7 +126,12 @@ class Scorer:
         entry = self.spec.entry(job)
         batch_size = self.spec.inherited(entry, "batch_size") or self.spec.batch_size
         limit = limit or self.spec.inherited(entry, "limit")
-        with quiet(), masks_off(model, drop), self._under(job, model), self._sharing(job, model, prefix) as logits:
+        with (
+            quiet_while_scoring(),
+            masks_off(model, drop),
+            self._under(job, model),
+            self._sharing(job, model, prefix) as logits,
+        ):
             benchmark, data = self._benchmark(job), self._data(job)
             rows, items = benchmark.score(data, model, batch_size, limit, logits)
         if answers_path is not None:
@@ -266,25 +259,3 @@ def masks_off(model: Any, drop: Any | None = None) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back log lines, warnings and progress bars of lm-eval, datasets and transformers for the `with` block."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    bars = not are_progress_bars_disabled()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        disable_progress_bars()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            enable_progress_bars()

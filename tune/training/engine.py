@@ -24,7 +24,7 @@ from tune.training.checkpoint import ADAPTER as ADAPTER_FILE
 from tune.training.checkpoint import MOMENTS, AdapterState, write_tensors
 from tune.training.collectives import all_do
 from tune.training.deepspeed_config import deepspeed_config
-from tune.training.process_group import quiet
+from tune.training.quiet import no_output
 from tune.zoo.catalog import resolve
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Engine:
         }
         numels = [p.numel() for p in adapter.values()]
         config = deepspeed_config(spec, adapter_numel=sum(numels), largest_tensor=max(numels))
-        with quiet():
+        with no_output():
             self.engine, *_ = deepspeed.initialize(
                 model=self.model, model_parameters=list(adapter.values()), config=config
             )
@@ -300,7 +300,7 @@ def _partitioned(spec: TrainSpec) -> Iterator[None]:
 
     # transformers uses this object's config as long as it lives; bucket sizes do not matter for loading.
     alive = HfDeepSpeedConfig(deepspeed_config(spec, adapter_numel=1, largest_tensor=0))
-    with quiet():
+    with no_output():
         yield
     del alive
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import sys
 from collections.abc import Iterator
 
 import torch
+
+from tune.training.quiet import no_output
 
 
 def prepare_process(threads: int = 1) -> None:
@@ -35,7 +36,7 @@ def prepare_process(threads: int = 1) -> None:
     # On a CPU DeepSpeed would compile a shared-memory all-reduce first (over a minute); gradients here go over gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with quiet():
+    with no_output():
         deepspeed.init_distributed(dist_init_required=False)
 
 
@@ -44,13 +45,6 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Drop standard output: DeepSpeed prints at any log level."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 @contextlib.contextmanager

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
@@ -38,6 +36,7 @@ from tune.training.engine import Engine
 from tune.training.finetune import finetune
 from tune.training.observer import Word
 from tune.training.process_group import prepare_process
+from tune.training.quiet import quiet_worker
 from tune.training.reproduce import write_script
 from tune.training.watchdog import Watchdog, stack_file, stacks
 
@@ -140,7 +139,7 @@ def _work(config: dict[str, Any]) -> None:
         # Before DeepSpeed is imported: Ray shows a worker its own GPUs, of which DeepSpeed takes number LOCAL_RANK.
         os.environ["LOCAL_RANK"] = str(get_device().index or 0)
     prepare_process(config["threads"])
-    _silence()
+    quiet_worker()
     dispatcher, lane = config["dispatcher"], config["lane"]
     # Tasks travel between ranks over gloo even where gradients use NCCL: they are Python objects.
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=collective_timeout_s(config["step_timeout_s"])))
@@ -233,9 +232,3 @@ class _Relay:
         word: Word = Word.GO_ON if self.answer is None else answer(self.answer)
         self.answer = ask(self.dispatcher, "progress", self.task.id, metrics, self.lane)
         return word
-
-
-def _silence() -> None:
-    warnings.filterwarnings("ignore")
-    for name in ("DeepSpeed", "transformers", "peft", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -17,8 +17,9 @@ from tune.config.judge_spec import JudgeSpec
 from tune.errors import BenchmarkError
 from tune.evaluation.decode import fit_prompt, greedy
 from tune.evaluation.judge.prompt import Judgement, Question, Reply, assess
-from tune.evaluation.scorer import masks_off, max_positions, quiet
+from tune.evaluation.scorer import masks_off, max_positions
 from tune.training.process_group import device
+from tune.training.quiet import quiet_while_scoring
 from tune.zoo.catalog import resolve
 
 
@@ -46,7 +47,7 @@ class LocalJudge:
         self.spec = spec
         loading: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         source = resolve(spec.model)
-        with quiet():
+        with quiet_while_scoring():
             model = load_model(source, dtype="bfloat16" if spec.bf16 else "float32", **loading)
             self.tokenizer = load_tokenizer(source, model=model, **loading)
         self.model = model.to(device())
@@ -86,7 +87,7 @@ class LocalJudge:
         taken = [i for i, too_long in enumerate(cut) if not too_long or self.spec.long_prompts == "cut"]
         temperature = self.spec.retry_temperature if attempt else self.spec.temperature
         seeds = [_seed(self.spec.seed, asked[i].item, attempt) for i in taken]
-        with quiet(), masks_off(self.model):
+        with quiet_while_scoring(), masks_off(self.model):
             answers = greedy(
                 self.model,
                 self.tokenizer,
