@@ -20,6 +20,7 @@ _HOME = {
     "find_massive_weights": "scan",
     "load_model": "load",
     "load_tokenizer": "load",
+    "open_model": "load",
     "probability": "schedules",
     "prove": "proof",
 }

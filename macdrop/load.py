@@ -66,6 +66,32 @@ def load_model(
     return model.eval()
 
 
+def open_model(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and the tokenizer that belongs to it; `load_model` says how.
+
+    The tokenizer comes first: what is wrong with it shows before any weight is read.
+
+    Raises what `load_model` and `load_tokenizer` raise, and `ConfigError` if the two do not fit each other.
+    """
+    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    model = load_model(
+        source,
+        revision=revision,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    require_fit(tokenizer, model, name=os.fspath(source))
+    return model, tokenizer
+
+
 def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False):
     """The config of a model that `load_model` would accept, without loading weights.
 

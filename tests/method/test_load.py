@@ -11,7 +11,7 @@ from helpers.zoo_of_families import build_family
 from safetensors.torch import load, save_file
 
 from macdrop.errors import ConfigError, UnsupportedModel
-from macdrop.load import load_model, load_tokenizer, require_fit
+from macdrop.load import load_model, load_tokenizer, open_model, require_fit
 
 
 @pytest.fixture
@@ -163,3 +163,27 @@ def test_the_errors_survive_pickling():
         load_model("/no/such/model")
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_a_model_is_opened_with_its_tokenizer(folder):
+    model, tokenizer = open_model(folder, dtype="bfloat16", attn_implementation="eager")
+    alone = load_model(folder, dtype="bfloat16", attn_implementation="eager")
+    assert not model.training and model.config._attn_implementation == "eager"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    assert tokenizer.get_vocab() == load_tokenizer(folder).get_vocab()
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused_before_weights_are_read(folder):
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with refused("has no tokenizer that can be loaded"):
+        open_model(folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused_when_a_model_is_opened(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(len(tokenizer), 80)])
+    tokenizer.save_pretrained(folder)
+    with refused("does not fit the model"):
+        open_model(folder)

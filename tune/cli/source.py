@@ -51,16 +51,12 @@ class Source:
         """Load the tokenizer and the model, in evaluation mode and on the accelerator if there is one."""
         import torch
 
-        from macdrop import load_model, load_tokenizer
+        from tune.training.loading import open_base
         from tune.training.quiet import quiet_libraries
-        from tune.zoo.catalog import resolve
 
         quiet_libraries()
-        source, trust = resolve(self.model), self.trust_remote_code
-        dtype = "bfloat16" if self.bf16 else "float32"
         with console.status(f"Loading {self.model}"):
-            model = load_model(source, revision=self.revision, dtype=dtype, trust_remote_code=trust)
-            tokenizer = load_tokenizer(source, revision=self.revision, model=model, trust_remote_code=trust)
+            model, tokenizer = open_base(self.spec())
         model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return model, tokenizer
 

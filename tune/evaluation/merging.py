@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from macdrop import load_model, load_tokenizer
+from macdrop.load import load_model
 from macdrop.scan import choose_bos
 from tune.config.run_spec import TrainSpec
+from tune.training.loading import open_base
 from tune.training.massive_weights import proof_blocks
-from tune.zoo.catalog import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -56,16 +56,7 @@ def write_merged(spec: TrainSpec, adapter: Path, folder: Path) -> LogitCheck:
     """Write weights, tokenizer and configuration of the merged model into `folder`, and check them."""
     from peft import PeftModel
 
-    source, dtype = resolve(spec.model_name_or_path), "bfloat16" if spec.bf16 else "float32"
-    trust, attention = spec.trust_remote_code, spec.attn_implementation
-    tokenizer = load_tokenizer(source, revision=spec.model_revision, trust_remote_code=trust)
-    base = load_model(
-        source,
-        revision=spec.model_revision,
-        trust_remote_code=trust,
-        dtype=dtype,
-        attn_implementation=attention,
-    )
+    base, tokenizer = open_base(spec)
     bos, _ = choose_bos(tokenizer, base.config)
     blocks: torch.Tensor = proof_blocks(base, tokenizer, bos, text=None, source=spec.model_name_or_path)
     blocks = blocks[: max(1, CHECKED // blocks.shape[1])]
@@ -76,7 +67,13 @@ def write_merged(spec: TrainSpec, adapter: Path, folder: Path) -> LogitCheck:
     whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del model, base, whole  # two of them may not fit
-    again = load_model(str(folder), dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
+    dtype = "bfloat16" if spec.bf16 else "float32"
+    again = load_model(
+        folder,
+        dtype=dtype,
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+    )
     after = _logits(again.eval(), blocks)
     return LogitCheck(
         difference=float((after - before).abs().max()),

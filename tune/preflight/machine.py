@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from macdrop.errors import MacDropError
-from macdrop.load import load_model, load_tokenizer
+from macdrop.load import open_model
 from tune.storage.cache import cache_dir
 from tune.storage.environment import gpu_names, memory
 from tune.zoo.catalog import ZOO, zoo_path
@@ -230,7 +230,7 @@ def _zoo() -> Check:
     for name in ZOO:
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-                model, tokenizer = load_model(str(zoo_path(name))), load_tokenizer(str(zoo_path(name)))
+                model, tokenizer = open_model(zoo_path(name))
             model(**tokenizer("a", return_tensors="pt").to(model.device))
         except (MacDropError, OSError, ValueError, RuntimeError) as error:
             return Check("built-in models", False, f"{name}: {str(error).splitlines()[0][:200]}", fix)

@@ -18,14 +18,13 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from macdrop.errors import ConfigError, TrainingInvariantError
-from macdrop.load import load_model, load_tokenizer
 from tune.config.run_spec import TrainSpec
 from tune.training.checkpoint import ADAPTER as ADAPTER_FILE
 from tune.training.checkpoint import MOMENTS, AdapterState, write_tensors
 from tune.training.collectives import all_do
 from tune.training.deepspeed_config import deepspeed_config
+from tune.training.loading import open_base
 from tune.training.quiet import no_output
-from tune.zoo.catalog import resolve
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,16 +45,8 @@ class Engine:
         self.key = spec.engine_key()
         self.spec = spec
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        source = resolve(spec.model_name_or_path)
-        loading = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
-        self.tokenizer = load_tokenizer(source, **loading)
         with _partitioned(spec):
-            base = load_model(
-                source,
-                dtype="bfloat16" if spec.bf16 else "float32",
-                attn_implementation=spec.attn_implementation,
-                **loading,
-            )
+            base, self.tokenizer = open_base(spec)
             base.config.use_cache = False
             if spec.gradient_checkpointing:
                 base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from macdrop.errors import DataError, NoMassiveWeights
 from macdrop.fingerprint import checkpoint_fingerprint
-from macdrop.load import load_model, load_tokenizer
 from macdrop.proof import Proof, prove, text_blocks
 from macdrop.scan import find_massive_weights
 from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec, slug
 from tune.storage.atomic import writing
 from tune.storage.cache import cache_dir
+from tune.training.loading import open_base
 from tune.zoo.catalog import PREFIX, resolve
 
 #: A short story of our own: the text of a proof when none is given.
@@ -140,12 +140,4 @@ def scanned(spec: TrainSpec) -> MassiveWeights:
     known = known_weights(spec)
     if known is not None:
         return known
-    source = resolve(spec.model_name_or_path)
-    loading = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
-    model = load_model(
-        source,
-        dtype="bfloat16" if spec.bf16 else "float32",
-        attn_implementation=spec.attn_implementation,
-        **loading,
-    )
-    return massive_weights(spec, model, load_tokenizer(source, **loading))
+    return massive_weights(spec, *open_base(spec))

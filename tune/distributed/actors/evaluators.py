@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ray.actor import ActorHandle
 
-from macdrop import MassiveWeights, load_model, load_tokenizer
+from macdrop import MassiveWeights
 from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec
 from tune.config.run_spec import TrainSpec
 from tune.distributed.actors.actor_pool import ActorPool, Done, PoolActor
@@ -22,10 +22,10 @@ from tune.evaluation.prefix_cache import PrefixCache
 from tune.evaluation.scorer import Row, Scorer
 from tune.scheduling.queue import MAX_ATTEMPTS
 from tune.storage.atomic import atomic_write_json
+from tune.training.loading import open_base
 from tune.training.massive_weights import massive_weights, proof
 from tune.training.process_group import device
 from tune.training.watchdog import STACKS, passes_watched, why_it_died
-from tune.zoo.catalog import resolve
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -108,15 +108,8 @@ class Evaluator(PoolActor):
         torch.set_num_threads(opening.threads)
         self.step_timeout_s = opening.step_timeout_s
         spec = opening.spec
-        source = resolve(spec.model_name_or_path)
-        loading: dict[str, Any] = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
-        tokenizer = load_tokenizer(source, **loading)
-        model = load_model(
-            source,
-            dtype="bfloat16" if spec.bf16 else "float32",
-            attn_implementation=spec.attn_implementation,
-            **loading,
-        ).to(device())
+        model, tokenizer = open_base(spec)
+        model = model.to(device())
         weights = None
         if opening.scan:
             weights = massive_weights(spec, model, tokenizer)

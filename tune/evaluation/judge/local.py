@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LogitsProcessor
 
-from macdrop import load_model, load_tokenizer
 from macdrop.errors import ConfigError
 from macdrop.fingerprint import checkpoint_fingerprint, checkpoint_folder
+from macdrop.load import open_model
 from tune.config.judge_spec import JudgeSpec
 from tune.errors import BenchmarkError
 from tune.evaluation.decode import fit_prompt, greedy
@@ -45,11 +44,13 @@ class LocalJudge:
 
     def __init__(self, spec: JudgeSpec) -> None:
         self.spec = spec
-        loading: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-        source = resolve(spec.model)
         with quiet_while_scoring():
-            model = load_model(source, dtype="bfloat16" if spec.bf16 else "float32", **loading)
-            self.tokenizer = load_tokenizer(source, model=model, **loading)
+            model, self.tokenizer = open_model(
+                resolve(spec.model),
+                revision=spec.revision,
+                dtype="bfloat16" if spec.bf16 else "float32",
+                trust_remote_code=spec.trust_remote_code,
+            )
         self.model = model.to(device())
         self.revision = revision(spec)
         positions = max_positions(model.config, self.tokenizer)
