@@ -12,7 +12,22 @@ import typer
 from cluster.cli import app as cluster
 from cluster.errors import LaunchError
 from macdrop.errors import MacDropError
-from tune.cli.verbs import attack, compare, doctor, export, judge, plan, report, scan, suites, sweep, train, zoo
+from tune.cli.verbs import (
+    attack,
+    compare,
+    docs,
+    doctor,
+    export,
+    judge,
+    plan,
+    report,
+    scan,
+    schema,
+    suites,
+    sweep,
+    train,
+    zoo,
+)
 from tune.cli.verbs import eval as evaluate
 
 #: Exit code after Ctrl-C; the errors hold the others.
@@ -27,7 +42,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (scan, attack, train, evaluate, suites, judge, plan, export, sweep, report, compare, doctor):
+SCORING = (scan, attack, train, evaluate, suites, judge)
+SWEEPING = (plan, sweep, report, compare, export)
+HELPING = (doctor, schema, docs)
+for verb in (*SCORING, *SWEEPING, *HELPING):
     app.add_typer(verb.app)
 app.add_typer(zoo.app, name="zoo")
 app.add_typer(cluster, name="cluster")
