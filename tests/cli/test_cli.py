@@ -16,7 +16,7 @@ from tune.cli.options import split_config
 
 VERBS = (
     *("scan", "attack", "train", "eval", "suites", "judge"),
-    *("plan", "sweep", "report", "compare", "export"),
+    *("plan", "sweep", "report", "compare", "export", "reproduce"),
     *("doctor", "schema", "docs"),
     "zoo list",
     *(f"cluster {verb}" for verb in ("render", "check", "up", "submit", "status", "logs", "fetch", "down")),

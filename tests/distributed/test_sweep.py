@@ -413,11 +413,11 @@ def test_train_on_two_workers_equals_the_lane(tmp_path, alone):
     assert (tmp_path / "run" / "trials" / trial["trial"] / file).read_bytes() == (
         tmp_path / "train" / file
     ).read_bytes()
-    # The trial's own script says the same, without Ray, on two workers, after its run folder was moved.
+    # `macdrop reproduce` makes the same, without Ray, on two workers, after the run folder was moved.
     moved = Path(shutil.copytree(tmp_path / "run", tmp_path / "elsewhere"))
-    script = moved / "trials" / trial["trial"] / "reproduce.py"
-    told = alone("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
-    assert "equal        the recorded adapter" in told
+    again = ["-m", "tune.cli", "reproduce", str(moved / "trials" / trial["trial"])]
+    printed = alone("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *again)
+    assert printed.count("equal         the recorded adapter") == 1
     with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
         bad = make(tmp_path / "bad", **settings, learning_rate=DIVERGES)
         train_on_workers(bad.ray, bad.studies()[0], tmp_path / "bad", observe=lambda metrics: "go_on")

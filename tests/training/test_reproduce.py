@@ -1,6 +1,6 @@
-"""reproduce.py of a trial's folder: the same bytes from one process, also after a move; everything else is said.
+"""`macdrop reproduce`: the same bytes from one process, also after a move; all that differs is reported.
 
-Two workers, against a lane: `test_sweep.py`.
+Two workers, against a lane: `tests/distributed/test_sweep.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from helpers.small import SMALL
 from safetensors.torch import load_file, save_file
 
 from tune.config.run_spec import TrainSpec
-from tune.training.reproduce import reproduce
+from tune.training.observer import Word
+from tune.training.trial_setup import reproduce_command
+from tune.zoo.catalog import resolve
 
 pytestmark = pytest.mark.zero
 
 SETTINGS = {**SMALL, "max_steps": 4, "logging_steps": 2, "zero_stage": 0, "dataset": "train.jsonl"}
+#: The command where any import of Ray raises.
+WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from tune.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A trial that was stopped early (told so at step 2 of 4), on data named relative to the folder of the time."""
+    """A trial that was stopped early (by a word at step 2 of 4), on data named relative to the working directory."""
     from tune.training.single import train_here
-    from tune.zoo.catalog import resolve
 
     root = tmp_path_factory.mktemp("trained")
     shutil.copy(resolve("zoo:train"), root / "train.jsonl")
@@ -34,8 +37,8 @@ def trained(tmp_path_factory) -> Path:
         patch.chdir(root)
         spec = TrainSpec(**SETTINGS)
 
-        def stop_at_2(metrics: dict) -> str:
-            return "go_on" if metrics["step"] < 2 else "stop"
+        def stop_at_2(metrics: dict) -> Word:
+            return Word.GO_ON if metrics["step"] < 2 else Word.STOP
 
         outcome = train_here(spec, root / "trial", observe=stop_at_2, threads=1)
         assert (outcome.status, outcome.step, outcome.total_steps) == ("stopped", 3, 4)
@@ -45,53 +48,72 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def trial(trained, tmp_path) -> Path:
-    """Its copy, which may be changed."""
+    """A copy of it, which may be changed."""
     return Path(shutil.copytree(trained, tmp_path / "moved" / "trial"))
 
 
-def test_the_script_makes_the_same_bytes_from_anywhere(trial, tmp_path, alone):
-    told = alone(str(trial / "reproduce.py"), cwd=tmp_path)
-    assert "equal        the recorded adapter has the same bytes" in told
-    assert "trained      3 of 4 steps" in told and "differs" not in told
+def test_the_verb_makes_the_same_bytes_from_anywhere_without_ray(trial, tmp_path, alone):
+    assert not (trial / "reproduce.py").exists()
+    printed = alone("-c", WITHOUT_RAY, "reproduce", str(trial), cwd=tmp_path)
+    assert "equal         the recorded adapter has the same bytes" in printed
+    assert "trained       3 of 4 steps" in printed and "differs" not in printed
     made, recorded = (folder / "adapter/adapter_model.safetensors" for folder in (trial / "reproduced", trial))
     assert made.read_bytes() == recorded.read_bytes()
 
 
-def test_another_adapter_is_told_apart_by_how_much(trial, capsys):
+def test_a_different_adapter_is_reported_with_its_distance(trial, shell):
     file = trial / "adapter/adapter_model.safetensors"
     tensors = load_file(file)
     next(iter(tensors.values())).view(-1)[0] += 0.5
     save_file(tensors, file, {"format": "pt"})
-    frozen = json.loads((trial / "reproduce.json").read_text())
-    frozen["versions"]["torch"] = "1.0"
-    (trial / "reproduce.json").write_text(json.dumps(frozen))
-    assert reproduce(trial) == 1
-    told = capsys.readouterr().out
-    assert "different    the recorded adapter has sha256" in told and "difference of an entry is 0.5" in told
-    assert "differs      torch: 1.0 then" in told
+    setup = json.loads((trial / "reproduce.json").read_text())
+    setup["versions"]["torch"] = "1.0"
+    setup["command"] = "python reproduce.py"  # as older runs have it
+    (trial / "reproduce.json").write_text(json.dumps(setup))
+    ended = shell("reproduce", str(trial))
+    assert ended.code == 1
+    assert "different     the recorded adapter has sha256" in ended.out and "difference of an entry is 0.5" in ended.out
+    assert "differs       torch: 1.0 then" in ended.out
 
 
-@pytest.mark.parametrize("how", ["workers", "data", "files"])
-def test_what_cannot_give_the_same_is_refused(trial, capsys, monkeypatch, how):
+REFUSED = {
+    "workers": "trained on 1 worker(s), and this is a run on 2: other batches. Run: macdrop reproduce ",
+    "data": "The data are not those of the trial: it had 180 examples",
+    "files": "lacks reproduce.json",
+    "damaged": "reproduce.json is damaged",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_trial_that_cannot_be_reproduced_is_refused(trial, shell, monkeypatch, case):
     overrides = []
-    if how == "workers":
+    if case == "workers":
         monkeypatch.setenv("WORLD_SIZE", "2")
-    elif how == "data":
-        lines = Path("train.jsonl").read_text().splitlines(keepends=True)
+    elif case == "data":
+        lines = Path(resolve("zoo:train")).read_text().splitlines(keepends=True)
         (trial / "other.jsonl").write_text("".join(lines[:-1]))
         overrides = [f"dataset={trial / 'other.jsonl'}"]
-    else:
+    elif case == "files":
         (trial / "reproduce.json").unlink()
-    assert reproduce(trial, overrides) == 2
-    told = {
-        "workers": "trained on 1 worker(s), and this is a run on 2: other batches. Run: python reproduce.py",
-        "data": "The data are not those of the trial: it had 180 examples",
-        "files": "lacks reproduce.json",
-    }
-    assert told[how] in capsys.readouterr().err
+    else:
+        (trial / "reproduce.json").write_text("{")
+    ended = shell("reproduce", str(trial), *overrides)
+    assert ended.code == 2 and REFUSED[case] in ended.err
     assert not (trial / "reproduced").exists()
 
 
-def test_a_scan_that_did_not_come_along_is_made_anew(trial):
+def test_of_several_workers_the_first_alone_prints(trial, shell, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    ended = shell("reproduce", str(trial))
+    assert (ended.code, ended.out, ended.err) == (2, "", "")
+
+
+def test_a_missing_scan_is_made_again(trial, shell):
     (trial / "massive_weights.json").unlink()
-    assert reproduce(trial) == 0
+    assert shell("reproduce", str(trial)).code == 0
+
+
+def test_the_command_names_the_workers():
+    assert reproduce_command(Path("runs/a b"), 1) == "macdrop reproduce 'runs/a b'"
+    assert reproduce_command(Path("t"), 2) == "torchrun --nproc_per_node 2 -m tune.cli reproduce t"

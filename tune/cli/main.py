@@ -21,6 +21,7 @@ from tune.cli.verbs import (
     judge,
     plan,
     report,
+    reproduce,
     scan,
     schema,
     suites,
@@ -43,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 SCORING = (scan, attack, train, evaluate, suites, judge)
-SWEEPING = (plan, sweep, report, compare, export)
+SWEEPING = (plan, sweep, report, compare, export, reproduce)
 HELPING = (doctor, schema, docs)
 for verb in (*SCORING, *SWEEPING, *HELPING):
     app.add_typer(verb.app)

@@ -20,7 +20,7 @@ from tune.training.finetune import Outcome, finetune
 from tune.training.massive_weights import scanned
 from tune.training.observer import Observer, Word
 from tune.training.process_group import prepare_process
-from tune.training.reproduce import write_script
+from tune.training.trial_setup import record_setup
 
 
 def train_here(
@@ -44,7 +44,7 @@ def train_here(
         scan = folder / "massive_weights.json"
         if weights:
             weights.save(scan)
-        write_script(folder, prepared, weights, scan, dist.get_world_size())
+        record_setup(folder, prepared, weights, scan, dist.get_world_size())
 
     rank0_does(prepare)
     outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch, beat=beat)

@@ -37,7 +37,7 @@ from tune.training.finetune import finetune
 from tune.training.observer import Word
 from tune.training.process_group import prepare_process
 from tune.training.quiet import quiet_worker
-from tune.training.reproduce import write_script
+from tune.training.trial_setup import record_setup
 from tune.training.watchdog import Watchdog, stack_file, stacks
 
 #: How often an idle lane asks for a task, and for how long before it gives the other ranks a sign of life.
@@ -194,7 +194,7 @@ def _train(
         # The run folder must exist: if its storage is away, it is waited for, not created.
         rank0_does(lambda: ensure_folder(folder, folder.parents[1]))
         scan, world = Path(task.weights or ""), dist.get_world_size()
-        rank0_does(lambda: write_script(folder, prepared, weights, scan, world))
+        rank0_does(lambda: record_setup(folder, prepared, weights, scan, world))
         outcome = finetune(
             engine,
             spec,

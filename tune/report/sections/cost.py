@@ -15,7 +15,7 @@ from tune.report.tables import Part, Table
 from tune.report.text import count, hours, number
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import Stage, TaskState
-from tune.training.reproduce import FROZEN, SCRIPT
+from tune.training.trial_setup import SETUP, reproduce_command
 
 
 def cost(subject: Subject) -> Part:
@@ -62,7 +62,7 @@ def spent(run_folder: RunFolder, model: ModelResults) -> tuple[float, float]:
 
 
 def reproduce(subject: Subject) -> Part:
-    """Command, versions, seeds and the scripts of the compared trials."""
+    """Return command, versions, seeds, and how to train one of the compared trials again."""
     run_folder, model = subject.run_folder, subject.model
     run, config, environment = run_folder.run(), run_folder.config(), run_folder.environment()
     final = [line for line in model.lines if line.arm != BASE and line.stage != Stage.SEARCH]
@@ -75,11 +75,11 @@ def reproduce(subject: Subject) -> Part:
     ]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
     lines += [f"Versions: {versions}."] if versions else []
-    folders = [folder for line in final if ((folder := run_folder.trial(line.trial).folder) / SCRIPT).is_file()]
+    folders = [folder for line in final if ((folder := run_folder.trial(line.trial).folder) / SETUP).is_file()]
     if folders:
-        command = (run_folder.finding(folders[0] / FROZEN) or {}).get("command") or f"python {SCRIPT}"
-        told = f"{len(folders)} of {len(final)} trials have such a script"
-        lines.append(f"One trial without Ray: cd {folders[0]} && {command} ({told}).")
+        workers = (run_folder.finding(folders[0] / SETUP) or {}).get("workers") or 1
+        share = f"{len(folders)} of {len(final)} trials have what it needs"
+        lines.append(f"One trial without Ray: {reproduce_command(folders[0], workers)} ({share}).")
     return Part("Reproduce", lines)
 
 

@@ -1,0 +1,86 @@
+"""The record in a trial's folder of all that its bits depend on beside config.yaml: reproduce.json.
+
+It is written when a trial starts: workers, threads, what data and base were, versions. Paths inside the run folder are
+kept relative to the trial's, so that the run can be moved. Loads no torch by itself: reports read the record, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from macdrop.errors import ConfigError
+from tune.storage.atomic import atomic_write_json
+from tune.storage.environment import version
+
+if TYPE_CHECKING:
+    from macdrop import MassiveWeights
+    from tune.data.dataset import Prepared
+
+SETUP = "reproduce.json"
+#: Packages whose versions may change the bits of an adapter.
+PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "numpy")
+
+
+def record_setup(folder: Path, data: Prepared, weights: MassiveWeights | None, scan: Path, workers: int) -> None:
+    """Write the record into a trial's folder.
+
+    weights: the massive weights that the trial uses, if any, and `scan` the file that holds them.
+    """
+    import torch
+
+    setup = {
+        "workers": workers,
+        "threads": torch.get_num_threads(),
+        "directory": os.getcwd(),
+        "data": {key: data.info[key] for key in ("key", "examples", "tokens", "label_tokens")},
+        "weights": os.path.relpath(scan, folder) if weights else None,
+        "fingerprint": weights.fingerprint if weights else None,
+        **surroundings(),
+    }
+    atomic_write_json(folder / SETUP, setup)
+
+
+def read_setup(folder: Path) -> dict[str, Any]:
+    """Read the record of a trial.
+
+    Raises:
+        ConfigError: the folder is not that of a trial.
+    """
+    missing = [name for name in (SETUP, "config.yaml") if not (folder / name).is_file()]
+    if missing:
+        hint = " Give one of the folders under its trials/." if (folder / "run.json").is_file() else ""
+        raise ConfigError(f"{folder} is not the folder of a trial: it lacks {' and '.join(missing)}.{hint}")
+    try:
+        setup: dict[str, Any] = json.loads((folder / SETUP).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{folder / SETUP} is damaged: {error}") from error
+    return setup
+
+
+def reproduce_command(folder: Path, workers: int) -> str:
+    """Return the command that trains a trial again."""
+    start = ["macdrop"] if workers == 1 else ["torchrun", "--nproc_per_node", str(workers), "-m", "tune.cli"]
+    return shlex.join([*start, "reproduce", str(folder)])
+
+
+def surroundings() -> dict[str, Any]:
+    """Return versions and device of this process: where any differs, bits may."""
+    import torch
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu {platform.machine()}"
+    return {"device": device, "versions": {name: version(name) for name in PACKAGES}}
+
+
+def differences(setup: dict[str, Any]) -> list[str]:
+    """Return a line for each version, or device, that is not the recorded one."""
+    here = surroundings()
+    found = [f"device: {setup['device']} then, {here['device']} now"] if setup["device"] != here["device"] else []
+    for name, now in here["versions"].items():
+        then = setup["versions"].get(name)
+        found += [f"{name}: {then} then, {now} now"] if then != now else []
+    return found
