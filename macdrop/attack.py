@@ -1,4 +1,4 @@
-"""Attacks on the massive weights (arXiv 2410.01866, section 3): which rows of W_gate and W_up each kind sets to zero.
+"""Attacks on the massive weights (arXiv 2410.01866, section 3): the rows of W_gate and W_up that are set to zero.
 
 `macdrop.masking.attacked` carries an attack out on a model. A kind is one function, registered by `attack`; parser,
 configuration, scoring and reports take it from the registry. torch is not loaded until rows are drawn.

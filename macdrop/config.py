@@ -16,7 +16,7 @@ SPARED = 10
 
 @dataclass(frozen=True)
 class Scope:
-    """What is dropped: entries of the rows that `rows` selects, or (None) of the intermediate state.
+    """A set of entries to drop: those of the rows that `rows` selects, or (None) of the intermediate state.
 
     uses_k: whether k says how many rows. spared: rows that the layer must have beside these k.
     """
@@ -45,7 +45,7 @@ def _integer(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MacDropConfig:
-    """What is dropped, how often, and how that decays (paper, section 5).
+    """The settings of dropping: which entries, how often, and how that decays (paper, section 5).
 
     scope: `massive` is the paper's method. Its placebos drop with the same p in the same layer: `random` k rows that
         are none of the top max(k, 10), drawn by the seed; `all` every row; `activations` entries of the intermediate
@@ -83,7 +83,7 @@ class MacDropConfig:
 
     @property
     def enabled(self) -> bool:
-        """Whether any entry can ever be dropped."""
+        """True if any entry can ever be dropped."""
         return self.p0 > 0 and (self.k > 0 or not SCOPES[self.scope].uses_k)
 
     @property

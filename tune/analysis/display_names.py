@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tune.config.sections import BASE
+from tune.config.sections import BASE, Arm
 
-NAMES = {
-    "macdrop": "MacDrop",
-    "random_rows": "random rows",
-    "all_rows": "all rows",
-    "activations": "activations",
-}
-"""Arms by the names that tables use."""
+
+def arm_name(arm: str) -> str:
+    """Return an arm's name for people: "MacDrop", "random rows"."""
+    return "MacDrop" if arm == Arm.MACDROP else arm.replace("_", " ")
 
 
 def setting_label(arm: str, settings: Mapping[str, Any]) -> str:
@@ -24,7 +21,7 @@ def setting_label(arm: str, settings: Mapping[str, Any]) -> str:
     if arm == "plain":
         return f"plain {adapter}"
     k, p0, alpha = (settings.get(f"macdrop.{key}") for key in ("k", "p0", "alpha"))
-    told = [NAMES.get(arm, arm), "" if adapter == "LoRA" else adapter, f"k {k}" if k else ""]
+    told = [arm_name(arm), "" if adapter == "LoRA" else adapter, f"k {k}" if k else ""]
     told += ["" if p0 is None else f"p0 {p0:.2g}", settings.get("macdrop.schedule") or ""]
     told += ["" if alpha is None else f"{alpha:g}"]
     return " ".join(filter(None, told))

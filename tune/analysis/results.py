@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tune.analysis.display_names import NAMES, setting_label
+from tune.analysis.display_names import arm_name, setting_label
 from tune.config.parse import flatten
 from tune.config.recorded import asked_for, block_of, models_of
 from tune.config.run_spec import CELL_KEYS, slug
@@ -246,7 +246,7 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
             several = sum(other.arm == "plain" and other.stage == line.stage for other in lines) > 1
             line.label = f"plain{number}" if several else "plain"
         elif line.arm != BASE:
-            line.label = f"{'M' if line.arm == 'macdrop' else NAMES.get(line.arm, line.arm)}{number}"
+            line.label = f"{'M' if line.arm == 'macdrop' else arm_name(line.arm)}{number}"
     ranked = [line for line in lines if line.arm == "macdrop" and not key(line)[2]]
     return ranked[0] if ranked else None
 

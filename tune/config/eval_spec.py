@@ -169,7 +169,8 @@ def add_section(section: str, entry: type[BenchmarkEntry]) -> None:
     does it.
     """
     entries: Any = dict.__class_getitem__((Text, entry))
-    named = FieldInfo.from_annotated_attribute(Annotated[entries, BeforeValidator(_named)], {})
+    annotation: Any = Annotated[entries, BeforeValidator(_named)]
+    named = FieldInfo.from_annotated_attribute(annotation, {})
     named.description = (entry.__doc__ or "").strip().partition("\n")[0] or None
     ENTRIES[section] = entry
     SECTIONS.append(section)

@@ -69,7 +69,7 @@ def _rows(block: EvalSpec) -> list[tuple[str, set[Rows]]]:
     found: list[tuple[str, set[Rows]]] = []
     for section in SECTIONS:
         for name, entry in block.entries(section).items():
-            sources = entry.data or [getattr(entry, "task", None) or name]
+            sources = getattr(entry, "data", None) or [getattr(entry, "task", None) or name]
             about = (getattr(entry, "name", None), getattr(entry, "split", None))
             found.append((f"{section}.{name}", {(source, *about) for source in sources}))
     return found

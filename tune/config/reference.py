@@ -75,7 +75,7 @@ def _rows(kind: type[BaseModel], prefix: str, schema: dict[str, Any]) -> Iterato
     for name, field in kind.model_fields.items():
         inner = _inner(field)
         below = prefix + name == "validation"
-        if inner and not below and (inner is field.annotation or inner is Metric):
+        if inner is not None and not below and inner in (field.annotation, Metric):
             yield from _rows(inner, f"{prefix}{name}.", schema)
             continue
         properties = schema["properties"] if kind is RunSpec else schema["$defs"][kind.__name__]["properties"]

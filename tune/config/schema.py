@@ -19,6 +19,7 @@ Schema = dict[str, Any]
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _TEXT: Schema = {"type": "string", "minLength": 1}
 _NULL: Schema = {"type": "null"}
+_SPACE: Schema = {"anyOf": [{"type": "array", "minItems": 1}, {"$ref": "#/$defs/Space"}]}
 
 
 def _entry_models() -> dict[str, str]:
@@ -67,41 +68,51 @@ def _name_choices(defs: dict[str, Schema]) -> None:
 
 def _accept_shorthands(run: Schema, defs: dict[str, Schema]) -> None:
     """Add the forms that validators of the models rewrite before pydantic sees them."""
-    _replace(
-        run["properties"]["report_to"], [{"enum": ["tensorboard", "wandb", "mlflow", "none"]}, _plain(run, "report_to")]
-    )
-    evaluation = defs["EvalSpec"]["properties"]
+    trackers = run["properties"]["report_to"]
+    names = trackers["items"]["enum"]
+    _replace(trackers, [{"enum": [*names, "none"]}, {"type": "array", "items": {"enum": names}}])
+    _accept_suites(defs["EvalSpec"]["properties"])
+    _accept_single_values(defs)
+    sweep = defs["SweepSpec"]["properties"]
+    one = [_TEXT, {"$ref": "#/$defs/TrainKeys"}]
+    _replace(sweep["models"], [*one, {"type": "array", "items": {"anyOf": one}}])
+    _replace(sweep["metric"], _one_or_several({"$ref": "#/$defs/Metric"}))
+    sweep["parameters"] = _parameters(sweep["parameters"])
+
+
+def _accept_suites(evaluation: dict[str, Schema]) -> None:
+    """Let sections be names, lists of names or mappings, and leave entries of suites out by `off`."""
     _replace(evaluation["suite"], [*_one_or_several(_TEXT), _NULL])
     _replace(evaluation["local"], [_TEXT, _NULL])
     _replace(evaluation["judge"], [{"$ref": "#/$defs/JudgeSpec"}, _TEXT, _NULL])
     for section, model in _entry_models().items():
-        # false is `off`: it leaves out an entry of a suite. A text is the entry's data.
+        # false is `off`. A text is the entry's data.
         entry = {"anyOf": [{"$ref": f"#/$defs/{model}"}, _TEXT, _NULL, {"const": False}]}
         named = {"type": "object", "additionalProperties": entry}
         _replace(evaluation[section], [named, {"type": "array", "items": {"anyOf": [_TEXT, named]}}, _TEXT, _NULL])
-    for model, keys in {
-        "ZeroShot": ("data", "fewshot_data"),
-        "Perplexity": ("data",),
-        "Generation": ("data", "stop"),
-    }.items():
+
+
+def _accept_single_values(defs: dict[str, Schema]) -> None:
+    """Let one file or text stand for a list of them, and entries leave out the data that a suite has."""
+    listed = {"ZeroShot": ("data", "fewshot_data"), "Perplexity": ("data",), "Generation": ("data", "stop")}
+    for model, keys in listed.items():
+        required = defs[model].pop("required", ())
         for key in keys:
-            optional = [_NULL] if key != "stop" and key not in defs[model].get("required", ()) else []
-            _replace(defs[model]["properties"][key], [*_one_or_several(_TEXT, empty=key == "stop"), *optional])
-        defs[model].pop("required", None)  # a suite may have given the data
+            field = defs[model]["properties"][key]
+            optional = [_NULL] if key not in required and field.get("default", "") is None else []
+            _replace(field, [*_one_or_several(_TEXT, empty=key == "stop"), *optional])
     limit = defs["Generation"]["properties"]["limit"]
     _replace(limit, [*limit["anyOf"], {"type": "string", "pattern": "^\\s*[0-9]+ per category\\s*$"}])
-    sweep = defs["SweepSpec"]["properties"]
-    model = [_TEXT, {"$ref": "#/$defs/TrainKeys"}]
-    _replace(sweep["models"], [*model, {"type": "array", "items": {"anyOf": model}}])
-    _replace(sweep["metric"], _one_or_several({"$ref": "#/$defs/Metric"}))
-    space = {"anyOf": [{"type": "array", "minItems": 1}, {"$ref": "#/$defs/Space"}]}
+
+
+def _parameters(field: Schema) -> Schema:
+    """Return the schema of `sweep.parameters`: dotted keys, aliases, and a block for those of `macdrop`."""
     names = searchable()
     inner = [name.removeprefix("macdrop.") for name in names if name.startswith("macdrop.")]
-    sweep["parameters"].pop("additionalProperties")
-    sweep["parameters"] |= {
-        "properties": {name: space for name in names}
-        | {"macdrop": {"type": "object", "properties": {name: space for name in inner}, "additionalProperties": False}},
-        "patternProperties": {_exactly(alias): space for alias, name in ALIASES.items() if name in names},
+    block = {"type": "object", "properties": dict.fromkeys(inner, _SPACE), "additionalProperties": False}
+    return {key: field[key] for key in ("type", "description", "default") if key in field} | {
+        "properties": dict.fromkeys(names, _SPACE) | {"macdrop": block},
+        "patternProperties": {_exactly(alias): _SPACE for alias, name in ALIASES.items() if name in names},
         "additionalProperties": False,
     }
 
@@ -132,8 +143,7 @@ def _dotted(defs: dict[str, Schema]) -> dict[str, Schema]:
     found: dict[str, Schema] = {}
     for block, model in (("macdrop", "MacDropSpec"), ("sweep", "SweepSpec"), ("ray", "RaySpec")):
         found |= {_exactly(f"{block}.{key}"): _at(model, key) for key in defs[model]["properties"]}
-    searched = {"anyOf": [{"type": "array", "minItems": 1}, {"$ref": "#/$defs/Space"}]}
-    found[f"^sweep\\.parameters\\.({_any_of(searchable())})$"] = searched
+    found[f"^sweep\\.parameters\\.({_any_of(searchable())})$"] = _SPACE
     found |= {_exactly(f"sweep.metric.{key}"): _at("Metric", key) for key in defs["Metric"]["properties"]}
     block = "^(eval|validation)\\."
     found |= {f"{block}{key}$": _at("EvalSpec", key) for key in defs["EvalSpec"]["properties"]}
@@ -160,11 +170,6 @@ def _any_of(names: Iterable[str]) -> str:
 
 def _one_or_several(item: Schema, *, empty: bool = False) -> list[Schema]:
     return [item, {"type": "array", "items": item} | ({} if empty else {"minItems": 1})]
-
-
-def _plain(part: Schema, name: str) -> Schema:
-    """Return a field's schema without its description and default."""
-    return {key: value for key, value in part["properties"][name].items() if key not in ("description", "default")}
 
 
 def _replace(field: Schema, options: list[Schema]) -> None:

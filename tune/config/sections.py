@@ -27,7 +27,7 @@ class Strict(BaseModel):
 
 
 class Arm(StrEnum):
-    """What is compared in a sweep; further placebo arms are registered by `register_placebo`."""
+    """Arms that a sweep compares; further placebo arms are registered by `register_placebo`."""
 
     #: The untrained model; also the trial name of its scores.
     BASE = "base"

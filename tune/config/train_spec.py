@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -222,7 +222,7 @@ def slug(model_name_or_path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/:]", model_name_or_path.rstrip("/"))[-1])
 
 
-def points(axes: dict[str, Iterable[Any]]) -> list[dict[str, Any]]:
+def points(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
     """List every combination of the values of the axes."""
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tune.analysis.display_names import NAMES
+from tune.analysis.display_names import arm_name
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Comparison, Verdict
 from tune.config.eval_spec import PLAIN
@@ -218,7 +218,7 @@ def _task(column: Column, *, under: bool = False) -> str:
 def _short_names(members: list[Verdict]) -> list[str]:
     arms = [one.arm for one in members]
     return [
-        NAMES.get(arm, arm) + (f" {arms[: place + 1].count(arm)}" if arms.count(arm) > 1 else "")
+        arm_name(arm) + (f" {arms[: place + 1].count(arm)}" if arms.count(arm) > 1 else "")
         for place, arm in enumerate(arms)
     ]
 

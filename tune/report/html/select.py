@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from macdrop.attack import Attack
-from tune.analysis.display_names import NAMES, adapter_name
+from tune.analysis.display_names import adapter_name, arm_name
 from tune.analysis.results import Group, Line, ModelResults
 from tune.config.eval_spec import PLAIN
 from tune.config.run_spec import CELL_KEYS
@@ -85,7 +85,7 @@ def short_names(groups: Iterable[Group]) -> list[tuple[str, Group]]:
     for group in groups:
         seen[group.arm] += 1
         number = f" {seen[group.arm]}" if count[group.arm] > 1 else ""
-        words = group.label if group.arm in (BASE, "plain") else NAMES.get(group.arm, group.arm)
+        words = group.label if group.arm in (BASE, "plain") else arm_name(group.arm)
         named.append((f"{words}{number}", group))
     return named
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from tune.analysis.display_names import NAMES
+from tune.analysis.display_names import arm_name
 from tune.analysis.results import Line, ModelResults
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
@@ -31,7 +31,7 @@ def cost(subject: Subject) -> Part:
         known = [line.info["seconds"] for line in lines if line.info.get("seconds") is not None]
         speeds = list(filter(None, (_speed(subject, line) for line in lines if line.arm != BASE)))
         scored = sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in lines)
-        row = [NAMES.get(arm, arm), stage, str(len(known) or ""), hours(sum(known)) if known else ""]
+        row = [arm_name(arm), stage, str(len(known) or ""), hours(sum(known)) if known else ""]
         row += [hours(scored) if scored else "", number(statistics.median(speeds)) if speeds else ""]
         rows.append(row)
     head = ["", "stage", "trials", "training", "scoring", "tokens per\nsecond"]

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tune.analysis.comparison import unit_of
-from tune.analysis.display_names import NAMES
+from tune.analysis.display_names import arm_name
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Comparison, Verdict
+from tune.config.sections import ARMS
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import head, number, one_line, probability, setting, short
@@ -82,11 +83,11 @@ def placebos(subject: Subject) -> Part:
     """The placebo arms against plain: does dropping anything else do as well?"""
     title = "Placebos against plain"
     part = _against(subject, title, lambda arm: arm != "macdrop")
-    trained = dict.fromkeys(line.arm for line in subject.model.trials(*NAMES) if line.arm != "macdrop")
+    trained = dict.fromkeys(line.arm for line in subject.model.trials(*ARMS) if line.arm != "macdrop")
     if part or not subject.model.trials("macdrop"):
         return part
     if trained:
-        return Part(title, [f"Trained, not compared yet: {', '.join(NAMES[arm] for arm in trained)}."])
+        return Part(title, [f"Trained, not compared yet: {', '.join(arm_name(arm) for arm in trained)}."])
     return Part(title, ["Not run (sweep.arms has no placebo): whether other dropout would do as well is not known."])
 
 
@@ -101,7 +102,7 @@ def _table(found: Verdict) -> Table:
     places = {row.column.attack_on for row in found.rows if row.column.attack_on}
     where = f", attacks on {places.pop()} rows" if len(places) == 1 else ""
     title = f"{first.label} against {first.against}, seed(s) {', '.join(map(str, found.seeds))}{where}"
-    head = ["", "plain", NAMES.get(found.arm, found.arm), "difference [95 %]", "p (Holm)", "detects", "says"]
+    head = ["", "plain", arm_name(found.arm), "difference [95 %]", "p (Holm)", "detects", "says"]
     return Table(title, head, [_row(row, placed=not where) for row in found.rows])
 
 
