@@ -1,33 +1,35 @@
-"""Every error that the launcher raises on purpose, with the exit code it ends in.
+"""Every error that the launcher raises on purpose, each with its exit code.
 
-The kinds stand apart from macdrop's own, because `cluster` imports neither of the other packages. Each carries one
-message: what, the value, what is allowed, the remedy; never the value of a secret.
+They are separate from macdrop's own, because `cluster` imports neither of the other packages. A message says what is
+wrong, the value, what is allowed, and the remedy; never the value of a secret.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class LaunchError(Exception):
     """Base of all errors below."""
 
-    exit_code = 1
+    #: What the command line ends with.
+    exit_code: ClassVar[int] = 1
 
 
 class LaunchFailed(LaunchError):
-    """A command on a host, cluster or queue ended badly, or what should come never came."""
+    """A command on a host, cluster or queue failed, or something expected never came up."""
 
 
 class BadLaunchFile(LaunchError, ValueError):
-    """A launch file, or an answer that one is made from, cannot be used; the user mends it."""
+    """A launch file, or a field that one is rendered from, cannot be used; the user has to fix it."""
 
     exit_code = 2
 
 
 class Missing(LaunchError):
-    """A tool, a token or a right that the launch needs is not on this machine; the message says how to get it."""
+    """A tool, token or permission that the launch needs is missing here; the message says how to get it."""
 
     exit_code = 3
 

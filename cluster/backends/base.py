@@ -1,70 +1,53 @@
-"""What the verbs need of a kind of cluster, and what all kinds with a Ray head share: questions and Ray jobs."""
+"""The interface of a backend, and what all backends with a Ray head share: questions to the head, and Ray jobs."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
-from cluster.backends import ssh_hosts
-from cluster.core.launch_file import ClusterFile
-from cluster.core.shell import Done, Shell
+from cluster.backends import advice
+from cluster.backends.advice import Origin
+from cluster.check.finding import Finding
+from cluster.core.launch_file import LaunchFile
+from cluster.core.shell import Result, Shell
 from cluster.errors import LaunchFailed
 from cluster.remote.head import answer
 
 #: Seconds for an answer from the head: a remote login shell, Python and Ray have to start.
-ANSWER = 120
-#: What Ray answers to a job in the first seconds of its head; seconds until it is asked again, and how often.
-NOT_YET, AGAIN, ATTEMPTS = "No available agent to submit job", 5.0, 12
+ANSWER = 120.0
+#: Seconds between attempts to submit a job to a head that is still starting, and how many.
+RETRY, ATTEMPTS = 5.0, 12
 #: Status of a job that has not ended.
 RUNNING = ("PENDING", "RUNNING")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-#: Lines that a remote terminal adds to what a command prints.
+#: Lines that a remote terminal adds to the output of a command.
 NOISE = re.compile(
     r"^(Fetched IP: |Shared connection to \S+ closed|bash: (cannot set terminal|no job control)|Loaded cached provider"
     r"|If you experience issues with the cloud|Tip: use `pip install|Connection to \S+ closed"
     r"|Defaulted container |Killed by signal 2)"
 )
-#: Ray's own stop signal would end a sweep without a word; by SIGINT it saves its state and says how to go on.
+#: Ray stops jobs with SIGTERM, which ends a sweep at once; on SIGINT it saves its state and says how to resume.
 JOB_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "RAY_JOB_STOP_SIGNAL": "SIGINT",
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
 }
-#: What a failed question to the head may have said -> the remedy.
-UNANSWERED: dict[str, str] = {
-    r"Head node of cluster .* not found|could not be found|no cluster|not found: .*raycluster": "the cluster is not up."
-    " Start it: macdrop cluster up {file}",
-    r"macdrop: (command )?not found": "the head has no `macdrop`: install it there (setup_commands, or the image)",
-    r"No such command|No such option": "the head has an older macdrop than this machine: install the same there",
-    r"[Uu]nauthenticated|[Aa]uthentication token|AuthenticationError": "the head's shell lacks the token that its Ray "
-    "wants: ~/.ray/auth_token (file_mounts) and `export RAY_AUTH_MODE=token` in ~/.bashrc (setup_commands)",
-    NOT_YET: "the part of Ray that starts jobs does not run on the head: most likely a process of another Ray holds "
-    "its port there, 52365 (dashboard_agent.log in /tmp/ray/session_latest/logs). End that one, then: macdrop cluster "
-    "up {file}",
-    r"rsync: (command )?not found": "the head has no rsync: apt install rsync there",
-    r"ray: (command )?not found": "the head has no `ray` on the PATH of a login shell (setup_commands, ~/.bashrc)",
-}
-#: What Ray said on the head -> the remedy.
-REFUSED: dict[str, str] = {
-    r"[Aa]uthenticat|[Uu]nauthorized|\btoken\b": "the head's shell lacks the token that its Ray wants: "
-    "~/.ray/auth_token (file_mounts) and `export RAY_AUTH_MODE=token` in ~/.bashrc (setup_commands), as "
-    "`macdrop cluster render` writes them",
-    r"Could not find any running Ray|Failed to connect|ConnectionError|Connection refused|ConnectTimeout"
-    r"|Unable to connect": "Ray does not run on the head. Start it again: macdrop cluster up {file}",
-    r"No module named 'ray'": "the head has no Ray for the Python of its `macdrop` (setup_commands, or the image)",
-}
+
+FileT = TypeVar("FileT", bound=LaunchFile)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep to be run on the cluster. `recipe`: a shipped name, or a file of this machine."""
+    """A sweep to run on the cluster. `recipe`: a shipped name, or a file of this machine."""
 
     run: str
     recipe: str | Path
@@ -76,8 +59,8 @@ class Job:
         return f"{self.run}-{self.stamp}"
 
     @property
-    def copied(self) -> str:
-        """Where a recipe file is put on the head, before it moves to the storage."""
+    def upload(self) -> str:
+        """Where a recipe file is copied on the head, before it moves to the storage."""
         return f"/tmp/macdrop-recipe-{self.id}.yaml"
 
 
@@ -85,124 +68,142 @@ def stamp() -> str:
     return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
 
 
-class Kind:
-    """One cluster, by its file. Kinds say how to create and destroy it, reach its head, and copy to and fro."""
+class Backend(ABC, Generic[FileT]):
+    """One cluster, given by its launch file: how to check, create, reach and destroy it."""
 
+    #: The launch files it takes, and how to recognize one.
+    file_type: ClassVar[type[LaunchFile]]
+    file_format: ClassVar[str]
     #: Programs that this machine must have.
-    tools: tuple[str, ...] = ()
-    #: Whether this machine's token travels with the file.
-    carries_token = False
+    tools: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, file: ClusterFile, shell: Shell) -> None:
+    def __init__(self, file: FileT, shell: Shell) -> None:
         self.file, self.shell = file, shell
 
+    # --- what a backend defines ---
+
+    @classmethod
+    @abstractmethod
+    def check(cls, file: FileT, crd: Path | None = None) -> Iterator[Finding]:
+        """Offline findings about a launch file. `crd`: folder with KubeRay's resource definitions."""
+
+    @abstractmethod
+    def prepare(self, secrets_found: dict[str, str]) -> None:
+        """Hand over the secrets before anything starts."""
+
+    @abstractmethod
+    def create(self) -> None:
+        """Start the cluster. Raises LaunchFailed."""
+
+    @abstractmethod
+    def on_head(self, script: str) -> list[str]:
+        """The command that runs shell text on the head."""
+
+    @abstractmethod
+    def put(self, source: Path, target: str) -> None:
+        """Copy a file of this machine to the head."""
+
+    @abstractmethod
+    def get(self, source: str, target: Path, exclude: Sequence[str]) -> None:
+        """Copy the contents of a folder on the head into a folder of this machine, without the names in `exclude`."""
+
+    @abstractmethod
+    def destroy(self) -> list[str]:
+        """Take everything down; return what is left or could not be verified."""
+
+    @abstractmethod
+    def diagnose(self, nodes: list[dict[str, Any]] | None) -> list[str]:
+        """Causes of missing nodes. nodes: those that the head knows, None if it did not answer."""
+
+    # --- what a backend may change ---
+
     @property
-    def wanted(self) -> int:
-        """Nodes that must come, the head among them."""
+    def sends_token(self) -> bool:
+        """Whether the token of this machine is copied to the cluster."""
+        return False
+
+    @property
+    def expected_nodes(self) -> int:
+        """Nodes that must come up, including the head."""
         return 1 + self.file.workers[0]
 
     @property
-    def next(self) -> str:
+    def next_command(self) -> str:
         """The command to type after `up`."""
         return f"macdrop cluster submit {self.file.path} demo"
 
-    # --- what a kind defines ---
+    @property
+    def head_name(self) -> str:
+        return "the head"
 
-    def prepare(self, secrets: dict[str, str]) -> None:
-        """Hand the secrets over before anything starts."""
-        raise NotImplementedError
-
-    def create(self) -> None:
-        raise NotImplementedError
-
-    def on_head(self, script: str) -> list[str]:
-        """The command that runs shell text on the head."""
-        raise NotImplementedError
-
-    def put(self, source: Path, target: str) -> None:
-        """Copy a file of this machine to the head."""
-        raise NotImplementedError
-
-    def get(self, source: str, target: Path, leave: Sequence[str]) -> None:
-        """Copy what is in a folder of the head into a folder of this machine; `leave`: names to leave out."""
-        raise NotImplementedError
-
-    def destroy(self) -> list[str]:
-        """Take everything down; what is left or could not be looked at, in words."""
-        raise NotImplementedError
-
-    def why(self, nodes: list[dict[str, Any]] | None) -> list[str]:
-        """Causes for which nodes are missing, in words. nodes: those that the head knows, None without an answer."""
-        raise NotImplementedError
+    @property
+    def login(self) -> str:
+        """The user who logs in to hosts by ssh."""
+        return os.environ.get("USER", "root")
 
     # --- questions ---
 
     def ask(self, *topics: str, shown: bool = True, timeout: float = ANSWER) -> dict[str, Any]:
-        """Ask the head; see `launch_head`. A dry run answers with nothing.
+        """Ask the head; see `cluster.remote.head`. A dry run gets empty answers.
 
         Raises:
-            LaunchFailed: no answer; the message says why and what to do.
+            LaunchFailed: no answer; the message has the cause and the remedy.
         """
-        done = self.shell.ask(self.on_head(f"macdrop cluster on-head {' '.join(topics)}"), shown=shown, timeout=timeout)
+        script = f"macdrop cluster on-head {' '.join(topics)}"
+        result = self.shell.capture(self.on_head(script), shown=shown, timeout=timeout)
         if self.shell.dry_run:
             return {"problems": {}, **{topic: [] for topic in topics}}
-        found = answer(done.text)
+        found = answer(result.text)
         if found is None:
-            raise LaunchFailed(self.unanswered(done))
+            raise LaunchFailed(self.explain(result))
         return found
 
-    def unanswered(self, done: Done) -> str:
-        for pattern, remedy in UNANSWERED.items():
-            if re.search(pattern, done.text):
-                return remedy.format(file=self.file.path) + "."
-        for pattern, words in ssh_hosts.WORDS.items():
-            if re.search(pattern, done.text):
-                head = self.file.head_host or "the head"
-                return f"{head} {words.format(host=head, user=self.file.ssh_user)}."
-        return f"the head gave no answer (code {done.code}):\n{quiet(done.tail) or 'it said nothing'}"
+    def explain(self, result: Result) -> str:
+        """Why a command on the head gave no answer."""
+        remedy = advice.find(Origin.HEAD, result.text, file=self.file.path)
+        remedy = remedy or advice.find(Origin.SSH, result.text, host=self.head_name, user=self.login)
+        output = without_noise(result.tail) or "no output"
+        return remedy or f"the head gave no answer (exit code {result.code}):\n{output}"
 
-    def told(self, found: dict[str, Any], topic: str) -> Any:
-        """One topic of an answer. Raises LaunchFailed: the head could not tell, with the remedy."""
+    def topic(self, found: dict[str, Any], topic: str) -> Any:
+        """One topic of an answer. Raises LaunchFailed: the head could not answer it; the message has the remedy."""
         if topic in found:
             return found[topic]
         problem = found["problems"].get(topic, "no answer")
-        for pattern, remedy in REFUSED.items():
-            if re.search(pattern, problem):
-                raise LaunchFailed(f"{remedy.format(file=self.file.path)}.\n    {problem}")
-        raise LaunchFailed(f"the head cannot tell its {topic}: {problem}")
+        remedy = advice.find(Origin.RAY, problem, file=self.file.path)
+        raise LaunchFailed(f"{remedy}\n    {problem}" if remedy else f"the head cannot list its {topic}: {problem}")
 
-    def nodes(self) -> list[dict[str, Any]]:
-        return self.told(self.ask("nodes"), "nodes")
-
-    def jobs(self, **more: Any) -> list[dict[str, Any]]:
+    def jobs(self, *, shown: bool = True, timeout: float = ANSWER) -> list[dict[str, Any]]:
         """Jobs, oldest first: id, run, status, code."""
-        return self.told(self.ask("jobs", **more), "jobs")
+        found: list[dict[str, Any]] = self.topic(self.ask("jobs", shown=shown, timeout=timeout), "jobs")
+        return found
 
     def runs(self) -> list[dict[str, Any]]:
-        return self.told(self.ask("runs"), "runs")
+        found: list[dict[str, Any]] = self.topic(self.ask("runs"), "runs")
+        return found
 
     # --- jobs ---
 
     def submit(self, job: Job) -> str:
-        """Start a job; its id. Raises LaunchFailed."""
+        """Start a job and return its id. Raises LaunchFailed."""
         if isinstance(job.recipe, Path):
-            self.put(job.recipe, job.copied)
+            self.put(job.recipe, job.upload)
         command = self.on_head(submission(job))
         for attempt in range(ATTEMPTS):
-            done = self.shell.ask(command)
-            if NOT_YET not in done.text or attempt + 1 == ATTEMPTS:
+            result = self.shell.capture(command)
+            if advice.NO_AGENT not in result.text or attempt + 1 == ATTEMPTS:
                 break
-            self.shell.say(f"Ray is still starting on the head; again in {AGAIN:.0f} s")
-            time.sleep(AGAIN)
-        if done.ok:
-            if done.text:
-                self.shell.say(quiet(done.text))
-            return job.id
-        raise LaunchFailed(f"the job of run {job.run!r} was not started: {self.unanswered(done)}")
+            self.shell.say(f"Ray is still starting on the head; retrying in {RETRY:.0f} s")
+            time.sleep(RETRY)
+        if not result.ok:
+            raise LaunchFailed(f"the job of run {job.run!r} was not started: {self.explain(result)}")
+        if result.text:
+            self.shell.say(without_noise(result.text))
+        return job.id
 
-    def follow(self, job: str, show: Callable[[str], None], *, go_on: bool = True) -> Done:
-        """Print a job's log from its beginning, until the job ends (go_on) or the log does."""
-        words = ["ray", "job", "logs", *(["--follow"] if go_on else []), job]
+    def follow(self, job: str, show: Callable[[str], None], *, until_ended: bool = True) -> Result:
+        """Print the log of a job from its beginning: until the job ends, or what there is now."""
+        words = ["ray", "job", "logs", *(["--follow"] if until_ended else []), job]
         return self.shell.follow(self.on_head(shlex.join(words)), quietly(show))
 
     def stop(self, job: str) -> None:
@@ -210,7 +211,7 @@ class Kind:
 
 
 def submission(job: Job) -> str:
-    """Shell text for the head: the recipe to the storage, the job to Ray; resumed where the run's folder is there."""
+    """Shell text for the head: copies the recipe to the storage, submits the job; resumes a run that has a folder."""
     storage, run = '"$MACDROP_STORAGE"', f'"$MACDROP_STORAGE"/runs/{job.run}'
     steps = [
         'test -n "$MACDROP_STORAGE" || { echo "MACDROP_STORAGE is not set on the head (setup_commands)"; exit 3; }',
@@ -219,7 +220,7 @@ def submission(job: Job) -> str:
     recipe = shlex.quote(str(job.recipe))
     if isinstance(job.recipe, Path):
         recipe = f"{storage}/recipes/{job.run}.yaml"
-        steps.append(f"cp {job.copied} {recipe} || exit 3")
+        steps.append(f"cp {job.upload} {recipe} || exit 3")
     steps.append(f"resume=; test -e {run}/run.json && resume=--resume")
     options = {
         "--submission-id": job.id,
@@ -237,5 +238,5 @@ def quietly(show: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: None if NOISE.match(line) else show(line)
 
 
-def quiet(text: str) -> str:
+def without_noise(text: str) -> str:
     return "\n".join(line for line in text.splitlines() if not NOISE.match(line))

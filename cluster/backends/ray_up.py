@@ -1,11 +1,9 @@
-"""Clusters that `ray up` makes: rented machines and on-premise hosts."""
+"""Clusters made by `ray up`: rented machines and on-premise hosts."""
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,96 +11,107 @@ import yaml
 
 from cluster.backends import ssh_hosts
 from cluster.backends.advice import causes
-from cluster.backends.base import Kind
+from cluster.backends.base import ANSWER, Backend
+from cluster.check import ray_yaml
+from cluster.check.finding import Finding
 from cluster.core import secrets
+from cluster.core.ray_file import RayFile
 from cluster.errors import LaunchFailed
+from cluster.remote import ray_internals
 
 
-class Ray(Kind):
+class RayUp(Backend[RayFile]):
+    """A cluster of Ray's own launcher."""
+
+    file_type = RayFile
+    file_format = "a Ray cluster YAML has `provider:`"
     tools = ("ray", "ssh", "rsync")
-    carries_token = True
 
-    def prepare(self, values: dict[str, str]) -> None:
-        file = secrets.path()
-        self.shell.say(f"$ write {file} (0600)   # {', '.join(values) or 'no secrets'}")
-        if not self.shell.dry_run:
-            secrets.write(values, file)
+    @classmethod
+    def check(cls, file: RayFile, crd: Path | None = None) -> Iterator[Finding]:
+        return ray_yaml.findings(file)
 
-    def create(self) -> None:
-        self.shell.run(["ray", "up", "-y", str(self.file.path)], check="the cluster did not start")
-
-    def ask(self, *topics: str, **more: Any) -> dict[str, Any]:
-        """As of every kind; a cluster of on-premise hosts that this machine has forgotten is found again first."""
-        try:
-            return super().ask(*topics, **more)
-        except LaunchFailed:
-            if not self._found_again():
-                raise
-            return super().ask(*topics, **more)
-
-    def _found_again(self) -> bool:
-        """Ray keeps what it knows of on-premise hosts below /tmp, which a reboot clears: `ray exec` then finds no head,
-        and another `up` would end what runs there. Ask the host itself, and let Ray write down what is so.
-        """
-        if not self.file.head_host or self._known():
-            return False
-        running, _ = ssh_hosts.left(self.shell, ssh_hosts.Ssh.of(self.file), [self.file.head_host])
-        if not any("gcs_server" in line for line in running.get(self.file.head_host, [])):
-            return False
-        from ray.autoscaler._private.local import node_provider
-
-        provider = node_provider.LocalNodeProvider(self.file.content["provider"], self.file.name)
-        node_provider.record_local_head_state_if_needed(provider)
-        self.shell.say(f"this machine had forgotten the cluster (its /tmp was cleared); {self.file.head_host} runs it")
+    @property
+    def sends_token(self) -> bool:
         return True
 
-    def _known(self) -> bool:
-        """Whether Ray's note has the head running; a failed `ray exec` leaves one in which it is not."""
-        file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", f"cluster-{self.file.name}.state")
+    @property
+    def head_name(self) -> str:
+        return self.file.head_host or super().head_name
+
+    @property
+    def login(self) -> str:
+        return self.file.ssh_user or super().login
+
+    def prepare(self, secrets_found: dict[str, str]) -> None:
+        file = secrets.path()
+        self.shell.say(f"$ write {file} (0600)   # {', '.join(secrets_found) or 'no secrets'}")
+        if not self.shell.dry_run:
+            secrets.write(secrets_found, file)
+
+    def create(self) -> None:
+        self.shell.run(["ray", "up", "-y", str(self.file.path)], failure="the cluster did not start")
+
+    def ask(self, *topics: str, shown: bool = True, timeout: float = ANSWER) -> dict[str, Any]:
+        """Ask the head; if this machine has lost its note of an on-premise cluster, restore the note and retry."""
         try:
-            return json.loads(file.read_text(encoding="utf-8"))[self.file.head_host]["state"] == "running"
-        except (OSError, ValueError, KeyError, TypeError):
+            return super().ask(*topics, shown=shown, timeout=timeout)
+        except LaunchFailed:
+            if not self._restored():
+                raise
+            return super().ask(*topics, shown=shown, timeout=timeout)
+
+    def _restored(self) -> bool:
+        """Ray keeps its notes about on-premise hosts below /tmp, which a reboot clears: `ray exec` then finds no head,
+        and another `up` would end what runs there. Look on the host itself, and have Ray record what is true.
+        """
+        head = self.file.head_host
+        if not head or ray_internals.remembers_head(self.file.name, head):
             return False
+        running, _ = ssh_hosts.ray_processes(self.shell, ssh_hosts.Ssh.of(self.file), [head])
+        if not any("gcs_server" in line for line in running.get(head, [])):
+            return False
+        ray_internals.remember_head(self.file.content["provider"], self.file.name)
+        self.shell.say(f"restored the record of a cluster that runs on {head} (Ray's note in /tmp was gone)")
+        return True
 
     def on_head(self, script: str) -> list[str]:
         return ["ray", "exec", str(self.file.path), script]
 
     def put(self, source: Path, target: str) -> None:
-        self.shell.run(
-            ["ray", "rsync-up", str(self.file.path), str(source), target], check=f"{source} was not copied to the head"
-        )
+        command = ["ray", "rsync-up", str(self.file.path), str(source), target]
+        self.shell.run(command, failure=f"{source} was not copied to the head")
 
-    def get(self, source: str, target: Path, leave: Sequence[str]) -> None:
-        """By Ray's own rsync, which takes what to leave out from the file: from a copy of it, then."""
-        content = {**self.file.content, "rsync_exclude": list(leave), "rsync_filter": []}
+    def get(self, source: str, target: Path, exclude: Sequence[str]) -> None:
+        """By Ray's rsync, which reads exclusions from the launch file only: from a copy of it, then."""
+        content = {**self.file.content, "rsync_exclude": list(exclude), "rsync_filter": []}
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder, self.file.path.name)
             copy.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             command = ["ray", "rsync-down", str(copy), f"{source}/", f"{target}/"]
-            self.shell.run(command, check=f"{source} was not copied")
+            self.shell.run(command, failure=f"{source} was not copied")
 
     def destroy(self) -> list[str]:
-        done = self.shell.run(["ray", "down", "-y", str(self.file.path)])
-        problems = [] if done.ok else [f"`ray down` ended with {done.code}: look above."]
-        return [*problems, *self._sweep_hosts()]
+        result = self.shell.run(["ray", "down", "-y", str(self.file.path)])
+        problems = [] if result.ok else [f"`ray down` failed with exit code {result.code}: see above."]
+        return [*problems, *self._stop_hosts()]
 
-    def _sweep_hosts(self) -> list[str]:
-        """`ray down` ends a rented machine, but of on-premise hosts it stops Ray on the head only."""
+    def _stop_hosts(self) -> list[str]:
+        """`ray down` terminates rented machines, but of on-premise hosts it stops Ray on the head only."""
         everywhere = self._hosts()
         if not everywhere:
             return []
         ssh = ssh_hosts.Ssh.of(self.file)
         ssh_hosts.stop_ray(self.shell, ssh, everywhere)
-        running, silent = ssh_hosts.left(self.shell, ssh, everywhere)
+        running, silent = ssh_hosts.ray_processes(self.shell, ssh, everywhere)
         if not (running or silent or self.shell.dry_run):
             self.shell.say(f"no Ray process is left on {', '.join(everywhere)}")
         return [
             *(f"{host} still runs Ray:\n    " + "\n    ".join(lines) for host, lines in running.items()),
-            *(f"not looked at: {words}" for words in silent.values()),
+            *(f"not verified: {reason}" for reason in silent.values()),
         ]
 
-    def why(self, nodes: list[dict[str, Any]] | None) -> list[str]:
-        found = []
+    def diagnose(self, nodes: list[dict[str, Any]] | None) -> list[str]:
         try:
             found = causes(self.ask("log", shown=False).get("log", []))
         except LaunchFailed as error:
@@ -110,12 +119,12 @@ class Ray(Kind):
         alive = {node["address"] for node in nodes or [] if node["alive"]}
         version = next((node["ray"] for node in nodes or []), None)
         missing = [host for host in self._hosts() if host not in alive]
-        if missing:
+        if missing and self.file.head_host:
             ssh = ssh_hosts.Ssh.of(self.file)
             probed = ssh_hosts.probe(self.shell, ssh, missing, self.file.head_host, version)
-            found = [*(told for host in missing for told in probed[host]), *found]
+            found = [*(cause for host in missing for cause in probed[host]), *found]
         dead = [node for node in nodes or [] if not node["alive"] and node["reason"]]
-        return [*found, *(f"{node['address']} was a node and is dead: {node['reason']}" for node in dead)]
+        return [*found, *(f"{node['address']} joined and died: {node['reason']}" for node in dead)]
 
     def _hosts(self) -> tuple[str, ...]:
         return (self.file.head_host, *self.file.worker_hosts) if self.file.head_host else ()

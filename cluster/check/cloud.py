@@ -1,85 +1,89 @@
-"""Checks of the parts of a Ray cluster YAML that only a cloud reads: provider and machines. Nothing is asked online."""
+"""Checks of what only a cloud reads in a Ray cluster YAML: provider and machines. They stay offline."""
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from cluster.check.finding import Finding, error, note, place, unknown_keys
-from cluster.core.launch_file import ClusterFile, as_dict
+from cluster.core.launch_file import as_dict
+from cluster.core.ray_file import RayFile
 from cluster.errors import nearest
+from cluster.remote import ray_internals
 from cluster.render.targets import EFA_CARDS
 
-#: Read by the autoscaler whatever the provider.
+#: Keys that the autoscaler reads for any provider.
 _ANY = {
-    *("type", "use_internal_ips", "disable_node_updaters", "disable_launch_config_check", "foreground_node_launch"),
-    *("worker_liveness_check", "worker_rpc_drain"),
+    "disable_launch_config_check",
+    "disable_node_updaters",
+    "foreground_node_launch",
+    "type",
+    "use_internal_ips",
+    "worker_liveness_check",
+    "worker_rpc_drain",
 }
-#: type -> keys that Ray 2.60 reads, and those it cannot do without.
+#: Type -> keys that Ray 2.60 reads, and keys that it requires.
 PROVIDERS: dict[str, tuple[set[str], tuple[str, ...]]] = {
     "aws": (
         {
-            "region",
             "availability_zone",
-            "cache_stopped_nodes",
-            "key_pair",
-            "security_group",
-            "cloudwatch",
             "aws_credentials",
+            "cache_stopped_nodes",
+            "cloudwatch",
+            "key_pair",
+            "region",
+            "security_group",
         },
         ("region",),
     ),
     "gcp": (
-        {"region", "availability_zone", "project_id", "cache_stopped_nodes", "gcp_credentials"},
+        {"availability_zone", "cache_stopped_nodes", "gcp_credentials", "project_id", "region"},
         ("region", "availability_zone", "project_id"),
     ),
     "azure": (
         {
+            "availability_zone",
+            "cache_stopped_nodes",
             "location",
+            "msi_name",
+            "msi_resource_group",
             "resource_group",
+            "subnet_mask",
             "subscription_id",
             "tags",
             "unique_id",
-            "subnet_mask",
-            "msi_name",
-            "msi_resource_group",
-        }
-        | {"availability_zone", "cache_stopped_nodes", "use_external_head_ip"},
+            "use_external_head_ip",
+        },
         ("location", "resource_group"),
     ),
-    "local": ({"head_ip", "worker_ips", "external_head_ip", "coordinator_address"}, ("head_ip", "worker_ips")),
+    "local": ({"coordinator_address", "external_head_ip", "head_ip", "worker_ips"}, ("head_ip", "worker_ips")),
 }
-#: Keys of Google's Instance resource that a user sets.
-_GCP_INSTANCE = {
-    *("machineType", "disks", "scheduling", "guestAccelerators", "networkInterfaces", "serviceAccounts", "metadata"),
-    *("labels", "tags", "minCpuPlatform", "shieldedInstanceConfig", "confidentialInstanceConfig", "canIpForward"),
-    *("reservationAffinity", "resourcePolicies", "description", "sourceMachineImage", "displayDevice"),
-    *(
-        "advancedMachineFeatures",
-        "networkPerformanceConfig",
-        "deletionProtection",
-        "acceleratorType",
-        "acceleratorConfig",
-    ),
-    *("runtimeVersion", "schedulingConfig", "networkConfig"),
-}
-_GCP_SCHEDULING = {
-    *("onHostMaintenance", "automaticRestart", "preemptible", "provisioningModel", "instanceTerminationAction"),
-    *("maxRunDuration", "terminationTime", "nodeAffinities", "minNodeCpus", "locationHint", "onInstanceStopAction"),
-}
+#: Keys of Google's Instance resource that a user may set.
+_GCP_INSTANCE = set(
+    """
+    acceleratorConfig acceleratorType advancedMachineFeatures canIpForward confidentialInstanceConfig
+    deletionProtection description disks displayDevice guestAccelerators labels machineType metadata minCpuPlatform
+    networkConfig networkInterfaces networkPerformanceConfig reservationAffinity resourcePolicies runtimeVersion
+    scheduling schedulingConfig serviceAccounts shieldedInstanceConfig sourceMachineImage tags
+    """.split()
+)
+_GCP_SCHEDULING = set(
+    """
+    automaticRestart instanceTerminationAction locationHint maxRunDuration minNodeCpus nodeAffinities
+    onHostMaintenance onInstanceStopAction preemptible provisioningModel terminationTime
+    """.split()
+)
 
 
-def cloud_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Provider and machines of a Ray cluster YAML."""
+def cloud_findings(file: RayFile) -> Iterator[Finding]:
+    """Findings about provider and machines of a Ray cluster YAML."""
     provider = as_dict(file.content.get("provider"))
     if file.provider not in PROVIDERS:
         hint = nearest(file.provider, PROVIDERS).strip()
         yield note(
             "provider.type",
-            "is none that is checked here",
+            "is not a provider that is checked here",
             "only Ray's own checks apply",
             hint or "aws, gcp, azure, local",
         )
@@ -96,14 +100,14 @@ def cloud_findings(file: ClusterFile) -> Iterator[Finding]:
         if key in provider:
             yield error(
                 place("provider", key),
-                "credentials stand in the file",
+                "the file contains credentials",
                 "it is copied to the head and printed in logs",
-                "leave it out: Ray finds those of `aws configure` or `gcloud auth application-default login`",
+                "remove it: Ray finds those of `aws configure` or `gcloud auth application-default login`",
             )
     yield from _machines(file, provider)
 
 
-def _machines(file: ClusterFile, provider: dict[str, Any]) -> Iterator[Finding]:
+def _machines(file: RayFile, provider: dict[str, Any]) -> Iterator[Finding]:
     types = as_dict(file.content.get("available_node_types"))
     check = {"aws": _aws_machine, "gcp": _gcp_machine, "azure": _azure_machine}.get(file.provider)
     if check is None:
@@ -119,14 +123,14 @@ def _machines(file: ClusterFile, provider: dict[str, Any]) -> Iterator[Finding]:
             yield error(
                 where,
                 "the head is a spot machine",
-                "when it is taken away, the whole cluster goes with it",
-                "rent the head on demand; workers may be spot",
+                "when it is reclaimed, the whole cluster is lost",
+                "use an on-demand head; workers may be spot",
             )
         elif "cluster spot-watch" not in file.shell:
             yield note(
                 where,
-                "spot machines without a watch",
-                "a machine that is taken away costs what its trial did since its last checkpoint",
+                "spot machines without spot-watch",
+                "a reclaimed machine loses what its trial did since the last checkpoint",
                 f"after `ray start` of workers: setsid -f macdrop cluster spot-watch --cloud {file.provider}",
             )
 
@@ -146,7 +150,7 @@ def _spot(config: dict[str, Any]) -> bool:
 
 @functools.cache
 def _botocore() -> Any:
-    """AWS' own description of EC2, which comes with boto3; None where that is not installed."""
+    """AWS' own description of EC2, which comes with boto3; None if boto3 is not installed."""
     try:
         import botocore.session
     except ImportError:
@@ -159,8 +163,8 @@ def _aws_region(provider: dict[str, Any]) -> Iterator[Finding]:
     if session is None:
         yield note(
             "provider.type",
-            "machines of AWS are checked in part only",
-            "AWS' description of them comes with boto3, which is not installed (Ray needs it, too)",
+            "AWS machines are checked only in part",
+            "their description comes with boto3, which is not installed (Ray needs it, too)",
             "pip install -e '.[aws]'",
         )
         return
@@ -182,12 +186,12 @@ def _aws_region(provider: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _aws_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) -> Iterator[Finding]:
-    """A node_config against RunInstances as botocore knows it, and what Ray makes of it."""
+    """Check a node_config against RunInstances as botocore describes it, and against what Ray does with it."""
     if not config.get("ImageId") and "LaunchTemplate" not in config:
         yield error(
             where,
             "ImageId is missing",
-            "Ray would take its own default, Ubuntu 18.04, on which no current torch runs",
+            "Ray would use its default, Ubuntu 18.04, which no current torch supports",
             "a Deep Learning Base AMI (Ubuntu 22.04) of your region",
         )
     if "SubnetId" in config:
@@ -199,11 +203,11 @@ def _aws_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) 
             yield note(
                 where,
                 f"{len(used)} of {cards} network cards have an interface",
-                "the rest of the network idles",
-                "one each",
+                "the other cards stay idle",
+                "one interface per card",
             )
         if "GroupName" not in as_dict(config.get("Placement")):
-            yield note(where, "no placement group", "machines may land far apart", "Placement: {GroupName: ...}")
+            yield note(where, "no placement group", "machines may be placed far apart", "Placement: {GroupName: ...}")
     session = _botocore()
     if session is None:
         return
@@ -217,29 +221,29 @@ def _aws_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) 
         yield _botocore_fault(fault, where)
     machine, machines = str(config.get("InstanceType") or ""), shape.members["InstanceType"].enum
     if not machine and "LaunchTemplate" not in config:
-        yield error(where, "InstanceType is missing", "EC2 has no default that fits", "InstanceType: g5.12xlarge")
+        yield error(where, "InstanceType is missing", "EC2 has no suitable default", "InstanceType: g5.12xlarge")
     elif machine and machine not in machines:
         hint = nearest(machine, machines).strip()
         yield error(f"{where}.InstanceType", f"EC2 has no type {machine[:40]!r}", "nothing could start", hint)
 
 
 def _botocore_fault(fault: tuple[str, str, dict[str, Any]], where: str) -> Finding:
-    """One error of botocore's validator, without the value."""
+    """Convert an error of botocore's validator, without the value."""
     kind, inside, facts = fault
     where = f"{where}.{inside.strip('.')}".rstrip(".")
     if kind == "unknown field":
         known = facts.get("valid_names", [])
         hint = nearest(facts["unknown_param"], known).strip() or f"one of {', '.join(known)}"
-        return error(where, f"has no key {str(facts['unknown_param'])[:60]!r}", "EC2 refuses it", hint)
+        return error(where, f"has no key {str(facts['unknown_param'])[:60]!r}", "EC2 rejects it", hint)
     if kind == "missing required field":
-        return error(where, f"{facts['required_name']} is missing", "EC2 refuses it", f"add {facts['required_name']}")
+        return error(where, f"{facts['required_name']} is missing", "EC2 rejects it", f"add {facts['required_name']}")
     if kind == "invalid type":
         valid = " or ".join(str(each).split("'")[1] for each in facts["valid_types"])
-        return error(where, "has the wrong type", "EC2 refuses it", f"must be {valid}")
-    return error(where, f"is refused: {kind}", "EC2 refuses it", "see RunInstances in the EC2 API reference")
+        return error(where, "has the wrong type", "EC2 rejects it", f"must be {valid}")
+    return error(where, f"is rejected: {kind}", "EC2 rejects it", "see RunInstances in the EC2 API reference")
 
 
-# --- Google, Azure ---
+# --- Google Cloud, Azure ---
 
 
 def _gcp_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) -> Iterator[Finding]:
@@ -255,25 +259,22 @@ def _gcp_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) 
     if gpus and not resources.get("GPU"):
         yield error(
             where.removesuffix("node_config") + "resources",
-            "the machine has GPUs, resources name none",
-            "Ray reads nothing from Google about a machine: no task that needs a GPU would be placed there",
+            "the machine has GPUs, but resources names none",
+            "Ray cannot query Google for a machine type: no task that needs a GPU would be placed there",
             "resources: {CPU: 8, GPU: 1}",
         )
     if gpus and not any(part.get("onHostMaintenance") == "TERMINATE" or part.get("preemptible") for part in parts):
         yield error(
             where,
             "scheduling.onHostMaintenance is not TERMINATE",
-            "Google refuses it with GPUs",
+            "Google rejects any other value for machines with GPUs",
             "onHostMaintenance: TERMINATE",
         )
 
 
 @functools.cache
 def _azure_parameters() -> frozenset[str]:
-    import ray.autoscaler._private
-
-    template = Path(ray.autoscaler._private.__file__).parent / "_azure" / "azure-vm-template.json"
-    return frozenset(json.loads(template.read_text())["parameters"])
+    return ray_internals.azure_parameters()
 
 
 def _azure_machine(config: dict[str, Any], where: str, resources: dict[str, Any]) -> Iterator[Finding]:
@@ -289,7 +290,7 @@ def _azure_machine(config: dict[str, Any], where: str, resources: dict[str, Any]
     if size.startswith(("Standard_NC", "Standard_ND")) and not resources.get("GPU"):
         yield error(
             where.removesuffix("node_config") + "resources",
-            "the machine has GPUs, resources name none",
-            "Ray reads nothing from Azure about a size: no task that needs a GPU would be placed there",
+            "the machine has GPUs, but resources names none",
+            "Ray cannot query Azure for a size: no task that needs a GPU would be placed there",
             "resources: {CPU: 24, GPU: 1}",
         )

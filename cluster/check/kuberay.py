@@ -1,4 +1,4 @@
-"""Checks of KubeRay manifests; with the operator's resource definitions at hand, every key of them."""
+"""Checks of KubeRay manifests; of every key, given the resource definitions of the operator."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import yaml
 
 from cluster.check.finding import Finding, environment_findings, error, note, place, unknown_keys
-from cluster.core.launch_file import LOADER, ClusterFile, as_dict, as_dicts
+from cluster.core.kuberay_file import KubeRayFile
+from cluster.core.launch_file import LOADER, as_dict, as_dicts
 from cluster.errors import BadLaunchFile
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?")
 
 
-def findings(file: ClusterFile, crd: Path | None = None) -> Iterator[Finding]:
-    """All findings of a manifest; `crd`: a folder (or file) with the resource definitions of RayCluster and RayJob."""
+def findings(file: KubeRayFile, crd: Path | None = None) -> Iterator[Finding]:
+    """All findings of a manifest. `crd`: a folder (or file) with the resource definitions of RayCluster and RayJob."""
     base = "spec.rayClusterSpec" if file.resource == "RayJob" else "spec"
     if file.resource not in ("RayCluster", "RayJob"):
         yield error("kind", "is neither RayCluster nor RayJob", "a sweep runs on one of these", "kind: RayCluster")
@@ -26,9 +27,9 @@ def findings(file: ClusterFile, crd: Path | None = None) -> Iterator[Finding]:
     if not _NAME.fullmatch(str(file.metadata.get("name", ""))):
         yield error(
             "metadata.name",
-            "is no name that pods can be called by",
-            "KubeRay builds the names of pods and services from it",
-            "at most 47 lower-case letters, digits and -, beginning with a letter",
+            "is not a valid name for pods",
+            "KubeRay derives the names of pods and services from it",
+            "at most 47 lower-case letters, digits and -, starting with a letter",
         )
     yield from _groups(file, base)
     if not file.token:
@@ -42,14 +43,17 @@ def findings(file: ClusterFile, crd: Path | None = None) -> Iterator[Finding]:
     if as_dict(spec.get("headGroupSpec")).get("serviceType") in ("LoadBalancer", "NodePort"):
         yield error(
             f"{base}.headGroupSpec.serviceType",
-            "opens the head to the world outside",
-            "its port starts jobs",
-            "ClusterIP; the verbs of `macdrop cluster` come by kubectl",
+            "exposes the head to the outside",
+            "anyone who reaches its port can start jobs",
+            "ClusterIP; the verbs of `macdrop cluster` connect through kubectl",
         )
     least, most = file.workers
     if least < most and not spec.get("enableInTreeAutoscaling"):
         yield error(
-            f"{base}.enableInTreeAutoscaling", "is off", "no worker beyond replicas would come", "true, or equal counts"
+            f"{base}.enableInTreeAutoscaling",
+            "is off",
+            "no worker beyond replicas would start",
+            "true, or equal counts",
         )
     if file.resource == "RayJob":
         yield from _job(as_dict(file.content.get("spec")))
@@ -57,7 +61,7 @@ def findings(file: ClusterFile, crd: Path | None = None) -> Iterator[Finding]:
         yield from _definitions(file, crd)
 
 
-def _groups(file: ClusterFile, base: str) -> Iterator[Finding]:
+def _groups(file: KubeRayFile, base: str) -> Iterator[Finding]:
     spec = file.cluster_spec
     workers = spec.get("workerGroupSpecs")
     if not isinstance(workers, list) or not workers:
@@ -68,7 +72,7 @@ def _groups(file: ClusterFile, base: str) -> Iterator[Finding]:
     names = [str(as_dict(group).get("groupName")) for group in workers]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield error(
-            f"{base}.workerGroupSpecs", f"two groups are called {name[:60]}", "KubeRay mixes them up", "two names"
+            f"{base}.workerGroupSpecs", f"two groups are named {name[:60]}", "KubeRay mixes them up", "use two names"
         )
     yield from _group(file, as_dict(spec.get("headGroupSpec")), f"{base}.headGroupSpec", "head")
     for number, group in enumerate(map(as_dict, workers)):
@@ -77,16 +81,16 @@ def _groups(file: ClusterFile, base: str) -> Iterator[Finding]:
         counts = [count for count in (low, now, high) if count is not None]
         if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
             yield error(
-                where, "replicas are no whole numbers", "Kubernetes refuses them", "minReplicas: 1 and the like"
+                where, "replicas are not whole numbers", "Kubernetes rejects them", "for example minReplicas: 1"
             )
         elif counts != sorted(counts):
             yield error(
-                where, "minReplicas, replicas, maxReplicas do not rise", "KubeRay would never settle", "order them"
+                where, "minReplicas, replicas, maxReplicas are out of order", "KubeRay would never settle", "sort them"
             )
         yield from _group(file, group, where, "workers")
 
 
-def _group(file: ClusterFile, group: dict[str, Any], where: str, role: str) -> Iterator[Finding]:
+def _group(file: KubeRayFile, group: dict[str, Any], where: str, role: str) -> Iterator[Finding]:
     pod = as_dict(as_dict(group.get("template")).get("spec"))
     containers = pod.get("containers")
     container = as_dict(containers[0]) if isinstance(containers, list) and containers else {}
@@ -101,12 +105,12 @@ def _group(file: ClusterFile, group: dict[str, Any], where: str, role: str) -> I
         yield note(f"{inside}.image", "has no fixed version", "two nodes may run two versions of Ray", "IMAGE:VERSION")
     params = as_dict(group.get("rayStartParams"))
     for key in [key for key, value in params.items() if not isinstance(value, str)]:
-        yield error(place(where, "rayStartParams", key), "is no text", "Kubernetes refuses it", 'quote it: "0"')
+        yield error(place(where, "rayStartParams", key), "is not text", "Kubernetes rejects it", 'quote it: "0"')
     if role == "head" and str(params.get("num-cpus")) != "0":
         yield note(
             f"{where}.rayStartParams",
             "the head takes tasks",
-            "a head that runs out of memory takes the whole cluster along",
+            "a head that runs out of memory takes the whole cluster down",
             'num-cpus: "0"',
         )
     variables = as_dicts(container.get("env"))
@@ -124,7 +128,7 @@ def _group(file: ClusterFile, group: dict[str, Any], where: str, role: str) -> I
 
 
 def _volumes(
-    file: ClusterFile, pod: dict[str, Any], container: dict[str, Any], where: str, role: str
+    file: KubeRayFile, pod: dict[str, Any], container: dict[str, Any], where: str, role: str
 ) -> Iterator[Finding]:
     mounts = {str(each.get("mountPath")): str(each.get("name")) for each in as_dicts(container.get("volumeMounts"))}
     volumes = {str(each.get("name")): each for each in as_dicts(pod.get("volumes"))}
@@ -133,15 +137,15 @@ def _volumes(
             yield error(
                 f"{where}.volumeMounts",
                 f"{path[:60]} mounts no volume of the pod",
-                "Kubernetes refuses it",
-                "mend name",
+                "Kubernetes rejects it",
+                "fix the name",
             )
     storage = volumes.get(mounts.get(file.storage or "", ""), {})
     if file.storage and "persistentVolumeClaim" not in storage and "nfs" not in storage and "csi" not in storage:
         yield error(
             f"{where}.volumeMounts",
-            f"no lasting volume is mounted at the storage on the {role}",
-            "results would go with the pod",
+            f"no persistent volume is mounted at the storage on the {role}",
+            "results would be lost with the pod",
             "a PersistentVolumeClaim (ReadWriteMany) at MACDROP_STORAGE, on all pods",
         )
     if role == "workers" and "/dev/shm" not in mounts:
@@ -162,25 +166,25 @@ def _job(spec: dict[str, Any]) -> Iterator[Finding]:
     elif re.search(r"""['"$;&|<>\\]""", entrypoint):
         yield note(
             "spec.entrypoint",
-            "has signs of a shell in it",
-            "KubeRay takes it apart into words and joins them again, and quotes get lost",
+            "contains shell syntax",
+            "KubeRay splits it into words and joins them again, which loses quotes",
             "a script in a ConfigMap",
         )
     if not spec.get("shutdownAfterJobFinishes"):
         yield note(
             "spec.shutdownAfterJobFinishes",
             "is off",
-            "machines stay, and are paid for, when the sweep has ended",
+            "machines stay, and cost money, after the sweep has ended",
             "true",
         )
 
 
-# --- the operator's own definitions ---
+# --- the resource definitions of the operator ---
 
 
-def _definitions(file: ClusterFile, folder: Path) -> Iterator[Finding]:
-    """Each document of ray.io against the openAPIV3Schema of its definition, with no key beside it allowed."""
-    import jsonschema
+def _definitions(file: KubeRayFile, folder: Path) -> Iterator[Finding]:
+    """Validate each document of ray.io against the openAPIV3Schema of its definition, with no other keys allowed."""
+    import jsonschema  # type: ignore[import-untyped]  # its stubs are a package of their own
 
     schemas = read_definitions(folder)
     for document in file.documents:
@@ -201,16 +205,16 @@ def _definitions(file: ClusterFile, folder: Path) -> Iterator[Finding]:
                 yield from unknown_keys(fault.instance, known, where if fault.absolute_path else "", "the definition")
             elif fault.validator == "required":
                 missing = [key for key in fault.validator_value if key not in fault.instance]
-                yield error(where, f"{', '.join(missing)} is missing", "Kubernetes refuses it", f"add {missing[0]}:")
+                yield error(where, f"{', '.join(missing)} is missing", "Kubernetes rejects it", f"add {missing[0]}:")
             else:
                 rule = f"{fault.validator}: {str(fault.validator_value)[:60]}"
-                yield error(where, f"breaks the rule {rule}", "Kubernetes refuses it", "mend the value")
+                yield error(where, f"breaks the rule {rule}", "Kubernetes rejects it", "fix the value")
 
 
 def read_definitions(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(kind, apiVersion) -> schema. Raises BadLaunchFile: no definitions there."""
+    """Read definitions: (kind, apiVersion) -> schema. Raises BadLaunchFile: there are none."""
     files = sorted(folder.glob("*.y*ml")) if folder.is_dir() else [folder]
-    found = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     try:
         documents = [each for file in files for each in yaml.load_all(file.read_text(), Loader=LOADER)]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
@@ -226,8 +230,8 @@ def read_definitions(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with no further keys allowed, wherever it lists some; what Kubernetes leaves open stays open."""
+def _closed(schema: Any) -> Any:
+    """Forbid further keys wherever the schema lists some; what Kubernetes leaves open stays open."""
     if isinstance(schema, list):
         return [_closed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -243,7 +247,7 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filled(value: Any, schema: dict[str, Any]) -> Any:
-    """Defaults that the server puts in before it checks."""
+    """Fill in the defaults that the server adds before it validates."""
     if isinstance(value, dict):
         for key, inner in as_dict(schema.get("properties")).items():
             if key not in value and isinstance(inner, dict) and "default" in inner:

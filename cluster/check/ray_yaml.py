@@ -1,12 +1,7 @@
-"""Checks of Ray cluster YAMLs: Ray's own, and what Ray lets pass."""
+"""Checks of Ray cluster YAMLs: Ray's own validation, and what it lets through."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import json
-import logging
 import re
 import shlex
 from collections.abc import Iterator
@@ -16,26 +11,32 @@ from typing import Any
 
 from cluster.check.cloud import cloud_findings
 from cluster.check.finding import Finding, environment_findings, error, masked, note, place, unknown_keys
-from cluster.core.launch_file import COMMANDS, ClusterFile, as_dict, assignments
+from cluster.core.launch_file import as_dict, assignments
+from cluster.core.ray_file import COMMANDS, RayFile
 from cluster.errors import nearest
+from cluster.remote import ray_internals
 
 HEAD, WORKER = "head_start_ray_commands", "worker_start_ray_commands"
 _ROLE = {HEAD: "head", WORKER: "workers"}
 TOKEN, SECRETS = "~/.ray/auth_token", "~/.macdrop/secrets.env"
-#: Words for the types of JSON schema.
+#: The types of JSON schema, for messages.
 _TYPES = {"integer": "a whole number", "number": "a number", "string": "text", "array": "a list", "object": "a mapping"}
 
 
-def findings(file: ClusterFile) -> Iterator[Finding]:
-    """All findings of one file; where its types are wrong, only these and the provider's."""
+def findings(file: RayFile) -> Iterator[Finding]:
+    """All findings of a file; if its types are wrong, only those and the findings of the provider."""
     refused = list(_schema(file.content))
     yield from refused
     yield from cloud_findings(file)
     if refused:
         return
-    prepared, told = _prepared(file.content)
-    yield from told
-    merged = replace(file, documents=(prepared,))  # Ray's defaults stand where the file has nothing
+    merged = file
+    try:
+        merged = replace(file, documents=(ray_internals.prepared(file.content),))  # with Ray's defaults
+    except ray_internals.RefusedByRay as rejected:
+        message, name = rejected.args
+        why = f"{name} in Ray's own validation"
+        yield error("the file", f"Ray rejects it: {masked(message)[:200]}", why, "fix what Ray names")
     yield from _workers(file)
     for role in (HEAD, WORKER):
         yield from _start(file, merged, role)
@@ -47,17 +48,18 @@ def findings(file: ClusterFile) -> Iterator[Finding]:
         yield from _local(file, merged)
 
 
-# --- what Ray says itself ---
+# --- Ray's own validation ---
 
 
 def _schema(content: dict[str, Any]) -> Iterator[Finding]:
-    """Ray's schema, every fault of it, in words that repeat no value of the file."""
-    import jsonschema
-    import ray.autoscaler
+    """All violations of Ray's schema, in messages that repeat no value of the file."""
+    import jsonschema  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    schema = ray_internals.cluster_schema()
     if as_dict(content.get("provider")).get("type") == "local":
-        content = {key: value for key, value in content.items() if key != "min_workers"}  # taken out by Ray before
+        content = {
+            key: value for key, value in content.items() if key != "min_workers"
+        }  # removed by Ray before validation
     for fault in jsonschema.Draft7Validator(schema).iter_errors(content):
         where = place(*fault.absolute_path)
         if fault.validator == "additionalProperties":
@@ -69,39 +71,20 @@ def _schema(content: dict[str, Any]) -> Iterator[Finding]:
         elif fault.validator == "type":
             wanted = fault.validator_value
             kinds = [_TYPES.get(kind, str(kind)) for kind in ([wanted] if isinstance(wanted, str) else wanted)]
-            yield error(where, f"must be {' or '.join(kinds)}", "Ray refuses another type", "mend the value")
+            yield error(where, f"must be {' or '.join(kinds)}", "Ray rejects any other type", "fix the value")
         else:
             yield error(
                 where,
                 f"breaks the rule {fault.validator!r} of Ray's schema",
-                "Ray refuses it",
+                "Ray rejects it",
                 "see Ray's cluster YAML docs",
             )
 
 
-def _prepared(content: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
-    """The content with Ray's defaults, as `ray up` would see it; as it is, and why, where Ray refuses it."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    printed = io.StringIO()
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            prepared = prepare_config(copy.deepcopy(content))
-            validate_config(prepared)
-    except Exception as refused:  # Ray raises what its code meets: click's, KeyError, TypeError, AssertionError ...
-        told = " ".join(str(refused).split()) or " ".join(printed.getvalue().split()) or type(refused).__name__
-        why = f"{type(refused).__name__} in Ray's own check"
-        return content, [error("the file", f"Ray refuses it: {masked(told)[:200]}", why, "mend what Ray names")]
-    finally:
-        logging.disable(logging.NOTSET)
-    return prepared, []
+# --- what Ray lets through ---
 
 
-# --- what Ray lets pass ---
-
-
-def _workers(file: ClusterFile) -> Iterator[Finding]:
+def _workers(file: RayFile) -> Iterator[Finding]:
     types = as_dict(file.content.get("available_node_types"))
     for name, kind in types.items():
         low, high = as_dict(kind).get("min_workers", 0), as_dict(kind).get("max_workers")
@@ -113,62 +96,60 @@ def _workers(file: ClusterFile) -> Iterator[Finding]:
         yield error(
             "max_workers",
             "no worker can ever start",
-            "the head runs no tasks, so a sweep would wait for ever",
+            "the head runs no tasks, so a sweep would wait forever",
             "raise max_workers" if file.provider != "local" else "name hosts in provider.worker_ips",
         )
     idle = file.content.get("idle_timeout_minutes", 5)
     if least < most and idle < 2:
         yield note(
             "idle_timeout_minutes",
-            f"workers go after {idle} idle minutes",
-            "between two trials a worker may idle for a minute, and a new one takes several to come",
+            f"workers are removed after {idle} idle minutes",
+            "between two trials a worker may be idle for a minute, and a new one takes several to start",
             "idle_timeout_minutes: 10",
         )
 
 
-def start_environment(merged: ClusterFile, role: str) -> dict[str, str]:
+def start_environment(merged: RayFile, role: str) -> dict[str, str]:
     """Variables that `ray start` of a role sees: from ~/.bashrc, which setup commands write, and its own command."""
     setup = merged.commands("setup_commands") + merged.commands(f"{role.split('_')[0]}_setup_commands")
     return assignments("\n".join(setup)) | assignments("\n".join(merged.commands(role)))
 
 
-def _start(file: ClusterFile, merged: ClusterFile, role: str) -> Iterator[Finding]:
+def _start(file: RayFile, merged: RayFile, role: str) -> Iterator[Finding]:
     commands, who = merged.commands(role), _ROLE[role]
     where = role if role in file.content else f"{role} (Ray's default)"
     starts = [text for text in commands if re.search(r"\bray start\b", text)]
     if not starts:
-        yield error(
-            where, f"nothing starts Ray on the {who}", "hosts would come up and never join", "add `ray start ...`"
-        )
+        yield error(where, f"nothing starts Ray on the {who}", "hosts would boot and never join", "add `ray start ...`")
         return
     env = start_environment(merged, role)
     if env.get("RAY_AUTH_MODE") != "token":
         yield error(
             where,
             f"RAY_AUTH_MODE=token is not set on the {who}",
-            "whoever reaches a port of Ray could run code there, and hosts with and without the token do not meet",
+            "anyone who reaches a port of Ray could run code there; hosts with and without a token cannot connect",
             "export RAY_AUTH_MODE=token, in ~/.bashrc by setup_commands",
         )
     yield from environment_findings(env, where, who)
     if file.secrets and SECRETS.rpartition("/")[2] not in "\n".join(commands):
         yield error(
             where,
-            f"{SECRETS} is not read before `ray start` on the {who}",
+            f"{SECRETS} is not sourced before `ray start` on the {who}",
             "the variables of MACDROP_SECRETS would be missing in every task",
             f"set -a; . {SECRETS}; set +a",
         )
     if re.search(r"ulimit[^;&|\n]*&&", "\n".join(commands)):
         yield error(
             where,
-            "`ulimit ... &&` stands before a command",
-            "a host whose hard limit is lower refuses the ulimit, and then Ray does not start",
-            "`ulimit -n 65536 || true` on a line of its own",
+            "`ulimit ... &&` precedes a command",
+            "on a host with a lower hard limit ulimit fails, and then Ray does not start",
+            "`ulimit -n 65536 || true` on its own line",
         )
     yield from (_head_start if role == HEAD else _worker_start)(file, starts[0], where)
 
 
 def option(command: str, name: str) -> str | None:
-    """Value of --name=value or --name value, "" for a bare switch, None where it is not there."""
+    """Value of --name=value or --name value; "" for a bare switch, None if it is missing."""
     try:
         words = shlex.split(command, comments=True)
     except ValueError:
@@ -181,19 +162,19 @@ def option(command: str, name: str) -> str | None:
     return None
 
 
-def _head_start(file: ClusterFile, command: str, where: str) -> Iterator[Finding]:
+def _head_start(file: RayFile, command: str, where: str) -> Iterator[Finding]:
     if option(command, "dashboard-host") not in (None, "127.0.0.1", "localhost", "::1"):
         yield error(
             where,
             "the dashboard listens on all addresses",
-            "it starts jobs: a port that is open by mistake is an open door",
-            "--dashboard-host=127.0.0.1; the verbs of `macdrop cluster` come by ssh",
+            "it starts jobs: a port opened by mistake lets anyone in",
+            "--dashboard-host=127.0.0.1; the verbs of `macdrop cluster` connect by ssh",
         )
     if option(command, "autoscaling-config") is None:
         yield error(
             where,
             "`ray start --head` has no --autoscaling-config",
-            "the head would start no worker",
+            "the head would never start a worker",
             "--autoscaling-config=~/ray_bootstrap_config.yaml",
         )
     types = as_dict(file.content.get("available_node_types"))
@@ -202,16 +183,16 @@ def _head_start(file: ClusterFile, command: str, where: str) -> Iterator[Finding
         yield note(
             where,
             "the head takes tasks",
-            "a head that runs out of memory takes the whole cluster along",
+            "a head that runs out of memory takes the whole cluster down",
             "--num-cpus=0, or resources: {CPU: 0} in the head's node type",
         )
 
 
-def _worker_start(file: ClusterFile, command: str, where: str) -> Iterator[Finding]:
+def _worker_start(file: RayFile, command: str, where: str) -> Iterator[Finding]:
     if "RAY_HEAD_IP" not in (option(command, "address") or ""):
         yield error(
             where,
-            "workers do not ask for the head at $RAY_HEAD_IP",
+            "workers do not look for the head at $RAY_HEAD_IP",
             "they would not find it",
             "--address=$RAY_HEAD_IP:6379",
         )
@@ -219,12 +200,12 @@ def _worker_start(file: ClusterFile, command: str, where: str) -> Iterator[Findi
         yield note(
             where,
             "--num-gpus is not given",
-            "Ray counts the GPUs by itself, and counts none where it cannot ask the driver",
+            "Ray counts the GPUs itself, and finds none if it cannot query the driver",
             "--num-gpus=N, if the hosts have GPUs",
         )
 
 
-def _mounts(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
+def _mounts(file: RayFile, merged: RayFile) -> Iterator[Finding]:
     mounts = as_dict(file.content.get("file_mounts"))
     if TOKEN not in mounts:
         yield error(
@@ -242,12 +223,10 @@ def _mounts(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
         )
     for remote, local in mounts.items():
         if remote not in (TOKEN, SECRETS) and not Path(str(local)).expanduser().exists():
-            yield note(
-                place("file_mounts", remote), "is not on this machine", "`ray up` would stop there", "mend the path"
-            )
+            yield note(place("file_mounts", remote), "is not on this machine", "`ray up` would fail", "fix the path")
 
 
-def _storage(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
+def _storage(file: RayFile, merged: RayFile) -> Iterator[Finding]:
     values = {
         value
         for key in COMMANDS
@@ -259,7 +238,7 @@ def _storage(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
         yield error(
             "setup_commands",
             "MACDROP_STORAGE has two values",
-            "hosts would write to different folders, and none could go on with a run of another",
+            "hosts would write to different folders, and none could resume a run of another",
             "one folder, the same on all hosts",
         )
     docker = as_dict(file.content.get("docker"))
@@ -269,48 +248,51 @@ def _storage(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
         yield error(
             "docker.run_options",
             "the storage is not in the container",
-            "results would be written to the container's own disk, and go with it",
+            "results would be written to the disk of the container, and be lost with it",
             f"-v {file.storage}:{file.storage}"[:120],
         )
 
 
-def _docker(file: ClusterFile) -> Iterator[Finding]:
+def _docker(file: RayFile) -> Iterator[Finding]:
     docker = as_dict(file.content.get("docker"))
     if file.container and "--shm-size" not in str(docker.get("run_options")):
         severity = error if docker.get("disable_shm_size_detection") else note
         yield severity(
             "docker.run_options",
             "--shm-size is not given",
-            "NCCL and Ray's object store live in shared memory; Docker gives 64 MB, Ray's guess leaves NCCL little",
+            "NCCL and Ray's object store share it; Docker provides 64 MB, and Ray's estimate leaves NCCL little",
             "--shm-size=32g",
         )
 
 
-def _costs(file: ClusterFile) -> Iterator[Finding]:
+def _costs(file: RayFile) -> Iterator[Finding]:
     if file.provider in ("aws", "azure") and as_dict(file.content["provider"]).get("cache_stopped_nodes") is not False:
         yield note(
             "provider.cache_stopped_nodes",
-            "`down` stops machines and does not end them",
-            "their disks stay, and are paid for",
+            "`down` stops machines instead of terminating them",
+            "their disks stay, and cost money",
             "cache_stopped_nodes: false",
         )
 
 
-def _local(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
+def _local(file: RayFile, merged: RayFile) -> Iterator[Finding]:
     if start_environment(merged, HEAD).get("RAY_enable_autoscaler_v2") not in ("0", "false", "False"):
         yield error(
             HEAD,
-            "the newer autoscaler is on, with hosts of your own",
+            "the newer autoscaler is on, with on-premise hosts",
             "it starts only some of the workers of a local provider",
             "export RAY_enable_autoscaler_v2=0 before `ray start --head`",
         )
     hosts = [str(file.head_host), *file.worker_hosts]
     for host in sorted({host for host in hosts if hosts.count(host) > 1}):
         yield error(
-            "provider", f"{host[:60]} has two roles", "one Ray on a host would end the other", "name each host once"
+            "provider",
+            f"{host[:60]} has two roles",
+            "a second Ray on a host ends the first",
+            "name each host once",
         )
     if file.workers[1] < len(file.worker_hosts):
-        yield note("max_workers", "is below the number of worker_ips", "the others stay idle", "leave max_workers out")
+        yield note("max_workers", "is below the number of worker_ips", "some hosts stay idle", "remove max_workers")
     if not file.ssh_user:
         hint = nearest("ssh_user", as_dict(file.content.get("auth")))
         yield error("auth.ssh_user", "is missing", "Ray cannot log in on the hosts", f"ssh_user: YOU{hint}")
@@ -318,8 +300,8 @@ def _local(file: ClusterFile, merged: ClusterFile) -> Iterator[Finding]:
         yield note(
             "auth.ssh_private_key",
             "is missing",
-            "the head starts the workers by ssh, and has no agent of yours to ask",
+            "the head starts the workers by ssh, and cannot use your ssh agent",
             "ssh_private_key: ~/.ssh/id_ed25519",
         )
     elif not file.ssh_key.is_file():
-        yield note("auth.ssh_private_key", "is not on this machine", "`ray up` logs in with it", "mend the path")
+        yield note("auth.ssh_private_key", "is not on this machine", "`ray up` logs in with it", "fix the path")

@@ -1,4 +1,4 @@
-"""Jobs on a cluster: starting a sweep, and its log."""
+"""`macdrop cluster submit` and `logs`: starting a sweep as a job, and its log."""
 
 from __future__ import annotations
 
@@ -9,59 +9,62 @@ from typing import Any
 
 import yaml
 
-from cluster.backends.base import RUN_NAME, RUNNING, Job, Kind, stamp
-from cluster.backends.registry import open_kind
+from cluster.backends.base import RUN_NAME, RUNNING, Backend, Job, stamp
+from cluster.backends.registry import open_backend
 from cluster.errors import BadLaunchFile, LaunchError, LaunchFailed, Missing
 
-#: Seconds before a dropped line is taken up again, and how often. Doubled each time: a laptop may be away for a minute.
-AGAIN, ATTEMPTS = 3.0, 5
+#: Seconds before reconnecting to a log, doubled each time (a laptop may sleep for a minute), and attempts.
+RETRY, ATTEMPTS = 3.0, 5
 INTERRUPTED = 130
-#: Keys that submit gives itself -> what to give instead.
-OURS = {
+#: Keys that submit sets itself -> what to use instead.
+RESERVED = {
     "output_dir": "--name NAME (the folder is runs/NAME on the storage)",
     "ray.address": "nothing: it is the cluster",
 }
 
 
 def submit(path: Path, recipe: str, overrides: list[str], *, name: str | None, follow: bool, dry_run: bool) -> int:
-    """Start a sweep and follow its log: the job's exit code, or 0 at once without `follow`."""
-    kind = open_kind(path, dry_run=dry_run)
+    """Start a sweep and follow its log; return the exit code of the job, or 0 at once without `follow`."""
+    backend = open_backend(path, dry_run=dry_run)
     job = _job(recipe, overrides, name)
-    for name in _stays_here(job):
-        kind.shell.say(f"note: {name} is a file of this machine. The sweep looks for it on the cluster: copy it to the "
-                       f"storage, {kind.file.storage}, and give that path.")  # fmt: skip
+    for local in _local_files(job):
+        backend.shell.say(
+            f"note: {local} is a file of this machine. The sweep looks for it on the cluster: copy it to the storage, "
+            f"{backend.file.storage}, and use that path."
+        )
     if not dry_run:
-        running = [other for other in kind.jobs() if other["run"] == job.run and other["status"] in RUNNING]
+        running = [other for other in backend.jobs() if other["run"] == job.run and other["status"] in RUNNING]
         if running:
             raise LaunchFailed(
-                f"run {job.run!r} is running as job {running[-1]['id']}. Look: {_look(kind, job.run)}; or give another "
-                "--name."
+                f"run {job.run!r} is running as job {running[-1]['id']}. See {_log_command(backend, job.run)}; or use "
+                "another --name."
             )
-    started = kind.submit(job)
+    started = backend.submit(job)
     if dry_run:
         if follow:
-            kind.follow(started, kind.shell.say)
+            backend.follow(started, backend.shell.say)
         return 0
-    kind.shell.say(f"run {job.run}, job {started}. It goes on without this machine; to look: {_look(kind, job.run)}")
-    return _follow(kind, job.run, started) if follow else 0
+    log = _log_command(backend, job.run)
+    backend.shell.say(f"run {job.run}, job {started}. It continues without this machine; to see its log: {log}")
+    return _follow(backend, job.run, started) if follow else 0
 
 
 def _job(recipe: str, overrides: list[str], name: str | None) -> Job:
-    """Raises BadLaunchFile: no such recipe, no key=value, a key that is not the user's here, or no name of a run."""
+    """Build a job. Raises BadLaunchFile: unknown recipe, not key=value, a reserved key, or an invalid run name."""
     file = Path(recipe).expanduser()
     if file.suffix in (".yaml", ".yml") or file.exists():
         if not file.is_file():
             raise BadLaunchFile(
-                f"recipe {recipe!r} is not there. Give a YAML file, or a name of `macdrop sweep --recipes`."
+                f"recipe {recipe!r} does not exist. Use a YAML file, or a name from `macdrop sweep --recipes`."
             )
     elif not RUN_NAME.fullmatch(recipe) or "=" in recipe:
-        raise BadLaunchFile(f"recipe {recipe!r} is neither a file nor a name of `macdrop sweep --recipes`.")
+        raise BadLaunchFile(f"recipe {recipe!r} is neither a file nor a name from `macdrop sweep --recipes`.")
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
-            raise BadLaunchFile(f"{override!r} is no key=value.")
-        if key in OURS:
-            raise BadLaunchFile(f"{key} is given by submit itself. Give instead {OURS[key]}.")
+            raise BadLaunchFile(f"not a key=value override: {override!r}.")
+        if key in RESERVED:
+            raise BadLaunchFile(f"{key} is set by submit itself. Use instead {RESERVED[key]}.")
     run = name or file.stem
     if not RUN_NAME.fullmatch(run):
         raise BadLaunchFile(
@@ -70,8 +73,8 @@ def _job(recipe: str, overrides: list[str], name: str | None) -> Job:
     return Job(run, file if file.is_file() else recipe, tuple(overrides), stamp())
 
 
-def _stays_here(job: Job) -> list[str]:
-    """Files of this machine that recipe and overrides name; a copied recipe does not bring them along."""
+def _local_files(job: Job) -> list[str]:
+    """Files of this machine that recipe and overrides name: they are not copied along with a recipe."""
     waiting: list[Any] = [override.partition("=")[2] for override in job.overrides]
     if isinstance(job.recipe, Path):
         try:
@@ -88,66 +91,68 @@ def _stays_here(job: Job) -> list[str]:
     return sorted(set(found))
 
 
-def _look(kind: Kind, run: str) -> str:
-    return f"macdrop cluster logs {kind.file.path} {run} --follow"
+def _log_command(backend: Backend[Any], run: str) -> str:
+    return f"macdrop cluster logs {backend.file.path} {run} --follow"
 
 
-def _follow(kind: Kind, run: str, job: str) -> int:
-    """Print a job's log until it ends, over dropped lines; the exit code of the job."""
-    shell, shown = kind.shell, 0
+def _follow(backend: Backend[Any], run: str, job: str) -> int:
+    """Print the log of a job until it ends, reconnecting when necessary; return the exit code of the job."""
+    shell, shown = backend.shell, 0
     for attempt in range(ATTEMPTS):
         passed = 0
 
         def show(line: str) -> None:
             nonlocal passed, shown
             passed += 1
-            if passed > shown:  # a log that is followed again comes from its beginning
+            if passed > shown:  # a log that is followed again starts from its beginning
                 shown = passed
                 shell.say(line)
 
         try:
-            kind.follow(job, show)
-            found = next((other for other in kind.jobs(shown=False) if other["id"] == job), None)
+            backend.follow(job, show)
+            found = next((other for other in backend.jobs(shown=False) if other["id"] == job), None)
         except KeyboardInterrupt:
-            shell.say(f"\nThe job goes on. To look again: {_look(kind, run)}")
+            shell.say(f"\nThe job continues. To see its log again: {_log_command(backend, run)}")
             return INTERRUPTED
         except LaunchError as error:
             found = None
-            shell.say(f"the line to the cluster dropped: {error}")
+            shell.say(f"the connection to the cluster dropped: {error}")
         if found and found["status"] not in RUNNING:
-            return _ended(kind, run, found)
+            return _ended(backend, run, found)
         if attempt + 1 < ATTEMPTS:
-            shell.say(f"the log broke off; asking again ({attempt + 1} of {ATTEMPTS - 1})")
-            time.sleep(AGAIN * 2**attempt)
-    shell.say(f"The job may well go on. To look again: {_look(kind, run)}")
+            shell.say(f"the log stopped; reconnecting ({attempt + 1} of {ATTEMPTS - 1})")
+            time.sleep(RETRY * 2**attempt)
+    shell.say(f"The job may still be running. To see its log again: {_log_command(backend, run)}")
     return Missing.exit_code
 
 
-def _ended(kind: Kind, run: str, job: dict[str, Any]) -> int:
-    path = kind.file.path
+def _ended(backend: Backend[Any], run: str, job: dict[str, Any]) -> int:
+    path = backend.file.path
     if job["status"] == "SUCCEEDED":
-        kind.shell.say(f"run {run} is done. Its results: macdrop cluster fetch {path} {run}")
+        backend.shell.say(f"run {run} is done. To copy its results: macdrop cluster fetch {path} {run}")
         return 0
-    kind.shell.say(f"job {job['id']}: {job['status'].lower()}. {job['message']}".rstrip())
-    kind.shell.say(f"to go on with it: the same `macdrop cluster submit {path} ... --name {run}` again")
-    return job["code"] or (INTERRUPTED if job["status"] == "STOPPED" else 1)
+    backend.shell.say(f"job {job['id']}: {job['status'].lower()}. {job['message']}".rstrip())
+    backend.shell.say(f"to resume it, repeat: macdrop cluster submit {path} ... --name {run}")
+    code: int | None = job["code"]
+    return code or (INTERRUPTED if job["status"] == "STOPPED" else 1)
 
 
 def logs(path: Path, run: str | None, *, follow: bool, dry_run: bool) -> int:
-    kind = open_kind(path, dry_run=dry_run)
-    jobs = kind.jobs()
+    """Print the log of the newest job, of a run if one is named."""
+    backend = open_backend(path, dry_run=dry_run)
+    jobs = backend.jobs()
     if dry_run:
         jobs = [{"id": "JOB", "run": run or "RUN", "status": "RUNNING"}]
     found = [job for job in jobs if run is None or job["run"] == run]
     if not found:
-        there = ", ".join(sorted({job["run"] for job in jobs})) or "none"
+        known = ", ".join(sorted({job["run"] for job in jobs})) or "none"
         raise LaunchFailed(
-            f"no job of run {run!r} is on this cluster. There: {there}." if run else "no job was submitted."
+            f"no job of run {run!r} is on this cluster. Known runs: {known}." if run else "no job was submitted."
         )
     newest = found[-1]
     if follow and newest["status"] in RUNNING:
-        return _follow(kind, newest["run"], newest["id"])
+        return _follow(backend, newest["run"], newest["id"])
     try:
-        return 0 if kind.follow(newest["id"], kind.shell.say, go_on=False).ok else 1
+        return 0 if backend.follow(newest["id"], backend.shell.say, until_ended=False).ok else 1
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -1,7 +1,7 @@
-"""Secrets travel by name: the launch file lists names, the values are read from this machine's environment.
+"""Secrets, passed by name: the launch file lists names, and the values come from the environment of this machine.
 
-They are written to one file that only its owner can read (Ray, by a file mount), handed over through standard input
-(Kubernetes) or by name (Slurm); never into a command's arguments, a YAML, a log or a run folder.
+They are written to one file that only its owner can read (Ray, by a file mount), or passed through standard input
+(Kubernetes) or by name (Slurm); never in arguments, a YAML, a log or a run folder.
 """
 
 from __future__ import annotations
@@ -20,34 +20,35 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def path() -> Path:
-    """The file that launch files mount on every host."""
+    """The file that launch files copy to every host."""
     return Path.home() / ".macdrop" / "secrets.env"
 
 
 def values(names: Iterable[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The secrets of these names.
+    """Look up secrets in the environment.
 
     Raises:
-        BadLaunchFile: a name that no shell could hold.
-        Missing: some are not set here; the message has their names.
+        BadLaunchFile: a name is not valid for an environment variable.
+        Missing: some are not set here; the message names them.
     """
     environment = os.environ if environment is None else environment
     names = list(dict.fromkeys(names))
     for name in names:
         if not _NAME.fullmatch(name):
-            raise BadLaunchFile(f"MACDROP_SECRETS names {name!r}, which is no name of an environment variable.")
+            raise BadLaunchFile(f"MACDROP_SECRETS names {name!r}, which is not a valid environment variable name.")
     missing = [name for name in names if not environment.get(name)]
     if missing:
+        names_them = "the name" if len(missing) == 1 else "the names"
         raise Missing(
-            f"the launch file wants {', '.join(missing)} from this machine's environment (MACDROP_SECRETS), and "
+            f"the launch file needs {', '.join(missing)} from this machine's environment (MACDROP_SECRETS), and "
             f"{'they are' if len(missing) > 1 else 'it is'} not set. Set and try again: export {missing[0]}=..."
-            + ("; or take the name out of the launch file." if len(missing) == 1 else "; or take the names out.")
+            f"; or remove {names_them} from the launch file."
         )
     return {name: environment[name] for name in names}
 
 
 def write(found: Mapping[str, str], file: Path | None = None) -> Path:
-    """Write `export NAME=value` lines, whole or not at all, readable by the owner alone from the first byte on."""
+    """Write `export NAME=value` lines atomically, readable by the owner only from the first byte."""
     file = file or path()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -66,7 +67,7 @@ def write(found: Mapping[str, str], file: Path | None = None) -> Path:
 
 
 def manifest(name: str, namespace: str | None, found: Mapping[str, str], labels: Mapping[str, str]) -> str:
-    """A Kubernetes Secret, to be piped into `kubectl apply -f -`."""
+    """A Kubernetes Secret, for `kubectl apply -f -`."""
     metadata = {"name": name, "labels": dict(labels), **({"namespace": namespace} if namespace else {})}
     data = {key: base64.b64encode(value.encode()).decode() for key, value in found.items()}
     return json.dumps({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": data})

@@ -1,4 +1,4 @@
-"""Running commands for the launcher: each is printed first, dry runs only print, and no secret is ever shown."""
+"""Commands of the launcher: each is printed first, a dry run only prints, and secrets are never shown."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
 from cluster.errors import LaunchFailed, Missing
 
-#: What a missing tool is called, and where it comes from.
+#: Where to get a missing tool.
 TOOLS = {
     "ray": "Ray's own command. Install macdrop here: pip install -e .",
     "ssh": "the ssh client. Debian, Ubuntu: apt install openssh-client",
-    "rsync": "Debian, Ubuntu: apt install rsync; macOS: brew install rsync. The hosts need it too",
+    "rsync": "Debian, Ubuntu: apt install rsync; macOS: brew install rsync. The hosts need it, too",
     "kubectl": "the Kubernetes command: https://kubernetes.io/docs/tasks/tools",
     "sbatch": "Slurm's command. Run macdrop on a login node of the cluster",
     "squeue": "Slurm's command. Run macdrop on a login node of the cluster",
     "scancel": "Slurm's command. Run macdrop on a login node of the cluster",
 }
-#: A shorter value may stand in any text by chance; to hide it would only garble.
+#: A shorter value may occur in any text by chance; hiding it would only garble output.
 HIDDEN_LENGTH = 6
+#: Lines kept of a command that may run for days: enough for an error message and the search for causes.
+KEPT_LINES = 2000
+#: Seconds to wait for the last output of a command that has ended.
+LAST_OUTPUT = 0.5
 
 
 @dataclass(frozen=True)
-class Done:
-    """How a command ended and what it printed, both streams in one, as text."""
+class Result:
+    """The exit code of a command, and its output: both streams in one, as text."""
 
     code: int
     text: str
@@ -45,13 +49,13 @@ class Done:
 
     @property
     def tail(self) -> str:
-        """The last lines, for a message."""
+        """The end of the output, for a message."""
         return "\n".join(line for line in self.text.splitlines() if line.strip()).strip()[-2000:]
 
 
 @dataclass
 class Shell:
-    """Runs commands with one environment. `hidden`: values that no printed line may hold, such as secrets."""
+    """Runs commands in one environment. `hidden`: values that must not be printed, such as secrets."""
 
     dry_run: bool = False
     environment: dict[str, str] = field(default_factory=dict)
@@ -66,7 +70,7 @@ class Shell:
         return text
 
     def need(self, *tools: str) -> None:
-        """Raises Missing: a tool is not on the PATH. A dry run needs none."""
+        """Check that tools are on the PATH; a dry run needs none. Raises Missing."""
         for tool in tools:
             if not self.dry_run and shutil.which(tool) is None:
                 raise Missing(f"`{tool}` is not on the PATH of this machine: {TOOLS.get(tool, 'install it')}.")
@@ -74,26 +78,26 @@ class Shell:
     def show(self, command: Sequence[str], note: str = "") -> None:
         self.say(f"$ {shlex.join(command)}{note}")
 
-    def run(self, command: Sequence[str], *, check: str | None = None) -> Done:
-        """Show a command, run it and print what it prints, line by line; a dry run answers as if it went well.
+    def run(self, command: Sequence[str], *, failure: str | None = None) -> Result:
+        """Show a command, run it and print its output line by line; a dry run returns success.
 
         Args:
-            check: what failed, in words; then a bad end is an error.
+            failure: message of the error to raise if the command fails.
 
         Raises:
-            LaunchFailed: `check` was given and the command ended badly.
+            LaunchFailed: `failure` was given and the command failed.
         """
-        done = self.follow(command, self.say)
-        if check and not done.ok:
-            raise LaunchFailed(f"{check} (`{command[0]}` ended with {done.code}).")
-        return done
+        result = self.follow(command, self.say)
+        if failure and not result.ok:
+            raise LaunchFailed(f"{failure} (`{command[0]}` failed with exit code {result.code}).")
+        return result
 
-    def follow(self, command: Sequence[str], show: Callable[[str], None]) -> Done:
-        """Show a command, run it, and hand on each line as it comes."""
+    def follow(self, command: Sequence[str], show: Callable[[str], None]) -> Result:
+        """Show a command, run it, and pass on each line as it arrives."""
         self.show(command)
-        return Done(0, "") if self.dry_run else self._run(command, show)
+        return Result(0, "") if self.dry_run else self._run(command, show)
 
-    def ask(
+    def capture(
         self,
         command: Sequence[str],
         *,
@@ -101,17 +105,17 @@ class Shell:
         timeout: float | None = None,
         stdin: str | None = None,
         umask: int = -1,
-    ) -> Done:
-        """Run a command for its answer, which is not printed; 124 is the code of one that took too long.
+    ) -> Result:
+        """Run a command and capture its output, which is not printed; exit code 124 means that it timed out.
 
         Args:
             timeout: seconds.
-            stdin: what it reads; never shown.
-            umask: rights that files made by it shall not have.
+            stdin: its input; never shown.
+            umask: umask of the child process.
         """
         if shown:
             self.show(command)
-        return Done(0, "") if self.dry_run else self._run(command, None, timeout=timeout, stdin=stdin, umask=umask)
+        return Result(0, "") if self.dry_run else self._run(command, None, timeout=timeout, stdin=stdin, umask=umask)
 
     def _run(
         self,
@@ -121,11 +125,11 @@ class Shell:
         timeout: float | None = None,
         stdin: str | None = None,
         umask: int = -1,
-    ) -> Done:
-        """Both streams by line, until the command itself ends: ssh may leave one behind that keeps them open.
+    ) -> Result:
+        """Read both streams by line until the command itself ends: ssh may leave a child behind that keeps them open.
 
-        Without a terminal as input, ssh leaves ours alone, and Ctrl-C is ours and not the remote command's. What has a
-        time limit is a session of its own, so that it can be ended with all that it started.
+        Without a terminal as input, ssh leaves ours alone, and Ctrl-C reaches us and not the remote command. A command
+        with a time limit gets its own session, to be killed with all its children.
         """
         try:
             process = subprocess.Popen(
@@ -138,7 +142,7 @@ class Shell:
                 umask=umask,
             )
         except OSError as error:
-            return Done(127, f"{command[0]}: {error.strerror}")
+            return Result(127, f"{command[0]}: {error.strerror}")
         arrived: queue.Queue[bytes | None] = queue.Queue()
         threading.Thread(target=_pump, args=(process.stdout, arrived), daemon=True).start()
         if stdin is not None:
@@ -153,27 +157,21 @@ class Shell:
                     show(lines[-1])
         except TimeoutError:
             _end(process, group=True)
-            return Done(124, "\n".join([*lines, f"no answer within {timeout:.0f} s"]))
+            return Result(124, "\n".join([*lines, f"no answer within {timeout:.0f} s"]))
         except BaseException:
             _end(process, group=timeout is not None)
             raise
-        return Done(process.wait(), "\n".join(lines))
+        return Result(process.wait(), "\n".join(lines))
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
 
 
-#: Of a command that runs for days, what an error message and the search for causes may need.
-KEPT_LINES = 2000
-
-
-#: Seconds to wait for the last words of a command that has ended.
-LAST_WORDS = 0.5
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|\r")
 
 
 def _plain(line: bytes) -> str:
-    """Without colours and the carriage returns of a remote terminal."""
+    """A line without colors and the carriage returns of a remote terminal."""
     return _CONTROL.sub("", line.decode(errors="replace").rstrip("\r\n"))
 
 
@@ -189,14 +187,16 @@ def _feed(stream: IO[bytes], text: str) -> None:
         with stream:
             stream.write(text.encode())
     except OSError:
-        pass  # the command ended before it had read all; its code and last words tell
+        pass  # the command ended before reading all of it; its exit code and output say why
 
 
-def _lines(process: subprocess.Popen, arrived: queue.Queue[bytes | None], deadline: float | None) -> Iterator[bytes]:
-    """Lines as they come, until the process has ended and nothing comes any more. Raises TimeoutError."""
+def _lines(
+    process: subprocess.Popen[bytes], arrived: queue.Queue[bytes | None], deadline: float | None
+) -> Iterator[bytes]:
+    """Yield lines as they arrive, until the process has ended and its output with it. Raises TimeoutError."""
     while True:
         try:
-            line = arrived.get(timeout=LAST_WORDS)
+            line = arrived.get(timeout=LAST_OUTPUT)
         except queue.Empty:
             if process.poll() is not None:
                 return
@@ -209,8 +209,8 @@ def _lines(process: subprocess.Popen, arrived: queue.Queue[bytes | None], deadli
             raise TimeoutError
 
 
-def _end(process: subprocess.Popen, *, group: bool) -> None:
-    """End a command, and all that it started where it is a group of its own; SIGKILL if it will not."""
+def _end(process: subprocess.Popen[bytes], *, group: bool) -> None:
+    """End a command, with its children if it leads a process group; SIGKILL if it does not react."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number) if group else process.send_signal(number)
@@ -224,19 +224,10 @@ def _end(process: subprocess.Popen, *, group: bool) -> None:
 
 
 def confirmed(question: str, *, yes: bool) -> bool:
-    """Ask; without a terminal only --yes is a yes."""
+    """Ask for confirmation; without a terminal only --yes confirms."""
     if yes:
         return True
     if not sys.stdin.isatty():
-        print(f"{question} Add --yes to do so.", flush=True)
+        print(f"{question} Add --yes to confirm.", flush=True)
         return False
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns that stand below each other."""
-    lines = [tuple(map(str, row)) for row in (headings, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
-    return "\n".join(
-        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )

@@ -1,6 +1,6 @@
-"""What the launcher asks on the head (by `ray exec` or `kubectl exec`): nodes, jobs, runs, the autoscaler's log.
+"""What the launcher asks on the head (by `ray exec` or `kubectl exec`): nodes, jobs, runs, the log of the autoscaler.
 
-The answer is one line of JSON behind `MARK`, because a remote login shell prints lines of its own around it.
+The answer is one line of JSON after `MARK`, because a remote login shell prints lines of its own around it.
 """
 
 from __future__ import annotations
@@ -8,77 +8,63 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cluster.remote import ray_internals
+
 MARK = "macdrop-head: "
-#: The last lines of each file of the autoscaler.
+#: The last lines of each log file of the autoscaler.
 LOG_LINES = 150
-LOG_FILES = ("monitor.log", "monitor.out", "monitor.err")
 
 
-def tell(what: Iterable[str]) -> None:
-    """Print what is asked for; what cannot be told is an entry of `problems` and not an error."""
-    print(MARK + json.dumps(collect(what)), flush=True)
+def report(topics: Iterable[str]) -> None:
+    """Print the answer for these topics."""
+    print(MARK + json.dumps(collect(topics)), flush=True)
 
 
-def collect(what: Iterable[str]) -> dict[str, Any]:
-    """topic -> answer, for topics of `TOPICS`; "problems" has topic -> why there is no answer."""
+def collect(topics: Iterable[str]) -> dict[str, Any]:
+    """Answer topics of `TOPICS`; "problems" maps a topic without an answer to the reason."""
     found: dict[str, Any] = {"problems": {}}
-    for topic in what:
+    for topic in topics:
         try:
             found[topic] = TOPICS[topic]()
-        except Exception as error:  # whatever Ray raises where no head, no token or another version is
+        except Exception as error:  # whatever Ray raises without a head, without a token, or in another version
             found["problems"][topic] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     return found
 
 
 def answer(text: str) -> dict[str, Any] | None:
-    """What `tell` printed, out of all that a remote command printed; None where it did not come to that."""
+    """Extract what `report` printed from the output of a remote command; None if it is not there."""
     for line in reversed(text.splitlines()):
-        _, mark, told = line.partition(MARK)
+        _, mark, found = line.partition(MARK)
         if mark:
             try:
-                return json.loads(told)
+                decoded: dict[str, Any] = json.loads(found)
+                return decoded
             except ValueError:
                 return None
     return None
 
 
-def address(given: str | None = None) -> str:
-    """host:port of the head of the Ray that runs on this machine. Raises ConnectionError: none does, or several."""
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-
-    if given is None and os.environ.get("RAY_ADDRESS", "").startswith("http"):
-        del os.environ["RAY_ADDRESS"]  # meant for job commands
-    return canonicalize_bootstrap_address_or_die(given)
-
-
 def _nodes() -> list[dict[str, Any]]:
-    """All nodes that the head has seen."""
     import ray
-    from ray._private.state import GlobalState
-    from ray._raylet import GcsClientOptions
 
-    state = GlobalState()
-    state._initialize_global_state(
-        GcsClientOptions.create(address(), None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
-    )
-    draining = state.get_draining_nodes()
+    nodes, draining = ray_internals.node_table()
     return [
         {
             "id": node["NodeID"],
             "address": node["NodeManagerAddress"],
             "host": node["NodeManagerHostname"],
             "alive": node["Alive"],
-            "head": "node:__internal_head__" in node["Resources"],
+            "head": ray_internals.HEAD_RESOURCE in node["Resources"],
             "draining": node["NodeID"] in draining,
             "reason": node.get("DeathReasonMessage") or "",
             "resources": {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU")},
             "ray": ray.__version__,
         }
-        for node in state.node_table()
+        for node in nodes
     ]
 
 
@@ -103,7 +89,7 @@ def _jobs() -> list[dict[str, Any]]:
 
 
 def runs(storage: str | None = None) -> list[dict[str, Any]]:
-    """The runs in the storage's folder `runs`, by name: status, times, trials by status."""
+    """The runs in the storage's folder `runs`, by name: status, times, number of trials per status."""
     storage = storage or os.environ.get("MACDROP_STORAGE")
     if not storage:
         raise ValueError("MACDROP_STORAGE is not set on the head")
@@ -111,27 +97,19 @@ def runs(storage: str | None = None) -> list[dict[str, Any]]:
     for file in sorted(Path(storage, "runs").glob("*/run.json")):
         run = _json(file)
         trials = Counter(_json(trial).get("status", "?") for trial in file.parent.glob("trials/*/trial.json"))
-        told = {key: run.get(key) for key in ("status", "created", "finished")}
+        known = {key: run.get(key) for key in ("status", "created", "finished")}
         found.append(
-            {"run": file.parent.name, "folder": str(file.parent), **told, "trials": dict(sorted(trials.items()))}
+            {"run": file.parent.name, "folder": str(file.parent), **known, "trials": dict(sorted(trials.items()))}
         )
     return found
 
 
 def _log() -> list[str]:
-    """The end of the autoscaler's log, of its newest session."""
-    from ray._common.utils import get_ray_temp_dir
-
-    folder = Path(get_ray_temp_dir(), "session_latest", "logs")
-    lines: list[str] = []
-    for name in LOG_FILES:
-        if (folder / name).is_file():
-            lines += (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-    return lines
+    return ray_internals.autoscaler_log(LOG_LINES)
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A file that is being replaced or damaged counts as empty: this only tells."""
+    """A JSON object; a file that is unreadable or being replaced only counts as damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -139,4 +117,4 @@ def _json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"status": "damaged"}
 
 
-TOPICS = {"nodes": _nodes, "jobs": _jobs, "runs": runs, "log": _log}
+TOPICS: dict[str, Callable[[], list[Any]]] = {"nodes": _nodes, "jobs": _jobs, "runs": runs, "log": _log}

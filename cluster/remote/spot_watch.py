@@ -1,7 +1,7 @@
-"""On a spot node: hear from the cloud that the machine goes, and drain its Ray node, so that work there is saved.
+"""On a spot node: watch for the cloud's termination notice, then drain the Ray node so that its work is saved.
 
-Every cloud has a metadata service on the machine that tells of it, between 30 s (Google, Azure) and 2 minutes (AWS)
-ahead. Ray's autoscaler hears none of them.
+The metadata service of a cloud announces the end of a machine between 30 s (Google, Azure) and 2 minutes (AWS) ahead.
+Ray's autoscaler listens to none of them.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from pathlib import Path
 
 from cluster.errors import BadLaunchFile, Missing, nearest
 
-#: Seconds for an answer of the metadata service.
+#: Timeout of the metadata service in seconds.
 ANSWER = 5.0
-#: Seconds without a Ray node on this host, at start or later, after which there is nothing to watch for.
+#: Seconds without a Ray node on this host after which there is nothing to watch for.
 ALONE = 600.0
-#: Seconds between looks for Ray nodes of this host, and between lines about a service that does not answer.
-LOOK, TELL = 30.0, 300.0
-#: Seconds between a rented machine's notice and its end where the cloud does not tell the time.
+#: Seconds between two searches for Ray nodes, and between two reports of a service that does not answer.
+LOOK, REPORT = 30.0, 300.0
+#: Seconds between a notice and the end of the machine if the cloud does not say when.
 GOOGLE_NOTICE, SHORTEST = 30, 5
-#: Seconds for `ray drain-node`: it imports Ray.
+#: Timeout of `ray drain-node` in seconds: it imports Ray.
 DRAIN = 60
 
 
 @dataclass(frozen=True)
 class Notice:
-    """The end of this machine, `seconds` from now, or a mere hint at it (`final` is False)."""
+    """The end of this machine, `seconds` from now, or only a warning of it (`final` is False)."""
 
     text: str
     seconds: int = 0
@@ -42,7 +42,7 @@ class Notice:
 
 
 class Metadata:
-    """A cloud's metadata service. `base`: its URL; the proxy of the environment is never asked."""
+    """The metadata service of a cloud. `base`: its URL. Proxies of the environment are bypassed."""
 
     base = "http://169.254.169.254"
 
@@ -51,7 +51,7 @@ class Metadata:
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     def get(self, path: str, headers: dict[str, str] | None = None, method: str = "GET") -> str | None:
-        """The answer, or None for "there is no such thing" (404). Raises OSError."""
+        """Fetch a path; None if it does not exist (404). Raises OSError."""
         request = urllib.request.Request(self.base + path, headers=headers or {}, method=method)
         try:
             with self._open(request, timeout=ANSWER) as answer:
@@ -62,16 +62,16 @@ class Metadata:
             raise
 
     def here(self) -> bool:
-        """Whether this is that cloud."""
+        """Whether this machine is in this cloud. Raises OSError or ValueError."""
         raise NotImplementedError
 
     def notice(self) -> Notice | None:
-        """What the service tells now. Raises OSError or ValueError where it gives no answer that can be read."""
+        """The current notice. Raises OSError or ValueError: no readable answer."""
         raise NotImplementedError
 
 
 class Aws(Metadata):
-    """IMDSv2: each question carries a token that is asked for first."""
+    """IMDSv2: each request carries a token that is requested first."""
 
     _token: str | None = None
 
@@ -86,19 +86,21 @@ class Aws(Metadata):
                 if error.code != 401:
                     raise
                 self._token = None  # it has expired
-        raise OSError("the metadata service refuses its own token")
+        raise OSError("the metadata service rejects its own token")
 
     def here(self) -> bool:
         return self.ask("/latest/meta-data/instance-id") is not None
 
     def notice(self) -> Notice | None:
-        told = self.ask("/latest/meta-data/spot/instance-action")
-        if told is not None:
-            action = json.loads(told)
+        found = self.ask("/latest/meta-data/spot/instance-action")
+        if found is not None:
+            action = json.loads(found)
             when = datetime.fromisoformat(action["time"].replace("Z", "+00:00"))
             return Notice(f"AWS will {action['action']} this spot instance at {action['time']}", _until(when))
-        told = self.ask("/latest/meta-data/events/recommendations/rebalance")
-        return told and Notice("AWS sees a higher risk that this spot instance is interrupted", final=False) or None
+        found = self.ask("/latest/meta-data/events/recommendations/rebalance")
+        return (
+            Notice("AWS sees an elevated risk of interruption for this spot instance", final=False) if found else None
+        )
 
 
 class Google(Metadata):
@@ -109,14 +111,14 @@ class Google(Metadata):
         return self.get("/computeMetadata/v1/instance/id", self._flavor) is not None
 
     def notice(self) -> Notice | None:
-        told = self.get("/computeMetadata/v1/instance/preempted", self._flavor) or ""
-        if told.strip().upper() != "TRUE":
+        found = self.get("/computeMetadata/v1/instance/preempted", self._flavor) or ""
+        if found.strip().upper() != "TRUE":
             return None
         return Notice("Google preempts this machine", GOOGLE_NOTICE)
 
 
 class Azure(Metadata):
-    """The first question turns scheduled events on, which may take two minutes; `here` asks it."""
+    """The first request turns on scheduled events, which may take two minutes; `here` sends it."""
 
     _header = {"Metadata": "true"}
     _name: str | None = None
@@ -126,9 +128,9 @@ class Azure(Metadata):
         return self._own() is not None
 
     def notice(self) -> Notice | None:
-        told = self.get("/metadata/scheduledevents?api-version=2020-07-01", self._header)
-        for event in json.loads(told or "{}").get("Events", []):
-            # Events of a whole availability set are told to each of its machines.
+        found = self.get("/metadata/scheduledevents?api-version=2020-07-01", self._header)
+        for event in json.loads(found or "{}").get("Events", []):
+            # Every machine of an availability set sees the events of all.
             if event.get("EventType") == "Preempt" and self._own() in (None, *event.get("Resources", [])):
                 when = event.get("NotBefore") or ""
                 seconds = _until(parsedate_to_datetime(when)) if when else SHORTEST
@@ -152,21 +154,21 @@ def watch(
     say: Callable[[str], None] | None = None,
     alone: float = ALONE,
 ) -> int:
-    """Ask until the machine's end is announced, drain its Ray nodes, and end with them; 0.
+    """Poll until the end of the machine is announced, drain its Ray nodes, and return 0 once they are gone.
 
     Args:
-        interval: seconds between two questions.
-        node_id: hex id of the only Ray node to drain.
-        alone: seconds without a Ray node on this host after which it ends, too.
+        interval: seconds between two requests.
+        node_id: hex ID of the only Ray node to drain.
+        alone: seconds without a Ray node on this host after which the watch ends.
 
     Raises:
-        BadLaunchFile: no such cloud.
+        BadLaunchFile: an unknown cloud.
         Missing: no cloud was named, and none answers.
     """
     say = say or _say
     metadata = _service(cloud)
     seen = looked = time.monotonic()
-    complained = hinted = -TELL
+    complained = warned = -REPORT
     say(f"watching for the end of this spot machine ({type(metadata).__name__}, every {interval:g} s)")
     while True:
         now = time.monotonic()
@@ -174,27 +176,27 @@ def watch(
             notice = metadata.notice()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             notice = None
-            if now - complained >= TELL:
+            if now - complained >= REPORT:
                 complained = now
-                say(f"no answer from the metadata service, which is asked again: {error}")
+                say(f"no answer from the metadata service, retrying: {error}")
         if notice and notice.final:
             _leave(notice, node_id, interval, say)
             return 0
-        if notice and now - hinted >= TELL:
-            hinted = now
-            say(f"{notice.text}; nothing is done yet")
+        if notice and now - warned >= REPORT:
+            warned = now
+            say(f"{notice.text}; no action yet")
         if now - looked >= min(LOOK, alone):
             looked = now
             if ray_nodes(node_id):
                 seen = now
             elif now - seen >= alone:
-                say("no Ray node has run here for a while: nothing is left to watch for")
+                say("no Ray node has run here for a while: the watch ends")
                 return 0
         time.sleep(interval)
 
 
 def _leave(notice: Notice, node_id: str | None, interval: float, say: Callable[[str], None]) -> None:
-    """Drain the nodes of this host, again where that fails, and wait until they are gone or their time is over."""
+    """Drain the nodes of this host, retrying failures, and wait until they are gone or time is up."""
     deadline = time.monotonic() + max(notice.seconds, SHORTEST)
     drained: set[str] = set()
     say(f"{notice.text}, in {notice.seconds} s")
@@ -206,7 +208,7 @@ def _leave(notice: Notice, node_id: str | None, interval: float, say: Callable[[
         if time.monotonic() >= deadline:
             return
         time.sleep(min(interval, 1.0))
-    say("no Ray node runs here any more")
+    say("no Ray node is left here")
 
 
 def _drain(node: str, address: str, text: str, seconds: int, say: Callable[[str], None]) -> bool:
@@ -215,23 +217,23 @@ def _drain(node: str, address: str, text: str, seconds: int, say: Callable[[str]
     command += ["--deadline-remaining-seconds", str(seconds)]
     environment = {"RAY_AUTH_MODE": "token", **os.environ}
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DRAIN, env=environment
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        say(f"node {node[:12]} was not drained, trying again: {error}")
+        say(f"node {node[:12]} was not drained, retrying: {error}")
         return False
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
-        say(f"node {node[:12]} was not drained, trying again: {last[0][:300]}")
+    if result.returncode:
+        last = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["no output"]
+        say(f"node {node[:12]} was not drained, retrying: {last[0][:300]}")
         return False
-    say(f"node {node[:12]} is drained: no new work, and {seconds} s to save the work in hand")
+    say(f"node {node[:12]} is drained: no new work, and {seconds} s to save the work in progress")
     return True
 
 
 def ray_nodes(only: str | None = None, processes: Path = Path("/proc")) -> dict[str, str]:
-    """Ray nodes of this host, from the arguments of their raylets: hex id -> address of their head (host:port)."""
-    found = {}
+    """Ray nodes of this host, from the arguments of their raylets: hex ID -> address of their head (host:port)."""
+    found: dict[str, str] = {}
     for file in processes.glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().decode(errors="replace").split("\0")
@@ -246,9 +248,10 @@ def ray_nodes(only: str | None = None, processes: Path = Path("/proc")) -> dict[
 
 
 def _service(cloud: str | None) -> Metadata:
+    """The metadata service of a cloud; by default, of the one that answers. Raises BadLaunchFile or Missing."""
     if cloud is not None:
         if cloud not in CLOUDS:
-            raise BadLaunchFile(f"--cloud {cloud!r} is none of {', '.join(CLOUDS)}.{nearest(cloud, CLOUDS)}")
+            raise BadLaunchFile(f"--cloud {cloud!r} is not one of {', '.join(CLOUDS)}.{nearest(cloud, CLOUDS)}")
         return CLOUDS[cloud]()
     for kind in CLOUDS.values():
         metadata = kind()
@@ -257,11 +260,11 @@ def _service(cloud: str | None) -> Metadata:
                 return metadata
         except (OSError, ValueError):
             continue
-    raise Missing(f"no cloud's metadata service answers here. Name the cloud: --cloud {' or '.join(CLOUDS)}.")
+    raise Missing(f"no metadata service of a cloud answers here. Name the cloud: --cloud {' or '.join(CLOUDS)}.")
 
 
 def _until(when: datetime) -> int:
-    """Seconds from now, at least none."""
+    """Seconds from now, at least 0."""
     return max(0, int((when - datetime.now(UTC)).total_seconds()))
 
 

@@ -1,4 +1,4 @@
-"""What `macdrop cluster render` does: a commented launch file from a few answers, no value able to break out of it."""
+"""`macdrop cluster render`: a commented launch file from a few fields, injection-proof."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BadLaunchFile, nearest
-from cluster.render.fields import Like, Required, read
+from cluster.render.fields import Field, Like, Required, read
 from cluster.render.targets import EFA_CARDS, TARGETS, Target
 
 if TYPE_CHECKING:
@@ -24,37 +24,37 @@ EXAMPLES = Path(__file__).parent / "examples"
 
 
 def run(target: str | None, words: Sequence[str], *, output: Path | None, force: bool = False) -> None:
-    """List the targets, list one's answers (no words given, and some needed), or render to `output` or the terminal.
+    """List the targets, list the fields of one (no words given, but some required), or render to a file or stdout.
 
-    Raises BadLaunchFile: an unknown target, an answer that cannot be used, or a file that is there already.
+    Raises BadLaunchFile: an unknown target, an invalid field, or a file that exists.
     """
     if target is None:
         list_targets()
         return
     chosen = find(target)
-    if not words and any(answer.default is Required for answer in chosen.answers):
-        list_answers(chosen)
+    if not words and any(field.default is Required for field in chosen.fields):
+        list_fields(chosen)
         return
     text = render(chosen, words)
     if output is None:
         print(text, end="")
         return
     if output.exists() and not force:
-        raise BadLaunchFile(f"{output} is there already, and may have been edited: name another file, or add --force.")
+        raise BadLaunchFile(f"{output} exists, and may have been edited: choose another file, or add --force.")
     _write(output, text)
-    print(f"{output} written. Look through it, then:\n  macdrop cluster check {shlex.quote(str(output))}")
+    print(f"{output} written. Review it, then:\n  macdrop cluster check {shlex.quote(str(output))}")
 
 
 def find(name: str) -> Target:
-    """The target of that name. Raises BadLaunchFile."""
+    """Look up a target by name. Raises BadLaunchFile."""
     if name not in TARGETS:
-        raise BadLaunchFile(f"there is no target {name!r}: {', '.join(TARGETS)}.{nearest(name, TARGETS)}")
+        raise BadLaunchFile(f"unknown target {name!r}; known: {', '.join(TARGETS)}.{nearest(name, TARGETS)}")
     return TARGETS[name]
 
 
 def render(target: Target, words: Sequence[str]) -> str:
-    """The launch file that key=value `words` make. Raises BadLaunchFile."""
-    values = read(target.answers, _with_source(target, words), target.name)
+    """Render a launch file from key=value words. Raises BadLaunchFile."""
+    values = read(target.fields, _with_source(target, words), target.name)
     for rule in target.rules:
         wrong = rule(values)
         if wrong:
@@ -64,12 +64,12 @@ def render(target: Target, words: Sequence[str]) -> str:
 
 
 def example(target: Target) -> str:
-    """The shipped example: rendered with the target's example answers."""
+    """Render the shipped example of a target."""
     return render(target, target.example.split())
 
 
 def _derived(target: Target, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What templates need beside the answers."""
+    """Values that templates need in addition to the fields."""
     derived: dict[str, Any] = {"target": target}
     if "family" in values:
         derived["source_image"] = f"projects/deeplearning-platform-release/global/images/family/{values['family']}"
@@ -79,23 +79,23 @@ def _derived(target: Target, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_source(target: Target, words: Sequence[str]) -> list[str]:
-    """The clone that macdrop runs from is what hosts install, unless another is named or none is wanted."""
+    """Add the clone that macdrop runs from as the source, unless one is named or nothing is installed."""
     clone = Path(__file__).parents[2]
-    takes = any(answer.name == "source" for answer in target.answers)
-    told = any(word.startswith("source=") or word == "install=none" for word in words)
-    return [*words, f"source={clone}"] if takes and not told and (clone / "pyproject.toml").is_file() else list(words)
+    takes = any(field.name == "source" for field in target.fields)
+    given = any(word.startswith("source=") or word == "install=none" for word in words)
+    return [*words, f"source={clone}"] if takes and not given and (clone / "pyproject.toml").is_file() else list(words)
 
 
 # --- templates ---
 
 
 class _Safe(str):
-    """Text that went through a filter, and may stand in a launch file."""
+    """Text that went through a filter and may be written to a launch file."""
 
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Templates in which a value that went through no filter is an error, not an injection."""
+    """Jinja environment in which an unfiltered value is an error, not an injection."""
     import jinja2
 
     made = jinja2.Environment(
@@ -119,7 +119,7 @@ def _finalized(value: Any) -> Any:
 
 
 def _yaml(value: Any) -> _Safe:
-    """A YAML flow scalar or list; JSON is YAML as long as nothing needs an escape that only JSON has."""
+    """A YAML flow scalar or list; JSON is YAML as long as it needs no escape that only JSON has."""
     return _Safe(json.dumps(value, ensure_ascii=False))
 
 
@@ -129,7 +129,7 @@ def _sh(value: Any) -> _Safe:
 
 
 def _sh_path(value: str) -> _Safe:
-    """One word of a shell command; ~/ at its beginning keeps its meaning."""
+    """One word of a shell command; a leading ~/ still expands."""
     return _Safe(f'"$HOME"/{shlex.quote(value[2:])}' if value.startswith("~/") else shlex.quote(value))
 
 
@@ -139,14 +139,14 @@ def _comment(value: str) -> _Safe:
 
 
 def _fixed(value: str) -> _Safe:
-    """Text of the templates themselves, never an answer."""
+    """Text of the templates themselves, never a field."""
     if value not in ("", "head", "worker", "[aws]", "[gcp]", "[azure]", "efa", "efa-only"):
-        raise TypeError(f"{value!r} is no text of the templates")
+        raise TypeError(f"{value!r} is not text of the templates")
     return _Safe(value)
 
 
 def _export(name: str, value: str) -> _Safe:
-    """A shell word that holds an export statement, for the file that hosts read their variables from."""
+    """A shell word with an export statement, for the file from which hosts read their variables."""
     return _Safe(shlex.quote(f"export {name}={shlex.quote(value)}"))
 
 
@@ -162,37 +162,37 @@ def _is_address(host: str) -> bool:
 
 
 def list_targets() -> None:
-    """All targets, one a line."""
+    """Print all targets, one per line."""
     for target in TARGETS.values():
         print(f"{target.name:<12} {target.help}")
-    print("\n`macdrop cluster render TARGET` lists the answers of one.")
+    print("\n`macdrop cluster render TARGET` lists the fields of a target.")
 
 
-def list_answers(target: Target) -> None:
-    """The answers of a target, those that must be given first, and an example."""
-    rows = [(f"{answer.name}={_default(answer)}", answer.help) for answer in target.answers]
-    required = [answer.default is Required for answer in target.answers]
+def list_fields(target: Target) -> None:
+    """Print the fields of a target, required ones first, and an example."""
+    rows = [(f"{field.name}={_default(field)}", field.help) for field in target.fields]
+    required = [field.default is Required for field in target.fields]
     width = max(len(left) for left, _ in rows)
-    print(f"{target.help}. Answers that must be given:")
+    print(f"{target.help}. Required fields:")
     for wanted in (True, False):
         if not wanted:
-            print("Others, with their defaults:")
+            print("Optional fields, with their defaults:")
         for (left, right), needed in zip(rows, required, strict=True):
             if needed is wanted:
                 print(f"  {left:<{width}}  {right}")
     print(f"Example:\n  macdrop cluster render {target.name} {target.example} --output cluster.yaml")
 
 
-def _default(answer: Any) -> str:
-    if answer.default is Required:
-        return answer.example
-    if isinstance(answer.default, Like):
-        return f"({answer.default.name})"
-    return "" if answer.default in (None, ()) else str(answer.default)
+def _default(field: Field) -> str:
+    if field.default is Required:
+        return field.example
+    if isinstance(field.default, Like):
+        return f"({field.default.name})"
+    return "" if field.default in (None, ()) else str(field.default)
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
         file.write(text)

@@ -307,8 +307,8 @@ def adapters(folder: Path) -> Callable[[Any], str]:
 
 
 def launches(folder: Path) -> Callable[[Any], str]:
-    from cluster.commands.check import check
-    from cluster.core import launch_file
+    from cluster.backends import registry
+    from cluster.commands.check import findings as check
     from cluster.render.render import EXAMPLES, render
     from cluster.render.targets import TARGETS
 
@@ -316,7 +316,7 @@ def launches(folder: Path) -> Callable[[Any], str]:
     targets = [TARGETS[name] for name in sorted(TARGETS)]
 
     def looked_at(file: Path) -> None:
-        launch = launch_file.load(file)
+        launch = registry.load(file)
         check(launch)
         for name in dir(type(launch)):
             if isinstance(getattr(type(launch), name), property) or name == "environment":
@@ -327,11 +327,11 @@ def launches(folder: Path) -> Callable[[Any], str]:
         if answers is not None:
             target = targets[which % len(targets)]
             words = dict(word.split("=", 1) for word in target.example.split())
-            words |= {target.answers[i % len(target.answers)].name: value for i, value in answers}
+            words |= {target.fields[i % len(target.fields)].name: value for i, value in answers}
             made: list[str] = []
             ended = quietly(lambda: made.append(render(target, [f"{name}={value}" for name, value in words.items()])))
             # What was rendered of whatever answers must be a launch file.
-            return f"render: {ended if not made else quietly(lambda: check(launch_file.parse(made[0], folder / 'x')))}"
+            return f"render: {ended if not made else quietly(lambda: check(registry.parse(made[0], folder / 'x')))}"
         example = examples[which % len(examples)]
         file = folder / example.name
         file.write_bytes(damaged_file(example.name, example.read_bytes(), done))

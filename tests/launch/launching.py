@@ -1,4 +1,4 @@
-"""The verbs as they are typed, on a machine whose tools are recorded and whose home is empty."""
+"""The verbs as typed, on a machine with recorded tools and an empty home."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Laptop:
             patch.setenv(name, value)
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             patch.delenv(name, raising=False)
-        for module, name in ((jobs, "AGAIN"), (up, "POLL"), (kuberay, "POLL"), (slurm, "POLL")):
+        for module, name in ((jobs, "RETRY"), (up, "POLL"), (kuberay, "POLL"), (slurm, "POLL")):
             patch.setattr(module, name, 0.01)
         self.out = self.err = ""
 
@@ -63,7 +63,7 @@ class Laptop:
         return code
 
     def hides_secrets(self) -> None:
-        """No secret, and no token, in what was printed, in any argument, or in a file but the one for them."""
+        """Assert that secrets and token are neither printed nor among arguments, nor in any file but their own."""
         arguments = "\n".join(self.tools.lines)
         for value in (*SECRETS.values(), TOKEN):
             assert value not in self.out + self.err, "printed"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.core import launch_file
+from cluster.backends import registry
 from cluster.render import render
 from cluster.render.targets import EFA_CARDS, TARGETS
 
@@ -54,9 +54,7 @@ def prepared(target: str) -> dict[str, Any]:
     }
     given = dict(word.partition("=")[::2] for word in TARGETS[target].example.split())
     words = [f"{key}={ids.get(key, value)}" for key, value in given.items()]
-    content = copy.deepcopy(
-        launch_file.parse(render.render(TARGETS[target], words), render.EXAMPLES / "aws.yaml").content
-    )
+    content = copy.deepcopy(registry.parse(render.render(TARGETS[target], words), render.EXAMPLES / "aws.yaml").content)
     content = prepare_config(content)
     validate_config(content)
     return content

@@ -1,4 +1,4 @@
-"""Every check of a launch file finds what it is for: the shipped examples, each with one thing spoilt."""
+"""Every check of a launch file finds its mistake: the shipped examples, each with one thing broken."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from cluster.backends import registry
 from cluster.check.finding import ERROR, NOTE
 from cluster.cli import app
 from cluster.commands import check
-from cluster.core import launch_file
 from cluster.errors import BadLaunchFile
 from cluster.render import render
 
 #: target: (old text, new text, severity, words of the finding)
-SPOILT = [
-    # Ray's schema, in our words
+BROKEN = [
+    # Ray's schema
     ("aws", "cluster_name:", "cluster_nam:", ERROR, "no key 'cluster_nam' Did you mean 'cluster_name'?"),
-    ("aws", "max_workers: 2\n# Those", 'max_workers: "2"\n# Those', ERROR, "max_workers must be a whole number"),
+    ("aws", "max_workers: 2\n# Workers", 'max_workers: "2"\n# Workers', ERROR, "max_workers must be a whole number"),
     ("aws", "    min_workers: 2", "    min_worker: 2", ERROR, "no key 'min_worker' Did you mean"),
-    ("aws", "head_node_type: head", "head_node_type: hed", ERROR, "Ray refuses it: `head_node_type` must be one of"),
+    ("aws", "head_node_type: head", "head_node_type: hed", ERROR, "Ray rejects it: `head_node_type` must be one of"),
     ("aws", "setup_commands:\n", "setup_commands: pip\nfile_mount:\n", ERROR, "setup_commands must be a list"),
     # provider
     ("aws", "  region: ", "  regoin: ", ERROR, "no key 'regoin' Did you mean 'region'?"),
@@ -34,17 +34,17 @@ SPOILT = [
         "provider:\n",
         "provider:\n  aws_credentials: {aws_access_key_id: x}\n",
         ERROR,
-        "credentials stand in the file",
+        "the file contains credentials",
     ),
-    ("aws", "  cache_stopped_nodes: false\n", "", NOTE, "`down` stops machines and does not end them"),
-    ("aws", "type: aws", "type: awss", NOTE, "none that is checked here Did you mean 'aws'?"),
+    ("aws", "  cache_stopped_nodes: false\n", "", NOTE, "`down` stops machines instead of terminating them"),
+    ("aws", "type: aws", "type: awss", NOTE, "not a provider that is checked here Did you mean 'aws'?"),
     ("gcp", "  project_id:", "  project:", ERROR, "provider.project_id is missing"),
     ("azure", "  location:", "  lokation:", ERROR, "no key 'lokation' Did you mean 'location'?"),
     # machines
     ("aws", "InstanceType: ", "InstanceTyp: ", ERROR, "no key 'InstanceTyp' Did you mean 'InstanceType'?"),
     ("aws", "MarketType: spot", "MarketTyp: spot", ERROR, "no key 'MarketTyp' Did you mean 'MarketType'?"),
     ("aws", "g5.12xlarge", "g5.12xlrge", ERROR, "no type 'g5.12xlrge' Did you mean 'g5.12xlarge'?"),
-    ("aws", "VolumeSize: 300", 'VolumeSize: "300"', ERROR, "has the wrong type EC2 refuses it must be int"),
+    ("aws", "VolumeSize: 300", 'VolumeSize: "300"', ERROR, "has the wrong type EC2 rejects it must be int"),
     ("aws", "ImageId", "imageId", ERROR, "ImageId is missing"),
     ("aws-efa", "SubnetIds:", "SubnetId:", ERROR, "SubnetId is overwritten by Ray"),
     ("aws-efa", "NetworkCardIndex: 31", "NetworkCardIndex: 30", NOTE, "31 of 32 network cards"),
@@ -52,18 +52,18 @@ SPOILT = [
     ("gcp", "machineType:", "machineTyp:", ERROR, "machineType is missing"),
     ("gcp", "onHostMaintenance:", "onHostMaintenence:", ERROR, "no key 'onHostMaintenence'"),
     ("gcp", "onHostMaintenance: TERMINATE", "onHostMaintenance: MIGRATE", ERROR, "is not TERMINATE"),
-    ("gcp", ", GPU: 1}", "}", ERROR, "the machine has GPUs, resources name none"),
-    ("azure", ", GPU: 1}", "}", ERROR, "the machine has GPUs, resources name none"),
+    ("gcp", ", GPU: 1}", "}", ERROR, "the machine has GPUs, but resources names none"),
+    ("azure", ", GPU: 1}", "}", ERROR, "the machine has GPUs, but resources names none"),
     ("azure", "vmSize:", "vmsize:", ERROR, "no key 'vmsize' Did you mean 'vmSize'?"),
     ("aws", "  head:\n", "  head:\n    labels: {a: b}\n#", ERROR, "Ray requires it"),
     ("azure", "osDiskSize: 150", "priority: Spot", ERROR, "the head is a spot machine"),
     ("gcp", '"n2-standard-8"\n', "n2\n      scheduling: [{preemptible: true}]\n", ERROR, "the head is a spot machine"),
-    ("aws", "cluster spot-watch", "cluster watch", NOTE, "spot machines without a watch"),
+    ("aws", "cluster spot-watch", "cluster watch", NOTE, "spot machines without spot-watch"),
     # counts
     ("aws", "    min_workers: 2", "    min_workers: 3", ERROR, "min_workers 3 is above max_workers 2"),
     ("aws", "max_workers: 2", "max_workers: 0", ERROR, "no worker can ever start"),
     ("local", "worker_ips: [", "worker_ips: []\n  # [", ERROR, "worker_ips is missing"),
-    ("aws", "idle_timeout_minutes: 10", "idle_timeout_minutes: 0", None, "workers go after 0 idle minutes"),
+    ("aws", "idle_timeout_minutes: 10", "idle_timeout_minutes: 0", None, "workers are removed after 0 idle minutes"),
     # Ray's start
     ("local", "RAY_enable_autoscaler_v2=0", "RAY_enable_autoscaler_v2=1", ERROR, "the newer autoscaler is on"),
     ("aws", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled", ERROR, "RAY_AUTH_MODE=token is not set on the workers"),
@@ -90,18 +90,18 @@ SPOILT = [
         "--address=$RAY_HEAD_IP:6379",
         "--address=10.0.0.9:6379",
         ERROR,
-        "do not ask for the head at $RAY_HEAD_IP",
+        "do not look for the head at $RAY_HEAD_IP",
     ),
     ("local", "ray start --address", "ray stop --address", ERROR, "nothing starts Ray on the workers"),
     ("local", " --num-gpus=8", "", NOTE, "--num-gpus is not given"),
-    ("aws", "ulimit -n 65536 || true", "ulimit -n 65536 && true", ERROR, "`ulimit ... &&` stands before a command"),
-    # what travels
+    ("aws", "ulimit -n 65536 || true", "ulimit -n 65536 && true", ERROR, "`ulimit ... &&` precedes a command"),
+    # what is copied to hosts
     ("aws", "  ~/.ray/auth_token: ~", "  ~/.ray/token: ~", ERROR, "~/.ray/auth_token is not copied to the hosts"),
     ("aws", "  ~/.macdrop/secrets.env: ~", "  ~/secrets: ~", ERROR, "~/.macdrop/secrets.env is not copied"),
-    ("aws", ". ~/.macdrop/secrets.env", "true", ERROR, "secrets.env is not read before `ray start` on the head"),
+    ("aws", ". ~/.macdrop/secrets.env", "true", ERROR, "secrets.env is not sourced before `ray start` on the head"),
     ("aws", "source: ", "sourze: ", NOTE, "file_mounts.~/macdrop-sourze is not on this machine"),
     ("aws", "'export MACDROP_STORAGE=/shared' \\\n", "", ERROR, "MACDROP_STORAGE is not set on the workers"),
-    ("aws", "MACDROP_STORAGE=/shared", "MACDROP_STORAGE=/tmp/x", ERROR, "is no folder that hosts share"),
+    ("aws", "MACDROP_STORAGE=/shared", "MACDROP_STORAGE=/tmp/x", ERROR, "is not a folder that hosts share"),
     (
         "aws",
         "    ray start --address",
@@ -124,40 +124,40 @@ SPOILT = [
     ("local", "auth:\n", "max_workers: 1\nauth:\n", NOTE, "is below the number of worker_ips"),
     # KubeRay
     ("kuberay", "kind: RayCluster", "kind: RayService", ERROR, "neither RayCluster nor RayJob"),
-    ("kuberay", '  name: "macdrop"\n', "  name: Mac_drop\n", ERROR, "no name that pods can be called by"),
+    ("kuberay", '  name: "macdrop"\n', "  name: Mac_drop\n", ERROR, "is not a valid name for pods"),
     ("kuberay", "mode: token", "mode: disabled", ERROR, "token authentication is off"),
-    ("kuberay", "ClusterIP", "LoadBalancer", ERROR, "opens the head to the world outside"),
+    ("kuberay", "ClusterIP", "LoadBalancer", ERROR, "exposes the head to the outside"),
     ("kuberay", "enableInTreeAutoscaling: true", "enableInTreeAutoscaling: false", ERROR, "no worker beyond replicas"),
     ("kuberay", "workerGroupSpecs", "workerGroups", ERROR, "workerGroupSpecs has no group"),
-    ("kuberay", "minReplicas: 2", "minReplicas: 9", ERROR, "do not rise"),
-    ("kuberay", "maxReplicas: 8", 'maxReplicas: "8"', ERROR, "replicas are no whole numbers"),
-    ("kuberay", 'num-cpus: "0"', "num-cpus: 0", ERROR, "num-cpus is no text"),
+    ("kuberay", "minReplicas: 2", "minReplicas: 9", ERROR, "are out of order"),
+    ("kuberay", "maxReplicas: 8", 'maxReplicas: "8"', ERROR, "replicas are not whole numbers"),
+    ("kuberay", 'num-cpus: "0"', "num-cpus: 0", ERROR, "num-cpus is not text"),
     ("kuberay", 'num-cpus: "0"', 'num-cpus: "4"', NOTE, "the head takes tasks"),
     ("kuberay", "name: ray-worker", "command: []", ERROR, "no container with name and image"),
     ("kuberay", "me/macdrop:1", "me/macdrop:latest", NOTE, "has no fixed version"),
     ("kuberay", "time_ms, value", "tim_ms, value", ERROR, "keepalive_time_ms is not set low on the workers"),
     ("kuberay", "- {name: MACDROP_STORAGE", "- {name: STORAGE", ERROR, "MACDROP_STORAGE is not set on the head"),
-    ("kuberay", 'persistentVolumeClaim: {claimName: "macdrop-storage"}', "emptyDir: {}", ERROR, "no lasting volume"),
+    ("kuberay", 'persistentVolumeClaim: {claimName: "macdrop-storage"}', "emptyDir: {}", ERROR, "no persistent volume"),
     ("kuberay", "- name: storage\n", "- name: storag\n", ERROR, "/shared mounts no volume of the pod"),
     ("kuberay", "mountPath: /dev/shm", "mountPath: /dev/sh", NOTE, "no memory volume at /dev/shm"),
     ("kuberay", "envFrom", "envForm", ERROR, "the variables of MACDROP_SECRETS are missing on the workers"),
-    ("kuberay", "- groupName: gpu", "- groupName: gpu\n    - groupName: gpu", ERROR, "two groups are called gpu"),
+    ("kuberay", "- groupName: gpu", "- groupName: gpu\n    - groupName: gpu", ERROR, "two groups are named gpu"),
     ("kuberay-job", "entrypoint: bash /macdrop/sweep.sh", "entrypoint:", ERROR, "entrypoint is missing"),
-    ("kuberay-job", "bash /macdrop", "cd x; bash /macdrop", NOTE, "has signs of a shell in it"),
+    ("kuberay-job", "bash /macdrop", "cd x; bash /macdrop", NOTE, "contains shell syntax"),
     ("kuberay-job", "shutdownAfterJobFinishes: true", "suspend: false", NOTE, "machines stay"),
     # Slurm
-    ("slurm", "--partition=", "--partitoin=", ERROR, "no option --partitoin sbatch refuses the job Did you mean"),
+    ("slurm", "--partition=", "--partitoin=", ERROR, "no option --partitoin sbatch rejects the job Did you mean"),
     ("slurm", "--ntasks-per-node=1", "--ntasks-per-node=4", ERROR, "more than one task on a node"),
     ("slurm", "--gpus-per-node=4", "--gpus-per-node=2", ERROR, "--num-gpus differs"),
     ("slurm", "--cpus-per-task=32", "-c 16", ERROR, "--num-cpus differs"),
     ("slurm", '--min-nodes "$SLURM_JOB_NUM_NODES"', "--min-nodes 3", ERROR, "--min-nodes differs"),
     ("slurm", "#SBATCH --exclusive\n", "", ERROR, "--exclusive is missing"),
-    ("slurm", "#SBATCH --time=24:00:00\n", "set -e\n#SBATCH --time=1\n", ERROR, "stands after the first command"),
+    ("slurm", "#SBATCH --time=24:00:00\n", "set -e\n#SBATCH --time=1\n", ERROR, "comes after the first command"),
     ("slurm", "#SBATCH --time", "# SBATCH --time", NOTE, "is a comment to sbatch"),
     ("slurm", "#SBATCH --time", "# SBATCH --time", NOTE, "--time is missing"),
     ("slurm", "#SBATCH --no-kill\n", "", NOTE, "--no-kill is missing"),
     ("slurm", "sweep --resume", "sweep", NOTE, "nothing resumes a run"),
-    ("slurm", "ENDED", "OVER", NOTE, "nothing ends the nodes beside the first"),
+    ("slurm", "ENDED", "OVER", NOTE, "nothing stops the nodes other than the first"),
     ("slurm", "export RAY_AUTH_MODE=token", "", ERROR, "RAY_AUTH_MODE=token is not set"),
     ("slurm", "ray symmetric-run", "echo", ERROR, "nothing starts Ray"),
     ("slurm", "export MACDROP_STORAGE=/shared", "", ERROR, "MACDROP_STORAGE is not set"),
@@ -172,23 +172,23 @@ def example(name: str) -> str:
 def found(text: str) -> list[tuple[str, str]]:
     return [
         (each.severity, f"{each.where} {each.what} {each.why} {each.remedy}")
-        for each in check.check(launch_file.parse(text, Path("cluster.yaml")))
+        for each in check.findings(registry.parse(text, Path("cluster.yaml")))
     ]
 
 
-@pytest.mark.parametrize(("name", "old", "new", "severity", "words"), SPOILT)
-def test_what_is_spoilt_is_found(name, old, new, severity, words):
+@pytest.mark.parametrize(("name", "old", "new", "severity", "words"), BROKEN)
+def test_each_mistake_is_found(name, old, new, severity, words):
     text = example(name)
     assert old in text
-    told = found(text.replace(old, new))
-    if severity is None:  # only where workers come and go
-        assert not any(words in each for _, each in told)
-        told = found(text.replace(old, new).replace("max_workers: 2", "max_workers: 4"))
+    reported = found(text.replace(old, new))
+    if severity is None:  # only if the number of workers varies
+        assert not any(words in each for _, each in reported)
+        reported = found(text.replace(old, new).replace("max_workers: 2", "max_workers: 4"))
         severity = NOTE
-    assert any(kind == severity and all(word in each for word in words.split()) for kind, each in told), told
+    assert any(kind == severity and all(word in each for word in words.split()) for kind, each in reported), reported
     assert any(
-        words.partition(" Did you")[0].split(" sbatch refuses")[0].split(" EC2")[0] in each for _, each in told
-    ), told
+        words.partition(" Did you")[0].split(" sbatch rejects")[0].split(" EC2")[0] in each for _, each in reported
+    ), reported
 
 
 SECRET = "hf_" + "Zq" * 16
@@ -206,7 +206,7 @@ SECRET = "hf_" + "Zq" * 16
         "AKIA" + "Z" * 16,
     ],
 )
-def test_secrets_in_the_clear_are_refused_and_never_printed(name, line, tmp_path):
+def test_plain_text_secrets_are_rejected_and_never_printed(name, line, tmp_path):
     text = example(name)
     if name.startswith("kuberay") and line.startswith("export"):
         variable, _, value = line.removeprefix("export ").partition("=")
@@ -224,7 +224,7 @@ def test_secrets_in_the_clear_are_refused_and_never_printed(name, line, tmp_path
         assert value not in result.output
 
 
-def test_the_table_and_the_exit_code(tmp_path):
+def test_table_and_exit_code(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text(example("aws").replace("type: aws", "type: aws\n  regoin: x"))
     result = CliRunner().invoke(app, ["check", str(path)])
@@ -241,15 +241,15 @@ def test_the_table_and_the_exit_code(tmp_path):
     ("content", "words"),
     [
         (b"\xff\xfe", "it is not text"),
-        (b"a: [", "line [12]: not YAML"),
-        (b"a: 1", "is no launch file"),
+        (b"a: [", "line [12]: not valid YAML"),
+        (b"a: 1", "is not a launch file"),
         (b"#!/bin/bash\necho", "without #SBATCH lines"),
-        (b"", "is no launch file"),
-        (b"- a\n- b", "is no launch file"),
+        (b"", "is not a launch file"),
+        (b"- a\n- b", "is not a launch file"),
         (None, "cannot be read: No such file"),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path, content, words):
+def test_files_of_other_formats_are_rejected(tmp_path, content, words):
     path = tmp_path / "cluster.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -271,8 +271,8 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(KEYS, VALUES, max_size=8), st.sampled_from(["aws", "gcp", "azure", "local", "kuberay"]))
 @settings(max_examples=40, deadline=None)
-def test_any_yaml_ends_in_findings_or_a_refusal(content, kind):
-    """Nonsense of the right kind, as a user's slip of indentation makes it, ends in no traceback."""
+def test_any_yaml_ends_in_findings(content, kind):
+    """Well-formed nonsense, such as wrong indentation, never ends in a traceback."""
     import yaml
 
     if kind == "kuberay":
@@ -280,6 +280,6 @@ def test_any_yaml_ends_in_findings_or_a_refusal(content, kind):
     else:
         provider = content.get("provider")
         content = {**content, "provider": {**(provider if isinstance(provider, dict) else {}), "type": kind}}
-    file = launch_file.parse(yaml.safe_dump(content), Path("cluster.yaml"))
-    assert all(each.severity in (ERROR, NOTE) for each in check.check(file))
+    file = registry.parse(yaml.safe_dump(content), Path("cluster.yaml"))
+    assert all(each.severity in (ERROR, NOTE) for each in check.findings(file))
     assert isinstance(file.workers, tuple) and isinstance(file.secrets, tuple) and isinstance(file.environment, dict)

@@ -1,4 +1,4 @@
-"""The end of a cluster: results come home, nothing is left on any host."""
+"""Fetching results and taking clusters down; Kubernetes and Slurm."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 from launching import SECRETS
 from recorder import job, node, run, told
 
-from cluster.backends.ssh_hosts import MARK, PROCESSES
+from cluster.backends.ssh_hosts import MARK
+from cluster.remote.ray_internals import PROCESSES
 
 # --- fetch ---
 
 
 def put_run(storage: Path, created: str) -> dict:
-    """A run on the head's storage, which here is a folder; what the head tells of it."""
+    """Create a run on the storage, here a folder; return what the head reports about it."""
     made = storage / "runs" / "demo"
     for name in (
         "run.json",
@@ -32,7 +33,7 @@ def put_run(storage: Path, created: str) -> dict:
 
 
 def with_rsync(laptop, found: dict) -> None:
-    """`ray rsync-down FILE SOURCE TARGET` as Ray does it, on one machine: what to leave out stands in the file."""
+    """`ray rsync-down FILE SOURCE TARGET` as Ray does it, on one machine: exclusions are read from the file."""
     excludes = "$(sed -n '/^rsync_exclude:/,/^[a-z]/s/^- /--exclude=/p' $2 | tr -d \"'\")"
     laptop.tools.answer("rsync-down", {"run": f"exec /usr/bin/rsync -a {excludes} $3 $4"})
     laptop.tools.answer("on-head runs", told(runs=[found]))
@@ -45,7 +46,7 @@ def files(folder: Path) -> set[str]:
 RESULTS = {"run.json", "scores.jsonl", "trials/a/adapter/x", "models/ray/z"}
 
 
-def test_fetch_brings_results_home_without_checkpoints(laptop, tmp_path):
+def test_fetch_copies_results_without_checkpoints(laptop, tmp_path):
     with_rsync(laptop, put_run(tmp_path / "storage", "monday"))
     file = laptop.file("local")
     assert laptop.run("fetch", file, "demo") == 0, laptop.err + laptop.out
@@ -59,7 +60,7 @@ def test_fetch_brings_results_home_without_checkpoints(laptop, tmp_path):
 
 
 @pytest.mark.parametrize("here", ["another", "nothing"])
-def test_fetch_never_writes_over_something_else(here, laptop, tmp_path):
+def test_fetch_never_overwrites_other_files(here, laptop, tmp_path):
     with_rsync(laptop, put_run(tmp_path / "storage", "monday"))
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     own = tmp_path / "runs" / "demo" / ("run.json" if here == "another" else "thesis.txt")
@@ -69,16 +70,16 @@ def test_fetch_never_writes_over_something_else(here, laptop, tmp_path):
     assert not any("rsync-down" in line for line in laptop.tools.lines)
 
 
-def test_fetch_of_no_run_tells_those_that_are_there(laptop):
+def test_fetch_of_an_unknown_run_names_the_known_ones(laptop):
     laptop.tools.answer("on-head runs", told(runs=[run("a", "done"), run("b", "done")]))
     assert laptop.run("fetch", laptop.file("local"), "c") == 1
-    assert "There: a, b" in laptop.err and not Path("runs").exists()
+    assert "Known runs: a, b" in laptop.err and not Path("runs").exists()
 
 
 # --- down ---
 
 
-def test_down_stops_jobs_cluster_and_ray_on_every_host_and_looks(laptop):
+def test_down_stops_jobs_cluster_and_ray_and_verifies_every_host(laptop):
     laptop.tools.answer("on-head jobs", told(jobs=[job("a", "SUCCEEDED", 0), job("b", "RUNNING", None, 2)]))
     laptop.tools.answer("^ssh .*asked", f"{MARK}asked\nbash: no job control in this shell\n")
     file = laptop.file("local")
@@ -91,30 +92,30 @@ def test_down_stops_jobs_cluster_and_ray_on_every_host_and_looks(laptop):
     assert "no Ray process is left on 10.0.0.1, 10.0.0.2, 10.0.0.3" in laptop.out
 
 
-def test_down_names_hosts_with_processes_and_hosts_that_do_not_answer(laptop):
+def test_down_names_busy_and_silent_hosts(laptop):
     laptop.tools.answer("on-head jobs", {"out": "Connection timed out", "code": 255})
     laptop.tools.answer("^ssh .*asked", f"{MARK}asked\n")
     laptop.tools.answer("^ssh .*10.0.0.2.*asked", f"{MARK}asked\n 77 /x/raylet/raylet --node_id=1\n")
     laptop.tools.answer("^ssh .*10.0.0.3", {"out": "Connection timed out", "code": 255})
     assert laptop.run("down", laptop.file("local"), "--yes") == 1
     assert "10.0.0.2 still runs Ray:\n    77 /x/raylet/raylet" in laptop.out
-    assert "left: not looked at: 10.0.0.3 does not answer" in laptop.out and "10.0.0.1 still" not in laptop.out
+    assert "left: not verified: 10.0.0.3 does not answer" in laptop.out and "10.0.0.1 still" not in laptop.out
 
 
-def test_down_asks_first_and_without_a_terminal_does_nothing(laptop):
+def test_down_without_a_terminal_needs_yes(laptop):
     laptop.tools.answer("on-head jobs", told(jobs=[job("b", "RUNNING")]))
     assert laptop.run("down", laptop.file("local")) == 1
     assert "which runs b" in laptop.out and "--yes" in laptop.out
     assert len(laptop.tools.calls) == 1
 
 
-def test_down_of_rented_machines_leaves_the_hosts_to_the_cloud(laptop):
+def test_down_of_rented_machines_leaves_hosts_to_the_cloud(laptop):
     laptop.tools.answer("on-head jobs", told(jobs=[]))
     assert laptop.run("down", laptop.file("aws"), "--yes") == 0
     assert [line.split()[1] for line in laptop.tools.lines] == ["exec", "down"]
 
 
-def test_the_search_for_processes_finds_rays_and_not_itself():
+def test_process_pattern_matches_ray_but_not_itself():
     ray = [
         "/v/ray/core/src/ray/raylet/raylet --raylet_socket_name=x",
         "/v/ray/core/src/ray/gcs/gcs_server --log_dir=x",
@@ -151,7 +152,7 @@ def pods(*states: tuple[str, str], message: str = "") -> dict:
 
 
 def test_kubernetes_up_submit_and_down(laptop, monkeypatch):
-    monkeypatch.setattr("cluster.commands.check.run", lambda path: 0)
+    monkeypatch.setattr("cluster.commands.check.report", lambda file: 0)
     laptop.token()
     laptop.tools.answer("on-head jobs", told(jobs=[]))
     laptop.tools.answer("on-head nodes", told(nodes=[node(str(number)) for number in range(9)], log=[]))
@@ -173,16 +174,16 @@ def test_kubernetes_up_submit_and_down(laptop, monkeypatch):
     assert any("wait --for=delete" in line for line in laptop.tools.lines)
 
 
-def test_kubernetes_tells_why_a_pod_does_not_come(laptop, monkeypatch):
-    monkeypatch.setattr("cluster.commands.check.run", lambda path: 0)
-    monkeypatch.setattr("cluster.backends.kuberay.HEAD", 0)
+def test_kubernetes_reports_why_a_pod_is_pending(laptop, monkeypatch):
+    monkeypatch.setattr("cluster.commands.check.report", lambda file: 0)
+    monkeypatch.setattr("cluster.backends.kuberay.HEAD_TIMEOUT", 0)
     laptop.token()
     laptop.tools.answer("get pods", pods(("head", "Pending"), message="0/3 nodes: 3 Insufficient nvidia.com/gpu."))
     assert laptop.run("up", laptop.file("kuberay")) == 1
     assert "no Kubernetes node has enough free GPUs" in laptop.err
 
 
-def test_a_rayjob_takes_no_other_recipe(laptop):
+def test_rayjob_refuses_another_recipe(laptop):
     laptop.tools.answer("get pods", pods(("head", "Running")))
     laptop.tools.answer("get rayjob", "cluster-1")
     laptop.tools.answer("on-head jobs", told(jobs=[]))
@@ -225,13 +226,15 @@ def test_slurm_status_and_the_end_of_a_job(laptop, tmp_path, queue):
     put_run(tmp_path / "storage", "monday")
     laptop.tools.answer("sacct", "TIMEOUT|0:15\n")
     assert laptop.run("status", queue) == 0, laptop.err
-    assert "41   old  failed" in laptop.out and "demo" in laptop.out
+    lines = [line.split() for line in laptop.out.splitlines()]
+    assert ["41", "old", "failed", "0"] in lines
+    assert "demo" in laptop.out
     (laptop.tools.folder / "bin" / "rsync").unlink()
     assert laptop.run("fetch", queue, "demo", "--to", "home-runs") == 0, laptop.err
     assert files(Path("home-runs/demo")) == RESULTS
 
 
-def test_slurm_names_a_secret_that_is_not_set(laptop, monkeypatch, queue):
+def test_slurm_names_a_missing_secret(laptop, monkeypatch, queue):
     monkeypatch.delenv("HF_TOKEN")
     assert laptop.run("submit", queue, "demo") == 3
     assert "HF_TOKEN" in laptop.err and not any("sbatch" in line for line in laptop.tools.lines)

@@ -1,4 +1,4 @@
-"""The shipped launch files: equal to what their templates render, accepted by Ray and by our own checks."""
+"""The shipped examples equal their rendered templates, and pass the checks of Ray and ours."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.backends import registry
 from cluster.check.finding import ERROR
 from cluster.commands import check
-from cluster.core import launch_file
+from cluster.core.ray_file import COMMANDS, RayFile
+from cluster.core.slurm_file import SlurmFile
 from cluster.render import render
 from cluster.render.targets import TARGETS
 
@@ -31,14 +33,14 @@ def test_there_are_no_other_examples():
 @targets
 def test_the_example_passes_the_checks_without_a_network(target, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a check went online"))
-    found = check.check(launch_file.load(render.EXAMPLES / target.file))
+    found = check.findings(registry.load(render.EXAMPLES / target.file))
     assert [finding for finding in found if finding.severity == ERROR] == []
-    # What is missing is what only the user's machine has: a clone, an ssh key.
+    # Only files of the user's machine may be missing: a clone, an ssh key.
     assert all("not on this machine" in finding.what for finding in found), found
 
 
 @targets
-def test_the_example_says_what_made_it_and_what_comes_next(target):
+def test_example_names_its_command_and_the_next_steps(target):
     text = (render.EXAMPLES / target.file).read_text(encoding="utf-8")
     assert f"macdrop cluster render {target.name} " in text
     assert "macdrop cluster check FILE" in text and "macdrop cluster" in text.partition("check FILE")[2]
@@ -46,7 +48,7 @@ def test_the_example_says_what_made_it_and_what_comes_next(target):
 
 @targets
 def test_every_host_gets_token_keepalive_storage_and_secrets_by_name(target):
-    file = launch_file.load(render.EXAMPLES / target.file)
+    file = registry.load(render.EXAMPLES / target.file)
     assert file.token
     assert file.storage == "/shared"
     assert file.secrets[0] == "HF_TOKEN"
@@ -56,25 +58,22 @@ def test_every_host_gets_token_keepalive_storage_and_secrets_by_name(target):
 
 @targets
 def test_shell_commands_of_the_example_are_shell(target):
-    file = launch_file.load(render.EXAMPLES / target.file)
-    scripts = (
-        [file.text]
-        if file.kind == launch_file.SLURM
-        else [t for key in launch_file.COMMANDS for t in file.commands(key)]
-    )
+    file = registry.load(render.EXAMPLES / target.file)
+    scripts = [file.text] if isinstance(file, SlurmFile) else []
+    scripts += [text for key in COMMANDS for text in file.commands(key)] if isinstance(file, RayFile) else []
     scripts += [text for document in file.documents for text in (document.get("data") or {}).values()]
     for script in scripts:
         done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
         assert done.returncode == 0, f"{script}\n{done.stderr}"
 
 
-def test_setup_commands_do_what_they_say(tmp_path):
-    """The part that writes the hosts' environment, run twice in a home of its own."""
+def test_setup_commands_write_the_environment_once(tmp_path):
+    """The command that writes the environment of a host, run twice in a scratch home."""
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
     (home / ".ray/auth_token").write_text("not a token")
     (home / ".bashrc").write_text("export OLD=1\n")
-    command = launch_file.load(render.EXAMPLES / "local.yaml").commands("setup_commands")[0]
+    command = registry.load(render.EXAMPLES / "local.yaml").commands("setup_commands")[0]
     for _ in range(2):
         subprocess.run(["bash", "-c", command], env={"HOME": str(home), "PATH": "/usr/bin:/bin"}, check=True)
     assert (home / ".bashrc").read_text().count("macdrop") == 1
@@ -91,7 +90,7 @@ def test_setup_commands_do_what_they_say(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("pkill"), reason="needs procps")
 def test_the_slurm_script_ends_on_all_nodes_with_the_code_of_the_sweep(tmp_path, code=3):
-    """With stand-ins: srun makes two nodes as processes; Ray never returns on the second, as the real one does not."""
+    """With fakes: srun starts two nodes as processes; Ray never returns on the second, like the real one."""
     bin = tmp_path / "bin"
     bin.mkdir()
     tools = {
@@ -119,10 +118,9 @@ def test_the_slurm_script_ends_on_all_nodes_with_the_code_of_the_sweep(tmp_path,
     assert list((tmp_path / "shared").iterdir()) == []  # the note is gone
 
 
-def test_the_job_of_kubernetes_resumes_where_a_run_is(tmp_path):
-    (document,) = [
-        d for d in launch_file.load(render.EXAMPLES / "kuberay-job.yaml").documents if d["kind"] == "ConfigMap"
-    ]
+def test_kubernetes_job_resumes_an_existing_run(tmp_path):
+    documents = registry.load(render.EXAMPLES / "kuberay-job.yaml").documents
+    (document,) = [document for document in documents if document["kind"] == "ConfigMap"]
     (tmp_path / "macdrop").write_text('#!/bin/bash\necho "$@"\n')
     (tmp_path / "macdrop").chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MACDROP_STORAGE": str(tmp_path)}
@@ -135,7 +133,7 @@ def test_the_job_of_kubernetes_resumes_where_a_run_is(tmp_path):
     assert second == f"sweep --resume {ending}"
 
 
-def test_the_command_in_an_example_makes_it_again():
+def test_command_in_an_example_reproduces_it():
     for target in TARGETS.values():
         text = (render.EXAMPLES / target.file).read_text(encoding="utf-8")
         (command,) = re.findall(r"Made by: macdrop cluster render \S+ (.*)", text)
@@ -151,8 +149,8 @@ def test_documented_render_commands_work_and_pass_the_checks():
     for name, words in found:
         for variable, value in values.items():
             words = words.replace(variable, value)
-        file = launch_file.parse(render.render(TARGETS[name], words.split()), Path("cluster.yaml"))
-        assert [each for each in check.check(file) if each.severity == ERROR] == []
+        file = registry.parse(render.render(TARGETS[name], words.split()), Path("cluster.yaml"))
+        assert [each for each in check.findings(file) if each.severity == ERROR] == []
     assert re.findall(r"^\| `([\w-]+)` \|.*`cluster/(?:render/)?examples/(\S+)` \|$", text, re.MULTILINE) == [
         (target.name, target.file) for target in TARGETS.values()
     ]

@@ -1,4 +1,4 @@
-"""KubeRay manifests against the operator's own resource definitions, which are no part of this repository."""
+"""KubeRay manifests against the resource definitions of the operator, which are not part of this repository."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.backends import registry
 from cluster.check import kuberay
 from cluster.check.finding import ERROR
 from cluster.commands import check
-from cluster.core import launch_file
 from cluster.errors import BadLaunchFile
 from cluster.render import render
 
-READ = kuberay.read_definitions  # before the fixture puts its own there
+READ = kuberay.read_definitions  # before the fixture patches it
 MANIFESTS = ("kuberay.yaml", "kuberay-job.yaml")
 
 
@@ -32,8 +32,8 @@ def crd():
 
 
 def found(text: str, crd) -> list[tuple[str, str]]:
-    file = launch_file.parse(text, render.EXAMPLES / "kuberay.yaml")
-    return [(each.where, each.what) for each in check.check(file, crd) if each.severity == ERROR]
+    file = registry.parse(text, render.EXAMPLES / "kuberay.yaml")
+    return [(each.where, each.what) for each in check.findings(file, crd) if each.severity == ERROR]
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -56,13 +56,13 @@ def test_the_examples_fit_the_definitions(name, crd):
         ("containers:", "container:", "container"),
     ],
 )
-def test_a_slip_is_found_where_it_is(name, old, new, where, crd):
+def test_mistake_is_found_with_its_place(name, old, new, where, crd):
     text = (render.EXAMPLES / name).read_text(encoding="utf-8")
     assert old in text
     assert any(place.endswith(where) for place, _ in found(text.replace(old, new), crd))
 
 
-def test_a_folder_without_definitions_is_refused(tmp_path):
+def test_folder_without_definitions_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({"kind": "Secret"}))
     with pytest.raises(BadLaunchFile, match="no CustomResourceDefinition"):
         READ(tmp_path)

@@ -1,4 +1,4 @@
-"""The verbs on clusters of `ray up`: what they call, in which order, what they tell, and their exit codes."""
+"""The verbs on clusters of `ray up`: the commands they run, in order, their messages and exit codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from recorder import job, node, run, told
 from cluster.backends.advice import causes
 from cluster.backends.base import Job, submission
 from cluster.backends.ssh_hosts import MARK, Ssh, read_probe
-from cluster.core.shell import Done
+from cluster.core.shell import Result
+from cluster.remote import head
 
 THREE = [node("10.0.0.1", head=True), node("10.0.0.2", gpus=4), node("10.0.0.3", gpus=4)]
 MAKES_TOKEN = f"mkdir -p ~/.ray && printf {TOKEN} | tee ~/.ray/auth_token"
@@ -27,13 +28,13 @@ MAKES_TOKEN = f"mkdir -p ~/.ray && printf {TOKEN} | tee ~/.ray/auth_token"
 @pytest.fixture(autouse=True)
 def _before_is_another_test(monkeypatch):
     """What `check` finds in a file has its own tests; here all files pass."""
-    monkeypatch.setattr("cluster.commands.check.run", lambda path: 0)
+    monkeypatch.setattr("cluster.commands.check.report", lambda file: 0)
 
 
 # --- up ---
 
 
-def test_up_makes_token_and_secrets_starts_and_waits(laptop):
+def test_up_prepares_token_and_secrets_starts_and_waits(laptop):
     file = laptop.file("local")
     laptop.tools.answer("get-auth-token", {"run": MAKES_TOKEN})
     laptop.tools.answer("on-head jobs", {"out": "Head node of cluster (macdrop) not found!", "code": 1})
@@ -55,7 +56,7 @@ def test_up_makes_token_and_secrets_starts_and_waits(laptop):
     laptop.hides_secrets()
 
 
-def test_a_dry_run_prints_and_runs_nothing(laptop):
+def test_dry_run_only_prints(laptop):
     file = laptop.file("local")
     for verb in (["up"], ["submit", "demo"], ["status"], ["logs"], ["fetch", "demo"], ["down"]):
         assert laptop.run(verb[0], file, *verb[1:], "--dry-run") == 0, laptop.err
@@ -64,14 +65,14 @@ def test_a_dry_run_prints_and_runs_nothing(laptop):
     assert {path.name for path in laptop.folder.iterdir()} == {file, "home", "tools"}
 
 
-def test_up_names_a_secret_that_is_not_set(laptop, monkeypatch):
+def test_up_names_a_missing_secret(laptop, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
     assert laptop.run("up", laptop.file("local")) == 3
     assert "WANDB_API_KEY" in laptop.err and "HF_TOKEN," not in laptop.err and "export WANDB_API_KEY=" in laptop.err
     assert laptop.tools.calls == []
 
 
-def test_a_missing_tool_is_named_with_where_to_get_it(laptop):
+def test_missing_tool_is_named_with_its_source(laptop):
     (laptop.tools.folder / "bin" / "ray").unlink()
     assert laptop.run("status", laptop.file("local")) == 3
     assert "`ray` is not on the PATH" in laptop.err and "pip install" in laptop.err
@@ -84,7 +85,7 @@ def test_up_refuses_to_restart_ray_under_a_running_sweep(laptop):
     assert "runs llama" in laptop.err and not any("ray up" in line for line in laptop.tools.lines)
 
 
-def test_up_that_fails_ends_with_what_failed(laptop):
+def test_failed_up_reports_the_failure(laptop):
     laptop.token()
     laptop.tools.answer("ray up", {"out": "Setup command failed\n", "code": 1})
     assert laptop.run("up", laptop.file("local")) == 1
@@ -100,33 +101,33 @@ FINE = {
 @pytest.mark.parametrize(
     ("facts", "cause"),
     [
-        ({}, "10.0.0.3 is fine, and Ray does not run on it"),
+        ({}, "10.0.0.3 is fine, but Ray does not run on it"),
         ({"ray": "bash: ray: command not found"}, "has no `ray` on the PATH"),
         ({"ray": "ray, version 2.59.1"}, "has Ray 2.59.1 and the head 2.60.0"),
         ({"mode": ""}, "does not set RAY_AUTH_MODE=token"),
-        ({"token": "00"}, "has another Ray token"),
+        ({"token": "00"}, "has a different Ray token"),
         ({"token": ""}, "has no Ray token"),
-        ({"refused": "Unauthenticated: InvalidAuthToken"}, "refused the token of 10.0.0.3"),
+        ({"refused": "Unauthenticated: InvalidAuthToken"}, "rejected the token of 10.0.0.3"),
         ({"clock": "1000"}, "the clock of 10.0.0.3 is"),
         ({"rsync": ""}, "has no rsync"),
-        ({"storage": ""}, "cannot write the folder of MACDROP_STORAGE"),
-        ({"head": ""}, "does not reach port 6379 of the head 10.0.0.1"),
-        ("Permission denied (publickey).", "does not take this key for user ubuntu"),
+        ({"storage": ""}, "cannot write to the folder of MACDROP_STORAGE"),
+        ({"head": ""}, "cannot reach port 6379 of the head 10.0.0.1"),
+        ("Permission denied (publickey).", "rejects this key for user ubuntu"),
         ("connect to host 10.0.0.3 port 22: Connection refused", "refuses ssh"),
         ("connect to host 10.0.0.3 port 22: Connection timed out", "does not answer"),
         ("Host key verification failed.", "ssh-keygen -R 10.0.0.3"),
         ("ssh: Could not resolve hostname 10.0.0.3", "has no address"),
     ],
 )
-def test_the_answer_of_a_host_is_put_into_words(facts, cause, laptop):
+def test_facts_about_a_host_become_causes(facts, cause, laptop):
     laptop.token()
     told = {**FINE, "clock": f"{time.time():.0f}"} | (facts if isinstance(facts, dict) else {})
     text = facts if isinstance(facts, str) else "\n".join(f"{MARK}{name} {value}" for name, value in told.items())
-    found = read_probe(Ssh("ubuntu", None), "10.0.0.3", Done(255, text), "10.0.0.1", "2.60.0")
+    found = read_probe(Ssh("ubuntu", None), "10.0.0.3", Result(255, text), "10.0.0.1", "2.60.0")
     assert cause in found[0] and len(found) == 1
 
 
-def test_a_host_that_does_not_come_is_asked_for_the_cause(laptop):
+def test_missing_host_is_probed_for_the_cause(laptop):
     laptop.token()
     laptop.tools.answer("on-head nodes", told(nodes=THREE[:2], log=[]))
     laptop.tools.answer("on-head log", told(log=[]))
@@ -153,26 +154,34 @@ def test_a_host_that_does_not_come_is_asked_for_the_cause(laptop):
         ("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", "free GPUs"),
         ("pod x: ImagePullBackOff: Back-off pulling image", "image"),
         ("RuntimeError: Version mismatch: The cluster was started with: Ray: 2.60.0", "version"),
-        ("!!! Setup command `pip install x` failed with exit code 1.", "set-up fails"),
-        ("E: No space left on device", "disk is full"),
+        ("!!! Setup command `pip install x` failed with exit code 1.", "set-up of the node fails"),
+        ("E: No space left on device", "disk of the node is full"),
     ],
 )
-def test_a_line_of_a_log_is_put_into_words(line, word):
+def test_log_line_becomes_a_cause(line, word):
     assert word in causes(["all is well", line, "nothing to see"])[0]
     assert len(causes([line, line])) == 1 and causes(["all is well"]) == []
 
 
-def test_while_it_waits_up_tells_what_the_autoscaler_says(laptop):
+def test_waiting_reports_causes_from_the_autoscaler_log(laptop):
     laptop.token()
     log = ["(InsufficientInstanceCapacity) when calling the RunInstances operation"]
     laptop.tools.answer("on-head nodes", told(nodes=THREE[:1], log=log), told(nodes=THREE, log=log))
     assert laptop.run("check", laptop.file("local"), "--after") == 0
-    assert laptop.out.count("no such machine to give") == 1
+    assert laptop.out.count("out of machines of this type") == 1
 
 
-def test_check_after_says_when_this_machine_has_no_token(laptop):
+def test_check_after_needs_a_token(laptop):
     assert laptop.run("check", laptop.file("local"), "--after") == 3
     assert "no Ray token" in laptop.err and "ray get-auth-token --generate" in laptop.err
+
+
+def test_autoscaler_log_is_read_from_the_newest_session(monkeypatch, tmp_path):
+    folder = tmp_path / "ray" / "session_latest" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "monitor.log").write_text("first\nlast\n")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert head.collect(["log"]) == {"problems": {}, "log": ["first", "last"]}
 
 
 # --- submit, logs ---
@@ -196,7 +205,7 @@ def _stamped(monkeypatch):
     ("status", "exit_code", "code"),
     [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", None, 1), ("STOPPED", None, 130)],
 )
-def test_submit_follows_the_log_and_ends_as_the_job(status, exit_code, code, laptop):
+def test_submit_follows_the_log_and_returns_the_exit_code(status, exit_code, code, laptop):
     started(laptop, job("demo", status, exit_code))
     assert laptop.run("submit", laptop.file("local"), "demo", "sweep.num_samples=2") == code, laptop.err
     assert "step 1\nstep 2\n" in laptop.out and "Fetched IP" not in laptop.out
@@ -207,7 +216,7 @@ def test_submit_follows_the_log_and_ends_as_the_job(status, exit_code, code, lap
 
 
 @pytest.mark.usefixtures("_stamped")
-def test_a_dropped_line_is_taken_up_where_it_was(laptop):
+def test_dropped_connection_resumes_the_log(laptop):
     started(laptop, job("demo", "RUNNING"), job("demo", "SUCCEEDED", 0))
     laptop.tools.rules = [rule for rule in laptop.tools.rules if rule["when"] != "ray job logs"]
     laptop.tools.answer("ray job logs", {"out": "step 1\n", "code": 255}, "step 1\nstep 2\n")
@@ -216,19 +225,19 @@ def test_a_dropped_line_is_taken_up_where_it_was(laptop):
 
 
 @pytest.mark.usefixtures("_stamped")
-def test_a_line_that_stays_away_leaves_the_job_alone_and_says_how_to_look_again(laptop, monkeypatch):
+def test_lost_connection_leaves_the_job_running(laptop, monkeypatch):
     from cluster.commands import jobs
 
     monkeypatch.setattr(jobs, "ATTEMPTS", 2)
     laptop.tools.answer("on-head jobs", told(jobs=[]), {"out": "Connection timed out", "code": 255})
     file = laptop.file("local")
     assert laptop.run("submit", file, "demo") == 3
-    assert f"macdrop cluster logs {file} demo --follow" in laptop.out and "The job may well go on" in laptop.out
+    assert f"macdrop cluster logs {file} demo --follow" in laptop.out and "The job may still be running" in laptop.out
     assert not any("job stop" in line for line in laptop.tools.lines)
 
 
 def test_ctrl_c_leaves_the_job_running(laptop, tmp_path):
-    """A process of its own, because the signal goes to one."""
+    """In a process of its own, to be signalled."""
     laptop.tools.answer("on-head jobs", told(jobs=[]))
     laptop.tools.answer("ray job logs", {"run": "echo step 1; exec sleep 60"})
     with open(tmp_path / "out", "w") as out:
@@ -241,11 +250,11 @@ def test_ctrl_c_leaves_the_job_running(laptop, tmp_path):
             time.sleep(0.05)
         process.send_signal(2)
         assert process.wait(timeout=60) == 130
-    assert "The job goes on. To look again: macdrop cluster logs" in Path(tmp_path / "out").read_text()
+    assert "The job continues. To see its log again: macdrop cluster logs" in Path(tmp_path / "out").read_text()
     assert not any("job stop" in line for line in laptop.tools.lines)
 
 
-def test_a_recipe_file_is_copied_and_goes_to_the_storage(laptop):
+def test_recipe_file_is_copied_to_the_storage(laptop):
     started(laptop)
     Path("my sweep.yaml").write_text("seed: 1\ndataset: [mine.jsonl, far.jsonl]\n")
     Path("mine.jsonl").touch()
@@ -258,10 +267,10 @@ def test_a_recipe_file_is_copied_and_goes_to_the_storage(laptop):
     assert "note: mine.jsonl is a file of this machine" in laptop.out and "far.jsonl" not in laptop.out
 
 
-def test_a_head_that_has_just_started_is_asked_again(laptop, monkeypatch):
+def test_submission_to_a_starting_head_is_retried(laptop, monkeypatch):
     from cluster.backends import base
 
-    monkeypatch.setattr(base, "AGAIN", 0.01)
+    monkeypatch.setattr(base, "RETRY", 0.01)
     started(laptop)
     refused = {"out": "status code 500: No available agent to submit job, please try again later", "code": 1}
     laptop.tools.answer("ray job submit", refused, refused, "submitted")
@@ -276,23 +285,23 @@ def test_a_head_that_has_just_started_is_asked_again(laptop, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "told_so"),
     [
-        (["nope.yaml"], "is not there"),
+        (["nope.yaml"], "does not exist"),
         (["broken.yaml"], "recipe broken.yaml"),
-        (["demo", "seed"], "no key=value"),
+        (["demo", "seed"], "not a key=value override"),
         (["demo", "output_dir=runs/x"], "--name NAME"),
-        (["demo", "ray.address=auto"], "ray.address is given by submit itself"),
+        (["demo", "ray.address=auto"], "ray.address is set by submit itself"),
         (["demo", "--name", "../x"], "a run's name"),
         (["demo", "--name", "$(reboot)"], "a run's name"),
         (["de;mo"], "neither a file nor a name"),
     ],
 )
-def test_a_submission_that_cannot_be_is_refused_before_anything_is_called(words, told_so, laptop):
+def test_invalid_submission_is_refused_before_any_command(words, told_so, laptop):
     Path("broken.yaml").write_text("a: [")
     assert laptop.run("submit", laptop.file("local"), *words) == 2
     assert told_so in laptop.err and laptop.tools.calls == []
 
 
-def test_a_run_that_is_running_is_not_started_twice(laptop):
+def test_running_run_is_not_started_twice(laptop):
     laptop.tools.answer("on-head jobs", told(jobs=[job("demo", "RUNNING")]))
     assert laptop.run("submit", laptop.file("local"), "demo") == 1
     assert "is running as job demo-1" in laptop.err
@@ -300,7 +309,7 @@ def test_a_run_that_is_running_is_not_started_twice(laptop):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_the_script_on_the_head_is_safe_and_resumes(there, tmp_path):
+def test_script_on_the_head_is_injection_proof_and_resumes(there, tmp_path):
     """Run by a real shell, with a `ray` that prints its arguments."""
     storage = tmp_path / "the storage"
     if there:
@@ -323,13 +332,13 @@ def test_the_script_on_the_head_is_safe_and_resumes(there, tmp_path):
     assert not (tmp_path / "stolen").exists() and (storage / "recipes").is_dir()
 
 
-def test_logs_of_the_newest_job_or_a_runs(laptop):
+def test_logs_of_the_newest_job_or_of_a_run(laptop):
     laptop.tools.answer("on-head jobs", told(jobs=[job("a", "SUCCEEDED", 0), job("b", "SUCCEEDED", 0, 2)]))
     laptop.tools.answer("ray job logs", "the log\n")
     file = laptop.file("local")
     assert laptop.run("logs", file) == 0 and laptop.tools.lines[-1].endswith("ray job logs b-2")
     assert laptop.run("logs", file, "a") == 0 and laptop.tools.lines[-1].endswith("ray job logs a-1")
-    assert laptop.run("logs", file, "c") == 1 and "There: a, b" in laptop.err
+    assert laptop.run("logs", file, "c") == 1 and "Known runs: a, b" in laptop.err
 
 
 # --- status ---
@@ -343,7 +352,7 @@ def test_status_shows_nodes_jobs_and_runs(laptop):
     lines = {line.split()[0]: " ".join(line.split()) for line in laptop.out.splitlines() if line.strip()}
     assert lines["10.0.0.3"] == "10.0.0.3 h3 worker dead 0 0 missed too many heartbeats"
     assert lines["10.0.0.1"].startswith("10.0.0.1 h1 head alive")
-    assert "broken off" in lines["old"] and "3 done" in lines["first"] and "broken off" not in lines["demo"]
+    assert "interrupted" in lines["old"] and "3 done" in lines["first"] and "interrupted" not in lines["demo"]
 
 
 @pytest.mark.parametrize(
@@ -353,7 +362,7 @@ def test_status_shows_nodes_jobs_and_runs(laptop):
         ("ConnectionError: Could not find any running Ray instance", "macdrop cluster up"),
     ],
 )
-def test_a_head_that_cannot_tell_says_what_to_do(problem, remedy, laptop):
+def test_status_reports_unavailable_topics_with_a_remedy(problem, remedy, laptop):
     laptop.tools.answer("on-head", told(problems={"nodes": problem, "jobs": problem}, runs=[run("demo", "done")]))
     assert laptop.run("status", laptop.file("local")) == 1
     assert remedy in laptop.out and "demo" in laptop.out
@@ -364,18 +373,18 @@ def test_a_head_that_cannot_tell_says_what_to_do(problem, remedy, laptop):
     [
         ("Head node of cluster (macdrop) not found!", "macdrop cluster up"),
         ("Token authentication is enabled but no authentication token was found", "lacks the token that its Ray wants"),
-        ("bash: macdrop: command not found", "the head has no `macdrop`"),
-        ("ubuntu@10.0.0.1: Permission denied (publickey).", "10.0.0.1 does not take this key"),
+        ("bash: macdrop: command not found", "`macdrop` is not installed on the head"),
+        ("ubuntu@10.0.0.1: Permission denied (publickey).", "10.0.0.1 rejects this key"),
         ("something else", "something else"),
     ],
 )
-def test_no_answer_of_the_head_is_put_into_words(said, remedy, laptop):
+def test_missing_answer_of_the_head_has_a_remedy(said, remedy, laptop):
     laptop.tools.answer("on-head", {"out": said, "code": 1})
     assert laptop.run("status", laptop.file("local")) == 1
     assert remedy in laptop.err and "Traceback" not in laptop.err
 
 
-def test_a_cluster_that_this_machine_forgot_is_found_again(laptop, monkeypatch, tmp_path):
+def test_forgotten_cluster_is_restored(laptop, monkeypatch, tmp_path):
     """After a reboot of the laptop Ray's note of the head is gone, and the cluster is not."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "forgotten"))
     note = tmp_path / "forgotten" / "ray" / "cluster-macdrop.state"
@@ -390,6 +399,6 @@ def test_a_cluster_that_this_machine_forgot_is_found_again(laptop, monkeypatch, 
     assert laptop.run("status", file) == 1 and "macdrop cluster up" in laptop.err, "nothing runs there"
     laptop.tools.answer("^ssh .*asked", f"{MARK}asked\n 7 /x/gcs/gcs_server --log_dir=x\n")
     assert laptop.run("status", file) == 0, laptop.err
-    assert "had forgotten the cluster" in laptop.out
+    assert "restored the record of a cluster" in laptop.out
     noted = json.loads(note.read_text())
     assert noted["10.0.0.1"]["state"] == "running" and noted["10.0.0.1"]["tags"]["ray-node-status"] == "up-to-date"

@@ -1,4 +1,4 @@
-"""`macdrop cluster render`: answers, their mistakes, and values that try to break out of the file."""
+"""`macdrop cluster render`: fields, invalid fields, and values that try to break out of the file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from cluster.backends import registry
 from cluster.cli import app
-from cluster.core import launch_file
+from cluster.core.launch_file import LaunchFile, shell_words
+from cluster.core.slurm_file import SlurmFile
 from cluster.errors import BadLaunchFile
 from cluster.render import fields, render
 from cluster.render.targets import TARGETS, Target
@@ -27,27 +29,30 @@ def refused(name: str, *words: str) -> str:
     return str(raised.value)
 
 
-# --- answers ---
+# --- fields ---
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("hed_ip=1", "local has no answer 'hed_ip'. Did you mean 'head_ip'?"),
-        ("zzz=1", "local has no answer 'zzz'. `macdrop cluster render local` lists them."),
-        ("head_ip", "'head_ip' is no answer: write key=value"),
+        ("hed_ip=1", "local: unknown field 'hed_ip'. Did you mean 'head_ip'?"),
+        ("zzz=1", "local: unknown field 'zzz'. `macdrop cluster render local` lists the fields."),
+        ("head_ip", "not key=value: 'head_ip'. Write, for example, head_ip=..."),
         ("head_ip=10.0.0.1 head_ip=10.0.0.1", "head_ip= is given twice."),
         ("head_ip=", "head_ip= has no value."),
-        ("storage=", "storage= has no value. Folder that all hosts share, for runs and the cache. Leave it out for"),
+        (
+            "storage=",
+            "storage= has no value. Folder that all hosts share, for runs and the cache. Omit it to use the default.",
+        ),
         ("head_ip=10.0.0.1", "worker_ips=10.0.0.2,10.0.0.3"),
         ("head_ip=10.0.0.256", "head_ip='10.0.0.256': must be an IP address or a host name"),
         ("head_ip=a_b", "must be an IP address or a host name"),
-        ("worker_ips=10.0.0.2,10.0.0.2", "names one twice"),
+        ("worker_ips=10.0.0.2,10.0.0.2", "repeats a value"),
         ("gpus=-1", "must be a whole number from 0 to 10000"),
         ("gpus=1e3", "must be a whole number"),
         ("storage=shared", "must be an absolute path"),
         ("storage=/a/../b", "must be an absolute path"),
-        ("source=./here", "must be a path on this machine that begins with / or ~/"),
+        ("source=./here", "must be a path on this machine that starts with / or ~/"),
         ("install=conda", "must be one of uv, pip, none."),
         ("install=uvv", "Did you mean 'uv'?"),
         ("secrets=hf_token", "the name of an environment variable, never its value"),
@@ -56,7 +61,7 @@ def refused(name: str, *words: str) -> str:
         ("user=Robert'); DROP", "must be a user's login name"),
     ],
 )
-def test_a_mistake_is_named_with_what_is_allowed(words, message):
+def test_invalid_field_is_refused_with_what_is_allowed(words, message):
     assert message in refused("local", *shlex.split(words.replace("'", "\\'")))
 
 
@@ -75,28 +80,28 @@ def test_a_mistake_is_named_with_what_is_allowed(words, message):
         ("kuberay", "memory=lots", "must be an amount"),
     ],
 )
-def test_answers_that_do_not_go_together(name, words, message):
+def test_conflicting_fields_are_refused(name, words, message):
     given = {word.partition("=")[0]: word for word in TARGETS[name].example.split()}
     given |= {word.partition("=")[0]: word for word in words.split()}
     assert message in refused(name, *given.values())
 
 
-def test_an_unknown_target_is_named_with_the_nearest():
-    with pytest.raises(BadLaunchFile, match="no target 'kuberey': aws, .* Did you mean 'kuberay'"):
+def test_unknown_target_names_the_nearest():
+    with pytest.raises(BadLaunchFile, match="unknown target 'kuberey'; known: aws, .* Did you mean 'kuberay'"):
         render.find("kuberey")
 
 
-def test_the_clone_that_macdrop_runs_from_is_installed_unless_told_otherwise():
+def test_own_clone_is_installed_by_default():
     words = LOCAL[:3]
-    own = launch_file.parse(render.render(TARGETS["local"], words), Path("x"))
+    own = registry.parse(render.render(TARGETS["local"], words), Path("x"))
     assert own.content["file_mounts"]["~/macdrop-source"] == str(Path(render.__file__).parents[2])
-    none = launch_file.parse(render.render(TARGETS["local"], [*words, "install=none"]), Path("x"))
+    none = registry.parse(render.render(TARGETS["local"], [*words, "install=none"]), Path("x"))
     assert "~/macdrop-source" not in none.content["file_mounts"]
 
 
 def test_a_container_has_storage_and_shared_memory():
     words = [*TARGETS["aws"].example.split()[:4], "image=me/macdrop:1", "install=none", "shm_gb=64"]
-    docker = launch_file.parse(render.render(TARGETS["aws"], words), Path("x")).content["docker"]
+    docker = registry.parse(render.render(TARGETS["aws"], words), Path("x")).content["docker"]
     assert docker["image"] == "me/macdrop:1"
     assert {"--shm-size=64g", "-v /shared:/shared"} <= set(docker["run_options"])
 
@@ -108,16 +113,16 @@ def run(*words: str):
     return CliRunner().invoke(app, ["render", *words])
 
 
-def test_targets_and_answers_are_listed():
+def test_targets_and_fields_are_listed():
     listed = run().output
     assert all(f"\n{name} " in f"\n{listed}" for name in TARGETS)
     for target in TARGETS.values():
         shown = run(target.name).output
-        assert all(f"  {answer.name}=" in shown for answer in target.answers)
+        assert all(f"  {field.name}=" in shown for field in target.fields)
         assert f"render {target.name} {target.example}" in shown
 
 
-def test_a_file_is_never_written_over_silently(tmp_path):
+def test_existing_file_is_overwritten_only_with_force(tmp_path):
     path = tmp_path / "deep/cluster.yaml"
     words = ["local", *LOCAL, "--output", str(path)]
     first = run(*words)
@@ -164,16 +169,16 @@ HOSTILE = [
     "%n%s",
     "",
 ]
-#: (target, answer) of every answer that takes text.
+#: (target, field) of every field that takes text.
 TEXTS = [
-    (target.name, answer.name)
+    (target.name, field.name)
     for target in TARGETS.values()
-    for answer in target.answers
-    if answer.kind not in ("count", "positive", "choice")
+    for field in target.fields
+    if field.type not in ("count", "positive", "choice")
 ]
 
 
-#: Where the example is written in another way than a word: an address, which Ray is told once more.
+#: Replacements for examples that render differently from words: an address is also passed to Ray.
 TAME = {"head_ip": "head.example"}
 
 
@@ -186,40 +191,41 @@ def paths(value: object, prefix: tuple = ()) -> set[tuple]:
     return {prefix}
 
 
-def rendered(target: Target, name: str, value: str) -> launch_file.ClusterFile | None:
-    """With one answer replaced; None where it is refused."""
+def rendered(target: Target, name: str, value: str) -> LaunchFile | None:
+    """Render with one field replaced; None if it is refused."""
     given = dict(word.partition("=")[::2] for word in target.example.split())
-    given |= {"source": "~/macdrop"} if any(a.name == "source" for a in target.answers) else {}
+    given |= {"source": "~/macdrop"} if any(a.name == "source" for a in target.fields) else {}
     given[name] = value
-    if name == "image" and "install" in [answer.name for answer in target.answers]:
+    if name == "image" and "install" in [field.name for field in target.fields]:
         given["install"] = "none"
     try:
         text = render.render(target, [f"{key}={each}" for key, each in given.items()])
     except BadLaunchFile as error:
         assert len(str(error)) < 1000 and "\n" not in str(error).partition(value[:1])[0]
         return None
-    return launch_file.parse(text, Path("x"))
+    return registry.parse(text, Path("x"))
 
 
-def held(file: launch_file.ClusterFile, tame: launch_file.ClusterFile) -> None:
+def held(file: LaunchFile, tame: LaunchFile) -> None:
     """The same shape as with a tame value, and shell that is the same command with another word."""
-    assert file.kind == tame.kind and paths(file.documents) == paths(tame.documents)
-    assert file.directives.keys() == tame.directives.keys()
+    assert type(file) is type(tame) and paths(file.documents) == paths(tame.documents)
+    if isinstance(file, SlurmFile) and isinstance(tame, SlurmFile):
+        assert file.directives.keys() == tame.directives.keys()
     for document in file.documents:
         for text in (document.get("data") or {}).values():
             assert shlex.split(text, comments=True)
     # Words of the shell: as many as before, or the value broke out of its quotes.
-    assert len(launch_file._words(file.shell)) == len(launch_file._words(tame.shell))
+    assert len(shell_words(file.shell)) == len(shell_words(tame.shell))
 
 
 @pytest.mark.parametrize(("target", "name"), TEXTS)
-def test_hostile_values_are_refused_or_stay_in_their_place(target, name):
+def test_hostile_values_are_refused_or_stay_quoted(target, name):
     target = TARGETS[target]
-    answer = next(each for each in target.answers if each.name == name)
-    tame = rendered(target, name, TAME.get(name, answer.example.partition(",")[0]))
+    field = next(each for each in target.fields if each.name == name)
+    tame = rendered(target, name, TAME.get(name, field.example.partition(",")[0]))
     assert tame is not None
     for value in HOSTILE:
-        if answer.many and "," in value or value == "":
+        if field.many and "," in value or value == "":
             continue
         file = rendered(target, name, value)
         if file is not None:
@@ -231,7 +237,7 @@ def test_hostile_values_are_refused_or_stay_in_their_place(target, name):
 @example("~/ #")
 @example("/: |")
 @settings(max_examples=60, deadline=None)
-def test_any_text_as_a_path_stays_in_its_place(text):
+def test_any_text_as_a_path_stays_quoted(text):
     """Paths of the user's own machine may hold anything that can be printed."""
     for name, target in (("key", "local"), ("venv", "slurm")):
         tame = rendered(TARGETS[target], name, "~/tame")
@@ -242,7 +248,7 @@ def test_any_text_as_a_path_stays_in_its_place(text):
                 assert file.content["auth"]["ssh_private_key"] == f"~/{text}"
 
 
-def test_a_path_with_a_shell_in_it_is_one_word(tmp_path):
+def test_path_with_shell_syntax_is_one_word(tmp_path):
     """Bash itself reads what was rendered."""
     venv = '~/it\'s $(touch pwned) `touch pwned` "x"'
     script = render.render(TARGETS["slurm"], [f"venv={venv}", "storage=/shared"])
@@ -261,13 +267,13 @@ def test_a_template_cannot_write_a_value_without_a_filter():
     assert render.environment().from_string("a: {{ x | yaml }}").render(x="y") == 'a: "y"'
 
 
-def test_every_kind_of_answer_is_used_and_known():
-    used = {answer.kind for target in TARGETS.values() for answer in target.answers}
-    assert used == set(fields.KINDS) | {"choice"}
+def test_every_field_type_is_used_and_known():
+    used = {field.type for target in TARGETS.values() for field in target.fields}
+    assert used == set(fields.FIELD_TYPES) | {"choice"}
 
 
-def test_every_example_of_an_answer_is_a_value_of_it():
+def test_every_example_of_a_field_is_valid():
     for target in TARGETS.values():
-        for answer in target.answers:
-            assert answer.example, (target.name, answer.name)
-            answer.read(answer.example)
+        for field in target.fields:
+            assert field.example, (target.name, field.name)
+            field.read(field.example)

@@ -95,7 +95,7 @@ def host(tmp_path, monkeypatch):
     tools = Recorder(tmp_path / "tools", ("ray",))
     monkeypatch.setenv("PATH", tools.path)
     monkeypatch.delenv("RAY_AUTH_MODE")
-    monkeypatch.setattr(spot_watch, "TELL", 0.0)
+    monkeypatch.setattr(spot_watch, "REPORT", 0.0)
     monkeypatch.setattr(
         spot_watch, "ray_nodes", lambda only=None: {} if len(tools.calls) > 1 else {"ab" * 28: "10.0.0.1:6379"}
     )
@@ -104,7 +104,7 @@ def host(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cloud", SERVICES)
-def test_a_notice_drains_the_node_and_errors_are_outlived(cloud, host, monkeypatch):
+def test_notice_drains_the_node_despite_errors(cloud, host, monkeypatch):
     make, seconds = SERVICES[cloud]
     service, lines = make(), []
     monkeypatch.setenv("MACDROP_METADATA_URL", service.url)
@@ -118,18 +118,22 @@ def test_a_notice_drains_the_node_and_errors_are_outlived(cloud, host, monkeypat
     assert seconds - 20 <= int(options["--deadline-remaining-seconds"]) <= seconds
     assert host.calls[0]["environment"]["RAY_AUTH_MODE"] == "token"
     text = "\n".join(lines)
-    assert "which is asked again" in text and "trying again: no such head" in text and "is drained" in text
-    assert lines[-1] == "no Ray node runs here any more"
+    assert (
+        "metadata service, retrying: " in text
+        and "not drained, retrying: no such head" in text
+        and "is drained" in text
+    )
+    assert lines[-1] == "no Ray node is left here"
 
 
-def test_a_rebalance_recommendation_is_told_and_nothing_is_done(host, monkeypatch):
+def test_rebalance_recommendation_is_only_reported(host, monkeypatch):
     service, lines = aws(None, None, aws_ends(), **{REBALANCE: ['{"noticeTime": "now"}']}), []
     monkeypatch.setenv("MACDROP_METADATA_URL", service.url)
     spot_watch.watch("aws", interval=0.01, say=lines.append)
-    assert "higher risk" in lines[1] and "nothing is done yet" in lines[1] and "AWS will terminate" in lines[3]
+    assert "elevated risk" in lines[1] and "no action yet" in lines[1] and "AWS will terminate" in lines[3]
 
 
-def test_a_token_that_has_expired_is_asked_for_anew(monkeypatch):
+def test_expired_metadata_token_is_renewed(monkeypatch):
     service = aws(aws_ends())
     watched = spot_watch.Aws(service.url)
     watched._token = "old"
@@ -137,7 +141,7 @@ def test_a_token_that_has_expired_is_asked_for_anew(monkeypatch):
 
 
 @pytest.mark.parametrize("cloud", SERVICES)
-def test_the_cloud_is_found_by_what_answers(cloud, monkeypatch):
+def test_cloud_is_detected_by_its_metadata_service(cloud, monkeypatch):
     there = {"aws": {"/latest/meta-data/instance-id": ["i-1"]}, "gcp": {"/computeMetadata/v1/instance/id": ["1"]},
              "azure": {NAME: ["me"], EVENTS: ["{}"]}}[cloud]  # fmt: skip
     needs = {
@@ -150,7 +154,7 @@ def test_the_cloud_is_found_by_what_answers(cloud, monkeypatch):
     assert type(spot_watch._service(None)) is spot_watch.CLOUDS[cloud]
 
 
-def test_no_cloud_and_no_such_cloud(monkeypatch):
+def test_missing_and_unknown_clouds_are_refused(monkeypatch):
     monkeypatch.setenv("MACDROP_METADATA_URL", "http://127.0.0.1:9")
     with pytest.raises(Missing, match="Name the cloud"):
         spot_watch._service(None)
@@ -158,15 +162,15 @@ def test_no_cloud_and_no_such_cloud(monkeypatch):
         spot_watch._service("azur")
 
 
-def test_it_ends_where_no_ray_node_runs(host, monkeypatch):
+def test_watch_ends_without_a_ray_node(host, monkeypatch):
     monkeypatch.setenv("MACDROP_METADATA_URL", aws(None).url)
     monkeypatch.setattr(spot_watch, "ray_nodes", lambda only=None: {})
     lines = []
     assert spot_watch.watch("aws", interval=0.01, say=lines.append, alone=0.05) == 0
-    assert "nothing is left to watch for" in lines[-1] and host.calls == []
+    assert "the watch ends" in lines[-1] and host.calls == []
 
 
-def test_ray_nodes_are_read_from_the_arguments_of_raylets(tmp_path):
+def test_ray_nodes_are_found_by_the_arguments_of_raylets(tmp_path):
     def process(number: int, *words: str) -> None:
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "cmdline").write_bytes("\0".join(words).encode() + b"\0")
@@ -182,7 +186,7 @@ def test_ray_nodes_are_read_from_the_arguments_of_raylets(tmp_path):
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_real_node_is_drained(monkeypatch, tmp_path):
-    """Its scheduler knows at once, with the deadline; the node that was not told of goes on."""
+    """Its scheduler knows at once, with the deadline; the other node stays up."""
     import sys
     from pathlib import Path
 
@@ -211,7 +215,7 @@ def test_a_real_node_is_drained(monkeypatch, tmp_path):
         assert all(0 < moment / 1000 - time.time() < 120 for moment in listed.values())
         cluster.remove_node(worker)
         watching.join(timeout=60)
-        assert not watching.is_alive() and lines[-1] == "no Ray node runs here any more"
+        assert not watching.is_alive() and lines[-1] == "no Ray node is left here"
     finally:
         ray.shutdown()
         cluster.shutdown()
