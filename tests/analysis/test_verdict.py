@@ -90,16 +90,16 @@ def test_what_is_said(found):
     assert "5 seeds, 80 items, against plain LoRA." in macdrop.sentence
     assert macdrop.more[1].startswith("Under zeroing@3: helps, mean zero-shot accuracy +")
     assert any(line.startswith("Without attack: hurts, text perplexity +") for line in macdrop.more)
-    assert any("Chosen among 2 MacDrop settings, then trained again on fresh seeds" in line for line in macdrop.more)
-    assert f"cannot be told from plain LoRA on {MODEL}" in random.sentence
-    assert "or more would have been seen in 80 % of cases." in random.sentence
+    assert any("Selected from 2 MacDrop settings, then retrained on fresh seeds" in line for line in macdrop.more)
+    assert f"is indistinguishable from plain LoRA on {MODEL}" in random.sentence
+    assert "or more are detectable with 80 % power." in random.sentence
 
 
 def test_the_sign_over_seeds_follows_the_headline(found):
     assert found[0].more[0] == "Seed by seed: above plain in 0 of 5, below in 5 (sign test, p = 0.062)."
 
 
-def test_a_placebo_that_helps_as_well_is_told(tmp_path):
+def test_a_placebo_that_helps_as_well_is_reported(tmp_path):
     both = {("macdrop", "zeroing@3"): 0.4, ("random_rows", "zeroing@3"): 0.4}
     found = verdicts(make_run(tmp_path / "run", seeds=range(1, 6), effect=both, **SMALL), MODEL)
     assert any(line.startswith("The placebo random rows k 3") for line in found[0].more)
@@ -109,17 +109,17 @@ def test_one_seed_never_says_helps_or_hurts(tmp_path):
     run_folder = make_run(tmp_path / "run", seeds=(0,), effect=EFFECT, **SMALL)
     for one in verdicts(run_folder, MODEL):
         assert one.status == "cannot tell" and {r.verdict for r in one.rows} == {"cannot tell"}
-        assert "one seed says nothing of other seeds" in one.sentence and math.isnan(one.headline.mde)
+        assert "one seed says nothing about other seeds" in one.sentence and math.isnan(one.headline.mde)
     macdrop = verdicts(run_folder, MODEL)[0]
     assert row(macdrop, "zero_shot/qa/acc@zeroing@3").p < 0.05  # of these two adapters, by McNemar
-    assert any("not trained again on fresh seeds" in line and "favours it" in line for line in macdrop.more)
+    assert any("without retraining on fresh seeds" in line and "favours it" in line for line in macdrop.more)
 
 
 def test_a_run_that_is_going_on_is_judged_by_the_seeds_that_both_arms_have(tmp_path):
     run_folder = make_run(tmp_path / "run", seeds=(1, 2, 3), lost=[("plain", 3), ("macdrop", 1)], **SMALL)
     (macdrop, random) = verdicts(run_folder, MODEL)
     assert macdrop.seeds == (2,) and random.seeds == (1, 2)
-    assert "So far 1 of 3 seeds have scores of both arms." in macdrop.more
+    assert "So far 1 of 3 seeds are scored for both arms." in macdrop.more
     assert verdicts(make_run(tmp_path / "none", seeds=(), **SMALL), MODEL) == []
     lonely = make_run(tmp_path / "lonely", seeds=(1,), lost=[("plain", 1)], **SMALL)
     assert verdicts(lonely, MODEL) == [] and verdicts(lonely, "org/another") == []
@@ -148,7 +148,7 @@ def test_what_cannot_be_compared_says_why(tmp_path):
     macdrop = verdicts(run_folder, MODEL)[0]
     other, infinite = row(macdrop, "zero_shot/arith/acc"), row(macdrop, "perplexity/text/perplexity")
     assert "different items" in other.words and math.isnan(other.p_holm) and other.verdict == "cannot tell"
-    assert "not finite with seed 1" in infinite.words
+    assert "the score of seed 1 is not finite" in infinite.words
     assert "different items" in macdrop.sentence and macdrop.status == "cannot tell"
     assert row(macdrop, "generation/answers/exact_match").items == 0
     assert not math.isnan(row(macdrop, "zero_shot/qa/acc").p_holm)
@@ -159,7 +159,7 @@ def test_what_cannot_be_compared_says_why(tmp_path):
 
 def test_arms_that_agree_on_every_item_are_equal_without_certainty():
     made = compare([sample(np.zeros((3, 60)), plain=1.0)], ACC, **ABOUT)
-    assert made.verdict == "cannot tell" and "the same on every item" in made.words
+    assert made.verdict == "cannot tell" and "identical on every item" in made.words
     assert made.p == 1 and made.low < 0 < made.high and made.mde > 0.03
 
 
@@ -181,19 +181,19 @@ def test_lower_is_better_for_a_perplexity():
     assert made.amount.startswith("-18.") and "%" in made.amount and made.words == "helps: lower in 3 of 3 seeds"
 
 
-def test_a_family_is_corrected_and_the_uncorrected_p_is_told():
+def test_a_family_is_corrected_and_the_uncorrected_p_is_reported():
     draws = np.random.default_rng(3)
     strong = sample(0.5 + draws.normal(0, 0.3, (5, 100)))
     weak = [sample(0.065 + draws.normal(0, 0.3, (5, 100)) + draws.normal(0, 0.03, (5, 1))) for _ in range(6)]
     made = corrected([compare([one], ACC, **ABOUT, family=7) for one in (strong, *weak)])
     assert made[0].verdict == "helps"
-    told = [one for one in made[1:] if one.p <= 0.05 < one.p_holm]
-    assert told and all("alone" in one.words and "after Holm over 7" in one.words for one in told)
+    lost = [one for one in made[1:] if one.p <= 0.05 < one.p_holm]
+    assert lost and all("uncorrected" in one.words and "after Holm over 7" in one.words for one in lost)
 
 
 def test_a_difference_beyond_the_scale_is_not_promised():
     made = compare([sample(np.array([[0.0] * 59 + [1.0], [1.0] * 20 + [-1.0] * 40]))], ACC, **ABOUT)
-    assert "no difference, however large, would have been seen" in made.words
+    assert "no difference, however large, is detectable" in made.words
     assert -1 <= made.low and made.high <= 1
 
 

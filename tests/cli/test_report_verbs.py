@@ -78,7 +78,7 @@ REFUSED = {
     "the same run twice": (["report", "one", "./one"], "is given twice"),
     "a misspelt format": (["report", "one", "--format", "markdwon"], "Did you mean 'markdown'?"),
     "output is a file": (["report", "one", "--output", "one/run.json"], "is a file"),
-    "output is another run": (["report", "one", "--output", "two"], "whose own report would be lost"),
+    "output is another run": (["report", "one", "--output", "two"], "whose report would be overwritten"),
     "compare: no run": (["compare", "one", "nowhere"], "'nowhere' is no run folder"),
     "compare: twice": (["compare", "one", "one"], "is given twice"),
     "compare: a misspelt column": (["compare", "one", "--sort", "hedline"], "Did you mean 'headline'?"),
@@ -137,12 +137,12 @@ DAMAGED = {
     "half a config of a trial": (put("trials/*-random_rows-*/config.yaml", "a: [1,"), "config.yaml is damaged"),
     "a torn last line of scores": (torn, "MacDrop against plain"),
     "damaged lines of scores": (garbage, "scores.jsonl, line 4: not JSON"),
-    "no scores": (lambda run: (run / "scores.jsonl").unlink(), "MISSING: there are no scores."),
+    "no scores": (lambda run: (run / "scores.jsonl").unlink(), "MISSING: scores of finished trials."),
     "half a finalists.json": (cut("models/*/finalists.json", 60), "finalists.json is damaged"),
     "a finalists.json of another shape": (put("models/*/finalists.json", '{"cells": 3}'), "No verdict: a file"),
     "half a scan": (cut("models/*/massive_weights.json", 40), "massive_weights.json is damaged"),
     "a proof of another shape": (put("models/*/proof.json", '{"verdict": "sensitive"}'), "part needs is damaged"),
-    "no answers": (answers_lost, "items not kept"),
+    "no answers": (answers_lost, "items not recorded"),
     "damaged answers": (put("trials/*/answers/zero_shot-qa-none.jsonl", '{"task"\n'), "zero_shot-qa-none.jsonl"),
     "damaged metrics": (put("trials/*/metrics.jsonl", "{x\n"), "metrics.jsonl, line 1"),
     "half an environment": (put("environment.json", "{"), "environment.json is damaged"),
@@ -168,7 +168,7 @@ def test_a_run_damaged_in_many_places_is_written_and_compared(shell, runs):
     ended = shell("report", "one")
     assert ended.code == 0 and {f"one/{name}" for name in FILES} <= set(ended.new)
     text = (runs / "one/report.md").read_text()
-    assert text.count("DAMAGED, left out: ") == 5 and re.search(r"DAMAGED: \d+ more", text)
+    assert text.count("DAMAGED, omitted: ") == 5 and re.search(r"DAMAGED: \d+ more", text)
     ended = shell("compare", "one")
     assert ended.code == 0 and "zoo:planted-llama LoRA (one)" in ended.out
 
@@ -182,7 +182,7 @@ def test_a_run_without_its_own_record_is_refused(file, shell, runs):
 
 def test_a_run_without_trials(shell, runs):
     ended = shell("report", "new")
-    assert ended.code == 0 and "No verdict: nothing is trained or scored yet." in ended.out
+    assert ended.code == 0 and "No verdict: nothing has been trained or scored yet." in ended.out
 
 
 # --- compare ---
@@ -199,7 +199,7 @@ def test_the_leaderboard_ranks_apart_what_was_measured_differently(shell, runs):
     assert first["headline_low"] < first["headline_delta"] < first["headline_high"] and first["tried"] == 2
     text = " ".join(shell("compare", "two", "one", "new").out.split())
     assert "measured differently: they are ranked apart" in text and "A: qa acc" in text and "B: mean of 2 acc" in text
-    assert "new, org/m: No verdict: nothing is trained or scored yet." in text and "PLANTED" in text
+    assert "new, org/m: No verdict: nothing has been trained or scored yet." in text and "PLANTED" in text
 
 
 def test_the_leaderboard_sorts_and_is_written(shell, runs):

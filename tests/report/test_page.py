@@ -243,7 +243,7 @@ def test_a_run_without_trials_gives_a_page(tmp_path):
     )
     text = write_page([make_report(run_folder.run_dir)], tmp_path / "page.html")[0].read_text()
     Reader(text)
-    assert "No verdict" in text and "not scanned yet" in text and "org/model" in text
+    assert "No verdict" in text and "not been scanned yet" in text and "org/model" in text
 
 
 def test_damaged_files_cost_their_figures_only(tmp_path):
@@ -255,7 +255,7 @@ def test_damaged_files_cost_their_figures_only(tmp_path):
     found = figures(report.run_folder, report.models[0], [])
     assert {figure.part for figure in found if figure.svg} == {"search"}
     captions = {figure.part: figure.caption for figure in found if not figure.svg}
-    assert captions["training"].startswith("Could not be drawn (") and "not scanned" in captions["weights"]
+    assert captions["training"].startswith("Could not be drawn (") and "not been scanned" in captions["weights"]
 
 
 def test_two_runs_on_one_page_do_not_share_ids(tmp_path):

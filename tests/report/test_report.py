@@ -121,7 +121,7 @@ def test_the_verdict_comes_first(report, parts):
     sentence = report.verdicts["planted-llama"][0].sentence
     assert first.startswith(f"- **{sentence}") and "PLANTED" in first
     assert parts["verdict"].lines[0] == sentence
-    assert any("Chosen among 12 MacDrop settings" in line for line in parts["verdict"].lines)
+    assert any("Selected from 12 MacDrop settings" in line for line in parts["verdict"].lines)
 
 
 def test_the_paper_table_holds_means_sds_and_item_errors(report, parts):
@@ -142,7 +142,7 @@ def test_comparisons_hold_the_verdicts_numbers(report, parts):
     table = parts["comparisons"].tables[0]
     assert len(table.rows) == len(found.rows) and found.label in table.title and "1, 2, 3" in table.title
     attacked, amount = row(table, "mean of 2 acc zeroing@3"), found.attacked.amount.replace("points", "pts")
-    assert attacked["says"] == found.attacked.verdict and attacked["difference [95 %]"] == amount
+    assert attacked["verdict"] == found.attacked.verdict and attacked["difference [95 %]"] == amount
     assert float(attacked["MacDrop"]) == pytest.approx(100 * found.attacked.value, abs=0.05)
     assert all(v.arm == "random_rows" for v in report.verdicts["planted-llama"] if v.label in str(parts["placebos"]))
 
@@ -175,7 +175,7 @@ def test_several_objectives_have_a_front(tmp_path):
     atomic_write_yaml(run_folder.run_dir / "config.yaml", config)
     report = make_report(run_folder.run_dir)
     front = report.parts(report.models[0])["pareto"]
-    assert "which no other of their adapter" in front.lines[0] and front.tables[0].head[-2] == "zero_shot\nqa\nacc"
+    assert "are Pareto-optimal for their type of adapter" in front.lines[0] and front.tables[0].head[-2] == "zero_shot\nqa\nacc"
     assert front.tables[0].rows and all(front.tables[0].rows[0][-4:])
 
 
@@ -268,7 +268,7 @@ def test_csv_is_long_form_and_whole(report, run):
 def test_a_run_that_has_just_begun(tmp_path):
     run_folder = RunFolder.create(tmp_path / "new", {"model_name_or_path": "org/m"})
     report = make_report(run_folder.run_dir)
-    assert "No verdict: nothing is trained or scored yet." in report.markdown()
+    assert "No verdict: nothing has been trained or scored yet." in report.markdown()
     assert len(csv_text([report]).splitlines()) == 1 and terminal(report, 80)
     spec = {"model_name_or_path": "org/m", "seed": 0, "macdrop": {"k": 5, "p0": 0.2}}
     run_folder.trial("m-1").start(spec, model="org/m", arm="macdrop", seed=0)

@@ -1,4 +1,4 @@
-"""Two arms on one column, as numbers and in words. Pure: scores and item differences in, a `Comparison` out."""
+"""The comparison of two arms on one column: scores and item differences in, a `Comparison` out."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tune.evaluation.item_values import RATIOS
 from tune.evaluation.score_names import Column
 
 HELPS, HURTS, CANNOT_TELL = "helps", "hurts", "cannot tell"
-SAME = "the same on every item"
+SAME = "identical on every item"
 SPANS = {"chrf": 100.0, "judge_score": 4.0}
 """Widths of scales other than 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What two arms measured on one column, with the same seeds.
+    """The scores of two arms on one column, with the same seeds.
 
-    plain, value: a score for each seed. differences: (seeds, items), value minus plain, and for perplexities of its
-    logarithm (`tune.analysis.stats.linearised`); None where items were not kept. note: what else is to be said of them.
+    plain, value: one score per seed. differences: (seeds, items), value minus plain; of the logarithm for perplexities
+    (`tune.analysis.stats.linearised`); None where items were not kept. note: a qualification, for reports.
     """
 
     column: Column
@@ -35,11 +35,11 @@ class Sample:
 
     @property
     def relative(self) -> bool:
-        """Whether arms are compared by the ratio of their scores: perplexities."""
+        """Whether arms are compared by the ratio of their scores, as perplexities are."""
         return _metric(self.column) in RATIOS
 
     def of(self, seeds: Sequence[int]) -> Sample:
-        """The same on some of the seeds."""
+        """The sample restricted to some of the seeds."""
         kept = [self.seeds.index(seed) for seed in seeds]
         cut = None if self.differences is None else self.differences[kept]
         plain, value = (tuple(scores[i] for i in kept) for scores in (self.plain, self.value))
@@ -51,10 +51,9 @@ class Comparison:
     """One arm against plain on one column.
 
     plain, value: means over the seeds that both have (of perplexities the geometric ones); delta = value - plain in
-    the column's own unit, with its interval of 95 %; `mde` is the smallest difference that would have been found in
-    80 % of cases. Perplexities are tested by the logarithm of their ratio, and delta, low, high and mde are what that
-    means at `plain`. `p_holm` is p after Holm over the tasks of the column's family, clean or attacked. What is not
-    known is nan.
+    the column's own unit, with its 95 % interval; `mde` is the minimum detectable difference at 80 % power.
+    Perplexities are tested on the logarithm of their ratio; delta, low, high and mde are then converted at `plain`.
+    `p_holm` is Holm-corrected over the tasks of the column's family, clean or attacked. Unknown numbers are nan.
     """
 
     column: Column
@@ -78,27 +77,27 @@ class Comparison:
 
     @property
     def amount(self) -> str:
-        """The difference and its interval as people say it: +0.4 points [-1.9, +2.7]; empty where it is not known."""
+        """The difference with its interval, such as "+0.4 points [-1.9, +2.7]"; empty where unknown."""
         if math.isnan(self.delta):
             return ""
-        said = [_said(self, x) for x in (self.delta, self.low, self.high)]
+        delta, low, high = (_formatted(self, x) for x in (self.delta, self.low, self.high))
         unit = unit_of(self)
-        interval = "" if math.isnan(self.low) else f" [{said[1]}, {said[2]}]"
-        return f"{said[0]}{'' if unit in ('', '%') else ' '}{unit}{interval}"
+        interval = "" if math.isnan(self.low) else f" [{low}, {high}]"
+        return f"{delta}{'' if unit in ('', '%') else ' '}{unit}{interval}"
 
     @property
-    def seen(self) -> str:
-        """What would have been seen: a difference of 3.3 points or more would have been seen."""
+    def sensitivity(self) -> str:
+        """The minimum detectable difference in words."""
         unit = unit_of(self)
         if unit == "points" and self.mde > SPANS.get(_metric(self.column), 1.0):
-            return "no difference, however large, would have been seen"
-        return f"a difference of {self.detectable} or more would have been seen"
+            return "no difference, however large, is detectable with 80 % power"
+        return f"differences of {self.detectable} or more are detectable with 80 % power"
 
     @property
     def detectable(self) -> str:
-        """`mde` as people say it: 3.3 points; empty where it is not known."""
+        """`mde` with its unit, such as "3.3 points"; empty where unknown."""
         unit = unit_of(self)
-        size = f"{_said(self, self.mde).lstrip('+')}{'' if unit in ('', '%') else ' '}{unit}"
+        size = f"{_formatted(self, self.mde).lstrip('+')}{'' if unit in ('', '%') else ' '}{unit}"
         return "" if math.isnan(self.mde) else size
 
 
@@ -107,11 +106,11 @@ def compare(
 ) -> Comparison:
     """Compare on one column, or on the mean over the columns of several samples.
 
-    With one seed nothing is said of the method. Its p-value is McNemar's for hits and misses and the paired bootstrap's
-    otherwise: it speaks of these two adapters.
+    With one seed the verdict is always "cannot tell": the p-value (McNemar's for hits and misses, else the paired
+    bootstrap's) then concerns these two adapters, not the method.
 
     Args:
-        column: what the comparison is called; that of the sample where there is one.
+        column: names the comparison; the sample's own column where there is one sample.
         family: number of comparisons that Holm will correct for; the detectable difference allows for it.
     """
     shared = [seed for seed in samples[0].seeds if all(seed in sample.seeds for sample in samples)]
@@ -134,10 +133,20 @@ def compare(
     items = sum(s.differences.shape[1] for s in samples if s.differences is not None)
     same = all(s.differences is not None and not s.differences.any() for s in samples)
     made = Comparison(
-        **about, items=items, plain=level, value=level + numbers[0], delta=numbers[0], low=numbers[1], high=numbers[2],
-        p=1.0 if same else p, p_holm=math.nan, mde=numbers[3], per_seed=tuple(per_seed.tolist()), verdict=CANNOT_TELL,
+        **about,
+        items=items,
+        plain=level,
+        value=level + numbers[0],
+        delta=numbers[0],
+        low=numbers[1],
+        high=numbers[2],
+        p=1.0 if same else p,
+        p_holm=math.nan,
+        mde=numbers[3],
+        per_seed=tuple(per_seed.tolist()),
+        verdict=CANNOT_TELL,
         words=SAME if same else "",
-    )  # fmt: skip
+    )
     note = "; ".join(dict.fromkeys(s.note for s in samples if s.note))
     return judge(replace(made, note=note), made.p, 1)
 
@@ -162,14 +171,14 @@ def _tested(samples: Sequence[Sample], plain: np.ndarray, value: np.ndarray) -> 
 
 
 def _scale(column: Column, plain: np.ndarray, value: np.ndarray) -> float | None:
-    """Width of the scale that scores are on; None where it is not known."""
+    """Width of the scale of the scores; None where unknown."""
     known = SPANS.get(_metric(column))
     lowest, highest = min(plain.min(), value.min()), max(plain.max(), value.max())
     return known or (1.0 if 0 <= lowest and highest <= 1 else None)
 
 
 def _span(sample: Sample) -> float:
-    """The largest difference that an item can have: that of its scale, else what was seen."""
+    """The largest possible difference of an item: the width of its scale, else the largest observed."""
     largest = float(np.abs(sample.differences).max())
     scale = _scale(sample.column, np.array(sample.plain), np.array(sample.value))
     return largest if scale is None else max(scale, largest)
@@ -178,16 +187,24 @@ def _span(sample: Sample) -> float:
 def unknown(
     column: Column, words: str, *, arm: str, label: str, against: str, seeds: tuple[int, ...] = ()
 ) -> Comparison:
-    """A comparison that cannot be made, and why."""
+    """A comparison that cannot be made; `words` says why."""
     numbers = dict.fromkeys(("plain", "value", "delta", "low", "high", "p", "p_holm", "mde"), math.nan)
     return Comparison(
-        column=column, arm=arm, label=label, against=against, seeds=seeds, items=0, per_seed=(), verdict=CANNOT_TELL,
-        words=f"{CANNOT_TELL}: {words}", **numbers,
-    )  # fmt: skip
+        column=column,
+        arm=arm,
+        label=label,
+        against=against,
+        seeds=seeds,
+        items=0,
+        per_seed=(),
+        verdict=CANNOT_TELL,
+        words=f"{CANNOT_TELL}: {words}",
+        **numbers,
+    )
 
 
 def corrected(found: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons of one family, judged after Holm; those that could not be made do not count."""
+    """The comparisons of one family, judged after Holm correction; impossible ones do not count."""
     made = [c for c in found if not math.isnan(c.p)]
     p_values = dict(zip(map(id, made), holm([c.p for c in made]), strict=True))
     return [judge(c, p_values[id(c)], len(made)) if id(c) in p_values else c for c in found]
@@ -199,19 +216,19 @@ def judge(found: Comparison, p_holm: float, family: int) -> Comparison:
     if len(found.seeds) < 2:
         return replace(found, p_holm=p_holm, words=f"{CANNOT_TELL}: one seed{note}")
     if p_holm > LEVEL or better is None:
-        reason = SAME if SAME in found.words else found.seen
+        reason = SAME if SAME in found.words else found.sensitivity
         if found.p <= LEVEL < p_holm:
-            reason = f"p {found.p:.2g} alone, {p_holm:.2g} after Holm over {family}"
+            reason = f"p {found.p:.2g} uncorrected, {p_holm:.2g} after Holm over {family}"
         return replace(found, p_holm=p_holm, verdict=CANNOT_TELL, words=f"{CANNOT_TELL}: {reason}{note}")
     verdict = HELPS if (found.delta > 0) == better else HURTS
     alike = sum((d > 0) == (found.delta > 0) and d != 0 for d in found.per_seed)
-    only = "" if found.items else ", for these items"
-    words = f"{verdict}: {'higher' if found.delta > 0 else 'lower'} in {alike} of {len(found.seeds)} seeds{only}{note}"
+    scope = "" if found.items else ", for these items only"
+    words = f"{verdict}: {'higher' if found.delta > 0 else 'lower'} in {alike} of {len(found.seeds)} seeds{scope}{note}"
     return replace(found, p_holm=p_holm, verdict=verdict, words=words)
 
 
 def unit_of(found: Comparison) -> str:
-    """What differences are told in: % of plain for perplexities, points for shares (of 100) and chrF, else nothing."""
+    """The unit of differences: % of plain for perplexities, points (of 100) for proportions and chrF, else none."""
     metric = _metric(found.column)
     if metric in RATIOS:
         return "%"
@@ -219,7 +236,7 @@ def unit_of(found: Comparison) -> str:
     return "points" if metric == "chrf" or (share and metric != "judge_score") else ""
 
 
-def _said(found: Comparison, x: float) -> str:
+def _formatted(found: Comparison, x: float) -> str:
     unit = unit_of(found)
     if unit == "%":
         x = 100 * x / found.plain
@@ -230,5 +247,5 @@ def _said(found: Comparison, x: float) -> str:
 
 
 def _metric(column: Column) -> str:
-    """Without lm-eval's filter."""
+    """The metric's name without lm-eval's filter."""
     return column.metric.partition(",")[0]

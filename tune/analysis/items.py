@@ -1,4 +1,4 @@
-"""What a score was averaged from: one value for each item, from the answers files and judgements of a run folder."""
+"""Per-item values behind a score, from the answers files and judgements of a run folder."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Found = Values | None
 
 
 def matched(first: Mapping[str, Value], second: Mapping[str, Value], what: str) -> list[str]:
-    """Ids of the items that both have, in order.
+    """Ids of the items of both trials, in order.
 
     Raises:
-        DataError: their ids differ. Comparing what they share would compare something else than the scores.
+        DataError: the ids differ. A comparison on the shared items would not be one of the scores.
     """
     if first.keys() != second.keys():
         lone = [key for key in (*first, *second) if (key in first) != (key in second)]
         raise DataError(
-            f"{what}: the two were scored on different items ({len(first)} and {len(second)}; only one of them has "
-            f"{lone[0]}). They had another limit or other data. Score both with the same eval block."
+            f"{what}: the two were scored on different items ({len(first)} and {len(second)}; only one has "
+            f"{lone[0]}). The limit or the data differed. Score both with the same eval block."
         )
     return list(first)
 
 
 class Items:
-    """Reads the items of one model's scores; each file is read once."""
+    """The items of one model's scores; each file is read once."""
 
     def __init__(self, run_folder: RunFolder, model: str) -> None:
         self._run_folder, self._model = run_folder, model
@@ -82,7 +82,7 @@ class Items:
             return None
         raise DataError(
             f"{self._place(row)}: the items of {column.name} average {mean:g}, but its score is {row['value']:g}. "
-            "The file and scores.jsonl are of different evaluations."
+            "The file and scores.jsonl come from different evaluations."
         )
 
     # --- answers ---
@@ -100,7 +100,7 @@ class Items:
     # --- judgements ---
 
     def _judgements(self, row: Mapping[str, Any]) -> Found:
-        """By the judge whose file the score names: there may be several. Of two lines of an item the later counts."""
+        """Judgements from the file named by the score, as there may be several judges. An item's last line counts."""
         if not row.get("judgements"):
             return None
         latest = {str(r["item"]): r for r in self._load(self._run_folder.run_dir / row["judgements"])}
@@ -124,5 +124,5 @@ class Items:
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
-    """What makes a score one score of a model."""
+    """The key that identifies a score of a model."""
     return tuple(row.get(key) for key in SCORE_KEY[1:])

@@ -1,4 +1,4 @@
-"""What two arms measured on the same seeds and items, read from a run folder: `tune.analysis.comparison.Sample`."""
+"""Paired samples of two arms on the same seeds and items, read from a run folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tune.evaluation.score_names import Column, is_part, primary_columns
 from tune.storage.run_folder import RunFolder
 
 DESCRIPTIVE = ("repeated_4grams", "empty_share", "judge_unparsed")
-"""Metrics that describe answers and are no measure of quality: nothing is said to help or hurt by them."""
+"""Metrics that describe answers without measuring quality; no verdict is based on them."""
 
 Trials = Mapping[Any, str]
 """Trials of one setting by their seeds."""
@@ -37,24 +37,24 @@ class Samples:
                 self._scores[row["trial"], Column.of(row)] = row["value"]
 
     def columns(self, plain: Trials, other: Trials) -> list[Column]:
-        """The primary columns that say how good, parts of tasks left out, which both have with one seed at least."""
+        """Primary columns of quality that both arms have for a shared seed, without parts of tasks."""
         found = dict.fromkeys(column for _, column in self._scores)
         primary = primary_columns([column for column in found if self._pairs(column, plain, other)], self._asked)
-        told = [c for c in primary if c.higher_is_better is not None and c.metric not in DESCRIPTIVE]
-        return [column for column in told if not is_part(column, primary)]
+        usable = [c for c in primary if c.higher_is_better is not None and c.metric not in DESCRIPTIVE]
+        return [column for column in usable if not is_part(column, primary)]
 
     def read(self, column: Column, plain: Trials, other: Trials) -> Sample:
-        """The seeds that both have.
+        """The sample on the seeds that both have.
 
         Raises:
-            DataError: a score is not finite, or the two have other items.
+            DataError: a score is not finite, or the items differ.
         """
         pairs = self._pairs(column, plain, other)
         seeds, trials = tuple(pairs), list(pairs.values())
         scores = [[self._scores[pair[side], column] for pair in trials] for side in (0, 1)]
         lost = [str(seed) for seed, *pair in zip(seeds, *scores, strict=True) if None in pair]
         if lost:
-            raise DataError(f"the score is not finite with seed {', '.join(lost)}")
+            raise DataError(f"the score of seed {', '.join(lost)} is not finite")
         sides = self._measured(column, trials)
         if sides is None:
             return Sample(column, seeds, tuple(scores[0]), tuple(scores[1]), None)
@@ -66,14 +66,14 @@ class Samples:
         if known.all():
             return Sample(column, seeds, tuple(scores[0]), tuple(scores[1]), sides[1] - sides[0])
         if not known.any():
-            raise DataError("no answer has a judge's score in all trials")
+            raise DataError("the judge scored no answer in all trials")
         sides = sides[:, :, known]
         means = [tuple(side.mean(axis=1).tolist()) for side in sides]
         note = f"on the {known.sum()} of {known.size} answers that the judge scored in all trials"
         return Sample(column, seeds, *means, sides[1] - sides[0], note)
 
     def _pairs(self, column: Column, plain: Trials, other: Trials) -> dict[Any, tuple[str, str]]:
-        """seed -> (plain's trial, the other's), of the seeds whose both trials have the column."""
+        """seed -> (plain's trial, the other's), for seeds where both trials have the column."""
         shared = {seed: (plain[seed], other[seed]) for seed in sorted(plain.keys() & other.keys())}
         return {seed: pair for seed, pair in shared.items() if all((trial, column) in self._scores for trial in pair)}
 

@@ -1,4 +1,4 @@
-"""The paper's figures (`paper.yaml`), and whether a trial of ours was made in the setting that they are of."""
+"""The paper's figures (`paper.yaml`), and whether a trial matches the setting in which they were measured."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def paper() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Figure:
-    """A published figure for one of our rows; `source` is its table."""
+    """A published figure that belongs to one of our rows; `source` is its table."""
 
     value: float
     source: str
 
 
 def row_name(model: str) -> str | None:
-    """The paper's name of a checkpoint, given as a hub id or as a folder of that name; None when it has none."""
+    """The paper's name of a checkpoint, given as a hub id or as a folder of that name; None if it has none."""
     wanted = slug(model).lower()
     for name, ids in paper()["checkpoints"].items():
         if wanted in (slug(each).lower() for each in ids):
@@ -59,12 +59,12 @@ def base_figures(model: str, attack: str) -> dict[str, float]:
 
 
 def cited(table: str) -> str:
-    """arXiv 2410.01866v2"""
+    """The source of a table, such as "arXiv 2410.01866v2"."""
     return f"arXiv {paper()['arxiv']}v{paper()['tables'][table]['arxiv_version']}"
 
 
 def setting_differences(settings: Mapping[str, Any], arm: str, workers: int) -> list[str]:
-    """How a fine-tuning differs from the paper's, in words such as "learning_rate 0.002 (paper: 0.0001)"."""
+    """Differences from the paper's fine-tuning, such as "learning_rate 0.002 (paper: 0.0001)"."""
     wanted = dict(paper()["setting"]["plain"])
     if arm == "macdrop":
         wanted |= {f"macdrop.{key}": value for key, value in paper()["setting"]["macdrop"].items()}
@@ -79,19 +79,19 @@ def setting_differences(settings: Mapping[str, Any], arm: str, workers: int) -> 
 
 
 def score_differences(cells: Iterable[Cell], suite: str) -> list[str]:
-    """Why scores are not measured as the paper's are: not by our suite for its benchmark, or on a part of it."""
+    """Reasons why scores are not comparable with the paper's: another suite, or only part of the benchmark."""
     found = []
     for cell in cells:
         how = dict(cell.how)
         if how.get("limit") is not None:
             found.append(f"a limit of {how['limit']} items")
         if not any(key == "settings" and suite in SUITE.findall(str(value)) for key, value in cell.how):
-            found.append(f"not scored by the suite {suite}")
+            found.append(f"not scored with the suite {suite}")
     return list(dict.fromkeys(found))
 
 
 def _last(dataset: Any) -> Any:
-    """llamafactory/alpaca_gpt4_en, or a local alpaca_gpt4_en.json -> alpaca_gpt4_en"""
+    """The bare name of a data set: llamafactory/alpaca_gpt4_en, or a local alpaca_gpt4_en.json -> alpaca_gpt4_en."""
     if isinstance(dataset, list) and len(dataset) == 1:
         dataset = dataset[0]
     return slug(dataset).partition(".")[0] if isinstance(dataset, str) else dataset

@@ -1,7 +1,7 @@
-"""Journal -> what a report says, as values: who was trained in which stage, and how they scored.
+"""Results of a run folder as values: the trials of each stage and their scores.
 
-A *line* is one scored thing: the base model, or one trial. A *group* is one setting with all its seeds. For columns
-see `tune.evaluation.score_names`. Runs that are still going, or damaged in places, give what they have.
+A *line* is the base model or one trial. A *group* is one setting with all its seeds. For columns see
+`tune.evaluation.score_names`. Unfinished or damaged runs yield what can be read.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tune.storage.states import Stage, TaskState
 
 MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
 NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
-"""Keys that do not change what is trained, so that trials that differ in them only are compared."""
+"""Keys that do not affect training; trials that differ only in these are the same setting."""
 ARM_ORDER = (BASE, "plain", "macdrop")
-"""Order of arms in tables; placebos come after them."""
+"""Order of arms in tables; placebos follow."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Line:
     scores: dict[Column, Cell] = field(default_factory=dict)
 
     def setting(self, key: str) -> Any:
-        """A setting; MacDrop's own mean nothing to the base and plain arms."""
+        """A setting's value; None for MacDrop's keys in the base and plain arms."""
         return None if key.startswith("macdrop.") and self.arm in (BASE, "plain") else self.settings.get(key)
 
 
@@ -55,7 +55,7 @@ class Line:
 class Spread:
     """A score over the seeds of a setting: mean, SD between seeds (None: one seed), SE over items of one seed.
 
-    `stderr` is the root mean square over seeds; it does not hold the spread between seeds, nor does `sd` that of items.
+    `stderr` is the root mean square over seeds. It excludes the spread between seeds, as `sd` excludes that of items.
     """
 
     value: float
@@ -75,7 +75,7 @@ class Group:
     lines: list[Line]
 
     def spread(self, column: Column) -> Spread | None:
-        """The column over the seeds that have it; None where none has."""
+        """The column over the seeds that have it; None if none has."""
         cells = [line.scores[column] for line in self.lines if column in line.scores]
         if not cells:
             return None
@@ -88,12 +88,12 @@ class Group:
 
 @dataclass
 class ModelResults:
-    """Everything a report says about one model.
+    """The results of one model.
 
     `lines` come in the order base, plain, MacDrop (best first), placebos; `groups` are those of the final stage. Of all
-    `columns` those in `shown` are worth a table; `keys` are the settings that vary; `objectives` are (name, goal);
-    `finalists` is finalists.json, empty where there is none; `best` is the MacDrop line that the objective prefers;
-    `trouble` says why there are no statistics, where a damaged file is the reason.
+    `columns` those in `shown` belong in tables; `keys` are the settings that vary; `objectives` are (name, goal);
+    `finalists` is finalists.json, empty if missing; `best` is the best MacDrop line by the objective; `trouble` says
+    which damage prevents statistics.
     """
 
     name: str
@@ -112,44 +112,49 @@ class ModelResults:
     trouble: str | None = None
 
     def trials(self, *arms: str, stage: str | None = None) -> list[Line]:
-        """The trials of these arms (of all without any) in a stage."""
+        """The trials of the given arms (default: all) in a stage (default: any)."""
         wanted = [line for line in self.lines if line.arm != BASE and (not arms or line.arm in arms)]
         return [line for line in wanted if stage in (None, line.stage)]
 
     @property
     def searched(self) -> list[Line]:
-        """The trials among which the setting was chosen; in runs without stages, all of them."""
+        """The trials from which settings were selected; in runs without stages, all trials."""
         found = self.trials(stage=Stage.SEARCH)
         return found or self.trials("plain", "macdrop")
 
     @property
     def tried(self) -> int:
-        """MacDrop settings that were tried before one was chosen."""
+        """The number of MacDrop settings searched."""
         if isinstance(self.finalists.get("tried"), int):
             return self.finalists["tried"]
         return len({line.group for line in self.searched if line.arm == "macdrop"})
 
     @property
     def seeds(self) -> int:
-        """The largest number of seeds with which one MacDrop setting of the final stage was trained."""
+        """The largest number of seeds of any MacDrop setting of the final stage."""
         return max((len({line.seed for line in g.lines}) for g in self.groups if g.arm == "macdrop"), default=0)
 
 
 def collect(run_folder: RunFolder) -> list[ModelResults]:
-    """The results of each model of a run, in the order of its spec; works on a run that is still going."""
+    """The results of each model of a run, finished or not, in the order of its spec."""
     config, trials, rows = run_folder.config(), run_folder.trials(), run_folder.score_rows()
     names = [slug(name) for name in models_of(config)]
     names += [slug(item["model"]) for item in (*trials, *rows)]
     display = {slug(name): name for name in (*(item["model"] for item in (*trials, *rows)), *models_of(config))}
     return [
-        _model(run_folder, name, display[name], *([item for item in items if slug(item["model"]) == name]
-                                               for items in (trials, rows)), config)
+        _model(
+            run_folder,
+            name,
+            display[name],
+            *([item for item in items if slug(item["model"]) == name] for items in (trials, rows)),
+            config,
+        )
         for name in dict.fromkeys(names)
-    ]  # fmt: skip
+    ]
 
 
 def value_of(line: Line, objective: str) -> float | None:
-    """The line's value of a search metric (see `Column.name`), None while it has none; validation before test."""
+    """The line's value of a search metric (see `Column.name`), or None; validation before test."""
     named = [
         ((column.split != "validation", column.attack_on or ""), cell.value)
         for column, cell in line.scores.items()
@@ -225,9 +230,8 @@ def _line(trial: Mapping[str, Any]) -> Line:
 def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
     """Sort in place (base, plain, MacDrop, placebos; best first), label, return the best finished MacDrop line.
 
-    Searched trials are numbered, M1 being the best; those of the final stage get the names of their groups.
-
-    With several objectives the first one decides the order; the Pareto front is the search's answer.
+    Searched trials are numbered, M1 being the best; final trials are named after their groups. With several objectives
+    the first one decides the order.
     """
     name, goal = objectives[0]
     sign = 1 if goal == "minimize" else -1
@@ -252,7 +256,7 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
 
 
 def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
-    """The settings of the final stage (of the search where there was no other), by arm, kind of adapter and rank."""
+    """The settings of the final stage (or of the only stage), by arm, type of adapter and rank."""
     trials = [line for line in lines if line.arm != BASE]
     final = [line for line in trials if line.stage != Stage.SEARCH]
     final = final or [line for line in trials if _tested(line)] or trials
@@ -282,7 +286,7 @@ def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
 
 
 def _staged(lines: list[Line]) -> bool:
-    """Whether the run had a search of its own before the final stage."""
+    """Whether the run has a search stage before the final stage."""
     return any(line.stage == Stage.SEARCH for line in lines)
 
 
@@ -291,7 +295,7 @@ def _tested(line: Line) -> bool:
 
 
 def _varied(lines: list[Line], searched: list[str]) -> list[str]:
-    """Settings worth a table column: MacDrop's, the searched ones, and all that differ between trials."""
+    """Settings to show in tables: MacDrop's, the searched ones, and all that differ between trials."""
     own = [f"macdrop.{key}" for key in MACDROP_KEYS]
     trials = [line for line in lines if line.arm != BASE]
     every = dict.fromkeys(key for line in trials for key in line.settings)
@@ -306,7 +310,7 @@ def _varied(lines: list[Line], searched: list[str]) -> list[str]:
 
 
 def _setting_text(settings: Mapping[str, Any], arm: str) -> str:
-    """A setting without its seed, for runs whose trials have no `setting`."""
+    """An id of a setting without its seed, for older runs whose trials have no `setting`."""
     kept = {key: value for key, value in settings.items() if key not in ("seed", *NOT_SETTINGS)}
     if arm == "plain":
         kept = {key: value for key, value in kept.items() if not key.startswith("macdrop.")}

@@ -1,4 +1,4 @@
-"""From comparisons to sentences: what a verdict says."""
+"""Verdict sentences, written from comparisons."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ METRICS = {"acc": "accuracy", "acc_norm": "accuracy (acc_norm)"}
 
 
 def sentence(model: str, label: str, against: str, main: Comparison | None) -> str:
-    """helps / hurts / cannot be told from plain, with number, interval, seeds, items, and what could have been seen."""
-    apart = f"{label} cannot be told from {against} on {model}"
+    """The verdict in one sentence: difference, interval, seeds, items, and the detectable difference."""
+    apart = f"{label} is indistinguishable from {against} on {model}"
     if main is None:
-        return f"{apart}: no score that both have says how good they are."
+        return f"{apart}: they share no score that measures quality."
     if not main.per_seed:
         return f"{apart}: {named(main)}, {_reason(main)}."
     what = f"{named(main)} {main.amount}, {_basis(main)}"
@@ -25,7 +25,7 @@ def sentence(model: str, label: str, against: str, main: Comparison | None) -> s
 
 
 def statement(found: Comparison) -> str:
-    """Under zeroing@3: helps, mean zero-shot accuracy +34.5 points [+30.1, +38.9], 3 seeds, 160 items."""
+    """One comparison, as in "Under zeroing@3: helps, mean zero-shot accuracy +34.5 points [+30.1, +38.9], 3 seeds"."""
     under = "Without attack" if found.column.attack == "none" else f"Under {found.column.attack}"
     under += " of the merged rows" if found.column.attack_on == "merged" else ""
     if not found.per_seed:
@@ -35,13 +35,13 @@ def statement(found: Comparison) -> str:
 
 
 def of_perplexity(rows: Sequence[Comparison], main: Comparison | None) -> list[str]:
-    """A statement for each text whose perplexity without attack is told apart."""
-    told = [row for row in rows if row.column.attack == "none" and row.column.metric in RATIOS]
-    return [statement(row) for row in told if row.verdict != CANNOT_TELL and row.column != (main and main.column)]
+    """Statements on texts whose perplexity without attack differs significantly."""
+    clean = [row for row in rows if row.column.attack == "none" and row.column.metric in RATIOS]
+    return [statement(row) for row in clean if row.verdict != CANNOT_TELL and row.column != (main and main.column)]
 
 
 def of_seeds(main: Comparison | None) -> list[str]:
-    """In how many of several seeds the setting was above and below plain, with the sign test."""
+    """Numbers of seeds above and below plain, with the sign test; nothing for a single seed."""
     if main is None or len(main.per_seed) < 2:
         return []
     above, below, p = sign_test(main.per_seed)
@@ -49,32 +49,37 @@ def of_seeds(main: Comparison | None) -> list[str]:
 
 
 def of_placebo(label: str, mine: Comparison | None, theirs: Comparison | None) -> list[str]:
-    """That a placebo helps where MacDrop does."""
+    """A warning that a placebo helps where MacDrop does."""
     if mine is None or theirs is None or {mine.verdict, theirs.verdict} != {HELPS}:
         return []
     return [f"The placebo {label} helps as well: {statement(theirs)}"]
 
 
 def provenance(main: Comparison | None, tried: int, seeds: int, fresh: bool) -> list[str]:
-    """How the setting was chosen, which may flatter it, and whether seeds are missing.
+    """How the setting was selected, whether that biases the comparison, and which seeds are missing.
 
     Args:
-        tried: MacDrop settings of the search. seeds: how many the final stage has. fresh: they are not the search's.
+        tried: number of MacDrop settings searched. seeds: number of seeds of the final stage. fresh: the search did
+            not use these seeds.
     """
     lines = []
     if main is not None and seeds > len(main.seeds):
-        lines.append(f"So far {len(main.seeds)} of {seeds} seeds have scores of both arms.")
+        lines.append(f"So far {len(main.seeds)} of {seeds} seeds are scored for both arms.")
     if tried > 1 and fresh:
-        lines.append(f"Chosen among {tried} MacDrop settings, then trained again on fresh seeds: "
-                     "the choice does not flatter it.")  # fmt: skip
+        lines.append(
+            f"Selected from {tried} MacDrop settings, then retrained on fresh seeds: "
+            "the comparison is free of selection bias."
+        )
     elif tried > 1:
-        lines.append(f"Chosen among {tried} MacDrop settings and not trained again on fresh seeds (sweep.seeds is 0): "
-                     "the choice favours it over the plain adapter.")  # fmt: skip
+        lines.append(
+            f"Selected from {tried} MacDrop settings without retraining on fresh seeds (sweep.seeds is 0): "
+            "selection bias favours it over the plain adapter."
+        )
     return lines
 
 
 def named(found: Comparison) -> str:
-    """What was compared: "mean zero-shot accuracy", "text perplexity"."""
+    """The name of a comparison, such as "mean zero-shot accuracy" or "text perplexity"."""
     column = found.column
     metric = METRICS.get(column.metric, column.metric.replace("_", " "))
     if column.is_mean:
@@ -85,7 +90,7 @@ def named(found: Comparison) -> str:
 
 def _basis(found: Comparison) -> str:
     seeds = "1 seed" if len(found.seeds) == 1 else f"{len(found.seeds)} seeds"
-    return f"{seeds}, {found.items} items" if found.items else f"{seeds}, items not kept"
+    return f"{seeds}, {found.items} items" if found.items else f"{seeds}, items not recorded"
 
 
 def _reason(found: Comparison) -> str:
@@ -93,7 +98,9 @@ def _reason(found: Comparison) -> str:
 
 
 def _limits(found: Comparison) -> str:
-    """What a comparison that cannot tell could have seen."""
+    """The sensitivity of an inconclusive comparison."""
     if len(found.seeds) < 2:
-        return "one seed says nothing of other seeds: the interval is for these two adapters only (set sweep.seeds: 3)"
-    return f"{found.seen} in 80 % of cases"
+        return (
+            "one seed says nothing about other seeds: the interval covers these two adapters only (set sweep.seeds: 3)"
+        )
+    return found.sensitivity

@@ -1,7 +1,7 @@
-"""Paired statistics of two arms with the same seeds and the same items: arrays in, numbers out.
+"""Paired statistics of two arms on the same seeds and items: arrays in, numbers out.
 
-The rule by which two arms are compared is `Paired`: a difference has two sources of noise, the seeds that were drawn
-and the items that were asked, and an interval that is honest for other seeds *and* other items carries both.
+Two arms are compared by `Paired`: a difference has two sources of noise, the sampled seeds and the sampled items, and
+an interval that holds for other seeds *and* other items has to account for both.
 
 Textbook methods are scipy's; the rule itself, `Paired`, is ours. Only `bootstrap` draws at random, from a seed.
 """
@@ -51,14 +51,14 @@ def sign_test(values: Sequence[float]) -> tuple[int, int, float]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given (Holm 1979): at most `LEVEL` of all families err at all.
+    """Holm's step-down adjusted p-values, in the order given (Holm 1979); controls the family-wise error rate.
 
     Raises:
-        ValueError: a value that is no probability.
+        ValueError: a value outside [0, 1].
     """
     p = np.asarray(p_values, dtype=float)
     if p.size and not ((p >= 0) & (p <= 1)).all():  # also refuses nan
-        raise ValueError(f"p-values are from 0 to 1, not {list(p_values)}")
+        raise ValueError(f"p-values must lie in [0, 1]; got {list(p_values)}")
     order = np.argsort(p, kind="stable")
     adjusted = np.minimum(1.0, np.maximum.accumulate((p.size - np.arange(p.size)) * p[order]))
     found = np.empty_like(adjusted)
@@ -114,24 +114,23 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class Paired:
-    """A difference of two arms, averaged over seeds and items, and the variances of that average by their sources.
+    """The mean difference of two arms over seeds and items, with its variance by source.
 
     The difference of item i under seed s is modelled as delta + seed_s + item_i + rest_si with random seeds and items
     (the crossed two-way layout of generalizability theory; Brennan 2001). `v_seed` and `v_item` are the observed
-    variances of the grand mean over seeds and over items, each of which holds the variance of the rest, `v_rest`, once.
+    variances of the grand mean over seeds and over items; each includes the residual variance `v_rest` once.
 
-    The margin of error adds the margins of both sources in squares (Howe 1974; Zou and Donner 2008, "square and add"):
+    The margin of error combines the margins of both sources (Howe 1974; Zou and Donner 2008, "square and add"):
 
         margin^2 = t(seeds - 1)^2 v_seed + t(items - 1)^2 max(v_item - v_rest, 0),  at least t(items - 1)^2 v_item
 
-    with Student's t of each source's own degrees of freedom. Interval, p-value and detectable difference all come from
-    this one margin (`_square`), so that they never contradict each other. What speaks for it: with true variances of
-    any ratio and 2 to 10 seeds it errs in at most 5 % of cases, where Satterthwaite's degrees of freedom err in up to
-    13 % (2 seeds), and the rule that both single tests must be significant in up to 11 % (10 seeds, items that favour
-    one arm); and where these two are honest it finds more than they do or the same (tests/benchmarks/calibration.py
-    shows rates).
+    with Student's t at each source's own degrees of freedom. Interval, p-value and detectable difference all derive
+    from this one margin (`_square`), so they never contradict each other. For any ratio of the true variances and 2 to
+    10 seeds its error rate is at most 5 %, where Satterthwaite's degrees of freedom reach 13 % (2 seeds) and requiring
+    both single tests to be significant reaches 11 % (10 seeds, items that favour one arm); where those two hold their
+    level, it has the same power or more (rates: tests/benchmarks/calibration.py).
 
-    With one seed `v_seed` is nan and the margin holds for these very adapters only; without items `v_item` is nan.
+    With one seed `v_seed` is nan and the margin covers these adapters only; without items `v_item` is nan.
     """
 
     delta: float
@@ -142,16 +141,16 @@ class Paired:
     v_rest: float
 
     def margin(self, level: float = LEVEL) -> float:
-        """Half the width of the interval of level 1 - `level`; nan where nothing is known of the noise."""
+        """Half the width of the interval of level 1 - `level`; nan where the noise is unknown."""
         t_seed, t_item = _t(self.df_seed, level / 2), _t(self.df_item, level / 2)
         return math.sqrt(_square(self.v_seed, self.v_item, self.v_rest, t_seed, t_item))
 
     def detectable(self, level: float = LEVEL, power: float = POWER) -> float:
-        """The true difference that a test of this `level` finds with this `power`, as far as the run's own noise tells.
+        """Estimate the true difference that a test at `level` detects with `power`, from the run's own noise.
 
         The square root of an unbiased variance of df degrees of freedom is too small by a factor c4(df) on average, by
-        20 % for two seeds (Holtzman 1950). Both sources are divided by theirs, so that the difference named is on
-        average not below the one that the true variances give.
+        20 % for two seeds (Holtzman 1950). Each source is divided by its factor, so that the estimate is on average not
+        below the value at the true variances.
         """
         v_seed, v_item = self.v_seed / _c4(self.df_seed) ** 2, self.v_item / _c4(self.df_item) ** 2
         return minimum_detectable(replace(self, v_seed=v_seed, v_item=v_item), level, power)
@@ -164,7 +163,7 @@ class Paired:
             return math.nan
         if self.margin(SMALLEST_P) <= abs(self.delta):
             return SMALLEST_P
-        low, high = math.log(SMALLEST_P), 0.0  # bisected; scipy.optimize takes longer to load than to use
+        low, high = math.log(SMALLEST_P), 0.0  # bisection on the log scale
         while high - low > 1e-8:
             middle = (low + high) / 2
             reached = self.margin(math.exp(middle)) <= abs(self.delta)
@@ -173,18 +172,18 @@ class Paired:
 
 
 def minimum_detectable(true: Paired, level: float = LEVEL, power: float = POWER) -> float:
-    """The smallest true difference whose margin of error is exceeded, on its side, with probability `power`.
+    """The smallest true difference that exceeds its margin of error, on its side, with probability `power`.
 
-    The variances of `true` are the true ones. Those that a run would measure are independent of its difference and of
-    each other, each its true variance times chi-square / df of its degrees of freedom (mean squares of the two-way
-    layout with normal noise; Searle, Casella and McCulloch 1992), those of the rest being the product of
-    the other two. So the margin M is random, and
+    The variances of `true` are the true ones. The variances that a run measures are independent of its difference and
+    of each other: each is its true variance times chi-square / df (mean squares of the two-way layout with normal
+    noise; Searle, Casella and McCulloch 1992), where the residual's df is the product of the other two. So the margin
+    M is random, and
 
         power(difference) = E[ Phi((difference - M) / sigma) ],  sigma^2 = true variance of the average,
 
-    which is solved for the difference. With seeds only it is the power of Student's test (noncentral t; Cohen 1988).
-    The expectation is a quadrature: midpoints of the seeds' chi-square, Gauss and Hermite's nodes of the other two
-    (power within 0.002, with five items within 0.02, with fewer too large by up to 0.15).
+    which is solved for the difference. With seeds alone this is the power of Student's test (noncentral t; Cohen 1988).
+    The expectation is a quadrature: midpoints of the seeds' chi-square, Gauss-Hermite nodes of the other two (power
+    within 0.002; within 0.02 with five items; up to 0.15 too high with fewer).
     """
     sigma = math.sqrt(_square(true.v_seed, true.v_item, true.v_rest))
     if not sigma > 0:
@@ -205,19 +204,19 @@ def minimum_detectable(true: Paired, level: float = LEVEL, power: float = POWER)
 def paired(blocks: Sequence[np.ndarray], *, spans: Sequence[float] | None = None) -> Paired:
     """`Paired` of one task, or of the mean over several tasks, from differences per item.
 
-    Tasks are fixed, not drawn: the mean over tasks has no variance between tasks, and its seeds are averaged first, so
-    that what a seed does to all tasks at once counts in full.
+    Tasks are fixed effects: the mean over tasks has no variance between tasks. Tasks are averaged within each seed
+    first, so a seed's effect on all tasks counts in full.
 
     Args:
-        blocks: of each task the differences (seeds, items).
-        spans: of each task the largest possible difference of an item, for scores on a bounded scale. Each such task is
-            given two pseudo-items that differ as much as items do that differ, one in favour of each arm (Bonett and
-            Price 2012; for hits and misses of one seed it is their adjusted Wald interval). Without them, arms that
-            agree on all items would have no variance and be certain of any difference, or of none. Where no item
-            differs the pseudo-items differ by the whole span. None: as measured, for continuous values.
+        blocks: the differences (seeds, items) of each task.
+        spans: the largest possible difference of an item of each task, for bounded scores. Each such task gets two
+            pseudo-items, one in favour of each arm, as large as the typical non-zero difference (Bonett and Price 2012;
+            for hits and misses of one seed, their adjusted Wald interval), or as large as the span where no item
+            differs. Without them, arms that agree on all items would have zero variance. None: use continuous values as
+            measured.
 
     Raises:
-        ValueError: no block, blocks of different numbers of seeds, a block without items, a value that is not finite.
+        ValueError: no block, unequal numbers of seeds, a block without items, or a value that is not finite.
     """
     arrays = [np.asarray(block, dtype=float) for block in blocks]
     if not arrays or any(block.ndim != 2 or 0 in block.shape for block in arrays):
@@ -240,14 +239,14 @@ def paired(blocks: Sequence[np.ndarray], *, spans: Sequence[float] | None = None
 
 
 def over_seeds(differences: Sequence[float]) -> Paired:
-    """`Paired` where only each seed's difference is known, and nothing of the items.
+    """`Paired` from each seed's difference alone, where items were not recorded.
 
     Raises:
         ValueError: no difference, or one that is not finite.
     """
     d = np.asarray(differences, dtype=float)
     if d.size == 0 or not np.isfinite(d).all():
-        raise ValueError(f"finite differences are needed, at least one; got {list(differences)}")
+        raise ValueError(f"one or more finite differences are needed; got {list(differences)}")
     v_seed = float(d.var(ddof=1)) / d.size if d.size > 1 else math.nan
     return Paired(float(d.mean()), v_seed, d.size - 1, math.nan, math.nan, math.nan)
 
@@ -255,11 +254,11 @@ def over_seeds(differences: Sequence[float]) -> Paired:
 def linearised(differences: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Per-item values (seeds, items) whose mean over items is each seed's sum(differences) / sum(weights).
 
-    Their spread over items is that of the ratio by the delta method (Cochran 1977, section 6.4): a log-perplexity ratio
-    is the mean of windows that count by their tokens. `weights` (items) are the same for all seeds.
+    Their variance over items is the ratio's by the delta method (Cochran 1977, section 6.4): a log-perplexity ratio is
+    a mean over windows weighted by their tokens. All seeds share `weights` (items).
 
     Raises:
-        ValueError: weights that do not fit, or without a positive sum.
+        ValueError: the weights do not match the items, or their sum is not positive.
     """
     d, w = np.asarray(differences, dtype=float), np.asarray(weights, dtype=float)
     if d.ndim != 2 or w.shape != d.shape[1:] or not w.sum() > 0:
@@ -269,7 +268,7 @@ def linearised(differences: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _of_items(block: np.ndarray, span: float) -> tuple[float, float]:
-    """Variance of the mean over items, and of the rest, of one task; nan with a single item that has no span."""
+    """Variances of one task's mean over items and of its residual; nan for a single item without a span."""
     seeds, n = block.shape
     items = block.mean(axis=0)
     if span:
@@ -286,22 +285,22 @@ def _of_items(block: np.ndarray, span: float) -> tuple[float, float]:
 
 
 def _square(seed: Numbers, item: Numbers, rest: Numbers, t_seed: float = 1.0, t_item: float = 1.0) -> Numbers:
-    """The squared margin of `Paired` from its variances; with t = 1 the variance of the average. nan is not known."""
+    """The squared margin of `Paired`; with t = 1 the variance of the mean. Unknown variances are nan."""
     of_items = t_item**2 * item
     own = np.fmax(t_item**2 * (item - rest), 0.0)
     return np.fmax(t_seed**2 * seed + own, of_items)
 
 
 def _chi_square(df: float, shares: np.ndarray) -> np.ndarray:
-    """Quantiles of chi-square / df; its mean is 1."""
+    """Quantiles of chi-square / df, whose mean is 1."""
     return gammaincinv(df / 2, shares) * 2 / df if df > 0 else np.full_like(shares, math.nan)
 
 
 def _c4(df: float) -> float:
-    """Mean of the root of chi-square / df."""
+    """The mean of sqrt(chi-square / df)."""
     return math.sqrt(2 / df) * float(poch(df / 2, 0.5)) if df > 0 else math.nan
 
 
 def _t(df: float, tail: float) -> float:
-    """What a Student's t variable exceeds with probability `tail`."""
+    """The upper quantile of Student's t for the probability `tail`."""
     return -float(stdtrit(df, tail))

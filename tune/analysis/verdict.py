@@ -1,11 +1,11 @@
-"""Does MacDrop help on a model? One verdict for each finalist and placebo of a run, with the numbers behind it.
+"""Verdicts on MacDrop: one for each finalist and placebo of a run, with the numbers behind it.
 
-Arms are compared inside a cell (one kind of adapter) over the final stage's seeds, seed by seed and item by item: the
-rule is `stats.Paired`. A verdict stands on one comparison that is fixed beforehand, its headline: without attack,
-the mean over the zero-shot tasks (the metric that most of them have); where there is none, judge scores, then scores
-against references, then perplexity, each averaged over its tasks. The same under attack is a second statement, on
-zeroing as many rows as the cell's best MacDrop setting drops, where the run has that attack, else on its first one.
-Single tasks are corrected by Holm over the tasks, without attack and under each attack; the means stand for themselves.
+Arms are compared within a cell (one type of adapter) on the final stage's seeds, paired by seed and item (see
+`stats.Paired`). A verdict rests on one comparison fixed in advance, its headline: without attack, the mean over the
+zero-shot tasks (on the metric that most of them have), or else judge scores, then scores against references, then
+perplexity, each averaged over its tasks. A second statement makes the same comparison under attack: zeroing as many
+rows as the cell's best MacDrop setting drops, if the run has that attack, else its first attack. Single tasks are
+Holm-corrected over the tasks, separately without attack and under each attack; means are not corrected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from macdrop.errors import DataError
-from tune.analysis import sentences as telling
+from tune.analysis import sentences
 from tune.analysis.comparison import CANNOT_TELL, Comparison, Sample, compare, corrected, unknown
 from tune.analysis.display_names import setting_label
 from tune.analysis.paired_samples import Samples
@@ -26,12 +26,12 @@ from tune.storage.run_folder import RunFolder
 
 __all__ = ["Comparison", "Verdict", "verdicts"]
 HEADLINES = ("zero_shot", "judge_score", "generation", "perplexity")
-"""What a verdict stands on, the first that the run has: a benchmark, or a metric of one."""
+"""Candidates for the headline, a benchmark or a metric each; the first one present in a run counts."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run says of one setting against the plain adapter of its cell."""
+    """The verdict on one setting against the plain adapter of its cell."""
 
     model: str
     cell: dict[str, Any]
@@ -63,10 +63,10 @@ class Setting:
 
 
 def verdicts(run_folder: RunFolder, model: str) -> list[Verdict]:
-    """The MacDrop finalists of each cell, best first, then its placebos; what a running sweep has so far.
+    """Verdicts on the MacDrop finalists of each cell, best first, then its placebos; partial for a running sweep.
 
-    Empty before anything was selected for the final stage, and without a plain adapter that shares a seed and a
-    benchmark with a finalist.
+    Empty before settings are selected for the final stage, or if no plain adapter shares a seed and a benchmark with a
+    finalist.
     """
     content = run_folder.finding(run_folder.finalists_file(model)) or {}
     seeds = content.get("seeds", [])
@@ -107,7 +107,7 @@ class Against:
 
 @dataclass(frozen=True)
 class _Run:
-    """What is told of all verdicts of a model: its name, settings tried, seeds of the final stage, are they fresh."""
+    """Facts shared by a model's verdicts. `seeds`: number in the final stage; `fresh`: the search did not use them."""
 
     model: str
     tried: int
@@ -117,14 +117,14 @@ class _Run:
 
 def _verdict(found: Against, of_cell: Sequence[Against], cell: dict[str, Any], run: _Run) -> Verdict:
     setting, main = found.setting, found.headline or found.attacked
-    more = telling.of_seeds(main)
-    more += [telling.statement(found.attacked)] if found.attacked is not None and found.attacked is not main else []
-    more += telling.of_perplexity(found.rows, main)
+    more = sentences.of_seeds(main)
+    more += [sentences.statement(found.attacked)] if found.attacked is not None and found.attacked is not main else []
+    more += sentences.of_perplexity(found.rows, main)
     if setting.arm == "macdrop":
         for other in (other for other in of_cell if other.setting.arm != "macdrop"):
-            more += telling.of_placebo(other.setting.label, found.headline, other.headline)
-            more += telling.of_placebo(other.setting.label, found.attacked, other.attacked)
-        more += telling.provenance(main, run.tried, run.seeds, run.fresh)
+            more += sentences.of_placebo(other.setting.label, found.headline, other.headline)
+            more += sentences.of_placebo(other.setting.label, found.attacked, other.attacked)
+        more += sentences.provenance(main, run.tried, run.seeds, run.fresh)
     return Verdict(
         model=run.model,
         cell=cell,
@@ -134,7 +134,7 @@ def _verdict(found: Against, of_cell: Sequence[Against], cell: dict[str, Any], r
         headline=found.headline,
         attacked=found.attacked,
         rows=found.rows,
-        sentence=telling.sentence(run.model, setting.label, found.plain.label, main),
+        sentence=sentences.sentence(run.model, setting.label, found.plain.label, main),
         more=more,
         seeds=main.seeds if main else (),
         tried=run.tried,
@@ -143,9 +143,9 @@ def _verdict(found: Against, of_cell: Sequence[Against], cell: dict[str, Any], r
 
 
 def against(samples: Samples, plain: Setting, other: Setting, rows: int | None) -> Against | None:
-    """All columns that both have with a seed in common; None where there are none.
+    """Compare on all columns that both have on a shared seed; None where there are none.
 
-    rows: how many of them are dropped in training, whose zeroing is the attack that is spoken of.
+    rows: the number of rows dropped in training; zeroing as many is the attack of the headline.
     """
     columns = samples.columns(plain.trials, other.trials)
     if not columns:
@@ -158,11 +158,11 @@ def against(samples: Samples, plain: Setting, other: Setting, rows: int | None) 
         made |= dict(zip(family, corrected(compared), strict=True))
     means = [_mean(members, mean, found, about) for mean, members in mean_columns(columns).items()]
     attack = _main_attack(columns, rows)
-    told = []
+    headlines = []
     for chosen in (("none", None), attack):
         main = _headline([column for column in columns if (column.attack, column.attack_on) == chosen])
-        told.append(main and _mean(main[1], main[0], found, about))
-    return Against(other, plain, *told, [*means, *made.values()])
+        headlines.append(main and _mean(main[1], main[0], found, about))
+    return Against(other, plain, *headlines, [*means, *made.values()])
 
 
 def _read(samples: Samples, column: Column, plain: Setting, other: Setting) -> Sample | DataError:
@@ -179,7 +179,7 @@ def _mean(
     about: Mapping[str, str],
     family: int = 1,
 ) -> Comparison:
-    """The comparison on the mean over `members`, which is called `column`."""
+    """Compare on the mean over `members`, named `column`."""
     failed = [error for member in members if isinstance(error := found[member], DataError)]
     if failed:
         return unknown(column, str(failed[0]), **about)
@@ -187,7 +187,7 @@ def _mean(
 
 
 def _headline(columns: Sequence[Column]) -> tuple[Column, list[Column]] | None:
-    """Of columns under one attack the first kind of `HEADLINES`, the largest of several; its name and its columns."""
+    """The headline and its columns: the first kind of `HEADLINES` present, the largest of several means."""
     means = mean_columns(columns)
     for members in _by([c for c in columns if c.benchmark == "generation"], lambda column: column.metric):
         first = members[0]
@@ -199,10 +199,12 @@ def _headline(columns: Sequence[Column]) -> tuple[Column, list[Column]] | None:
 
 
 def _main_attack(columns: Iterable[Column], rows: int | None) -> tuple[str, str | None] | None:
-    """Zeroing of `rows` rows, else the first zeroing, else the first attack; on base rows rather than merged ones."""
+    """Zeroing of `rows` rows, else the first zeroing, else the first attack; base rows before merged rows."""
     attacks = list(dict.fromkeys((c.attack, c.attack_on) for c in columns if c.attack != "none"))
-    order = {attack: (attack[0] != f"zeroing@{rows}", not attack[0].startswith("zeroing"), attack[1] != "base")
-             for attack in attacks}  # fmt: skip
+    order = {
+        attack: (attack[0] != f"zeroing@{rows}", not attack[0].startswith("zeroing"), attack[1] != "base")
+        for attack in attacks
+    }
     return min(attacks, key=lambda attack: (order[attack], attacks.index(attack))) if attacks else None
 
 
@@ -212,7 +214,7 @@ def _rank(column: Column) -> int:
 
 
 def _by(columns: Iterable[Column], key: Callable[[Column], Any]) -> list[list[Column]]:
-    """The columns in groups, in the order in which they come."""
+    """Group columns by `key`, in order of appearance."""
     groups: dict[Any, list[Column]] = {}
     for column in columns:
         groups.setdefault(key(column), []).append(column)

@@ -1,4 +1,4 @@
-"""A report in long form: a line for each score of each trial, with the comparison that its setting takes part in."""
+"""A report as CSV in long form: one line per score of a trial, with the comparison of its setting."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tune.report.report import Report
 from tune.storage.states import Stage
 
 COMPARED = ("plain", "delta", "low", "high", "p", "p_holm", "mde")
-"""Numbers of a `Comparison`: means over the seeds shared with plain, so equal for all seeds of a setting."""
+"""Numbers of a `Comparison`: means over the seeds shared with plain, hence equal for all seeds of a setting."""
 
 
 def text(reports: Iterable[Report]) -> str:
-    """CSV with a head; trials without scores have one line, with their reason."""
+    """Render CSV with a header; trials without scores have one line, with the reason."""
     reports = list(reports)
     keys = dict.fromkeys(key for report in reports for model in report.models for key in model.keys)
     names = ["run", "model", "label", "trial", "arm", "stage", "setting", "cell", "seed", "status", "reason", "best"]

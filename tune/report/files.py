@@ -1,4 +1,4 @@
-"""Reports printed in a format or written to files."""
+"""Reports printed in one of several formats, or written to files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 FORMATS = ("terminal", "markdown", "csv", "latex")
 BRIEF = ("verdict", "weights", "paper", "comparisons")
-"""Parts of a report that stand at the end of a sweep; the rest is a screen or two more."""
+"""Parts of a report that are printed at the end of a sweep."""
 
 
 def read(runs: Sequence[Path]) -> list[Report]:
-    """The reports of runs; those that share a name are called by their folders.
+    """Read the reports of runs; runs that share a name are named by their folders.
 
     Raises:
-        ConfigError: a folder is no run.
+        ConfigError: not a run folder.
     """
     made = [make_report(run) for run in runs]
     names = [each.name for each in made]
@@ -34,7 +34,7 @@ def read(runs: Sequence[Path]) -> list[Report]:
 
 
 def show(reports: Sequence[Report], format: str, console: Console, keys: Sequence[str] | None = None) -> None:
-    """Print reports; the format "terminal" to `console`, and only the parts with `keys` where these are given."""
+    """Print reports in a format; "terminal" prints to `console`, only the parts named in `keys` if given."""
     if format == "terminal":
         for made in reports:
             made.terminal(console, keys)
@@ -43,7 +43,7 @@ def show(reports: Sequence[Report], format: str, console: Console, keys: Sequenc
 
 
 def text(reports: Sequence[Report], format: str) -> str:
-    """Reports one after the other in a format; as CSV in one table."""
+    """Render reports one after another; as CSV in one table."""
     if format == "csv":
         return csv_text(reports)
     return "\n".join(made.markdown() if format == "markdown" else made.latex() for made in reports)
@@ -53,7 +53,7 @@ def write(reports: Sequence[Report], folder: Path) -> list[Path]:
     """Write report.md, report.csv, report.tex and report.html (with figures/ in each run); return their paths.
 
     Raises:
-        ResourceError: the folder cannot be written.
+        ResourceError: the folder is not writable.
     """
     endings = {"markdown": "md", "csv": "csv", "latex": "tex"}
     files = [atomic_write_text(folder / f"report.{end}", text(reports, name)) for name, end in endings.items()]
@@ -61,13 +61,13 @@ def write(reports: Sequence[Report], folder: Path) -> list[Path]:
 
 
 def check_format(format: str, formats: Sequence[str] = FORMATS) -> None:
-    """Raise a ConfigError for a format that is not there."""
+    """Refuse an unknown format with a ConfigError."""
     if format not in formats:
-        raise ConfigError(f"--format {format!r} is not known.{nearest(format, formats)} Formats: {', '.join(formats)}.")
+        raise ConfigError(f"unknown --format {format!r}.{nearest(format, formats)} Formats: {', '.join(formats)}.")
 
 
 def check_runs(runs: Sequence[Path]) -> None:
-    """Raise a ConfigError for a run that is given twice."""
+    """Refuse a run that is given twice with a ConfigError."""
     seen: dict[Path, Path] = {}
     for run in runs:
         if (first := seen.setdefault(run.resolve(), run)) is not run:
@@ -75,12 +75,12 @@ def check_runs(runs: Sequence[Path]) -> None:
 
 
 def check_output(runs: Sequence[Path], output: Path | None) -> None:
-    """Raise a ConfigError for an output folder that is a file, or another run's own folder."""
+    """Refuse an output folder that is a file or another run's folder with a ConfigError."""
     if output is None:
         return
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {str(output)!r} is a file. Give a folder.")
     if (output / "run.json").exists() and [run.resolve() for run in runs] != [output.resolve()]:
         raise ConfigError(
-            f"--output {str(output)!r} is the folder of a run, whose own report would be lost. Give another folder."
+            f"--output {str(output)!r} is another run's folder, whose report would be overwritten. Give another folder."
         )

@@ -1,4 +1,4 @@
-"""The model card of an exported trial: what it is, on what it was trained, how it scored, how to load it."""
+"""The model card of an exported trial: its setting, training, scores, and how to load it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tune.report.tables import Table
 from tune.storage.states import TaskState
 
 PLANTED = (
-    "**PLANTED.** The base is a built-in tiny model of macdrop whose massive weights were put there on purpose. "
-    "This is a demonstration and no evidence for or against the method."
+    "**PLANTED.** The base is a tiny model built into macdrop whose massive weights were inserted on purpose. "
+    "This is a demonstration, not evidence for or against the method."
 )
 CITATION = """```bibtex
 @article{oh2024house,
@@ -33,7 +33,7 @@ Z = 1.959964
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished trial and what its run says of it. `scores` and `base` are rows of scores.jsonl."""
+    """A finished trial with its results. `scores` and `base` are rows of scores.jsonl."""
 
     folder: Path
     name: str
@@ -50,7 +50,7 @@ class Exported:
 
 
 def model_card(trial: Exported, *, merged: LogitCheck | None, place: str) -> str:
-    """Markdown with a YAML head, as the hub reads it. `place`: repository or folder to load from."""
+    """Render Markdown with the hub's YAML header. `place`: repository or folder to load from."""
     parts = [
         _head(trial, merged is not None),
         f"# {place.rpartition('/')[2]}",
@@ -60,14 +60,13 @@ def model_card(trial: Exported, *, merged: LogitCheck | None, place: str) -> str
         _table("Setting", ("", ""), _setting(trial)),
         _table("Training", ("", ""), _training(trial)),
         *_scores(trial),
-        *([_section("Verdict of its run", trial.verdict)] if trial.verdict else []),
+        *([_section("Verdict of the run", trial.verdict)] if trial.verdict else []),
         f"## Citation\n\n{CITATION}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _head(trial: Exported, merged: bool) -> str:
-
     spec = trial.spec
     adapter = "dora" if spec.use_dora else "lora"
     head: dict[str, Any] = {"library_name": "transformers" if merged else "peft"}
@@ -110,13 +109,15 @@ def _loading(trial: Exported, merged: bool, place: str) -> str:
         name = f"resolve({name})"
     revision = f', revision="{spec.model_revision}"' if spec.model_revision else ""
     trust = ", trust_remote_code=True" if spec.trust_remote_code else ""
-    return "\n".join([
-        "from peft import PeftModel",
-        *lines,
-        f'base = AutoModelForCausalLM.from_pretrained({name}{revision}{trust}, dtype="{dtype}")',
-        f'model = PeftModel.from_pretrained(base, "{place}")',
-        f"tokenizer = AutoTokenizer.from_pretrained({name}{revision}{trust})",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            *lines,
+            f'base = AutoModelForCausalLM.from_pretrained({name}{revision}{trust}, dtype="{dtype}")',
+            f'model = PeftModel.from_pretrained(base, "{place}")',
+            f"tokenizer = AutoTokenizer.from_pretrained({name}{revision}{trust})",
+        ]
+    )
 
 
 def _setting(trial: Exported) -> list[tuple[str, str]]:
@@ -157,39 +158,46 @@ def _training(trial: Exported) -> list[tuple[str, str]]:
 
 def _scores(trial: Exported) -> list[str]:
     if not trial.scores:
-        return ["## Scores\n\nThis adapter was not scored by its run."]
-    told = []
-    for split, title in (("test", "Scores"), ("validation", "Scores on validation data (used to choose the setting)")):
+        return ["## Scores\n\nThe run did not score this adapter."]
+    tables = []
+    for split, title in (("test", "Scores"), ("validation", "Scores on validation data (used to select the setting)")):
         rows = [row for row in trial.scores if (row.get("split") or "test") == split]
         plain = [row for row in rows if row["attack"] == "none"]
         attacked = [row for row in rows if row["attack"] != "none"]
         head = ("value", "95 % interval", "n", "base")
         if plain:
-            told.append(_table(title, ("benchmark", "metric", *head), _rows(trial, plain)))
+            tables.append(_table(title, ("benchmark", "metric", *head), _rows(trial, plain)))
         if attacked:
             head = ("benchmark", "metric", "attack", *head)
-            told.append(_table(f"{title}: under attack", head, _rows(trial, attacked, attack=True)))
-    told.append(
-        "Intervals are value ± 1.96 standard errors over the items of the benchmark. They do not cover the seed of the "
-        "training. Attacks zero (or alone retain) the top rows of the massive weights. `base` is the untrained model."
+            tables.append(_table(f"{title}: under attack", head, _rows(trial, attacked, attack=True)))
+    tables.append(
+        "Intervals are value ± 1.96 standard errors over the items of the benchmark, without the variation between "
+        "training seeds. Attacks zero the top massive rows, or keep only these. `base` is the model before fine-tuning."
     )
-    return told
+    return tables
 
 
 def _rows(trial: Exported, rows: Iterable[Mapping[str, Any]], *, attack: bool = False) -> list[tuple[str, ...]]:
     key = ("benchmark", "task", "metric", "attack")
     base = {tuple(row[name] for name in key): row["value"] for row in trial.base}
-    told = []
+    cells = []
     for row in rows:
         value, error = row["value"], row.get("stderr")
         known = value is not None and error is not None
         interval = f"{value - Z * error:.4g} to {value + Z * error:.4g}" if known else ""
         on = f"{row['attack']} on {row['attack_on']}" if row["attack"] != "none" else ""
-        told.append((
-            f"{row['benchmark']} {row['task']}", row["metric"], *([on] if attack else []), _text(value), interval,
-            _text(row.get("n")), _text(base.get(tuple(row[name] for name in key))),
-        ))  # fmt: skip
-    return told
+        cells.append(
+            (
+                f"{row['benchmark']} {row['task']}",
+                row["metric"],
+                *([on] if attack else []),
+                _text(value),
+                interval,
+                _text(row.get("n")),
+                _text(base.get(tuple(row[name] for name in key))),
+            )
+        )
+    return cells
 
 
 # --- words ---
@@ -201,12 +209,12 @@ def _data(spec: TrainSpec) -> list[str]:
 
 
 def _on_hub(name: str) -> bool:
-    """Whether a name is one that others can find: a hub id, not a file, a folder, or something built in."""
+    """Whether others can find the name: a hub id, not a file, a folder, or something built in."""
     return not name.startswith("zoo:") and not looks_like_a_path(name) and not Path(name).exists()
 
 
 def _shown(name: str) -> str:
-    """A name for others: of a local file or folder its last part alone."""
+    """The name to publish: only the last part of a local path."""
     return name if name.startswith("zoo:") or _on_hub(name) else f"{Path(name).name} (a local file)"
 
 

@@ -1,13 +1,13 @@
-"""A run folder -> what is to be said of it: the verdict first, then each model part by part. Works while the run goes.
+"""The report of a run folder, finished or not: the verdict first, then each model part by part.
 
-Terminal, Markdown and LaTeX are here, CSV is in `report.csv_rows`, files and the verb in `cli.report`. All walk
-`Report.parts`, so that they say the same.
+Terminal, Markdown and LaTeX are rendered here, CSV in `report.csv_rows`, the page in `report.html`. All walk
+`Report.parts`, so they agree.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 116
-"""Characters that a table may take, so that it is readable in a terminal of 120."""
+"""Maximum width of a table in characters, for terminals of 120 columns."""
 MAX_PROBLEMS = 5
-"""Damaged files that are listed."""
+"""Damaged files listed by name."""
 LATEX_HEAD = r"""% {title}
 % Written by macdrop. For \input into a document whose preamble has:
 %   \usepackage[utf8]{{inputenc}} \usepackage{{booktabs,textcomp}}
@@ -37,7 +37,7 @@ LATEX_HEAD = r"""% {title}
 
 @dataclass(frozen=True)
 class Report:
-    """See `make_report`. `facts` are sentences on the run; `verdicts` are by `ModelResults.name`."""
+    """The report of one run. `facts` are sentences on the run; `verdicts` are keyed by `ModelResults.name`."""
 
     run_dir: Path
     name: str
@@ -55,24 +55,26 @@ class Report:
 
     @property
     def about(self) -> list[str]:
-        """Sentences on the run, and what is damaged in it, the first `MAX_PROBLEMS` of it."""
-        for model in self.models:  # all that is read has been read then
+        """Sentences on the run, and on its first `MAX_PROBLEMS` damaged files."""
+        for model in self.models:  # reads everything, so that all problems are known
             self.parts(model)
         found = [problem.replace(f"{self.run_dir}/", "") for problem in self.run_folder.problems or []]
-        more = [f"DAMAGED: {len(found) - MAX_PROBLEMS} more such files or lines."] if len(found) > MAX_PROBLEMS else []
-        return [*self.facts, *(f"DAMAGED, left out: {problem}" for problem in found[:MAX_PROBLEMS]), *more]
+        more = (
+            [f"DAMAGED: {len(found) - MAX_PROBLEMS} more damaged files or lines."] if len(found) > MAX_PROBLEMS else []
+        )
+        return [*self.facts, *(f"DAMAGED, omitted: {problem}" for problem in found[:MAX_PROBLEMS]), *more]
 
     def headlines(self) -> list[str]:
-        """The verdict of each model in a sentence, with the model's name."""
-        told = []
+        """The verdict sentences of each model, with the model's name."""
+        lines = []
         for model in self.models:
             found = [verdict.sentence for verdict in self.verdicts[model.name] if verdict.arm == "macdrop"]
-            planted = " (PLANTED model: a demonstration, no evidence)" if model.planted and found else ""
-            told += [_named(model, sentence) + planted for sentence in found or no_verdict(model)[:1]]
-        return told
+            planted = " (PLANTED model: a demonstration, not evidence)" if model.planted and found else ""
+            lines += [_named(model, sentence) + planted for sentence in found or no_verdict(model)[:1]]
+        return lines
 
     def terminal(self, console: Console, keys: Collection[str] | None = None) -> None:
-        """Print to a rich console, within its width; of the parts only those with `keys`, where these are given."""
+        """Print to a rich console, within its width; only the parts named in `keys`, if given."""
         from rich.markup import escape
 
         console.print()
@@ -87,7 +89,7 @@ class Report:
                     print_part(console, part)
 
     def markdown(self) -> str:
-        """The same as Markdown."""
+        """The report as Markdown."""
         blocks = [f"# {self.title}", _bullets(f"**{line}**" for line in self.headlines()), _bullets(self.about)]
         for model in self.models:
             blocks.append(f"## {model.display}")
@@ -96,7 +98,7 @@ class Report:
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     def latex(self) -> str:
-        """The same as LaTeX to be \\input: a section a model, tables by booktabs."""
+        """The report as LaTeX to be \\input: one section per model, tables with booktabs."""
         blocks = [LATEX_HEAD.format(title=one_line(self.title)), _items([*self.headlines(), *self.about])]
         for model in self.models:
             blocks.append(rf"\section{{{latex(model.display)}}}")
@@ -110,7 +112,7 @@ class Report:
 
 
 def print_part(console: Console, part: Part) -> None:
-    """Print to a rich console, tables cut to its width."""
+    """Print to a rich console, with tables split to fit its width."""
     from rich.markup import escape
 
     console.print(f"\n[bold underline]{escape(part.title)}")
@@ -121,22 +123,22 @@ def print_part(console: Console, part: Part) -> None:
 
 
 def markdown_part(part: Part, level: str) -> str:
-    """A part below a heading of `level`, such as "###"."""
+    """Render a part below a heading of `level`, such as "###"."""
     tables = [cut.markdown() for table in part.tables for cut in table.split(WIDTH)]
     return "\n\n".join(block for block in (f"{level} {part.title}", _bullets(part.lines), *tables) if block)
 
 
 def latex_part(part: Part, command: str) -> str:
-    """A part below a heading by `command`, such as "subsection"."""
+    """Render a part below a heading by `command`, such as "subsection"."""
     tables = [cut.latex() for table in part.tables for cut in table.split(WIDTH)]
     return "\n\n".join(block for block in (f"\\{command}{{{latex(part.title)}}}", _items(part.lines), *tables) if block)
 
 
 def make_report(run_dir: str | os.PathLike) -> Report:
-    """Read a run folder, finished or not; what is damaged in it is left out and told.
+    """Read a run folder, finished or not; damaged files are skipped and listed.
 
     Raises:
-        ConfigError: it is no run folder.
+        ConfigError: not a run folder.
     """
     run_folder = RunFolder.open(run_dir, lenient=True)
     models = collect(run_folder)
@@ -146,10 +148,10 @@ def make_report(run_dir: str | os.PathLike) -> Report:
 
 
 def _verdicts(run_folder: RunFolder, model: ModelResults) -> list[Verdict]:
-    """None, with the reason as the model's `trouble`, where a damaged file stops the statistics."""
+    """The verdicts; none, with the reason as the model's `trouble`, if damage prevents statistics."""
     try:
         return verdicts(run_folder, model.display) if model.trials("macdrop") else []
-    except Exception as error:  # a file of another shape than ours: there is no end to what that may raise
+    except Exception as error:  # a file of another shape than ours: it may raise anything
         model.trouble = f"a file of the run is damaged ({type(error).__name__}: {one_line(str(error))})."
         return []
 
@@ -165,21 +167,21 @@ def _about(run_folder: RunFolder, models: list[ModelResults]) -> list[str]:
     if environment:
         gpus = ", ".join(environment.get("gpus") or []) or "no GPU"
         about.append(f"Machine: {environment.get('host')}, {environment.get('cpus')} CPUs, {gpus}.")
-    about.append("MacDrop's masks are off in every score.")
+    about.append("All scores are measured with MacDrop's masks off.")
     begun = {file.parent.name for file in (run_folder.run_dir / "trials").glob("*/trial.json")}
     lost = [folder.name for folder in (run_folder.run_dir / "trials").glob("*/") if folder.name not in begun]
-    about += [f"MISSING: trial.json of {', '.join(sorted(lost))}; not yet written, or lost."] if lost else []
+    about += [f"MISSING: trial.json of {', '.join(sorted(lost))}; not written yet, or lost."] if lost else []
     done = [line for line in trials if line.status == TaskState.DONE]
-    about += ["MISSING: there are no scores."] if done and not run_folder.score_rows() else []
+    about += ["MISSING: scores of finished trials."] if done and not run_folder.score_rows() else []
     return about
 
 
 def _named(model: ModelResults, sentence: str) -> str:
-    """A sentence that begins with the model's name, unless it has it."""
+    """Prefix a sentence with the model's name unless it already has it."""
     return sentence if model.display in sentence else f"{model.display}: {sentence}"
 
 
-def _bullets(lines) -> str:
+def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {one_line(line)}" for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""The scores of one model as a table with attacks as columns, for `macdrop eval`."""
+"""The score table of one model, with attacks as columns, for `macdrop eval`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tune.report.tables import Table
 
 
 def score_table(title: str, rows: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> Table:
-    """Scores of one model: a row for each metric and mean, a column for each attack; value ± standard error."""
+    """Scores of one model: one row per metric and mean, one column per attack; value ± standard error."""
     scores = {Column.of(row): Cell.of(row) for row in rows if row["value"] is not None}
     add_means([scores], primary_columns(scores, asked_for(config)))
     names = dict.fromkeys((c.benchmark, c.task, c.metric) for c in sorted(scores, key=lambda c: place(c)[1]))

@@ -1,4 +1,4 @@
-"""Tables of text and the parts of a report made of them: as Markdown, rich, LaTeX (booktabs) and HTML."""
+"""Tables of text, rendered as Markdown, rich, LaTeX (booktabs) and HTML, and the parts of a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-#: What counts as a number in a cell: sign and digits, a unit, then an error or an interval.
+#: A number in a cell: sign and digits, a unit, then an error or an interval.
 NUMBER = re.compile(r"[<+\-]?(\d|inf\b)[\d.,e+\-]*\s*(%|[a-zA-Z]{1,6})?(\s*[±\[(].*)?")
 _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -33,7 +33,7 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; a column head may have several lines. `wrap`: cells are prose, broken to fit, never cut apart."""
+    """A table of text cells; column heads may have several lines. `wrap`: cells are prose, wrapped and never split."""
 
     title: str
     head: list[str]
@@ -41,17 +41,17 @@ class Table:
     wrap: bool = False
 
     def widths(self) -> list[int]:
-        """Characters that each column takes, its border included."""
+        """Width of each column in characters, including its border."""
         cells = zip(self.head, *self.rows, strict=True)
         return [max(len(line) for cell in column for line in cell.split("\n")) + 3 for column in cells]
 
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers (and empty cells) only, and so are aligned to the right."""
+        """Whether each column holds only numbers and empty cells, and so is aligned right."""
         columns = [[row[i] for row in self.rows if row[i]] for i in range(len(self.head))]
         return [bool(cells) and all(map(NUMBER.fullmatch, cells)) for cells in columns]
 
     def split(self, width: int) -> list[Table]:
-        """Cut into tables of at most `width` characters (or one data column each), all with the first column."""
+        """Split into tables of at most `width` characters (or one data column each), all with the first column."""
         if self.wrap:
             return [self]
         widths = self.widths()
@@ -100,7 +100,7 @@ class Table:
         return f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
 
     def rich(self) -> RichTable:
-        """As a table of rich's."""
+        """Convert to a rich table."""
         from rich.box import SIMPLE_HEAD
         from rich.markup import escape
         from rich.table import Table as RichTable
@@ -118,7 +118,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of what a report says of a model: sentences, then tables. An empty one is false and left out."""
+    """One part of the report on a model: sentences, then tables. An empty part is false and omitted."""
 
     title: str
     lines: list[str] = field(default_factory=list)

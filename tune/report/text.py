@@ -1,4 +1,4 @@
-"""Numbers, errors and heads as a report writes them."""
+"""Formatting of numbers, errors and column heads."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 from tune.evaluation.score_names import Column
 
 REASON_LENGTH = 300
-"""Characters of an error that a report shows; the whole text is in trial.json."""
+"""Characters shown of an error; trial.json has the whole text."""
 
 
 def number(value: float | str | None) -> str:
-    """Four significant digits; `value` may be the text "inf", None and nan give an empty cell."""
+    """Format with four significant digits; text such as "inf" is kept, None and nan give an empty cell."""
     if value is None or value != value:
         return ""
     return value if isinstance(value, str) else format(value, "#.4g").removesuffix(".")
 
 
 def probability(value: float | None) -> str:
-    """A p value; nan and None give an empty cell."""
+    """Format a p-value; nan and None give an empty cell."""
     return "" if value is None or value != value else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def setting(value: Any) -> str:
-    """A value of a run file's key."""
+    """Format the value of a run file's key."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def hours(seconds: float | None) -> str:
-    """Seconds as hours, minutes or seconds, whichever reads best."""
+    """Format seconds as hours, minutes or seconds, whichever reads best."""
     if seconds is None:
         return ""
     for unit, size in (("h", 3600), ("min", 60)):
@@ -42,7 +42,7 @@ def hours(seconds: float | None) -> str:
 
 
 def count(statuses: Iterable[str]) -> str:
-    """3 done, 1 failed"""
+    """Count statuses, as in "3 done, 1 failed"."""
     return ", ".join(f"{number} {status}" for status, number in Counter(statuses).items())
 
 
@@ -51,18 +51,18 @@ def one_line(text: str) -> str:
 
 
 def short(text: str, length: int = REASON_LENGTH) -> str:
-    """One line of at most `length` characters."""
+    """Shorten to one line of at most `length` characters."""
     line = one_line(text)
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
 def head(column: Column) -> str:
-    """A column's head, a line each for task, metric, attack and the rows it hits."""
+    """A column's head: one line each for task, metric, attack and attacked rows."""
     return "\n".join(filter(None, [column.task, column.metric])) + under(column, "\n")
 
 
 def under(column: Column, separator: str) -> str:
-    """The attack and the rows that it hits, in two parts that `separator` introduces; empty without an attack."""
+    """The attack and the attacked rows, each after `separator`; empty without an attack."""
     if column.attack == "none":
         return ""
     return f"{separator}{column.attack}" + (f"{separator}{column.attack_on} rows" if column.attack_on else "")

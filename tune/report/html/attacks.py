@@ -1,4 +1,4 @@
-"""Attack curves: a score over the number of attacked rows, on base rows and on merged weights."""
+"""Attack curves: scores over the number of attacked rows, in base or merged weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 BANDS = ("plain", "macdrop")
-"""Arms whose seeds are drawn as a band; with all of them nothing could be told apart."""
+"""Arms whose seeds are drawn as a band; bands of all arms would be indistinguishable."""
 HEAD = ["setting", "arm", "attack", "k", "attacked_rows", "mean", "min", "max", "seeds", "unit"]
 TITLES = {"zeroing": "Zeroing: the top k rows set to 0", "retaining": "Retaining: all but the top k rows set to 0"}
 
@@ -49,8 +49,12 @@ def attack_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Ve
             tasks.setdefault((column.benchmark, column.task, column.metric), []).append(column)
     attacked = {key: found for key, found in tasks.items() if any(column.attack != PLAIN for column in found)}
     if not attacked:
-        yield Figure("attacks", "attacks", "Scores under attack",
-                     "No score under attack: the run asks for none, or none is there yet.")  # fmt: skip
+        yield Figure(
+            "attacks",
+            "attacks",
+            "Scores under attack",
+            "No score under attack: none was requested, or none is available yet.",
+        )
     for key in sorted(attacked, key=lambda key: not key[1].startswith("mean ")):
         for cell in cells(model):
             yield _curves(model, cell, best_groups(model, cell), attacked[key])
@@ -83,10 +87,10 @@ def _curves(model: ModelResults, cell: Cell, groups: list[Group], columns: list[
         legend(canvas, panels[0])
 
     where = {"base": "the base model's rows", "merged": "rows of the merged weights"}
-    told = " and ".join(where.get(place, place) for place in places)
-    told += " (merged: hollow marks, thin)" if len(places) > 1 else ""
+    attacked = " and ".join(where.get(place, place) for place in places)
+    attacked += " (merged: hollow marks, thin)" if len(places) > 1 else ""
     caption = (
-        f"Mean over seeds ({seeds_words(groups)}), bands from lowest to highest; {better(first)}. Attacked: {told}."
+        f"Mean over seeds ({seeds_words(groups)}), bands from lowest to highest; {better(first)}. Attacked: {attacked}."
         + (" k = 0 is the untouched model. " if "zeroing" in kinds else " ")
         + settings_words(groups)
     )
@@ -115,25 +119,45 @@ def _curve(
     second = len(places) > 1 and place == "merged"
     tone, x = colour(tint(group.arm)), [row[3] for row in found]
     if group.arm in BANDS and not second and any(row[8] > 1 for row in found):
-        axes.fill_between(x, [row[6] for row in found], [row[7] for row in found], color=tone, alpha=0.18, linewidth=0,
-                          zorder=front(group.arm) - 1)  # fmt: skip
+        axes.fill_between(
+            x,
+            [row[6] for row in found],
+            [row[7] for row in found],
+            color=tone,
+            alpha=0.18,
+            linewidth=0,
+            zorder=front(group.arm) - 1,
+        )
     axes.plot(
-        x, [row[5] for row in found], color=tone, linestyle=DASHES.get(group.arm, "-"),
+        x,
+        [row[5] for row in found],
+        color=tone,
+        linestyle=DASHES.get(group.arm, "-"),
         linewidth=1.1 if second else 1.8,
-        marker=MARKERS.get(group.arm, "o"), markersize=5, markerfacecolor="none" if second else tone,
-        label=None if second else name, zorder=front(group.arm),
-    )  # fmt: skip
+        marker=MARKERS.get(group.arm, "o"),
+        markersize=5,
+        markerfacecolor="none" if second else tone,
+        label=None if second else name,
+        zorder=front(group.arm),
+    )
 
 
 def _single(axes: Axes, groups: list[Group], rows: list[list[Any]]) -> None:
-    """One k only: the settings beside one another, a line from the lowest to the highest seed."""
+    """Draw settings side by side for a single k, with a line from the lowest to the highest seed."""
     for number, (name, group) in enumerate(short_names(groups)):
         tone = colour(tint(group.arm))
         for row in (row for row in rows if row[0] == group.label):
             x = number + (0.22 if row[4] == "merged" and len({other[4] for other in rows}) > 1 else 0)
             axes.plot([x, x], [row[6], row[7]], color=tone, linewidth=1.8)
-            axes.plot(x, row[5], MARKERS.get(group.arm, "o"), color=tone, markersize=7, label=name,
-                      markerfacecolor=tone if x == number else "none")  # fmt: skip
+            axes.plot(
+                x,
+                row[5],
+                MARKERS.get(group.arm, "o"),
+                color=tone,
+                markersize=7,
+                label=name,
+                markerfacecolor=tone if x == number else "none",
+            )
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_xticks([])
 

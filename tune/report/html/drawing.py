@@ -1,7 +1,7 @@
-"""From a painted matplotlib figure to an inline SVG whose colours are the page's CSS custom properties.
+"""Inline SVGs from matplotlib figures, in colours that are CSS custom properties of the page.
 
-Figures are painted in *sentinel* colours, one for each name in `NAMES`; in the SVG each becomes `var(--name)`, so that
-light and dark follow the reader's scheme (`tune.report.html.palette`). Text stays text and takes the page's font.
+Figures are painted in *sentinel* colours, one for each name in `NAMES`; in the SVG each becomes `var(--name)`, which
+follows the reader's light or dark scheme (`tune.report.html.palette`). Text stays text and takes the page's font.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 WIDTH = 360
-"""User units (CSS pixels) that every figure is wide: a card on a laptop, nearly all of a phone."""
+"""Width of every figure in CSS pixels: a card on a laptop, most of a phone's screen."""
 LEGEND = 17
 NAMES = tuple(DARK)
 _FIRST = 0xA1B200
@@ -35,11 +35,11 @@ def colour(name: str) -> str:
 def draw(name: str, height: float, paint: Callable[[Canvas], None], *, says: str = "") -> str:
     """Call `paint` with an empty figure of WIDTH x `height` CSS pixels and return it as an inline SVG.
 
-    The same input gives the same bytes. No setting of matplotlib outlives the call.
+    The output is deterministic, and matplotlib's settings are restored.
 
     Args:
-        name: prefix of the ids in the SVG; no other figure of the page may have it.
-        says: what a screen reader says.
+        name: prefix of the ids in the SVG, unique on the page.
+        says: the label for screen readers.
     """
     import matplotlib.style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -56,7 +56,7 @@ def draw(name: str, height: float, paint: Callable[[Canvas], None], *, says: str
 
 
 def tidy(axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: str = "y") -> None:
-    """Axis labels, a title at the left, a quiet grid, no box."""
+    """Set axis labels, a title at the left, a light grid, and no box."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if title:
@@ -68,7 +68,7 @@ def tidy(axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: str = "
 
 
 def plain_log(axes: Axes, which: str = "y") -> None:
-    """A log axis whose ticks are plain numbers: 0.01, 1, 1000, 1e+06."""
+    """Use a log axis with plain numbers as ticks: 0.01, 1, 1000, 1e+06."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})
@@ -86,14 +86,22 @@ def plain_log(axes: Axes, which: str = "y") -> None:
 
 
 def legend(canvas: Canvas, axes: Axes, columns: int = 3) -> None:
-    """The labelled artists of `axes` under the figure; every row of it takes LEGEND pixels."""
+    """Draw the legend of `axes` below the figure; each of its rows takes LEGEND pixels."""
     handles, labels = axes.get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=2.2, columnspacing=1.2,
-                  handletextpad=0.5, borderaxespad=0.2)  # fmt: skip
+    canvas.legend(
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=columns,
+        handlelength=2.2,
+        columnspacing=1.2,
+        handletextpad=0.5,
+        borderaxespad=0.2,
+    )
 
 
 def signed(value: float, scale: float) -> str:
-    """A difference with its sign, to three digits of `scale` (the widest number that stands near it)."""
+    """Format a signed difference to three significant digits of `scale`, the largest number nearby."""
     digits = max(0, min(4, 2 - math.floor(math.log10(scale)))) if scale > 0 else 1
     text = f"{value:+.{digits}f}"
     return ("±" + text[1:] if float(text) == 0 else text).replace("-", "−")
@@ -135,7 +143,7 @@ def _settings(name: str) -> dict[str, object]:
 
 
 def _inline(svg: str, name: str, says: str) -> str:
-    """The `<svg>` element alone, with colours of the page, ids of its own, and no size but its viewBox."""
+    """Reduce to the `<svg>` element, with the page's colours, unique ids, and only a viewBox for its size."""
     svg = svg[svg.index("<svg ") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = svg.replace("xlink:href=", "href=")

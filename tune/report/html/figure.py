@@ -1,4 +1,4 @@
-"""What a figure of the page is, and its numbers as CSV."""
+"""A figure of the page, with its numbers as CSV."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Figure:
 
     Attributes:
         name: lower-case words with "-", unique within a model; names the CSV.
-        part: key of the report's part that it stands in (`Report.parts`).
-        svg: from `tune.report.html.drawing.draw`; empty when there is nothing to draw, and then `caption` says why.
-        head, rows: its numbers, as they are in the journal or as they were computed for the drawing.
+        part: key of the report's part that shows it (`Report.parts`).
+        svg: from `tune.report.html.drawing.draw`; empty if there is nothing to draw; `caption` then says why.
+        head, rows: the plotted numbers.
     """
 
     name: str
@@ -37,5 +37,5 @@ class Figure:
 
 
 def words_to_name(*words: str) -> str:
-    """("zero_shot", "mean of 5") -> "zero-shot-mean-of-5"; safe as a file name and as an XML id."""
+    """Join words to a name safe in files and XML ids: ("zero_shot", "mean of 5") -> "zero-shot-mean-of-5"."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") or "figure"

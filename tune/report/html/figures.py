@@ -1,4 +1,4 @@
-"""All figures of a model, in the order of the page; one that cannot be drawn says why and stops no other."""
+"""All figures of a model, in the order of the page."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ FAMILIES: dict[str, tuple[str, Family]] = {
     "attacks": ("attacks", attack_figures),
     "pareto": ("pareto", pareto_figures),
 }
-"""Family -> the report's part that a reader expects it in, and who draws it."""
+"""Family -> the report's part that shows it, and the function that draws it."""
 
 
 def figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> list[Figure]:
-    """Every figure of one model of a run, finished or not.
+    """Draw every figure of one model of a run, finished or not.
 
-    A damaged file of the run costs the figures that need it and nothing else: instead there is one without an SVG whose
-    caption says what is wrong.
+    A damaged file affects only the figures that need it: one figure without an SVG replaces them, and its caption says
+    what is wrong.
     """
     found: list[Figure] = []
     for name, (part, family) in FAMILIES.items():
         try:
             found += family(run_folder, model, verdicts)
-        except Exception as error:  # whatever a damaged or half-written journal leads to
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            found.append(Figure(name, part, name.replace("-", " ").capitalize(), f"Could not be drawn ({told})."))
+        except Exception as error:  # a damaged or half-written file may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            found.append(Figure(name, part, name.replace("-", " ").capitalize(), f"Could not be drawn ({reason})."))
     return found

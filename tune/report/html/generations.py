@@ -1,4 +1,4 @@
-"""Generated answers side by side, with what the judge said of them."""
+"""Generated answers side by side, with the judge's scores and feedback."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tune.report.sections.subject import Subject
 from tune.storage.run_folder import BASE, RunFolder
 
 QUESTIONS = 8
-"""Shown of each benchmark; all of them are in the answers files."""
+"""Questions shown per benchmark; the answers files have all."""
 CUT = 1500
 """Characters shown of a text."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer in one turn. `score` is the judge's, None where it is not judged or could not be read."""
+    """A model's answer in one turn. `score` is the judge's, None if not judged or not parsed."""
 
     text: str
     judged: bool = False
@@ -30,7 +30,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Speaker:
-    """One column: a setting and a seed, with a reply for each turn."""
+    """One column: a setting and a seed, with one reply per turn."""
 
     label: str
     colour: str
@@ -39,8 +39,8 @@ class Speaker:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one trial (or the base) has answered, by question, and what the judge said of it."""
+class Answered:
+    """Answers of one trial (or the base) by question, with their judgements."""
 
     line: Line
     label: str
@@ -50,7 +50,7 @@ class Told:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the answers of every speaker; `turns` are what the user says."""
+    """A question with the answers of every speaker; `turns` are the user's."""
 
     item: str
     category: str
@@ -64,23 +64,23 @@ class Question:
 
 
 def generations(run_folder: RunFolder, model: ModelResults) -> dict[str, list[Question]]:
-    """Benchmark -> questions: base, plain and the best MacDrop setting, on the first seed that both have.
+    """Questions by benchmark, answered by base, plain and the best MacDrop setting on their first shared seed.
 
-    Where there are more than QUESTIONS, those that are answered differently come first, from every category in turn.
+    Beyond QUESTIONS, those answered differently come first, taking the categories in turn.
     """
     speakers = list(_speakers(model))
     found: dict[str, list[Question]] = {}
     subject = Subject(run_folder, model, [])
     for entry in _entries(run_folder, model, speakers):
-        told = [Told(line, label, *answered(subject, line, entry)) for line, label in speakers]
-        told = [one for one in told if one.answers]
-        if told:
-            found[entry] = _pick([_question(item, told) for item in told[0].answers])
+        answered_by = [Answered(line, label, *answered(subject, line, entry)) for line, label in speakers]
+        answered_by = [one for one in answered_by if one.answers]
+        if answered_by:
+            found[entry] = _pick([_question(item, answered_by) for item in answered_by[0].answers])
     return found
 
 
 def _speakers(model: ModelResults) -> Iterator[tuple[Line, str]]:
-    """Of the first cell: the base model, and plain and MacDrop with the first seed that both were trained with."""
+    """Base model, plain and MacDrop of the first cell, the latter two on their first shared seed."""
     groups = {group.arm: group for group in best_groups(model, cells(model)[0])}
     if BASE in groups:
         yield groups[BASE].lines[0], groups[BASE].label
@@ -92,7 +92,7 @@ def _speakers(model: ModelResults) -> Iterator[tuple[Line, str]]:
 
 
 def _entries(run_folder: RunFolder, model: ModelResults, speakers: list[tuple[Line, str]]) -> list[str]:
-    """Names of the generation benchmarks that somebody has answered without attack."""
+    """Names of the generation benchmarks with answers without attack."""
     names = set()
     for line, _ in speakers:
         folder = run_folder.answers_dir(model.display, line.trial)
@@ -100,18 +100,18 @@ def _entries(run_folder: RunFolder, model: ModelResults, speakers: list[tuple[Li
     return sorted(name.removesuffix("-none.jsonl") for name in names)
 
 
-def _question(item: str, told: list[Told]) -> Question:
-    first = told[0].answers[item]
+def _question(item: str, answered_by: list[Answered]) -> Question:
+    first = answered_by[0].answers[item]
     speakers = [
         Speaker(one.label, tint(one.line.arm), one.line.seed, _replies(one, item))
-        for one in told
+        for one in answered_by
         if item in one.answers
     ]
     turns = [_cut(str(turn)) for turn in first.get("turns") or []]
     return Question(item, str(first.get("category") or ""), turns, _cut(str(first.get("reference") or "")), speakers)
 
 
-def _replies(one: Told, item: str) -> list[Reply]:
+def _replies(one: Answered, item: str) -> list[Reply]:
     judged = {str(row["item"]).rpartition("/")[2]: row for row in one.judged.get(item, [])}  # turns count from 1
     texts = one.answers[item]["answers"]
     return [_reply(str(text), judged.get(str(turn))) for turn, text in enumerate(texts, 1)]

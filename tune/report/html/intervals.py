@@ -1,4 +1,4 @@
-"""Forest plots: differences to the plain adapter with their intervals, all improvements to the right."""
+"""Forest plots: differences from the plain adapter with their intervals, improvements to the right."""
 
 from __future__ import annotations
 
@@ -24,17 +24,34 @@ if TYPE_CHECKING:
 
 STATUS = {"helps": ("helps", ">"), "hurts": ("hurts", "<"), "cannot tell": ("unsure", "o")}
 """Verdict -> colour and mark."""
-HEAD = ["setting", "arm", "task", "metric", "attack", "attacked_rows", "unit", "difference", "low", "high", "p",
-        "p_holm", "detectable", "verdict", "seeds", "items", "per_seed"]  # fmt: skip
+HEAD = [
+    "setting",
+    "arm",
+    "task",
+    "metric",
+    "attack",
+    "attacked_rows",
+    "unit",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "detectable",
+    "verdict",
+    "seeds",
+    "items",
+    "per_seed",
+]
 ATTACKS = 3
-"""Attacks (none among them) that have a forest plot: none, the headline's, one more; tables and curves have all."""
+"""Number of forest plots by attack: none, the headline's, one more; tables and curves show all."""
 TALL, SHORT, HEADING, BELOW = 33, 19, 22, 48
-"""CSS pixels: a row with words of its own above it, a row with words beside it, a task's heading, an axis."""
+"""CSS pixels: a row below its label, a row next to its label, a task's heading, an axis."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One interval. With a `heading` its words stand above it; `words` stand beside it."""
+    """One interval, labelled by a `heading` above it or by `words` next to it."""
 
     comparison: Comparison
     tone: str
@@ -50,7 +67,7 @@ class Row:
 
     @property
     def scale(self) -> float:
-        """What a difference is multiplied by: 100 for shares, in points; perplexities are in percent of plain's."""
+        """Factor of differences: 100 for proportions, to give points; perplexities are in percent of plain's."""
         if self.relative:
             return 100 / self.comparison.plain
         return 100 if is_share(self.comparison.column.metric) else 1
@@ -65,24 +82,26 @@ class Row:
 
 
 def verdict_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
-    """For each finalist: the headline, the headline under attack, and each task without attack."""
+    """Draw for each finalist the headline, also under attack, and each task without attack."""
     for number, verdict in enumerate((one for one in verdicts if one.arm == "macdrop"), 1):
         first = [one for one in (verdict.headline, verdict.attacked) if one]
         shown = {one.column: one for one in first}
         shown |= {one.column: one for one in verdict.rows if one.column.attack == PLAIN and one.column not in shown}
         rows = [Row(one, *STATUS[one.verdict], heading=_task(one.column, under=True)) for one in shown.values()]
-        caption = "Difference to the plain adapter: mean over seeds and 95 % interval; small dots are single seeds."
+        caption = (
+            "Difference from the plain adapter: mean over seeds and 95 % interval; small dots are individual seeds."
+        )
         name = words_to_name("verdict", str(number))
         yield _forest(model, name, "verdict", f"{verdict.label}, by task", caption, rows)
 
 
 def comparison_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
-    """For each attack and cell: every task with the finalists and the placebos below one another."""
+    """Draw for each attack and cell every task, with finalists and placebos one below another."""
     by_cell: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         by_cell.setdefault(cell_words(verdict.cell), []).append(verdict)
     if not by_cell:
-        missing = "No setting is trained beside a plain adapter with the same seeds yet."
+        missing = "No setting shares a seed with a trained plain adapter yet."
         yield Figure("comparisons", "comparisons", "All comparisons", missing)
     headline = [one.attacked.column for one in verdicts if one.attacked]
     first = [(PLAIN, None), *((column.attack, column.attack_on) for column in headline)]
@@ -107,11 +126,14 @@ def _compared(model: ModelResults, cell: str, members: list[Verdict], columns: l
     first = columns[0]
     under = attack_words(first) or "no attack"
     title = f"All arms, {under}" + (f", {cell}" if cell else "")
-    settings = "; ".join(f"{name}: {one.label.removeprefix('MacDrop').strip()}"
-                         for name, one in zip(names, members, strict=True) if one.arm == "macdrop")  # fmt: skip
+    settings = "; ".join(
+        f"{name}: {one.label.removeprefix('MacDrop').strip()}"
+        for name, one in zip(names, members, strict=True)
+        if one.arm == "macdrop"
+    )
     caption = (
-        "Difference to the plain adapter of the same seeds and 95 % interval; small dots are single seeds. "
-        f"{settings}" + ("; placebos take over its values." if set(arms) - {"macdrop"} else ".")
+        "Difference from the plain adapter of the same seeds and 95 % interval; small dots are individual seeds. "
+        f"{settings}" + ("; placebos use the same values." if set(arms) - {"macdrop"} else ".")
     )
     name = words_to_name("comparisons", first.attack, first.attack_on or "", cell)
     return _forest(model, name, "comparisons", title, caption, rows)
@@ -132,7 +154,7 @@ def _forest(model: ModelResults, name: str, part: str, title: str, caption: str,
 
     seeds = sorted({len(row.comparison.seeds) for row in rows})
     if any(math.isfinite(row.comparison.mde) for row in rows):
-        caption += " Inside of the grey band a difference is too small for this run to detect."
+        caption += " Differences within the grey band are too small for this run to detect."
     caption += f" Seeds: {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}."
     table = [_numbers(row) for row in rows]
     svg = draw(f"{model.name}-{name}", sum(heights) + BELOW * len(panels), paint, says=f"{title}. {caption}")
@@ -140,7 +162,7 @@ def _forest(model: ModelResults, name: str, part: str, title: str, caption: str,
 
 
 def _panel(axes: Axes, rows: list[Row], unit: str, higher: bool | None) -> None:
-    """Rows of one unit, from the top down; the y axis is in CSS pixels."""
+    """Draw the rows of one unit from the top down; the y axis is in CSS pixels."""
     low, high, top = *_reach(rows), 0.0
     known = [abs(row.scale * row.comparison.delta) for row in rows if math.isfinite(row.comparison.delta)]
     widest = max(known, default=1.0)
@@ -153,8 +175,14 @@ def _panel(axes: Axes, rows: list[Row], unit: str, higher: bool | None) -> None:
         text = signed(delta, widest) if math.isfinite(delta) else "?"
         tone, heading = colour(row.tone), y - (SHORT + HEADING) / 2 + 1 if row.words else y - 16
         if row.heading:
-            axes.annotate(row.heading, (0, heading), xycoords=at, va="center", weight="bold" if row.words else "normal",
-                          fontsize=10.5)  # fmt: skip
+            axes.annotate(
+                row.heading,
+                (0, heading),
+                xycoords=at,
+                va="center",
+                weight="bold" if row.words else "normal",
+                fontsize=10.5,
+            )
         if row.words:
             axes.annotate(row.words, (-0.02, y), xycoords=at, va="center", ha="right", color=tone, fontsize=10)
             axes.annotate(text, (1.02, y), xycoords=at, va="center", color=tone, fontsize=10)
@@ -172,7 +200,7 @@ def _panel(axes: Axes, rows: list[Row], unit: str, higher: bool | None) -> None:
 
 
 def _interval(axes: Axes, row: Row, y: float) -> None:
-    """What is not known is not drawn; an interval that leaves the axis ends in an arrow at its edge."""
+    """Draw one interval; unknown numbers are skipped, and an interval beyond the axis ends in an arrow."""
     one, scale, tone = row.comparison, row.scale, colour(row.tone)
     left, right = axes.get_xlim()
     axes.plot([0, 0], [y - 9, y + 9], color=colour("soft"), linewidth=1, zorder=1)
@@ -187,13 +215,21 @@ def _interval(axes: Axes, row: Row, y: float) -> None:
         for edge, cut, mark in zip((left, right), (low > scale * one.low, high < scale * one.high), marks, strict=True):
             if cut:
                 axes.plot(edge, y, mark, color=tone, markersize=6, clip_on=False, zorder=2)
-    axes.plot([scale * seed for seed in one.per_seed], [y] * len(one.per_seed), "o", color=colour("card"),
-              markeredgecolor=colour("ink"), markeredgewidth=0.7, markersize=3, zorder=4)  # fmt: skip
+    axes.plot(
+        [scale * seed for seed in one.per_seed],
+        [y] * len(one.per_seed),
+        "o",
+        color=colour("card"),
+        markeredgecolor=colour("ink"),
+        markeredgewidth=0.7,
+        markersize=3,
+        zorder=4,
+    )
     axes.plot(scale * one.delta, y, row.mark, color=tone, markersize=7, zorder=3)
 
 
 def _reach(rows: list[Row]) -> tuple[float, float]:
-    """The ends of the axis, 0 between them: those of the intervals, unless they dwarf everything that was measured."""
+    """Limits of the axis, around 0: those of the intervals, unless they dwarf all measurements."""
     ends, seen = [0.0], [0.0]
     for row in rows:
         one = row.comparison
@@ -206,7 +242,7 @@ def _reach(rows: list[Row]) -> tuple[float, float]:
 
 
 def _task(column: Column, *, under: bool = False) -> str:
-    """ "arc_easy"; the metric where it is not the one that goes without saying, the attack where asked."""
+    """Label a task, such as "arc_easy": with the metric unless it is the usual one, with the attack if `under`."""
     metric = column.metric.partition(",")[0].replace("_", " ")
     words = column.task or "validation loss"
     if column.task and metric not in ("acc", "perplexity", "word perplexity"):
@@ -224,7 +260,7 @@ def _short_names(members: list[Verdict]) -> list[str]:
 
 
 def _numbers(row: Row) -> list:
-    """As drawn: shares in points of percent, perplexities in percent of the plain adapter's."""
+    """Numbers as drawn: proportions in points, perplexities in percent of the plain adapter's."""
     one, scale = row.comparison, row.scale
     column = one.column
     about = [one.label, one.arm, column.task, column.metric, column.attack, column.attack_on or ""]

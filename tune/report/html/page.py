@@ -1,4 +1,4 @@
-"""Reports -> one HTML page that needs nothing but itself, and the numbers of its figures as CSV."""
+"""The self-contained HTML page of one or several reports, and the numbers of its figures as CSV."""
 
 from __future__ import annotations
 
@@ -21,22 +21,40 @@ from tune.report.sections.findings import PLANTED
 from tune.report.tables import Part
 from tune.storage.atomic import atomic_write_text
 
-ORDER = ("weights", "paper", "comparisons", "placebos", "attacks", "search", "training", "pareto", "generations",
-         "cost", "reproduce", "trials")  # fmt: skip
-"""Parts as the page has them; the verdict stands at the top, parts that are not named here come last."""
-TITLES = {"training": "Training", "comparisons": "MacDrop against plain", "attacks": "Under attack", "search": "Search",
-          "weights": "Massive weights", "pareto": "Pareto front"}  # fmt: skip
-"""For parts that have figures and no words."""
+ORDER = (
+    "weights",
+    "paper",
+    "comparisons",
+    "placebos",
+    "attacks",
+    "search",
+    "training",
+    "pareto",
+    "generations",
+    "cost",
+    "reproduce",
+    "trials",
+)
+"""Order of parts on the page, below the verdict; parts not named here come last."""
+TITLES = {
+    "training": "Training",
+    "comparisons": "MacDrop against plain",
+    "attacks": "Under attack",
+    "search": "Search",
+    "weights": "Massive weights",
+    "pareto": "Pareto front",
+}
+"""Titles of parts that have only figures."""
 LIMITED = ("comparisons", "attacks")
-"""Parts whose figures are many: OPEN of them are seen at once, or two a cell; the others are behind a line to open."""
+"""Parts with many figures: OPEN of them (or two per cell) are visible, the others collapsed."""
 OPEN = 3
 PICTURED = 2
-"""Findings of a model that have their intervals beside them; those of the others stand below."""
+"""Findings of a model shown next to their intervals; further intervals follow below."""
 FOLDED = ("trials", "attacks")
 LONG = 14
-"""Tables of more rows are behind a line to open, as are those of FOLDED parts."""
+"""Tables with more rows are collapsed, as are those of FOLDED parts."""
 ROWS = 40
-"""Rows of a figure's numbers on the page; the CSV has all."""
+"""Rows shown of a figure's numbers; the CSV has all."""
 WORDS = {
     "helps": ("Helps", "helps", "▲"),
     "hurts": ("Hurts", "hurts", "▼"),
@@ -60,7 +78,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a model: `part` has words and tables, `shown` figures that are seen, `more` those behind a line."""
+    """A part of a model: text and tables in `part`, visible figures in `shown`, collapsed ones in `more`."""
 
     key: str
     part: Part
@@ -71,7 +89,7 @@ class Section:
 
 @dataclass(frozen=True)
 class ModelView:
-    """All that the page shows of one model of one run."""
+    """Everything the page shows of one model of one run."""
 
     id: str
     run: str
@@ -87,7 +105,7 @@ class ModelView:
 def write_page(reports: list[Report], path: str | os.PathLike) -> list[Path]:
     """Write the page to `path` and the numbers of its figures to figures/ of each run; return all paths, page first.
 
-    A damaged run gives a page that says what is missing. The same runs give the same bytes.
+    The page of a damaged run says what is missing. The output is deterministic.
 
     Raises:
         ResourceError: a file cannot be written.
@@ -111,20 +129,23 @@ def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) 
     try:
         parts = dict(report.parts(model))
         questions = generations(report.run_folder, model)
-    except Exception as error:  # whatever a damaged or half-written journal leads to
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        parts, questions = {"damaged": Part("Not readable", [f"The rest of this run could not be read ({told})."])}, {}
+    except Exception as error:  # a damaged or half-written file may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        parts, questions = (
+            {"damaged": Part("Not readable", [f"The rest of this run could not be read ({reason})."])},
+            {},
+        )
     top = parts.pop("verdict", Part("Verdict"))
     keys = [key for key in ORDER if key in parts or any(one.figure.part == key for one in shown)]
     keys += [key for key in parts if key not in ORDER]
     run_dir, kinds = report.run_dir, len(cells(model))
-    told = [PLANTED, *(line for one in report.verdicts.get(model.name, []) for line in (one.sentence, *one.more))]
+    elsewhere = [PLANTED, *(line for one in report.verdicts.get(model.name, []) for line in (one.sentence, *one.more))]
     return ModelView(
         id=f"r{number}-{model.name}",
         run=report.name,
         model=model,
         verdicts=[one for one in report.verdicts.get(model.name, []) if one.arm == "macdrop"],
-        notes=[line for line in top.lines if line not in told],
+        notes=[line for line in top.lines if line not in elsewhere],
         intervals=[one for one in shown if one.figure.part == "verdict" and one.svg],
         sections=list(filter(None, (_section(key, parts.get(key), shown, questions, kinds) for key in keys))),
         questions=questions,
@@ -133,7 +154,7 @@ def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) 
 
 
 def _section(key: str, part: Part | None, shown: list[Shown], questions: dict[str, Any], kinds: int) -> Section | None:
-    """None where there is nothing to show and a reader would expect nothing."""
+    """Build a section; None if there is nothing to show."""
     part = part or Part(TITLES.get(key, key.capitalize()))
     own = [one for one in shown if one.figure.part == key]
     drawn, missing = [one for one in own if one.svg], [one.figure for one in own if not one.svg]
@@ -149,19 +170,32 @@ def _render(reports: list[Report], views: list[ModelView]) -> str:
 
     folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=StrictUndefined,
-    )  # fmt: skip
+    )
     style = stylesheet() + (folder / "style.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
-        reports=reports, views=views, style=Markup(style), safe=Markup, words=WORDS, folded=FOLDED, rows_shown=ROWS,
-        long=LONG, planted=PLANTED, pictured=PICTURED, asked=QUESTIONS, attack_words=attack_words,
+        reports=reports,
+        views=views,
+        style=Markup(style),
+        safe=Markup,
+        words=WORDS,
+        folded=FOLDED,
+        rows_shown=ROWS,
+        long=LONG,
+        planted=PLANTED,
+        pictured=PICTURED,
+        asked=QUESTIONS,
+        attack_words=attack_words,
         title=reports[0].title if len(reports) == 1 else f"MacDrop report: {len(reports)} runs",
-    )  # fmt: skip
+    )
 
 
 def _apart(svg: str, number: int) -> str:
-    """Ids that are unique on a page of several runs."""
+    """Make ids unique on a page of several runs."""
     return re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>r{number}-", svg)
 
 

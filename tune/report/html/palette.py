@@ -1,4 +1,4 @@
-"""Colours of the page by name, for both schemes. Hues after Okabe and Ito, shifted in lightness until they carry text.
+"""Colours of the page by name, for both schemes: hues after Okabe and Ito, with lightness adjusted for text.
 
 Colours of text have a contrast of at least 4.5 : 1 against card and page (WCAG 2.2, AA), and every `seq` step against
 the ink written on it: a test measures it, so change a colour and run tests/report/test_palette.py.

@@ -1,4 +1,4 @@
-"""Several objectives at once: every searched trial, the Pareto front in colour."""
+"""Pareto plots of several objectives: every searched trial, the front in colour."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARKS = {"plain": "D", "macdrop": "o"}
 
 
 def pareto_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
-    """One figure for each pair of objectives; nothing where the run has a single one."""
+    """Draw one figure per pair of objectives; nothing for a single objective."""
     if len(model.objectives) < 2:
         return
     names = [name for name, _ in model.objectives]
@@ -33,19 +33,20 @@ def pareto_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Ve
 
 
 def _front(model: ModelResults, lines: list[Line]) -> set[str]:
-    """Trials of the Pareto front: as the search recorded it, else computed over finished MacDrop trials."""
+    """Trials of the Pareto front as recorded by the search, else computed over finished MacDrop trials."""
     recorded = set(model.finalists.get("pareto") or [])
     if recorded & {line.trial for line in lines}:
         return recorded
     costs = {
         line.trial: [value_of(line, name) * (1 if goal == "minimize" else -1) for name, goal in model.objectives]
-        for line in lines if line.arm == "macdrop" and line.status == TaskState.DONE
-    }  # fmt: skip
+        for line in lines
+        if line.arm == "macdrop" and line.status == TaskState.DONE
+    }
     return {trial for trial, own in costs.items() if not any(_dominates(other, own) for other in costs.values())}
 
 
 def _dominates(one: list[float], other: list[float]) -> bool:
-    """Whether `one` costs nowhere more and somewhere less."""
+    """Whether `one` is nowhere costlier and somewhere cheaper."""
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
@@ -63,33 +64,49 @@ def _figure(
         axes = canvas.subplots()
         chosen = sorted((x, y) for line, x, y in points if line.trial in front)
         if joined and len(chosen) > 1:
-            where = "post" if x_goal == "minimize" else "pre"  # so that the line bounds what the front beats
+            where = "post" if x_goal == "minimize" else "pre"  # the line bounds the dominated region
             axes.step(*zip(*chosen, strict=True), where=where, color=colour("macdrop"), linewidth=1.2, zorder=1)
         for line, x, y in points:
             best = line.trial in front
             tone = colour("macdrop" if best else "plain" if line.arm == "plain" else "soft")
-            axes.plot(x, y, MARKS.get(line.arm, "o"), color=tone, markersize=8 if best else 6, zorder=3 if best else 2,
-                      markerfacecolor=tone if best or line.arm == "plain" else "none")  # fmt: skip
+            axes.plot(
+                x,
+                y,
+                MARKS.get(line.arm, "o"),
+                color=tone,
+                markersize=8 if best else 6,
+                zorder=3 if best else 2,
+                markerfacecolor=tone if best or line.arm == "plain" else "none",
+            )
         _labels(axes, [(line.label, x, y) for line, x, y in points if line.trial in front])
         axes.margins(0.12)
         tidy(axes, x=_axis(x_name, x_goal), y=_axis(y_name, y_goal), grid="both")
 
     caption = (
-        "Filled: settings that no other beats in all objectives"
-        + (", joined" if joined else "") + "; hollow: other MacDrop settings; diamond: plain adapter. One seed each."
-    )  # fmt: skip
+        "Filled: Pareto-optimal settings"
+        + (", joined" if joined else "")
+        + "; hollow: other MacDrop settings; diamonds: plain adapters. One seed each."
+    )
     rows = [[line.trial, line.label, line.arm, line.status, line.trial in front, x, y] for line, x, y in points]
     head = ["trial", "label", "arm", "status", "on_front", _axis(x_name, ""), _axis(y_name, "")]
-    return Figure(name, "pareto", title, caption, draw(f"{model.name}-{name}", 300, paint, says=f"{title}. {caption}"),
-                  head, rows)  # fmt: skip
+    return Figure(
+        name, "pareto", title, caption, draw(f"{model.name}-{name}", 300, paint, says=f"{title}. {caption}"), head, rows
+    )
 
 
 def _labels(axes: Axes, points: list[tuple[str, float, float]]) -> None:
-    """Names beside the points, above and below by turns so that neighbours do not meet."""
+    """Label the points, alternating above and below to avoid collisions."""
     for number, (label, x, y) in enumerate(sorted(points, key=lambda point: point[1])):
         up = number % 2 == 0
-        axes.annotate(label, (x, y), (0, 8 if up else -8), textcoords="offset points", fontsize=10, ha="center",
-                      va="bottom" if up else "top")  # fmt: skip
+        axes.annotate(
+            label,
+            (x, y),
+            (0, 8 if up else -8),
+            textcoords="offset points",
+            fontsize=10,
+            ha="center",
+            va="bottom" if up else "top",
+        )
 
 
 def _value(line: Line, name: str) -> float:
@@ -101,7 +118,7 @@ def _metric(name: str) -> str:
 
 
 def _short(name: str) -> str:
-    """ "zero_shot/qa/acc@zeroing@3" -> "qa acc, zeroing@3"."""
+    """Shorten a metric's name: "zero_shot/qa/acc@zeroing@3" -> "qa acc, zeroing@3"."""
     score, _, attack = name.partition("@")
     return " ".join(score.split("/")[-2:]) + (f", {attack}" if attack else "")
 

@@ -1,4 +1,4 @@
-"""Magnitudes at bos: in every layer, and of the largest rows of the massive layer (what the scan found)."""
+"""Scan figures: magnitudes at BOS by layer, the largest rows of the massive layer, and the model's sensitivity."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TOP_ROWS = 20
 
 
 def scan_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
-    """Entries by layer; the top rows; perplexity with and without them."""
+    """Draw magnitudes by layer, the top rows, and perplexity with and without them."""
     if not model.weights:
-        yield Figure("scan-layers", "weights", "Magnitudes by layer", "The model is not scanned yet.")
+        yield Figure("scan-layers", "weights", "Magnitudes by layer", "The model has not been scanned yet.")
         return
     yield _layers(model)
     yield _rows(model)
@@ -45,25 +45,33 @@ def _layers(model: ModelResults) -> Figure:
                 marker = "o" if len(layers) < 50 else None
                 axes.plot(x, y, color=colour(name), linestyle=dashes, marker=marker, markersize=3.5)
                 words = "largest" if size == "max" else "median"
-                axes.annotate(words, (x[-1], y[-1]), (5, 0), textcoords="offset points", va="center",
-                              color=colour(name), fontsize=10)  # fmt: skip
+                axes.annotate(
+                    words,
+                    (x[-1], y[-1]),
+                    (5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=colour(name),
+                    fontsize=10,
+                )
             axes.axvline(found["layer"], color=colour("soft"), linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
             plain_log(axes)
             axes.locator_params(axis="x", integer=True)
             axes.margins(x=0.04)
-            tidy(axes, title=title, y="|entry| at bos")
-        bottom.set_xlabel("decoder layer (from 0)")
+            tidy(axes, title=title, y="|activation| at BOS")
+        bottom.set_xlabel("decoder layer (counted from 0)")
 
     confidence = found.get("confidence") or {}
     expert = "" if found.get("expert") is None else f", expert {found['expert']}"
     caption = (
-        f"Largest and median entry at bos, log scale. The dotted line is the massive layer, {found['layer']}{expert}"
+        f"Largest and median |activation| at BOS, log scale. Dotted: the massive layer, {found['layer']}{expert}"
         + (f" ({confidence['level']} evidence)." if confidence.get("level") else ".")
     )
     rows = [[row.get(key) for key in head] for row in layers]
     title = "Where the massive activations start"
-    return Figure("scan-layers", "weights", title, caption, draw(_id(model, "layers"), 310, paint, says=caption),
-                  head, rows)  # fmt: skip
+    return Figure(
+        "scan-layers", "weights", title, caption, draw(_id(model, "layers"), 310, paint, says=caption), head, rows
+    )
 
 
 def _rows(model: ModelResults) -> Figure:
@@ -80,16 +88,24 @@ def _rows(model: ModelResults) -> Figure:
         for place, (row, size) in enumerate(largest[:5], 1):
             axes.annotate(str(row), (place, size), (6, 1), textcoords="offset points", fontsize=10, va="bottom")
         axes.axhline(median, color=colour("plain"), linestyle=(0, (4, 2)))
-        axes.annotate("median of all rows", (len(largest), median), (0, -5), textcoords="offset points",
-                      ha="right", va="top", fontsize=10, color=colour("plain"))  # fmt: skip
+        axes.annotate(
+            "median of all rows",
+            (len(largest), median),
+            (0, -5),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=10,
+            color=colour("plain"),
+        )
         axes.set_ylim(bottom=median / 3, top=sizes[0] * 3)
         plain_log(axes)
         axes.set_xticks([1, 5, 10, 15, 20][: 1 + len(largest) // 5])
-        tidy(axes, x="rank of the row", y="|intermediate state| at bos")
+        tidy(axes, x="rank of the row", y="|intermediate state| at BOS")
 
     caption = (
         f"The {len(largest)} largest rows of {len(found['indices'])} in layer {found['layer']}, log scale; "
-        "the top five carry their row number."
+        "the top five are labelled with their row numbers."
     )
     rows = [[place, row, size] for place, (row, size) in enumerate(largest, 1)]
     svg = draw(_id(model, "rows"), 310, paint, says=caption)
@@ -99,10 +115,13 @@ def _rows(model: ModelResults) -> Figure:
 def _proof(model: ModelResults) -> Figure:
     title, found = "Does the model depend on them?", model.proof
     if not found:
-        return Figure("scan-proof", "weights", title, "Perplexity without these rows is not measured yet.")
+        return Figure("scan-proof", "weights", title, "Perplexity without these rows has not been measured yet.")
     k, drawn = found["k"], [value for value in found.get("random") or []]
-    measured = [("untouched", found["untouched"], "base"), (f"top {k} zeroed", found["zeroed"], "macdrop"),
-                (f"only top {k} kept", found["retained"], "plain")]  # fmt: skip
+    measured = [
+        ("untouched", found["untouched"], "base"),
+        (f"top {k} zeroed", found["zeroed"], "macdrop"),
+        (f"only top {k} kept", found["retained"], "plain"),
+    ]
     measured += [(f"{k} random rows zeroed", value, "random_rows") for value in drawn]
     rows = [[words, _finite(value)] for words, value, _ in measured]
     names = list(dict.fromkeys(words for words, _, _ in measured))
@@ -125,14 +144,21 @@ def _proof(model: ModelResults) -> Figure:
         tidy(axes, x="perplexity, log scale (lower is better)", grid="x")
         axes.spines["left"].set_visible(False)
 
-    caption = f"Perplexity of the untrained model on {found['tokens']} tokens. {found['verdict'].capitalize()}"
+    caption = f"Perplexity of the base model on {found['tokens']} tokens. {found['verdict'].capitalize()}"
     caption += f"; {len(drawn)} draws of random rows." if drawn else "."
-    return Figure("scan-proof", "weights", title, caption, draw(_id(model, "proof"), 310, paint, says=caption),
-                  ["what", "perplexity"], rows)  # fmt: skip
+    return Figure(
+        "scan-proof",
+        "weights",
+        title,
+        caption,
+        draw(_id(model, "proof"), 310, paint, says=caption),
+        ["what", "perplexity"],
+        rows,
+    )
 
 
 def _finite(value: float | str) -> float:
-    """The number; "inf" (a broken model's perplexity) is drawn at the largest one that still has a place."""
+    """The number to draw; "inf" (a broken model's perplexity) becomes the largest that fits on the axis."""
     return min(float(value), 1e12)
 
 

@@ -1,4 +1,4 @@
-"""What a figure shows and how it words it: settings of one cell, arms in their order, units of a column."""
+"""Selection and labels for figures: settings of a cell, order of arms, units of a column."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ARMS = (BASE, "plain", "macdrop", "random_rows", "all_rows", "activations")
 MARKERS = dict(zip(ARMS, "sDo^vX", strict=True))
 DASHES = dict(zip(ARMS, ("-", "-", "-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2))), strict=True))
 SHARES = ("acc", "acc_norm", "exact_match", "f1", "judge_unparsed", "repeated_4grams", "rouge_l")
-"""Metrics between 0 and 1, shown in percent and their differences in points."""
+"""Metrics between 0 and 1, shown in percent, with differences in points."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of adapter, where several are searched; `words` is empty for the only one."""
+    """One type of adapter; `words` is empty if there is only one."""
 
     key: dict[str, Any]
     words: str
@@ -35,12 +35,12 @@ class Cell:
 
     @property
     def after(self) -> str:
-        """For the end of a title: ", DoRA"."""
+        """The suffix of a title, such as ", DoRA"."""
         return f", {self.words}" if self.words else ""
 
 
 def cells(model: ModelResults) -> list[Cell]:
-    """The cells of the model's trials, in the order that they come."""
+    """The cells of the model's trials, in order of appearance."""
     found: list[dict[str, Any]] = []
     for line in model.lines:
         if line.arm != BASE and line.cell not in found:
@@ -50,20 +50,24 @@ def cells(model: ModelResults) -> list[Cell]:
 
 
 def cell_words(key: dict[str, Any]) -> str:
-    """{"use_dora": True} -> "DoRA"."""
+    """Name a cell: {"use_dora": True} -> "DoRA"."""
     others = [f"{name} {value}" for name, value in key.items() if name not in CELL_KEYS]
     return " ".join([adapter_name(key), *others])
 
 
 def final_groups(model: ModelResults, cell: Cell) -> list[Group]:
-    """Base model and final-stage settings of a cell, arms in order."""
+    """Base model and final settings of a cell, in the order of arms."""
     return sorted((group for group in model.groups if cell.holds(group)), key=lambda group: _rank(group.arm))
 
 
 def best_groups(model: ModelResults, cell: Cell) -> list[Group]:
-    """`final_groups` with one setting for each arm: of MacDrop the search's first finalist, of others the first."""
-    ranked = [name for one in model.finalists.get("cells") or [] if one.get("cell") == cell.key
-              for name in one.get("macdrop") or []]  # fmt: skip
+    """`final_groups` with one setting per arm: the search's first finalist for MacDrop, else the first."""
+    ranked = [
+        name
+        for one in model.finalists.get("cells") or []
+        if one.get("cell") == cell.key
+        for name in one.get("macdrop") or []
+    ]
     first: dict[str, Group] = {}
     groups = final_groups(model, cell)
     for group in sorted(groups, key=lambda group: ranked.index(group.id) if group.id in ranked else len(ranked)):
@@ -72,12 +76,12 @@ def best_groups(model: ModelResults, cell: Cell) -> list[Group]:
 
 
 def values(group: Group, column: Column) -> list[float]:
-    """The column of each seed that has it, in percent where it is a share."""
+    """The column's value of each seed that has it; proportions in percent."""
     return [scaled(column, line.scores[column].value) for line in group.lines if column in line.scores]
 
 
 def short_names(groups: Iterable[Group]) -> list[tuple[str, Group]]:
-    """Arm and adapter for each group, "MacDrop", "plain LoRA"; numbered where an arm has several settings."""
+    """Short names such as "MacDrop" or "plain LoRA", numbered if an arm has several settings."""
     groups = list(groups)
     count = Counter(group.arm for group in groups)
     seen: Counter[str] = Counter()
@@ -91,10 +95,13 @@ def short_names(groups: Iterable[Group]) -> list[tuple[str, Group]]:
 
 
 def settings_words(groups: Iterable[Group]) -> str:
-    """A sentence that says which setting the short name of MacDrop stands for; placebos take over its values."""
-    told = [f"{name}: {group.label.removeprefix('MacDrop').strip()}" for name, group in short_names(groups)
-            if group.arm == "macdrop"]  # fmt: skip
-    return ("; ".join(told) + ".") if told else ""
+    """The setting behind MacDrop's short name, for captions; placebos use the same values."""
+    described = [
+        f"{name}: {group.label.removeprefix('MacDrop').strip()}"
+        for name, group in short_names(groups)
+        if group.arm == "macdrop"
+    ]
+    return ("; ".join(described) + ".") if described else ""
 
 
 def tint(arm: str) -> str:
@@ -103,7 +110,7 @@ def tint(arm: str) -> str:
 
 
 def front(arm: str) -> float:
-    """The z order of an arm's lines: MacDrop above the others, and all above the grid."""
+    """The z-order of an arm's lines: MacDrop on top, all above the grid."""
     return 4 if arm == "macdrop" else 3
 
 
@@ -116,27 +123,31 @@ def scaled(column: Column, value: float) -> float:
 
 
 def unit(column: Column) -> str:
-    """ "accuracy (%)", "word perplexity" ...: the words on an axis."""
+    """The axis label of a column, such as "accuracy (%)"."""
     metric = column.metric.partition(",")[0]
-    words = {"acc": "accuracy", "acc_norm": "accuracy (norm.)", "eval_loss": "validation loss (nats/token)",
-             "judge_score": "judge's score (1 to 5)"}.get(metric, metric.replace("_", " "))  # fmt: skip
+    words = {
+        "acc": "accuracy",
+        "acc_norm": "accuracy (norm.)",
+        "eval_loss": "validation loss (nats/token)",
+        "judge_score": "judge's score (1 to 5)",
+    }.get(metric, metric.replace("_", " "))
     return f"{words} (%)" if is_share(metric) else words
 
 
 def difference_unit(column: Column) -> str:
-    """ "points" of percent, or the metric's own unit."""
+    """The unit of differences: "points", or the metric's own unit."""
     return "points" if is_share(column.metric) else unit(column)
 
 
 def better(column: Column) -> str:
-    """ "higher is better", "lower is better" or nothing."""
+    """The direction of a column: "higher is better", "lower is better" or empty."""
     if column.higher_is_better is None:
         return ""
     return ("higher" if column.higher_is_better else "lower") + " is better"
 
 
 def attack_words(column: Column) -> str:
-    """ "top-3 zeroing of merged rows"; nothing without attack."""
+    """Describe an attack, as in "top-3 zeroing of merged rows"; empty without attack."""
     if column.attack == PLAIN:
         return ""
     attack = Attack.parse(column.attack)
@@ -144,7 +155,7 @@ def attack_words(column: Column) -> str:
 
 
 def seeds_words(groups: Iterable[Group]) -> str:
-    """ "3 seeds each" or "1 to 3 seeds each" of the trained groups."""
+    """The seeds of the trained groups, as in "1 to 3 seeds each"."""
     counts = sorted({len(group.lines) for group in groups if group.arm != BASE})
     if not counts:
         return "no trained adapter yet"

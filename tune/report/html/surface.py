@@ -1,4 +1,4 @@
-"""The search over k and p0: each searched trial at its own place, coloured by the objective."""
+"""The search over k and p0: each trial at its coordinates, coloured by the objective."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 GRID = 8
-"""With at most so many different p0 they are columns of tiles; with more, p0 is an axis with points."""
+"""The number of distinct p0 up to which they are columns of tiles; beyond it, points on an axis."""
 HEAD = ["trial", "schedule", "k", "p0", "status", "finalist", "objective", "value"]
 
 
@@ -43,7 +43,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """The range of the objective over all cells and schedules, so that one colour means one value."""
+    """The range of the objective over all cells and schedules, which share one colour scale."""
 
     low: float
     high: float
@@ -64,13 +64,13 @@ class Scale:
         return min(int((share if self.maximize else 1 - share) * STEPS), STEPS - 1)
 
     def text(self, value: float) -> str:
-        """As few digits as tell the ends apart."""
+        """Format with just enough digits to distinguish the ends of the scale."""
         spread = self.high - self.low
         return f"{value:.{max(0, min(3, 1 - math.floor(math.log10(spread)))) if spread > 0 else 2}f}"
 
 
 def surface_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
-    """One figure for each objective and cell, with a map for each schedule (and alpha)."""
+    """Draw one figure per objective and cell, with a map for each schedule (and alpha)."""
     for objective, goal in model.objectives:
         by_cell = [(cell, _points(model, cell, objective)) for cell in cells(model)]
         scale = Scale.of([point for _, points in by_cell for point in points], goal)
@@ -82,7 +82,7 @@ def surface_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[V
             if points:
                 yield _figure(model, name, title, objective, scale, points)
             else:
-                yield Figure(name, "search", title, "No MacDrop setting is searched.")
+                yield Figure(name, "search", title, "No MacDrop setting was searched.")
 
 
 def _points(model: ModelResults, cell: Cell, objective: str) -> list[Point]:
@@ -123,11 +123,11 @@ def _figure(model: ModelResults, name: str, title: str, objective: str, scale: S
         _strip(canvas, scale)
 
     caption = (
-        f"Colour: {objective}, {'higher' if scale.maximize else 'lower'} is better. Ringed: taken to the final stage. "
-        f"{len(points)} trials of one seed each."
+        f"Colour: {objective}, {'higher' if scale.maximize else 'lower'} is better. Outlined: selected for the final "
+        f"stage. {len(points)} trials, one seed each."
     )
     if not all(point.ended for point in points):
-        caption += " A cross: stopped early, diverged or failed."
+        caption += " Crosses: stopped early, diverged or failed."
     rows = [[p.line.trial, p.schedule, p.k, p.p0, p.line.status, p.finalist, objective, p.value] for p in points]
     height = 78 + len(schedules) * (30 + max(46, 34 * len(levels)))
     svg = draw(f"{model.name}-{name}", height, paint, says=f"{title}. {caption}")
@@ -135,7 +135,7 @@ def _figure(model: ModelResults, name: str, title: str, objective: str, scale: S
 
 
 def _tiles(axes: Axes, points: list[Point], places: list[float], levels: list[int], scale: Scale) -> None:
-    """One tile for each (k, p0), cut into upright strips where several trials share it (if other keys vary)."""
+    """Draw one tile per (k, p0), divided into vertical strips if several trials share it (other keys vary)."""
     from matplotlib.patches import Rectangle
 
     for x, p0 in enumerate(places):
@@ -145,11 +145,21 @@ def _tiles(axes: Axes, points: list[Point], places: list[float], levels: list[in
                 width, step = 0.92 / len(here), scale.step(point.value)
                 left = x - 0.46 + number * width
                 fill = colour(f"seq-{step}") if step >= 0 else "none"
-                axes.add_patch(Rectangle((left, y - 0.44), width, 0.88, facecolor=fill, edgecolor=colour("line"),
-                                         linewidth=0.8))  # fmt: skip
+                axes.add_patch(
+                    Rectangle((left, y - 0.44), width, 0.88, facecolor=fill, edgecolor=colour("line"), linewidth=0.8)
+                )
                 if point.finalist:
-                    axes.add_patch(Rectangle((left, y - 0.44), width, 0.88, fill=False, edgecolor=colour("macdrop"),
-                                             linewidth=2.6, zorder=3))  # fmt: skip
+                    axes.add_patch(
+                        Rectangle(
+                            (left, y - 0.44),
+                            width,
+                            0.88,
+                            fill=False,
+                            edgecolor=colour("macdrop"),
+                            linewidth=2.6,
+                            zorder=3,
+                        )
+                    )
                 ink = colour(f"seq-ink-{step}" if step >= 0 else "soft")
                 if not point.ended:
                     axes.plot(left + width / 2, y, "x", color=ink, markersize=7, markeredgewidth=1.4)
@@ -161,7 +171,7 @@ def _tiles(axes: Axes, points: list[Point], places: list[float], levels: list[in
 
 
 def _dots(axes: Axes, points: list[Point], places: list[float], levels: list[int], scale: Scale) -> None:
-    """A point at its own p0 for each trial; those that would cover one another are moved apart across k."""
+    """Draw a point per trial at its p0; overlapping points are moved apart along k."""
     near = 0.06 * max(places[-1] - places[0], 0.1)
     placed: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda point: point.p0):
@@ -172,8 +182,16 @@ def _dots(axes: Axes, points: list[Point], places: list[float], levels: list[int
         step = scale.step(point.value)
         fill = colour(f"seq-{step}") if step >= 0 else "none"
         edge = (colour("macdrop"), 2.6) if point.finalist else (colour("soft"), 0.8)
-        axes.plot(point.p0, y, "o", markersize=14, markerfacecolor=fill, markeredgecolor=edge[0],
-                  markeredgewidth=edge[1], zorder=3 if point.finalist else 2)  # fmt: skip
+        axes.plot(
+            point.p0,
+            y,
+            "o",
+            markersize=14,
+            markerfacecolor=fill,
+            markeredgecolor=edge[0],
+            markeredgewidth=edge[1],
+            zorder=3 if point.finalist else 2,
+        )
         if not point.ended:
             ink = colour(f"seq-ink-{step}" if step >= 0 else "soft")
             axes.plot(point.p0, y, "x", color=ink, markersize=6, markeredgewidth=1.4, zorder=4)
@@ -184,7 +202,7 @@ def _dots(axes: Axes, points: list[Point], places: list[float], levels: list[int
 
 
 def _strip(canvas: Canvas, scale: Scale) -> None:
-    """The steps of the scale under the figure, worst at the left, with its two ends written."""
+    """Draw the colour scale below the figure, worst at the left, with both ends labelled."""
     from matplotlib.patches import Rectangle
 
     worst, best = (scale.low, scale.high) if scale.maximize else (scale.high, scale.low)

@@ -1,4 +1,4 @@
-"""Curves of training: loss, validation loss, and what the curriculum drops, by arm and seed."""
+"""Training curves: loss, validation loss and dropped entries, by arm and seed."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 Logged = dict[str, list[dict[str, Any]]]
 """Trial -> its logged steps."""
 LOSSES = {
-    "loss": ("Training loss", "Loss of each logged step, masks on."),
+    "loss": ("Training loss", "Loss at each logged step, masks on."),
     "eval_loss": ("Validation loss", "Loss on held-out examples, masks off."),
 }
 HEIGHT = 240
 
 
 def training_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
-    """For each cell: training loss, validation loss, dropped entries."""
+    """Draw training loss, validation loss and dropped entries for each cell."""
     for cell in cells(model):
         groups = [group for group in best_groups(model, cell) if group.arm != BASE]
         logged = {line.trial: _logged(run_folder, line) for group in groups for line in group.lines}
@@ -51,11 +51,13 @@ def _loss(model: ModelResults, cell: Cell, groups: list[Group], logged: Logged, 
     name, title = words_to_name("training", key, cell.words), f"{LOSSES[key][0]}{cell.after}"
     shown = [group for group in groups if any(_points(group, logged, key).values())]
     if not shown:
-        return Figure(name, "training", title, "No trial has logged it yet.")
+        return Figure(name, "training", title, "No trial has logged any yet.")
     rows = [
         [group.label, group.arm, line.trial, line.seed, step, value]
-        for group in shown for line in group.lines for step, value in _points(group, logged, key)[line.trial]
-    ]  # fmt: skip
+        for group in shown
+        for line in group.lines
+        for step, value in _points(group, logged, key)[line.trial]
+    ]
 
     def paint(canvas: Canvas) -> None:
         axes = canvas.subplots()
@@ -77,7 +79,7 @@ def _dropped(model: ModelResults, cell: Cell, groups: list[Group], logged: Logge
     name, title = words_to_name("training", "dropped", cell.words), f"Entries dropped{cell.after}"
     shown = [group for group in groups if any(row.get("p") for line in group.lines for row in logged[line.trial])]
     if not shown:
-        return Figure(name, "training", title, "No trial drops anything yet.")
+        return Figure(name, "training", title, "No trial has dropped anything yet.")
 
     def paint(canvas: Canvas) -> None:
         axes = canvas.subplots()
@@ -90,27 +92,36 @@ def _dropped(model: ModelResults, cell: Cell, groups: list[Group], logged: Logge
                 counted = [(row["step"], row["dropped"]) for row in rows if row.get("dropped") is not None]
                 axes.plot(*zip(*drawn, strict=True), color=tone, linewidth=1.1, zorder=front(group.arm))
                 if counted:
-                    axes.plot(*zip(*counted, strict=True), MARKERS.get(group.arm, "o"), color=tone, markersize=3.5,
-                              alpha=0.75, zorder=front(group.arm))  # fmt: skip
+                    axes.plot(
+                        *zip(*counted, strict=True),
+                        MARKERS.get(group.arm, "o"),
+                        color=tone,
+                        markersize=3.5,
+                        alpha=0.75,
+                        zorder=front(group.arm),
+                    )
         legend(canvas, axes)
         axes.set_ylim(bottom=0)
         tidy(axes, x="optimizer step", y="% of the masked entries")
 
     caption = (
-        f"Lines: the drop probability p(t) of the schedule. Marks: entries that the step's masks set to 0, counted; "
+        f"Lines: the scheduled drop probability p(t). Marks: the counted share of entries zeroed in a step; "
         f"{seeds_words(shown)}. {settings_words(shown)}"
     )
     rows = [
         [group.label, group.arm, line.trial, line.seed, row["step"], row["p"], row.get("dropped")]
-        for group in shown for line in group.lines for row in logged[line.trial] if row.get("p") is not None
-    ]  # fmt: skip
+        for group in shown
+        for line in group.lines
+        for row in logged[line.trial]
+        if row.get("p") is not None
+    ]
     svg = draw(f"{model.name}-{name}", _height(shown), paint, says=f"{title}. {caption}")
     head = ["setting", "arm", "trial", "seed", "step", "p", "dropped_percent"]
     return Figure(name, "training", title, caption, svg, head, rows)
 
 
 def _seeds(axes: Axes, words: str, group: Group, points: dict[str, list[tuple[int, float]]]) -> None:
-    """A thin line for each seed, a thick one for the mean of the steps that all of them logged."""
+    """Draw a thin line per seed and a thick one for the mean over the steps that all seeds logged."""
     tone, by_step = colour(tint(group.arm)), {}
     for seed in points.values():
         for step, value in seed:
@@ -120,12 +131,20 @@ def _seeds(axes: Axes, words: str, group: Group, points: dict[str, list[tuple[in
     running = sum(map(bool, points.values()))
     whole = {step: found for step, found in sorted(by_step.items()) if len(found) == running}
     means = [math.fsum(found) / len(found) for found in whole.values()]
-    axes.plot(list(whole), means, color=tone, linestyle=DASHES.get(group.arm, "-"), markersize=4.5, label=words,
-              marker=MARKERS.get(group.arm, "o") if len(whole) < 8 else None, zorder=front(group.arm))  # fmt: skip
+    axes.plot(
+        list(whole),
+        means,
+        color=tone,
+        linestyle=DASHES.get(group.arm, "-"),
+        markersize=4.5,
+        label=words,
+        marker=MARKERS.get(group.arm, "o") if len(whole) < 8 else None,
+        zorder=front(group.arm),
+    )
 
 
 def _points(group: Group, logged: Logged, key: str) -> dict[str, list[tuple[int, float]]]:
-    """Trial -> (step, value) of the steps that have the key."""
+    """(step, value) of each trial's steps that have the key."""
     return {
         line.trial: [(row["step"], row[key]) for row in logged[line.trial] if row.get(key) is not None]
         for line in group.lines
@@ -133,7 +152,7 @@ def _points(group: Group, logged: Logged, key: str) -> dict[str, list[tuple[int,
 
 
 def _logged(run_folder: RunFolder, line: Line) -> list[dict[str, Any]]:
-    """The trial's logged steps, with `dropped`: the percentage of the entries that the step's masks cover."""
+    """A trial's logged steps, with `dropped` as a percentage of the entries that the step's masks cover."""
     rows = [row for row in run_folder.trial(line.trial).metrics() if isinstance(row.get("step"), int)]
     total, steps = line.info.get("entries_masked"), line.info.get("step")
     for row in rows:
@@ -145,7 +164,7 @@ def _logged(run_folder: RunFolder, line: Line) -> list[dict[str, Any]]:
 
 def _spread(groups: list[Group]) -> str:
     several = any(len(group.lines) > 1 for group in groups)
-    thin = "A thin line is a seed, the thick one their mean" if several else "A line is a setting"
+    thin = "Thin lines are seeds, thick lines their means" if several else "One line per setting"
     return f"{thin}; {seeds_words(groups)}."
 
 

@@ -1,4 +1,4 @@
-"""What attacks on the massive rows cost each arm, by the number of rows."""
+"""The part on attacks: each arm's scores by the number of attacked rows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import number
 
-NOTE = "Means over seeds. 0: without attack. A robust adapter keeps its score as more rows are zeroed."
+NOTE = "Means over seeds; none: without attack. A robust adapter keeps its score as more rows are zeroed."
 
 
 def curves(subject: Subject) -> Part:
-    """For each measure a table: arms (rows hit in the base, or in the merged weights) by kind and number of rows."""
+    """One table per measure: arms (attacked in base or merged weights) by kind of attack and number of rows."""
     model = subject.model
     tables = []
     for clean in measures(model):
@@ -25,7 +25,7 @@ def curves(subject: Subject) -> Part:
 
 
 def measures(model: ModelResults) -> list[Column]:
-    """Columns without attack whose attacked versions are worth a curve: means stand for their tasks."""
+    """Columns without attack whose attacked versions get a curve; means replace their tasks."""
     plain = [column for column in model.shown if column.attack == PLAIN and column != EVAL_LOSS]
     means = {column.metric for column in plain if column.task.startswith("mean ")}
     return [
@@ -37,7 +37,7 @@ def measures(model: ModelResults) -> list[Column]:
 
 
 def curve(group: Group, clean: Column, kind: str, where: str) -> dict[int, float]:
-    """k -> mean score of a group under an attack of one kind on base or merged rows; 0 is without attack."""
+    """k -> mean score of a group under an attack of one kind on base or merged rows; 0 stands for no attack."""
     points = {} if (found := group.spread(clean)) is None else {0: found.value}
     for column in dict.fromkeys(column for line in group.lines for column in line.scores):
         if _same(column, clean) and column.attack_on == where and column.attack != PLAIN:

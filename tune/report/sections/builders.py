@@ -23,14 +23,14 @@ BUILDERS: dict[str, Callable[[Subject], Part]] = {
     "reproduce": cost.reproduce,
     "trials": trials.trials,
 }
-"""In the order of the report."""
-UNREADABLE = "Left out: a file of the run that this part needs is damaged"
+"""Part key -> builder, in the order of the report."""
+UNREADABLE = "Omitted: a file of the run that this part needs is damaged"
 
 
 def parts(subject: Subject) -> dict[str, Part]:
-    """All parts of a model, by their keys; those that have nothing to say are empty (false).
+    """Build all parts of a model, by their keys; empty ones are false.
 
-    What a damaged file leads to costs the part that needs it and no other: the part says so.
+    A damaged file affects only the parts that need it, and they say so.
     """
     return {key: _made(key, build, subject) for key, build in BUILDERS.items()}
 
@@ -38,5 +38,5 @@ def parts(subject: Subject) -> dict[str, Part]:
 def _made(key: str, build: Callable[[Subject], Part], subject: Subject) -> Part:
     try:
         return build(subject)
-    except Exception as error:  # a file of another shape than ours: there is no end to what that may raise
+    except Exception as error:  # a file of another shape than ours: it may raise anything
         return Part(key.capitalize(), [f"{UNREADABLE} ({type(error).__name__}: {one_line(str(error))})."])

@@ -1,4 +1,4 @@
-"""What a run cost, and what is needed to repeat it."""
+"""The parts on cost and reproduction: time spent, and how to repeat the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tune.training.trial_setup import SETUP, reproduce_command
 
 
 def cost(subject: Subject) -> Part:
-    """Time by arm and stage, speed, and what stopping early saved."""
+    """Time by arm and stage, speed, and steps saved by early stopping."""
     model, run_folder = subject.model, subject.run_folder
     scoring = scoring_seconds(run_folder.score_rows())
     trained = [line for line in model.lines if line.arm != BASE]
@@ -44,7 +44,7 @@ def cost(subject: Subject) -> Part:
 
 
 def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """(model, trial) -> seconds of its benchmarks; the rows of one benchmark under one attack all have its time."""
+    """(model, trial) -> seconds of its benchmarks; all rows of one benchmark and attack carry the same time."""
     spent: dict[tuple[str, str], dict[tuple, float]] = {}
     for row in rows:
         if row.get("seconds") is not None:
@@ -55,7 +55,7 @@ def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], flo
 
 
 def spent(run_folder: RunFolder, model: ModelResults) -> tuple[float, float]:
-    """Seconds of training and of scoring of a model's trials, one after the other."""
+    """Total seconds of training and of scoring of a model's trials."""
     scoring = scoring_seconds(run_folder.score_rows())
     training = sum(line.info.get("seconds") or 0.0 for line in model.lines)
     return training, sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in model.lines)
@@ -69,9 +69,9 @@ def reproduce(subject: Subject) -> Part:
     seeds = sorted({line.seed for line in final if line.seed is not None})
     installed = environment.get("versions") or {}
     versions = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
-    lines = [f"Started with: {run.get('command', 'not known')}"]
+    lines = [f"Started with: {run.get('command', 'unknown')}"]
     lines += [
-        f"Again: macdrop sweep {run_folder.run_dir / 'config.yaml'} output_dir=FOLDER (spec {spec_digest(config)})."
+        f"Rerun: macdrop sweep {run_folder.run_dir / 'config.yaml'} output_dir=FOLDER (spec {spec_digest(config)})."
     ]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
     lines += [f"Versions: {versions}."] if versions else []
@@ -84,30 +84,27 @@ def reproduce(subject: Subject) -> Part:
 
 
 def spec_digest(config: dict[str, Any]) -> str:
-    """12 hex digits of a run's effective spec, but for the folder that it was written to."""
+    """12 hex digits that identify a run's effective spec, its output folder aside."""
     content = {key: value for key, value in config.items() if key != "output_dir"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _speed(subject: Subject, line: Line) -> float | None:
-    """Median tokens a second of a trial's logged steps."""
+    """Median tokens per second over a trial's logged steps."""
     rows = subject.run_folder.trial(line.trial).metrics()
     speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
     return statistics.median(speeds) if speeds else None
 
 
 def _devices(environment: dict[str, Any], ray: dict[str, Any], training: float, scoring: float) -> str:
-    """Hours of what computed; a worker has one GPU where there are any, else its CPUs."""
+    """Total time and device hours; a worker has one GPU if there are any, else its CPUs."""
     gpus = environment.get("gpus") or []
     workers = ray.get("num_workers") or 1
     each = 1 if gpus else max(ray.get("cpus_per_worker") or 1, 1)
-    device = f"GPU ({gpus[0]})" if gpus else "CPU"
+    device = f"GPU hours ({gpus[0]})" if gpus else "CPU hours"
     spent = training * workers * each + scoring
     with_workers = f" on {workers} workers" if workers > 1 else ""
-    return (
-        f"Training {hours(training)}{with_workers}, scoring {hours(scoring)}: "
-        f"{spent / 3600:.3g} device hours, a device being a {device}."
-    )
+    return f"Training {hours(training)}{with_workers}, scoring {hours(scoring)}: {spent / 3600:.3g} {device}."
 
 
 def _saved(trained: list[Line]) -> list[str]:
@@ -116,5 +113,5 @@ def _saved(trained: list[Line]) -> list[str]:
         return []
     totals = [(line.info.get("step") or 0, line.info.get("total_steps") or 0) for line in stopped]
     saved, planned = sum(total - step for step, total in totals), sum(total for _, total in totals)
-    share = f"{saved} of their {planned} steps saved" if planned else "steps saved not known"
+    share = f"{saved} of their {planned} steps saved" if planned else "number of steps saved unknown"
     return [f"{len(stopped)} trial(s) stopped early, {share} (all trials: {count(line.status for line in trained)})."]

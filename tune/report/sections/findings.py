@@ -1,4 +1,4 @@
-"""The verdict, the massive weights behind it, and each finalist and placebo against its plain adapter."""
+"""The parts on findings: verdict, massive weights, and each finalist and placebo against its plain adapter."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import head, number, one_line, probability, setting, short
 
-PLANTED = "PLANTED: the massive weights of this built-in model were put there on purpose. A demonstration, no evidence."
-ONE_SEED = "One seed per setting: differences hold for this seed only; they are no claim about the method."
+PLANTED = "PLANTED: the massive weights of this built-in model were inserted on purpose. A demonstration, not evidence."
+ONE_SEED = "One seed per setting: differences hold for this seed only and support no claim about the method."
 READING = (
-    "Means over shared seeds, shares in percent. Difference: paired by item, with its 95 % interval; p after Holm over "
-    "the tasks; detects: the smallest difference, in the same unit, that this run sees in 80 % of cases."
+    "Means over shared seeds, proportions in percent. Difference: paired by item, with 95 % interval; p: after Holm "
+    "correction over the tasks; detects: the smallest difference, in the same unit, detectable with 80 % power."
 )
 
 
 def verdict(subject: Subject) -> Part:
-    """One sentence for each finalist, then what qualifies it."""
+    """One sentence for each finalist, then its qualifications."""
     model, lines = subject.model, []
     for found in (found for found in subject.verdicts if found.arm == "macdrop"):
         lines += [found.sentence, *(line for line in found.more if line != PLANTED)]
@@ -33,43 +33,47 @@ def verdict(subject: Subject) -> Part:
 
 
 def no_verdict(model: ModelResults) -> list[str]:
-    """Why nothing can be said of MacDrop on this model, and the best trial so far."""
+    """The reason why there is no verdict on this model, and the best trial so far."""
     if model.trouble:
         return [f"No verdict: {model.trouble}"]
     if not model.lines:
-        return ["No verdict: nothing is trained or scored yet."]
+        return ["No verdict: nothing has been trained or scored yet."]
     if not model.trials("macdrop"):
         return ["No verdict: no MacDrop adapter was trained."]
     if not model.trials("plain"):
         return ["No verdict: there is no plain adapter to compare with."]
     if model.best is None:
-        return [f"No verdict yet: no MacDrop trial is done and has {model.objectives[0][0]}."]
+        return [f"No verdict yet: no finished MacDrop trial has {model.objectives[0][0]}."]
     own = {key: model.best.setting(f"macdrop.{key}") for key in ("k", "p0", "schedule", "alpha")}
-    told = ", ".join(f"{key} {setting(value)}" for key, value in own.items() if value is not None)
-    why = "No verdict yet: no plain and MacDrop adapter of the final stage share a seed and a scored benchmark."
+    best = ", ".join(f"{key} {setting(value)}" for key, value in own.items() if value is not None)
+    why = "No verdict yet: no plain and MacDrop adapters of the final stage share a seed and a scored benchmark."
     if not model.finalists:
-        why = "No verdict: no setting was selected for a final stage (finalists.json), whose seeds a verdict stands on."
-    return [why, f"Best MacDrop trial by {model.objectives[0][0]}: {model.best.label} ({told}), of {model.tried} "
-            "setting(s) tried."]  # fmt: skip
+        why = "No verdict: no setting was selected for a final stage (finalists.json), on whose seeds a verdict rests."
+    return [
+        why,
+        f"Best MacDrop trial by {model.objectives[0][0]}: {model.best.label} ({best}), of {model.tried} "
+        "setting(s) tried.",
+    ]
 
 
 def weights(subject: Subject) -> Part:
-    """Where the massive weights are, and whether the model depends on them."""
+    """The location of the massive weights, and the model's sensitivity to them."""
     found, proof = subject.model.weights, subject.model.proof
     if not found:
         return Part("Massive weights", ["Not scanned."])
     expert = "" if found.get("expert") is None else f", expert {found['expert']}"
     rows = " ".join(str(index) for index in found["indices"][:5])
     ratio = (found.get("confidence") or {}).get("top_over_median")
-    size = f"; the largest intermediate entry at bos is {ratio:.4g} times the median." if ratio else "."
-    lines = [f"Layer {found['layer']} (from 0){expert}, top rows {rows}{size}"]
+    size = f"; the largest intermediate activation at BOS is {ratio:.4g} times the median." if ratio else "."
+    lines = [f"Layer {found['layer']} (counted from 0){expert}, top rows {rows}{size}"]
     if not proof:
-        return Part("Massive weights", [*lines, "Whether the model is sensitive to these rows was not measured."])
+        return Part("Massive weights", [*lines, "Sensitivity to these rows was not measured."])
     others = ", ".join(number(value) for value in proof.get("random") or [])
-    more = f", {proof['k']} random rows zeroed {others}." if others else "."
+    more = f", {others} with {proof['k']} random rows zeroed." if others else "."
     lines.append(
-        f"The model is {proof['verdict']} to these rows: perplexity {number(proof['untouched'])}; top-{proof['k']} "
-        f"zeroed {number(proof['zeroed'])}, retained {number(proof['retained'])}{more}"
+        f"The model is {proof['verdict']} to these rows: perplexity {number(proof['untouched'])} untouched, "
+        f"{number(proof['zeroed'])} with the top {proof['k']} zeroed, "
+        f"{number(proof['retained'])} with only these kept{more}"
     )
     return Part("Massive weights", lines)
 
@@ -80,15 +84,15 @@ def comparisons(subject: Subject) -> Part:
 
 
 def placebos(subject: Subject) -> Part:
-    """The placebo arms against plain: does dropping anything else do as well?"""
+    """The placebo arms against plain, which show whether dropping anything else does as well."""
     title = "Placebos against plain"
     part = _against(subject, title, lambda arm: arm != "macdrop")
     trained = dict.fromkeys(line.arm for line in subject.model.trials(*ARMS) if line.arm != "macdrop")
     if part or not subject.model.trials("macdrop"):
         return part
     if trained:
-        return Part(title, [f"Trained, not compared yet: {', '.join(arm_name(arm) for arm in trained)}."])
-    return Part(title, ["Not run (sweep.arms has no placebo): whether other dropout would do as well is not known."])
+        return Part(title, [f"Trained but not yet compared: {', '.join(arm_name(arm) for arm in trained)}."])
+    return Part(title, ["Not run (sweep.arms lists no placebo): whether other dropout would do as well is unknown."])
 
 
 def _against(subject: Subject, title: str, wanted: Callable[[str], bool]) -> Part:
@@ -107,15 +111,15 @@ def _table(found: Verdict) -> Table:
 
 
 def _row(row: Comparison, *, placed: bool) -> list[str]:
-    """Shares in percent; `placed`: say which rows an attack hits."""
+    """One comparison; `placed`: name the rows that an attack hits."""
     column = row.column if placed else replace(row.column, attack_on=None)
     levels = [level(row, value) for value in (row.plain, row.value)]
-    says = row.verdict if row.per_seed else short(row.words, 60)
+    status = row.verdict if row.per_seed else short(row.words, 60)
     amount, detects = row.amount.replace(" points", " pts"), row.detectable.removesuffix(" points")
-    return [one_line(head(column)), *levels, amount, probability(row.p_holm), detects, says]
+    return [one_line(head(column)), *levels, amount, probability(row.p_holm), detects, status]
 
 
 def level(row: Comparison, value: float) -> str:
-    """A mean of one arm, in percent where differences are told in points of 100."""
+    """A mean of one arm, in percent where differences are in points."""
     percent = unit_of(row) == "points" and row.column.metric != "chrf"
     return f"{100 * value:.1f}" if percent else number(value)

@@ -1,4 +1,4 @@
-"""Answers of plain and MacDrop side by side, with their judgements."""
+"""The part on generations: answers of plain and MacDrop side by side, with their judgements."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tune.storage.atomic import read_jsonl
 from tune.storage.states import TaskState
 
 SHOWN = 4
-"""Questions of each benchmark, one a category as far as there are enough."""
+"""Questions shown per benchmark, from as many categories as possible."""
 LENGTH = 240
-"""Characters of a prompt, an answer or a feedback that are shown."""
+"""Characters shown of a prompt, an answer or a feedback."""
 
 
 def generations(subject: Subject) -> Part:
-    """For each generation benchmark some questions, answered by plain and MacDrop of one seed."""
+    """Some questions of each generation benchmark, answered by plain and MacDrop of one seed."""
     model = subject.model
     pair = _pair(model)
     columns = (column for column in model.columns if column.benchmark == "generation" and column.split == "test")
@@ -28,12 +28,12 @@ def generations(subject: Subject) -> Part:
     if pair is None or not entries:
         return Part("Generations")
     tables = [table for entry in entries if (table := _table(subject, entry, pair)).rows]
-    lines = [f"Answers without attack, seed {pair[0].seed}; texts are cut at {LENGTH} characters."]
+    lines = [f"Answers without attack, seed {pair[0].seed}; texts are truncated to {LENGTH} characters."]
     return Part("Generations", lines if tables else [], tables)
 
 
 def _pair(model: ModelResults) -> tuple[Line, Line] | None:
-    """Plain and the best MacDrop setting of the same kind of adapter, on their first shared seed."""
+    """Plain and the best MacDrop setting of the same type of adapter, on their first shared seed."""
     plain = [group for group in model.groups if group.arm == "plain"]
     macdrop = [group for group in model.groups if group.arm == "macdrop"]
     for group in macdrop:
@@ -65,7 +65,7 @@ def _table(subject: Subject, entry: str, pair: tuple[Line, Line]) -> Table:
 
 
 def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict], dict[str, list[dict]]]:
-    """question -> its row of the answers file, and question -> its judgements; damaged lines are left out and noted."""
+    """question -> its row of the answers file, and question -> its judgements; damaged lines are skipped and noted."""
     run_folder = subject.run_folder
     folder = run_folder.answers_dir(subject.model.name, line.trial)
     problems = run_folder.problems if run_folder.problems is not None else []
@@ -79,7 +79,7 @@ def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict],
 
 
 def _judgements(subject: Subject, line: Line, entry: str, problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Of each item the last judgement, by the judge whose score is in the run: the last one asked."""
+    """The last judgement of each item, by the judge whose score is in the run."""
     wanted = {"trial": line.trial, "task": entry, "metric": "judge_score", "attack": PLAIN}
     for row in subject.run_folder.score_rows():
         mine = slug(row["model"]) == subject.model.name  # every model's base is the trial "base"

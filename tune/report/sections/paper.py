@@ -1,4 +1,4 @@
-"""Scores laid out as the paper's tables are, with the paper's own figures where the setting is the same."""
+"""Scores in the layout of the paper's tables, with the paper's own figures where the setting matches."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tune.report.tables import Part, Table
 from tune.report.text import number, under
 
 READING = (
-    "Means over the seeds of the final stage: ± SD between seeds, (SE over items of one seed in brackets). "
-    "Neither is the error of a difference: see the comparisons."
+    "Means over the seeds of the final stage ± SD between seeds (in parentheses: SE over the items of one seed). "
+    "Neither is the standard error of a difference: see the comparisons."
 )
 ATTACK = "zeroing@3"
 """The attack of the paper's table of fine-tuned models."""
@@ -31,7 +31,7 @@ ATTACK = "zeroing@3"
 
 @dataclass(frozen=True)
 class Section:
-    """One table of the paper: which of our columns belong to it, in which unit, and the paper's table and our suite."""
+    """One of the paper's tables: its columns, unit, key in `paper.yaml`, and our suite."""
 
     title: str
     holds: Callable[[Column], bool]
@@ -51,7 +51,7 @@ SECTIONS = (
 
 
 def tables(subject: Subject) -> Part:
-    """Base, plain and MacDrop on every benchmark, without attack and under the paper's."""
+    """Base, plain and MacDrop on every benchmark, without attack and under the paper's attack."""
     model = subject.model
     groups = in_paper_order(model)
     workers = (subject.run_folder.config().get("ray") or {}).get("num_workers") or 1
@@ -70,11 +70,11 @@ def tables(subject: Subject) -> Part:
             title = section.title + under(shown[0], ", ")
             if rows:
                 made.append(Table(title, ["", *(_head(column) for column in shown)], rows))
-    return Part("Scores as in the paper's tables", [READING, *_told(model, reasons)] if made else [], made)
+    return Part("Scores as in the paper's tables", [READING, *_sources(model, reasons)] if made else [], made)
 
 
 def in_paper_order(model: ModelResults) -> list[Group]:
-    """Base, then for each kind of adapter plain and MacDrop."""
+    """Base, then plain and MacDrop of each type of adapter."""
     cells: list[dict] = []
     for group in model.groups:
         cells += [group.cell] if group.arm != BASE and group.cell not in cells else []
@@ -88,7 +88,7 @@ def in_paper_order(model: ModelResults) -> list[Group]:
 
 
 def _columns(model: ModelResults, section: Section) -> list[Column]:
-    """The columns worth showing: of LongBench's sets the mean alone where there is one, of judge scores all parts."""
+    """The columns to show: for LongBench only the mean where there is one, for judge scores all parts."""
     shown = [column for column in model.shown if column != EVAL_LOSS]
     if section.table == "spec_bench":
         wanted = {column.attack for column in shown}
@@ -99,7 +99,7 @@ def _columns(model: ModelResults, section: Section) -> list[Column]:
 
 
 def _attacks(model: ModelResults, columns: list[Column]) -> list[tuple[str, str | None]]:
-    """Without attack, the paper's (or the first, where that was not run), and those that it has of this base model."""
+    """No attack, the paper's (or the first, if that was not run), and those it reports for this base model."""
     found = list(dict.fromkeys((column.attack, column.attack_on) for column in columns))
     kinds = [attack for attack, _ in found if attack != PLAIN]
     chosen = ATTACK if ATTACK in kinds else next(iter(kinds), None)
@@ -107,10 +107,14 @@ def _attacks(model: ModelResults, columns: list[Column]) -> list[tuple[str, str 
 
 
 def _published(
-    section: Section, model: ModelResults, group: Group, shown: list[Column], workers: int,
+    section: Section,
+    model: ModelResults,
+    group: Group,
+    shown: list[Column],
+    workers: int,
     reasons: dict[str, list[str]],
-) -> list[list[str]]:  # fmt: skip
-    """The paper's row below one of ours; none, with the reasons noted, where the setting is another."""
+) -> list[list[str]]:
+    """The paper's row to put below one of ours; none, with the reasons noted, if the setting differs."""
     figures = _figures(section, model, group, shown)
     if not any(figures):
         return []
@@ -120,14 +124,14 @@ def _published(
     if group.arm != BASE:
         why += setting_differences(group.lines[0].settings, group.arm, workers)
     for reason in why:
-        told = reasons.setdefault(reason, [])
-        told += [group.label] if group.label not in told else []
+        labels = reasons.setdefault(reason, [])
+        labels += [group.label] if group.label not in labels else []
     source = cited("attacks" if group.arm == BASE else section.table or "")
     return [] if why else [[f"  paper ({source})", *("" if f is None else f"{f:g}" for f in figures)]]
 
 
 def _figures(section: Section, model: ModelResults, group: Group, shown: list[Column]) -> list[float | None]:
-    """The paper's figure for each column, None where it has none."""
+    """The paper's figure for each column, or None."""
     attack = shown[0].attack
     if group.arm == BASE:
         known = base_figures(model.display, attack) if section.suite in ("zero-shot", "perplexity") else {}
@@ -141,15 +145,17 @@ def _figures(section: Section, model: ModelResults, group: Group, shown: list[Co
     return [found.value if found and each else None for each in whole]
 
 
-def _told(model: ModelResults, reasons: dict[str, list[str]]) -> list[str]:
+def _sources(model: ModelResults, reasons: dict[str, list[str]]) -> list[str]:
     name = row_name(model.display)
     if name is None:
         return []
     source = f"{paper()['title']} (arXiv {paper()['arxiv']})"
     if not reasons:
-        return [f"Paper: {source}, {name}; its figures stand where model, adapter, training and benchmark agree."]
-    told = "; ".join(f"{reason} [{', '.join(labels)}]" for reason, labels in reasons.items())
-    return [f"The paper ({source}) has this model, {name}, in another setting, so its figures are left out: {told}."]
+        return [f"Paper: {source}, {name}; its figures are shown where model, adapter, training and benchmark match."]
+    why = "; ".join(f"{reason} [{', '.join(labels)}]" for reason, labels in reasons.items())
+    return [
+        f"The paper ({source}) reports this model, {name}, in a different setting, so its figures are omitted: {why}."
+    ]
 
 
 def _label(group: Group, model: ModelResults) -> str:
@@ -161,13 +167,13 @@ def _cell(found: Spread | None, percent: bool) -> str:
         return ""
     scale = 100 if percent else 1
     found = replace(found, **{key: v * scale for key, v in vars(found).items() if key != "seeds" and v is not None})
-    told = f"{found.value:.1f}" if percent else number(found.value)
-    told += "" if found.sd is None else f" ±{found.sd:.1f}" if percent else f" ±{found.sd:.2g}"
-    return told + ("" if found.stderr is None else f" ({found.stderr:.1f})" if percent else f" ({found.stderr:.2g})")
+    text = f"{found.value:.1f}" if percent else number(found.value)
+    text += "" if found.sd is None else f" ±{found.sd:.1f}" if percent else f" ±{found.sd:.2g}"
+    return text + ("" if found.stderr is None else f" ({found.stderr:.1f})" if percent else f" ({found.stderr:.2g})")
 
 
 def _head(column: Column) -> str:
-    """The paper's short names for its tasks, then the metric where that is not plain accuracy or perplexity."""
+    """The paper's short name of a task, with the metric unless it is accuracy or perplexity."""
     names = {task: name for name, task in (paper()["tasks"] | paper()["texts"]).items()}
     task = "mean" if column.is_mean else names.get(column.task, column.task)
     shown = "" if column.metric in ("acc", "perplexity", "word_perplexity", "judge_score") else column.metric

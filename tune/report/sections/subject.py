@@ -1,4 +1,4 @@
-"""What the parts of a report are made of."""
+"""The input of a report's parts."""
 
 from __future__ import annotations
 

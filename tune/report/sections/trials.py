@@ -1,4 +1,4 @@
-"""What was searched and what was trained in the end."""
+"""The parts on trials: the search, its Pareto front, and the final trials."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tune.storage.states import Stage
 
 
 def search(subject: Subject) -> Part:
-    """Every searched trial, with what it was judged by."""
+    """Every searched trial, with its objectives."""
     model = subject.model
     searched = model.trials(stage=Stage.SEARCH)
     if not searched:
         return Part("Search")
     goals = " and ".join(f"{name} ({goal})" for name, goal in model.objectives)
     statuses = count(line.status for line in searched)
-    lines = [f"{model.tried} MacDrop setting(s) tried in {len(searched)} trials ({statuses}), chosen by {goals}."]
+    lines = [f"{model.tried} MacDrop setting(s) tried in {len(searched)} trials ({statuses}), selected by {goals}."]
     others = model.trials(stage=Stage.FINAL)
-    lines += ["Selected on validation data; test scores are of fresh seeds in the final stage."] if others else []
+    lines += ["Selection used validation data; test scores come from fresh seeds in the final stage."] if others else []
     return Part("Search", lines, [_table(model, "Searched trials", searched, objectives=True)])
 
 
 def pareto(subject: Subject) -> Part:
-    """The trials that no other of their cell beats in every objective."""
+    """The Pareto-optimal trials of each cell."""
     model = subject.model
     front = model.finalists.get("pareto") or []
     chosen = [line for line in model.lines if line.trial in front]
@@ -34,12 +34,12 @@ def pareto(subject: Subject) -> Part:
         return Part("Pareto front")
     goals = ", ".join(f"{name} ({goal})" for name, goal in model.objectives)
     of = [line for line in model.searched if line.arm == "macdrop"]
-    lines = [f"{len(chosen)} of {len(of)} MacDrop trials, which no other of their adapter beats in all: {goals}."]
+    lines = [f"{len(chosen)} of {len(of)} MacDrop trials are Pareto-optimal for their type of adapter: {goals}."]
     return Part("Pareto front", lines, [_table(model, "Pareto front", chosen, objectives=True)])
 
 
 def trials(subject: Subject) -> Part:
-    """All trials that were compared, with their seeds, and why others ended."""
+    """The compared trials with their seeds, and why others ended early."""
     model = subject.model
     staged = bool(model.trials(stage=Stage.SEARCH))
     final = [line for line in model.lines if line.arm != BASE and line.stage != Stage.SEARCH]
@@ -62,7 +62,7 @@ def _finals(model: ModelResults) -> Table:
 
 
 def _table(model: ModelResults, title: str, lines: list[Line], *, objectives: bool) -> Table:
-    """Settings, status and measures of trials; settings that none of them has are left out."""
+    """Settings, status and measures of trials, without settings that none of them has."""
     keys = [key for key in model.keys if any(line.setting(key) is not None for line in lines)]
     names = [name for name, _ in model.objectives if name != EVAL_LOSS.metric] if objectives else []
     head = ["", *(_folded(key.removeprefix("macdrop.")) for key in keys)]
@@ -86,5 +86,5 @@ def _steps(line: Line) -> str:
 
 
 def _folded(name: str) -> str:
-    """A long key on several lines."""
+    """Break a long key into several lines."""
     return name.replace("_", "_\n") if len(name) > 14 else name
