@@ -91,7 +91,7 @@ def test_two_trials_have_the_same_ids_and_other_items_are_refused(run_folder):
     mine, theirs = (Items(run_folder, MODEL).read(trial, column) for trial in (first, second))
     assert matched(mine, theirs, "qa") == list(mine) and len(mine) == 12
     fewer = dict(list(theirs.items())[:-1])
-    with pytest.raises(DataError, match="12 and 11; only one of them has qa/11 .*another limit or other data"):
+    with pytest.raises(DataError, match="12 and 11; only one has qa/11 .*The limit or the data differed"):
         matched(mine, fewer, "qa")
     changed = {key.replace("qa/3 ", "qa/3 0"): value for key, value in theirs.items()}
     with pytest.raises(DataError, match="different items"):

@@ -90,7 +90,7 @@ def test_scores_must_be_of_the_suite_and_of_all_items():
 
     assert score_differences([cell("lm_eval=0.4 suite=zero-shot@1")], "zero-shot") == []
     assert score_differences([cell("suite=zero-shot@1", 100)], "zero-shot") == ["a limit of 100 items"]
-    assert score_differences([cell("suite=own@1")], "zero-shot") == ["not scored by the suite zero-shot"]
+    assert score_differences([cell("suite=own@1")], "zero-shot") == ["not scored with the suite zero-shot"]
 
 
 # --- in the report ---
@@ -114,7 +114,7 @@ def test_the_papers_figures_stand_below_ours_where_the_setting_is_the_same(tmp_p
     report = make_report(run_folder.run_dir)
     part = report.parts(report.models[0])["paper"]
     assert not any("arXiv" in cells[0] for table in part.tables for cells in table.rows)
-    assert any("in another setting" in line and "learning_rate 0.002 (paper: 0.0001)" in line for line in part.lines)
+    assert any("in a different setting" in line and "learning_rate 0.002 (paper: 0.0001)" in line for line in part.lines)
     as_in_the_paper(run_folder)
     report = make_report(run_folder.run_dir)
     part = report.parts(report.models[0])["paper"]

@@ -117,10 +117,10 @@ def compare(
     samples = [sample.of(shared) for sample in samples]
     relative = samples[0].relative
     plain, value = (np.array([getattr(s, side) for s in samples], dtype=float) for side in ("plain", "value"))
-    about = {"column": column, "arm": arm, "label": label, "against": against, "seeds": tuple(shared)}
     average = (lambda x: float(np.exp(np.log(x).mean()))) if relative else (lambda x: float(x.mean()))
     if not (shared and np.isfinite(plain).all() and np.isfinite(value).all()):
-        return unknown(**about, words="a score is not finite" if shared else "no seed has all tasks")
+        words = "a score is not finite" if shared else "no seed has all tasks"
+        return unknown(column, words, arm=arm, label=label, against=against, seeds=tuple(shared))
     level, per_seed = average(plain), value.mean(axis=0) - plain.mean(axis=0)
     found, low, high, p = _tested(samples, plain, value)
     known = len(shared) > 1
@@ -133,7 +133,11 @@ def compare(
     items = sum(s.differences.shape[1] for s in samples if s.differences is not None)
     same = all(s.differences is not None and not s.differences.any() for s in samples)
     made = Comparison(
-        **about,
+        column=column,
+        arm=arm,
+        label=label,
+        against=against,
+        seeds=tuple(shared),
         items=items,
         plain=level,
         value=level + numbers[0],
@@ -153,15 +157,16 @@ def compare(
 
 def _tested(samples: Sequence[Sample], plain: np.ndarray, value: np.ndarray) -> tuple[Paired, float, float, float]:
     """The difference (of logarithms for perplexities), its interval and p-value."""
-    relative, blocks = samples[0].relative, [s.differences for s in samples]
-    if any(block is None for block in blocks):
+    relative, blocks = samples[0].relative, [s.differences for s in samples if s.differences is not None]
+    if len(blocks) < len(samples):
         by_seed = (np.log(value) - np.log(plain) if relative else value - plain).mean(axis=0)
         found = over_seeds(by_seed)
     else:
-        found = paired(blocks, spans=None if relative else [_span(s) for s in samples])
+        spans = [_span(s, block) for s, block in zip(samples, blocks, strict=True)]
+        found = paired(blocks, spans=None if relative else spans)
     margin, p = found.margin(), found.p()
     interval = (found.delta - margin, found.delta + margin)
-    if len(samples[0].seeds) > 1 or len(samples) > 1 or blocks[0] is None or blocks[0].shape[1] < 2:
+    if len(samples[0].seeds) > 1 or len(samples) > 1 or not blocks or blocks[0].shape[1] < 2:
         return found, *interval, p
     (differences,) = blocks[0]
     if set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
@@ -177,9 +182,9 @@ def _scale(column: Column, plain: np.ndarray, value: np.ndarray) -> float | None
     return known or (1.0 if 0 <= lowest and highest <= 1 else None)
 
 
-def _span(sample: Sample) -> float:
+def _span(sample: Sample, differences: np.ndarray) -> float:
     """The largest possible difference of an item: the width of its scale, else the largest observed."""
-    largest = float(np.abs(sample.differences).max())
+    largest = float(np.abs(differences).max())
     scale = _scale(sample.column, np.array(sample.plain), np.array(sample.value))
     return largest if scale is None else max(scale, largest)
 
@@ -188,7 +193,6 @@ def unknown(
     column: Column, words: str, *, arm: str, label: str, against: str, seeds: tuple[int, ...] = ()
 ) -> Comparison:
     """A comparison that cannot be made; `words` says why."""
-    numbers = dict.fromkeys(("plain", "value", "delta", "low", "high", "p", "p_holm", "mde"), math.nan)
     return Comparison(
         column=column,
         arm=arm,
@@ -196,10 +200,17 @@ def unknown(
         against=against,
         seeds=seeds,
         items=0,
+        plain=math.nan,
+        value=math.nan,
+        delta=math.nan,
+        low=math.nan,
+        high=math.nan,
+        p=math.nan,
+        p_holm=math.nan,
+        mde=math.nan,
         per_seed=(),
         verdict=CANNOT_TELL,
         words=f"{CANNOT_TELL}: {words}",
-        **numbers,
     )
 
 

@@ -71,10 +71,9 @@ class Items:
             raise DataError(f"{self._place(row)}: an item has no {error}; the file is damaged.") from error
         if not found:
             return None
-        values = list(found.values())
-        if isinstance(values[0], tuple):
+        known = [value for value in found.values() if not isinstance(value, tuple) and not math.isnan(value)]
+        if any(isinstance(value, tuple) for value in found.values()):
             return found
-        known = [value for value in values if not math.isnan(value)]
         mean = math.fsum(known) / len(known) if known else math.nan
         if same_score(mean, row["value"]):
             return found

@@ -51,26 +51,27 @@ class Samples:
         """
         pairs = self._pairs(column, plain, other)
         seeds, trials = tuple(pairs), list(pairs.values())
-        scores = [[self._scores[pair[side], column] for pair in trials] for side in (0, 1)]
-        lost = [str(seed) for seed, *pair in zip(seeds, *scores, strict=True) if None in pair]
+        recorded = [[self._scores[pair[side], column] for pair in trials] for side in (0, 1)]
+        lost = [str(seed) for seed, *pair in zip(seeds, *recorded, strict=True) if None in pair]
         if lost:
             raise DataError(f"the score of seed {', '.join(lost)} is not finite")
+        first, second = (tuple(score for score in scores if score is not None) for scores in recorded)
         sides = self._measured(column, trials)
         if sides is None:
-            return Sample(column, seeds, tuple(scores[0]), tuple(scores[1]), None)
+            return Sample(column, seeds, first, second, None)
         if column.metric.partition(",")[0] in RATIOS:
             (losses, tokens), (other_losses, _) = (np.moveaxis(side, -1, 0) for side in sides)
             differences = linearised(other_losses - losses, tokens[0])
-            return Sample(column, seeds, tuple(scores[0]), tuple(scores[1]), differences)
+            return Sample(column, seeds, first, second, differences)
         known = ~np.isnan(sides).any(axis=(0, 1))
         if known.all():
-            return Sample(column, seeds, tuple(scores[0]), tuple(scores[1]), sides[1] - sides[0])
+            return Sample(column, seeds, first, second, sides[1] - sides[0])
         if not known.any():
             raise DataError("the judge scored no answer in all trials")
         sides = sides[:, :, known]
-        means = [tuple(side.mean(axis=1).tolist()) for side in sides]
+        first, second = (tuple(side.mean(axis=1).tolist()) for side in sides)
         note = f"on the {known.sum()} of {known.size} answers that the judge scored in all trials"
-        return Sample(column, seeds, *means, sides[1] - sides[0], note)
+        return Sample(column, seeds, first, second, sides[1] - sides[0], note)
 
     def _pairs(self, column: Column, plain: Trials, other: Trials) -> dict[Any, tuple[str, str]]:
         """seed -> (plain's trial, the other's), for seeds where both trials have the column."""
@@ -79,8 +80,9 @@ class Samples:
 
     def _measured(self, column: Column, pairs: Sequence[tuple[str, str]]) -> np.ndarray | None:
         """(plain and other, seeds, items), for perplexities (..., 2); None where a trial's items were not kept."""
-        sides = [[self._items.read(pair[side], column) for pair in pairs] for side in (0, 1)]
-        if any(items is None for side in sides for items in side):
+        read = [[self._items.read(pair[side], column) for pair in pairs] for side in (0, 1)]
+        sides = [[items for items in side if items is not None] for side in read]
+        if any(len(side) < len(pairs) for side in sides):
             return None
         first = sides[0][0]
         for side, arm in enumerate(sides):

@@ -79,8 +79,8 @@ class Group:
         cells = [line.scores[column] for line in self.lines if column in line.scores]
         if not cells:
             return None
-        values, errors = [cell.value for cell in cells], [cell.stderr for cell in cells]
-        rms = None if None in errors else math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
+        values, errors = [cell.value for cell in cells], [cell.stderr for cell in cells if cell.stderr is not None]
+        rms = math.sqrt(math.fsum(error**2 for error in errors) / len(errors)) if len(errors) == len(cells) else None
         return Spread(
             math.fsum(values) / len(values), statistics.stdev(values) if len(values) > 1 else None, rms, len(values)
         )
@@ -146,7 +146,8 @@ def collect(run_folder: RunFolder) -> list[ModelResults]:
             run_folder,
             name,
             display[name],
-            *([item for item in items if slug(item["model"]) == name] for items in (trials, rows)),
+            [trial for trial in trials if slug(trial["model"]) == name],
+            [row for row in rows if slug(row["model"]) == name],
             config,
         )
         for name in dict.fromkeys(names)
@@ -238,9 +239,10 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
 
     def key(line: Line) -> tuple:
         value = value_of(line, name)
-        usable = value is not None and line.status == TaskState.DONE
         arm = ARM_ORDER.index(line.arm) if line.arm in ARM_ORDER else len(ARM_ORDER)
-        return arm, line.arm, not usable, sign * value if usable else 0.0
+        if value is None or line.status != TaskState.DONE:
+            return arm, line.arm, True, 0.0
+        return arm, line.arm, False, sign * value
 
     lines.sort(key=key)
     counts: dict[str, int] = {}
@@ -265,7 +267,8 @@ def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
         by_id.setdefault((line.arm, line.group), []).append(line)
     made = []
     kinds = {arm: number for number, arm in enumerate(dict.fromkeys(arm for arm, _ in by_id))}
-    rows = finalists.get("cells") if isinstance(finalists.get("cells"), list) else []
+    cells = finalists.get("cells")
+    rows = cells if isinstance(cells, list) else []
     ranked = [setting for row in rows if isinstance(row, Mapping) for setting in row.get("macdrop") or ()]
 
     def place(item: tuple[tuple[str, str], list[Line]]) -> tuple:
@@ -273,9 +276,9 @@ def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
         rank = ranked.index(group) if group in ranked else len(ranked)
         return kinds[arm], [str(value) for value in members[0].cell.values()], rank
 
-    for (arm, group), members in sorted(by_id.items(), key=place):
+    for (arm, setting), members in sorted(by_id.items(), key=place):
         members = sorted(members, key=lambda line: (line.seed is None, line.seed))
-        made.append(Group(setting_label(members[0].arm, members[0].settings), arm, group, members[0].cell, members))
+        made.append(Group(setting_label(members[0].arm, members[0].settings), arm, setting, members[0].cell, members))
     shared = [group.label for group in made]
     for group in made:
         if shared.count(group.label) > 1:

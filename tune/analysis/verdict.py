@@ -158,11 +158,11 @@ def against(samples: Samples, plain: Setting, other: Setting, rows: int | None) 
         made |= dict(zip(family, corrected(compared), strict=True))
     means = [_mean(members, mean, found, about) for mean, members in mean_columns(columns).items()]
     attack = _main_attack(columns, rows)
-    headlines = []
+    headlines: list[Comparison | None] = []
     for chosen in (("none", None), attack):
         main = _headline([column for column in columns if (column.attack, column.attack_on) == chosen])
         headlines.append(main and _mean(main[1], main[0], found, about))
-    return Against(other, plain, *headlines, [*means, *made.values()])
+    return Against(other, plain, headlines[0], headlines[1], [*means, *made.values()])
 
 
 def _read(samples: Samples, column: Column, plain: Setting, other: Setting) -> Sample | DataError:
@@ -180,10 +180,12 @@ def _mean(
     family: int = 1,
 ) -> Comparison:
     """Compare on the mean over `members`, named `column`."""
-    failed = [error for member in members if isinstance(error := found[member], DataError)]
-    if failed:
-        return unknown(column, str(failed[0]), **about)
-    return compare([found[member] for member in members], column, **about, family=family)
+    samples: list[Sample] = []
+    for sample in (found[member] for member in members):
+        if isinstance(sample, DataError):
+            return unknown(column, str(sample), arm=about["arm"], label=about["label"], against=about["against"])
+        samples.append(sample)
+    return compare(samples, column, arm=about["arm"], label=about["label"], against=about["against"], family=family)
 
 
 def _headline(columns: Sequence[Column]) -> tuple[Column, list[Column]] | None:

@@ -35,7 +35,13 @@ def text(reports: Iterable[Report]) -> str:
 
 
 def _rows(model: ModelResults, line: Line, verdicts: list[Verdict]) -> Iterable[dict[str, Any]]:
-    about = {"model": model.display, "label": line.label, "trial": line.trial, "arm": line.arm, "stage": line.stage}
+    about: dict[str, Any] = {
+        "model": model.display,
+        "label": line.label,
+        "trial": line.trial,
+        "arm": line.arm,
+        "stage": line.stage,
+    }
     about |= {"setting": line.info.get("setting"), "cell": json.dumps(line.cell) if line.cell else None}
     about |= {"seed": line.seed, "status": line.status, "reason": line.reason, "best": line is model.best}
     about |= {key: line.setting(key) for key in model.keys}

@@ -57,7 +57,7 @@ def write(reports: Sequence[Report], folder: Path) -> list[Path]:
     """
     endings = {"markdown": "md", "csv": "csv", "latex": "tex"}
     files = [atomic_write_text(folder / f"report.{end}", text(reports, name)) for name, end in endings.items()]
-    return [*files, write_page(reports, folder / "report.html")[0]]
+    return [*files, write_page(list(reports), folder / "report.html")[0]]
 
 
 def check_format(format: str, formats: Sequence[str] = FORMATS) -> None:

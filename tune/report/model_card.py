@@ -164,11 +164,11 @@ def _scores(trial: Exported) -> list[str]:
         rows = [row for row in trial.scores if (row.get("split") or "test") == split]
         plain = [row for row in rows if row["attack"] == "none"]
         attacked = [row for row in rows if row["attack"] != "none"]
-        head = ("value", "95 % interval", "n", "base")
+        measured = ("value", "95 % interval", "n", "base")
         if plain:
-            tables.append(_table(title, ("benchmark", "metric", *head), _rows(trial, plain)))
+            tables.append(_table(title, ("benchmark", "metric", *measured), _rows(trial, plain)))
         if attacked:
-            head = ("benchmark", "metric", "attack", *head)
+            head = ("benchmark", "metric", "attack", *measured)
             tables.append(_table(f"{title}: under attack", head, _rows(trial, attacked, attack=True)))
     tables.append(
         "Intervals are value ± 1.96 standard errors over the items of the benchmark, without the variation between "
@@ -183,8 +183,9 @@ def _rows(trial: Exported, rows: Iterable[Mapping[str, Any]], *, attack: bool = 
     cells = []
     for row in rows:
         value, error = row["value"], row.get("stderr")
-        known = value is not None and error is not None
-        interval = f"{value - Z * error:.4g} to {value + Z * error:.4g}" if known else ""
+        interval = ""
+        if value is not None and error is not None:
+            interval = f"{value - Z * error:.4g} to {value + Z * error:.4g}"
         on = f"{row['attack']} on {row['attack_on']}" if row["attack"] != "none" else ""
         cells.append(
             (

@@ -105,8 +105,9 @@ class Table:
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        title = {"title": escape(self.title), "title_justify": "left", "title_style": "bold"}
-        drawn = RichTable(**title, box=SIMPLE_HEAD, show_lines=self.wrap)
+        drawn = RichTable(
+            title=escape(self.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_lines=self.wrap
+        )
         tallest = max(head.count("\n") for head in self.head)
         for head, number in zip(self.head, self.numeric(), strict=True):
             padded = head + "\n" * (tallest - head.count("\n"))  # rich would put short heads at the bottom

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tune.report.html.palette import DARK
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 WIDTH = 360
 """Width of every figure in CSS pixels: a card on a laptop, most of a phone's screen."""
 LEGEND = 17
+PAD = 4 / 72
+"""Inches around each panel."""
+Grid = Literal["", "x", "y", "both"]
 NAMES = tuple(DARK)
 _FIRST = 0xA1B200
 _SENTINELS = {name: f"#{_FIRST + number:06x}" for number, name in enumerate(NAMES)}
@@ -46,28 +49,28 @@ def draw(name: str, height: float, paint: Callable[[Canvas], None], *, says: str
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.style.context(["default", _settings(name)]):
-        canvas = Canvas(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        canvas = Canvas(figsize=(WIDTH / 72, height / 72))
+        canvas.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD)
         FigureCanvasSVG(canvas)
-        canvas.get_layout_engine().set(w_pad=4 / 72, h_pad=4 / 72)
         paint(canvas)
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return _inline(out.getvalue(), name, says)
 
 
-def tidy(axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: str = "y") -> None:
+def tidy(axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: Grid = "y") -> None:
     """Set axis labels, a title at the left, a light grid, and no box."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if title:
         axes.set_title(title, loc="left")
-    if grid:
+    if grid != "":
         axes.grid(axis=grid)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plain_log(axes: Axes, which: str = "y") -> None:
+def plain_log(axes: Axes, which: Literal["x", "y"] = "y") -> None:
     """Use a log axis with plain numbers as ticks: 0.01, 1, 1000, 1e+06."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -148,7 +151,7 @@ def _inline(svg: str, name: str, says: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = svg.replace("xlink:href=", "href=")
     head, end = svg[: svg.index(">") + 1], svg.index(">") + 1
-    box = re.search(r'viewBox="[^"]*"', head).group()
+    (box,) = re.findall(r'viewBox="[^"]*"', head)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     body = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg[end:])
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)

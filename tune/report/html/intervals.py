@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tune.analysis.display_names import arm_name
 from tune.analysis.results import ModelResults
@@ -194,7 +194,7 @@ def _panel(axes: Axes, rows: list[Row], unit: str, higher: bool | None) -> None:
     if higher is False:
         axes.invert_xaxis()
     axes.locator_params(axis="x", nbins=6)
-    side = {True: ", better →", False: ", axis reversed: better →"}.get(higher, "")
+    side = "" if higher is None else ", better →" if higher else ", axis reversed: better →"
     axes.set_xlabel(f"difference in {unit}{side}")
     axes.spines[["top", "left", "right"]].set_visible(False)
 
@@ -259,11 +259,11 @@ def _short_names(members: list[Verdict]) -> list[str]:
     ]
 
 
-def _numbers(row: Row) -> list:
+def _numbers(row: Row) -> list[Any]:
     """Numbers as drawn: proportions in points, perplexities in percent of the plain adapter's."""
     one, scale = row.comparison, row.scale
     column = one.column
-    about = [one.label, one.arm, column.task, column.metric, column.attack, column.attack_on or ""]
+    about: list[Any] = [one.label, one.arm, column.task, column.metric, column.attack, column.attack_on or ""]
     sizes = [scale * value for value in (one.delta, one.low, one.high)]
     about += [row.unit, *sizes, one.p, one.p_holm, scale * one.mde]
     return [*about, one.verdict, len(one.seeds), one.items, " ".join(str(scale * seed) for seed in one.per_seed)]

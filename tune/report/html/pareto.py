@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tune.analysis.results import Line, ModelResults, value_of
 from tune.analysis.verdict import Verdict
@@ -38,7 +38,7 @@ def _front(model: ModelResults, lines: list[Line]) -> set[str]:
     if recorded & {line.trial for line in lines}:
         return recorded
     costs = {
-        line.trial: [value_of(line, name) * (1 if goal == "minimize" else -1) for name, goal in model.objectives]
+        line.trial: [_measured(line, name) * (1 if goal == "minimize" else -1) for name, goal in model.objectives]
         for line in lines
         if line.arm == "macdrop" and line.status == TaskState.DONE
     }
@@ -64,7 +64,9 @@ def _figure(
         axes = canvas.subplots()
         chosen = sorted((x, y) for line, x, y in points if line.trial in front)
         if joined and len(chosen) > 1:
-            where = "post" if x_goal == "minimize" else "pre"  # the line bounds the dominated region
+            where: Literal["post", "pre"] = (
+                "post" if x_goal == "minimize" else "pre"
+            )  # the line bounds the dominated region
             axes.step(*zip(*chosen, strict=True), where=where, color=colour("macdrop"), linewidth=1.2, zorder=1)
         for line, x, y in points:
             best = line.trial in front
@@ -109,8 +111,15 @@ def _labels(axes: Axes, points: list[tuple[str, float, float]]) -> None:
         )
 
 
+def _measured(line: Line, name: str) -> float:
+    """The objective of a line that is known to have it."""
+    value = value_of(line, name)
+    assert value is not None
+    return value
+
+
 def _value(line: Line, name: str) -> float:
-    return value_of(line, name) * (100 if is_share(_metric(name)) else 1)
+    return _measured(line, name) * (100 if is_share(_metric(name)) else 1)
 
 
 def _metric(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
@@ -22,13 +22,13 @@ def scan_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verd
     if not model.weights:
         yield Figure("scan-layers", "weights", "Magnitudes by layer", "The model has not been scanned yet.")
         return
-    yield _layers(model)
-    yield _rows(model)
+    yield _layers(model, model.weights)
+    yield _rows(model, model.weights)
     yield _proof(model)
 
 
-def _layers(model: ModelResults) -> Figure:
-    found, layers = model.weights, model.weights["layers"]
+def _layers(model: ModelResults, found: dict[str, Any]) -> Figure:
+    layers = found["layers"]
     head = ["layer", "hidden_max", "hidden_median", "intermediate_max", "intermediate_median"]
 
     def paint(canvas: Canvas) -> None:
@@ -74,8 +74,7 @@ def _layers(model: ModelResults) -> Figure:
     )
 
 
-def _rows(model: ModelResults) -> Figure:
-    found = model.weights
+def _rows(model: ModelResults, found: dict[str, Any]) -> Figure:
     largest = list(zip(found["indices"], found["magnitudes"], strict=True))[:TOP_ROWS]
     median = found["magnitudes"][len(found["magnitudes"]) // 2]
 

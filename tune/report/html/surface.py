@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tune.analysis.results import Line, ModelResults, value_of
 from tune.analysis.verdict import Verdict
-from tune.report.html.drawing import colour, draw, tidy
+from tune.report.html.drawing import PAD, colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.palette import STEPS
 from tune.report.html.select import Cell, cells, is_share
@@ -163,7 +163,7 @@ def _tiles(axes: Axes, points: list[Point], places: list[float], levels: list[in
                 ink = colour(f"seq-ink-{step}" if step >= 0 else "soft")
                 if not point.ended:
                     axes.plot(left + width / 2, y, "x", color=ink, markersize=7, markeredgewidth=1.4)
-                elif len(here) == 1 and len(places) <= 6:
+                elif point.value is not None and len(here) == 1 and len(places) <= 6:
                     axes.text(x, y, scale.text(point.value), ha="center", va="center", fontsize=10, color=ink)
     axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_ylim(-0.55, len(levels) - 0.45)
@@ -209,7 +209,7 @@ def _strip(canvas: Canvas, scale: Scale) -> None:
     height = canvas.get_figheight() * 72
     strip = canvas.add_axes((0.28, 8 / height, 0.44, 10 / height))
     strip.set_in_layout(False)
-    canvas.get_layout_engine().set(rect=(0, 26 / height, 1, 1 - 26 / height))
+    canvas.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD, rect=(0, 26 / height, 1, 1 - 26 / height))
     for step in range(STEPS):
         strip.add_patch(Rectangle((step, 0), 1, 1, facecolor=colour(f"seq-{step}"), linewidth=0))
     strip.set(xlim=(0, STEPS), ylim=(0, 1))

@@ -52,7 +52,7 @@ def _loss(model: ModelResults, cell: Cell, groups: list[Group], logged: Logged, 
     shown = [group for group in groups if any(_points(group, logged, key).values())]
     if not shown:
         return Figure(name, "training", title, "No trial has logged any yet.")
-    rows = [
+    rows: list[list[Any]] = [
         [group.label, group.arm, line.trial, line.seed, step, value]
         for group in shown
         for line in group.lines
@@ -122,7 +122,8 @@ def _dropped(model: ModelResults, cell: Cell, groups: list[Group], logged: Logge
 
 def _seeds(axes: Axes, words: str, group: Group, points: dict[str, list[tuple[int, float]]]) -> None:
     """Draw a thin line per seed and a thick one for the mean over the steps that all seeds logged."""
-    tone, by_step = colour(tint(group.arm)), {}
+    tone = colour(tint(group.arm))
+    by_step: dict[int, list[float]] = {}
     for seed in points.values():
         for step, value in seed:
             by_step.setdefault(step, []).append(value)

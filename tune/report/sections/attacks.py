@@ -42,8 +42,8 @@ def curve(group: Group, clean: Column, kind: str, where: str) -> dict[int, float
     for column in dict.fromkeys(column for line in group.lines for column in line.scores):
         if _same(column, clean) and column.attack_on == where and column.attack != PLAIN:
             attack = Attack.parse(column.attack)
-            if attack.kind == kind:
-                points[attack.k] = group.spread(column).value
+            if attack.kind == kind and (spread := group.spread(column)) is not None:
+                points[attack.k] = spread.value
     return dict(sorted(points.items()))
 
 

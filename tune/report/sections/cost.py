@@ -39,8 +39,8 @@ def cost(subject: Subject) -> Part:
         return Part("Cost")
     training, total = spent(run_folder, model)
     ray = run_folder.config().get("ray") or {}
-    lines = [_devices(run_folder.environment(), ray, training, total), *_saved(trained)]
-    return Part("Cost", [line for line in lines if line], [Table("Time by arm", head, rows)])
+    about = [_devices(run_folder.environment(), ray, training, total), *_saved(trained)]
+    return Part("Cost", about, [Table("Time by arm", head, rows)])
 
 
 def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:

@@ -69,7 +69,7 @@ def weights(subject: Subject) -> Part:
     if not proof:
         return Part("Massive weights", [*lines, "Sensitivity to these rows was not measured."])
     others = ", ".join(number(value) for value in proof.get("random") or [])
-    more = f", {others} with {proof['k']} random rows zeroed." if others else "."
+    more = f"; {others} with {proof['k']} random rows zeroed." if others else "."
     lines.append(
         f"The model is {proof['verdict']} to these rows: perplexity {number(proof['untouched'])} untouched, "
         f"{number(proof['zeroed'])} with the top {proof['k']} zeroed, "

@@ -55,7 +55,8 @@ def tables(subject: Subject) -> Part:
     model = subject.model
     groups = in_paper_order(model)
     workers = (subject.run_folder.config().get("ray") or {}).get("num_workers") or 1
-    made, reasons = [], {}
+    made: list[Table] = []
+    reasons: dict[str, list[str]] = {}
     for section in SECTIONS:
         held = [column for column in _columns(model, section) if section.holds(column)]
         clean = {(column.task, column.metric) for column in held if column.attack == PLAIN}

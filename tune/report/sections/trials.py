@@ -34,7 +34,7 @@ def pareto(subject: Subject) -> Part:
         return Part("Pareto front")
     goals = ", ".join(f"{name} ({goal})" for name, goal in model.objectives)
     of = [line for line in model.searched if line.arm == "macdrop"]
-    lines = [f"{len(chosen)} of {len(of)} MacDrop trials are Pareto-optimal for their type of adapter: {goals}."]
+    lines = [f"Pareto-optimal for their type of adapter: {len(chosen)} of {len(of)} MacDrop trials, by {goals}."]
     return Part("Pareto front", lines, [_table(model, "Pareto front", chosen, objectives=True)])
 
 
@@ -45,8 +45,7 @@ def trials(subject: Subject) -> Part:
     final = [line for line in model.lines if line.arm != BASE and line.stage != Stage.SEARCH]
     table = _finals(model) if staged else _table(model, "Trials", final, objectives=True)
     tables = [table] if table.rows else []
-    failed = [line for line in model.lines if line.reason]
-    lines = [f"{line.label} ({line.trial}) {line.status}: {short(line.reason)}" for line in failed]
+    lines = [f"{one.label} ({one.trial}) {one.status}: {short(one.reason)}" for one in model.lines if one.reason]
     return Part("Trials", lines, tables)
 
 
