@@ -114,7 +114,8 @@ def test_the_papers_figures_stand_below_ours_where_the_setting_is_the_same(tmp_p
     report = make_report(run_folder.run_dir)
     part = report.parts(report.models[0])["paper"]
     assert not any("arXiv" in cells[0] for table in part.tables for cells in table.rows)
-    assert any("in a different setting" in line and "learning_rate 0.002 (paper: 0.0001)" in line for line in part.lines)
+    notes = "learning_rate 0.002 (paper: 0.0001)"
+    assert any("in a different setting" in line and notes in line for line in part.lines)
     as_in_the_paper(run_folder)
     report = make_report(run_folder.run_dir)
     part = report.parts(report.models[0])["paper"]

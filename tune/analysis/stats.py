@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.stats
-from scipy.special import gammaincinv, ndtr, ndtri, poch, stdtrit
+import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
+from scipy.special import gammaincinv, ndtr, ndtri, poch, stdtrit  # type: ignore[import-untyped]
 
 Numbers = float | np.ndarray
 LEVEL = 0.05
