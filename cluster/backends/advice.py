@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Origin(StrEnum):
-    """Whose output it is; the same words mean different things in different places."""
+    """The origin of an output; the same words mean different things in different places."""
 
     LOG = "log"  # logs of the autoscaler and states of pods: why a node does not come up
     HEAD = "head"  # a command on the head that gave no answer
@@ -275,7 +275,7 @@ def find(origin: Origin, text: str, **values: object) -> str | None:
 
 
 def causes(lines: Iterable[str]) -> list[str]:
-    """What log lines mean, newest first; each cause once, with its newest line."""
+    """Translate log lines into causes, newest first; each cause once, with its newest line."""
     found: dict[str, str] = {}
     for line in lines:
         remedy = find(Origin.LOG, line)

@@ -60,7 +60,7 @@ class Job:
 
     @property
     def upload(self) -> str:
-        """Where a recipe file is copied on the head, before it moves to the storage."""
+        """The path of a recipe file on the head, before it moves to the storage."""
         return f"/tmp/macdrop-recipe-{self.id}.yaml"
 
 
@@ -119,7 +119,7 @@ class Backend(ABC, Generic[FileT]):
 
     @property
     def sends_token(self) -> bool:
-        """Whether the token of this machine is copied to the cluster."""
+        """True if the token of this machine is copied to the cluster."""
         return False
 
     @property
@@ -159,7 +159,7 @@ class Backend(ABC, Generic[FileT]):
         return found
 
     def explain(self, result: Result) -> str:
-        """Why a command on the head gave no answer."""
+        """The reason why a command on the head gave no answer."""
         remedy = advice.find(Origin.HEAD, result.text, file=self.file.path)
         remedy = remedy or advice.find(Origin.SSH, result.text, host=self.head_name, user=self.login)
         output = without_noise(result.tail) or "no output"

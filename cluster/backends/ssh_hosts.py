@@ -29,7 +29,7 @@ SKEW = 30
 
 @dataclass(frozen=True)
 class Ssh:
-    """How to log in to the hosts of a launch file: as Ray does, and without prompts."""
+    """The way to log in to the hosts of a launch file: as Ray does, and without prompts."""
 
     user: str
     key: str | None
@@ -62,7 +62,7 @@ class Ssh:
         return ["ssh", *key, *given, f"{self.user}@{host}", shlex.join(words)]
 
     def explain(self, host: str, result: Result) -> str:
-        """Why a command on a host failed."""
+        """The reason why a command on a host failed."""
         found = advice.find(Origin.SSH, result.text, host=host, user=self.user)
         return found or f"{host}: the command over ssh failed with exit code {result.code}: {_last(result.text)}"
 
@@ -130,7 +130,7 @@ def probe_script(head: str) -> str:
 
 
 def probe(shell: Shell, ssh: Ssh, hosts: Iterable[str], head: str, version: str | None) -> dict[str, list[str]]:
-    """Why hosts are not nodes: host -> causes, empty if none was found.
+    """Find out why hosts are not nodes: host -> causes, empty if none was found.
 
     Args:
         version: Ray's version on the head, None if unknown.

@@ -1,1 +1,1 @@
-"""What every other package needs: the launch file as read, running commands, secrets, Ray's token."""
+"""The foundation of the other packages: launch files, running commands, secrets, Ray's token."""

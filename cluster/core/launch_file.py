@@ -60,7 +60,7 @@ class LaunchFile(ABC):
     @property
     @abstractmethod
     def provider(self) -> str:
-        """Where the machines come from: aws, gcp, azure, local, ...; kuberay; slurm."""
+        """The source of the machines: aws, gcp, azure, local, ...; kuberay; slurm."""
 
     @property
     @abstractmethod
@@ -98,7 +98,7 @@ class LaunchFile(ABC):
 
     @property
     def token(self) -> bool:
-        """Whether the file turns on token authentication."""
+        """True if the file turns on token authentication."""
         return self.environment.get("RAY_AUTH_MODE") == "token"
 
 

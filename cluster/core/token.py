@@ -13,7 +13,7 @@ ENVIRONMENT = {"RAY_AUTH_MODE": "token"}
 
 
 def path() -> Path:
-    """Where Ray keeps the token, and launch files copy it from."""
+    """The file in which Ray keeps the token, and from which launch files copy it."""
     return Path.home() / ".ray" / "auth_token"
 
 

@@ -1,1 +1,1 @@
-"""What runs on the hosts: answers about the head, and the watch for spot termination notices."""
+"""Code that runs on the hosts: answers about the head, and the watch for spot termination notices."""

@@ -1,4 +1,4 @@
-"""What the launcher asks on the head (by `ray exec` or `kubectl exec`): nodes, jobs, runs, the log of the autoscaler.
+"""Answers to the launcher on the head (by `ray exec` or `kubectl exec`): nodes, jobs, runs, the log of the autoscaler.
 
 The answer is one line of JSON after `MARK`, because a remote login shell prints lines of its own around it.
 """
@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,6 @@ def answer(text: str) -> dict[str, Any] | None:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    import ray
-
     nodes, draining = ray_internals.node_table()
     return [
         {
@@ -62,7 +61,7 @@ def _nodes() -> list[dict[str, Any]]:
             "draining": node["NodeID"] in draining,
             "reason": node.get("DeathReasonMessage") or "",
             "resources": {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU")},
-            "ray": ray.__version__,
+            "ray": version("ray"),
         }
         for node in nodes
     ]

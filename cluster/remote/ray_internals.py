@@ -81,7 +81,7 @@ def autoscaler_log(lines: int) -> list[str]:
 
 
 def remembers_head(cluster: str, head: str) -> bool:
-    """Whether the note that `ray up` keeps of an on-premise cluster says that its head runs.
+    """Check whether the note that `ray up` keeps of an on-premise cluster says that its head runs.
 
     Ray 2.60: ray/autoscaler/_private/local/config.py, get_state_path. A failed `ray exec` leaves a note in which the
     head does not run.

@@ -62,7 +62,7 @@ class Metadata:
             raise
 
     def here(self) -> bool:
-        """Whether this machine is in this cloud. Raises OSError or ValueError."""
+        """Check whether this machine is in this cloud. Raises OSError or ValueError."""
         raise NotImplementedError
 
     def notice(self) -> Notice | None:

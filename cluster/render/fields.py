@@ -64,7 +64,7 @@ class Field:
 
 @dataclass(frozen=True)
 class FieldType:
-    """What a value looks like: `read` raises ValueError for an invalid one, `says` completes "must be ..."."""
+    """The form of a value: `read` raises ValueError for an invalid one, `says` completes "must be ..."."""
 
     says: str
     read: Callable[[str], Any]
