@@ -202,9 +202,9 @@ def test_a_placebo_registered_from_outside_trains_and_drops(tmp_path, monkeypatc
     from macdrop import config
     from tune.config import sections
 
-    monkeypatch.setitem(config.SCOPES, "bottom_rows", config.Scope(lambda weights, k, seed: weights.indices[-k:]))
-    monkeypatch.setitem(sections.ARMS, "bottom_rows", "bottom_rows")
-    _, outcome = train(tmp_path / "run", max_steps=2, macdrop={"p0": 0.5, "scope": "bottom_rows"})
+    monkeypatch.setitem(config.SCOPES, "bottom", config.Scope(lambda weights, k, seed: weights.indices[-k:]))
+    monkeypatch.setitem(sections.ARMS, "bottom_rows", "bottom")
+    _, outcome = train(tmp_path / "run", max_steps=2, macdrop={"p0": 0.5, "scope": "bottom"})
     assert outcome.status == "done" and outcome.rows_hooked > 0
     assert json.loads((tmp_path / "run" / "trial.json").read_text())["arm"] == "bottom_rows"
 

@@ -75,7 +75,8 @@ def _rows(kind: type[BaseModel], prefix: str, schema: dict[str, Any]) -> Iterato
     for name, field in kind.model_fields.items():
         inner = _inner(field)
         below = prefix + name == "validation"
-        if inner is not None and not below and inner in (field.annotation, Metric):
+        single = inner is Metric or inner == field.annotation
+        if inner is not None and single and not below:
             yield from _rows(inner, f"{prefix}{name}.", schema)
             continue
         properties = schema["properties"] if kind is RunSpec else schema["$defs"][kind.__name__]["properties"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from macdrop.config import SCOPES, MacDropConfig, Scope
+from macdrop.config import SCOPES, MacDropConfig
 
 #: The validation loss with masks off, the metric that every trial has.
 EVAL_LOSS = "eval_loss"
@@ -41,12 +41,7 @@ class Arm(StrEnum):
 
 BASE = Arm.BASE.value
 #: Arms in which something is dropped -> what: a name of `macdrop.config.SCOPES`. All but the first are placebos.
-ARMS: dict[str, str] = {
-    Arm.MACDROP.value: "massive",
-    Arm.RANDOM_ROWS.value: "random",
-    Arm.ALL_ROWS.value: "all",
-    Arm.ACTIVATIONS.value: "activations",
-}
+ARMS: dict[str, str] = {Arm.MACDROP.value: "massive"}
 
 
 def placebos() -> list[str]:
@@ -54,17 +49,22 @@ def placebos() -> list[str]:
     return [arm for arm in ARMS if arm != Arm.MACDROP]
 
 
-def register_placebo(arm: str, scope: Scope) -> None:
-    """Register a placebo arm, which drops `scope`; every process that plans, trains or reports has to import it.
+def register_placebo(arm: str, scope: str) -> None:
+    """Register an arm that drops `scope`, one of `SCOPES`; every process that plans, trains or reports has to do it.
 
     Raises:
-        ValueError: the name is taken, or cannot stand in a folder's name.
+        ValueError: the scope is unknown, or the arm's name is taken or cannot be part of a folder's name.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", arm) or arm in (*Arm, *ARMS, *SCOPES):
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}; add it to macdrop.config.SCOPES first")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", arm) or arm in (Arm.BASE, Arm.PLAIN, *ARMS):
         raise ValueError(f"{arm!r} cannot name an arm: use letters a to z, digits and _, and a name that is not taken")
-    SCOPES[arm] = scope
-    ARMS[arm] = arm
+    ARMS[arm] = scope
 
+
+register_placebo(Arm.RANDOM_ROWS.value, "random")
+register_placebo(Arm.ALL_ROWS.value, "all")
+register_placebo(Arm.ACTIVATIONS.value, "activations")
 
 #: Defaults of the block `macdrop:`, stated once, by the method.
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(MacDropConfig)}
