@@ -26,7 +26,7 @@ VERBS = (("sweep",), ("sweep", "--dry-run"), ("train",))
 
 @pytest.fixture
 def recipe(shell):
-    """A run file that is fine; what is wrong comes from the test."""
+    """Writes a valid run file; each test adds what is wrong with it."""
 
     def write(dataset: str = "zoo:train") -> str:
         (shell.folder / "run.yaml").write_text(RUN.format(dataset=dataset))
@@ -65,10 +65,10 @@ WRITTEN = {
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 @pytest.mark.parametrize("case", WRITTEN)
-def test_written(case, verb, shell, recipe):
-    overrides, *told = WRITTEN[case]
+def test_a_wrong_key_or_value(case, verb, shell, recipe):
+    overrides, *expected = WRITTEN[case]
     message = refused(shell, verb, recipe(), *overrides.split(" "))
-    assert all(part in message for part in told), message
+    assert all(part in message for part in expected), message
 
 
 @pytest.mark.parametrize("arguments", [["no.yaml"], ["dmo"], ["."]], ids=" ".join)
@@ -77,7 +77,7 @@ def test_no_run_file(arguments, shell):
     assert arguments[0] in message and ("Give the path" in message or "Recipes: demo" in message)
 
 
-def test_through_a_process_of_its_own(tmp_path):
+def test_in_its_own_process(tmp_path):
     environment = {**os.environ, "MACDROP_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "tune.cli", "sweep", "macdrop.p0=1.5"]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -94,18 +94,18 @@ DATA = {
     "missing": (None, ("data.jsonl",)),
     "empty": ("", ("data.jsonl", "no rows")),
     "a row without a field": ("\n".join(map(json.dumps, [ROW, ROW, BROKEN])), ("data.jsonl", "line 3", "output")),
-    "a row that is no JSON": (json.dumps(ROW) + "\n{not json\n", ("data.jsonl", "line 2")),
+    "a row that is not JSON": (json.dumps(ROW) + "\n{not json\n", ("data.jsonl", "line 2")),
 }
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 @pytest.mark.parametrize("case", DATA)
 def test_data(case, verb, shell, recipe):
-    content, told = DATA[case]
+    content, expected = DATA[case]
     if content is not None:
         (shell.folder / "data.jsonl").write_text(content)
     message = refused(shell, verb, recipe("./data.jsonl"))
-    assert all(part in message for part in told), message
+    assert all(part in message for part in expected), message
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
@@ -121,7 +121,7 @@ def test_a_searched_cutoff_that_leaves_no_answer_token(shell, recipe):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("eval.zero_shot.qa.data=nowhere.jsonl", "nowhere.jsonl"),
         ("eval.perplexity.w.data=nowhere.txt", "nowhere.txt"),
@@ -129,9 +129,9 @@ def test_a_searched_cutoff_that_leaves_no_answer_token(shell, recipe):
         ("val_size=0 sweep.parameters.macdrop.p0=[0.5,0.8]", "val_size is 0, but the search optimises eval_loss"),
     ],
 )
-def test_what_a_sweep_needs_besides(override, told, shell, recipe):
+def test_requirements_of_a_sweep(override, expected, shell, recipe):
     for verb in VERBS[:2]:
-        assert told in refused(shell, verb, recipe(), *override.split(" "))
+        assert expected in refused(shell, verb, recipe(), *override.split(" "))
 
 
 # --- models ---
@@ -139,7 +139,7 @@ def test_what_a_sweep_needs_besides(override, told, shell, recipe):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folders that are no model, or none that can be used in a certain way."""
+    """Folders without a model, and models that cannot be used in one way or another."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -192,7 +192,7 @@ def test_models_to_scan(name, verb, shell, models):
     assert all(part in message for part in MODELS[name]), message
 
 
-def test_a_model_that_the_zoo_does_not_have(shell, recipe):
+def test_an_unknown_zoo_model(shell, recipe):
     for verb in VERBS:
         assert "Did you mean 'planted-llama'?" in refused(shell, verb, recipe(), model="zoo:planted-lama")
 
@@ -209,22 +209,22 @@ UNFIT = {
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 @pytest.mark.parametrize("case", UNFIT)
 def test_unfit(case, verb, shell, recipe):
-    override, *told = UNFIT[case]
+    override, *expected = UNFIT[case]
     message = refused(shell, verb, recipe(), override)
-    assert all(part in message for part in told), message
+    assert all(part in message for part in expected), message
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("sweep.parameters.macdrop.k=[5,177]", "macdrop.k is 177"),
         ("eval.attacks=[none,retaining@177]", "'retaining@177'"),
         ("sweep.parameters.lora_target=[all,[q_prj]]", "'q_prj'"),
     ],
 )
-def test_unfit_for_a_sweep(override, told, shell, recipe):
+def test_unfit_for_a_sweep(override, expected, shell, recipe):
     for verb in VERBS[:2]:
-        assert told in refused(shell, verb, recipe(), override)
+        assert expected in refused(shell, verb, recipe(), override)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
@@ -240,7 +240,7 @@ def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, m
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["scan", "zoo:planted-llama", "--k", "177"], ROWS),
         (["scan", "zoo:planted-llama", "--k", "-1"], "--k"),
@@ -266,22 +266,22 @@ def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, m
     ],
     ids=" ".join,
 )
-def test_other_verbs(arguments, told, shell):
-    assert told in shell.refused(*arguments)
+def test_other_verbs(arguments, expected, shell):
+    assert expected in shell.refused(*arguments)
 
 
-def test_a_text_that_is_none(shell):
+def test_an_unusable_text(shell):
     (shell.folder / "empty.txt").write_text(" \n")
     (shell.folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    for name, told in (("empty", "is empty"), ("binary", "not UTF-8 text")):
-        assert told in shell.refused("scan", "zoo:planted-llama", "--prove", "--text", f"{name}.txt")
+    for name, expected in (("empty", "is empty"), ("binary", "not UTF-8 text")):
+        assert expected in shell.refused("scan", "zoo:planted-llama", "--prove", "--text", f"{name}.txt")
 
 
 # --- folders ---
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_a_folder_that_holds_something_is_left_as_it_is(verb, shell, recipe):
+def test_a_folder_with_files_is_left_untouched(verb, shell, recipe):
     (shell.folder / "full").mkdir()
     (shell.folder / "full" / "thesis.txt").write_text("important")
     message = refused(shell, verb, recipe(), "output_dir=full")

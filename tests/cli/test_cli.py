@@ -1,4 +1,4 @@
-"""The `macdrop` command: help that answers at once, exit codes, what the verbs print."""
+"""The `macdrop` command: fast help, exit codes, output of the verbs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERBS = (
 # --- help ---
 
 
-def test_the_verbs_are_those_that_are_tested(shell):
+def test_every_verb_is_tested(shell):
     from tune.cli.main import app
 
     commands = typer.main.get_command(app).commands
@@ -49,13 +49,13 @@ def test_help_shows_an_example(verb, shell):
 def test_help_of_the_installed_command(verb):
     command = Path(sys.executable).with_name("macdrop")
     if not command.is_file():
-        pytest.skip("macdrop is not installed beside this python")
+        pytest.skip("macdrop is not installed with this python")
     ended = subprocess.run([command, *verb.split(), "--help"], capture_output=True, text=True)
     assert ended.returncode == 0 and "Example" in ended.stdout and ended.stderr == ""
 
 
 def test_help_loads_nothing_heavy():
-    """What takes a second and more to import must wait until a verb runs; no wall time is asserted."""
+    """Imports that take a second and more wait until a verb runs; no wall time is asserted."""
     heavy = ("torch", "ray", "transformers", "deepspeed", "peft", "lm_eval", "datasets", "pandas", "numpy")
     heavy += ("tune.config.run_spec",)
     code = (
@@ -63,8 +63,9 @@ def test_help_loads_nothing_heavy():
         "sys.argv = ['macdrop', 'sweep', '--help']\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
         f"print(*set({heavy}) & set(sys.modules))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert told[0] == told[-1] == "" and "Usage" in told[2]
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    printed = ended.stdout.splitlines()
+    assert printed[0] == printed[-1] == "" and "Usage" in printed[2]
 
 
 # --- exit codes ---
@@ -84,7 +85,7 @@ def test_help_loads_nothing_heavy():
         (tune_errors.BenchmarkError, 1),
     ],
 )
-def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatch):
+def test_an_error_raised_on_purpose_is_a_message_and_an_exit_code(error, code, shell, monkeypatch):
     from tune.preflight import machine
 
     def fail(**options):
@@ -95,7 +96,7 @@ def test_an_error_of_ours_is_a_message_and_a_code(error, code, shell, monkeypatc
     assert (ended.code, ended.err) == (code, "macdrop: what, and how to fix it\n")
 
 
-def test_ctrl_c_is_130(shell, monkeypatch):
+def test_ctrl_c_exits_with_130(shell, monkeypatch):
     from tune.preflight import machine
 
     def interrupt(**options):
@@ -105,7 +106,7 @@ def test_ctrl_c_is_130(shell, monkeypatch):
     assert shell("doctor").code == 130
 
 
-def test_failed_trials_are_1(shell, monkeypatch):
+def test_failed_trials_exit_with_1(shell, monkeypatch):
     from tune.cli.verbs import sweep
 
     for failures, code in ((0, 0), (1, 1), (7, 1)):
@@ -135,7 +136,7 @@ def test_recipes_are_listed(shell):
     assert ended.code == 0 and any(line.startswith("demo ") for line in ended.out.splitlines())
 
 
-def test_zoo_list_names_models_and_data_below_each_other(shell):
+def test_zoo_list_aligns_models_and_data(shell):
     lines = shell("zoo", "list").out.splitlines()
     assert {line.split()[0] for line in lines} >= {"zoo:planted-llama", "zoo:train"}
     starts = {len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}
@@ -161,8 +162,8 @@ def test_a_dry_run_shows_spec_trials_and_resources_and_writes_no_run(shell):
 def test_scan_proves_and_writes(shell):
     ended = shell("scan", "zoo:planted-llama", "--prove", "--k", "3", "--output", "found.json")
     assert ended.code == 0, ended.err
-    for told in ("<- massive weights", "top 3 rows", "top 3 zeroed", "draw 1", "verdict", "sensitive: perplexity"):
-        assert told in ended.out
+    for expected in ("<- massive weights", "top 3 rows", "top 3 zeroed", "draw 1", "verdict", "sensitive: perplexity"):
+        assert expected in ended.out
     assert max(map(len, ended.out.splitlines())) > 80, "piped output is not wrapped"
     assert "found.json" in ended.new
     from macdrop import MassiveWeights
@@ -170,7 +171,7 @@ def test_scan_proves_and_writes(shell):
     assert MassiveWeights.load(shell.folder / "found.json").layer == 1
 
 
-def test_a_known_scan_has_the_name_that_was_asked_for(shell):
+def test_a_cached_scan_is_shown_under_the_given_name(shell):
     from tune.zoo.catalog import zoo_path
 
     shell("scan", "zoo:planted-llama")
@@ -178,7 +179,7 @@ def test_a_known_scan_has_the_name_that_was_asked_for(shell):
     assert ended.new == [] and str(zoo_path("planted-llama")) in ended.out
 
 
-def test_a_damaged_scan_is_made_anew(shell):
+def test_a_damaged_scan_is_repeated(shell):
     first = shell("scan", "zoo:planted-llama")
     (kept,) = first.new
     (shell.folder / kept).write_text("{half of")
@@ -187,13 +188,13 @@ def test_a_damaged_scan_is_made_anew(shell):
 
 
 def test_train_then_attack_and_score_the_adapter(shell, alone):
-    """Training starts a process group, so it has a process of its own."""
+    """Training starts a process group, so it runs in its own process."""
     train = ["train", "model=zoo:planted-llama", "cutoff_len=64", "max_steps=3", "val_size=0.1", "save_steps=2"]
-    told = alone("-m", "tune.cli", *train, "lora_rank=2", "output_dir=out", cwd=shell.folder)
-    lines = told.splitlines()
+    printed = alone("-m", "tune.cli", *train, "lora_rank=2", "output_dir=out", cwd=shell.folder)
+    lines = printed.splitlines()
     assert lines[-1].split() == ["next", "macdrop", "eval", "zoo:planted-llama", "--adapter", "out/adapter"]
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/3", "step 2/3", "step 3/3"]
-    assert "hooked rows" in told and (shell.folder / "out" / "adapter" / "adapter_config.json").is_file()
+    assert "hooked rows" in printed and (shell.folder / "out" / "adapter" / "adapter_config.json").is_file()
 
     ended = shell("attack", "zoo:planted-llama", "--adapter", "out/adapter", "--merged", "--k", "1", "--k", "3")
     assert ended.code == 0 and "merged weights, layer 1" in ended.out

@@ -1,4 +1,4 @@
-"""What a person sees: the table of a terminal, and the lines of a log."""
+"""Progress of a sweep: the live table of a terminal, and the lines of a log."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def shown(width: int) -> str:
     return out.getvalue()
 
 
-def test_log_and_table_tell_steps_states_scores_and_reasons():
+def test_log_and_table_show_steps_states_scores_and_reasons():
     text = shown(160)
     for word in ("127.0.0.1:8265", "model-plain-1 is training", "diverged (loss nan)", "1234", "1.25", "queued"):
         assert word in text
@@ -56,13 +56,13 @@ def test_log_and_table_tell_steps_states_scores_and_reasons():
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_only_scores_give_way_in_a_narrow_terminal(width):
+def test_only_scores_are_cut_in_a_narrow_terminal(width):
     table = shown(width).splitlines()[-4:]
     assert any("model-macdrop-2" in line and "queued" in line for line in table)
     assert max(map(len, table)) <= width
 
 
-def test_the_stage_and_what_remains_of_it_are_told():
+def test_the_stage_and_its_progress_are_shown():
     out = io.StringIO()
     progress = Progress(Console(file=out, width=120))
     queue = TaskQueue()

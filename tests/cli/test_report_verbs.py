@@ -33,7 +33,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runs(made, shell) -> Path:
-    """Copies of them in the folder of the shell."""
+    """Copies of these runs in the folder of the shell."""
     for run in made.iterdir():
         shutil.copytree(run, shell.folder / run.name)
     return shell.folder
@@ -52,7 +52,7 @@ def test_a_report_is_printed_and_written(shell, runs):
     assert {name: (runs / "one" / name).read_text() for name in FILES} == before  # deterministic
 
 
-def test_what_is_printed_is_what_is_written(shell, runs):
+def test_stdout_and_files_are_equal(shell, runs):
     files = {"markdown": "report.md", "csv": "report.csv", "latex": "report.tex"}
     shell("report", "one", "two", "--output", "both")
     for format, file in files.items():
@@ -72,14 +72,14 @@ def test_several_runs_are_printed_and_written_where_asked(shell, runs):
 
 
 REFUSED = {
-    "no such folder": (["report", "nowhere"], "there is no such folder"),
-    "a folder that is no run": (["report", "."], "it has no run.json"),
-    "one of several is no run": (["report", "one", "nowhere"], "'nowhere' is no run folder"),
+    "no such folder": (["report", "nowhere"], "no such folder"),
+    "a folder without a run": (["report", "."], "it has no run.json"),
+    "one of several is missing": (["report", "one", "nowhere"], "no such folder"),
     "the same run twice": (["report", "one", "./one"], "is given twice"),
     "a misspelt format": (["report", "one", "--format", "markdwon"], "Did you mean 'markdown'?"),
     "output is a file": (["report", "one", "--output", "one/run.json"], "is a file"),
     "output is another run": (["report", "one", "--output", "two"], "whose report would be overwritten"),
-    "compare: no run": (["compare", "one", "nowhere"], "'nowhere' is no run folder"),
+    "compare: missing": (["compare", "one", "nowhere"], "no such folder"),
     "compare: twice": (["compare", "one", "one"], "is given twice"),
     "compare: a misspelt column": (["compare", "one", "--sort", "hedline"], "Did you mean 'headline'?"),
     "compare: a misspelt format": (["compare", "one", "--format", "tex"], "Formats: terminal, markdown, csv, latex"),
@@ -89,15 +89,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, shell, runs):
-    arguments, told = REFUSED[case]
-    assert told in " ".join(shell.refused(*arguments).split())
+    arguments, expected = REFUSED[case]
+    assert expected in " ".join(shell.refused(*arguments).split())
 
 
 # --- damaged runs ---
 
 
 def cut(pattern: str, length: int) -> Callable[[Path], None]:
-    """The first file that fits, cut after so many characters."""
+    """Return damage that cuts the first matching file after `length` characters."""
 
     def do(run: Path) -> None:
         file = sorted(run.glob(pattern))[0]
@@ -151,13 +151,13 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_run_is_reported_as_far_as_it_goes(case, shell, runs):
-    damage, told = DAMAGED[case]
+def test_the_rest_of_a_damaged_run_is_reported(case, shell, runs):
+    damage, expected = DAMAGED[case]
     damage(runs / "one")
     before = {path: path.read_bytes() for path in (runs / "one").rglob("*") if path.is_file()}
     ended = shell("report", "one", "new")  # of two runs nothing is written
     assert ended.code == 0 and "Traceback" not in ended.out + ended.err and ended.new == []
-    assert told in " ".join(ended.out.split()), ended.out[:3000]
+    assert expected in " ".join(ended.out.split()), ended.out[:3000]
     assert "Scores as in the paper" in ended.out or case == "no scores"  # the rest is there
     assert {path: path.read_bytes() for path in before} == before  # nothing of the run is touched
 
@@ -188,7 +188,7 @@ def test_a_run_without_trials(shell, runs):
 # --- compare ---
 
 
-def test_the_leaderboard_ranks_apart_what_was_measured_differently(shell, runs):
+def test_the_leaderboard_ranks_different_measurements_apart(shell, runs):
     ended = shell("compare", "two", "one", "new", "--format", "csv")
     assert ended.code == 0 and ended.new == []
     table = pandas.read_csv(io.StringIO(ended.out))

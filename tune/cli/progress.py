@@ -1,4 +1,4 @@
-"""What a person sees while a run is going: a live table in a terminal, one line an event elsewhere."""
+"""Progress of a sweep: a live table in a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ STYLES = {
 #: Columns that keep their width when the scores do not fit the terminal.
 WIDTHS = {"state": 8, "step": 5, "loss": 7, "eval loss": 9, "p": 7, "tokens/s": 8}
 WORDS = {TaskState.TRAINED: "scoring"}
-#: Rows of the live table; finished trials scroll off first, as the report has them all.
+#: Rows of the live table; finished trials are left out first, as the report has all of them.
 MAX_ROWS = 24
 
 
 class Progress:
-    """Shows orders as they change. Called from the supervisor's thread alone, but for `started` and `finished`."""
+    """The `Observer` of a sweep (`tune.distributed.sweep.events`) that prints."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self._live: Live | None = None
         self._begun = time.monotonic()
         self._tasks: dict[str, dict[str, Any]] = {}
-        #: Of each trial, and of each base model, its scores as they came in.
+        #: Trial or base model -> its scores, in the order of arrival.
         self._scores: dict[str, list[str]] = {}
         self._states: dict[str, str] = {}
-        #: Study, stage and number of trials that are under way.
+        #: Study, stage and number of trials in progress.
         self._stage: tuple[str, str, int] | None = None
         self._line = ""
 
@@ -53,14 +53,14 @@ class Progress:
         self.console.print(f"Run folder   {run_dir}", soft_wrap=True)
         self.console.print(f"Resources    {resources}", soft_wrap=True)
         self.console.print(f"Dashboard    {dashboard or 'off'}", soft_wrap=True)
-        # Now, as whatever kills this process later, Ray's own end of it included, lets it say nothing any more.
+        # Printed now: a process that is killed later, by Ray's own end too, can print nothing.
         self.console.print(f"To resume    {resume_command(run_dir)}", soft_wrap=True)
         if self.console.is_terminal:
             self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def finished(self) -> None:
-        """Take the live table away; safe to call twice."""
+        """Remove the live table; safe to call twice."""
         if self._live:
             self._live.stop()
             self._live = None
@@ -69,7 +69,7 @@ class Progress:
         self._say(f"[bold]{study.name}[/bold]: {study.count} fine-tunings at most")
 
     def stage(self, study: Study, stage: str, trials: int) -> None:
-        """A stage begins, of so many trials (at most: a searcher may draw one twice)."""
+        """Announce a stage; `trials` is an upper bound, as a searcher may draw one twice."""
         self._stage = (study.name, stage, trials)
         self._say(f"[bold]{study.name}[/bold]: {stage}, {trials} trial(s)")
 
@@ -77,7 +77,7 @@ class Progress:
         self._say(f"[red]{text}[/red]")
 
     def show(self, snapshot: dict[str, Any], scoring: int) -> None:
-        """Redraw the table from the book's snapshot; in a log, say which orders have started."""
+        """Redraw the table from the queue's snapshot; in a log, print which tasks have started."""
         self._tasks = {row["id"]: row for row in snapshot["tasks"]}
         lanes = snapshot["lanes"].values()
         busy = sum(1 for lane in lanes if lane["task"])
@@ -104,7 +104,7 @@ class Progress:
 
     def scored(self, name: str, result: Result) -> None:
         if result.rows:
-            # The first row is the task's own metric; the report has them all.
+            # The first row is the task's own metric; the report has all of them.
             row = result.rows[0]
             attack = "" if row["attack"] == "none" else f"@{row['attack']}"
             self._scores.setdefault(name, []).append(f"{row['task']}{attack} {_number(row['value'])}")
@@ -112,12 +112,12 @@ class Progress:
             self._say(f"[red]{name} {result.task.job.key}: {result.error}[/red]")
 
     def judged(self, done: int, of: int) -> None:
-        """How far the judge has come, every tenth of the way."""
+        """Print the judge's progress, every tenth of the way."""
         if of and (not done or done * 10 // of > (done - 1) * 10 // of):
             self._say(f"judged {done} of {of} answers")
 
     def _remaining(self) -> str:
-        """search 3/8: trials of the stage that have ended, and all of them."""
+        """Return the stage with its ended and all trials: search 3/8."""
         if self._stage is None:
             return ""
         name, stage, trials = self._stage

@@ -57,7 +57,8 @@ class Source:
         quiet_libraries()
         with console.status(f"Loading {self.model}"):
             model, tokenizer = open_base(self.spec())
-        model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if torch.cuda.is_available():
+            model.cuda()  # type: ignore[call-arg]  # a wrapped method that mypy takes for unbound
         return model, tokenizer
 
 
