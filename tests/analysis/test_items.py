@@ -28,7 +28,7 @@ def run_folder(tmp_path_factory) -> RunFolder:
 
 
 def of_arm(run_folder: RunFolder, arm: str) -> list[str]:
-    return [t["trial"] for t in run_folder.trials() if (t["arm"], t["stage"]) == (arm, "final")]
+    return [t.trial for t in run_folder.trials() if (t.arm, t.stage) == (arm, "final")]
 
 
 def score_of(values: list) -> float:

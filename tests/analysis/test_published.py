@@ -102,11 +102,11 @@ def as_in_the_paper(run_folder: RunFolder) -> None:
     atomic_write_text(run_folder.scores_file, text.replace("data=local", "suite=zero-shot@1"))
     atomic_write_yaml(run_folder.run_dir / "config.yaml", {"model_name_or_path": MODEL, "ray": {"num_workers": 8}})
     for record in run_folder.trials():
-        block = record["config"]["macdrop"]
-        block |= {"k": 5, "p0": 0.8, "schedule": "step", "alpha": None} if record["arm"] == "macdrop" else {}
+        block = record.config["macdrop"]
+        block |= {"k": 5, "p0": 0.8, "schedule": "step", "alpha": None} if record.arm == "macdrop" else {}
         flat = {key: value for key, value in SAME.items() if not key.startswith("macdrop.")}
-        config = {**record["config"], **flat, "max_steps": None, "macdrop": block}
-        atomic_write_yaml(run_folder.trial(record["trial"]).folder / "config.yaml", config)
+        config = {**record.config, **flat, "max_steps": None, "macdrop": block}
+        atomic_write_yaml(run_folder.trial(record.trial).folder / "config.yaml", config)
 
 
 def test_the_papers_figures_stand_below_ours_where_the_setting_is_the_same(tmp_path):

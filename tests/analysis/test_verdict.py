@@ -62,8 +62,8 @@ def test_numbers_are_those_of_the_scores(run_folder, found):
     scores = {(r["trial"], r["task"], r["metric"], r["attack"]): r["value"] for r in run_folder.score_rows()}
     arms = {}
     for trial in run_folder.trials():
-        if trial["stage"] == "final":
-            arms.setdefault(trial["arm"], []).append((trial["seed"], trial["trial"]))
+        if trial.stage == "final":
+            arms.setdefault(trial.arm, []).append((trial.seed, trial.trial))
     plain, macdrop = ([scores[t, "qa", "acc", "none"] for _, t in sorted(arms[arm])] for arm in ("plain", "macdrop"))
     one = row(found[0], "zero_shot/qa/acc")
     assert one.plain == pytest.approx(np.mean(plain)) and one.value == pytest.approx(np.mean(macdrop))
@@ -136,7 +136,7 @@ def test_arms_are_compared_inside_a_cell(tmp_path):
 
 def test_what_cannot_be_compared_says_why(tmp_path):
     run_folder = make_run(tmp_path / "run", seeds=(1, 2), **SMALL)
-    plain = next(t["trial"] for t in run_folder.trials() if (t["arm"], t["stage"]) == ("plain", "final"))
+    plain = next(t.trial for t in run_folder.trials() if (t.arm, t.stage) == ("plain", "final"))
     file = run_folder.answers_dir(MODEL, plain) / "zero_shot-arith-none.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for one in rows:

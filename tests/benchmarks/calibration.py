@@ -39,6 +39,8 @@ import numpy as np
 from helpers.simulated import Design, Rate, found, harm, tell
 from measure import machine, table
 
+from tune.storage.states import TaskState
+
 LEVEL, POWER = 0.05, 0.8
 MODEL = "zoo:planted-llama"
 ATTACK = "zeroing@3"
@@ -186,7 +188,12 @@ class Trainer:
                 answers = self.run_folder.answers_dir(MODEL, record.id) / f"{job.key.replace('/', '-')}.jsonl"
                 rows = self.scorer.score(job, model=adapted, answers_path=answers)
                 self.run_folder.add_scores([{**tag, **row, "entry": job.task} for row in rows])
-        record.finish(outcome.status, eval_loss=outcome.eval_loss, step=outcome.step)
+        record.finish(TaskState(outcome.status), eval_loss=outcome.eval_loss, step=outcome.step)
+
+
+def _is_done(run_folder: Any, trial: str) -> bool:
+    record = run_folder.trial(trial).record()
+    return record is not None and record.status == TaskState.DONE
 
 
 def fine_tunings(folder: Path, number: int, steps: int, minutes: float) -> tuple[Any, list[str]]:
@@ -198,7 +205,7 @@ def fine_tunings(folder: Path, number: int, steps: int, minutes: float) -> tuple
     if run_folder.config() != spec:
         raise SystemExit(f"{folder} holds other fine-tunings (its config.yaml differs): give another folder.")
     names = {seed: spec_of(seed, steps).trial_id() for seed in range(1, number + 1)}
-    missing = [seed for seed, name in names.items() if run_folder.trial(name).status != "done"]
+    missing = [seed for seed, name in names.items() if not _is_done(run_folder, name)]
     began, trainer = time.monotonic(), None
     for seed in missing:
         if time.monotonic() - began > 60 * minutes:
@@ -206,7 +213,7 @@ def fine_tunings(folder: Path, number: int, steps: int, minutes: float) -> tuple
         trainer = trainer or Trainer(run_folder, steps)
         trainer.run(seed)
         print(f"  seed {seed}: trained and scored, {time.monotonic() - began:.0f} s", flush=True)
-    return run_folder, [name for name in names.values() if run_folder.trial(name).status == "done"]
+    return run_folder, [name for name in names.values() if _is_done(run_folder, name)]
 
 
 @dataclass(frozen=True)

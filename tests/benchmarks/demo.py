@@ -23,6 +23,8 @@ from typing import Any
 
 from measure import machine, table, verdict
 
+from tune.storage.records import TrialRecord
+
 TARGET_S = 240.0
 
 
@@ -39,7 +41,7 @@ def timestamp(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-def phases(run: dict[str, Any], trials: list[dict[str, Any]], began: float | None, ended: float | None) -> list[Phase]:
+def phases(run: dict[str, Any], trials: list[TrialRecord], began: float | None, ended: float | None) -> list[Phase]:
     """Cut the run at what its records tell; `trials` are those of `RunFolder.trials`, each with its `model`.
 
     began, ended: when the command was typed and when it was through, seconds since 1970; None leaves these ends out.
@@ -47,11 +49,11 @@ def phases(run: dict[str, Any], trials: list[dict[str, Any]], began: float | Non
     marks = [("", began)] if began is not None else []
     marks.append(("command to run folder: imports, checks, Ray", timestamp(run["created"])))
     opening = "lanes, evaluation actors, scan, proof"
-    for model in dict.fromkeys(trial["model"] for trial in trials):
-        mine = [trial for trial in trials if trial["model"] == model]
-        marks.append((f"{opening}, to the first step of {model}", min(timestamp(t["started"]) for t in mine)))
+    for model in dict.fromkeys(trial.model for trial in trials):
+        mine = [trial for trial in trials if trial.model == model]
+        marks.append((f"{opening}, to the first step of {model}", min(timestamp(t.started) for t in mine)))
         marks.append(
-            (f"{len(mine)} trials of {model}, trained and scored", max(timestamp(t["finished"]) for t in mine))
+            (f"{len(mine)} trials of {model}, trained and scored", max(timestamp(t.finished) for t in mine))
         )
         opening = "next model in the evaluation actors"
     marks.append(("Tune's end, base scores", timestamp(run["finished"])))
@@ -60,18 +62,18 @@ def phases(run: dict[str, Any], trials: list[dict[str, Any]], began: float | Non
     return [Phase(name, time - before) for (_, before), (name, time) in zip(marks, marks[1:], strict=False)]
 
 
-def facts(config: dict[str, Any], trials: list[dict[str, Any]], scores: int) -> dict[str, object]:
+def facts(config: dict[str, Any], trials: list[TrialRecord], scores: int) -> dict[str, object]:
     """What the target asks of the run, and how its trials ended."""
-    states = [trial["status"] for trial in trials]
+    states = [trial.status for trial in trials]
     return {
-        "models": len({trial["model"] for trial in trials}),
+        "models": len({trial.model for trial in trials}),
         "trials": len(trials),
         "trials by state": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
         "workers": config["ray"]["num_workers"],
         "zero_stage": config["zero_stage"],
         "scores": scores,
         "seconds in fine-tunings": f"{sum(trial.get('seconds') or 0 for trial in trials):.1f}",
-        "optimizer steps": sum(trial.get("step") or 0 for trial in trials),
+        "optimizer steps": sum(trial.step or 0 for trial in trials),
     }
 
 

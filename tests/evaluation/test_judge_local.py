@@ -167,7 +167,7 @@ def test_the_runs_own_judge_is_the_default_and_another_model_leaves_it_all_behin
 def test_an_old_run_without_stages_is_judged_whole(tmp_path, sure):
     run = answered_run(tmp_path / "run")
     for record in run.trials():
-        file = run.trial(record["trial"]).folder / "trial.json"
+        file = run.trial(record.trial).folder / "trial.json"
         told = json.loads(file.read_text())
         del told["stage"]
         file.write_text(json.dumps(told))

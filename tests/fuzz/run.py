@@ -227,7 +227,7 @@ def runs(folder: Path) -> Callable[[Any], str]:
         run_folder = RunFolder.open(run)
         run_folder.score_rows()  # environment.json is written anew
         for record in run_folder.trials():
-            run_folder.trial(record["trial"]).metrics()
+            run_folder.trial(record.trial).metrics()
         studies(load(run / "config.yaml"))
         if again := mend(run):
             raise Finding(f"mended twice: {again}")

@@ -261,8 +261,8 @@ def make_resumable_run(folder: Path) -> Path:
     atomic_write_yaml(folder / "config.yaml", spec)
     atomic_write_json(folder / "run.json", {**run_folder.run(), "spec": spec})
     for record in run_folder.trials():
-        trial = folder / "trials" / record["trial"]
-        if record["status"] == "done":
+        trial = folder / "trials" / record.trial
+        if record.status == TaskState.DONE:
             for place in ("adapter", f"checkpoints/{folder_name(3)}"):
                 staging = trial / "staging"
                 staging.mkdir(parents=True)

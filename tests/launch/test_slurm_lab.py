@@ -74,8 +74,8 @@ def test_the_same_submit_goes_on_after_a_time_limit_and_no_process_stays(lab, tm
     job = sbatch(8)
     assert job.wait(300) == 0, (tmp_path / "job.log").read_text()[-3000:]
     trials = RunFolder.open(run).trials()
-    assert [trial["status"] for trial in trials] == ["done", "done"]
-    assert max(trial["resumed_from"] or 0 for trial in trials) >= 10, "it went on from a checkpoint"
+    assert [trial.status for trial in trials] == ["done", "done"]
+    assert max(trial.resumed_from or 0 for trial in trials) >= 10, "it went on from a checkpoint"
     assert RunFolder.open(run).run()["status"] == "done"
     assert [host.processes() for host in hosts] == [[], []]
     assert not list(lab.shared.glob(".slurm-8*")), "the note that ends the nodes is taken away"

@@ -107,8 +107,8 @@ def run_dir(tmp_path_factory, trained) -> Path:
     """A run with scores under attack; its adapters are the real one's files."""
     run_folder = make_run(tmp_path_factory.mktemp("runs") / "demo", arms=("plain", "macdrop"), seeds=(1, 2))
     for trial in run_folder.trials():
-        if trial["status"] == "done":
-            shutil.copytree(trained / "adapter", run_folder.trial(trial["trial"]).adapter_dir, dirs_exist_ok=True)
+        if trial.status == "done":
+            shutil.copytree(trained / "adapter", run_folder.trial(trial.trial).adapter_dir, dirs_exist_ok=True)
     return run_folder.run_dir
 
 

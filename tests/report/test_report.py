@@ -287,7 +287,7 @@ def test_a_run_from_before_there_were_stages(tmp_path):
         arm = "macdrop" if block["k"] else "plain"
         record = run_folder.trial(trial)
         record.start({"model_name_or_path": "m", "seed": 0, "macdrop": block}, model="m", arm=arm, seed=0)
-        kept = {key: value for key, value in record.info.items() if key not in ("stage", "setting", "cell")}
+        kept = record.record().model_dump(exclude={"stage", "setting", "cell", "config"}, exclude_unset=True)
         record._write(**kept)
         record.finish(TaskState.DONE, eval_loss=loss, step=20, seconds=1.2)
         run_folder.add_scores(

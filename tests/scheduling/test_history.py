@@ -19,6 +19,8 @@ from tune.scheduling.early_stopping import cuts
 from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, PastTrial
 from tune.scheduling.study import Study, studies
 from tune.storage import search_state
+from tune.storage.records import TrialRecord
+from tune.storage.states import TaskState
 
 TOTAL, EVERY = 40, 4
 ONE = "{name: eval_loss}"
@@ -36,12 +38,18 @@ def planned(*overrides: str) -> tuple[RunSpec, Study]:
     return spec, study
 
 
+def record(**content: Any) -> TrialRecord:
+    about = {"trial": "t", "model": "m", "arm": "macdrop", "seed": 0, "status": "running"}
+    return TrialRecord(**{**about, **content})
+
+
 @dataclass
 class Kept:
     """What a run folder keeps of a search: the draws, and of each trial its record and its validations."""
 
     draws: list[dict[str, Any]] = field(default_factory=list)
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    objectives: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    records: dict[str, TrialRecord] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
@@ -65,17 +73,16 @@ def search(spec: RunSpec, study: Study, kept: Kept, trials: int, die_at: int | N
     several = len(spec.sweep.metric) > 1
     standing = {
         trial: state
-        for trial, record in kept.records.items()
-        if (state := past.resume_state(record, adapter=True, scored=True))
+        for trial, each in kept.records.items()
+        if (state := past.resume_state(each, adapter=True, scored=True))
     }
     reports = {trial: past.judged(kept.records[trial], kept.metrics[trial]) for trial in standing}
     known = []
     for values in kept.draws:
         trial = name(values)
-        record = kept.records.get(trial, {})
-        known.append(
-            past.past(values, standing.get(trial), record, record.get("objectives", ()), reports.get(trial, ()))
-        )
+        known_record = kept.records.get(trial, record())
+        objectives = kept.objectives.get(trial, ())
+        known.append(past.past(values, standing.get(trial), known_record, objectives, reports.get(trial, ())))
     before = len([each for each in known if each.state != OPEN])
     searcher = optuna_searcher(spec.sweep, known, lambda number, values: kept.draws.append(values))
     searcher.set_search_properties(None, None, param_space(study, None))
@@ -84,14 +91,14 @@ def search(spec: RunSpec, study: Study, kept: Kept, trials: int, die_at: int | N
         values = searcher.suggest(f"{before} {number}")
         trial = SimpleNamespace(trial_id=f"{before} {number}", config=values)
         rows = kept.metrics.setdefault(name(values), [])
-        record = kept.records.setdefault(name(values), {"status": "running"})
+        mine = kept.records.setdefault(name(values), record())
         asha.on_trial_add(None, trial)
         diverges, result = values["learning_rate"] > 5e-3, None
         for step in range(EVERY, TOTAL + 1, EVERY):
             if number == trials - 1 and die_at is not None and step > die_at:
                 return
             if diverges and step > TOTAL // 2:
-                record.update(status="diverged", step=step)
+                mine.status, mine.step = TaskState.DIVERGED, step
                 searcher.on_trial_complete(trial.trial_id, result)
                 break
             result = {"training_iteration": step, "step": step, "eval_loss": loss(values, step)}
@@ -100,14 +107,15 @@ def search(spec: RunSpec, study: Study, kept: Kept, trials: int, die_at: int | N
             if asha.on_trial_result(None, trial, result) == TrialScheduler.STOP:
                 # A lane is always a little ahead of the word to stop.
                 rows.append({"step": step + EVERY, "eval_loss": 0.0})
-                record.update(status="stopped", step=step + EVERY, judged=step)
+                mine.status, mine.step, mine.judged = TaskState.STOPPED, step + EVERY, step
                 searcher.on_trial_complete(trial.trial_id, result)
                 break
             searcher.on_trial_result(trial.trial_id, result)
         else:
             accuracy = 1 / (1 + loss(values, TOTAL))
             objectives = (accuracy, result["eval_loss"]) if several else (result["eval_loss"],)
-            record.update(status="done", step=TOTAL, objectives=objectives)
+            mine.status, mine.step = TaskState.DONE, TOTAL
+            kept.objectives[name(values)] = objectives
             asha.on_trial_complete(None, trial, result)
             searcher.on_trial_complete(trial.trial_id, {**result, FINISHED: True, "zero_shot/a/acc": accuracy})
 
@@ -176,7 +184,7 @@ def test_a_trial_that_comes_again_counts_once_on_a_rung():
 
 
 @pytest.mark.parametrize(
-    ("record", "found", "state"),
+    ("content", "found", "state"),
     [
         ({"status": "done"}, {}, "done"),
         ({"status": "done"}, {"scored": False}, "trained"),
@@ -194,19 +202,19 @@ def test_a_trial_that_comes_again_counts_once_on_a_rung():
         ({"status": "failed", "kind": "storage"}, {}, None),
     ],
 )
-def test_how_a_trial_stands_in_a_resumed_run(record, found, state):
-    assert past.resume_state(record, **{"adapter": True, "scored": True, **found}) == state
+def test_how_a_trial_stands_in_a_resumed_run(content, found, state):
+    assert past.resume_state(record(**content), **{"adapter": True, "scored": True, **found}) == state
 
 
 def test_what_the_searcher_is_told_of_a_draw():
     reports = [(4, 2.0), (8, 1.0)]
     drawn = {"macdrop.p0": 0.5}
-    assert past.past(drawn, None, {}, (), ()) == PastTrial(drawn, OPEN)
-    assert past.past(drawn, "trained", {}, (1.0,), reports) == PastTrial(drawn, OPEN)
-    assert past.past(drawn, "done", {}, (1.0,), reports) == PastTrial(drawn, COMPLETE, (1.0,))
-    assert past.past(drawn, "done", {}, (None,), reports) == PastTrial(drawn, PRUNED, None, tuple(reports))
-    assert past.past(drawn, "stopped", {"judged": 8}, (), reports) == PastTrial(drawn, PRUNED, None, ((4, 2.0),))
-    assert past.past(drawn, "failed", {}, (), reports) == PastTrial(drawn, FAILED)
+    assert past.past(drawn, None, record(), (), ()) == PastTrial(drawn, OPEN)
+    assert past.past(drawn, "trained", record(), (1.0,), reports) == PastTrial(drawn, OPEN)
+    assert past.past(drawn, "done", record(), (1.0,), reports) == PastTrial(drawn, COMPLETE, (1.0,))
+    assert past.past(drawn, "done", record(), (None,), reports) == PastTrial(drawn, PRUNED, None, tuple(reports))
+    assert past.past(drawn, "stopped", record(judged=8), (), reports) == PastTrial(drawn, PRUNED, None, ((4, 2.0),))
+    assert past.past(drawn, "failed", record(), (), reports) == PastTrial(drawn, FAILED)
 
 
 def test_validations_after_the_word_to_stop_were_told_nobody():
@@ -215,7 +223,7 @@ def test_validations_after_the_word_to_stop_were_told_nobody():
         *({"step": s, "eval_loss": 1.0 * s} for s in (4, 8)),
         {"step": 9, "eval_loss": None},
     ]
-    assert past.judged({}, rows) == [(4, 4.0), (8, 8.0)] and past.judged({"judged": 4}, rows) == [(4, 4.0)]
+    assert past.judged(record(), rows) == [(4, 4.0), (8, 8.0)] and past.judged(record(judged=4), rows) == [(4, 4.0)]
 
 
 def test_time_spent_searching_adds_up_over_runs_and_deaths(tmp_path, monkeypatch):
@@ -252,7 +260,7 @@ def test_a_damaged_search_time_is_refused(content, tmp_path):
 
 def test_draws_are_kept_in_their_order(tmp_path):
     file = tmp_path / "draws.jsonl"
-    records = [{"drawn": {"a": 9}}, {"drawn": None}, {}]
+    records = [record(drawn={"a": 9}), record(drawn=None), record()]
     assert search_state.draws(file, records) == [{"a": 9}], "runs of versions that kept no draws"
     for number in (0, 1, 3, 1):
         search_state.remember(file, number, {"a": number})

@@ -20,6 +20,8 @@ from tune.scheduling.selection import (
     twins,
 )
 from tune.scheduling.study import Study, studies
+from tune.storage.records import TrialRecord
+from tune.storage.states import TaskState
 
 DOWN, UP = Metric(name="eval_loss"), Metric(name="zero_shot/a/acc", goal="maximize")
 
@@ -112,9 +114,11 @@ def test_a_missing_or_infinite_objective_is_no_objective():
 def test_a_trial_stopped_before_it_began_was_not_tried():
     of = study()
     spec = of.searched({"macdrop.p0": 0.2})
-    record = {"trial": "t", "status": "stopped", "config": spec.model_dump(), "eval_loss": None}
-    assert not candidate(record, {}, [DOWN]).begun and candidate({**record, "step": 3}, {}, [DOWN]).begun
-    assert candidate({**record, "eval_loss": 0.5}, {UP.name: 0.25}, [UP, DOWN]).values == (0.25, 0.5)
+    known = {"trial": "t", "model": "m", "arm": "macdrop", "seed": 0, "config": spec.model_dump()}
+    record = TrialRecord(**known, status=TaskState.STOPPED)
+    assert not candidate(record, {}, [DOWN]).begun
+    assert candidate(record.model_copy(update={"step": 3}), {}, [DOWN]).begun
+    assert candidate(record.model_copy(update={"eval_loss": 0.5}), {UP.name: 0.25}, [UP, DOWN]).values == (0.25, 0.5)
     content, _ = select(of, [*found(of, (0.1,)), candidate(record, {}, [DOWN])], [DOWN])
     assert content["tried"] == 1
 

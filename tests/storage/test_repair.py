@@ -81,7 +81,7 @@ def test_a_damaged_file_is_mended_or_made_again(folder, name, damage):
     find, told = FILES[name]
     file = find(folder)
     run_folder = RunFolder(folder)
-    before = {record["trial"]: record for record in run_folder.trials()}
+    before = {record.trial: record for record in run_folder.trials()}
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
     notes = mend(folder)
     torn = (name in APPENDED and damage in ("empty", "half")) or (name, damage) == ("answers", "another's")
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_mended_or_made_again(folder, name, damage):
     if name == "answers":
         scored = {row["trial"] for row in run_folder.score_rows() if row["task"] == "qa"}
         assert (file.parents[1].name in scored) == torn, "scores go with their answers"
-    after = {record["trial"]: record for record in run_folder.trials()}
+    after = {record.trial: record for record in run_folder.trials()}
     assert run_folder.run()["status"] and run_folder.score_rows() is not None
     assert RunSpec.model_validate(run_folder.config()) and flat_equal(run_folder, before, after, name)
     for trial in after:

@@ -17,7 +17,8 @@ import yaml
 from macdrop.errors import ConfigError
 from tune.errors import ResourceError
 from tune.storage import atomic as files
-from tune.storage.run_folder import SCORE_COLUMNS, RunFolder
+from tune.storage.records import SCORE_COLUMNS
+from tune.storage.run_folder import RunFolder
 from tune.storage.states import RunStatus, TaskState
 
 SPEC = {"model_name_or_path": "zoo:planted-llama", "macdrop": {"k": 5, "p0": 0.8}, "learning_rate": 1e-4}
@@ -116,15 +117,15 @@ def test_a_model_has_one_folder_by_either_name(run_folder):
 
 def test_a_trial_from_start_to_end(run_folder):
     trial = run_folder.trial("macdrop-1")
-    assert trial.status == "pending"
+    assert trial.record() is None
     trial.start({"learning_rate": 1e-4}, model="m", arm="macdrop", seed=3)
-    assert trial.status == "running"
+    assert trial.record().status == TaskState.RUNNING
     trial.log([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan"), "p": np.float32(0.5)}])
     trial.finish(TaskState.DONE, eval_loss=np.float64(1.5), steps=2)
     (record,) = RunFolder.open(run_folder.run_dir).trials()
-    assert record["config"] == {"learning_rate": 1e-4} and record["eval_loss"] == 1.5 and record["attempts"] == 1
-    assert (record["model"], record["arm"], record["seed"], record["status"]) == ("m", "macdrop", 3, "done")
-    assert record["started"] <= record["finished"]
+    assert record.config == {"learning_rate": 1e-4} and record.eval_loss == 1.5 and record.attempts == 1
+    assert (record.model, record.arm, record.seed, record.status) == ("m", "macdrop", 3, "done")
+    assert record.started <= record.finished
     assert trial.metrics() == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "p": 0.5}]
     assert len(pandas.read_json(trial.folder / "metrics.jsonl", lines=True)) == 2
 
@@ -137,14 +138,14 @@ def test_a_resumed_trial_logs_each_step_once(run_folder):
     resumed.log([{"step": 2, "loss": 20}])
     resumed.log([{"step": 3, "loss": 30}, {"step": 4, "loss": 40}])
     assert [(row["step"], row["loss"]) for row in resumed.metrics()] == [(1, 1), (2, 20), (3, 30), (4, 40)]
-    assert resumed.info["attempts"] == 2
+    assert resumed.record().attempts == 2
 
 
 def test_a_failed_trial_keeps_its_reason(run_folder):
     trial = run_folder.trial("t")
     trial.start({}, model="m", arm="plain", seed=0)
     trial.finish(TaskState.DIVERGED, "loss is nan at step 3")
-    assert run_folder.trials()[0]["reason"] == "loss is nan at step 3"
+    assert run_folder.trials()[0].reason == "loss is nan at step 3"
     with pytest.raises(AssertionError):
         trial.finish(TaskState.RUNNING)
     with pytest.raises(AssertionError):

@@ -65,7 +65,7 @@ WORDS = {
     "finish": lambda run_folder: run_folder.trial("t").finish(TaskState.FAILED, "x"),
     "status": lambda run_folder: run_folder.set_status(RunStatus.FAILED),
     "read scores": lambda run_folder: run_folder.score_rows(),
-    "read a trial": lambda run_folder: run_folder.trial("t").info,
+    "read a trial": lambda run_folder: run_folder.trial("t").record().model_dump(),
     "read metrics": lambda run_folder: run_folder.trial("t").metrics(),
 }
 
@@ -84,7 +84,7 @@ def test_a_journal_waits_for_storage_that_is_gone(word, tmp_path, caplog):
     listed = [sorted(p.relative_to(j.run_dir) for p in j.run_dir.rglob("*")) for j in (run_folder, calm)]
     assert listed[0] == listed[1]
     assert len(read_jsonl(run_folder.scores_file)) == len(read_jsonl(calm.scores_file))
-    assert run_folder.trial("t").info["attempts"] == 1
+    assert run_folder.trial("t").record().attempts == 1
     assert [record.message for record in caplog.records] == [
         f"The storage of {run_folder.run_dir} is gone (is not there): waiting up to 120 s for it."
     ]

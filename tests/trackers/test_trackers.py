@@ -12,7 +12,7 @@ import yaml
 from macdrop.errors import ConfigError
 from tune.config.messages import build
 from tune.config.run_spec import RunSpec, TrainSpec, dump
-from tune.storage.run_folder import RunFolder, TrialRecord
+from tune.storage.run_folder import RunFolder, TrialFolder
 from tune.storage.states import TaskState
 from tune.trackers import backends as trackers
 from tune.trackers.sync import OneTrial, TrackerSync, trials_of_run
@@ -255,7 +255,7 @@ def test_report_to_is_validated_and_not_part_of_a_trial():
 def test_single_training_is_copied_under_its_trial_id(tmp_path):
     with OneTrial(["tensorboard"], SPEC, tmp_path, pytest.fail) as followed:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(dump(SPEC)))
-        TrialRecord(tmp_path).log([{"step": 1, "loss": 2.0}])
+        TrialFolder(tmp_path).log([{"step": 1, "loss": 2.0}])
         followed.status = "done"
     assert ("loss", 1, 2.0) in scalars(tmp_path / "tensorboard" / SPEC.trial_id())
-    assert trackers_of(TrialRecord(tmp_path))["tensorboard"]["end"] == "finished"
+    assert trackers_of(TrialFolder(tmp_path))["tensorboard"]["end"] == "finished"

@@ -19,6 +19,7 @@ from tune.config.parse import flatten
 from tune.config.recorded import asked_for, block_of, models_of
 from tune.config.run_spec import CELL_KEYS, slug
 from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
+from tune.storage.records import TrialRecord
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import Stage, TaskState
 
@@ -36,10 +37,10 @@ class Line:
     label: str
     trial: str
     arm: str
-    status: str
+    status: TaskState
     reason: str | None = None
     seed: int | None = None
-    stage: str = Stage.FINAL
+    stage: Stage = Stage.FINAL
     group: str = ""
     cell: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -139,14 +140,15 @@ def collect(run_folder: RunFolder) -> list[ModelResults]:
     """The results of each model of a run, finished or not, in the order of its spec."""
     config, trials, rows = run_folder.config(), run_folder.trials(), run_folder.score_rows()
     names = [slug(name) for name in models_of(config)]
-    names += [slug(item["model"]) for item in (*trials, *rows)]
-    display = {slug(name): name for name in (*(item["model"] for item in (*trials, *rows)), *models_of(config))}
+    recorded = [*(trial.model for trial in trials), *(row["model"] for row in rows)]
+    names += [slug(model) for model in recorded]
+    display = {slug(model): model for model in (*recorded, *models_of(config))}
     return [
         _model(
             run_folder,
             name,
             display[name],
-            [trial for trial in trials if slug(trial["model"]) == name],
+            [trial for trial in trials if slug(trial.model) == name],
             [row for row in rows if slug(row["model"]) == name],
             config,
         )
@@ -168,7 +170,7 @@ def _model(
     run_folder: RunFolder,
     name: str,
     display: str,
-    trials: list[dict[str, Any]],
+    trials: list[TrialRecord],
     rows: list[dict[str, Any]],
     config: Mapping[str, Any],
 ) -> ModelResults:
@@ -208,23 +210,23 @@ def _model(
     )
 
 
-def _line(trial: Mapping[str, Any]) -> Line:
-    settings = flatten(trial["config"])
+def _line(trial: TrialRecord) -> Line:
+    settings = flatten(trial.config)
     line = Line(
         label="",
-        trial=trial["trial"],
-        arm=trial.get("arm", "macdrop"),
-        status=trial.get("status", "unknown"),
-        reason=trial.get("reason"),
-        seed=trial.get("seed"),
-        stage=trial.get("stage") or Stage.FINAL,
-        group=trial.get("setting") or _setting_text(settings, trial.get("arm", "macdrop")),
-        cell=trial.get("cell") or {key: settings[key] for key in CELL_KEYS if settings.get(key)},
+        trial=trial.trial,
+        arm=trial.arm,
+        status=trial.status,
+        reason=trial.reason,
+        seed=trial.seed,
+        stage=trial.stage,
+        group=trial.setting or _setting_text(settings, trial.arm),
+        cell=trial.cell or {key: settings[key] for key in CELL_KEYS if settings.get(key)},
         settings=settings,
-        info=dict(trial),
+        info=trial.model_dump(exclude_unset=True),
     )
-    if trial.get("eval_loss") is not None:
-        line.scores[EVAL_LOSS] = Cell(trial["eval_loss"])
+    if trial.eval_loss is not None:
+        line.scores[EVAL_LOSS] = Cell(trial.eval_loss)
     return line
 
 

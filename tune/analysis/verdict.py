@@ -22,6 +22,7 @@ from tune.analysis.paired_samples import Samples
 from tune.config.parse import flatten
 from tune.config.run_spec import slug
 from tune.evaluation.score_names import Column, mean_columns
+from tune.storage.records import TrialRecord
 from tune.storage.run_folder import RunFolder
 
 __all__ = ["Comparison", "Verdict", "verdicts"]
@@ -70,10 +71,10 @@ def verdicts(run_folder: RunFolder, model: str) -> list[Verdict]:
     """
     content = run_folder.finding(run_folder.finalists_file(model)) or {}
     seeds = content.get("seeds", [])
-    trials = [t for t in run_folder.trials() if slug(t.get("model", "")) == slug(model) and t.get("seed") in seeds]
+    trials = [t for t in run_folder.trials() if slug(t.model) == slug(model) and t.seed in seeds]
     settings = _by_setting(trials)
     samples = Samples(run_folder, model)
-    name = next((t["model"] for t in trials), model)
+    name = next((t.model for t in trials), model)
     run = _Run(name, content.get("tried", 0), len(seeds), fresh=seeds != [run_folder.config().get("seed", 0)])
     found = []
     for row in content.get("cells", []):
@@ -86,11 +87,11 @@ def verdicts(run_folder: RunFolder, model: str) -> list[Verdict]:
     return found
 
 
-def _by_setting(trials: Iterable[Mapping[str, Any]]) -> dict[str, Setting]:
+def _by_setting(trials: Iterable[TrialRecord]) -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for t in trials:
-        setting = found.setdefault(t["setting"], Setting(t.get("arm", ""), t["setting"], flatten(t["config"])))
-        setting.trials[t["seed"]] = t["trial"]
+        setting = found.setdefault(t.setting, Setting(t.arm, t.setting, flatten(t.config)))
+        setting.trials[t.seed] = t.trial
     return found
 
 

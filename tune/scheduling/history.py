@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune.config.sections import EVAL_LOSS
+from tune.storage.records import TrialRecord
 from tune.storage.states import TaskState
 
 #: How a draw of an earlier run stands: to be tried (again), with its objectives, without any, or not to be counted.
@@ -37,32 +38,32 @@ class PastTrial:
 
 
 def resume_state(
-    record: Mapping[str, Any], *, adapter: bool, scored: bool, retry_failed: bool = False
+    record: TrialRecord, *, adapter: bool, scored: bool, retry_failed: bool = False
 ) -> TaskState | None:
     """In which state of an order (`tune.scheduling.queue`) a trial enters a resumed run; None: it is yet to be trained.
 
     record: its trial.json. adapter: whether a whole adapter lies in its folder. scored: whether it has all its scores.
     """
-    status = TaskState(record["status"])
+    status = record.status
     if status == TaskState.DONE and scored:
         return status  # also where its adapter was deleted to save room
-    if status == TaskState.DONE or (status == TaskState.RUNNING and record.get("trained")):
+    if status == TaskState.DONE or (status == TaskState.RUNNING and record.trained):
         return TaskState.TRAINED if adapter else None
     if status == TaskState.STOPPED:
-        return status if record.get("step") is not None else None  # given up before it began: it says nothing
+        return status if record.step is not None else None  # given up before it began: it says nothing
     if status == TaskState.FAILED:
         return status if not retry_failed and lies_with_the_trial(record) else None
     return status if status == TaskState.DIVERGED and not retry_failed else None
 
 
-def lies_with_the_trial(record: Mapping[str, Any]) -> bool:
+def lies_with_the_trial(record: TrialRecord) -> bool:
     """Whether a failed trial would fail again: no machine was lost under it, nothing was short."""
-    return record.get("kind") is None or record["kind"] in DETERMINISTIC
+    return record.kind is None or record.kind in DETERMINISTIC
 
 
-def judged(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+def judged(record: TrialRecord, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     """Steps and validation losses of a trial that its scheduler was told: a lane may be ahead of the word to stop."""
-    last = record.get("judged")
+    last = record.judged
     return [
         (row["step"], row[EVAL_LOSS])
         for row in metrics
@@ -73,7 +74,7 @@ def judged(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> l
 def past(
     drawn: dict[str, Any],
     state: TaskState | None,
-    record: Mapping[str, Any],
+    record: TrialRecord,
     objectives: Sequence[float | None],
     reports: Sequence[tuple[int, float]],
 ) -> PastTrial:
@@ -89,5 +90,5 @@ def past(
     if state == TaskState.DONE and all(value is not None and math.isfinite(value) for value in objectives):
         return PastTrial(drawn, COMPLETE, tuple(objectives))
     # The searcher is not told of the very validation for which a trial is stopped.
-    last = record.get("judged")
+    last = record.judged
     return PastTrial(drawn, PRUNED, None, tuple(pair for pair in reports if last is None or pair[0] < last))

@@ -28,6 +28,7 @@ from tune.config.run_spec import TrainSpec, dump
 from tune.config.sections import ARMS, EVAL_LOSS, MacDropSpec
 from tune.config.sweep_spec import Metric
 from tune.scheduling.study import Study, as_plain
+from tune.storage.records import TrialRecord
 from tune.storage.states import TaskState
 
 
@@ -36,7 +37,7 @@ class Candidate:
     """A trial of the search; `values` are its objectives as they were measured, None where one is missing."""
 
     trial: str
-    status: str
+    status: TaskState
     spec: TrainSpec
     values: tuple[float | None, ...]
     begun: bool = True
@@ -48,15 +49,15 @@ class Candidate:
         return done and all(value is not None and math.isfinite(value) for value in self.values)
 
 
-def candidate(record: Mapping[str, Any], scores: Mapping[str, float], objectives: Sequence[Metric]) -> Candidate:
+def candidate(record: TrialRecord, scores: Mapping[str, float], objectives: Sequence[Metric]) -> Candidate:
     """A trial as the journal has it; `scores` are its validation scores by their names in `sweep.metric`."""
-    known = {**scores, EVAL_LOSS: record.get("eval_loss")}
+    known = {**scores, EVAL_LOSS: record.eval_loss}
     return Candidate(
-        trial=record["trial"],
-        status=record["status"],
-        spec=TrainSpec.model_validate(record["config"]),
+        trial=record.trial,
+        status=record.status,
+        spec=TrainSpec.model_validate(record.config),
         values=tuple(known.get(metric.name) for metric in objectives),
-        begun=record["status"] != TaskState.STOPPED or record.get("step") is not None,
+        begun=record.status != TaskState.STOPPED or record.step is not None,
     )
 
 

@@ -20,17 +20,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from macdrop.errors import ConfigError
 from tune.errors import ResourceError
 
-if TYPE_CHECKING:
-    pass
-
 T = TypeVar("T")
-Kinds = Mapping[str, tuple[type, ...]]
+Check = Callable[[dict[str, Any]], object]
 log = logging.getLogger(__name__)
 
 
@@ -220,14 +216,14 @@ def read_jsonl(
     problems: list[str] | None = None,
     needs: Collection[str] = (),
     within: str | os.PathLike | None = None,
-    kinds: Kinds = MappingProxyType({}),
+    check: Check | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of a file written by `append_jsonl`; a missing file is an empty list, what a crash tore is left out.
 
     Args:
         problems: where damaged lines are described, each once, instead of raised.
         needs: keys that each row must have.
-        kinds: what the values of some keys may be, where they are there.
+        check: raises a ValueError for content that is not valid.
 
     Raises:
         ConfigError: a complete line is no JSON object, or lacks a key; the message has file and line.
@@ -242,7 +238,9 @@ def read_jsonl(
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            check_mapping(row, needs, kinds)
+            check_mapping(row, needs)
+            if check is not None:
+                check(row)
             rows.append(row)
         except (ValueError, RecursionError) as error:
             kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
@@ -258,14 +256,12 @@ def read_mapping(
     problems: list[str] | None = None,
     needs: Collection[str] = (),
     within: str | os.PathLike | None = None,
-    kinds: Kinds = MappingProxyType({}),
 ) -> dict[str, Any] | None:
-    """The mapping that a .json or .yaml file holds.
+    """Read the mapping that a .json or .yaml file holds.
 
     Args:
-        problems: where a damaged file is described, once, and None returned, instead of raised.
+        problems: where a damaged file is noted, once, and None returned, instead of raising.
         needs: keys that the mapping must have.
-        kinds: what the values of some keys may be, where they are there.
 
     Raises:
         ConfigError: the file cannot be read as a mapping, or lacks a key; the message has the path.
@@ -282,14 +278,20 @@ def read_mapping(
                 found = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(error) from error
-        check_mapping(found, needs, kinds)
+        check_mapping(found, needs)
     except (OSError, ValueError, RecursionError) as error:
-        told = f"{path} is damaged: {' '.join(str(error).split())}"
-        if problems is None:
-            raise ConfigError(told) from error
-        problems += [told] if told not in problems else []
+        report_damage(path, error, problems)
         return None
     return found
+
+
+def report_damage(path: Path, error: Exception, problems: list[str] | None) -> None:
+    """Note a damaged file in `problems`, once; without such a list raise a ConfigError."""
+    message = f"{path} is damaged: {' '.join(str(error).split())}"
+    if problems is None:
+        raise ConfigError(message) from error
+    if message not in problems:
+        problems.append(message)
 
 
 def plain(value: Any) -> Any:
@@ -314,16 +316,13 @@ def plain(value: Any) -> Any:
     raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
 
 
-def check_mapping(found: Any, needs: Collection[str], kinds: Kinds) -> None:
-    """Raise a ValueError unless `found` is a mapping with these keys, and values of these kinds."""
+def check_mapping(found: Any, needs: Collection[str] = ()) -> None:
+    """Raise a ValueError unless `found` is a mapping with these keys."""
     if not isinstance(found, dict):
         raise ValueError("it holds no mapping")
     missing = [key for key in needs if key not in found]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
-    for key, kind in kinds.items():
-        if key in found and type(found[key]) not in kind:
-            raise ValueError(f"{key} cannot be {found[key]!r:.80}")
 
 
 def _cut_torn(handle: int) -> int:

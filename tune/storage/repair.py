@@ -23,19 +23,18 @@ from tune.storage.atomic import (
     atomic_write_json,
     atomic_write_text,
     atomic_write_yaml,
-    check_mapping,
     now,
     read_mapping,
 )
 from tune.storage.environment import version
-from tune.storage.run_folder import BASE, LAYOUT, SCORE_KINDS, SCORE_NEEDS, TRIAL_KINDS
+from tune.storage.records import Finalists, RunRecord, TrialRecord, check_score, parse, read_record
+from tune.storage.run_folder import BASE, LAYOUT
 from tune.storage.sealed_folder import tidy, verify
 from tune.storage.search_state import search_time
-from tune.storage.states import RunStatus, Stage, TaskState
+from tune.storage.states import RunStatus, TaskState
 
 #: What went wrong with a file that cannot be believed.
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-FINALISTS = ("cells", "settings", "seeds", "objectives", "tried")
 
 
 def check_run(run_dir: Path) -> None:
@@ -65,7 +64,7 @@ def mend(run_dir: Path) -> list[str]:
     for folder in sorted((run_dir / "models").glob("*/")):
         notes += _finding(folder / "massive_weights.json", _massive_weights, "found again")
         notes += _finding(folder / "proof.json", lambda file: read_mapping(file, needs=("verdict",)), "made again")
-        notes += _finding(folder / "finalists.json", _finalists, "selected again")
+        notes += _finding(folder / "finalists.json", lambda file: read_record(file, Finalists), "selected again")
         notes += _finding(folder / "search_time.json", search_time, "time is counted anew")
         notes += _lines(folder / "draws.jsonl", _draw, "what is missing is drawn again")
         if redone:
@@ -113,8 +112,8 @@ def _run_files(run_dir: Path) -> list[str]:
 
 
 def _run(file: Path) -> dict[str, Any]:
-    run = read_mapping(file, needs=("name", "created", "status"))
-    RunStatus(run["status"])
+    run = read_mapping(file)
+    parse(RunRecord, run)
     return run
 
 
@@ -170,10 +169,9 @@ def _trial(folder: Path) -> list[str]:
 
 def _record(file: Path) -> dict[str, Any]:
     """trial.json, with all that a resumed run makes of it."""
-    record = read_mapping(file, needs=("trial", "model", "arm", "seed", "status"), kinds=TRIAL_KINDS)
-    TaskState(record["status"]), Stage(record.get("stage", Stage.FINAL))
-    if record["trial"] != file.parent.name:
-        raise ValueError(f"{file} holds something else than a trial")
+    record = read_mapping(file)
+    if parse(TrialRecord, record).trial != file.parent.name:
+        raise ValueError(f"{file} is the record of another trial")
     return record
 
 
@@ -201,23 +199,13 @@ def _massive_weights(file: Path) -> Any:
         raise ValueError(error) from None
 
 
-def _finalists(file: Path) -> Any:
-    found = read_mapping(file, needs=FINALISTS)
-    specs = {name: TrainSpec.model_validate(spec) for name, spec in found["settings"].items()}
-    for cell in found["cells"]:
-        wanted = [*([cell["plain"]] if cell["plain"] is not None else []), *cell["macdrop"], *cell["placebos"].values()]
-        if any(specs[name].setting_id() != name for name in wanted):
-            raise ValueError(f"{file}: a setting has another setting's name")
-    return found
-
-
 def _draw(row: Mapping[str, Any]) -> bool:
     return type(row.get("number")) is int and isinstance(row.get("values"), dict)
 
 
 def _score(row: Mapping[str, Any]) -> bool:
-    check_mapping(row, (*SCORE_NEEDS, "arm"), {**SCORE_KINDS, "arm": (str,)})
-    return True
+    check_score(row)
+    return isinstance(row.get("arm"), str)
 
 
 def _number(value: Any) -> bool:

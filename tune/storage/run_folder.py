@@ -40,6 +40,7 @@ from tune.storage.atomic import (
     stat,
 )
 from tune.storage.environment import environment, version
+from tune.storage.records import SCORE_COLUMNS, SCORE_KEY, TrialRecord, check_score, read_record
 from tune.storage.run_lock import FILE, GUARD
 from tune.storage.states import RunStatus, Stage, TaskState
 
@@ -47,23 +48,6 @@ if TYPE_CHECKING:
     import pandas
 
 LAYOUT = 1
-SCORE_KEY = ("model", "trial", "split", "benchmark", "task", "metric", "attack", "attack_on")
-"""What makes a score one score: a later line with the same values replaces the earlier one."""
-SCORE_COLUMNS = (
-    *("model", "arm", "trial", "seed", "split", "benchmark", "task", "version", "metric", "attack", "attack_on"),
-    *("value", "stderr", "n", "higher_is_better", "batch_size", "limit", "num_fewshot"),
-)
-#: What readers of trial.json and scores.jsonl rely on: the kinds of values, and the keys of a score.
-_TEXT, _NUMBER, _TRIAL = (str, type(None)), (int, float, type(None)), ("trial", "model", "arm", "status", "stage")
-TRIAL_KINDS = dict.fromkeys(_TRIAL, (str,)) | dict.fromkeys(("started", "setting", "reason"), _TEXT)
-TRIAL_KINDS |= dict.fromkeys(("seed", "step", "train_loss", "eval_loss", "seconds", "attempts", "judged"), _NUMBER)
-TRIAL_KINDS |= dict.fromkeys(("cell", "drawn"), (dict, type(None)))
-SCORE_KINDS = dict.fromkeys(("model", "trial", "benchmark", "task", "metric", "split"), (str,))
-SCORE_KINDS |= dict.fromkeys(("arm", "attack", "attack_on", "entry", "judgements", "settings"), _TEXT)
-SCORE_KINDS |= dict.fromkeys(("value", "stderr", "n", "seed", "seconds"), _NUMBER)
-SCORE_NEEDS = ("model", "trial", "benchmark", "task", "metric", "value")
-
-
 #: What a claim leaves in a folder that holds nothing else.
 NAMES = frozenset({FILE, GUARD})
 
@@ -177,24 +161,21 @@ class RunFolder:
 
     # --- trials ---
 
-    def trial(self, trial_id: str) -> TrialRecord:
-        """The record of a trial; nothing is written before its `start`."""
+    def trial(self, trial_id: str) -> TrialFolder:
+        """Return the folder of a trial; nothing is written before its `start`."""
         assert trial_id and Path(trial_id).name == trial_id, trial_id
-        return TrialRecord(self.run_dir / "trials" / trial_id, self.problems, within=self.run_dir)
+        return TrialFolder(self.run_dir / "trials" / trial_id, self.problems, within=self.run_dir)
 
-    def trials(self) -> list[dict[str, Any]]:
-        """What trial.json of each trial holds, with its `config`; in order of start.
-
-        Runs of versions that knew no stages count as final: all of their trials were compared.
-        """
+    def trials(self) -> list[TrialRecord]:
+        """Return the records of all trials, by start."""
         records = []
         for file in (self.run_dir / "trials").glob("*/trial.json"):
-            config = file.with_name("config.yaml")
-            record = read_mapping(file, self.problems, needs=("trial", "model"), kinds=TRIAL_KINDS)
+            record = read_record(file, TrialRecord, self.problems)
             if record is not None:
-                settings = read_mapping(config, self.problems) if config.exists() else None
-                records.append({"stage": Stage.FINAL, "setting": None, "cell": {}, **record, "config": settings or {}})
-        return sorted(records, key=lambda record: (record.get("started") or "", record["trial"]))
+                config = file.with_name("config.yaml")
+                record.config = (read_mapping(config, self.problems) if config.exists() else None) or {}
+                records.append(record)
+        return sorted(records, key=lambda record: (record.started or "", record.trial))
 
     def answers_dir(self, model: str, trial: str) -> Path:
         """Where generated answers of a trial go; those of the base model go to the model's folder."""
@@ -226,7 +207,7 @@ class RunFolder:
             return []
         stamp = (state.st_size, state.st_mtime_ns)
         if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
-            kept = read_jsonl(self.scores_file, self.problems, SCORE_NEEDS, within=self.run_dir, kinds=SCORE_KINDS)
+            kept = read_jsonl(self.scores_file, self.problems, within=self.run_dir, check=check_score)
             rows = [{"split": TEST, **row} for row in kept]
             latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in rows}
             self._read = (stamp, list(latest.values()))
@@ -244,8 +225,8 @@ class RunFolder:
         atomic_write_json(self.run_dir / "run.json", content, within=self.run_dir)
 
 
-class TrialRecord:
-    """The folder of one trial, written by one process at a time. `within`: a folder above it that is there already."""
+class TrialFolder:
+    """The folder of one trial, written by one process at a time. `within`: an existing folder above it."""
 
     def __init__(self, folder: Path, problems: list[str] | None = None, within: Path | None = None) -> None:
         self.folder, self.problems, self._within = folder, problems, within
@@ -259,17 +240,14 @@ class TrialRecord:
     def adapter_dir(self) -> Path:
         return self.folder / "adapter"
 
-    @property
-    def info(self) -> dict[str, Any]:
-        """trial.json; before `start` only the name and status pending."""
+    def record(self) -> TrialRecord | None:
+        """Read trial.json; None before `start`."""
         file = self.folder / "trial.json"
-        if stat(file, self._within) is None:
-            return {"trial": self.id, "status": "pending"}
-        return read_mapping(file, within=self._within)
+        return None if stat(file, self._within) is None else read_record(file, TrialRecord, within=self._within)
 
-    @property
-    def status(self) -> str:
-        return self.info["status"]
+    def _content(self) -> dict[str, Any]:
+        file = self.folder / "trial.json"
+        return {} if stat(file, self._within) is None else read_mapping(file, within=self._within)
 
     def start(
         self,
@@ -289,7 +267,7 @@ class TrialRecord:
         cell: the searched kind of adapter (`tune.scheduling.selection`), within which plain and MacDrop are compared.
         drawn: the searched values behind the trial; None for one that no search asked for.
         """
-        before = self.info
+        before = self._content()
         atomic_write_yaml(self.folder / "config.yaml", config, within=self._within)
         self._write(
             trial=self.id,
@@ -331,12 +309,12 @@ class TrialRecord:
 
     def note(self, **content: Any) -> None:
         """Add to what is recorded, whatever the status."""
-        self._write(**{**self.info, **content})
+        self._write(**{**self._content(), **content})
 
     def finish(self, status: TaskState, reason: str | None = None, **summary: Any) -> None:
         """Record how the trial ended (a final state) and anything to keep of it: eval_loss, steps, seconds ..."""
         assert status.is_final, status
-        self._write(**{**self.info, "status": status, "reason": reason, "finished": now(), **summary})
+        self._write(**{**self._content(), "status": status, "reason": reason, "finished": now(), **summary})
 
     def _write(self, **content: Any) -> None:
         atomic_write_json(self.folder / "trial.json", content, within=self._within)

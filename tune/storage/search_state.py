@@ -11,6 +11,7 @@ from typing import Any
 
 from macdrop.errors import ConfigError
 from tune.storage.atomic import append_jsonl, atomic_write_json, read_jsonl, read_mapping
+from tune.storage.records import TrialRecord
 
 #: As often the time spent searching is kept; a run that is killed loses no more of it. Seconds.
 KEEP_EVERY_S = 5.0
@@ -21,7 +22,7 @@ def remember(file: Path, number: int, values: Mapping[str, Any]) -> None:
     append_jsonl(file, [{"number": number, "values": values}])
 
 
-def draws(file: Path, records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def draws(file: Path, records: Iterable[TrialRecord]) -> list[dict[str, Any]]:
     """The values of all draws by their number, up to the first number that is missing.
 
     Without the file those that the trials themselves remember, by their start; draws that were never begun are lost.
@@ -30,7 +31,7 @@ def draws(file: Path, records: Iterable[Mapping[str, Any]]) -> list[dict[str, An
     if kept:
         whole = itertools.takewhile(kept.__contains__, itertools.count())
         return [kept[number] for number in whole]
-    return [record["drawn"] for record in records if record.get("drawn") is not None]
+    return [record.drawn for record in records if record.drawn is not None]
 
 
 class SearchTime:
@@ -76,7 +77,7 @@ def search_time(file: Path) -> float:
     Raises:
         ConfigError: it is damaged.
     """
-    seconds = read_mapping(file, needs=("seconds",), kinds={"seconds": (int, float)})["seconds"]
-    if not 0 <= seconds < math.inf:
-        raise ConfigError(f"{file} is damaged: seconds cannot be {seconds}.")
+    seconds = read_mapping(file, needs=("seconds",))["seconds"]
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise ConfigError(f"{file} is damaged: seconds cannot be {seconds!r:.80}.")
     return float(seconds)

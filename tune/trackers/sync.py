@@ -21,7 +21,7 @@ from macdrop.errors import MacDropError
 from tune.config.parse import flatten
 from tune.config.run_spec import TrainSpec
 from tune.storage.atomic import atomic_write_json
-from tune.storage.run_folder import RunFolder, TrialRecord
+from tune.storage.run_folder import RunFolder, TrialFolder
 from tune.storage.states import TaskState
 from tune.trackers.backends import TRACKERS, RunInfo, Tracker, TrackerRun
 
@@ -43,7 +43,7 @@ class SyncedTrial:
     """A trial that is copied. `end` is empty while it trains or waits for scores."""
 
     name: str
-    record: TrialRecord
+    record: TrialFolder
     end: str
     scores: Callable[[], dict[str, float]] = dict
 
@@ -143,7 +143,7 @@ class TrackerSync:
             _record(trial.record, name, copy)
 
 
-def _new_rows(record: TrialRecord, copy: _Copy) -> list[dict[str, Any]]:
+def _new_rows(record: TrialFolder, copy: _Copy) -> list[dict[str, Any]]:
     """Return the logged steps that have not been copied; the file is read only if it has changed."""
     try:
         state = (record.folder / "metrics.jsonl").stat()
@@ -166,17 +166,17 @@ def _run_info(trial: SyncedTrial) -> RunInfo:
     return RunInfo(trial.name, spec.setting_id(), f"seed-{spec.seed}", flatten(config))
 
 
-def _recorded(record: TrialRecord, name: str) -> _Copy:
+def _recorded(record: TrialFolder, name: str) -> _Copy:
     known = _records(record).get(name)
     return _Copy(id=known["run"], step=known["step"], end=known["end"]) if known else _Copy()
 
 
-def _record(record: TrialRecord, name: str, copy: _Copy) -> None:
+def _record(record: TrialFolder, name: str, copy: _Copy) -> None:
     progress = {"run": copy.id, "step": copy.step, "end": copy.end}
     atomic_write_json(record.folder / "trackers.json", {**_records(record), name: progress})
 
 
-def _records(record: TrialRecord) -> dict[str, Any]:
+def _records(record: TrialFolder) -> dict[str, Any]:
     file = record.folder / "trackers.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
@@ -187,8 +187,10 @@ def _records(record: TrialRecord) -> dict[str, Any]:
 def trials_of_run(run_folder: RunFolder) -> Iterator[SyncedTrial]:
     """Yield the trials of a sweep's run folder, with their scores once they have ended."""
     for file in sorted((run_folder.run_dir / "trials").glob("*/trial.json")):
-        record = TrialRecord(file.parent)
-        yield SyncedTrial(record.id, record, ENDS.get(record.status, ""), partial(scores_of, run_folder, record.id))
+        folder = TrialFolder(file.parent)
+        record = folder.record()
+        end = ENDS.get(record.status, "") if record else ""
+        yield SyncedTrial(folder.id, folder, end, partial(scores_of, run_folder, folder.id))
 
 
 def scores_of(run_folder: RunFolder, trial: str) -> dict[str, float]:
@@ -211,7 +213,7 @@ class OneTrial:
 
     def __init__(self, names: Iterable[str], spec: TrainSpec, folder: Path, warn: Callable[[str], None]) -> None:
         self.status = ""
-        self._name, self._record = spec.trial_id(), TrialRecord(folder)
+        self._name, self._record = spec.trial_id(), TrialFolder(folder)
         self._sync = TrackerSync(names, folder, self._trials, warn)
 
     def __enter__(self) -> OneTrial:

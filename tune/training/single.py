@@ -13,7 +13,7 @@ from tune.config.run_spec import TrainSpec, dump
 from tune.data import dataset as data
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml
 from tune.storage.cache import cache_dir
-from tune.storage.run_folder import TrialRecord
+from tune.storage.run_folder import TrialFolder
 from tune.training.collectives import rank0_does
 from tune.training.engine import Engine
 from tune.training.finetune import Outcome, finetune
@@ -33,7 +33,7 @@ def train_here(
     engine = Engine(spec)
     prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
 
-    record = TrialRecord(folder, within=folder)
+    record = TrialFolder(folder, within=folder)
 
     def watch(metrics: dict[str, Any]) -> Word:
         record.log([metrics])

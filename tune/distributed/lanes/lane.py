@@ -29,7 +29,7 @@ from tune.errors import ResourceError, TrainingDiverged
 from tune.scheduling.failures import Failure, classify
 from tune.scheduling.queue import TrainTask
 from tune.storage.atomic import ensure_folder
-from tune.storage.run_folder import TrialRecord
+from tune.storage.run_folder import TrialFolder
 from tune.storage.states import TaskState
 from tune.training.collectives import all_do, rank0_does
 from tune.training.engine import Engine
@@ -223,7 +223,7 @@ class _Relay:
 
     def __init__(self, dispatcher: ActorHandle, lane: str, task: TrainTask) -> None:
         self.dispatcher, self.lane, self.task = dispatcher, lane, task
-        self.record = TrialRecord(Path(task.folder), within=Path(task.folder))
+        self.record = TrialFolder(Path(task.folder), within=Path(task.folder))
         self.answer: ray.ObjectRef | None = None
 
     def __call__(self, metrics: dict[str, Any]) -> Word:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -99,30 +98,30 @@ class SweepController:
         """
         entered = {}
         for record in self._run_folder.trials():
-            if record["model"] != study.spec.model_name_or_path:
+            if record.model != study.spec.model_name_or_path:
                 continue
-            folder = self._run_folder.trial(record["trial"]).folder
+            folder = self._run_folder.trial(record.trial).folder
             state = resume_state(
                 record,
                 adapter=(folder / "adapter").is_dir(),
-                scored=not self._missing(record["model"], record["trial"], self._jobs[record["stage"]]),
+                scored=not self._missing(record.model, record.trial, self._jobs[record.stage]),
                 retry_failed=self._retry_failed,
             )
             if state is None:
                 continue
-            entered[record["trial"]] = state
+            entered[record.trial] = state
             if state in (TaskState.FAILED, TaskState.DIVERGED):
-                self._failed.add(record["trial"])
-            spec = TrainSpec.model_validate(record["config"])
+                self._failed.add(record.trial)
+            spec = TrainSpec.model_validate(record.config)
             task = TrainTask(
-                *(record["trial"], study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0),
-                stage=record["stage"],
-                cell=record["cell"],
-                drawn=record.get("drawn"),
+                *(record.trial, study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0),
+                stage=record.stage,
+                cell=record.cell or {},
+                drawn=record.drawn,
             )
-            outcome = {key: record[key] for key in Outcome.__dataclass_fields__ if key in record and key != "status"}
-            scores = self.validation_scores(record["trial"])
-            call(self._dispatcher, "record", task, state, outcome, scores, record.get("reason"))
+            outcome = record.model_dump(include=set(Outcome.__dataclass_fields__) - {"status"}, exclude_unset=True)
+            scores = self.validation_scores(record.trial)
+            call(self._dispatcher, "record", task, state, outcome, scores, record.reason)
         return entered
 
     def wait(self, study: Study) -> None:
@@ -232,7 +231,7 @@ class SweepController:
 
     def _changed(self, entry: QueuedTask) -> None:
         task = entry.task
-        record = self._run_folder.trial(task.id)
+        trial = self._run_folder.trial(task.id)
         model, seed = task.spec["model_name_or_path"], task.spec["seed"]
         spec = TrainSpec.model_validate(task.spec)
         arm = spec.arm
@@ -242,17 +241,18 @@ class SweepController:
             "cell": task.cell,
             "drawn": task.drawn,
         }
-        start = functools.partial(record.start, task.spec, model=model, arm=arm, seed=seed, **about)
-        if entry.state == TaskState.RUNNING:
-            start()
-        elif entry.state == TaskState.TRAINED:
-            if "trained" not in record.info:  # otherwise it comes from an earlier run, or was placed for another stage
-                record.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
+        record = trial.record()
+        if entry.state == TaskState.QUEUED:
+            return
+        if entry.state == TaskState.RUNNING or record is None:  # a short one may have ended between two polls
+            trial.start(task.spec, model=model, arm=arm, seed=seed, **about)
+        if entry.state == TaskState.TRAINED:
+            # Otherwise it comes from an earlier run, or was placed for another stage.
+            if record is None or record.trained is None:
+                trial.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
             tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
-            self._score(task.id, tag, str(record.adapter_dir), self._jobs[task.stage])
+            self._score(task.id, tag, str(trial.adapter_dir), self._jobs[task.stage])
         elif entry.state.is_final:
-            if record.status == "pending":
-                start()
             if entry.state in (TaskState.FAILED, TaskState.DIVERGED):
                 self._failed.add(task.id)
             outcome = {key: value for key, value in entry.outcome.items() if key != "status"}
@@ -260,7 +260,7 @@ class SweepController:
                 outcome["judged"] = entry.judged
             if entry.state == TaskState.FAILED:
                 outcome["kind"] = entry.kind
-            record.finish(entry.state, entry.reason, **about, **outcome)
+            trial.finish(entry.state, entry.reason, **about, **outcome)
             self._progress.ended(entry)
 
     # ---------------------------------------------------------------- scores

@@ -27,6 +27,7 @@ from tune.scheduling.study import Study
 from tune.storage import search_state
 from tune.storage.atomic import atomic_write_json
 from tune.storage.cache import cache_dir
+from tune.storage.records import TrialRecord
 from tune.storage.run_folder import RunFolder
 from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
@@ -134,22 +135,22 @@ class StudyRun:
         """Return the trials of the search, from the run folder."""
         return [self._candidate(record) for record in self._searched()]
 
-    def _candidate(self, record: dict[str, Any]) -> Candidate:
-        scores = self.controller.validation_scores(record["trial"])
+    def _candidate(self, record: TrialRecord) -> Candidate:
+        scores = self.controller.validation_scores(record.trial)
         return finalists.candidate(record, scores, self.spec.sweep.metric)
 
-    def _searched(self) -> list[dict[str, Any]]:
+    def _searched(self) -> list[TrialRecord]:
         """Return the records of the search's trials, including those that the final stage has taken over."""
         same = (self.study.spec.model_name_or_path, self.study.spec.seed)
         return [
             record
             for record in self.run_folder.trials()
-            if (record["model"], record["seed"]) == same and record["arm"] in ("plain", "macdrop")
+            if (record.model, record.seed) == same and record.arm in ("plain", "macdrop")
         ]
 
     def _tune(self, context: TrialContext, time_budget_s: float | None) -> None:
         """Run the rest of the search; trials that ended in an earlier run are known to it, but not run again."""
-        sweep, records = self.spec.sweep, {record["trial"]: record for record in self._searched()}
+        sweep, records = self.spec.sweep, {record.trial: record for record in self._searched()}
         draws = self.run_folder.draws_file(self.study.name)
         listed = points(self.study, sweep)
         drawn = search_state.draws(draws, records.values()) if listed is None else listed
@@ -194,7 +195,7 @@ class StudyRun:
         return self.study.searched(values).trial_id()
 
     def _reports(
-        self, drawn: list[dict[str, Any]], records: dict[str, dict[str, Any]]
+        self, drawn: list[dict[str, Any]], records: dict[str, TrialRecord]
     ) -> dict[str, list[tuple[int, float]]]:
         """Return the reports of searched trials that will not be retrained; others repeat theirs when they resume."""
         names = dict.fromkeys(self._name(values) for values in drawn)
@@ -204,7 +205,7 @@ class StudyRun:
             if name in self.standing and name in records
         }
 
-    def _past(self, values: dict[str, Any], records: dict[str, Any], reports: dict[str, Any]) -> past.PastTrial:
+    def _past(self, values: dict[str, Any], records: dict[str, TrialRecord], reports: dict[str, Any]) -> past.PastTrial:
         name = self._name(values)
         if name not in records:
             return past.PastTrial(values, past.OPEN)

@@ -19,7 +19,7 @@ from tune.distributed.sweep.searcher import FINISHED, values
 from tune.scheduling.history import FAILED
 from tune.scheduling.queue import TrainTask
 from tune.scheduling.study import Study
-from tune.storage.run_folder import TrialRecord
+from tune.storage.run_folder import TrialFolder
 from tune.storage.states import Stage, TaskState
 
 POLL_EVERY_S = 0.2
@@ -63,7 +63,7 @@ def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
     """
     task = context.task(context.study.searched(values(config)), Stage.SEARCH, values(config))
     # The scheduler must know the validations of an earlier run of this folder: a resumed lane starts after them.
-    record = TrialRecord(Path(task.folder), within=Path(context.run_dir))
+    record = TrialFolder(Path(task.folder), within=Path(context.run_dir))
     evaluated = [row for row in record.metrics() if row.get(EVAL_LOSS) is not None]
     call(context.dispatcher, "place", task, ray.tune.get_context().get_trial_id(), evaluated)
     step = -1

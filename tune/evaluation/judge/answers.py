@@ -22,9 +22,9 @@ def answers_of(run_folder: RunFolder) -> list[Answers]:
     entries = list(((run_folder.config().get("eval") or {}).get("generation")) or {})
     records = run_folder.trials()
     folders = [
-        (run_folder.trial(record["trial"]).folder, {key: record[key] for key in ("model", "arm", "trial", "seed")})
+        (run_folder.trial(record.trial).folder, record.model_dump(include={"model", "arm", "trial", "seed"}))
         for record in records
-        if record["status"] == TaskState.DONE and record.get("stage", Stage.FINAL) == Stage.FINAL
+        if record.status == TaskState.DONE and record.stage == Stage.FINAL
     ]
     names = _models(run_folder)
     for folder in sorted((run_folder.run_dir / "models").glob("*/")):
