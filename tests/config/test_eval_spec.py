@@ -168,7 +168,7 @@ def test_the_same_rows_are_read_from_every_format(tmp_path):
         ([CHOICE, {**CHOICE, "label": 2}], ["line 2", "'label'", "0 to 1"]),
         ([{**CHOICE, "label": "four"}], ["line 1", "'label'"]),
         ([{**CHOICE, "choices": ["four"]}], ["at least two"]),
-        ([{"question": "x"}], ["no task of lm-eval", "'context', 'choices', 'label'"]),
+        ([{"question": "x"}], ["not a task of lm-eval", "'context', 'choices', 'label'"]),
     ],
 )
 def test_bad_choice_rows_are_named_by_file_line_and_column(tmp_path, rows, words):

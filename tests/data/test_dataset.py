@@ -387,7 +387,7 @@ def test_data_that_is_nowhere_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text("")
     for dataset, word in [
         (str(tmp_path / "trein.jsonl"), "Did you mean 'train.jsonl'?"),
-        ("./nowhere/train.json", "no folder"),
+        ("./nowhere/train.json", "does not exist either"),
         ("nobody/no-such-set", "neither"),  # conftest keeps the hub offline
         ("", "empty"),
         ([], "empty"),

@@ -241,14 +241,14 @@ def cut(share):
 
 WEIGHTS = "adapter_model.safetensors"
 DAMAGED = {
-    "a pickle": (as_pickle, "is a pickle, which may run code"),
+    "a pickle": (as_pickle, "is a pickle, which can run code"),
     "empty": (cut(0), "is damaged"),
     "half a header": (cut(0.01), "is damaged"),
     "half": (cut(0.5), "is damaged"),
     "no safetensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 1000), "is damaged"),
     "nan": (set_a_value(math.nan), "not finite"),
     "inf": (set_a_value(-math.inf), "not finite"),
-    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "holds no mapping"),
+    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "is not a mapping"),
     "no text": (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe{"), "is damaged"),
     "tensors without a layer": (change_config(target_modules=["q_proj"]), "there is no layer for"),
     "a rank of nothing": (change_config(r=0), "does not fit"),

@@ -142,7 +142,7 @@ def test_references_of_every_shape():
 def test_what_is_no_answers_file_is_refused():
     with pytest.raises(DataError, match="no question_id"):
         questions([{"question_id": 1, "hits": 3}], load("helpfulness"), reference=True)
-    with pytest.raises(DataError, match="'81' is there twice"):
+    with pytest.raises(DataError, match="'81' occurs twice"):
         questions([CONVERSATIONS[0]] * 2, load("helpfulness"), reference=True)
 
 

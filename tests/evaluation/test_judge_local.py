@@ -88,7 +88,7 @@ def test_a_model_that_knows_no_rubric_is_counted_and_scores_nothing(run, capsys)
 def test_a_prompt_that_does_not_fit_is_an_error_and_no_score(tmp_path, run, capsys):
     small = talking_model(tmp_path / "small", positions=512)
     assert judge_run(run.run_dir, [f"model={small}", "max_new_tokens=12"]) == 2
-    assert all("fit beside max_new_tokens 12" in row["error"] for row in kept(run))
+    assert all("max_new_tokens 12 leaves room for 500" in row["error"] for row in kept(run))
     assert "set long_prompts: cut" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="max_new_tokens 511 leaves no room"):
         judge_run(run.run_dir, [f"model={small}", "max_new_tokens=511"])

@@ -1,4 +1,4 @@
-"""Which examples go into which micro-batch, and the learning rate: functions of (seed, step, rank) that repeat."""
+"""The examples of every micro-batch, and the learning rate: pure functions of seed, step and rank."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from tune.config.run_spec import TrainSpec
 
 
 def steps_per_epoch(examples: int, global_batch: int) -> int:
-    """Optimizer steps that show every example once; the last batch is filled from the epoch's start."""
+    """Return the optimizer steps of an epoch; its last batch is filled up from the epoch's start."""
     return math.ceil(examples / global_batch)
 
 
 def total_steps(spec: TrainSpec, examples: int, global_batch: int) -> int:
-    """Optimizer steps of the whole fine-tuning (`max_steps` overrides the epochs)."""
+    """Return the optimizer steps of the whole fine-tuning (`max_steps` overrides the epochs)."""
     if spec.max_steps is not None:
         return spec.max_steps
     return max(1, round(spec.num_train_epochs * steps_per_epoch(examples, global_batch)))
 
 
 def save_interval(spec: TrainSpec, steps: int) -> int:
-    """Optimizer steps between checkpoints to resume from; 0 for none. `save_steps: null` is a tenth, rounded up."""
+    """Return the optimizer steps between checkpoints; 0 for none. `save_steps: null` is a tenth, rounded up."""
     return math.ceil(steps / 10) if spec.save_steps is None else spec.save_steps
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order (examples,) in which epoch `epoch` (from 0) shows the examples."""
+    """Return the order (examples,) in which epoch `epoch`, counted from 0, visits the examples."""
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 class Batches:
-    """Example numbers of every micro-batch of one fine-tuning.
+    """The example numbers of every micro-batch of one fine-tuning.
 
     One optimizer step takes `world * accumulation * per_device` consecutive examples of the epoch's order. Micro-step m
     of rank r takes the slice number `m * world + r`, so the content of a step does not depend on how it is spread over
@@ -51,7 +51,7 @@ class Batches:
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def step(self, step: int) -> np.ndarray:
-        """Example numbers (accumulation, world, per_device) of optimizer step `step`, counted from 1."""
+        """Return the example numbers (accumulation, world, per_device) of optimizer step `step`, counted from 1."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, epoch_order(self.examples, self.seed, epoch))
@@ -60,12 +60,12 @@ class Batches:
         return order[places].reshape(self.accumulation, self.world, self.per_device)
 
     def epoch(self, step: int) -> int:
-        """The epoch, counted from 1, that optimizer step `step`, counted from 1, belongs to."""
+        """Return the epoch of optimizer step `step`, both counted from 1."""
         return (step - 1) // self.steps_per_epoch + 1
 
 
 def learning_rates(spec: TrainSpec, steps: int) -> Callable[[int], float]:
-    """The learning rate at optimizer step t (from 1) of `steps`, by Hugging Face's schedule of that name."""
+    """Return the learning rate at optimizer step t (from 1) of `steps`, by Hugging Face's schedule of that name."""
     import torch
     from transformers import get_scheduler
 

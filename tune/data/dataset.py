@@ -1,7 +1,7 @@
 """Training data, tokenised once and memory-mapped.
 
 `prepare` writes a folder of flat arrays, keyed by a hash of tokenizer, data and settings; `load` maps it. Several
-processes may call `prepare` at once: one builds, the others wait and reuse. A damaged folder is built again.
+processes may call `prepare` at once: one builds, the others wait and reuse its result. A damaged folder is rebuilt.
 
     tokens.npy   int32 (N,)    all examples, one after the other
     labels.npy   int32 (N,)    the token, or -100 where it carries no loss
@@ -17,16 +17,17 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from macdrop.errors import DataError
+from tune.config.train_spec import TrainSpec
 from tune.data.formats import converter, detect_format
 from tune.data.readers import Row
 from tune.data.sources import Source, find_sources, open_source
@@ -34,8 +35,13 @@ from tune.data.templates import IGNORE, Encoded, Encoder, choose_template
 from tune.storage.atomic import atomic_write_json, sync_folder, writing
 from tune.storage.sealed_folder import sha256
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Reader = Callable[[], Iterator[Row]]
+
 LAYOUT = 1
-"""Part of the cache key: raise it whenever the same input would give other arrays."""
+"""Part of the cache key: raise it whenever the same input would give different arrays."""
 _ARRAYS = ("tokens", "labels", "offsets", "train", "validation")
 _BATCH = 1000
 
@@ -67,24 +73,24 @@ class Examples:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `load` returns; `info` is the content of info.json."""
+    """A prepared data set; `info` is the content of info.json."""
 
     train: Examples
     validation: Examples | None
     info: dict[str, Any]
 
 
-def prepare(spec: Any, tokenizer: Any, cache_dir: str | os.PathLike) -> Path:
+def prepare(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, cache_dir: str | os.PathLike) -> Path:
     """Tokenise the data of `spec` into a folder below `cache_dir`, unless it is there already, and return the folder.
 
     Args:
-        spec: a TrainSpec, or anything with its attributes dataset, format, template, cutoff_len, train_on_prompt,
-            val_size, max_samples (limits each data set of a list, in rows from its start) and data_seed.
-        tokenizer: a transformers tokenizer.
+        spec: its keys dataset, format, template, cutoff_len, train_on_prompt, val_size, data_seed and max_samples,
+            which limits each data set of a list, in rows from its start.
+        tokenizer: the tokenizer of the model.
 
     Raises:
-        DataError: data that is missing, empty or unusable; no answer token within cutoff_len; a split left empty.
-        ConfigError: a template that does not go with the tokenizer.
+        DataError: the data are missing, empty or unusable, no answer token is within cutoff_len, or a split is empty.
+        ConfigError: the template does not suit the tokenizer.
         ResourceError: `cache_dir` cannot be written.
     """
     from filelock import FileLock
@@ -115,7 +121,7 @@ def prepare(spec: Any, tokenizer: Any, cache_dir: str | os.PathLike) -> Path:
                 try:
                     _build(folder, key, tokenizer, sources, [rows for _, rows in opened], settings)
                 except BaseException:
-                    lock.unlink(missing_ok=True)  # data that are refused leave nothing behind
+                    lock.unlink(missing_ok=True)  # refused data leave nothing behind
                     raise
     return folder
 
@@ -129,7 +135,7 @@ def load(path: str | os.PathLike) -> Prepared:
     path = Path(path)
     info = _read_info(path)
     if info is None:
-        raise DataError(f"{path} holds no prepared data, or it is damaged. Run prepare again (it rebuilds the folder).")
+        raise DataError(f"{path} holds no prepared data, or they are damaged. Run the command again: it rebuilds them.")
     tokens, labels, offsets = (np.load(path / f"{name}.npy", mmap_mode="r") for name in _ARRAYS[:3])
     train, validation = (Examples(tokens, labels, offsets, np.load(path / f"{name}.npy")) for name in _ARRAYS[3:])
     return Prepared(train, validation if len(validation) else None, info)
@@ -162,8 +168,8 @@ def collate(
     return batch
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of everything that decides which ids a text gets: vocabulary, merges, special tokens, chat template."""
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash everything that decides which ids a text gets: vocabulary, merges, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
@@ -179,7 +185,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
 # --- building ---
 
 
-def _build(folder: Path, key: str, tokenizer: Any, sources: list[Source], readers: list, settings: dict) -> None:
+def _build(
+    folder: Path,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[Source],
+    readers: list[Reader],
+    settings: dict[str, Any],
+) -> None:
     encoder = Encoder(tokenizer, settings["template"], settings["train_on_prompt"])
     cutoff = settings["cutoff_len"]
     tokens: list[np.ndarray] = []
@@ -234,8 +247,8 @@ def _build(folder: Path, key: str, tokenizer: Any, sources: list[Source], reader
     _write(folder, built, info)
 
 
-def _encode_source(source: Source, rows: Any, encoder: Encoder) -> tuple[str, Iterator[Encoded]]:
-    """(format, the examples, not yet cut); few rows are held at a time."""
+def _encode_source(source: Source, rows: Reader, encoder: Encoder) -> tuple[str, Iterator[Encoded]]:
+    """Return the format and the examples, not yet cut; few rows are held at a time."""
     limit = source.max_samples
     if limit is not None and limit < 1:
         raise DataError(f"max_samples must be at least 1, got {limit}. Leave it out to use all rows.")
@@ -256,13 +269,13 @@ def _encode_source(source: Source, rows: Any, encoder: Encoder) -> tuple[str, It
 
 
 def split(n: int, val_size: float, data_seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train, validation): ascending indices below `n`, drawn by `data_seed`.
+    """Draw the indices of training and validation examples, ascending and below `n`, by `data_seed`.
 
     Args:
         val_size: 0 for no validation, a fraction below 1 (rounded to the nearest count), or a whole number of examples.
 
     Raises:
-        DataError: val_size is no such number, or a part would be empty.
+        DataError: val_size is not such a number, or a part would be empty.
     """
     if not 0 <= val_size or (val_size >= 1 and val_size != int(val_size)):
         raise DataError(f"val_size must be 0, a fraction below 1, or a whole number of examples; got {val_size}.")
@@ -281,7 +294,7 @@ def split(n: int, val_size: float, data_seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _write(folder: Path, arrays: dict[str, np.ndarray], info: dict[str, Any]) -> None:
-    """Write beside `folder` and rename, so that a crash leaves either nothing or everything."""
+    """Write to a temporary folder and rename it: a crash leaves either nothing or everything."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
     try:
@@ -293,7 +306,7 @@ def _write(folder: Path, arrays: dict[str, np.ndarray], info: dict[str, Any]) ->
         files = {f"{name}.npy": temporary / f"{name}.npy" for name in _ARRAYS}
         info["files"] = {name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for name, p in files.items()}
         atomic_write_json(temporary / "info.json", info)
-        if folder.exists():  # damaged, or it would not be built again
+        if folder.exists():  # damaged, or it would not be rebuilt
             shutil.rmtree(folder)
         os.rename(temporary, folder)
         sync_folder(folder.parent)
@@ -303,7 +316,7 @@ def _write(folder: Path, arrays: dict[str, np.ndarray], info: dict[str, Any]) ->
 
 
 def _read_info(folder: Path) -> dict[str, Any] | None:
-    """info.json, when it and the sizes of all files are as they were written; else None."""
+    """Return info.json if it and the sizes of all files are as they were written, else None."""
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         sizes = [(folder / name).stat().st_size == file["bytes"] for name, file in info["files"].items()]
@@ -318,7 +331,7 @@ def _intact(folder: Path) -> bool:
 
 
 def _label_counts(labels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Labels != -100 of each example, its first token (which nothing predicts) left out; int64 (n,)."""
+    """Count the labels != -100 of each example, except on its first token, which nothing predicts; int64 (n,)."""
     carries = np.asarray(labels) != IGNORE  # (N,)
     total = np.concatenate([[0], np.cumsum(carries, dtype=np.int64)])
     return total[offsets[1:]] - total[offsets[:-1]] - carries[offsets[:-1]]

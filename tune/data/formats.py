@@ -1,4 +1,4 @@
-"""Rows -> conversations.
+"""Conversion of rows to conversations.
 
 | format | columns |
 | --- | --- |
@@ -30,7 +30,7 @@ Conversation = list[Turn]
 
 
 def detect_format(row: Row) -> str:
-    """The format of a data set, from the columns of its first row.
+    """Detect the format of a data set from the columns of its first row.
 
     Raises:
         DataError: no format has these columns.
@@ -52,10 +52,10 @@ def detect_format(row: Row) -> str:
 
 
 def converter(format: str) -> Callable[[Row], Conversation]:
-    """The function that turns rows of `format` into conversations; it raises `DataError` on a row it cannot use."""
+    """Return the function that turns rows of `format` into conversations; it raises `DataError` on a bad row."""
     if format not in FORMATS:
         allowed = ("auto", *FORMATS)
-        raise DataError(f"format {format!r} is not known.{nearest(format, allowed)} Allowed: {', '.join(allowed)}.")
+        raise DataError(f"Unknown format {format!r}.{nearest(format, allowed)} Allowed: {', '.join(allowed)}.")
     required, convert = FORMATS[format]
 
     def checked(row: Row) -> Conversation:

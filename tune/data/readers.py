@@ -224,8 +224,8 @@ def _skip_space(text: str, position: int) -> int:
 def _json_error(place: str, error: Exception) -> DataError:
     if isinstance(error, RecursionError):
         return DataError(f"{place}: nested too deeply. {_JSON_SHAPE}")
-    told = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(f"{place}: not valid JSON ({told:.200}).\n{_JSON_SHAPE}")
+    why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return DataError(f"{place}: not valid JSON ({why:.200}).\n{_JSON_SHAPE}")
 
 
 def _object_row(values: Any, place: str) -> Row:
@@ -257,8 +257,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()

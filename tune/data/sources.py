@@ -18,7 +18,7 @@ _ENTRY_KEYS = ("path", "format", "split", "name", "max_samples")
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of the spec: a local file, or a data set of the hub (`path` is then its id)."""
+    """One data set of the spec: a local file, or a data set on the hub (`path` is then its id)."""
 
     path: str
     local: bool
@@ -39,19 +39,18 @@ def find_sources(
     Args:
         dataset: hub id, local path or "zoo:..." name; or a list of those and of mappings with `path`, and optionally
             `format`, `split`, `name` (the hub configuration) and `max_samples`.
-        format: the format of entries that name none.
-        max_samples: limit, in rows from the start, of each entry that names none.
+        format: the format of entries that do not name one.
+        max_samples: limit, in rows from the start, of entries that do not name one.
 
     Raises:
-        DataError: nothing given, a file that does not exist, or a kind of file that is not read.
+        DataError: nothing given, a file that does not exist, or an unsupported kind of file.
     """
-    entries = dataset if isinstance(dataset, (list, tuple)) else [dataset]
+    entries: Sequence[Any] = dataset if isinstance(dataset, (list, tuple)) else [dataset]
     if not entries:
         raise DataError("dataset is an empty list. Give a hub id, a local file, or a list of them.")
     sources = []
-    for entry in entries:
-        if isinstance(entry, str):
-            entry = {"path": entry}
+    for given in entries:
+        entry: Mapping[str, Any] = {"path": given} if isinstance(given, str) else given
         unknown = [key for key in entry if key not in _ENTRY_KEYS]
         if unknown:
             hint = nearest(unknown[0], _ENTRY_KEYS)
@@ -77,7 +76,7 @@ def find_sources(
 
 
 def _locate(given: str, split: str) -> tuple[str, bool]:
-    """(path or hub id, is it local)."""
+    """Return the path or hub id, and whether it is local."""
     if not given.strip():
         raise DataError("dataset is empty. Give a hub id, a local json/jsonl/csv/tsv/parquet/txt file, or zoo:train.")
     if given.startswith("zoo:"):
@@ -87,23 +86,23 @@ def _locate(given: str, split: str) -> tuple[str, bool]:
         found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         named = [p for p in found if p.stem == split]
         if len(named) != 1:
-            names = ", ".join(p.name for p in found) or "none"
+            listed = ", ".join(p.name for p in found) or "none"
             raise DataError(
-                f"dataset {given!r} is a folder with not exactly one file named {split}.* ({'/'.join(SUFFIXES)}).\n"
-                f"Data files in it: {names}. Name one of them."
+                f"dataset {given!r} is a folder without exactly one file named {split}.* ({'/'.join(SUFFIXES)}).\n"
+                f"Data files in it: {listed}. Name one of them."
             )
         path = named[0]
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise DataError(
-                f"dataset {given!r}: files of kind {path.suffix or '(no suffix)'!r} are not read.\n"
+                f"dataset {given!r}: files of kind {path.suffix or '(no suffix)'!r} are not supported.\n"
                 f"Allowed: {', '.join(SUFFIXES)}."
             )
         return str(path), True
     if looks_like_a_path(given):
         parent = path.parent
         names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        hint = nearest(path.name, names) if parent.is_dir() else f" There is no folder {str(parent)!r} either."
+        hint = nearest(path.name, names) if parent.is_dir() else f" The folder {str(parent)!r} does not exist either."
         raise DataError(
             f"dataset {given!r}: no such file (looked in {Path.cwd()}).{hint}\n"
             "Give a file that exists, or a hub id such as 'yahma/alpaca-cleaned'."
@@ -115,7 +114,7 @@ def _locate(given: str, split: str) -> tuple[str, bool]:
 
 
 def open_source(source: Source) -> tuple[str, Callable[[], Iterator[Row]]]:
-    """(identity of the content, function that reads its rows). The identity changes when the data does.
+    """Return the identity of the content, which changes when the data do, and a function that reads its rows.
 
     Raises:
         DataError: the file cannot be read, or the hub data set cannot be reached.
@@ -130,10 +129,10 @@ def open_source(source: Source) -> tuple[str, Callable[[], Iterator[Row]]]:
 
     try:
         table = datasets.load_dataset(source.path, source.name, split=source.split)
-    except Exception as error:  # the hub client raises a dozen kinds; all of them mean "not reachable as asked"
+    except Exception as error:  # the hub client raises a dozen kinds; all mean that it is not available as asked
         lines = str(error).strip().splitlines() or [""]
         raise DataError(
-            f"dataset {source.path!r} (split {source.split!r}) is neither a local file nor a data set of the hub "
+            f"dataset {source.path!r} (split {source.split!r}) is neither a local file nor a data set on the hub "
             f"that can be loaded here:\n  {type(error).__name__}: {lines[0][:300]}\n"
             "Check the spelling, name and split; without internet give a local json/jsonl/csv/tsv/parquet/txt file."
         ) from error

@@ -1,18 +1,21 @@
-"""Conversations -> token ids and labels.
+"""Encoding of conversations as token ids and labels.
 
-A conversation becomes *pieces* of text, each either answer (carries loss) or not. Pieces are tokenised so that the
-label mask is exact: the tokens up to a piece's start are a prefix of the tokens up to its end. Where a tokenizer merges
-across that border (the prefix property fails), the pieces are tokenised one by one and joined; `Encoded.split` says so.
+A conversation becomes *pieces* of text; those of answers carry loss. Pieces are tokenised so that the label mask is
+exact: the tokens up to a piece's start are a prefix of the tokens up to its end. Where a tokenizer merges across that
+border (the prefix property fails), the pieces are tokenised one by one and joined; `Encoded.split` says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from macdrop.errors import ConfigError, DataError, nearest
 from tune.data.formats import Conversation, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
 """Label of a token that carries no loss (torch's cross_entropy default)."""
@@ -53,7 +56,7 @@ class Encoded:
         return max(first, 1)
 
 
-def choose_template(template: str, tokenizer: Any) -> str:
+def choose_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Resolve the spec's `template` to "chat" or "alpaca"; auto is chat where the tokenizer has a chat template.
 
     Raises:
@@ -61,7 +64,7 @@ def choose_template(template: str, tokenizer: Any) -> str:
     """
     if template not in TEMPLATES:
         allowed = ", ".join(TEMPLATES)
-        raise ConfigError(f"template {template!r} is not known.{nearest(template, TEMPLATES)} Allowed: {allowed}.")
+        raise ConfigError(f"Unknown template {template!r}.{nearest(template, TEMPLATES)} Allowed: {allowed}.")
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_chat:
         raise ConfigError(
@@ -72,7 +75,7 @@ def choose_template(template: str, tokenizer: Any) -> str:
 
 
 def alpaca_pieces(conversation: Conversation) -> list[Piece]:
-    """Alpaca prompt; further turns repeat its instruction block. A system turn replaces the opening sentence."""
+    """Build the Alpaca prompt; further turns repeat its instruction block, a system turn replaces its opening."""
     system = "".join(turn.content + "\n\n" for turn in conversation if turn.role == "system")
     pieces: list[Piece] = []
     for turn in conversation:
@@ -85,12 +88,12 @@ def alpaca_pieces(conversation: Conversation) -> list[Piece]:
     return pieces
 
 
-def chat_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
-    """The tokenizer's chat template, cut where answers begin and end.
+def chat_pieces(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """Render the tokenizer's chat template and cut it where answers begin and end.
 
-    An answer begins where the generation prompt ends and takes in the template's end-of-turn mark, without the white
-    space after it. A template that marks no end gets the end-of-sequence id. Templates that render an answer otherwise
-    once another turn follows (Qwen3 drops the empty thought) are met by looking for it in the whole rendering.
+    An answer begins where the generation prompt ends and includes the template's end-of-turn mark, without the white
+    space after it. A template that marks no end gets the end-of-sequence id. Some templates render an answer
+    differently once another turn follows (Qwen3 drops the empty thought): it is looked up in the whole rendering.
 
     Raises:
         DataError: the template refuses the conversation, or changes earlier turns beyond recognition.
@@ -99,7 +102,7 @@ def chat_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
 
     def render(turns: list[dict[str, str]], generate: bool = False) -> str:
         try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
         except Exception as error:  # templates raise what they like
             raise DataError(f"the chat template refuses this conversation: {error}. Use template: alpaca.") from error
 
@@ -112,12 +115,12 @@ def chat_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         prompt, after = render(earlier, generate=True), render(messages[: index + 1])
         head, _, tail = render([*earlier, {"role": "assistant", "content": _PROBE}]).partition(_PROBE)
         before = render(earlier)
-        if prompt == before:  # no generation prompt in this template: the header of the turn, if any, is no answer
+        if prompt == before:  # no generation prompt in this template: the turn's header, if any, is not an answer
             prompt = head[: max(len(before), len(head.rstrip()))]  # and a blank belongs to the word that follows
         start = len(prompt)
         if not whole.startswith(prompt) or start < at:
             raise DataError(
-                "the chat template rewrites earlier turns, so that no label mask is exact. Use template: alpaca."
+                "the chat template rewrites earlier turns, so no label mask is exact. Use template: alpaca."
             )
         if whole.startswith(after):
             end = max(len(after.rstrip()), start)
@@ -126,8 +129,7 @@ def chat_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
             found = whole.find(content, start)
             if found < 0:
                 raise DataError(
-                    "the chat template changes the text of an answer, so that no label mask is exact. "
-                    "Use template: alpaca."
+                    "the chat template changes the text of an answer, so no label mask is exact. Use template: alpaca."
                 )
             end = found + len(content)
             end += len(mark) if whole.startswith(mark, end) else 0
@@ -137,17 +139,19 @@ def chat_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
 
 
 class Encoder:
-    """Pieces -> tokens, for one tokenizer.
+    """Encodes conversations with one tokenizer and template.
 
     Args:
-        tokenizer: a transformers tokenizer with an end-of-sequence token.
+        tokenizer: a tokenizer with an end-of-sequence token.
         template: "chat" or "alpaca", from `choose_template`.
         train_on_prompt: every token carries loss.
     """
 
-    def __init__(self, tokenizer: Any, template: str, train_on_prompt: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, train_on_prompt: bool) -> None:
         if tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no end-of-sequence token: no model could learn where an answer ends.")
+            raise ConfigError(
+                "the tokenizer has no end-of-sequence token, so a model could not learn where an answer ends."
+            )
         self.tokenizer, self.template, self.train_on_prompt = tokenizer, template, train_on_prompt
         plain, special = self._ids(["a"])[0], list(tokenizer("a")["input_ids"])
         heads = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
@@ -203,7 +207,7 @@ class Encoder:
         return Encoded(ids, list(ids) if self.train_on_prompt else labels, split)
 
     def _continue(self, text: str, first: bool) -> list[int]:
-        """Tokens of a text that follows another: without the blank that SentencePiece puts before a text."""
+        """Tokenise a text that follows another, without the blank that SentencePiece puts before a text."""
         if first or not text:
             return self._ids([text])[0]
         marker, marked = self._ids(["\n", "\n" + text])

@@ -1,4 +1,4 @@
-"""Adapters in and out of a resident base model, and adapters merged into it for a while, both leaving no trace.
+"""Adapters swapped in and out of a resident base model, or merged into it temporarily, without a trace.
 
 The base's own parameter tensors are never written: an adapter wraps the layers, a merge works on copies.
 """
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,9 +20,13 @@ from tune.errors import CheckpointError
 from tune.storage.sealed_folder import MANIFEST, verify
 from tune.training.checkpoint import ADAPTER
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 PROBE_LENGTH = 16
-#: Keys of adapter_config.json with which PEFT would write to the base, replace parts of it or import what is named in
-#: them -> the values with which it does not.
+#: Keys of adapter_config.json with which PEFT would write to the base, replace parts of it or import modules they name
+#: -> the values with which it does not.
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "init_lora_weights": (True, False, None),
@@ -43,14 +47,13 @@ class AdapterSlot:
     Args:
         base: a bare causal language model.
         probe: token ids for the check; by default 16 ids spread over the vocabulary.
-        autocast_adapter_dtype: PEFT's switch: adapters in 16 bit are held in fp32, as for any PEFT user.
-        sealed: take adapters with a manifest alone, as `training.checkpoint` writes them; one that is there is checked
-            in any case.
+        autocast_adapter_dtype: PEFT's option: 16-bit adapters are held in fp32, as by default in PEFT.
+        sealed: require a manifest, as `training.checkpoint` writes it; an existing one is always checked.
     """
 
     def __init__(
         self,
-        base: Any,
+        base: PreTrainedModel,
         *,
         probe: Sequence[int] | None = None,
         autocast_adapter_dtype: bool = True,
@@ -59,13 +62,13 @@ class AdapterSlot:
         self.base, self._sealed = base, sealed
         self.delta: float | None = None
         self._autocast = autocast_adapter_dtype
-        vocabulary = base.get_input_embeddings().num_embeddings
+        vocabulary = cast(torch.nn.Embedding, base.get_input_embeddings()).num_embeddings
         ids = probe or [(vocabulary * i) // PROBE_LENGTH for i in range(PROBE_LENGTH)]
         self._probe = torch.tensor([list(ids)], device=base.device)
         self._plain: torch.Tensor | None = None
 
     @contextmanager
-    def adapter(self, folder: str | Path | None) -> Iterator[Any]:
+    def adapter(self, folder: str | Path | None) -> Iterator[PreTrainedModel | PeftModel]:
         """Put the adapter of `folder` in place for the `with` block.
 
         Raises:
@@ -94,14 +97,14 @@ class AdapterSlot:
                 p.requires_grad_(frozen[name])
             self.base.train(training)
 
-    def _load(self, folder: Path) -> Any:
+    def _load(self, folder: Path) -> PeftModel:
         from peft import PeftModel, get_peft_model_state_dict
 
         _check_folder(folder, self._sealed)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                # low_cpu_mem_usage: nothing is drawn at random, and fp32 values are not rounded to a 16-bit base
+                # low_cpu_mem_usage: no random initialisation, and fp32 values are not rounded to a 16-bit base
                 model = PeftModel.from_pretrained(
                     self.base,
                     str(folder),
@@ -110,12 +113,12 @@ class AdapterSlot:
                     low_cpu_mem_usage=True,
                     torch_device=str(self.base.device),
                 )
-        except Exception as error:  # whatever PEFT makes of a folder, the base must be bare again
+        except Exception as error:  # PEFT raises anything, and the base must be bare again
             self._unwrap()
             raise CheckpointError(f"The adapter in {folder} does not fit this model: {str(error)[:400]}") from error
         missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
         if not missing:
-            # PEFT is silent about tensors that it has no layer for.
+            # PEFT does not report tensors that it has no layer for.
             left = sorted(_names(folder / ADAPTER) - set(get_peft_model_state_dict(model, save_embedding_layers=False)))
             missing = [f"there is no layer for {', '.join(left)}"] if left else []
         if missing:
@@ -124,7 +127,7 @@ class AdapterSlot:
         return model.eval()
 
     def _unwrap(self) -> None:
-        """Take out the layers that a failed load left wrapped in the base."""
+        """Unwrap the layers of the base that a failed load left wrapped."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for name, module in list(self.base.named_modules()):
@@ -133,7 +136,7 @@ class AdapterSlot:
                 setattr(self.base.get_submodule(parent), child, module.get_base_layer())
 
     @torch.no_grad()
-    def _logits(self, model: Any) -> torch.Tensor:
+    def _logits(self, model: PreTrainedModel | PeftModel) -> torch.Tensor:
         training = model.training
         model.eval()
         try:
@@ -143,15 +146,17 @@ class AdapterSlot:
 
 
 def _check_folder(folder: Path, sealed: bool) -> None:
-    """Refuse what is no adapter, is damaged, or would be loaded by running code or by writing to the base."""
+    """Refuse a folder that is not an adapter, is damaged, or could only be loaded by code or by writing to the base."""
     config, weights = folder / "adapter_config.json", folder / ADAPTER
     if not config.is_file():
         raise ConfigError(f"{folder} holds no adapter: there is no adapter_config.json in it.")
     if not weights.is_file():
-        pickled = " Its adapter_model.bin is a pickle, which may run code when it is read: load it with PEFT where you "
-        pickled += "trust it, and save it again with safe_serialization=True."
-        told = pickled if (folder / "adapter_model.bin").is_file() else ""
-        raise CheckpointError(f"{folder} holds no adapter weights: {ADAPTER} is missing.{told}")
+        pickled = (
+            " Its adapter_model.bin is a pickle, which can run code when read: if you trust it, load it with PEFT "
+            "and save it again with safe_serialization=True."
+        )
+        hint = pickled if (folder / "adapter_model.bin").is_file() else ""
+        raise CheckpointError(f"{folder} holds no adapter weights: {ADAPTER} is missing.{hint}")
     if sealed or (folder / MANIFEST).is_file():
         verify(folder)
     try:
@@ -160,13 +165,13 @@ def _check_folder(folder: Path, sealed: bool) -> None:
     except (ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"The adapter in {folder} is damaged: {error}") from None
     if not isinstance(settings, dict):
-        raise CheckpointError(f"The adapter in {folder} is damaged: adapter_config.json holds no mapping.")
+        raise CheckpointError(f"The adapter in {folder} is damaged: adapter_config.json is not a mapping.")
     given = {key: settings.get(key) for key in HARMLESS}
     wrong = [f"{key} {value!r}" for key, value in given.items() if value not in HARMLESS[key]]
     if settings.get("peft_type") != "LORA" or wrong:
-        told = ", ".join([f"peft_type {settings.get('peft_type')!r}", *wrong])
+        found = ", ".join([f"peft_type {settings.get('peft_type')!r}", *wrong])
         raise ConfigError(
-            f"The adapter in {folder} has {told}; only LORA (with DoRA and rsLoRA) that adds to linear layers and was "
+            f"The adapter in {folder} has {found}; only LORA (with DoRA and rsLoRA) that adds to linear layers and was "
             "not initialised from the base leaves the resident base as it is."
         )
 
@@ -186,15 +191,15 @@ def _check_safetensors(file: Path) -> None:
 
 
 @contextmanager
-def merged_weights(model: Any) -> Iterator[int]:
-    """Merge the active adapter of a PEFT model into its base weights for the `with` block; yields the layers merged.
+def merged_weights(model: PreTrainedModel | PeftModel) -> Iterator[int]:
+    """Merge the active adapter of a PEFT model into its base weights for the `with` block; yield the number of layers.
 
     A bare model is left as it is (0 layers). PEFT's own unmerge subtracts, which is not exact in floating point; here
-    the merge writes to copies, so that the base's own tensors come back untouched. That takes the memory of a second
-    copy of the adapted weights meanwhile.
+    the merge writes to copies, so that the base's own tensors come back untouched. Meanwhile that takes the memory of a
+    second copy of the adapted weights.
 
     Raises:
-        ConfigError: the base layers are quantised, so that a merge would be another model.
+        ConfigError: the base layers are quantised, so a merge would be a different model.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -1,7 +1,7 @@
-"""Finding lm-eval's own task definitions by name, without its index (14 s) and without importing it (7 s).
+"""Lookup of lm-eval's task definitions by name, without its index (14 s) and without importing it (7 s).
 
-lm-eval ships some 14,000 YAML files; a task's file is found by its path where the path tells, else by one pass over the
-files that is kept for the process.
+lm-eval ships some 14,000 YAML files; a task's file is found by its path where possible, else by one pass over all
+files, which is cached.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TAGGED = re.compile(rb"^tag[ \t]*:[ \t]*\r?\n((?:[ \t]*-.*\n?)+)", re.M)
 
 @lru_cache(maxsize=1)
 def tasks_root() -> Path:
-    """The folder of lm-eval's task definitions."""
+    """Return the folder of lm-eval's task definitions."""
     found = importlib.util.find_spec("lm_eval")
     assert found is not None and found.origin is not None, "lm-eval is a dependency of macdrop"
     return Path(found.origin).parent / "tasks"
@@ -37,7 +37,7 @@ def _defines(file: Path, name: str) -> bool:
 
 @lru_cache(maxsize=1)
 def known_names() -> dict[str, Path | None]:
-    """Every task, group and tag name written in lm-eval's files; the path is given for single tasks only."""
+    """Return every task, group and tag name in lm-eval's files; the path is given for single tasks only."""
     names: dict[str, Path | None] = {}
     for file in _files():
         content = file.read_bytes()
@@ -55,9 +55,9 @@ def known_names() -> dict[str, Path | None]:
 
 @cache
 def find_task(name: str, by_path: bool = False) -> Path | None:
-    """The YAML file that defines the single task `name`, or None (a group, a tag, or no name of lm-eval).
+    """Return the YAML file of the single task `name`, or None (a group, a tag, or unknown to lm-eval).
 
-    `by_path`: look only where file, folder or both have the task's name, as nearly all have, and spare the full pass.
+    `by_path`: look only where file, folder or both have the task's name, as nearly all do, and skip the full pass.
     """
     near = [file for file in _files() if name in (file.stem, file.parent.name, f"{file.parent.name}_{file.stem}")]
     for file in sorted(near, key=lambda file: file.stem != name):
@@ -74,11 +74,16 @@ class _Function(str):
     """The text after `!function`."""
 
 
-_PlainLoader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
+def _function(loader: _PlainLoader, node: yaml.Node) -> _Function:
+    assert isinstance(node, yaml.ScalarNode), "lm-eval writes !function before the name of one"
+    return _Function(loader.construct_scalar(node))
+
+
+_PlainLoader.add_constructor("!function", _function)
 
 
 def read_definition(file: Path) -> dict[str, Any]:
-    """The task definition with its includes merged, functions left as markers."""
+    """Read a task definition with its includes merged, functions left as markers."""
     definition = yaml.load(file.read_bytes(), Loader=_PlainLoader)  # noqa: S506 - derived from SafeLoader
     includes = definition.pop("include", [])
     merged: dict[str, Any] = {}
@@ -88,7 +93,7 @@ def read_definition(file: Path) -> dict[str, Any]:
 
 
 def needed_columns(file: Path) -> list[str]:
-    """Columns that the task's templates read; empty where code of the task prepares the rows first."""
+    """Return the columns that the task's templates read; empty if the task's code prepares the rows first."""
     from jinja2 import Environment, TemplateError, meta, nodes
 
     definition = read_definition(file)

@@ -21,7 +21,7 @@ PACKAGES = {"longbench": (("jieba", "fuzzywuzzy", "rouge"), "macdrop[longbench]"
 
 
 def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
-    """Check one zero-shot entry: a known task, or rows of our own format; every row has its columns."""
+    """Check one zero-shot entry: the task must be known, or the rows in our own format, with all their columns."""
     task = entry.task or name
     if not entry.data:
         file = catalogue.find_task(task)
@@ -52,7 +52,7 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
             shots = 0
     if shots and not entry.fewshot_data:
         raise ConfigError(
-            f"eval.zero_shot.{name}: {shots} few-shot examples are asked for, but no rows to draw them from.\n"
+            f"eval.zero_shot.{name}: {shots} few-shot examples are requested, but no rows to draw them from.\n"
             "Give fewshot_data: (never the rows that are scored), or set num_fewshot: 0."
         )
     if entry.fewshot_data:
@@ -65,7 +65,7 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
 
 
 def as_on_the_hub(table: Table, definition: Mapping[str, Any]) -> Table:
-    """Rows of the authors' files with the columns named as in the task's hub data set."""
+    """Rename the columns of the authors' files to those of the task's hub data set."""
     names = RENAMED.get(definition.get("dataset_path") or "", {})
     rows = [{names.get(key, key) if names.get(key) not in row else key: row[key] for key in row} for row in table.rows]
     return Table(rows, table.places)
@@ -81,38 +81,38 @@ def _check_packages(name: str, file: Path | None) -> None:
 
 
 def task_file(task: str, entry: ZeroShot, table: Table) -> Path | None:
-    """lm-eval's definition of the task, None for rows of our own format.
+    """Return lm-eval's definition of the task, None for rows in our own format.
 
-    A new name costs a pass over all of lm-eval's files, which rows that are plainly ours are spared.
+    An unknown name costs a pass over all of lm-eval's files; rows that are clearly in our own format skip it.
     """
     ours = entry.task is None and set(CHOICE_COLUMNS) <= set(table.rows[0])
     return catalogue.find_task(task, by_path=ours)
 
 
 def effective_shots(asked: int | None, default: int | None) -> int:
-    """lm-eval's rule: the number asked for, but a task that says 0 stays at 0; null is the task's own number."""
+    """Apply lm-eval's rule: the requested number, but a task that says 0 stays at 0; null is the task's own number."""
     return default or 0 if asked is None or default == 0 else asked
 
 
 def unknown_task(name: str) -> ConfigError:
-    """The error for a name that lm-eval does not have and that comes without data."""
+    """Return the error for a name that is unknown to lm-eval and comes without data."""
     return ConfigError(
         f"lm-eval has no task {name!r}.{nearest(name, catalogue.known_names())}\n"
-        f"For a task of your own give data: a file of rows with {', '.join(CHOICE_COLUMNS)}."
+        f"For your own task give data: a file of rows with {', '.join(CHOICE_COLUMNS)}."
     )
 
 
 def check_choices(name: str, table: Table) -> None:
-    """Check rows of our own multiple-choice format.
+    """Check rows in our own multiple-choice format.
 
     Raises:
-        DataError: a column is missing or has another type, or the label is no index into the choices.
+        DataError: a column is missing or has another type, or the label is not an index into the choices.
     """
     if not set(CHOICE_COLUMNS) & set(table.rows[0]):
         hint = nearest(name, catalogue.known_names())
         table.require(
             CHOICE_COLUMNS,
-            f"{name!r}, which is no task of lm-eval and so has to be in our own format.{hint} That format",
+            f"{name!r}, which is not a task of lm-eval, so it must be in our own format.{hint} That format",
         )
     table.require(CHOICE_COLUMNS, "multiple choice")
     for row, place in zip(table.rows, table.places, strict=True):
@@ -130,7 +130,7 @@ def _bad(place: str, column: str, wanted: str, value: object) -> DataError:
 
 
 def check_perplexity(entry: Perplexity) -> None:
-    """Check that local text is there; a hub id is left to the scorer."""
+    """Check that local text exists; a hub id is left to the scorer."""
     local = [is_local(path) for path in entry.data]
     if all(local):
         read_documents(entry.data, entry.column)
@@ -144,14 +144,14 @@ def read_generation(entry: Generation) -> tuple[str, Table]:
 
     Raises:
         DataError: no format fits the columns, or a row cannot be used.
-        ConfigError: metrics are asked for where there are no references.
+        ConfigError: metrics are requested where there are no references.
     """
     table = read_rows(entry.data)
     kind = entry.format or _format_of(table)
     if kind == "spec_bench":
         if entry.metrics:
             raise ConfigError(
-                f"{entry.data[0]}: metrics need references, and these are questions without; leave metrics out."
+                f"{entry.data[0]}: metrics need references, and these questions have none; leave metrics out."
             )
         table.require(("question_id", "category", "turns"), "format spec_bench")
         for row, place in zip(table.rows, table.places, strict=True):

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts: batches of similar length, padded on the left, each row as if it were alone."""
+"""Greedy decoding of many prompts in left-padded batches of similar length, each row as if it were alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Answer:
 
 
 def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: those of the model's generation config (chat models have several) and eos."""
+    """Return the ids that end an answer: those of the model's generation config (chat models have several) and eos."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [configured] if isinstance(configured, int) else list(configured or [])
     return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
@@ -44,7 +44,7 @@ def fit_middle(ids: Sequence[int], room: int) -> list[int]:
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first stop text, without it."""
+    """Return `text` up to the first stop text."""
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
@@ -62,10 +62,11 @@ class _StopAtText:
 
 @contextmanager
 def _own_settings_only(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Set the checkpoint's generation config aside: transformers would mix its penalties and the like into ours."""
+    """Set the checkpoint's generation config aside: transformers would mix its penalties into ours."""
     from transformers import GenerationConfig
 
-    holder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    holder = base.get_base_model() if hasattr(model, "get_base_model") else model
     kept = holder.generation_config
     holder.generation_config = GenerationConfig()
     try:
@@ -108,8 +109,9 @@ def greedy(
             ids[at, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
             mask[at, width - len(prompts[i]) :] = 1
         criteria = StoppingCriteriaList([_StopAtText(tokenizer, stop, width)] if stop else [])
+        generator: Any = model  # PEFT's type does not declare `generate`
         with _own_settings_only(model), torch.no_grad():
-            output = model.generate(
+            output = generator.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
@@ -122,15 +124,15 @@ def greedy(
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: Sequence[int], stop: Sequence[str]) -> Answer:
-    """Cut what follows the end of a row: other rows of the batch may have run on."""
+    """Cut off what follows the end of a row, whose batch may have run longer."""
     last = next((i for i, token in enumerate(new) if token in ends), None)
     tokens = new if last is None else new[: last + 1]
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     cut = cut_at(text, stop)
     if cut == text:
         return Answer(text, tokens, "length" if last is None else "eos")
     for upto in range(1, len(tokens) + 1):
-        begun = tokenizer.decode(tokens[:upto], skip_special_tokens=True)
+        begun = str(tokenizer.decode(tokens[:upto], skip_special_tokens=True))
         if any(text in begun for text in stop):
             break
     return Answer(cut, tokens[:upto], "stop")

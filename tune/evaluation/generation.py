@@ -1,8 +1,8 @@
 """Generation benchmarks: Spec-Bench question files, and prompts with references.
 
 Decoding is greedy. Prompts come from the tokenizer's chat template, else from the alpaca prompt that training uses
-(template: plain puts the bare text). Further turns follow the model's own earlier answers. Prompts that leave no room
-for the answer lose tokens on the left, bos excepted; the rows say how many did.
+(template: plain uses the bare text). Further turns follow the model's own earlier answers. Prompts that leave no room
+for the answer lose tokens on the left, except bos; the rows count them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 VERSION = "1"
 HIGHER_IS_BETTER = {**dict.fromkeys(TEXT_METRICS, True), "empty_share": False, "repeated_4grams": False}
-"""Which way a metric is better; those that only describe are in none."""
+"""Whether a higher value is better; descriptive metrics are not listed."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation to hold: user turns, references (none for Spec-Bench), and what to keep of its row."""
+    """One conversation: user turns, references (none for Spec-Bench), and what to keep of its row."""
 
     turns: list[str]
     references: list[str]
@@ -47,7 +47,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ResidentQuestions:
-    """The questions of one benchmark entry, ready to be put."""
+    """The questions of one benchmark entry, ready to be asked."""
 
     name: str
     questions: list[Question]
@@ -87,7 +87,7 @@ def _question(kind: str, row: dict[str, Any], number: int) -> Question:
     if kind == "spec_bench":
         kept = {"question_id": row["question_id"], "category": str(row["category"]), "turns": row["turns"]}
         if "reference" in row:
-            kept["reference"] = row["reference"]  # for a judge: they answer every turn, in whatever shape the file has
+            kept["reference"] = row["reference"]  # for a judge: one per turn, in the file's own shape
         return Question(list(row["turns"]), [], str(row["category"]), kept)
     wanted = row["reference"] if "prompt" in row else row["output"]
     references = [str(text) for text in wanted] if isinstance(wanted, list) else [str(wanted)]
@@ -98,7 +98,7 @@ def _question(kind: str, row: dict[str, Any], number: int) -> Question:
 
 
 def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """The first `limit` questions of every category, in file order."""
+    """Return the first `limit` questions of every category, in file order."""
     seen: dict[str, int] = {}
     chosen = []
     for question in questions:
@@ -111,9 +111,9 @@ def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
 def prompt_ids(
     resident: ResidentQuestions, tokenizer: PreTrainedTokenizerBase, question: Question, answers: Sequence[str]
 ) -> list[int]:
-    """Token ids of the conversation up to the turn after `answers`, before any cut."""
+    """Return the token ids of the conversation up to the turn after `answers`, before any cut."""
     asked = question.turns[: len(answers) + 1]
-    if resident.template == "alpaca":
+    if resident.encoder is not None:
         turns = [Turn("user", asked[0], question.context)]
         for answer, turn in zip(answers, asked[1:], strict=True):
             turns += [Turn("assistant", answer), Turn("user", turn)]
@@ -127,10 +127,10 @@ def prompt_ids(
     for answer, turn in zip(answers, texts[1:], strict=True):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise what they like
-        asked = question.kept["question_id"]
-        raise DataError(f"The chat template refuses question {asked}: {error}. Set template: alpaca.") from error
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates raise anything
+        which = question.kept["question_id"]
+        raise DataError(f"The chat template refuses question {which}: {error}. Set template: alpaca.") from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -190,10 +190,9 @@ def score(
 def _measured(
     resident: ResidentQuestions, questions: Sequence[Question], answers: Sequence[list[Answer]]
 ) -> list[dict[str, list[float]]]:
-    """Per question and metric: a value for each answer (Spec-Bench), or for the last one against the references.
+    """Return per question and metric a value per answer (Spec-Bench), or one for the last answer (references).
 
-    Those of Spec-Bench describe; none of them says how good an answer is. References are cut at a stop text as answers
-    are.
+    Spec-Bench's metrics are descriptive: they do not measure quality. References are cut at a stop text as answers are.
     """
     if resident.kind == "spec_bench":
         return [
@@ -214,7 +213,7 @@ def _measured(
 
 
 def _groups(name: str, questions: Sequence[Question]) -> dict[str, list[int]]:
-    """Tasks of a Spec-Bench entry -> indices of their questions: all, multi-turn ones, and each category."""
+    """Map the tasks of a Spec-Bench entry (all, multi-turn, each category) to the indices of their questions."""
     groups = {name: list(range(len(questions)))}
     multi = [i for i, question in enumerate(questions) if len(question.turns) > 1]
     if multi and len(multi) < len(questions):

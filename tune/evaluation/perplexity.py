@@ -1,11 +1,11 @@
 """Token perplexity on long text.
 
 Documents are joined by blank lines and tokenised as one text, which is cut into windows of at most `window` tokens.
-Each window starts anew with bos, where the tokenizer has one: bos at position 0 is where massive weights act. Every
+Each window starts with its own bos, if the tokenizer has one: bos at position 0 is where massive weights act. Every
 token is scored once, except a first token that has no bos before it. With a `stride`, windows overlap, and a token is
 scored in the first window that holds it. Perplexity is exp of the mean negative log-likelihood. The keys of an entry
-(`tune.config.eval_spec.Perplexity`) change each of these rules; the suite `perplexity` does so to measure as Sun et al.
-2024 (arXiv 2402.17762) do.
+(`tune.config.eval_entries.Perplexity`) change each of these rules; the suite `perplexity` does so to measure as Sun et
+al. 2024 (arXiv 2402.17762) do.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Window:
 
 @dataclass(frozen=True)
 class ResidentText:
-    """The windows of one benchmark entry, and the settings that made them."""
+    """The windows of one benchmark entry, and the settings that produced them."""
 
     windows: list[Window]
     settings: str
@@ -81,7 +81,7 @@ def load(entry: Perplexity, tokenizer: PreTrainedTokenizerBase, max_positions: i
 
 
 def _settings(entry: Perplexity, size: int, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], local: bool) -> str:
-    """The rules that made the windows, as words key=value; of the rarer ones those that are not as by default."""
+    """Return the rules that produced the windows as key=value; the rarer ones only if they are not the default."""
     bos = None if entry.bos == "none" else tokenizer.bos_token_id
     if entry.bos == "text":
         bos = "text" if bos is not None and ids[:1] == [bos] else None
@@ -95,7 +95,7 @@ def _settings(entry: Perplexity, size: int, tokenizer: PreTrainedTokenizerBase, 
 
 
 def cut(ids: Sequence[int], size: int, stride: int | None, bos: int | None) -> list[Window]:
-    """Cut tokens into windows of at most `size` tokens, bos included (the module says how)."""
+    """Cut tokens into windows of at most `size` tokens, bos included, by the rules of the module."""
     lead = [] if bos is None else [bos]
     room = size - len(lead)
     windows, scored = [], 0 if lead else 1
@@ -145,7 +145,7 @@ def score(
     total = sum(counts)
     nll = math.fsum(sums) / total
     if not math.isfinite(nll):
-        raise BenchmarkError(f"The model's mean negative log-likelihood is {nll}, so that perplexity has no value.")
+        raise BenchmarkError(f"The model's mean negative log-likelihood is {nll}, so perplexity is undefined.")
     value = math.exp(min(nll, 700.0))  # exp overflows a float just above
     residuals = [s - nll * n for s, n in zip(sums, counts, strict=True)]
     b = len(windows)
@@ -165,7 +165,7 @@ def score(
 
 
 def _window_sums(windows: Sequence[Window], model: PreTrainedModel | PeftModel, logits_of: Logits) -> list[float]:
-    """Summed negative log-likelihood of the scored tokens of each window, in fp32, one window of logits at a time."""
+    """Sum the negative log-likelihood of the scored tokens of each window, in fp32, one window of logits at a time."""
     import torch
     import torch.nn.functional as F
 

@@ -1,12 +1,12 @@
-"""What lies below the attacked FFN is computed once for the plain score and all attacks of one benchmark.
+"""Cache of outputs below the attacked FFN, shared by the plain score and all attacks of one benchmark.
 
-An attack sets rows of one FFN, in layer l, to zero. The embedding, the layers below l and whatever layer l runs before
-that FFN (its attention) see none of it, so that their outputs for one batch are the same to the bit under every attack
-on base rows. The first forward pass of a batch keeps them, the others put them back in place of the calls.
+An attack zeroes rows of one FFN, in layer l. The embedding, the layers below l and whatever layer l runs before that
+FFN (its attention) are unaffected: their outputs for one batch are bit-identical under every attack on base rows. The
+first forward pass of a batch records them, later passes replay them in place of the calls.
 
-Nothing about a model is assumed: the first batch that is put together from kept outputs is computed in full as well,
-and where one bit of the logits differs, or the modules are not called in the way that is expected, nothing is shared.
-Only forward passes without KV cache are shared (log-likelihoods, perplexity); generation runs as ever.
+Nothing is assumed about a model: the first replayed batch is also computed in full, and if one bit of the logits
+differs, or the modules are not called as expected, nothing is shared. Only forward passes without a KV cache are shared
+(log-likelihoods, perplexity), not generation.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ import torch
 from torch import nn
 
 from macdrop.errors import MacDropError
+from macdrop.families import bare_model, decoder_layers, massive_ffn
+from macdrop.weights import MassiveWeights
 
-#: Bytes of outputs kept by default; on a GPU no more than a quarter of what is free. A later batch that finds it full
-#: is computed in full each time: to drop the oldest would help no one, as every attack goes through the batches in the
-#: same order.
+#: Bytes of outputs kept by default; on a GPU at most a quarter of the free memory. Batches beyond it are computed in
+#: full each time: evicting the oldest would not help, because every attack visits the batches in the same order.
 BUDGET = 1 << 30
-_BELOW = -1  # the place of what the layers below layer l make, among the parts of layer l
+_BELOW = -1  # the key of the output of the layers below l, among those of the parts of l
 
 Kept = dict[int, Any]
-#: Makes logits (B, T, vocabulary) of a model, token ids (B, T) and a mask (B, T), which may be left out.
+#: Computes logits (B, T, vocabulary) from a model, token ids (B, T) and an optional mask (B, T).
 Logits = Callable[..., torch.Tensor]
 
 
 class PrefixCache:
-    """Keeps outputs below the attacked FFN, of one model and one benchmark at a time.
+    """Outputs below the attacked FFN, of one model and one benchmark at a time.
 
-    The weights must not change between two scorings that are given the same cache; `clear` is for when they do.
-    `calls_saved` counts calls that were not made: of decoder layers, and of parts of the attacked layer.
+    The weights must not change between two scorings with the same cache; call `clear` when they do. `calls_saved`
+    counts the calls saved: of decoder layers, and of parts of the attacked layer.
     """
 
     def __init__(self, budget: int = BUDGET) -> None:
@@ -45,7 +46,7 @@ class PrefixCache:
         self._batches: dict[Hashable, Kept] = {}
         self._room, self._bytes, self._full = budget, 0, False
         self._site: _Site | None = None
-        #: How each kind of model fared when its first shared batch was computed in full as well.
+        #: Whether the first replayed batch of each kind of model equalled the full computation.
         self._trusted: dict[Hashable, bool] = {}
 
     def clear(self) -> None:
@@ -54,8 +55,8 @@ class PrefixCache:
         self._batches.clear()
 
     @contextmanager
-    def sharing(self, model: nn.Module, weights: Any, benchmark: Hashable) -> Iterator[None]:
-        """Let `logits` share inside the block, with earlier blocks of the same model and benchmark."""
+    def sharing(self, model: nn.Module, weights: MassiveWeights, benchmark: Hashable) -> Iterator[None]:
+        """Let `logits` share outputs inside the block with earlier blocks of the same model and benchmark."""
         if self._of[0] is not model or self._of[1] != benchmark:
             self.clear()
             self._of = (model, benchmark)
@@ -72,20 +73,21 @@ class PrefixCache:
 
     @torch.no_grad()
     def logits(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of one batch (B, T, vocabulary): the same bits as those of the model itself."""
-        if self._site is None:
+        """Return the logits of one batch (B, T, vocabulary), bit-identical to those of the model itself."""
+        site = self._site
+        if site is None:
             return plain_logits(model, ids, mask)
         key = _key(ids, mask)
         kept = self._batches.get(key)
-        if kept is None:
-            return self._record(model, ids, mask, key)
-        return self._replay(model, ids, mask, kept)
+        if kept is not None:
+            return self._replay(site, model, ids, mask, kept)
+        return plain_logits(model, ids, mask) if self._full else self._record(site, model, ids, mask, key)
 
-    def _record(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, key: Hashable) -> torch.Tensor:
-        if self._full:
-            return plain_logits(model, ids, mask)
+    def _record(
+        self, site: _Site, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, key: Hashable
+    ) -> torch.Tensor:
         kept: Kept = {}
-        with self._site.mode(record=kept):
+        with site.mode(record=kept):
             logits = plain_logits(model, ids, mask)
         size = sum(_size(value) for value in kept.values())
         if not kept or self._bytes + size > self._room:
@@ -95,19 +97,21 @@ class PrefixCache:
             self._bytes += size
         return logits
 
-    def _replay(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, kept: Kept) -> torch.Tensor:
-        site = self._site
+    def _replay(
+        self, site: _Site, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, kept: Kept
+    ) -> torch.Tensor:
         if self._trusted.get(site.kind):
             with site.mode(replay=kept):
                 logits = plain_logits(model, ids, mask)
             self.calls_saved += site.calls
             return logits
-        # Other tokens first, so that nothing which a model remembers of its last pass can pass for what was kept.
+        # Other tokens first, so that state which a model keeps from its last pass cannot hide a difference.
         plain_logits(model, torch.where(ids > 0, ids - 1, ids + 1), mask)
+        shared: torch.Tensor | None
         try:
             with site.mode(replay=kept):
                 shared = plain_logits(model, ids, mask)
-        except Exception:  # whatever a model does with layers that it did not expect
+        except Exception:  # a model may do anything with outputs it did not expect
             shared = None
         full = plain_logits(model, ids, mask)
         self._trusted[site.kind] = shared is not None and torch.equal(full, shared)
@@ -117,12 +121,12 @@ class PrefixCache:
 
 
 def plain_logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits of one batch (B, T, vocabulary), without KV cache. ids, mask: (B, T); mask 0 at padding."""
+    """Compute the logits of one batch (B, T, vocabulary) without a KV cache. ids, mask: (B, T); mask 0 at padding."""
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 class _Site:
-    """The places of one model where outputs are kept and put back."""
+    """The modules of one model whose outputs are recorded and replayed."""
 
     def __init__(
         self, kind: Hashable, below: list[nn.Module], parts: list[nn.Module], attacked: list[nn.Module]
@@ -136,7 +140,7 @@ class _Site:
 
     @contextmanager
     def mode(self, *, record: Kept | None = None, replay: Kept | None = None) -> Iterator[None]:
-        """Keep outputs in `record`, or put those of `replay` back, in the one forward pass of the block."""
+        """Record outputs into `record`, or replay those of `replay`, in the one forward pass of the block."""
         self._record, self._replay, self._begun, self.calls = record, replay, False, 0
         try:
             yield
@@ -145,7 +149,7 @@ class _Site:
 
     @contextmanager
     def patched(self) -> Iterator[None]:
-        """Stand between the modules and their callers for the block."""
+        """Wrap the modules' forward functions for the block."""
         with ExitStack() as stack:
             for layer in self._below:
                 stack.enter_context(_instead(layer, self._stand_in(layer.forward, _BELOW, layer is self._below[-1])))
@@ -160,7 +164,7 @@ class _Site:
         self._begun = True
 
     def _stand_in(self, own: Callable[..., Any], place: int, keeps: bool) -> Callable[..., Any]:
-        """`own` while nothing is shared. `keeps`: its output is kept, not only left out below another that is."""
+        """Wrap `own`. `keeps`: its output is recorded, not only skipped because a later one is."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._replay is not None and place in self._replay:
@@ -174,10 +178,8 @@ class _Site:
         return forward
 
 
-def _find(model: nn.Module, weights: Any) -> _Site | None:
-    """Where outputs can be kept below the FFN that `weights` name; None where the model is not understood."""
-    from macdrop.families import bare_model, decoder_layers, massive_ffn
-
+def _find(model: nn.Module, weights: MassiveWeights) -> _Site | None:
+    """Find the modules below the FFN that `weights` name; None if the model's structure is unknown."""
     try:
         ffn, layers = massive_ffn(model, weights), decoder_layers(model)[1]
     except MacDropError:
@@ -190,7 +192,7 @@ def _find(model: nn.Module, weights: Any) -> _Site | None:
     below, layer = list(layers[: ffn.layer]), layers[ffn.layer]
     if not holds(layer) or any(holds(other) for other in below):
         return None
-    # Norms and the like are left to the model: they cost less than they take to keep.
+    # Norms are left to the model: computing them costs less than keeping them.
     parts = [part for part in layer.children() if not holds(part) and any(p.dim() > 1 for p in part.parameters())]
     kind = (type(model).__name__, type(bare_model(model)).__name__, ffn.path)
     return _Site(kind, below, parts, [part for part in layer.children() if holds(part)])
@@ -198,7 +200,7 @@ def _find(model: nn.Module, weights: Any) -> _Site | None:
 
 @contextmanager
 def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`forward` in place of the module's own for the block."""
+    """Replace the module's forward function for the block."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -211,7 +213,7 @@ def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def _room(model: nn.Module, budget: int) -> int:
-    """Bytes that may be kept where the model is."""
+    """Return the bytes that may be kept on the model's device."""
     device = next(model.parameters()).device
     return min(budget, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else budget
 
@@ -228,7 +230,7 @@ def _copyable(value: Any) -> bool:
 
 
 def _copy(value: Any) -> Any:
-    """A copy of an output, as callers may write into what they are given."""
+    """Copy an output: callers may write into what they are given."""
     if isinstance(value, (tuple, list)):
         return type(value)(_copy(item) for item in value)
     return None if value is None else value.clone()

@@ -1,4 +1,4 @@
-"""Columns of a report and the cells in them: which metrics are shown, and in what order.
+"""Names and order of scores: the columns of a report and the cells in them.
 
 A *column* is one metric of one task under one attack.
 """
@@ -14,7 +14,7 @@ from tune.config.objectives import AVERAGED
 from tune.config.parse import SECTIONS
 
 PRIMARY = ("acc", "exact_match", "word_perplexity", "perplexity", "judge_score", "rouge_l", "chrf", "repeated_4grams")
-"""Which metric of a task stands in the tables, best first; all of them are in the CSV."""
+"""Preference of metrics: tables show the first that a task has, the CSV has all of them."""
 LONGBENCH = "longbench_"
 HOW = ("limit", "num_fewshot", "version", "settings")
 ACCURACIES = ("acc", "acc_norm")
@@ -34,18 +34,18 @@ class Column:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Column:
-        """The column of a line of scores.jsonl; lines without a split are of test benchmarks."""
+        """Return the column of a row of scores.jsonl; rows without a split are of test benchmarks."""
         found = {key: row[key] for key in cls.__dataclass_fields__ if row.get(key) is not None}
         return cls(**found)
 
     @property
     def is_mean(self) -> bool:
-        """Whether it is a mean over tasks; see `mean_columns`."""
+        """Whether this is a mean over tasks; see `mean_columns`."""
         return self.task.startswith("mean ")
 
     @property
     def name(self) -> str:
-        """As a search metric is written: benchmark/task/metric[@attack], a mean's task being `mean`; or eval_loss."""
+        """The name as a search metric: benchmark/task/metric[@attack], where a mean's task is `mean`; or eval_loss."""
         if self == EVAL_LOSS:
             return self.metric
         task = self.task.partition(" of ")[0] if self.is_mean else self.task
@@ -57,9 +57,9 @@ EVAL_LOSS = Column("validation", "", "eval_loss", higher_is_better=False)
 
 @dataclass(frozen=True)
 class Cell:
-    """A score and its standard error over items (None: not known).
+    """A score and its standard error over items (None: unknown).
 
-    `how` is what it must share with another score to be comparable: limit, few-shot examples, version, settings.
+    Scores are comparable only if they share `how`: limit, few-shot examples, version, settings.
     """
 
     value: float
@@ -69,17 +69,17 @@ class Cell:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Cell:
-        """The cell of a line of scores.jsonl that has a value."""
+        """Return the cell of a row of scores.jsonl that has a value."""
         how = tuple((key, row[key]) for key in HOW if row.get(key) is not None)
         return cls(row["value"], row.get("stderr"), row.get("n"), how)
 
 
 def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] | None = None) -> list[Column]:
-    """One metric for each task under each attack: the asked one, else the first of `PRIMARY`, else the task's first.
+    """Choose one metric per task and attack: the asked one, else the first of `PRIMARY`, else the task's first.
 
     Args:
-        asked: names of the benchmarks that the run asks for, each with its metric if that is said. Where a benchmark's
-            tasks are among them, the others (the 57 parts of mmlu, say) are left out, but for their own "name/part".
+        asked: names of the benchmarks that the run asks for, each with its metric if one is given. Where a benchmark's
+            tasks are among them, the others (such as the 57 parts of mmlu) are left out, except for "name/part".
     """
     columns, asked = list(columns), asked or {}
     heads = {column: column.task if column.task in asked else column.task.partition("/")[0] for column in columns}
@@ -99,7 +99,7 @@ def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] |
 
 
 def mean_columns(columns: Iterable[Column]) -> dict[Column, list[Column]]:
-    """The means over zero-shot tasks and over texts, as the paper's tables have them, each with its members.
+    """Return the means over zero-shot tasks and over texts, as the paper's tables have them, with their members.
 
     Accuracies (acc, acc_norm) go together, and so do LongBench's sets; other metrics have a mean of their own.
     """
@@ -122,14 +122,14 @@ def mean_columns(columns: Iterable[Column]) -> dict[Column, list[Column]]:
 
 
 def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -> list[Column]:
-    """Add the `mean_columns` to the scores that have all members; errors of tasks are taken as independent."""
+    """Add the `mean_columns` to the scores that have all members; the tasks' errors are assumed independent."""
     means = mean_columns(columns)
     for cells in scores:
         for mean, members in means.items():
             found = [cells[column] for column in members if column in cells]
             if len(found) == len(members):
-                known = all(cell.stderr is not None for cell in found)
-                stderr = math.hypot(*(cell.stderr for cell in found)) / len(found) if known else None
+                errors = [cell.stderr for cell in found if cell.stderr is not None]
+                stderr = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
                 value = math.fsum(cell.value for cell in found) / len(found)
                 how = tuple(dict.fromkeys(pair for cell in found for pair in cell.how))
                 cells[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in found) or None, how)
@@ -137,7 +137,7 @@ def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -
 
 
 def named_scores(rows: Iterable[Mapping[str, Any]], asked: Mapping[str, str | None]) -> dict[str, float]:
-    """One adapter's scores and their means by `Column.name`; of an attack on base and merged rows the one on base."""
+    """Return one adapter's scores and means by `Column.name`; an attack on base rows goes before one on merged rows."""
     scores = {Column.of(row): Cell.of(row) for row in rows if row["value"] is not None}
     add_means([scores], primary_columns(scores, asked))
     found: dict[str, float] = {}
@@ -147,12 +147,12 @@ def named_scores(rows: Iterable[Mapping[str, Any]], asked: Mapping[str, str | No
 
 
 def is_part(column: Column, columns: Collection[Column]) -> bool:
-    """Whether the column is of a part ("spec_bench/math") of a task that has a column of its own."""
+    """Whether the column is of a part ("spec_bench/math") of a task with its own column."""
     return "/" in column.task and any(other.task == column.task.rpartition("/")[0] for other in columns)
 
 
 def place(column: Column) -> tuple:
-    """Sort key of columns: by benchmark, the scores without attack first; within these as they came."""
+    """Return a sort key of columns: by benchmark, scores without attack first; otherwise the order is kept."""
     section = SECTIONS.index(column.benchmark) if column.benchmark in SECTIONS else len(SECTIONS)
     attacked = column.attack != "none"
     return column.split != "test", section, column.benchmark, attacked, column.attack, column.attack_on or ""

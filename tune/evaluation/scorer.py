@@ -1,4 +1,4 @@
-"""One benchmark, one attack, one model -> rows. Model, tokenizer, tasks and data stay resident between jobs."""
+"""Scorer of one model: one benchmark under one attack at a time; model, tasks and data stay resident between jobs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from macdrop.attack import Attack, attacked_rows
 from macdrop.errors import ConfigError, MacDropError
+from macdrop.hooks import MacDrop
+from macdrop.masking import attacked
+from macdrop.weights import MassiveWeights
 from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, jobs
 from tune.evaluation.adapters import merged_weights
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
@@ -20,11 +23,15 @@ from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
 from tune.storage.atomic import atomic_write_text
 from tune.training.quiet import quiet_while_scoring
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length", "max_seq_len")
 
 
 class Row(TypedDict):
-    """One score. `stderr` is over items; `attack_on` is None without attack; `settings` are words ``key=value``."""
+    """One score. `stderr` is over items; `attack_on` is None without attack; `settings` are ``key=value`` words."""
 
     benchmark: str
     task: str
@@ -47,17 +54,23 @@ class Scorer:
     """Scores jobs of one evaluation spec with one resident model.
 
     Args:
-        model: a causal language model, bare or with a PEFT adapter; `score` may bring another one of the same base.
+        model: a causal language model, bare or with a PEFT adapter; `score` may be given another one of the same base.
         tokenizer: its tokenizer; a copy is used, the caller's is not changed.
         spec: what to score.
-        weights: macdrop's MassiveWeights of the base, needed for attacks.
+        weights: the massive weights of the base, needed for attacks.
 
     Raises:
         ConfigError: attacks without `weights` or on more rows than the layer has, a max_length beyond the model's, or
             an add_bos_token that the tokenizer cannot follow.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, spec: EvalSpec, weights: Any | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: EvalSpec,
+        weights: MassiveWeights | None = None,
+    ) -> None:
         self.model, self.spec, self.weights = model, spec, weights
         self.tokenizer = _with_bos(copy.deepcopy(tokenizer), spec.add_bos_token)
         positions = max_positions(model.config, tokenizer)
@@ -82,11 +95,11 @@ class Scorer:
         attacked_rows(self.weights, attack.kind, attack.k)
 
     def jobs(self) -> list[EvalJob]:
-        """What the spec asks for, in file order."""
+        """Return the jobs of the spec, in file order."""
         return jobs(self.spec)
 
     def prepare(self) -> None:
-        """Load the tasks and data of all jobs now, so that a mistake in any of them shows before the first score."""
+        """Load the tasks and data of all jobs, so that an error in any of them shows before the first score."""
         with quiet_while_scoring():
             for job in self.jobs():
                 self._data(job)
@@ -94,9 +107,9 @@ class Scorer:
     def score(
         self,
         job: EvalJob,
-        model: Any | None = None,
+        model: PreTrainedModel | PeftModel | None = None,
         answers_path: str | Path | None = None,
-        drop: Any | None = None,
+        drop: MacDrop | None = None,
         prefix: PrefixCache | None = None,
         limit: int | None = None,
         within: str | Path | None = None,
@@ -106,11 +119,11 @@ class Scorer:
         Args:
             job: one of `jobs()`.
             model: the model to score, e.g. the base with an adapter in place; by default the one given at construction.
-            answers_path: where to keep what was measured item by item (answers, hits, losses), as jsonl, atomically.
-            drop: a `macdrop.MacDrop` attached to the model; it is asserted to mask nothing.
-            prefix: what the plain score and the attacks of one entry share, kept by the caller from job to job while
-                the weights stay what they are. The scores are the same to the bit.
-            limit: items of each task, instead of the entry's own `limit`.
+            answers_path: the jsonl file for what was measured item by item (answers, hits, losses), written atomically.
+            drop: a `macdrop.MacDrop` attached to the model; it must not mask anything.
+            prefix: a cache that the plain score and the attacks of one entry share; the caller keeps it from job to job
+                as long as the weights do not change. Scores are bit-identical with it.
+            limit: items per task, in place of the entry's own `limit`.
             within: a folder above `answers_path` whose storage is waited for; see `tune.storage.atomic.lasting`.
 
         Returns:
@@ -118,7 +131,7 @@ class Scorer:
             of an lm-eval group) are named `task/part`.
 
         Raises:
-            ConfigError, DataError: the entry cannot be scored as it is written.
+            ConfigError, DataError: the entry cannot be scored as written.
             BenchmarkError: scoring failed. MacDropError: masks were on.
         """
         self._check_attack(job)
@@ -144,27 +157,29 @@ class Scorer:
         return scored
 
     def items(self, job: EvalJob, limit: int | None = None) -> int:
-        """How many documents, windows or questions `score` goes through."""
+        """Return the number of documents, windows or questions that `score` goes through."""
         limit = limit or self.spec.inherited(self.spec.entry(job), "limit")
         return self._benchmark(job).count(self._data(job), limit)
 
     def _benchmark(self, job: EvalJob) -> Benchmark:
-        """The job's kind of benchmark, made on first use."""
+        """Return the job's kind of benchmark, created on first use."""
         if job.benchmark not in self._benchmarks:
             made = BENCHMARKS[job.benchmark](self.spec, self.tokenizer, self.max_length)
             self._benchmarks[job.benchmark] = made
         return self._benchmarks[job.benchmark]
 
     def _data(self, job: EvalJob) -> Any:
-        """The resident tasks or data of the job's entry, loaded on first use."""
+        """Return the resident data of the job's entry, loaded on first use."""
         key = (job.benchmark, job.task)
         if key not in self._resident:
             self._resident[key] = self._benchmark(job).load(job.task, self.spec.entry(job))
         return self._resident[key]
 
     @contextlib.contextmanager
-    def _sharing(self, job: EvalJob, model: Any, prefix: PrefixCache | None) -> Iterator[Logits]:
-        """How to compute logits: with what other attacks of the entry left in `prefix`, where that is possible."""
+    def _sharing(
+        self, job: EvalJob, model: PreTrainedModel | PeftModel, prefix: PrefixCache | None
+    ) -> Iterator[Logits]:
+        """Yield the function that computes logits, sharing outputs with the entry's other attacks where possible."""
         benchmark = (job.split, job.benchmark, job.task)
         on_base = [other for other in self.jobs() if other.attack_on != "merged"]
         several = sum((other.benchmark, other.task) == benchmark[1:] for other in on_base) > 1
@@ -175,13 +190,12 @@ class Scorer:
             yield prefix.logits
 
     @contextlib.contextmanager
-    def _under(self, job: EvalJob, model: Any) -> Iterator[None]:
-        """Put the job's attack in place for the `with` block: on base rows under the adapter, or on merged weights."""
+    def _under(self, job: EvalJob, model: PreTrainedModel | PeftModel) -> Iterator[None]:
+        """Apply the job's attack inside the block: to base rows under the adapter, or to merged weights."""
         if job.attack == PLAIN:
             yield
             return
-        from macdrop.masking import attacked
-
+        assert self.weights is not None, "attacks without weights were refused before"
         attack = Attack.parse(job.attack)
         place = merged_weights(model) if job.attack_on == "merged" else contextlib.nullcontext()
         with place, attacked(model, self.weights, attack.kind, attack.k):
@@ -204,8 +218,8 @@ class Scorer:
         return {key: merged[key] for key in Row.__annotations__}  # type: ignore[return-value]
 
 
-def _with_bos(tokenizer: Any, add_bos: bool | None) -> Any:
-    """Switch the tokenizer's bos in front of texts on or off; None leaves it as it is.
+def _with_bos(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> PreTrainedTokenizerBase:
+    """Switch the bos before texts on or off; None leaves the tokenizer unchanged.
 
     Raises:
         ConfigError: the tokenizer has no bos token, or cannot be switched.
@@ -217,14 +231,12 @@ def _with_bos(tokenizer: Any, add_bos: bool | None) -> Any:
         raise ConfigError("eval.add_bos_token: this tokenizer has no bos token; leave the key out.")
     tokenizer.add_bos_token = add_bos
     if (tokenizer("a")["input_ids"][:1] == [bos]) != add_bos:
-        raise ConfigError(
-            "eval.add_bos_token: this tokenizer does not let its bos token be switched; leave the key out."
-        )
+        raise ConfigError("eval.add_bos_token: the bos token of this tokenizer cannot be switched; leave the key out.")
     return tokenizer
 
 
-def max_positions(config: Any, tokenizer: Any) -> int:
-    """Longest sequence a model takes: from its config, else from its tokenizer, else 2048."""
+def max_positions(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the longest sequence of a model: from its config, else from its tokenizer, else 2048."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for key in _LENGTH_KEYS:
         if isinstance(getattr(text, key, None), int):
@@ -234,25 +246,22 @@ def max_positions(config: Any, tokenizer: Any) -> int:
 
 
 @contextlib.contextmanager
-def masks_off(model: Any, drop: Any | None = None) -> Iterator[None]:
-    """Score in eval mode without gradients, and prove that MacDrop masked nothing; modes are restored afterwards.
+def masks_off(model: PreTrainedModel | PeftModel, drop: MacDrop | None = None) -> Iterator[None]:
+    """Switch to eval mode without gradients, and verify that MacDrop masks nothing; modes are restored afterwards.
 
     Raises:
         MacDropError: `drop` is inside a training step, or dropped entries while scoring.
     """
     if drop is not None and drop.active:
-        raise MacDropError("MacDrop masks are on: scores are taken between training steps, never inside one.")
+        raise MacDropError("MacDrop masks are on: a model is scored between training steps, never inside one.")
     before = None if drop is None else drop.entries_dropped
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with (
-            torch.no_grad()
-        ):  # not inference_mode: cached buffers would stay inference tensors, and training would fail
+        # not inference_mode: cached buffers would stay inference tensors, and training would fail
+        with torch.no_grad():
             if any(module.training for module in model.modules()):
-                raise MacDropError(
-                    "A part of the model stays in training mode after model.eval(); it cannot be scored."
-                )
+                raise MacDropError("Part of the model stays in training mode after model.eval(); it cannot be scored.")
             yield
             if drop is not None and (drop.active or drop.entries_dropped != before):
                 raise MacDropError("MacDrop dropped entries while the model was scored; the scores are void.")

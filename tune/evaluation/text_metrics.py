@@ -1,4 +1,4 @@
-"""Scores of one answer against its references, and the mean over answers with its standard error."""
+"""Metrics of one answer against its references, and means over answers with their standard errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error with Bessel's correction (of zeros and ones: the binomial one); None for one item."""
+    """Return the mean and its standard error with Bessel's correction; None for one item."""
     n = len(values)
     mean = math.fsum(values) / n
     if n < 2:
@@ -18,9 +18,9 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def text_metric(metric: str, answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Score every answer against the reference that suits it best.
+    """Score every answer against its best-matching reference.
 
-    exact_match: 1 where answer and reference agree but for white space (at the ends ignored, inside counted once).
+    exact_match: 1 where answer and reference agree up to white space (at the ends ignored, inside counted once).
     chrf: sentence-level chrF2 by sacrebleu, 0 to 100. rouge_l: ROUGE-L F-measure with stemming by rouge_score, 0 to 1.
     """
     scorer = {"exact_match": _exact, "chrf": _chrf, "rouge_l": _rouge_l}[metric]
@@ -44,7 +44,7 @@ def _chrf(answer: str, references: list[str]) -> float:
 
 @cache
 def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 
     return RougeScorer(["rougeL"], use_stemmer=True)
 

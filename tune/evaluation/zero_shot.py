@@ -1,7 +1,7 @@
-"""Zero-shot (and few-shot) tasks, scored by lm-eval itself; its tasks and data stay resident between scorings.
+"""Zero-shot and few-shot tasks scored by lm-eval itself; tasks and data stay resident between scorings.
 
-Importing this module loads lm-eval. Local rows take the place of a task's hub data set; prompts, metrics, filters and
-versions stay lm-eval's own, functions included.
+Importing this module loads lm-eval. Local rows replace a task's hub data set; prompts, metrics, filters, versions and
+functions stay lm-eval's own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import lm_eval.api.task
@@ -33,16 +33,22 @@ from tune.evaluation.decode import fit_middle
 from tune.evaluation.prefix_cache import Logits, plain_logits
 from tune.evaluation.zero_shot_rows import ResidentTask, items_of, rows_of
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model = PreTrainedModel | PeftModel
+
 FEWSHOT_SEED = 1234  # lm-eval's default
 _KEYS_OF_THE_HUB = ("dataset_name", "dataset_kwargs", "tag", "group", "task_list")
 
 
 class Harness(HFLM):
-    """lm-eval's Hugging Face model around a resident one; `use` puts another model (an adapter in place) behind it."""
+    """lm-eval's Hugging Face model around a resident one; `use` exchanges the model, as for one with an adapter."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
-        # A stand-in for the model, because lm-eval would tie its weights, which must not happen around an adapter.
-        # log-softmax in fp32: in bf16 the log-likelihoods of long answers are rounded to whole units.
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        # A stand-in for the model: lm-eval would tie its weights, which must not happen around an adapter.
+        # log-softmax in fp32: in bf16 log-likelihoods of long answers are rounded to whole units.
         super().__init__(
             pretrained=SimpleNamespace(config=model.config, device=model.device),
             tokenizer=tokenizer,
@@ -55,7 +61,7 @@ class Harness(HFLM):
         self.middle = False
         self.shortened = 0
 
-    def use(self, model: Any, batch_size: int, entry: ZeroShot, logits: Logits = plain_logits) -> None:
+    def use(self, model: Model, batch_size: int, entry: ZeroShot, logits: Logits = plain_logits) -> None:
         """Score `entry` with `model` from now on, `batch_size` requests at a time; `logits` runs the model."""
         self._logits = logits
         self._model, self._device, self.batch_size_per_gpu = model, model.device, batch_size
@@ -65,7 +71,7 @@ class Harness(HFLM):
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As lm-eval's, but where the entry says so, prompts that are too long lose their middle, not their left.
+        """Encode as lm-eval does, but cut long prompts in the middle where the entry says so.
 
         Returns:
             token ids and attention mask, (prompts, longest prompt).
@@ -79,29 +85,29 @@ class Harness(HFLM):
         return padded["input_ids"], padded["attention_mask"]
 
     def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """As lm-eval's, but without a KV cache, which only generation needs."""
+        """Call the model without a KV cache, which only generation needs."""
         return self._logits(self._model, inps)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval's, once for all scorings: requests stay the same from adapter to adapter."""
+        """Encode each request once for all scorings: requests do not change from adapter to adapter."""
         key = (context, continuation)
         if key not in self._encoded:
             self._encoded[key] = super()._encode_pair(context, continuation)
         return self._encoded[key]
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """As lm-eval's, without a progress bar; raises BenchmarkError where the model returns NaN."""
+        """Score without a progress bar; raise BenchmarkError if the model returns NaN."""
         answers = super().loglikelihood(requests, disable_tqdm=True)
         if any(value != value for value, _ in answers):
-            raise BenchmarkError("The model returns NaN, so that no answer can be ranked.")
+            raise BenchmarkError("The model returns NaN, so answers cannot be ranked.")
         return answers
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
-        """As lm-eval's, without a progress bar."""
+        """Run lm-eval's own without a progress bar."""
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
-        """As lm-eval's, without a progress bar."""
+        """Run lm-eval's own without a progress bar."""
         return super().generate_until(requests, disable_tqdm=True)
 
 
@@ -113,10 +119,10 @@ class Tasks:
         self._indexed: TaskManager | None = None
 
     def load(self, name: str, entry: ZeroShot, spec: EvalSpec, max_length: int) -> ResidentTask:
-        """Build the task of one entry, data included; its prompts are written at the first scoring and kept.
+        """Build the task of one entry with its data; its prompts are built at the first scoring and kept.
 
         Raises:
-            ConfigError: lm-eval has no such task, its data no such split, or `max_length` tokens leave no room.
+            ConfigError: the task or its split is unknown to lm-eval, or `max_length` tokens leave no room.
             DataError: local rows do not fit. BenchmarkError: a download failed.
         """
         check_zero_shot(name, entry, spec)
@@ -136,16 +142,19 @@ class Tasks:
     def _from_hub(self, entry_name: str, entry: ZeroShot) -> dict[str, Any]:
         name = entry.task or entry_name
         file = catalogue.find_task(name)
-        if file is None and self._indexed is None:
-            self._indexed = TaskManager()
-        manager, target = (self._direct, str(file)) if file else (self._indexed, name)
-        if file is None and name not in manager.all_tasks:
-            raise unknown_task(name)
+        target: str | dict[str, Any] = str(file) if file else name
+        manager = self._direct
+        if file is None:
+            if self._indexed is None:
+                self._indexed = TaskManager()
+            manager = self._indexed
+            if name not in manager.all_tasks:
+                raise unknown_task(name)
         if entry.split:
-            target = load_yaml(file, resolve_func=True)
-            if "class" in target:
-                raise ConfigError(f"eval.zero_shot.{entry_name}: lm-eval's task {name!r} chooses its split by code.")
-            target |= {"test_split": entry.split, "validation_split": None}
+            definition = load_yaml(file, resolve_func=True)
+            if "class" in definition:
+                raise ConfigError(f"eval.zero_shot.{entry_name}: lm-eval's task {name!r} chooses its split in code.")
+            target = definition | {"test_split": entry.split, "validation_split": None}
         try:
             return manager.load([target])
         except KeyError as error:
@@ -172,7 +181,7 @@ class Tasks:
             config = load_yaml(file, resolve_func=True)
             splits = {split: as_on_the_hub(rows, config) for split, rows in splits.items()}
             if "class" in config or config.get("unsafe_code"):
-                raise ConfigError(f"lm-eval's task {task!r} loads or runs data by code of its own; leave data: out.")
+                raise ConfigError(f"lm-eval's task {task!r} loads its data with its own code; leave data: out.")
             config = {key: value for key, value in config.items() if key not in _KEYS_OF_THE_HUB}
         config |= {
             "task": name,
@@ -198,7 +207,7 @@ class Tasks:
 
 
 def longest(entry: ZeroShot, max_length: int) -> int:
-    """Tokens that prompt and answer of an entry may take together."""
+    """Return the tokens that prompt and answer of an entry may take together."""
     return min(entry.max_length or max_length, max_length)
 
 
@@ -216,8 +225,9 @@ def _check_room(name: str, entry: ZeroShot, task: Any, max_length: int) -> None:
 
 
 def _build_requests_once(task: Any) -> None:
-    """Keep the requests of a task: writing the prompts takes longer than a tiny model takes to answer them."""
-    build, built = task.build_all_requests, []
+    """Keep the requests of a task: building the prompts takes longer than a tiny model takes to answer them."""
+    build = task.build_all_requests
+    built: list[Any] = []
 
     def resident(**settings: Any) -> None:
         if built:
@@ -247,7 +257,7 @@ _compiled = lru_cache(maxsize=256)(lm_eval.utils.env.from_string)
 
 @contextmanager
 def _templates_compiled_once() -> Iterator[None]:
-    """Let lm-eval compile each prompt template once, not once a document: half of the time of scoring a tiny model."""
+    """Compile each prompt template once, not once per document: that is half of the time of scoring a tiny model."""
     lm_eval.utils.env.from_string = _compiled
     try:
         yield
@@ -260,7 +270,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _choice_config(table: Table, delimiter: str | None) -> dict[str, Any]:
-    """lm-eval configuration of our own multiple-choice format."""
+    """Return lm-eval's configuration for our own multiple-choice format."""
     if delimiter is None:  # a context that ends in white space, as many templates do, already has its delimiter
         first = table.rows[0]
         delimiter = "" if first["context"][-1:].isspace() or first["choices"][0][0].isspace() else " "
@@ -277,7 +287,7 @@ def _choice_config(table: Table, delimiter: str | None) -> dict[str, Any]:
 
 
 def _in_memory(splits: Mapping[str, Table]) -> Callable[..., dict[str, datasets.Dataset]]:
-    """Rows as lm-eval's `custom_dataset`: no cache on disk, no lock, nothing stale when the file changes."""
+    """Wrap rows as lm-eval's `custom_dataset`: without a disk cache, a lock, or stale rows when the file changes."""
 
     def build(**_: Any) -> dict[str, datasets.Dataset]:
         found = {}

@@ -1,4 +1,4 @@
-"""What lm-eval returns -> rows, one of which is always named as the benchmark entry is."""
+"""Conversion of lm-eval's results to score rows, one of which always has the name of the benchmark entry."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ResidentTask:
 
 
 def rows_of(task: ResidentTask, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each task and metric, with lm-eval's analytic standard errors.
+    """Make one row per task and metric, with lm-eval's analytic standard errors.
 
     A single task, or the group that was asked for, has the name of the entry; members of a group are `entry/member`.
     Where lm-eval has no overall score (tags, groups without aggregation), the plain mean over members is added.
@@ -69,7 +69,7 @@ def _named(task: ResidentTask, name: str) -> str:
 
 
 def _means(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The plain mean over members, for the metrics that all of them have."""
+    """Return the plain mean over members, for the metrics that all of them have."""
     by_metric: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_metric.setdefault(row["metric"], []).append(row)
@@ -95,7 +95,7 @@ def _means(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _stderr(task: Any, metric: str, values: list[Any]) -> float | None:
-    """lm-eval's analytic standard error, which it has for means; None for metrics that need a bootstrap."""
+    """Return lm-eval's analytic standard error, which it has for means; None for metrics that need a bootstrap."""
     if task.aggregation().get(metric) is not mean or len(values) < 2:
         return None
     return float(mean_stderr(values))
@@ -104,7 +104,7 @@ def _stderr(task: Any, metric: str, values: list[Any]) -> float | None:
 def _pooled(
     group: str, key: str, members: Mapping[str, list[str]], stderrs: Mapping[tuple[str, str], tuple[float | None, int]]
 ) -> tuple[float | None, int]:
-    """Pooled standard error and number of items of a group, as lm-eval computes it from its leaf tasks."""
+    """Return the pooled standard error and number of items of a group, as lm-eval computes them from its leaf tasks."""
     leaves, open_names = [], list(members[group])
     while open_names:
         name = open_names.pop()
@@ -118,7 +118,7 @@ def _pooled(
 
 
 def items_of(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What is kept of every item: its metrics, the model's answers, and lm-eval's hash of the document."""
+    """Return what is kept of every item: its metrics, the model's answers, and lm-eval's hash of the document."""
     return [
         {
             "task": name,

@@ -41,7 +41,7 @@ def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False)
     Raises:
         ConfigError: there is no judge, or no answer, and the like; see `tune.evaluation.judge.session.judge_files`.
     """
-    from tune.evaluation.judge.answers import answers_of
+    from tune.evaluation.judge.answers import answers_of_run
     from tune.storage.run_folder import RunFolder
 
     folder = Path(run)
@@ -49,7 +49,7 @@ def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False)
         return judge_evaluation(folder, judge_spec({}, overrides), fresh=fresh)
     run_folder = RunFolder.open(run)
     spec = judge_spec(run_folder.config(), overrides)
-    return _judge(answers_of(run_folder), spec, run_folder.add_scores, folder, fresh=fresh)
+    return _judge(answers_of_run(run_folder), spec, run_folder.add_scores, folder, fresh=fresh)
 
 
 def judge_evaluation(folder: Path, spec: JudgeSpec, *, fresh: bool = False) -> int:

@@ -13,7 +13,7 @@ from macdrop.errors import MacDropError
 from tune.config.judge_spec import JudgeSpec
 from tune.config.run_spec import RaySpec
 from tune.distributed.actors.actor_pool import ActorPool, PoolActor
-from tune.evaluation.judge.answers import answers_of
+from tune.evaluation.judge.answers import answers_of_run
 from tune.evaluation.judge.local import LocalJudge
 from tune.evaluation.judge.prompt import Judgement, Question
 from tune.evaluation.judge.session import Judge, judge_at_end, make_judge
@@ -143,7 +143,7 @@ def judge_sweep(
         )
 
     try:
-        files = answers_of(run_folder)
+        files = answers_of_run(run_folder)
     except ValueError as error:
         note(f"nothing was judged: {error}")
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from macdrop.errors import ConfigError
 from tune.config.recorded import models_of
@@ -13,11 +14,11 @@ from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import Stage, TaskState
 
 
-def answers_of(run_folder: RunFolder) -> list[Answers]:
-    """The generated answers of a run's base models and final trials, all attacks.
+def answers_of_run(run_folder: RunFolder) -> list[Answers]:
+    """Return the generated answers of a run's base models and final trials, under all attacks.
 
     Raises:
-        ConfigError: there are none, and why.
+        ConfigError: there are none; the message says why.
     """
     entries = list(((run_folder.config().get("eval") or {}).get("generation")) or {})
     records = run_folder.trials()
@@ -26,12 +27,12 @@ def answers_of(run_folder: RunFolder) -> list[Answers]:
         for record in records
         if record.status == TaskState.DONE and record.stage == Stage.FINAL
     ]
-    names = _models(run_folder)
+    names = _model_names(run_folder)
     for folder in sorted((run_folder.run_dir / "models").glob("*/")):
         tag = {"model": names.get(folder.name, folder.name), "arm": BASE, "trial": BASE, "seed": None}
         folders.insert(0, (folder, tag))
     found = [
-        _tagged(run_folder, Answers.read(file, run_folder.run_dir, tag, entries))
+        _with_score_settings(run_folder, Answers.read(file, run_folder.run_dir, tag, entries))
         for folder, tag in folders
         for file in sorted((folder / "answers").glob("generation-*.jsonl"))
     ]
@@ -45,29 +46,32 @@ def answers_of(run_folder: RunFolder) -> list[Answers]:
     )
 
 
-def _models(run_folder: RunFolder) -> dict[str, str]:
-    """Slug -> full name of the run's models."""
+def _model_names(run_folder: RunFolder) -> dict[str, str]:
+    """Map the slugs of the run's models to their full names."""
     names = [*models_of(run_folder.config()), *(row["model"] for row in run_folder.score_rows())]
     return {slug(name): name for name in names}
 
 
-def _tagged(run_folder: RunFolder, answers: Answers) -> Answers:
-    """With what the score row of the same answers says of them: limit, split, suite."""
+def _with_score_settings(run_folder: RunFolder, answers: Answers) -> Answers:
+    """Add limit, split and suite from the score row of the same answers."""
     same = {
-        **{key: answers.tag[key] for key in ("model", "trial")},
-        **{"benchmark": "generation", "attack": answers.attack, "attack_on": answers.attack_on},
+        "model": answers.tag["model"],
+        "trial": answers.tag["trial"],
+        "benchmark": "generation",
+        "attack": answers.attack,
+        "attack_on": answers.attack_on,
     }
     for row in run_folder.score_rows():
         if all(row[key] == value for key, value in same.items()) and answers.entry in (row.get("entry"), row["task"]):
             words = [word for word in (row.get("settings") or "").split() if word.startswith("suite=")]
-            more = {key: row[key] for key in ("limit", "split") if key in row}
-            answers.tag.update(more, words=words)
+            more: dict[str, Any] = {key: row[key] for key in ("limit", "split") if key in row}
+            answers.tag.update(more | {"words": words})
             break
     return answers
 
 
 def answers_of_evaluation(folder: Path) -> list[Answers]:
-    """The generated answers in what `macdrop eval --output` wrote.
+    """Return the generated answers that `macdrop eval --output` wrote.
 
     Raises:
         ConfigError: there are none.

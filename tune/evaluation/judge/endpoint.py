@@ -17,19 +17,21 @@ from tune.config.judge_spec import JudgeSpec
 from tune.errors import BenchmarkError
 from tune.evaluation.judge.prompt import Judgement, Question, Reply, assess
 
-#: So many answers in a row that could not be got end the judging: the endpoint is not up to it.
+#: Judging ends after this many failed answers in a row.
 GIVE_UP_AFTER = 10
-#: Seconds before a reply that was no answer is asked for again: doubled each time, up to the second number.
+#: Seconds before an unreadable reply is requested again: doubled each time, up to the second number.
 BACKOFF_S = (0.5, 8.0)
 _CLIENT_LOGGERS = ("openai", "httpx", "httpx2", "httpcore")
 
 
 class EndpointJudge:
-    """Asks `spec.model` at `spec.base_url`. The `openai` client retries 408, 409, 429, 5xx, lost connections and
-    time-outs, waits as long as Retry-After says, and backs off exponentially else.
+    """A judge that asks `spec.model` at `spec.base_url`.
+
+    The `openai` client retries 408, 409, 429, 5xx, lost connections and timeouts; it honours Retry-After and otherwise
+    backs off exponentially.
 
     Raises:
-        ConfigError: the environment variable of the key was named, and is not set.
+        ConfigError: the environment variable named for the key is not set.
     """
 
     def __init__(self, spec: JudgeSpec) -> None:
@@ -46,17 +48,17 @@ class EndpointJudge:
         self._stop = threading.Event()
         for name in _CLIENT_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
-        # Endpoints of one's own need no key, and the client wants a word.
+        # Self-hosted endpoints need no key, but the client requires one.
         self._client = openai.OpenAI(
             base_url=spec.base_url, api_key=key or "none", timeout=spec.timeout_s, max_retries=spec.request_retries
         )
 
     def judge(self, asked: Sequence[Question]) -> Iterator[Judgement]:
-        """Judgements in the order they come. An answer that cannot be got is a judgement with an error.
+        """Yield judgements in the order they come; a failed answer is a judgement with an error.
 
         Raises:
-            ConfigError: the endpoint refuses the key, or has no such model.
-            BenchmarkError: there is no endpoint, or it fails again and again.
+            ConfigError: the endpoint refuses the key, or does not know the model.
+            BenchmarkError: the endpoint cannot be reached, or fails repeatedly.
         """
         waiting = iter(asked)
         failed = 0
@@ -65,13 +67,13 @@ class EndpointJudge:
         running: set[Future[Judgement]] = set()
         try:
             while True:
-                # A few more than there are threads: who is done need not wait for us.
+                # More than there are threads, so that none of them is idle.
                 while len(running) < 2 * self.spec.max_concurrent and (question := next(waiting, None)):
                     running.add(pool.submit(self._one, question))
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                # What has been paid for is kept before an error of another request ends it all.
+                # Finished judgements are yielded before an error of another request ends the judging.
                 for future in sorted(done, key=lambda future: future.exception() is not None):
                     judgement = future.result()
                     failed = failed + 1 if judgement.error else 0
@@ -92,7 +94,7 @@ class EndpointJudge:
         return [self._reply(question, attempt) for question in asked]
 
     def _reply(self, question: Question, attempt: int) -> Reply:
-        """One answer. Replies that are no answer are asked for again like failed requests; their error is the last."""
+        """Return one answer; unreadable replies are retried like failed requests, and the last error is reported."""
         wrong = ""
         for again in range(self.spec.request_retries + 1):
             if again and self._stop.wait(min(BACKOFF_S[0] * 2 ** (again - 1), BACKOFF_S[1]) * random.uniform(0.75, 1)):
@@ -107,10 +109,10 @@ class EndpointJudge:
         return Reply(error=wrong or "stopped")
 
     def _request(self, question: Question, attempt: int) -> tuple[str, str | None]:
-        """The body of the reply, or what went wrong with this question alone.
+        """Return the body of the reply, or an error of this question alone.
 
         Raises:
-            what goes wrong with every question.
+            ConfigError, BenchmarkError: an error that every question would meet.
         """
         import openai
 
@@ -138,24 +140,26 @@ class EndpointJudge:
             fatal = self._fatal(error)
             if fatal:
                 raise fatal from None
-            return "", f"HTTP {error.status_code}: {_told(error)}"
+            return "", f"HTTP {error.status_code}: {_server_message(error)}"
 
     def _fatal(self, error: Any) -> MacDropError | None:
-        """The error that ends the judging, for a status that every request will get."""
+        """Return the error that ends the judging, for a status that every request would get."""
         status, spec = error.status_code, self.spec
         if status in (401, 403):
             given = f"in {spec.api_key_env}" if self._has_key else f"({spec.api_key_env} is not set)"
             return ConfigError(
-                f"The judge at {spec.base_url} refuses the key {given}: HTTP {status}, {_told(error)}.\n"
+                f"The judge at {spec.base_url} refuses the key {given}: HTTP {status}, {_server_message(error)}.\n"
                 "Export the right key, or name another environment variable by eval.judge.api_key_env."
             )
         if status == 404:
             return ConfigError(
                 f"The judge at {spec.base_url} has no model {spec.model!r}, or no chat completions there: HTTP 404, "
-                f"{_told(error)}.\nbase_url ends where /chat/completions follows, most often in /v1."
+                f"{_server_message(error)}.\nbase_url ends where /chat/completions follows, most often in /v1."
             )
         if status == 429 and getattr(error, "code", None) == "insufficient_quota":
-            return BenchmarkError(f"The judge at {spec.base_url} has no quota left for this key: {_told(error)}.")
+            return BenchmarkError(
+                f"The judge at {spec.base_url} has no quota left for this key: {_server_message(error)}."
+            )
         return None
 
     def close(self) -> None:
@@ -164,19 +168,19 @@ class EndpointJudge:
 
 
 def _answer(body: str) -> Reply:
-    """The first choice of a chat completion; raises where the body is none. An empty answer is an answer."""
-    told = json.loads(body)
-    text = told["choices"][0]["message"]["content"]
+    """Return the first choice of a chat completion; raise if the body is not one. An empty answer is valid."""
+    completion = json.loads(body)
+    text = completion["choices"][0]["message"]["content"]
     if not isinstance(text, str | None):
         raise TypeError(f"content is a {type(text).__name__}")
-    usage = told.get("usage") or {}
+    usage = completion.get("usage") or {}
     tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-    served = {key: str(told[key]) for key in ("model", "system_fingerprint") if told.get(key)}
+    served = {key: str(completion[key]) for key in ("model", "system_fingerprint") if completion.get(key)}
     return Reply(text or "", tokens=tokens, served=served)
 
 
-def _told(error: Any) -> str:
-    """What the server said, on one line."""
+def _server_message(error: Any) -> str:
+    """Return the server's message on one line."""
     body = error.body
     message = body.get("message") if isinstance(body, dict) else None
     return " ".join(str(message or error.message).split())[:200].rstrip(".")

@@ -1,4 +1,4 @@
-"""A local causal language model as judge: resident, greedy in batches; asked again it samples, by seeds of its own."""
+"""A local causal language model as judge: resident, greedy in batches; retries are sampled with their own seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedModel
 
 from macdrop.errors import ConfigError
 from macdrop.fingerprint import checkpoint_fingerprint, checkpoint_folder
@@ -23,10 +23,10 @@ from tune.zoo.catalog import resolve
 
 
 def revision(spec: JudgeSpec) -> str:
-    """Which weights judge: the commit of a hub model in the cache, else the fingerprint of its folder.
+    """Return the revision of the judge's weights: the commit of a cached hub model, else the folder's fingerprint.
 
     Raises:
-        ConfigError: the model is no folder, and not in the cache either.
+        ConfigError: the model is neither a folder nor in the cache.
     """
     source = resolve(spec.model)
     folder = checkpoint_folder(source, spec.revision)
@@ -36,10 +36,10 @@ def revision(spec: JudgeSpec) -> str:
 
 
 class LocalJudge:
-    """A judge in this process, on its accelerator if there is one.
+    """A judge in this process, on the accelerator if there is one.
 
     Raises:
-        ConfigError: there is no such model, or no room for a prompt beside `max_new_tokens`.
+        ConfigError: the model does not exist, or `max_new_tokens` leave no room for a prompt.
     """
 
     def __init__(self, spec: JudgeSpec) -> None:
@@ -51,7 +51,8 @@ class LocalJudge:
                 dtype="bfloat16" if spec.bf16 else "float32",
                 trust_remote_code=spec.trust_remote_code,
             )
-        self.model = model.to(device())
+        model.to(device())  # type: ignore[arg-type]  # transformers hides the type of `to` behind a wrapper
+        self.model: PreTrainedModel | None = model
         self.revision = revision(spec)
         positions = max_positions(model.config, self.tokenizer)
         self.room = positions - spec.max_new_tokens
@@ -62,27 +63,28 @@ class LocalJudge:
             )
 
     def judge(self, asked: Sequence[Question]) -> Iterator[Judgement]:
-        """Judgements as they come, a batch of similar length at a time, longest first.
+        """Yield judgements as they come, in batches of similar length, longest first.
 
         Raises:
-            BenchmarkError: the model failed, as when memory is short.
+            BenchmarkError: the model failed, for example out of memory.
         """
         order = sorted(asked, key=lambda question: -len(question.prompt))
         for start in range(0, len(order), self.spec.batch_size):
             try:
                 judged = assess(order[start : start + self.spec.batch_size], self._ask, self.spec.retries)
             except RuntimeError as error:  # out of memory, most often
-                told = str(error).strip().partition("\n")[0]
+                first_line = str(error).strip().partition("\n")[0]
                 raise BenchmarkError(
-                    f"The judge {self.spec.model} failed: {told}\nOut of memory? Lower eval.judge.batch_size."
+                    f"The judge {self.spec.model} failed: {first_line}\nOut of memory? Lower eval.judge.batch_size."
                 ) from error
             yield from judged
 
     def close(self) -> None:
-        """Let go of the model's memory."""
+        """Release the model's memory."""
         self.model = None
 
     def _ask(self, asked: Sequence[Question], attempt: int) -> list[Reply]:
+        assert self.model is not None, "a closed judge is not asked"
         whole = [self._ids(question.prompt) for question in asked]
         cut = [len(ids) > self.room for ids in whole]
         taken = [i for i, too_long in enumerate(cut) if not too_long or self.spec.long_prompts == "cut"]
@@ -107,26 +109,26 @@ class LocalJudge:
         if not self.tokenizer.chat_template:
             return list(self.tokenizer(prompt, verbose=False)["input_ids"])
         message = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _too_long(self, length: int) -> str:
         return (
-            f"its prompt has {length} tokens, and {self.room} fit beside max_new_tokens {self.spec.max_new_tokens}; "
-            "take a judge with more positions, or set long_prompts: cut, which cuts on the left"
+            f"its prompt has {length} tokens, and max_new_tokens {self.spec.max_new_tokens} leaves room for "
+            f"{self.room}; use a judge with more positions, or set long_prompts: cut, which cuts on the left"
         )
 
 
 def _seed(seed: int, item: str, attempt: int) -> int:
-    """A seed of its own for every item and attempt, so that an answer does not depend on what it was batched with."""
+    """Return the seed of an item and attempt, so that an answer does not depend on its batch."""
     digest = hashlib.sha256(f"{seed}/{item}/{attempt}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
 
 
 class Sampling(LogitsProcessor):
-    """Turns greedy decoding into sampling, one generator a row: argmax(logits / T + Gumbel noise) is a draw of softmax.
+    """Turns greedy decoding into sampling, one generator per row: argmax(logits / T + Gumbel noise) is a softmax draw.
 
-    The noise is drawn on the CPU, so that a seed means the same on every device.
+    The noise is drawn on the CPU, so that a seed gives the same draw on every device.
     """
 
     def __init__(self, temperature: float, seeds: Sequence[int]) -> None:

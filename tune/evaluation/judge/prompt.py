@@ -1,9 +1,9 @@
-"""Direct assessment by a judge model: the prompt, the score in its answer, and rows of many scores. No torch, no Ray.
+"""Direct assessment by a judge model: the prompt, parsing of the score, and score rows. Loads neither torch nor Ray.
 
-Prompt and format of answers are those of Prometheus 2 (Kim et al., arXiv 2405.01535), as its models were trained with
-them and as other instruction models follow them: task, instruction, response, reference answer if there is one, rubric;
-then "Feedback: ... [RESULT] n". A score is read from nothing but that form. What cannot be read is asked for again, and
-if that does not help stays without a score.
+Prompt and answer format are those of Prometheus 2 (Kim et al., arXiv 2405.01535): its models were trained with them,
+and other instruction models follow them: task, instruction, response, reference answer if there is one, rubric;
+then "Feedback: ... [RESULT] n". A score is read from that form only. Unparsable feedback is requested again; if that
+does not help, the answer has no score.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from macdrop.errors import DataError
 from tune.config.rubrics import Rubric
 from tune.evaluation.text_metrics import mean_and_stderr
 
-#: Goes up with every change of the prompt or of what counts as a score.
+#: Changes with every change of the prompt or of the parsing of scores.
 PROMPT_VERSION = "prometheus-2/1"
 SCORES = range(1, 6)
 
@@ -37,7 +37,7 @@ _WITHOUT_REFERENCE = "and a score rubric"
 
 
 def prompt(instruction: str, response: str, rubric: str, reference: str | None = None) -> str:
-    """The whole message to a judge; `rubric` is a `Scale.text()`."""
+    """Return the whole message to a judge; `rubric` is a `Scale.text()`."""
     given = _WITHOUT_REFERENCE if reference is None else _WITH_REFERENCE
     parts = [
         f"{_SYSTEM}\n\n{_TASK.format(given=given)}",
@@ -50,7 +50,7 @@ def prompt(instruction: str, response: str, rubric: str, reference: str | None =
     return "\n\n".join(parts)
 
 
-#: [RESULT] as asked for, or [SCORE]; or the last line "Result: 4" or "Score: 4", as Prometheus' own reader allows.
+#: [RESULT] as requested, or [SCORE]; or the last line "Result: 4" or "Score: 4", as Prometheus' own parser allows.
 _MARK = re.compile(r"\[(?:RESULT|SCORE)\]", re.IGNORECASE)
 _LINE = re.compile(r"^[*_#\t ]*(?:result|score)[*_]*:", re.IGNORECASE | re.MULTILINE)
 #: What may follow on the line: the number, bare or in brackets or bold, "/5" or "out of 5", a full stop.
@@ -62,18 +62,18 @@ _NUMBER = re.compile(
 
 
 def parse(text: str) -> int | None:
-    """The score in a judge's answer, 1 to 5; None unless there is exactly one, in the form that was asked for.
+    """Return the score in a judge's answer, 1 to 5; None unless there is exactly one in the requested form.
 
-    Whatever a reasoning model thought before ``</think>`` does not count.
+    What a reasoning model thinks before ``</think>`` is ignored.
     """
-    told = text.rpartition("</think>")[2]
-    ends = [mark.end() for mark in _MARK.finditer(told)]
+    answer = text.rpartition("</think>")[2]
+    ends = [mark.end() for mark in _MARK.finditer(answer)]
     if not ends:
-        marks = list(_LINE.finditer(told))
-        last = told.rstrip().rfind("\n") + 1
+        marks = list(_LINE.finditer(answer))
+        last = answer.rstrip().rfind("\n") + 1
         ends = [mark.end() for mark in marks] if marks and marks[-1].start() == last else []
-    found = [_NUMBER.match(told, end) for end in ends]
-    if not found or not all(found):
+    found = [number for end in ends if (number := _NUMBER.match(answer, end))]
+    if not found or len(found) < len(ends):
         return None
     if any(bool(number["open"]) != bool(number["close"]) for number in found):
         return None
@@ -81,12 +81,12 @@ def parse(text: str) -> int | None:
     return scores.pop() if len(scores) == 1 else None
 
 
-# --- what is to be judged ---
+# --- questions ---
 
 
 @dataclass(frozen=True)
 class Question:
-    """One answer to judge. `item` is ``question_id/turn``, turns from 1; `file` is where its judgement goes."""
+    """One answer to judge. `item` is ``question_id/turn``, turns from 1; `file` is the answers file."""
 
     item: str
     category: str
@@ -96,24 +96,24 @@ class Question:
 
     @property
     def digest(self) -> str:
-        """Of the prompt: another answer, reference, rubric or wording is another question."""
+        """Hash of the prompt: another answer, reference, rubric or wording is another question."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
 
 
 def questions(rows: Sequence[dict[str, Any]], rubric: Rubric, *, reference: bool, file: str = "") -> list[Question]:
-    """One question for every turn of every row of an answers file, the conversation so far as its instruction.
+    """Make one question per turn of every row of an answers file, with the conversation so far as the instruction.
 
     Raises:
-        DataError: a row is none of a generation benchmark, or two rows have one question_id.
+        DataError: a row is not from a generation benchmark, or two rows have the same question_id.
     """
     found: list[Question] = []
     seen: set[str] = set()
     for row in rows:
         if not {"question_id", "turns", "answers"} <= set(row):
-            raise DataError(f"{file}: a row has no question_id, turns and answers; it is no file of generated answers.")
+            raise DataError(f"{file}: a row has no question_id, turns and answers: not a file of generated answers.")
         name = str(row["question_id"])
         if name in seen:
-            raise DataError(f"{file}: question_id {name!r} is there twice, and judgements are kept by it.")
+            raise DataError(f"{file}: question_id {name!r} occurs twice, and judgements are stored by it.")
         seen.add(name)
         category = row.get("category") or ""
         scale = rubric.scale(category).text()
@@ -125,7 +125,7 @@ def questions(rows: Sequence[dict[str, Any]], rubric: Rubric, *, reference: bool
 
 
 def conversation(row: dict[str, Any], turn: int) -> str:
-    """What the judged answer answers: the user's text, from the second turn on with what was said before it."""
+    """Return what the judged answer replies to: the user's text, with the conversation before it."""
     asked = list(row["turns"])
     if row.get("input"):
         asked[0] = f"{asked[0]}\n{row['input']}"
@@ -136,7 +136,7 @@ def conversation(row: dict[str, Any], turn: int) -> str:
 
 
 def reference_of(row: dict[str, Any], turn: int) -> str | None:
-    """The reference answer of a turn: a text, or a list with one for each turn; several right ones are all shown."""
+    """Return the reference of a turn: a text, or a list with one per turn; several correct ones are all shown."""
     given = row.get("reference")
     if isinstance(given, list) and row.get("category"):
         given = given[turn] if turn < len(given) else None
@@ -147,12 +147,12 @@ def reference_of(row: dict[str, Any], turn: int) -> str | None:
     return str(given) if given not in (None, "") else None
 
 
-# --- what came of it ---
+# --- judgements ---
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said to one prompt: a text, or why there is none. `served`: model and system fingerprint told."""
+    """A judge's reply to one prompt: a text, or an error. `served`: model and system fingerprint it reported."""
 
     text: str | None = None
     error: str | None = None
@@ -163,7 +163,7 @@ class Reply:
 
 @dataclass
 class Judgement:
-    """All that was said to one question. Without `score` its feedback was unparsable, or there is an `error`."""
+    """All replies to one question. Without a `score` the feedback was unparsable, or there is an `error`."""
 
     question: Question
     score: int | None = None
@@ -182,12 +182,12 @@ class Judgement:
 
     @property
     def open(self) -> bool:
-        """Whether asking again may bring a score."""
+        """Whether another attempt may give a score."""
         return self.score is None and self.error is None
 
     def row(self) -> dict[str, Any]:
-        """As it is kept; who judged is added by the keeper."""
-        told = {
+        """Return the line to store, without the judge's identity."""
+        line = {
             "item": self.question.item,
             "category": self.question.category,
             "turns": self.question.turns,
@@ -198,15 +198,15 @@ class Judgement:
             "prompt": self.question.digest,
             "tokens": list(self.tokens),
         }
-        return told | ({"cut": True} if self.cut else {})
+        return line | ({"cut": True} if self.cut else {})
 
 
 def assess(
     asked: Sequence[Question], ask: Callable[[Sequence[Question], int], Sequence[Reply]], retries: int
 ) -> list[Judgement]:
-    """Ask for scores, and again, up to `retries` times, for those that could not be read.
+    """Request scores, and again, up to `retries` times, those that could not be parsed.
 
-    ask: (questions, attempt, counted from 0) -> replies, in order.
+    ask: called with questions and the attempt, counted from 0; returns replies in order.
     """
     judged = [Judgement(question) for question in asked]
     for attempt in range(retries + 1):
@@ -219,10 +219,10 @@ def assess(
 
 
 def rows(entry: str, judged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Score rows of the judgements of one answers file: over all answers, multi-turn questions, and each category.
+    """Return the score rows of one answers file: over all answers, multi-turn questions, and each category.
 
-    judge_score: mean over parsed answers, its standard error over answers; its value is None where none was parsed.
-    judge_unparsed: the share of answers without a score, whatever the reason.
+    judge_score: mean over parsed answers, with its standard error over answers; None if none was parsed.
+    judge_unparsed: the share of answers without a score, for any reason.
     """
     groups = {entry: list(judged)}
     multi = [row for row in judged if row["turns"] > 1]
@@ -243,6 +243,12 @@ def rows(entry: str, judged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _row(task: str, metric: str, value: float | None, stderr: float | None, n: int, better: bool) -> dict[str, Any]:
     return {
-        "benchmark": "generation", "task": task, "metric": metric, "value": value, "stderr": stderr, "n": n,
-        "higher_is_better": better, "version": PROMPT_VERSION,
-    }  # fmt: skip
+        "benchmark": "generation",
+        "task": task,
+        "metric": metric,
+        "value": value,
+        "stderr": stderr,
+        "n": n,
+        "higher_is_better": better,
+        "version": PROMPT_VERSION,
+    }

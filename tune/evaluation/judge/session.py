@@ -1,4 +1,4 @@
-"""Files of generated answers in, judgements and scores out; only what is not judged yet is asked for. No Ray here."""
+"""Judging of answers files: writes judgements and returns scores; only answers not judged yet are sent to the judge."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from macdrop.errors import ConfigError, MacDropError
+from macdrop.load import check_model, load_tokenizer
 from tune.config import rubrics
 from tune.config.judge_spec import JudgeSpec
 from tune.evaluation.judge import judgements
 from tune.evaluation.judge import prompt as judge
-from tune.evaluation.judge.judgements import Answers, Who
+from tune.evaluation.judge.endpoint import EndpointJudge
+from tune.evaluation.judge.judgements import Answers, JudgeIdentity
+from tune.evaluation.judge.local import LocalJudge, revision
 from tune.evaluation.judge.prompt import Judgement, Question
+from tune.zoo.catalog import resolve
 
 
 class Judge(Protocol):
-    """Something that judges; made when there is something to judge."""
+    """A judge, created only if there is something to judge."""
 
     def judge(self, asked: Sequence[Question]) -> Iterator[Judgement]: ...
 
@@ -27,7 +31,7 @@ class Judge(Protocol):
 
 @dataclass
 class Judged:
-    """The judgements of one answers file, whole only when none is missing."""
+    """The judgements of one answers file, complete when none is missing."""
 
     answers: Answers
     file: Path
@@ -39,7 +43,7 @@ class Judged:
         return [question for question in self.questions if not judgements.settled(self.rows, question)]
 
     def unasked(self) -> bool:
-        """Whether some answer has no line at all: the judge ended before."""
+        """Whether an answer has no line at all: the judge stopped before it."""
         return any(self.rows.get(q.item, {}).get("prompt") != q.digest for q in self.questions)
 
     def ordered(self) -> list[dict[str, Any]]:
@@ -51,9 +55,9 @@ class Judged:
 
 @dataclass
 class Outcome:
-    """What a judge was asked in this session, and what all that it has judged comes to."""
+    """What a judge was asked in this session, and the scores of all that it has judged."""
 
-    who: Who
+    identity: JudgeIdentity
     files: list[Judged]
     scores: list[dict[str, Any]] = field(default_factory=list)
     asked: int = 0
@@ -62,7 +66,7 @@ class Outcome:
 
     @property
     def failures(self) -> int:
-        """Answers files in which an answer could not be judged at all."""
+        """The number of answers files with an answer that could not be judged."""
         return sum(file.unasked() or bool(file.count(lambda row: row["error"])) for file in self.files)
 
 
@@ -75,24 +79,25 @@ def judge_files(
     show: Callable[[int, int], None] = lambda done, of: None,
     fresh: bool = False,
 ) -> Outcome:
-    """Judge what this judge has not judged yet; each judgement is kept as it comes, scores when a file is through.
+    """Judge what this judge has not judged yet; judgements are stored as they come, scores when a file is complete.
 
-    make: the judge; called only if something is missing. show: (done, of), at the start and after every answer.
+    make: creates the judge; called only if something is missing. show: called with (done, of) at the start and after
+    every answer.
 
     Raises:
-        ConfigError: there is no such rubric or judge, or the key is wrong. DataError: an answers file cannot be used.
-        BenchmarkError: the judge is gone. What it has judged is kept, and scored where a file is through.
+        ConfigError: the rubric or judge is unknown, or the key is wrong. DataError: an answers file cannot be used.
+        BenchmarkError: the judge failed. What it has judged is kept, and scored where a file is complete.
     """
     rubric = rubrics.load(spec.rubric)
-    who = Who(spec, _revision(spec), rubric)
+    identity = JudgeIdentity(spec, _revision(spec), rubric)
     opened = []
     for answers in files:
-        place = answers.judgements(who.slug)
+        place = answers.judgements(identity.slug)
         asked = judge.questions(answers.rows(), rubric, reference=spec.reference, file=str(answers.file))
         if fresh:
-            judgements.put_aside(place)
+            judgements.archive(place)
         opened.append(Judged(answers, place, asked, judgements.kept(place)))
-    outcome = Outcome(who, opened)
+    outcome = Outcome(identity, opened)
     by_file = {str(judged.answers.file): judged for judged in opened}
     missing = [question for judged in opened for question in judged.missing]
     show(0, len(missing))
@@ -101,7 +106,7 @@ def judge_files(
             with closing(make(spec)) as asking:
                 for judgement in asking.judge(missing):
                     judged = by_file[judgement.question.file]
-                    row = who.row(judgement)
+                    row = identity.row(judgement)
                     judgements.add(judged.file, row)
                     judged.rows[row["item"]] = row
                     outcome.asked += 1
@@ -111,60 +116,50 @@ def judge_files(
     finally:
         for judged in opened:
             if not judged.unasked():
-                outcome.scores += (made := _scores(judged, who))
+                outcome.scores += (made := _scores(judged, identity))
                 add_scores(made)
     return outcome
 
 
 def make_judge(spec: JudgeSpec) -> Judge:
-    """A judge in this process."""
-    if spec.base_url:
-        from tune.evaluation.judge.endpoint import EndpointJudge
-
-        return EndpointJudge(spec)
-    from tune.evaluation.judge.local import LocalJudge
-
-    return LocalJudge(spec)
+    """Create a judge in this process."""
+    return EndpointJudge(spec) if spec.base_url else LocalJudge(spec)
 
 
 def check_judge(spec: JudgeSpec) -> None:
-    """Refuse a rubric or a local model that cannot be used, before anything is trained or scored.
+    """Refuse an unusable rubric or local model before anything is trained or scored.
 
     Raises:
-        ConfigError: saying which, and why. Whether an endpoint answers shows when it is asked.
+        ConfigError: saying which, and why. An endpoint is only checked when it is used.
     """
     rubrics.load(spec.rubric)
     if not spec.base_url:
-        from macdrop import check_model, load_tokenizer
-        from tune.zoo.catalog import resolve
-
         loading: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         try:
             check_model(resolve(spec.model), **loading)
             load_tokenizer(resolve(spec.model), **loading)
         except ConfigError as error:
-            hint = "For a model behind an endpoint give base_url, too."
+            hint = "For a model behind an endpoint, give base_url as well."
             raise ConfigError(f"eval.judge.model: {error}\n{hint}") from None
 
 
 def _revision(spec: JudgeSpec) -> str | None:
     if spec.base_url:
         return spec.revision
-    from tune.evaluation.judge.local import revision
-
     check_judge(spec)
     return revision(spec)
 
 
-def _scores(judged: Judged, who: Who) -> list[dict[str, Any]]:
-    """Score rows of one answers file."""
-    spec, rows = who.spec, judged.ordered()
+def _scores(judged: Judged, identity: JudgeIdentity) -> list[dict[str, Any]]:
+    """Return the score rows of one answers file."""
+    spec, rows = identity.spec, judged.ordered()
     revisions = sorted({str(row["judge"]["revision"] or "unknown") for row in rows})
     dates = sorted({row["judge"]["date"][:10] for row in rows})
     tag = dict(judged.answers.tag)
     settings = [
         f"judge={spec.model}@{'+'.join(revisions)} date={'..'.join(dict.fromkeys((dates[0], dates[-1])))}",
-        f"rubric={who.rubric.id} reference={'shown' if spec.reference else 'hidden'} temperature={spec.temperature}",
+        f"rubric={identity.rubric.id} reference={'shown' if spec.reference else 'hidden'} "
+        f"temperature={spec.temperature}",
         f"max_new_tokens={spec.max_new_tokens} retries={spec.retries}@{spec.retry_temperature:g}",
         f"unparsable={judged.count(unparsable)} failed={judged.count(lambda row: row['error'])}",
         f"prompts_cut_left={judged.count(lambda row: row.get('cut'))}",
@@ -194,11 +189,11 @@ def judge_at_end(
     note: Callable[[str], None],
     show: Callable[[int, int], None],
 ) -> int:
-    """Judge after training and scoring, of which nothing may be lost: an error is noted; returns the failures."""
+    """Judge after training and scoring, whose results must not be lost: errors are noted; return the failures."""
     try:
         outcome = judge_files(files, spec, make=make, add_scores=add_scores, show=show)
     except MacDropError as error:
-        note(f"judging ended: {error}\nWhat was judged is kept; go on with macdrop judge, or with --resume.")
+        note(f"judging ended: {error}\nJudgements so far are kept; continue with macdrop judge, or with --resume.")
         return 1
     if outcome.failures:
         note(f"the judge could not judge some answers of {outcome.failures} file(s); `macdrop judge` asks again")
