@@ -106,7 +106,7 @@ def _table(found: Verdict) -> Table:
     places = {row.column.attack_on for row in found.rows if row.column.attack_on}
     where = f", attacks on {places.pop()} rows" if len(places) == 1 else ""
     title = f"{first.label} against {first.against}, seed(s) {', '.join(map(str, found.seeds))}{where}"
-    head = ["", "plain", arm_name(found.arm), "difference [95 %]", "p (Holm)", "detects", "says"]
+    head = ["", "plain", arm_name(found.arm), "difference [95 %]", "p (Holm)", "detects", "verdict"]
     return Table(title, head, [_row(row, placed=not where) for row in found.rows])
 
 
