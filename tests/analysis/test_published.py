@@ -64,7 +64,7 @@ def test_the_same_setting_has_no_difference():
 
 
 @pytest.mark.parametrize(
-    "key, value, told",
+    "key, value, words",
     [
         ("learning_rate", 2e-4, "learning_rate 0.0002 (paper: 0.0001)"),
         ("per_device_train_batch_size", 4, "batch 128 (paper: 256)"),
@@ -73,8 +73,8 @@ def test_the_same_setting_has_no_difference():
         ("macdrop.k", 3, "macdrop.k 3 (paper: 5)"),
     ],
 )
-def test_another_setting_is_told(key, value, told):
-    assert setting_differences({**SAME, key: value}, "macdrop", workers=8) == [told]
+def test_a_different_setting_is_reported(key, value, words):
+    assert setting_differences({**SAME, key: value}, "macdrop", workers=8) == [words]
     assert (setting_differences({**SAME, key: value}, "plain", workers=8) == []) == key.startswith("macdrop.")
 
 

@@ -269,8 +269,8 @@ NOISE = {
 
 @pytest.mark.parametrize("name", NOISE)
 def test_without_an_effect_little_is_said_to_help_or_hurt(name):
-    told = tell(NOISE[name], 400, seed=1)
-    for rate in (told.headline, told.any_task):
+    rates = tell(NOISE[name], 400, seed=1)
+    for rate in (rates.headline, rates.any_task):
         assert rate.interval[0] <= LEVEL, rate.show()
 
 

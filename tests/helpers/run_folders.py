@@ -1,6 +1,6 @@
-"""Synthetic run folders, complete and written through the real Journal: for tests of whatever reads a run.
+"""Synthetic run folders, complete and written through the real RunFolder: for tests of whatever reads a run.
 
-    python tests/sweep/run_folders.py OUT [--judge] [--cells] [--models NAME ...]
+    python tests/helpers/run_folders.py OUT [--judge] [--cells] [--models NAME ...]
 
 Accuracies come from a Gaussian copula: an item is answered right when a standard normal, correlated between trials,
 lies below the quantile of the trial's accuracy. So means are what was asked for, and adapters agree on items as real
@@ -212,7 +212,7 @@ def make_run(
     lost: Iterable[tuple[str, int]] = (),
     status: str = "done",
 ) -> RunFolder:
-    """Write a run folder of one or several models and return its Journal.
+    """Write a run folder of one or several models and return it.
 
     Args:
         seeds: of the final stage; none: it has not begun; (0,): the search's own trials are compared (sweep.seeds: 0).

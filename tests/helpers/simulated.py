@@ -60,7 +60,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Rate:
-    """How often something happened, with its exact binomial interval of 95 %."""
+    """A rate with its exact binomial 95 % interval."""
 
     count: int
     n: int
@@ -80,8 +80,8 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Told:
-    """Of many experiments: how often the headline says helps or hurts, how often any task does (after Holm)."""
+class VerdictRates:
+    """Rates at which the headline, and any task after Holm, says helps or hurts over many experiments."""
 
     headline: Rate
     any_task: Rate
@@ -101,11 +101,11 @@ def tasks(samples: list[Sample]) -> list[Comparison]:
     return corrected([compare([s], s.column, **about(samples), family=len(samples)) for s in samples])
 
 
-def tell(design: Design, experiments: int, seed: int = 0) -> Told:
+def tell(design: Design, experiments: int, seed: int = 0) -> VerdictRates:
     """Run `experiments` experiments; repeats for a seed."""
     draws = np.random.default_rng(seed)
     made = [design.samples(draws) for _ in range(experiments)]
-    return Told(
+    return VerdictRates(
         headline=Rate(sum(headline(samples).verdict != CANNOT_TELL for samples in made), experiments),
         any_task=Rate(sum(any(c.verdict != CANNOT_TELL for c in tasks(samples)) for samples in made), experiments),
     )
@@ -120,7 +120,7 @@ def harm(design: Design, experiments: int, seed: int = 0) -> float:
 
 
 def found(design: Design, experiments: int, seed: int = 0) -> Rate:
-    """How often the headline says what the effect is."""
+    """The rate at which the headline detects the effect."""
     draws = np.random.default_rng(seed)
     wanted = HELPS if (design.effect > 0) != design.perplexity else HURTS
     return Rate(sum(headline(design.samples(draws)).verdict == wanted for _ in range(experiments)), experiments)

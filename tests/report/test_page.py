@@ -121,7 +121,7 @@ def test_the_page_is_well_formed_and_its_ids_are_unique(page):
     assert inside <= set(reader.ids)
 
 
-def test_the_page_needs_nothing_but_itself(page, written):
+def test_the_page_is_self_contained(page, written):
     reader = Reader(page)
     assert not {"script", "link", "iframe", "img", "object", "embed", "base"} & set(reader.tags)
     outside = [address for address in reader.addresses if not address.startswith("#")]
@@ -131,7 +131,7 @@ def test_the_page_needs_nothing_but_itself(page, written):
     assert files == {path.resolve() for path in written[1:]}
 
 
-def test_nothing_that_was_written_by_a_model_or_a_user_becomes_markup(page):
+def test_text_of_models_and_users_is_escaped(page):
     assert "<script" not in page and 'onload="' not in page
     assert "&lt;script&gt;" in page
     assert HOSTILE in "".join(Reader(page).words)  # and it is shown as it is
@@ -164,7 +164,7 @@ def test_a_finished_run_has_every_figure(drawn):
     assert "could not be drawn" not in " ".join(figure.caption for figure in drawn.values()).lower()
 
 
-def test_figures_say_what_is_in_the_journal(drawn, finished):
+def test_figures_show_the_recorded_numbers(drawn, finished):
     model, run_folder = finished.models[0], finished.run_folder
     groups = {group.label: group for group in best_groups(model, cells(model)[0])}
     column = next(c for c in model.shown if c.task == "qa" and c.attack == "zeroing@3")
@@ -246,7 +246,7 @@ def test_a_run_without_trials_gives_a_page(tmp_path):
     assert "No verdict" in text and "not been scanned yet" in text and "org/model" in text
 
 
-def test_damaged_files_cost_their_figures_only(tmp_path):
+def test_damaged_files_affect_only_their_figures(tmp_path):
     run = make_run(tmp_path / "run", seeds=(), tried=2, items=6, attacks=("none",)).run_dir
     for file in run.glob("trials/*/metrics.jsonl"):
         file.write_text('{"step": 5, "loss": "changed by hand"}\n')
@@ -269,7 +269,7 @@ def test_two_runs_on_one_page_do_not_share_ids(tmp_path):
     assert all((tmp_path / "both" / address).is_file() for address in reader.addresses if address.endswith(".csv"))
 
 
-def test_what_is_not_known_is_not_drawn(finished):
+def test_unknown_numbers_are_not_drawn(finished):
     column = Column("zero_shot", "qa", "acc", higher_is_better=True)
     lost = unknown(column=column, arm="macdrop", label="MacDrop", against="plain", seeds=(1,), words="not finite")
     figure = _forest(finished.models[0], "x", "verdict", "t", "c", [Row(lost, "unsure", "o", heading="qa")])
@@ -280,7 +280,7 @@ def test_signed_differences_have_the_digits_that_can_be_seen():
     assert [signed(1.234, 30), signed(-0.01234, 0.05), signed(1e-15, 20)] == ["+1.2", "−0.0123", "±0.0"]
 
 
-def test_the_front_is_what_nothing_beats(finished):
+def test_the_front_is_not_dominated(finished):
     model = collect(finished.run_folder)[0]
     model.finalists.clear()
     model.objectives = [("eval_loss", "minimize"), ("zero_shot/qa/acc", "maximize")]

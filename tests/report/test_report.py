@@ -132,8 +132,8 @@ def test_the_paper_table_holds_means_sds_and_item_errors(report, parts):
     assert labels[0] == "base" and labels[1] == "plain LoRA" and labels[2].startswith("+ MacDrop k 3")
     assert labels[3] == "plain DoRA" and labels[4].startswith("+ MacDrop DoRA") and len(labels) == 5
     found = report.models[0].groups[1].spread(Column("zero_shot", "qa", "acc"))
-    told = f"{100 * found.value:.1f} ±{100 * found.sd:.1f} ({100 * found.stderr:.1f})"
-    assert row(clean, "plain LoRA")["qa"] == told
+    text = f"{100 * found.value:.1f} ±{100 * found.sd:.1f} ({100 * found.stderr:.1f})"
+    assert row(clean, "plain LoRA")["qa"] == text
     assert "Zero-shot accuracy, %, zeroing@3, base rows" in tables and "Judge score, 1 to 5" in tables
 
 
@@ -242,7 +242,7 @@ def test_numbers_are_known(cell):
 
 
 @pytest.mark.parametrize("cell", ["step", "cannot tell", "True", "done", "-", "e5", "40 of 100"])
-def test_words_are_no_numbers(cell):
+def test_words_are_not_numbers(cell):
     assert not NUMBER.fullmatch(cell)
 
 
@@ -278,7 +278,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 
 def test_a_run_from_before_there_were_stages(tmp_path):
-    """Every trial is a final trial and has its place; settings are told apart by their specs."""
+    """Every trial is a final trial and has its place; settings are distinguished by their specs."""
     config = {"sweep": {"models": ["m"], "metric": {"name": "eval_loss", "goal": "minimize"}}}
     run_folder = RunFolder.create(tmp_path / "old", config)
     off = {"k": 0, "p0": 0.0, "schedule": "step", "alpha": None}
@@ -303,6 +303,6 @@ def test_a_run_from_before_there_were_stages(tmp_path):
     assert parts["paper"].tables[0].rows[1][:2] == ["+ MacDrop k 5 p0 0.8 step", "50.0 (2.0)"]
 
 
-def test_no_run_folder_no_report(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no run folder"):
         make_report(tmp_path)

@@ -35,7 +35,7 @@ class Sample:
 
     @property
     def relative(self) -> bool:
-        """Whether arms are compared by the ratio of their scores, as perplexities are."""
+        """True if arms are compared by the ratio of their scores, as perplexities are."""
         return _metric(self.column) in RATIOS
 
     def of(self, seeds: Sequence[int]) -> Sample:
@@ -87,7 +87,7 @@ class Comparison:
 
     @property
     def sensitivity(self) -> str:
-        """The minimum detectable difference in words."""
+        """The sentence on the minimum detectable difference."""
         unit = unit_of(self)
         if unit == "points" and self.mde > SPANS.get(_metric(self.column), 1.0):
             return "no difference, however large, is detectable with 80 % power"

@@ -291,7 +291,7 @@ def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
 
 
 def _staged(lines: list[Line]) -> bool:
-    """Whether the run has a search stage before the final stage."""
+    """Return whether the run has a search stage before the final stage."""
     return any(line.stage == Stage.SEARCH for line in lines)
 
 

@@ -56,7 +56,7 @@ def of_placebo(label: str, mine: Comparison | None, theirs: Comparison | None) -
 
 
 def provenance(main: Comparison | None, tried: int, seeds: int, fresh: bool) -> list[str]:
-    """How the setting was selected, whether that biases the comparison, and which seeds are missing.
+    """Sentences on the selection of the setting, the bias that it may cause, and missing seeds.
 
     Args:
         tried: number of MacDrop settings searched. seeds: number of seeds of the final stage. fresh: the search did

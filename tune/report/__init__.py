@@ -1,1 +1,1 @@
-"""What a run's results say, in every format."""
+"""Reports on runs, in every format."""

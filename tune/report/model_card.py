@@ -210,7 +210,7 @@ def _data(spec: TrainSpec) -> list[str]:
 
 
 def _on_hub(name: str) -> bool:
-    """Whether others can find the name: a hub id, not a file, a folder, or something built in."""
+    """Return whether others can find the name: a hub id, not a file, a folder, or something built in."""
     return not name.startswith("zoo:") and not looks_like_a_path(name) and not Path(name).exists()
 
 

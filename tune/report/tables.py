@@ -46,7 +46,7 @@ class Table:
         return [max(len(line) for cell in column for line in cell.split("\n")) + 3 for column in cells]
 
     def numeric(self) -> list[bool]:
-        """Whether each column holds only numbers and empty cells, and so is aligned right."""
+        """Flags of columns that hold only numbers and empty cells, and so are aligned right."""
         columns = [[row[i] for row in self.rows if row[i]] for i in range(len(self.head))]
         return [bool(cells) and all(map(NUMBER.fullmatch, cells)) for cells in columns]
 

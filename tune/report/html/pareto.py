@@ -46,7 +46,7 @@ def _front(model: ModelResults, lines: list[Line]) -> set[str]:
 
 
 def _dominates(one: list[float], other: list[float]) -> bool:
-    """Whether `one` is nowhere costlier and somewhere cheaper."""
+    """Return whether `one` is nowhere costlier and somewhere cheaper."""
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
