@@ -1,4 +1,8 @@
-"""Tables of text, rendered as Markdown, rich, LaTeX (booktabs) and HTML, and the parts of a report."""
+"""Tables of text, rendered as Markdown, rich, LaTeX (booktabs) and HTML, and the parts of a report.
+
+LaTeX is written by pandas. HTML is not: `to_html` has no captions, no scopes for screen readers and no classes for the
+columns of numbers. Neither is Markdown: `to_markdown` pads cells, needs tabulate, and leaves "|" unescaped.
+"""
 
 from __future__ import annotations
 
@@ -74,16 +78,28 @@ class Table:
         return f"**{self.title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def latex(self) -> str:
-        """A `table` environment of booktabs; heads of several lines take several rows."""
+        """A `table` environment with booktabs, by pandas; heads of several lines take several rows."""
+        import pandas
+
         share = f"p{{{0.9 / len(self.head):.2f}\\linewidth}}"
         spec = "".join(share if self.wrap else "r" if number else "l" for number in self.numeric())
         heads = [cell.split("\n") for cell in self.head]
         tallest = max(map(len, heads))
-        stacked = [[head[i] if i < len(head) else "" for head in heads] for i in range(tallest)]
-        lines = [r"\begin{table}[htbp]", r"\centering", rf"\caption{{{latex(self.title)}}}"]
-        lines += [rf"\begin{{tabular}}{{{spec}}}", r"\toprule", *map(_latex_row, stacked), r"\midrule"]
-        lines += [*map(_latex_row, self.rows), r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-        return "\n".join(lines)
+        stacked = [[latex(head[i]) if i < len(head) else "" for head in heads] for i in range(tallest)]
+        columns = pandas.MultiIndex.from_arrays(stacked) if tallest > 1 else pandas.Index(stacked[0])
+        frame = pandas.DataFrame([_latex_cells(row) for row in self.rows], columns=columns)
+        return (
+            frame.style.hide(axis="index")
+            .to_latex(
+                hrules=True,
+                column_format=spec,
+                caption=latex(self.title),
+                position="htbp",
+                position_float="centering",
+                sparse_columns=False,
+            )
+            .rstrip()
+        )
 
     def html(self) -> str:
         """A `table` element with a caption and scopes; cells of numbers have the class `number`."""
@@ -134,9 +150,11 @@ def latex(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
-def _latex_row(cells: list[str]) -> str:
-    row = " & ".join(latex(cell.replace("\n", " ")) for cell in cells) + r" \\"
-    return "{}" + row if row.startswith(("[", "*")) else row  # after \\ they would be its argument
+def _latex_cells(row: list[str]) -> list[str]:
+    cells = [latex(cell.replace("\n", " ")) for cell in row]
+    if cells[0].startswith(("[", "*")):  # after \\ they would be its argument
+        cells[0] = "{}" + cells[0]
+    return cells
 
 
 def _html(text: str) -> str:
