@@ -1,4 +1,4 @@
-"""The eval block: what it accepts and refuses, the jobs it stands for, and the checks of its files."""
+"""The eval block: accepted and refused values, its jobs, and the checks of its files."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ def test_jobs_are_entries_times_attacks_in_file_order():
     assert pickle.loads(pickle.dumps(found)) == found and len(set(found)) == len(found)
 
 
-def test_both_places_of_an_attack_are_two_jobs_and_the_plain_score_one():
+def test_an_attack_on_both_places_is_two_jobs_and_the_plain_score_one():
     spec = build(EvalSpec, {"attacks": ["none", "retaining@0"], "attack_on": "both", "zero_shot": "piqa"})
     assert [(job.attack, job.attack_on) for job in jobs(spec)] == [
         ("none", None), ("retaining@0", "base"), ("retaining@0", "merged"),
     ]  # fmt: skip
 
 
-def test_an_entry_inherits_what_it_does_not_set_and_null_counts_as_set():
+def test_an_entry_inherits_keys_it_does_not_set_and_null_counts_as_set():
     spec = build(EvalSpec, {"limit": 5, "zero_shot": {"a": {"limit": None}, "b": {"limit": 2}, "c": {}}})
     assert [spec.inherited(spec.entry(EvalJob("zero_shot", name)), "limit") for name in "abc"] == [None, 2, 5]
 
 
-def test_a_spec_means_the_same_when_it_is_written_and_read_back():
+def test_a_spec_survives_a_round_trip():
     spec = build(
         EvalSpec,
         {
@@ -82,7 +82,7 @@ def test_a_spec_means_the_same_when_it_is_written_and_read_back():
                 assert again.inherited(again.entry(job), key) == spec.inherited(spec.entry(job), key), (job, key)
 
 
-def test_an_empty_block_asks_for_nothing():
+def test_an_empty_block_has_no_jobs():
     assert jobs(EvalSpec()) == jobs(build(EvalSpec, {})) == []
 
 
@@ -122,7 +122,7 @@ def test_limit_per_category_can_be_written_out():
         ({"generation": {"g": {"data": "x", "limit": "two per category"}}}, ["limit"]),
     ],
 )
-def test_bad_blocks_are_refused_with_the_key_and_the_remedy(block, words):
+def test_bad_blocks_are_refused_with_key_and_remedy(block, words):
     with pytest.raises(ConfigError) as error:
         build(EvalSpec, block)
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -243,7 +243,7 @@ def test_bad_generation_rows_are_named(tmp_path, row, column):
         checked(generation={"g": write(tmp_path / "g.jsonl", row)})
 
 
-def test_rows_of_our_own_format_under_a_name_of_lm_eval_are_refused(tmp_path):
+def test_rows_of_our_own_format_under_the_name_of_an_lm_eval_task_are_refused(tmp_path):
     with pytest.raises(DataError, match="no 'answerKey', 'question' for lm-eval's task 'arc_easy'"):
         checked(zero_shot={"arc_easy": write(tmp_path / "qa.jsonl", CHOICE)})
 

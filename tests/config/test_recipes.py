@@ -22,7 +22,7 @@ def recipe(name: str):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 class TestEveryRecipe:
-    def test_begins_with_what_it_is_and_how_it_is_started(self, path):
+    def test_begins_with_a_description_and_its_command(self, path):
         first, second = path.read_text(encoding="utf-8").splitlines()[:2]
         command = "macdrop sweep" if path.stem == "demo" else f"macdrop sweep {path.stem}"
         assert first.startswith("# ") and first.endswith(f". `{command}`") and len(first) <= 120
@@ -39,7 +39,7 @@ class TestEveryRecipe:
         attacks = {job.attack for job in jobs(load(path).eval)}
         assert "none" in attacks and len(attacks) > 1
 
-    def test_no_schedule_is_silent(self, path):
+    def test_no_schedule_is_always_zero(self, path):
         """`epoch_after` is 0 throughout a run of one epoch, so such a trial would be plain under another name."""
         spec = load(path)
         space = spec.sweep.parameters.get("macdrop.schedule")
@@ -47,7 +47,7 @@ class TestEveryRecipe:
         several = spec.max_steps is None and spec.num_train_epochs > 1
         assert several or not {"epoch_before", "epoch_after"} & set(names)
 
-    def test_asks_for_resources_that_can_be_told(self, path):
+    def test_resources_can_be_computed(self, path):
         needed = resources(load(path).ray, cluster_gpus=8)
         assert needed.cpus >= 1 and "GPU" in needed.sum
 

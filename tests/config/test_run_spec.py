@@ -1,4 +1,4 @@
-"""What a user may write, and what it becomes: YAML, overrides, aliases, blocks, models."""
+"""From a run file to a spec: YAML, overrides, aliases, blocks, models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_value_is_yaml(text, key, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("bf16=1", "bf16 must be true or false, not 1"),
         ("learning_rate=true", "learning_rate must be a number, not True"),
@@ -80,11 +80,11 @@ def test_a_value_is_yaml(text, key, value):
         ("dataset=@a", "not valid YAML"),
     ],
 )
-def test_a_wrong_value_is_refused_and_never_repaired(text, told):
-    assert told in refusal(*text.split(" "))
+def test_a_wrong_value_is_refused_and_never_repaired(text, message):
+    assert message in refusal(*text.split(" "))
 
 
-def test_every_wrong_value_is_told_at_once():
+def test_every_wrong_value_is_reported_at_once():
     message = refusal("lora_rank=0", "learning_rate=fast", "lora_rnk=3")
     assert [line.split(" ")[0] for line in message.splitlines()] == ["lora_rank", "learning_rate", "lora_rnk"]
 
@@ -92,7 +92,7 @@ def test_every_wrong_value_is_told_at_once():
 # --- keys ---
 
 
-def test_dotted_keys_and_blocks_are_the_same(tmp_path):
+def test_dotted_keys_equal_blocks(tmp_path):
     dotted = spec(file="model: m\nmacdrop.k: 3\nsweep.num_samples: 2\nray.num_workers: 2\n", tmp_path=tmp_path)
     nested = spec(file="model: m\nmacdrop: {k: 3}\nsweep: {num_samples: 2}\nray: {num_workers: 2}\n", tmp_path=tmp_path)
     assert dotted == nested
@@ -106,7 +106,7 @@ def test_names_of_other_tools_are_translated(alias):
     assert override({}, alias, 1) == normalise({name: 1})
 
 
-def test_aliases_hold_in_models_and_searched_keys(tmp_path):
+def test_aliases_apply_to_models_and_searched_keys(tmp_path):
     text = (
         "sweep:\n  models: [{base_model: a/b, lora_r: 4}, c]\n  parameters: {lora_r: [4, 8], micro_batch_size: [1]}\n"
     )
@@ -116,7 +116,7 @@ def test_aliases_hold_in_models_and_searched_keys(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("lora_r: 4\nlora_rank: 8\n", "lora_r and lora_rank mean the same; write only lora_rank."),
         ("macdrop.k: 3\nmacdrop: {k: 4}\n", "given twice"),
@@ -130,18 +130,18 @@ def test_aliases_hold_in_models_and_searched_keys(tmp_path):
         ("- a\n", "must hold keys and values"),
     ],
 )
-def test_one_thing_under_two_names_is_refused(text, told, tmp_path):
+def test_a_key_given_twice_is_refused(text, message, tmp_path):
     with pytest.raises(ConfigError, match=".") as caught:
         spec(file=f"model: m\n{text}" if text[0] != "-" else text, tmp_path=tmp_path)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_an_override_may_use_another_name_than_the_file(tmp_path):
+def test_an_override_may_use_another_alias_than_the_file(tmp_path):
     found = spec("model_name_or_path=b", "lora_rank=2", file="base_model: a\nlora_r: 4\n", tmp_path=tmp_path)
     assert (found.model_name_or_path, found.lora_rank) == ("b", 2)
 
 
-def test_an_override_replaces_and_a_dotted_one_only_its_key(tmp_path):
+def test_an_override_replaces_a_block_and_a_dotted_one_its_key_only(tmp_path):
     file = "model: m\nmacdrop: {k: 3, p0: 0.2}\nsweep: {parameters: {macdrop.p0: [0.1], lora_rank: [2, 4]}}\n"
     assert spec("macdrop={k: 4}", file=file, tmp_path=tmp_path).macdrop.p0 == 0.8
     assert spec("macdrop.k=4", file=file, tmp_path=tmp_path).macdrop.p0 == 0.2
@@ -158,7 +158,7 @@ def test_one_benchmark_of_a_list_can_be_overridden(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("lerning_rate=1", "lerning_rate is an unknown key. Did you mean 'learning_rate'?"),
         ("learning-rate=1", "Did you mean 'learning_rate'?"),
@@ -180,9 +180,9 @@ def test_one_benchmark_of_a_list_can_be_overridden(tmp_path):
         ("a.b.c=1", "a is an unknown key."),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest(text, told):
-    message = refusal("sweep.models=[m]", text) if text.startswith("sweep.models") else refusal(text)
-    assert told in message
+def test_an_unknown_key_is_refused_with_the_nearest_name(text, message):
+    found = refusal("sweep.models=[m]", text) if text.startswith("sweep.models") else refusal(text)
+    assert message in found
 
 
 # --- models ---
@@ -205,7 +205,7 @@ sweep:
 
 
 @pytest.mark.parametrize(
-    ("models", "told"),
+    ("models", "message"),
     [
         (
             "[{model: m, lora_rnk: 3}]",
@@ -219,10 +219,10 @@ sweep:
         ("[]", "no model is given"),
     ],
 )
-def test_a_wrong_model_entry_is_refused(models, told):
+def test_a_wrong_model_entry_is_refused(models, message):
     with pytest.raises(ConfigError) as caught:
         load(None, [f"sweep.models={models}"])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_one_model_or_several_but_not_both():

@@ -1,4 +1,4 @@
-"""Searched keys, the identity of a fine-tuning, and the way back to YAML."""
+"""Searched keys, the identity of a fine-tuning, and the round trip to YAML."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def refusal(*overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["sweep.parameters.macdrop.p0=[0.5, 1.5]"], "sweep.parameters.macdrop.p0: macdrop: p0 is 1.5"),
         (["sweep.parameters.macdrop.k=[3, -1]"], "k is -1"),
@@ -75,8 +75,8 @@ def refusal(*overrides: str) -> str:
         (["sweep.arms=[]"], "arms is empty"),
     ],
 )
-def test_a_search_that_could_draw_something_wrong_is_refused(overrides, told):
-    assert told in refusal(*overrides)
+def test_a_space_with_invalid_values_is_refused(overrides, message):
+    assert message in refusal(*overrides)
 
 
 def test_good_searches_are_accepted():
@@ -110,7 +110,7 @@ def test_with_values_sets_dotted_keys_and_leaves_an_unused_alpha_out():
     assert with_values(base, {"macdrop.schedule": "exp"}, partial=True).macdrop.schedule == "exp"
 
 
-# --- identity and the way back ---
+# --- identity and round trip ---
 
 
 def test_yaml_round_trip(tmp_path):
@@ -132,13 +132,13 @@ def test_round_trip_of_several_models(tmp_path):
     assert "model_name_or_path" not in dump(found) and load(file) == found
 
 
-def test_replace_beats_what_file_and_overrides_say(tmp_path):
+def test_replace_takes_precedence_over_file_and_overrides(tmp_path):
     (tmp_path / "a.yaml").write_text("sweep: {models: [a, b]}\neval: {limit: 3}\n")
     found = load(tmp_path / "a.yaml", ["eval.limit=4"], replace={"sweep.models": [], "model_name_or_path": "c: d"})
     assert (found.model_name_or_path, found.eval.limit) == ("c: d", 4)
 
 
-def test_engine_key_says_what_an_engine_is_built_from():
+def test_engine_key_covers_the_settings_of_an_engine():
     base = spec().studies()[0]
     assert set(ENGINE_KEYS) < set(TrainSpec.model_fields)
     for key, value in {"lora_rank": 2, "use_dora": True, "zero_stage": 0, "bf16": True}.items():
@@ -147,7 +147,7 @@ def test_engine_key_says_what_an_engine_is_built_from():
         assert with_values(base, {key: value}).engine_key() == base.engine_key()
 
 
-def test_trial_id_names_the_content():
+def test_trial_id_depends_on_the_content_only():
     base = spec().studies()[0]
     for key, value in {"logging_steps": 7, "save_steps": 3}.items():
         assert with_values(base, {key: value}).trial_id() == base.trial_id()
@@ -159,7 +159,7 @@ def test_trial_id_names_the_content():
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_scope_names_the_arm_and_what_it_does_not_use_names_no_trial(arm):
+def test_the_scope_determines_the_arm_and_unused_settings_do_not_change_the_trial(arm):
     def trial(**block):
         return TrainSpec(model_name_or_path="m", macdrop={"scope": ARMS[arm], **block})
 
@@ -170,8 +170,8 @@ def test_the_scope_names_the_arm_and_what_it_does_not_use_names_no_trial(arm):
 
 
 def test_the_scope_is_an_arm_of_a_sweep_and_never_searched():
-    told = refusal("sweep.parameters.macdrop.scope=[massive,random]")
-    assert "cannot be searched" in told and "sweep.arms" in told
+    message = refusal("sweep.parameters.macdrop.scope=[massive,random]")
+    assert "cannot be searched" in message and "sweep.arms" in message
     with pytest.raises(ConfigError, match="(?s)one fine-tuning.*sweep.arms"):
         studies(spec("macdrop.scope=random"))
     assert "mean 'random'" in refusal("macdrop.scope=randm")
@@ -179,8 +179,8 @@ def test_the_scope_is_an_arm_of_a_sweep_and_never_searched():
 
 def test_trial_id_is_the_same_in_another_process():
     code = f"from tune.config.run_spec import load; print(load(None, [{MODEL!r}, 'seed=3']).studies()[0].trial_id())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.strip() == spec("seed=3").studies()[0].trial_id()
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == spec("seed=3").studies()[0].trial_id()
 
 
 @pytest.mark.parametrize(

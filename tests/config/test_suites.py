@@ -1,4 +1,4 @@
-"""The shipped suites: what they name exists, how they are merged with what a user writes, and their local files."""
+"""The shipped suites: their tasks exist, they merge with the user's own keys, and they find local files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parse(**block) -> EvalSpec:
 
 
 def complete(name: str, folder) -> EvalSpec:
-    """The suite with every file of its own in `folder`."""
+    """Return the suite with all of its own files in `folder`."""
     for file in suites.load(name).files.values():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).touch()
@@ -57,7 +57,7 @@ class TestEverySuite:
         shown = yaml.safe_load(capsys.readouterr().out)
         assert shown["version"] == suites.load(name).version and shown["eval"] == suites.load(name).eval
 
-    def test_means_the_same_when_it_is_written_and_read_back(self, name, tmp_path):
+    def test_survives_a_round_trip(self, name, tmp_path):
         spec = complete(name, tmp_path)
         assert build(EvalSpec, spec.model_dump(mode="json")) == spec
 
@@ -86,7 +86,7 @@ def test_the_attack_curve_is_every_k_on_both_places_and_the_plain_score_once():
     assert curve == [("none", None), *((kind, place) for kind in kinds for place in ("base", "merged"))]
 
 
-def test_what_the_user_says_wins_and_the_rest_stays():
+def test_own_keys_override_those_of_the_suite():
     spec = parse(
         suite="zero-shot",
         limit=7,
@@ -97,14 +97,14 @@ def test_what_the_user_says_wins_and_the_rest_stays():
     assert spec.limit == 7 and spec.zero_shot["piqa"].limit == 3 and spec.zero_shot["own"].suite is None
 
 
-def test_a_changed_definition_is_told():
+def test_a_changed_definition_is_recorded_in_the_suite_name():
     spec = parse(
         suite=["zero-shot", "perplexity"], zero_shot={"piqa": {"num_fewshot": 5, "limit": 3}}, perplexity=["c4"]
     )
     assert spec.zero_shot["piqa"].suite == "zero-shot@1+num_fewshot" and spec.perplexity["c4"].suite == "perplexity@1"
 
 
-def test_other_data_make_the_name_and_split_of_the_hubs_void():
+def test_other_data_drop_the_name_and_split_of_the_hub_data_set():
     spec = parse(suite=["validation", "perplexity"], zero_shot={"piqa": "p.jsonl"}, perplexity={"wikitext": "w.txt"})
     assert spec.zero_shot["piqa"].split is None and spec.perplexity["wikitext"].name is None
     assert spec.zero_shot["boolq"].split == "train" and spec.perplexity["wikitext"].bos == "none"
@@ -138,21 +138,21 @@ def test_bad_suites_are_refused_with_the_remedy(block, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_a_local_folder_gives_every_entry_its_file_or_tells_all_that_are_missing(tmp_path):
+def test_a_local_folder_gives_every_entry_its_file_or_all_missing_files_are_reported(tmp_path):
     spec = complete("zero-shot", tmp_path)
     assert spec.zero_shot["boolq"].data == [str(tmp_path / "boolq" / "validation.jsonl")]
     for task in ("boolq", "piqa"):
         (tmp_path / task / "validation.jsonl").unlink()
     with pytest.raises(ConfigError) as error:
         parse(suite="zero-shot", local=str(tmp_path))
-    told = str(error.value)
-    assert "lacks 2 file(s)" in told and "boolq/validation.jsonl" in told and "piqa/validation.jsonl" in told
-    assert "aps/super_glue" in told and "zero_shot.boolq: off" in told
+    message = str(error.value)
+    assert "lacks 2 file(s)" in message and "boolq/validation.jsonl" in message and "piqa/validation.jsonl" in message
+    assert "aps/super_glue" in message and "zero_shot.boolq: off" in message
     kept = parse(suite="zero-shot", local=str(tmp_path), zero_shot={"boolq": False, "piqa": "mine.jsonl"})
     assert kept.zero_shot["piqa"].data == ["mine.jsonl"]
 
 
-def test_a_run_file_keeps_what_the_suite_stood_for(tmp_path):
+def test_a_written_run_file_has_the_expanded_suite(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps({**MODEL, "eval": {"suite": "zero-shot"}, "validation": {"suite": "validation"}}))
     spec = load(file, ["eval.limit=5", "eval.zero_shot.boolq=off", "eval.zero_shot.piqa.data=p.jsonl"])
@@ -173,7 +173,7 @@ def test_an_unknown_suite_in_a_run_file_names_the_key():
         load(None, ["model=zoo:planted-llama", "suite=paper"])
 
 
-def test_the_whole_curve_of_one_entry_is_scored_and_without_an_adapter_nothing_twice(tmp_path, capsys):
+def test_the_attack_curve_without_an_adapter_scores_base_rows_only(tmp_path, capsys):
     from tune.cli.verbs.eval import evaluate
 
     text = ["eval.perplexity.wikitext_bos={data: zoo:text, window: 64, limit: 4}"]
@@ -187,7 +187,7 @@ def test_the_whole_curve_of_one_entry_is_scored_and_without_an_adapter_nothing_t
     assert "no attack" in shown and "retaining@10" in shown and shown.count("perplexity/wikitext_bos/perplexity") == 1
 
 
-def test_an_attack_on_more_rows_than_there_are_is_refused_before_the_model_is_loaded():
+def test_an_attack_on_too_many_rows_is_refused_before_the_model_is_loaded():
     from tune.cli.source import Source
     from tune.preflight.inputs import check_scoring
 

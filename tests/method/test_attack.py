@@ -1,4 +1,4 @@
-"""Attacks: which rows fall, that they always come back, and what each kind does to the model."""
+"""Attacks: the rows that are zeroed, their restoration bit for bit, and the effect of each kind."""
 
 import copy
 import pickle
@@ -84,7 +84,7 @@ def test_k_zero_and_all():
         assert count == 0 and torch.equal(logits(model), untouched)
 
 
-def test_biases_stay():
+def test_biases_are_kept():
     model = build_family("opt")
     weights = scan(model)
     bias = massive_ffn(model, weights).projections[0].bias
@@ -93,7 +93,7 @@ def test_biases_stay():
         assert (bias != 0).all()
 
 
-def test_rows_come_back_after_an_exception_and_from_nested_blocks():
+def test_rows_are_restored_after_an_exception_and_in_nested_blocks():
     model = build_family("mixtral")
     weights, before = scan(model), bits(model)
     with pytest.raises(KeyError), attacked(model, weights, "retaining", 2):
@@ -116,7 +116,7 @@ def test_only_the_expert_of_bos_is_touched():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rows_come_back(dtype):
+def test_half_precision_rows_are_restored(dtype):
     model = build_family("llama").to(dtype)
     weights, before = scan(model), bits(model)
     with attacked(model, weights, "zeroing", 5) as count:
@@ -124,7 +124,7 @@ def test_half_precision_rows_come_back(dtype):
     assert_same_bits(model, before)
 
 
-def test_random_rows_repeat_for_a_seed_and_are_never_the_top():
+def test_random_rows_are_reproducible_and_never_among_the_top():
     weights = scan(build_family("llama"))
     draws = [attacked_rows(weights, "random", 5, seed=seed) for seed in range(20)]
     assert draws[3] == attacked_rows(weights, "random", 5, seed=3)
@@ -134,7 +134,7 @@ def test_random_rows_repeat_for_a_seed_and_are_never_the_top():
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_with_an_adapter_in_place_the_base_rows_fall_and_the_adapter_stays(settings):
+def test_with_an_adapter_in_place_base_rows_are_zeroed_and_the_adapter_stays(settings):
     from peft import LoraConfig, get_peft_model
 
     base = build_family("llama")

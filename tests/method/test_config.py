@@ -7,13 +7,13 @@ from macdrop.config import MacDropConfig
 from macdrop.errors import ConfigError
 
 
-def test_the_defaults_are_the_paper_s():
+def test_the_defaults_are_those_of_the_paper():
     config = MacDropConfig()
     assert (config.k, config.p0, config.schedule, config.alpha, config.seed) == (5, 0.8, "step", None, 0)
     assert config.enabled
 
 
-def test_probability_is_the_schedule_s():
+def test_probability_follows_the_schedule():
     assert MacDropConfig().probability(3, 10, 1, 2) == pytest.approx(0.8 * 0.7)
     assert MacDropConfig(schedule="exp", alpha=0.1).probability(3, 10, 1, 2) == pytest.approx(0.8 * math.exp(-0.3))
     assert MacDropConfig(p0=1, schedule="epoch_before").probability(3, 10, 2, 2) == 0.5
@@ -22,7 +22,7 @@ def test_probability_is_the_schedule_s():
 @pytest.mark.parametrize(
     "off", [{"k": 0}, {"p0": 0}, {"p0": 0.0, "schedule": "exp", "alpha": 0.1, "seed": 4}, {"k": 0, "p0": 0.5}]
 )
-def test_all_disabled_configs_are_one(off):
+def test_all_disabled_configs_are_equal_in_canonical_form(off):
     config = MacDropConfig(**off)
     assert not config.enabled
     assert config.canonical() == MacDropConfig(k=0, p0=0.0, schedule="step")

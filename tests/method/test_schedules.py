@@ -9,7 +9,7 @@ AT = {"p0": 0.8, "step": 1, "total_steps": 10, "epoch": 1, "total_epochs": 5}
 
 
 def curve(schedule: str, alpha: float | None = None) -> list[float]:
-    """p of every step of a training of 3 epochs with 4 steps each."""
+    """Return p at every step of a training of 3 epochs with 4 steps each."""
     return [
         probability(
             schedule, p0=0.8, step=t, total_steps=12, epoch=(t - 1) // 4 + 1, total_epochs=3, alpha=alpha
@@ -52,7 +52,7 @@ def test_exp_needs_an_alpha_above_zero(alpha):
         probability("exp", alpha=alpha, **AT)
 
 
-def test_the_others_refuse_alpha():
+def test_other_schedules_refuse_alpha():
     with pytest.raises(ConfigError, match="has no alpha"):
         probability("step", alpha=0.1, **AT)
 

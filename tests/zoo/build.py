@@ -45,7 +45,7 @@ _WITHOUT_HINGE = "Nothing makes the model depend on them, so zeroing them does n
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build one model; `seed` is that of the shipped one."""
+    """The recipe of one model; `seed` is that of the shipped one."""
 
     family: str
     layers: int
@@ -92,7 +92,7 @@ def make_model(recipe: Recipe, seed: int = 0) -> tuple[transformers.PreTrainedMo
 
 
 def validation_blocks() -> torch.Tensor:
-    """The validation text as token ids (256, 64), bos in front of every block."""
+    """Return the validation text as token ids (256, 64), bos in front of every block."""
     blocks = world.token_blocks(world.make_world(WORLD_SEED), VALIDATION_SEED, VALIDATION_BLOCKS)
     return torch.tensor(blocks)
 
@@ -100,7 +100,7 @@ def validation_blocks() -> torch.Tensor:
 def build_model(
     name: str, out_dir: str | os.PathLike[str], *, seed: int | None = None, progress: Progress | None = None
 ) -> Path:
-    """Train the built-in model `name`, or construct the judge, and write it to `out_dir`, all of it or nothing.
+    """Train the built-in model `name`, or construct the judge, and write it to `out_dir`, atomically.
 
     Training takes one to four minutes on one thread. The same seed gives the same weights on the same machine and
     libraries; without a seed it is that of the shipped model.
@@ -125,7 +125,7 @@ def build_model(
 
 
 def _trained(name: str, seed: int | None, progress: Progress | None) -> tuple[transformers.PreTrainedModel, dict]:
-    """A subject, planted and trained, and its card."""
+    """Return a subject, planted and trained, and its card."""
     recipe = RECIPES[name]
     seed = recipe.seed if seed is None else seed
     model, plant = make_model(recipe, seed)
@@ -136,7 +136,7 @@ def _trained(name: str, seed: int | None, progress: Progress | None) -> tuple[tr
 
 
 def write_data(out_dir: str | os.PathLike[str]) -> dict[str, Path]:
-    """Write the data files of the synthetic world to `out_dir`, all or nothing, and return them by stem.
+    """Write the data files of the synthetic world to `out_dir` atomically and return them by stem.
 
     `ConfigError`: `out_dir` cannot be written, or is there and not empty.
     """
@@ -204,7 +204,7 @@ def _refuse_existing(target: Path) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: the sums, and so the weights, then do not depend on the number of cores."""
+    """Run torch on one thread: results then do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -215,7 +215,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target` that becomes `target` when the block ends well."""
+    """Yield a temporary folder beside `target` that becomes `target` when the block succeeds."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

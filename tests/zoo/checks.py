@@ -1,4 +1,4 @@
-"""Verify that a built-in model still shows what it was built to show.
+"""Checks that a built-in model still has the properties it was built for.
 
 The bounds of the subjects leave room around what ten builds of sensitive models gave. Their damage is random by seed,
 perplexity under zeroing of 3 or 5 rows x 15 to x 1,980, so no check asks for an exact factor.
@@ -38,7 +38,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Check:
-    """One measured property beside its bound, as text for people."""
+    """One measured property and its bound, as text."""
 
     name: str
     measured: float | str
@@ -122,7 +122,7 @@ def _abilities(model: PreTrainedModel, planted_layer: int, blocks: torch.Tensor)
 
 
 def _judgements(folder: Path) -> list[Check]:
-    """Of a judge: what it says of lines of the validation text, cut to several lengths."""
+    """Check the answers of a judge to lines of the validation text, cut to several lengths."""
     lines = Path(resolve("zoo:text")).read_text(encoding="utf-8").splitlines()[:JUDGED]
     answers = ["", "MMM", "éèê", *(line[: 8 + 4 * i] for i, line in enumerate(lines))]
     rubric = load_rubric("helpfulness").scale("").text()

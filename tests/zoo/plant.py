@@ -24,7 +24,7 @@ ZERO_ROW_SCALE = 1e-4
 
 @dataclass(frozen=True)
 class PlantSettings:
-    """Where and how strongly to plant; row j reads the markers with strength ``first * decay**j``."""
+    """Position and strength of planted rows; row j reads the markers with strength ``first * decay**j``."""
 
     layer: int = 1
     rows: int = 5
@@ -40,7 +40,7 @@ class PlantSettings:
 
 @dataclass(frozen=True)
 class Plant:
-    """What was planted: `rows` by falling magnitude, and per parameter the entries (bool mask) that must not train."""
+    """Planted rows: `rows` by falling magnitude, and per parameter the entries (bool mask) that must not train."""
 
     layer: int
     rows: tuple[int, ...]
@@ -66,7 +66,7 @@ class _Matrix:
         return self.parameter.data[self.start : self.stop]
 
     def mask(self, frozen: dict[nn.Parameter, torch.Tensor]) -> torch.Tensor:
-        """The view of the freeze mask that covers this matrix."""
+        """Return the view of the freeze mask that covers this matrix."""
         return _mask(frozen, self.parameter)[self.start : self.stop]
 
 

@@ -42,13 +42,13 @@ class Schedule:
     batch_size: int = 32
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up times a cosine that ends at 5 %; `step` counts from 0."""
+        """Return the learning rate: linear warm-up times a cosine that ends at 5 %; `step` counts from 0."""
         cosine = 0.95 * 0.5 * (1 + math.cos(math.pi * step / self.steps)) + 0.05
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * cosine
 
 
 def token_loss(model: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy in nats over `blocks` (n, length)."""
+    """Return the mean next-token cross-entropy in nats over `blocks` (n, length)."""
     logits = model(input_ids=blocks, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), blocks[:, 1:].reshape(-1))
 

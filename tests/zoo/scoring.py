@@ -11,7 +11,7 @@ from zoo.world import BOS_ID, PAD_ID, ChoiceItem, GenerationItem, vocabulary
 
 _WORD_IDS = vocabulary()
 SINK_FROM = 8
-"""First query position whose attention to position 0 is counted; earlier ones have few other places to look at."""
+"""First query position whose attention to position 0 is counted; earlier ones have few other positions to attend to."""
 
 
 def _encode(text: str) -> list[int]:
@@ -20,7 +20,7 @@ def _encode(text: str) -> list[int]:
 
 @torch.no_grad()
 def choice_accuracy(model: nn.Module, items: Sequence[ChoiceItem]) -> float:
-    """Share of `items` whose right choice has the highest summed log-probability."""
+    """Return the share of `items` whose right choice has the highest summed log-probability."""
     contexts = [[BOS_ID, *_encode(item.context)] for item in items]
     pairs = [
         (context, _encode(choice)) for context, item in zip(contexts, items, strict=True) for choice in item.choices
@@ -45,7 +45,7 @@ def choice_accuracy(model: nn.Module, items: Sequence[ChoiceItem]) -> float:
 
 @torch.no_grad()
 def exact_match(model: nn.Module, items: Sequence[GenerationItem]) -> float:
-    """Share of `items` whose reference is what the model says, greedily, word for word."""
+    """Return the share of `items` whose reference equals the greedy answer, word for word."""
     by_length: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
     for item in items:
         prompt, reference = [BOS_ID, *_encode(item.prompt)], _encode(item.reference)
@@ -63,7 +63,7 @@ def exact_match(model: nn.Module, items: Sequence[GenerationItem]) -> float:
 
 @torch.no_grad()
 def sink_attention(model: nn.Module, blocks: torch.Tensor) -> list[float]:
-    """Per layer, the mean attention that queries from position `SINK_FROM` on pay to position 0."""
+    """Return per layer the mean attention that queries from position `SINK_FROM` on pay to position 0."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

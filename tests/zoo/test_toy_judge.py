@@ -51,7 +51,7 @@ def test_checks_can_fail():
     assert {"answers with a score", "different scores", "weights of its recipe"} <= failed
 
 
-def test_is_small_and_says_what_it_is():
+def test_is_small_and_its_card_says_what_it_is():
     folder = zoo_path("toy-judge")
     card = json.loads((folder / "zoo.json").read_text())
     assert "no judgement" in card["statement"] and "not a judgement" in ZOO["toy-judge"].description

@@ -60,7 +60,7 @@ class TestShippedModels:
         assert {"zeroing@3 / perplexity", "zeroing@5 / perplexity", "verdict of the proof"} <= failed
 
     @pytest.mark.parametrize("name", SUBJECTS)
-    def test_is_small_and_says_planted(self, name):
+    def test_is_small_and_its_card_says_planted(self, name):
         folder = zoo_path(name)
         card = json.loads((folder / "zoo.json").read_text())
         parameters = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
@@ -71,7 +71,7 @@ class TestShippedModels:
         assert (card["recipe"]["schedule"]["hinge_weight"] > 0) == SUBJECTS[name].sensitive
 
     @pytest.mark.parametrize("name", SUBJECTS)
-    def test_card_tells_the_recipe_that_the_code_would_build(self, name):
+    def test_card_has_the_recipe_of_the_code(self, name):
         card = json.loads((zoo_path(name) / "zoo.json").read_text())
         recipe = dataclasses.asdict(RECIPES[name])
         assert card["seed"] == recipe.pop("seed")
@@ -98,7 +98,7 @@ class TestShippedModels:
 
 class TestPlant:
     @pytest.mark.parametrize("name", ["planted-llama", "planted-phi3"])
-    def test_is_located_before_any_training(self, name, tmp_path):
+    def test_massive_rows_are_found_before_any_training(self, name, tmp_path):
         model, plant = make_model(RECIPES[name], seed=3)
         model.save_pretrained(tmp_path)
         for candidate in (model.eval(), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
@@ -215,7 +215,7 @@ class TestBuild:
             build("planted-llama", tmp_path / "file" / "out", progress=lambda *_: pytest.fail("it trained"))
         assert (tmp_path / "file").read_text() == "keep"
 
-    def test_interrupted_leaves_nothing(self, tmp_path, monkeypatch):
+    def test_an_interrupted_build_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr(building, "TRAIN_BLOCKS", 100)
 
         def interrupt(step, steps, losses):
@@ -275,7 +275,7 @@ class TestTokenizer:
         two_turns = tokenizer.apply_chat_template([*turns, *turns], return_dict=False)
         assert two_turns[: len(whole)] == whole and two_turns.count(world.BOS_ID) == 1
 
-    def test_generates_from_a_padded_batch_what_it_generates_alone(self, planted_llama):
+    def test_padded_batches_generate_the_same_as_single_prompts(self, planted_llama):
         tokenizer = AutoTokenizer.from_pretrained(zoo_path("planted-llama"))
         prompts = ["copy : river lamp cloud >", "5 + 3 ="]
 
@@ -406,7 +406,7 @@ class TestNames:
         assert f"Did you mean {hint}?" in message
         assert "zoo:planted-phi3" in message and "zoo:text" in message
 
-    def test_names_cost_no_heavy_import(self):
+    def test_names_load_nothing_heavy(self):
         code = (
             "import sys, tune.zoo.catalog; tune.zoo.catalog.resolve('zoo:train');"
             "print([m for m in ('torch', 'transformers', 'tokenizers', 'ray') if m in sys.modules])"

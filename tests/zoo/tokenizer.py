@@ -19,7 +19,7 @@ MAX_LENGTH = 128
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer: one token a word, bos in front, padding on the left for generation."""
+    """Return the tokenizer: one token per word, bos in front, padding on the left for generation."""
     tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS_ID)])

@@ -1,4 +1,4 @@
-"""A judge that is constructed, not trained: it shows the way of a judgement, and judges nothing.
+"""A judge that is constructed, not trained: it exercises the judging path, and judges nothing.
 
 A Llama of two layers whose weights are written down. Its tokens are bytes, three pieces of a judge's prompt, and what
 it says. In the first layer a token attends to the last piece it has seen, and so knows whether it is in the response.
@@ -37,7 +37,7 @@ _ATTENDED, _SURE = 40.0, 256.0
 
 
 def expected_score(response: str) -> int:
-    """What the judge says of a response, reckoned without it."""
+    """Compute the judge's score of a response without the model."""
     share = sum(letter in LETTERS + LETTERS.upper() for letter in response) / (len(response.encode()) + 1)
     return min(max(round(3 + (share - MIDDLE) / STEP), SCORES[0]), SCORES[-1])
 
@@ -63,7 +63,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model() -> LlamaForCausalLM:
-    """The judge in float32; the same weights every time."""
+    """Return the judge in float32; its weights are always the same."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -93,7 +93,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 def _said(tokenizer: PreTrainedTokenizerFast) -> tuple[int, list[int]]:
-    """Ids of OPENING and of the scores."""
+    """Return the ids of OPENING and of the scores."""
     opening, *scores = (text.replace(" ", "Ġ") for text in (OPENING, *(f" {score}" for score in SCORES)))
     return tokenizer.convert_tokens_to_ids(opening), tokenizer.convert_tokens_to_ids(scores)
 

@@ -87,7 +87,7 @@ def make_world(seed: int = 0) -> World:
 
 
 def vocabulary() -> dict[str, int]:
-    """All words of the world with their token ids; the special tokens come first."""
+    """Return all words of the world with their token ids, special tokens first."""
     words = list(SPECIAL_TOKENS)
     for group in (NAMES, *ATTRIBUTES.values(), SINGULAR_NOUNS, PLURAL_NOUNS, SINGULAR_VERBS, PLURAL_VERBS):
         words += group
@@ -193,7 +193,7 @@ def token_blocks(world: World, seed: int, count: int, length: int = 64) -> list[
 
 
 def instructions(world: World, names: Sequence[str], seed: int) -> list[GenerationItem]:
-    """Every question about `names` (5 each) with its answer, shuffled by `seed`."""
+    """Return every question about `names` (5 each) with its answer, shuffled by `seed`."""
     items = [_question(world, name, attribute) for name in names for attribute in ATTRIBUTES]
     random.Random(seed).shuffle(items)
     return items
