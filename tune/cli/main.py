@@ -47,7 +47,7 @@ SCORING = (scan, attack, train, evaluate, suites, judge)
 SWEEPING = (plan, sweep, report, compare, export, reproduce)
 HELPING = (doctor, schema, docs)
 for verb in (*SCORING, *SWEEPING, *HELPING):
-    app.add_typer(verb.app)
+    app.registered_commands += verb.app.registered_commands  # before typer 0.15, add_typer needs a name
 app.add_typer(zoo.app, name="zoo")
 app.add_typer(cluster, name="cluster")
 
