@@ -60,7 +60,7 @@ def test_an_adapter_loads_by_the_lines_of_its_card(trained, tmp_path, monkeypatc
     assert config["base_model_name_or_path"] == "zoo:planted-llama", "no path of this machine"
     assert head["library_name"] == "peft" and head["tags"] == ["macdrop", "dora", "massive-weights", "planted"]
     assert "base_model" not in head, "the hub refuses what is no id of its own"
-    assert "**PLANTED.**" in text and "2410.01866" in text and "not scored" in text
+    assert "**PLANTED.**" in text and "2410.01866" in text and "did not score" in text
     assert "| macdrop.p0" in text and "| entries dropped" in text and "3 of 3" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"], "nothing half-written is left"
 
@@ -129,7 +129,7 @@ def test_the_card_of_a_run_has_scores_with_intervals_attacks_and_the_verdict(run
     assert row in text
     assert "zeroing@3 on base" in text and "standard errors over the items" in text
     for sentence in read_trial(trial).verdict:
-        assert sentence in text.partition("## Verdict of its run")[2]
+        assert sentence in text.partition("## Verdict of the run")[2]
 
 
 @pytest.mark.parametrize(
