@@ -247,7 +247,8 @@ class ByActors:
 def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
     """A pool under a running Ray."""
     from tune.config.eval_spec import TEST, jobs
-    from tune.distributed.actors.evaluators import EvalTask, EvaluatorPool
+    from tune.distributed.actors.eval_task import EvalTask
+    from tune.distributed.actors.evaluators import EvaluatorPool
 
     opened = opening(setting, root)
     began = time.perf_counter()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import calibration
 import checkpoints
@@ -151,21 +148,6 @@ def test_phases_of_a_run_add_up(outside):
     assert found["trials by state"] == "2 done, 1 failed"
     assert not demo.enough(found)
 
-
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.parametrize(
-    ("script", "arguments", "expected"),
-    [
-        ("lanes", ["--trials", "2", "--steps", "2", "--runs", "1"], "equal adapters: 1 of 1 by SHA-256 (2 of"),
-        ("scoring", ["--adapters", "1", "--attacks", "zeroing@3", "--limit", "8"], "same scores: yes"),
-    ],
-)
-def test_both_ways_give_the_same_result(script, arguments, expected):
-    line = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *arguments]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert expected in done.stdout
 
 
 def test_calibration_prints_its_rates(capsys):

@@ -12,10 +12,8 @@ from rich.console import Console
 
 from tune.cli.progress import Progress
 from tune.config.eval_spec import EvalJob
-from tune.distributed.actors.evaluators import EvalTask, Result
+from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.scheduling.queue import TaskQueue, TrainTask
-
-pytestmark = pytest.mark.ray  # tune.distributed.actors.evaluators imports Ray; none is started
 
 
 def task(name: str) -> TrainTask:

@@ -8,6 +8,7 @@ from tune.config.run_spec import RaySpec
 from tune.distributed.cluster import ray_cluster
 from tune.distributed.cluster.ray_cluster import check_cluster, token_hint
 from tune.errors import ResourceError
+from tune.preflight import machine
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,12 @@ def test_what_the_machine_lacks_is_told_and_the_token_is_not(tmp_path, monkeypat
         if setting is not None:
             monkeypatch.setenv(name, setting)
     assert told in token_hint() and "secret" not in token_hint()
+
+
+@pytest.mark.ray
+def test_ray_starts_and_its_state_api_answers():
+    check = machine._ray(*machine._probe(machine._RAY_PROBE))
+    assert check.ok, check
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from tune.config.judge_spec import JudgeSpec
 from tune.config.messages import build
 from tune.config.run_spec import RunSpec
 from tune.distributed.actors.actor_pool import PoolActor
-from tune.distributed.actors.evaluators import EvalTask, Evaluator, EvaluatorPool, Opening
+from tune.distributed.actors.eval_task import EvalTask
+from tune.distributed.actors.evaluators import Evaluator, EvaluatorPool, Opening
 from tune.distributed.actors.judges import ActorJudge, JudgeOpening
 from tune.evaluation.judge.prompt import Judgement, Question
 from tune.scheduling.queue import MAX_ATTEMPTS

@@ -361,7 +361,8 @@ def test_scores_survive_the_death_of_an_actor(tmp_path):
 
     from tune.config.eval_spec import EvalSpec, jobs
     from tune.config.messages import build
-    from tune.distributed.actors.evaluators import EvalTask, EvaluatorPool, Opening
+    from tune.distributed.actors.eval_task import EvalTask
+    from tune.distributed.actors.evaluators import EvaluatorPool, Opening
 
     block = build(
         EvalSpec,

@@ -78,9 +78,3 @@ def test_an_unreachable_hub_is_a_note_only(monkeypatch):
 def test_lines_show_the_fix_below():
     text = doctor.lines([Check("a", True, "fine"), Check("longer", False, "broken", "Mend it.")])
     assert text == ["ok    a       fine", "FAIL  longer  broken", "              -> Mend it."]
-
-
-@pytest.mark.ray
-def test_ray_starts_and_its_state_api_answers():
-    check = doctor._ray(*doctor._probe(doctor._RAY_PROBE))
-    assert check.ok, check

@@ -1,4 +1,4 @@
-"""One sweep at a time in a folder, what a signal does, which keys may change on resume, what dead runs left."""
+"""One sweep at a time in a folder, and the keys that may change on resume."""
 
 from __future__ import annotations
 
@@ -67,34 +67,6 @@ def test_who_lost_the_folder_leaves_what_another_has_written(tmp_path, monkeypat
         signal.signal(signal.SIGTERM, before)
 
 
-# --- stopping ---
-
-STOPPED = """
-import sys, time
-from tune.distributed.sweep.stop import stoppable
-with stoppable(lambda text: print(text, flush=True)) as stop:
-    try:
-        print("here", flush=True)
-        time.sleep(60)
-    except BaseException as error:
-        print(type(error).__name__, flush=True)
-        {then}
-        stop.leave()
-"""
-
-
-@pytest.mark.parametrize("then", ["pass", "time.sleep(60)"])
-@pytest.mark.parametrize(("number", "kind", "code"), [(2, "KeyboardInterrupt", 130), (15, "SystemExit", 143)])
-def test_the_first_signal_stops_and_the_second_ends_at_once(number, kind, code, then):
-    process = subprocess.Popen([sys.executable, "-c", STOPPED.format(then=then)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "here\n"
-    process.send_signal(number)
-    assert "once more" in process.stdout.readline() and process.stdout.readline().strip() == kind
-    if then != "pass":
-        process.send_signal(number)
-    assert process.wait(timeout=50) == code
-
-
 # --- what may change, and how to go on ---
 
 
@@ -128,74 +100,3 @@ def test_the_command_that_goes_on_can_be_typed_as_it_is(tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("")
     with pytest.raises(ConfigError, match="choose another"):
         check_new(tmp_path / "other")
-
-
-# --- orphans ---
-
-
-@pytest.mark.ray
-def test_sessions_of_dead_sweeps_are_found_and_ended(tmp_path, monkeypatch):
-    from tune.cli.verbs import doctor
-    from tune.distributed.cluster import orphans
-
-    monkeypatch.setenv("MACDROP_CACHE", str(tmp_path))
-    orphans.remember_session(tmp_path / "session_mine")
-    assert orphans.on_machine() == [], "this process lives"
-    (note,) = (tmp_path / "sessions").glob("*.json")
-    kept = json.loads(note.read_text())
-    session = str(tmp_path / "session_orphan")
-    dead = {"session": session, "process": {**kept["process"], "begun": "1"}}
-    elsewhere = {"session": session, "process": {"where": "another host", "begun": "1"}}
-    for name, content in (("9999999", dead), ("8888888", elsewhere), ("x", {})):
-        (note.parent / f"{name}.json").write_text(json.dumps(content))
-    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", session])
-    told: list[str] = []
-    deadline = time.monotonic() + 20
-    while not (found := orphans.on_machine()) and time.monotonic() < deadline:
-        (note.parent / "9999999.json").write_text(json.dumps(dead))  # until the process has its command line
-    assert orphans.offer(found, clear=False, ask=None, tell=told.append) == 0 and orphan.poll() is None
-    assert session in told[0] and "--clear-orphans" in told[1]
-    check = doctor.orphaned()
-    assert not check.ok and not check.needed and session in check.found and "--clear-orphans" in check.fix
-    assert orphans.offer(found, clear=False, ask=lambda question: True, tell=told.append) == 1
-    assert orphan.wait(timeout=20) == -signal.SIGKILL
-    assert orphans.on_machine() == [] and doctor.orphaned().ok and not (note.parent / "9999999.json").exists()
-    assert (note.parent / "8888888.json").exists()
-
-
-DEAD_DRIVER = """
-import sys, ray
-ray.init(address=sys.argv[1], log_to_driver=False)
-@ray.remote(num_cpus=0)
-class PlacementGroupCleaner:
-    def here(self): return True
-one = PlacementGroupCleaner.options(lifetime="detached", name="one", namespace="n").remote()
-ray.get(one.here.remote())
-"""
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(180)
-def test_what_a_dead_driver_left_on_a_cluster_is_found_and_cleared(tmp_path):
-    import ray
-    from ray.cluster_utils import Cluster
-
-    from tune.distributed.cluster import orphans
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        driver = subprocess.run([sys.executable, "-c", DEAD_DRIVER, cluster.address], timeout=120)
-        assert driver.returncode == 0
-        ray.init(address=cluster.address, log_to_driver=False)
-        mine = ray.util.placement_group([{"CPU": 1}])
-        ray.get(mine.ready(), timeout=60)
-        told: list[str] = []
-        assert orphans.look(local=False, clear=True, tell=told.append) == 1
-        assert "an actor PlacementGroupCleaner, of job" in told[0] and "is dead" in told[0]
-        deadline = time.monotonic() + 30
-        while orphans.on_cluster() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert orphans.on_cluster() == [] and mine.wait(1)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()

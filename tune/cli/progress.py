@@ -15,7 +15,7 @@ from tune.storage.states import TaskState
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tune.distributed.actors.evaluators import Result
+    from tune.distributed.actors.eval_task import Result
     from tune.scheduling.queue import QueuedTask
     from tune.scheduling.study import Study
 

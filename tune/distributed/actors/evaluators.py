@@ -6,17 +6,18 @@ import time
 from collections import deque
 from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from ray.actor import ActorHandle
 
 from macdrop import MassiveWeights
-from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec
+from tune.config.eval_spec import EvalSpec
 from tune.config.run_spec import TrainSpec
 from tune.distributed.actors.actor_pool import ActorPool, Done, PoolActor
+from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.evaluation.adapters import AdapterSlot
 from tune.evaluation.prefix_cache import PrefixCache
 from tune.evaluation.scorer import Row, Scorer
@@ -25,7 +26,7 @@ from tune.storage.atomic import atomic_write_json
 from tune.training.loading import open_base
 from tune.training.massive_weights import massive_weights, proof
 from tune.training.process_group import device
-from tune.training.watchdog import STACKS, passes_watched, why_it_died
+from tune.training.watchdog import passes_watched, why_it_died
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,43 +49,6 @@ class Opening:
     k: int
     threads: int
     step_timeout_s: float = 1800.0
-
-
-@dataclass
-class EvalTask:
-    """One benchmark of one adapter (None: the base model). `tag` comes back with the result.
-
-    `answers` is the file for per-item results; `within` is a folder above it that must exist.
-    """
-
-    tag: dict[str, Any]
-    job: EvalJob
-    adapter: str | None
-    answers: str
-    within: str | None = None
-    attempts: int = 0
-
-    @property
-    def group(self) -> tuple[str | None, EvalJob]:
-        """The same for the plain score and all attacks of a benchmark and adapter, which share most of the work."""
-        return self.adapter, replace(self.job, attack=PLAIN, attack_on=None)
-
-    @property
-    def stacks(self) -> Path:
-        """The file for the stacks of an actor that hangs, in the folder of the trial or the model."""
-        answers = Path(self.answers)
-        return answers.parent.parent / STACKS / f"score-{answers.stem}.txt"
-
-
-@dataclass
-class Result:
-    """The score rows of a task, or the reason why there are none."""
-
-    task: EvalTask
-    rows: list[Row] = field(default_factory=list)
-    error: str | None = None
-    seconds: float = 0.0
-    calls_saved: int = 0  # layer calls saved by sharing with other attacks
 
 
 class Evaluator(PoolActor):

@@ -14,7 +14,8 @@ from ray.tune import Stopper
 from tune.config.eval_spec import VALIDATION, EvalJob
 from tune.config.recorded import asked_for
 from tune.config.run_spec import TrainSpec, dump
-from tune.distributed.actors.evaluators import EvalTask, EvaluatorPool, Opening, Result
+from tune.distributed.actors.eval_task import EvalTask, Result
+from tune.distributed.actors.evaluators import EvaluatorPool, Opening
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane_pool import LanePool
 from tune.distributed.sweep.events import Observer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from tune.distributed.actors.evaluators import Result
+from tune.distributed.actors.eval_task import Result
 from tune.scheduling.queue import QueuedTask
 from tune.scheduling.study import Study
 
