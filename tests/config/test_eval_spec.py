@@ -45,17 +45,24 @@ def test_jobs_are_entries_times_attacks_in_file_order():
     )
     found = jobs(spec)
     assert [job.key for job in found] == [
-        "zero_shot/arc_easy/none", "zero_shot/arc_easy/zeroing@3/base", "zero_shot/piqa/none",
-        "zero_shot/piqa/zeroing@3/base", "perplexity/text/none", "generation/q/none", "generation/q/zeroing@3/base",
-    ]  # fmt: skip
+        "zero_shot/arc_easy/none",
+        "zero_shot/arc_easy/zeroing@3/base",
+        "zero_shot/piqa/none",
+        "zero_shot/piqa/zeroing@3/base",
+        "perplexity/text/none",
+        "generation/q/none",
+        "generation/q/zeroing@3/base",
+    ]
     assert pickle.loads(pickle.dumps(found)) == found and len(set(found)) == len(found)
 
 
 def test_an_attack_on_both_places_is_two_jobs_and_the_plain_score_one():
     spec = build(EvalSpec, {"attacks": ["none", "retaining@0"], "attack_on": "both", "zero_shot": "piqa"})
     assert [(job.attack, job.attack_on) for job in jobs(spec)] == [
-        ("none", None), ("retaining@0", "base"), ("retaining@0", "merged"),
-    ]  # fmt: skip
+        ("none", None),
+        ("retaining@0", "base"),
+        ("retaining@0", "merged"),
+    ]
 
 
 def test_an_entry_inherits_keys_it_does_not_set_and_null_counts_as_set():
@@ -67,12 +74,14 @@ def test_a_spec_survives_a_round_trip():
     spec = build(
         EvalSpec,
         {
-            "limit": 5, "num_fewshot": 2, "attacks": ["none", "zeroing@3"],
+            "limit": 5,
+            "num_fewshot": 2,
+            "attacks": ["none", "zeroing@3"],
             "zero_shot": {"a": {}, "b": {"limit": None, "num_fewshot": 0}},
             "perplexity": {"t": {"data": "t.txt", "attacks": "none"}},
             "generation": {"g": {"data": "q.jsonl", "limit": "3 per category"}},
-        }
-    )  # fmt: skip
+        },
+    )
     for again in (build(EvalSpec, spec.model_dump(mode="json")), pickle.loads(pickle.dumps(spec))):
         assert jobs(again) == jobs(spec)
         for job in jobs(spec):

@@ -96,7 +96,12 @@ def test_good_searches_are_accepted():
     assert dump(spec())["sweep"]["metric"] == {"name": "eval_loss", "goal": "minimize"}
     assert found.sweep.parameters["lora_rank"].bounds() == [2, 8]
     assert list(found.sweep.parameters) == [
-        *("macdrop.k", "macdrop.p0", "macdrop.schedule", "macdrop.alpha", "learning_rate", "lora_rank")
+        "macdrop.k",
+        "macdrop.p0",
+        "macdrop.schedule",
+        "macdrop.alpha",
+        "learning_rate",
+        "lora_rank",
     ]
 
 
@@ -115,9 +120,17 @@ def test_with_values_sets_dotted_keys_and_leaves_an_unused_alpha_out():
 
 def test_yaml_round_trip(tmp_path):
     found = spec(
-        *("learning_rate=3e-4", "adam_epsilon=1e-8", "lora_target=[q_proj]", "macdrop={schedule: exp, alpha: 0.05}"),
-        *("dataset=[{path: a}]", "sweep.parameters.lora_rank=[2, 4]", "sweep.search_alg=random", 'output_dir="a b: c"'),
-        *("sweep.parameters.macdrop.p0={min: 0.1, max: 0.5}", "eval.zero_shot=[arc_easy]", "eval.attacks=[zeroing@1]"),
+        "learning_rate=3e-4",
+        "adam_epsilon=1e-8",
+        "lora_target=[q_proj]",
+        "macdrop={schedule: exp, alpha: 0.05}",
+        "dataset=[{path: a}]",
+        "sweep.parameters.lora_rank=[2, 4]",
+        "sweep.search_alg=random",
+        'output_dir="a b: c"',
+        "sweep.parameters.macdrop.p0={min: 0.1, max: 0.5}",
+        "eval.zero_shot=[arc_easy]",
+        "eval.attacks=[zeroing@1]",
     )
     file = tmp_path / "written.yaml"
     file.write_text(yaml.safe_dump(dump(found)))

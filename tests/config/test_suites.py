@@ -16,8 +16,22 @@ from tune.config.run_spec import dump, load
 from tune.evaluation import catalogue
 
 LONGBENCH = (
-    *("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report", "qmsum"),
-    *("multi_news", "trec", "triviaqa", "samsum", "passage_count", "passage_retrieval_en", "lcc", "repobench-p"),
+    "narrativeqa",
+    "qasper",
+    "multifieldqa_en",
+    "hotpotqa",
+    "2wikimqa",
+    "musique",
+    "gov_report",
+    "qmsum",
+    "multi_news",
+    "trec",
+    "triviaqa",
+    "samsum",
+    "passage_count",
+    "passage_retrieval_en",
+    "lcc",
+    "repobench-p",
 )
 ZERO_SHOT = ("arc_easy", "arc_challenge", "boolq", "piqa", "winogrande")
 MODEL = {"model_name_or_path": "zoo:planted-llama"}
@@ -203,10 +217,20 @@ def test_the_mean_of_the_validation_suite_is_an_objective():
     metric = "sweep.metric={name: zero_shot/mean/acc, goal: maximize}"
     spec = load(None, ["model=zoo:planted-llama", "validation.suite=validation", metric])
     rows = [
-        {"benchmark": "zero_shot", "task": task, "metric": name, "attack": "none", "attack_on": None, "value": value,
-         "stderr": None, "n": 10, "split": "validation"}
-        for number, task in enumerate(ZERO_SHOT) for name, value in (("acc", 0.1), ("acc_norm", 0.2 + number / 10))
-    ]  # fmt: skip
+        {
+            "benchmark": "zero_shot",
+            "task": task,
+            "metric": name,
+            "attack": "none",
+            "attack_on": None,
+            "value": value,
+            "stderr": None,
+            "n": 10,
+            "split": "validation",
+        }
+        for number, task in enumerate(ZERO_SHOT)
+        for name, value in (("acc", 0.1), ("acc_norm", 0.2 + number / 10))
+    ]
     found = named_scores(rows, asked_for(dump(spec)))
     assert found["zero_shot/mean/acc"] == pytest.approx(
         (0.2 + 0.3 + 0.1 + 0.5 + 0.1) / 5

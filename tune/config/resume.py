@@ -15,7 +15,9 @@ from tune.config.sections import RaySpec
 RESULTS = frozenset({"ray.num_workers", "ray.threads_per_worker"})
 #: Keys without an effect on results: the rest of `ray:`, the run folder, trackers, and how many trials run at once.
 MACHINERY = frozenset({f"ray.{key}" for key in RaySpec.model_fields}) - RESULTS | {
-    *("output_dir", "report_to", "sweep.max_concurrent_trials")
+    "output_dir",
+    "report_to",
+    "sweep.max_concurrent_trials",
 }
 
 
