@@ -1,4 +1,4 @@
-"""Which examples a step shows, and with which learning rate: functions of (seed, step) and of nothing else."""
+"""tune.data.batching: the examples and the learning rate of a step depend on seed and step only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def batches(
         (100, (8, 2, 2)),
     ],
 )
-def test_an_epoch_shows_every_example_once_and_the_fill(examples, shape):
+def test_epoch_visits_every_example_once_plus_the_fill(examples, shape):
     per_device, accumulation, world = shape
     made = batches(examples, per_device=per_device, accumulation=accumulation, world=world)
     size = per_device * accumulation * world
@@ -52,7 +52,7 @@ def test_steps_and_epochs_count_from_1():
     assert [made.epoch(step) for step in range(1, 8)] == [1, 1, 1, 2, 2, 2, 3]
 
 
-def test_a_step_depends_on_seed_and_step_alone():
+def test_step_depends_on_seed_and_step_only():
     first, second = batches(50, per_device=8), batches(50, per_device=8)
     forward = {step: first.step(step).copy() for step in range(1, 20)}
     for step in reversed(range(1, 20)):  # as a resumed run, which has seen no step before
@@ -62,7 +62,7 @@ def test_a_step_depends_on_seed_and_step_alone():
     assert (epoch_order(50, 0, 0) != epoch_order(50, 0, 1)).any(), "every epoch has an order of its own"
 
 
-def test_the_content_of_a_step_does_not_depend_on_how_it_is_spread():
+def test_step_content_does_not_depend_on_ranks_and_accumulation():
     spreads = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 1, 8), (1, 8, 1)]
     made = [batches(30, per_device=p, accumulation=a, world=w) for p, a, w in spreads]
     for step in range(1, 9):
@@ -88,7 +88,7 @@ def test_total_steps(examples, batch, epochs, max_steps, steps):
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"])
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
-def test_learning_rates_are_those_of_hugging_faces_scheduler_stepped_slowly(name, warmup):
+def test_learning_rates_equal_hugging_faces_scheduler(name, warmup):
     import torch
     from transformers import get_scheduler
 

@@ -105,7 +105,7 @@ def test_alpaca_mask_equals_a_slow_reference(tmp_path):
     assert prepared.info["template"] == "alpaca" and prepared.info["tokenised_by_pieces"] == 0
 
 
-def test_label_counts_are_those_of_a_loop(tmp_path):
+def test_label_counts_equal_a_loop(tmp_path):
     tokenizer = make_tokenizer(bos=False)
     rows = [*ALPACA, {"instruction": "Two.", "output": ""}]
     for changes in ({}, {"train_on_prompt": True}, {"cutoff_len": 65}):
@@ -140,14 +140,14 @@ def test_every_answer_of_a_dialogue_carries_loss(tmp_path, template, expected):
     assert text.index("Be brief.") < text.index("One?") < text.index("Two?") < text.index("second answer")
 
 
-def test_a_template_that_refuses_a_turn_names_the_row(tmp_path):
+def test_template_that_refuses_a_turn_names_the_row(tmp_path):
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
     rows = [{"messages": DIALOGUE[1:]}, {"messages": DIALOGUE}]
     with pytest.raises(DataError, match="line 2: the chat template refuses this conversation: no system turn"):
         read(write(tmp_path / "m.jsonl", rows), make_tokenizer(template), tmp_path)
 
 
-def test_a_template_with_its_mark_inside_a_turn(tmp_path):
+def test_template_with_its_end_mark_inside_a_turn(tmp_path):
     """The shape of Llama 2 and Mistral: no generation prompt, the end-of-sequence token as the mark of an answer."""
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -159,14 +159,14 @@ def test_a_template_with_its_mark_inside_a_turn(tmp_path):
     assert tokenizer.decode(example[0]) == "<s>[INST] One? [/INST] a</s>[INST] Two? [/INST] second answer</s>"
 
 
-def test_chat_tokens_are_those_of_the_template(tmp_path):
+def test_chat_tokens_equal_the_template(tmp_path):
     tokenizer = make_tokenizer("{{ bos_token }}" + CHATML)
     ids, _ = read(write(tmp_path / "m.jsonl", [{"messages": DIALOGUE}]), tokenizer, tmp_path).train[0]
     whole = tokenizer.apply_chat_template(DIALOGUE, tokenize=False).rstrip()
     assert ids.tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
-def test_sharegpt_and_messages_are_one(tmp_path):
+def test_sharegpt_and_messages_give_the_same_tokens(tmp_path):
     tokenizer = make_tokenizer(CHATML)
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     shared = {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in DIALOGUE]}
@@ -185,7 +185,7 @@ def test_plain_text_carries_loss_everywhere(tmp_path):
     assert [answers(tokenizer, e) for e in prepared.train] == ["first line</s>", "second line</s>"]
 
 
-def test_a_merge_across_the_border_is_tokenised_by_pieces(tmp_path):
+def test_merge_across_a_border_is_tokenised_by_pieces(tmp_path):
     raw = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], show_progress=False)
     rows = [{"instruction": "Well?", "output": "Yes indeed"}]
@@ -251,7 +251,7 @@ def test_validation_split_is_drawn_by_its_seed(tmp_path):
     assert read(path, tokenizer, tmp_path).validation is None
 
 
-def test_cutoff_truncates_from_the_right_and_drops_what_has_no_answer_left(tmp_path):
+def test_cutoff_truncates_on_the_right_and_drops_examples_without_answer(tmp_path):
     tokenizer = make_tokenizer()
     rows = [{"instruction": "x", "output": "a b c d e f g h"}, {"instruction": "long " * 60, "output": "lost"}]
     path = write(tmp_path / "a.jsonl", rows)
@@ -275,7 +275,7 @@ def test_collate_pads_on_the_right():
 # --- the cache ---
 
 
-def test_cache_is_reused_and_its_key_knows_every_input(tmp_path):
+def test_cache_is_reused_and_its_key_covers_every_input(tmp_path):
     path, tokenizer = write(tmp_path / "a.jsonl", ALPACA), make_tokenizer()
     first = data.prepare(spec(path), tokenizer, tmp_path / "cache")
     stamp = (first / "info.json").stat().st_mtime_ns
@@ -293,7 +293,7 @@ def test_cache_is_reused_and_its_key_knows_every_input(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "flipped", "no info"])
-def test_a_damaged_folder_is_built_again(tmp_path, damage):
+def test_damaged_folder_is_rebuilt(tmp_path, damage):
     path, tokenizer = write(tmp_path / "a.jsonl", ALPACA), make_tokenizer()
     folder = data.prepare(spec(path), tokenizer, tmp_path / "cache")
     good = data.load(folder).train[1][0].tolist()
@@ -326,7 +326,7 @@ def _prepare_and_count(path: str, cache: str, log: str, barrier) -> None:
     data.load(data.prepare(spec(path), tokenizer, cache))
 
 
-def test_of_two_processes_at_once_one_builds(tmp_path):
+def test_one_of_two_concurrent_processes_builds(tmp_path):
     path = write(tmp_path / "a.jsonl", ALPACA * 200)
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
@@ -383,7 +383,7 @@ def test_bad_data_is_refused_with_its_place(tmp_path, name, content, changes, wo
     assert not list((tmp_path / "cache").glob("*/")) and len(str(caught.value).splitlines()) <= 7
 
 
-def test_data_that_is_nowhere_is_refused(tmp_path):
+def test_missing_data_are_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text("")
     for dataset, word in [
         (str(tmp_path / "trein.jsonl"), "Did you mean 'train.jsonl'?"),
@@ -398,7 +398,7 @@ def test_data_that_is_nowhere_is_refused(tmp_path):
         assert word in str(caught.value)
 
 
-def test_a_cutoff_just_above_the_shortest_prompt_is_enough(tmp_path):
+def test_cutoff_just_above_the_shortest_prompt_suffices(tmp_path):
     path, tokenizer = write(tmp_path / "a.jsonl", ALPACA), make_tokenizer()
     with pytest.raises(DataError) as caught:
         read(path, tokenizer, tmp_path, cutoff_len=4)
@@ -408,7 +408,7 @@ def test_a_cutoff_just_above_the_shortest_prompt_is_enough(tmp_path):
         read(path, tokenizer, tmp_path, cutoff_len=shortest)
 
 
-def test_an_unwritable_cache_is_a_resource_error(tmp_path):
+def test_unwritable_cache_is_a_resource_error(tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(ResourceError, match="Cannot write"):
         read(write(tmp_path / "a.jsonl", ALPACA), make_tokenizer(), tmp_path)

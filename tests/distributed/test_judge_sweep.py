@@ -78,7 +78,7 @@ def test_a_sweep_judges_at_its_end(tmp_path, model):
     assert (
         judge_sweep(spec.eval.judge, run_folder, actors=spec.ray, gpus=0, note=progress.note, show=progress.judged) == 1
     )
-    assert "cannot be reached" in out.getvalue() and "What was judged is kept" in out.getvalue()
+    assert "cannot be reached" in out.getvalue() and "Judgements so far are kept" in out.getvalue()
     assert [record.status for record in run_folder.trials()] == ["done"]
 
 

@@ -27,7 +27,7 @@ IDS = torch.arange(2, 34)[None]
 
 
 def save_adapter(path, dora=False, dtype=torch.float32, seed=1, scale=0.3, targets=fix.LORA_TARGETS):
-    """An adapter that does something, drawn from `seed`, in a folder as PEFT writes it."""
+    """Write an adapter with an effect, drawn from `seed`, as PEFT does."""
     torch.manual_seed(seed)
     lora = LoraConfig(r=4, target_modules=list(targets), use_dora=dora)
     model = get_peft_model(fix.tiny_llama(dtype=dtype), lora, autocast_adapter_dtype=False)
@@ -46,7 +46,7 @@ def logits(model):
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_slot_gives_each_adapter_and_the_base_comes_back_bit_for_bit(tmp_path, dora, dtype):
+def test_adapters_swap_in_and_the_base_is_restored_bit_for_bit(tmp_path, dora, dtype):
     folders = [save_adapter(tmp_path / str(seed), dora, dtype, seed) for seed in (1, 2)]
     base = fix.tiny_llama(dtype=dtype)
     base.lm_head.weight.requires_grad_(False)
@@ -66,7 +66,7 @@ def test_the_slot_gives_each_adapter_and_the_base_comes_back_bit_for_bit(tmp_pat
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
 
 
-def test_an_adapter_that_does_nothing_shows_as_zero(tmp_path):
+def test_adapter_without_effect_has_zero_delta(tmp_path):
     folder, _ = save_adapter(tmp_path / "a", scale=0)
     slot = AdapterSlot(fix.tiny_llama())
     random_state = torch.get_rng_state()
@@ -77,7 +77,7 @@ def test_an_adapter_that_does_nothing_shows_as_zero(tmp_path):
         assert model is slot.base and slot.delta == 0.0
 
 
-def test_the_base_comes_back_after_an_error_and_in_its_mode(tmp_path):
+def test_base_and_its_mode_are_restored_after_an_error(tmp_path):
     folder, _ = save_adapter(tmp_path / "a")
     base = fix.tiny_llama()
     plain = logits(base)
@@ -86,7 +86,7 @@ def test_the_base_comes_back_after_an_error_and_in_its_mode(tmp_path):
     assert torch.equal(logits(base), plain)
 
 
-def test_adapters_that_do_not_fit_are_refused_and_the_base_stays_usable(tmp_path):
+def test_unfit_adapters_are_refused_and_the_base_stays_usable(tmp_path):
     base = fix.tiny_llama()
     base.lm_head.weight.requires_grad_(False)
     trainable = [(name, p.requires_grad) for name, p in base.named_parameters()]
@@ -123,7 +123,7 @@ def test_adapters_that_do_not_fit_are_refused_and_the_base_stays_usable(tmp_path
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_merge_equals_pefts_and_leaves_every_bit(tmp_path, dora, dtype):
+def test_merge_equals_peft_and_restores_every_bit(tmp_path, dora, dtype):
     _, model = save_adapter(tmp_path / "a", dora, dtype)
     before = {name: p.clone() for name, p in model.named_parameters()}
     pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -141,7 +141,7 @@ def test_a_merge_equals_pefts_and_leaves_every_bit(tmp_path, dora, dtype):
     assert torch.equal(logits(model), adapted)
 
 
-def test_generation_goes_through_the_adapter(tmp_path):
+def test_generation_uses_the_adapter(tmp_path):
     folder, _ = save_adapter(tmp_path / "a")
     base, tokenizer = fix.tiny_llama(), fix.byte_tokenizer()
     base.generation_config.repetition_penalty = 3.0
@@ -156,13 +156,13 @@ def test_generation_goes_through_the_adapter(tmp_path):
     assert base.generation_config.repetition_penalty == 3.0
 
 
-def test_a_bare_model_has_nothing_to_merge():
+def test_bare_model_has_nothing_to_merge():
     with merged_weights(fix.tiny_llama()) as layers:
         assert layers == 0
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_attacks_on_base_rows_and_on_merged_rows_are_different_scores(tmp_path, dora):
+def test_attacks_on_base_and_merged_rows_give_different_scores(tmp_path, dora):
     folder, _ = save_adapter(tmp_path / "a", dora)
     (tmp_path / "t.txt").write_text("The river ran past the old mill and on to the sea. " * 10)
     block = {"attacks": ["none", "zeroing@5"], "attack_on": "both", "perplexity": {"t": str(tmp_path / "t.txt")}}
@@ -188,8 +188,8 @@ def test_attacks_on_base_rows_and_on_merged_rows_are_different_scores(tmp_path, 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:peft", "ignore:fan_in_fan_out")
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral", "gpt_oss"])
-def test_swapping_and_merging_leave_other_families_whole_too(tmp_path, family):
-    """Conv1D, fused projections, and experts that PEFT wraps once for each of their parameters."""
+def test_swapping_and_merging_restore_other_families_too(tmp_path, family):
+    """Conv1D, fused projections, and experts that PEFT wraps once per parameter."""
     from helpers import tiny
 
     model = tiny.lora(tiny.build(family)).eval()
@@ -266,7 +266,7 @@ DAMAGED = {
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """A resident base with a good adapter beside it, and what both answer."""
+    """A resident base, a good adapter, and the logits of both."""
     base = fix.tiny_llama()
     good, _ = save_adapter(tmp_path_factory.mktemp("adapters") / "good")
     slot, plain = AdapterSlot(base), logits(base)
@@ -275,13 +275,13 @@ def bench(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_adapter_is_refused_with_its_reason_and_leaves_no_trace(bench, damage, tmp_path):
+def test_damaged_adapter_is_refused_with_a_reason_and_leaves_no_trace(bench, damage, tmp_path):
     slot, good, plain, adapted = bench
     before = {name: p.clone() for name, p in slot.base.named_parameters()}
     bad = shutil.copytree(good, tmp_path / "bad")
-    do, told = DAMAGED[damage]
+    do, message = DAMAGED[damage]
     do(bad)
-    with pytest.raises((CheckpointError, ConfigError), match=told) as caught, slot.adapter(bad):
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught, slot.adapter(bad):
         pass
     assert str(bad) in str(caught.value)
     assert {name for name, _ in slot.base.named_parameters()} == set(before)
@@ -291,8 +291,8 @@ def test_a_damaged_adapter_is_refused_with_its_reason_and_leaves_no_trace(bench,
         assert torch.equal(logits(model), adapted)
 
 
-def test_a_sealed_adapter_must_be_what_was_written(bench, tmp_path):
-    """One flipped byte is a finite number, too: the manifest tells it, where there is one."""
+def test_sealed_adapter_must_match_its_manifest(bench, tmp_path):
+    """One flipped byte is still a finite number: only a manifest reveals it."""
     slot, good, *_ = bench
     folder = tmp_path / "sealed"
     commit(shutil.copytree(good, tmp_path / "staging"), folder)

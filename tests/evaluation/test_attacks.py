@@ -1,4 +1,4 @@
-"""Scores under attack are those of the edited model; masks are off; scores repeat."""
+"""Scores under attack equal those of the edited model; masks are off; scores are reproducible."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.parametrize(("attack", "kept"), [("zeroing@3", slice(0, 45)), ("retaining@5", slice(43, 48))])
-def test_an_attacked_score_is_that_of_the_edited_model_and_leaves_no_trace(tmp_path, tokenizer, attack, kept):
+def test_attacked_score_equals_that_of_the_edited_model_and_leaves_no_trace(tmp_path, tokenizer, attack, kept):
     model, edited = fix.tiny_llama(), fix.tiny_llama()
     before = {name: p.clone() for name, p in model.named_parameters()}
     (tmp_path / "t.txt").write_text(TEXT)
@@ -98,7 +98,7 @@ def test_impossible_attacks_are_refused_at_once(model, tokenizer):
         Scorer(model, tokenizer, EvalSpec(max_length=300))
 
 
-def test_masks_are_off_while_scoring_and_modes_come_back(tmp_path, tokenizer):
+def test_masks_are_off_while_scoring_and_modes_are_restored(tmp_path, tokenizer):
     from macdrop import MacDrop, MacDropConfig
 
     model = fix.tiny_llama().requires_grad_(False)
@@ -146,7 +146,7 @@ def test_scores_repeat_bit_for_bit_and_print_nothing(tmp_path, model, tokenizer,
     json.dumps(first, allow_nan=False)
 
 
-def test_a_model_that_returns_nan_is_refused(tmp_path, tokenizer):
+def test_model_that_returns_nan_is_refused(tmp_path, tokenizer):
     model = fix.tiny_llama()
     model.lm_head.weight.data.fill_(math.nan)
     (tmp_path / "t.txt").write_text(TEXT)

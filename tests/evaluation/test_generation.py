@@ -56,7 +56,7 @@ def test_answers_end_at_eos_or_at_a_stop_text(tokenizer):
     assert ended.ended == "eos" and len(ended.tokens) <= 3
 
 
-def test_generation_settings_of_the_checkpoint_do_not_leak_in(tokenizer):
+def test_generation_config_of_the_checkpoint_is_ignored(tokenizer):
     model, prompts = fix.tiny_llama(), [tokenizer("river").input_ids]
     plain = greedy(model, tokenizer, prompts, max_new_tokens=12, batch_size=1)
     settings = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "do_sample": True, "temperature": 0.3}
@@ -111,7 +111,7 @@ def test_spec_bench_answers_every_turn_after_its_own_first_answer(tmp_path, mode
     assert tokens["sb"]["value"] == sum(sum(item["tokens"]) for item in items) / 5
 
 
-def test_the_alpaca_prompt_is_that_of_training_and_cut_prompts_are_counted(tmp_path, model, tokenizer):
+def test_alpaca_prompt_equals_training_and_cut_prompts_are_counted(tmp_path, model, tokenizer):
     from tune.data.formats import Turn
     from tune.data.templates import Encoder
     from tune.evaluation import generation
@@ -127,7 +127,7 @@ def test_the_alpaca_prompt_is_that_of_training_and_cut_prompts_are_counted(tmp_p
     assert len(prompt) > 256 - 64 and "prompts_cut_left=1" in score(model, tokenizer, spec.model_dump())[0]["settings"]
 
 
-def test_bos_can_be_switched_on_for_tokenizers_that_leave_it_out(tmp_path, model, tokenizer):
+def test_bos_can_be_switched_on(tmp_path, model, tokenizer):
     off = Scorer(model, tokenizer, EvalSpec(add_bos_token=False)).tokenizer
     assert off("a").input_ids[:1] != [0] and tokenizer("a").input_ids[:1] == [0]
     block = {
@@ -159,7 +159,7 @@ def test_reference_metrics():
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5) and repetition([1, 2]) == 0
 
 
-def test_reference_rows_take_prompts_as_they_are(tmp_path, model, tokenizer):
+def test_prompts_of_reference_rows_are_used_unchanged(tmp_path, model, tokenizer):
     prompts = ["river", "b c"]
     right = tokenizer.decode(slow_greedy(model, tokenizer("river").input_ids, 4), skip_special_tokens=True)
     rows = [{"prompt": p, "reference": r} for p, r in zip(prompts, [["no", right], "no"], strict=True)]
@@ -171,7 +171,7 @@ def test_reference_rows_take_prompts_as_they_are(tmp_path, model, tokenizer):
     assert cut["g", "exact_match"] == 0.5 and set(found) == {("g", m) for m in ("exact_match", "chrf", "rouge_l")}
 
 
-def test_a_chat_template_that_refuses_is_an_error_of_the_data(tmp_path, model):
+def test_chat_template_that_refuses_a_row_is_a_data_error(tmp_path, model):
     tokenizer = fix.byte_tokenizer(chat_template="{{ raise_exception('no such turn') }}")
     with pytest.raises(DataError, match="refuses question 0: no such turn"):
         score(model, tokenizer, {"generation": {"g": spec_bench_file(tmp_path / "q.jsonl")}})

@@ -1,4 +1,4 @@
-"""The pure part of the judge: scores read from answers, prompts, rubrics, references, rows, the block `eval.judge:`."""
+"""Judging without a model: parsing of scores, prompts, rubrics, references, rows, the block `eval.judge:`."""
 
 from __future__ import annotations
 
@@ -82,16 +82,16 @@ UNREAD = [
 
 
 @pytest.mark.parametrize("text", READ)
-def test_a_score_is_read_in_the_form_asked_for(text):
+def test_scores_in_the_requested_form_are_parsed(text):
     assert parse(text) == READ[text]
 
 
 @pytest.mark.parametrize("text", UNREAD)
-def test_nothing_else_is_a_score(text):
+def test_other_forms_are_not_scores(text):
     assert parse(text) is None
 
 
-def test_the_prompt_is_that_of_prometheus_2():
+def test_prompt_equals_prometheus_2():
     scale = load("helpfulness").default
     text = prompt("Who?", "Ada.", scale.text(), "Ada Lovelace.")
     headings = [line for line in text.splitlines() if line.startswith("###")]
@@ -108,11 +108,11 @@ def test_the_prompt_is_that_of_prometheus_2():
     assert "eference" not in without and "a response to evaluate, and a score rubric representing" in without
 
 
-def test_braces_in_answers_are_left_alone():
+def test_braces_in_answers_are_kept():
     assert "{given} {x}" in prompt("{0}", "{given} {x}", "rubric")
 
 
-def test_every_turn_is_judged_with_the_conversation_before_it():
+def test_every_turn_is_judged_with_the_preceding_conversation():
     found = questions(CONVERSATIONS, load("spec_bench"), reference=True)
     assert [q.item for q in found] == ["81/1", "81/2", "82/1", "82/2", "481/1", "482/1"]
     second = found[1].prompt
@@ -139,7 +139,7 @@ def test_references_of_every_shape():
     assert judging.conversation(row, 0) == "Add.\n1 2"
 
 
-def test_what_is_no_answers_file_is_refused():
+def test_files_without_answers_are_refused():
     with pytest.raises(DataError, match="no question_id"):
         questions([{"question_id": 1, "hits": 3}], load("helpfulness"), reference=True)
     with pytest.raises(DataError, match="'81' occurs twice"):
@@ -149,14 +149,14 @@ def test_what_is_no_answers_file_is_refused():
 # --- asking ---
 
 
-def test_only_what_cannot_be_read_is_asked_for_again():
+def test_only_unparsable_feedback_is_requested_again():
     asked = [Question(str(i), "", 1, f"prompt {i}") for i in range(4)]
     rounds = []
 
     def ask(some, attempt):
         rounds.append(([q.item for q in some], attempt))
-        told = {"0": "[RESULT] 1", "1": "[RESULT] 2" if attempt else "?", "2": "?"}
-        return [Reply(told[q.item], tokens=(10, 1)) if q.item != "3" else Reply(error="gone") for q in some]
+        replies = {"0": "[RESULT] 1", "1": "[RESULT] 2" if attempt else "?", "2": "?"}
+        return [Reply(replies[q.item], tokens=(10, 1)) if q.item != "3" else Reply(error="gone") for q in some]
 
     judged = assess(asked, ask, retries=2)
     assert rounds == [(["0", "1", "2", "3"], 0), (["1", "2"], 1), (["2"], 2)]
@@ -186,7 +186,7 @@ def test_rows_are_means_over_parsed_answers_of_every_group():
     assert rows["bench/qa", "judge_score"]["stderr"] is None
 
 
-def test_nothing_parsed_is_no_score_and_not_zero():
+def test_score_without_parsed_feedback_is_missing_not_zero():
     kept = [Judgement(Question("1/1", "", 1, "p")).row()]
     rows = {row["metric"]: row for row in judging.rows("bench", kept)}
     assert rows["judge_score"]["value"] is None and rows["judge_score"]["n"] == 0
@@ -197,7 +197,7 @@ def test_nothing_parsed_is_no_score_and_not_zero():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
-def test_shipped_rubrics_have_five_different_scores_and_their_own_name(name):
+def test_shipped_rubrics_have_five_distinct_scores_and_their_own_name(name):
     rubric = load(name)
     assert rubric.name == name and rubric.about and rubric.id.startswith(f"{name}@1#")
     for scale in (rubric.default, *rubric.categories.values()):
@@ -209,7 +209,7 @@ def test_spec_bench_has_a_rubric_for_every_category():
     assert set(load("spec_bench").categories) == {*wanted.split(), "math_reasoning"}
 
 
-def test_a_rubric_of_ones_own(tmp_path):
+def test_custom_rubric(tmp_path):
     file = tmp_path / "mine.yaml"
     own = {"name": "mine", "version": 2, "default": {"criteria": "Short?", "scores": list("abcde")}}
     file.write_text(yaml.safe_dump(own))
@@ -229,7 +229,7 @@ def test_a_rubric_of_ones_own(tmp_path):
 # --- the block ---
 
 
-def test_the_block_reads_a_name_or_keys_and_round_trips():
+def test_judge_block_accepts_a_name_or_keys_and_round_trips():
     assert build(EvalSpec, {"judge": "some/model"}).judge == JudgeSpec(model="some/model")
     spec = build(EvalSpec, {"judge": {"model": "m", "base_url": "http://127.0.0.1:1/v1/", "timeout_s": 3}})
     assert spec.judge.base_url == "http://127.0.0.1:1/v1" and spec.judge.timeout_s == 3.0
@@ -238,7 +238,7 @@ def test_the_block_reads_a_name_or_keys_and_round_trips():
 
 
 @pytest.mark.parametrize(
-    ("block", "told"),
+    ("block", "message"),
     [
         ({}, "model is missing"),
         ({"model": "m", "rubrik": "x"}, "Did you mean 'rubric'"),
@@ -252,8 +252,8 @@ def test_the_block_reads_a_name_or_keys_and_round_trips():
         ({"model": "m", "temperature": None}, "temperature null is for an endpoint only"),
     ],
 )
-def test_wrong_keys_and_values_are_refused(block, told):
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_keys_and_values_are_refused(block, message):
+    with pytest.raises(ConfigError, match=message):
         build(JudgeSpec, block)
 
 
@@ -268,7 +268,7 @@ def test_a_secret_is_refused_and_not_repeated(secret, key):
     assert build(JudgeSpec, {"model": "m", "base_url": "http://x/v1", "api_key_env": "OPENAI_API_KEY_2"})
 
 
-def test_the_pure_part_loads_nothing_heavy():
+def test_prompt_module_loads_nothing_heavy():
     heavy = {"torch", "transformers", "ray", "openai"}
     code = f"import sys, tune.cli.verbs.judge, tune.evaluation.judge.prompt; print(*sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

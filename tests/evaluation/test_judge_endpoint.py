@@ -1,4 +1,4 @@
-"""A judge behind an endpoint: a real server on loopback, in health and in every failure that the protocol knows."""
+"""A judge behind an endpoint: a real server on loopback, working and with every failure of the protocol."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def judge(run_folder, endpoint, *more, **options):
 
 
 def kept(run_folder, trial="final-1"):
-    """The judgements of a trial, of all judges, in the order they were kept."""
+    """Return the judgements of a trial, of all judges, in the order they were stored."""
     folder = run_folder.answers_dir("zoo:planted-llama", trial).with_name("judgements")
     return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
 
@@ -52,7 +52,7 @@ def scores(run_folder, trial="final-1", metric="judge_score"):
     return {row["task"]: row for row in rows}
 
 
-def test_a_run_is_judged(run, capsys):
+def test_run_is_judged(run, capsys):
     with Endpoint(lambda number, body: GOOD) as server:
         assert judge(run, server, "max_concurrent=3") == 0
     assert len(server.requests) == ALL and server.most_at_once <= 3
@@ -64,14 +64,14 @@ def test_a_run_is_judged(run, capsys):
     assert sorted(row["item"] for row in rows) == ["481/1", "482/1", "81/1", "81/2", "82/1", "82/2"]
     row = rows[0]
     assert (row["score"], row["feedback"], row["attempts"], row["error"]) == (4, [GOOD], 1, None)
-    told = row["judge"]
-    assert (told["kind"], told["model"], told["revision"]) == ("endpoint", "judge", "judge-2026-01-01/fp_1")
-    assert told["rubric"].startswith("spec_bench@1#") and told["date"].endswith("+00:00")
+    reported = row["judge"]
+    assert (reported["kind"], reported["model"], reported["revision"]) == ("endpoint", "judge", "judge-2026-01-01/fp_1")
+    assert reported["rubric"].startswith("spec_bench@1#") and reported["date"].endswith("+00:00")
     whole = scores(run)["spec_bench"]
     assert (whole["value"], whole["n"], whole["stderr"], whole["arm"], whole["limit"]) == (4.0, 6, 0.0, "macdrop", 2)
     settings = dict(word.split("=", 1) for word in whole["settings"].split())
     assert settings["judge"] == "judge@judge-2026-01-01/fp_1" and settings["suite"] == "paper@1"
-    assert settings["date"] == told["date"][:10] and settings["unparsable"] == settings["failed"] == "0"
+    assert settings["date"] == reported["date"][:10] and settings["unparsable"] == settings["failed"] == "0"
     assert (run.run_dir / whole["judgements"]).is_file()
     assert set(scores(run)) == {f"spec_bench{part}" for part in ("", "/multi_turn", "/writing", "/qa")}
     assert scores(run, "base")["spec_bench"]["value"] == 4.0 and not scores(run, "search-1")
@@ -80,7 +80,7 @@ def test_a_run_is_judged(run, capsys):
     assert "12 answer(s) in 12 request(s), 1200 prompt and 84 new tokens; 0 were judged before" in out
 
 
-def test_answers_under_attack_are_judged_apart(tmp_path):
+def test_answers_under_attack_are_judged_separately(tmp_path):
     run_folder = answered_run(tmp_path / "run", attacks=("none", "zeroing@3"))
     with Endpoint(lambda n, body: "?" if "\nAda." in body["messages"][0]["content"] else GOOD) as server:
         assert judge(run_folder, server) == 0
@@ -112,7 +112,7 @@ TROUBLE = {
 
 
 @pytest.mark.parametrize("name", TROUBLE)
-def test_what_passes_is_waited_for(run, name):
+def test_transient_errors_are_retried(run, name):
     with Endpoint(TROUBLE[name]) as server:
         assert judge(run, server, "timeout_s=0.6", "max_concurrent=2") == 0
     assert len(server.requests) >= ALL + 2
@@ -138,18 +138,18 @@ LASTING = {
 }
 
 
-@pytest.mark.parametrize("told", LASTING)
-def test_an_answer_that_cannot_be_judged_is_told_and_the_rest_goes_on(run, told, capsys):
-    """One answer of each file fails for good; a second session asks for these two alone."""
+@pytest.mark.parametrize("reported", LASTING)
+def test_failed_answer_is_reported_and_the_rest_continues(run, reported, capsys):
+    """One answer of each file fails permanently; a second session requests only these two."""
     mended = threading.Event()
 
     def answer(number, body):
         broken = "###Response to evaluate:\nAda." in body["messages"][0]["content"] and not mended.is_set()
-        return LASTING[told] if broken else GOOD
+        return LASTING[reported] if broken else GOOD
 
     with Endpoint(answer) as server:
         assert judge(run, server, "timeout_s=0.4", "request_retries=2") == FILES
-        check_one_failed(run, told, capsys.readouterr().out)
+        check_one_failed(run, reported, capsys.readouterr().out)
         mended.set()
         asked = len(server.requests)
         assert judge(run, server, "timeout_s=0.4", "request_retries=2") == 0
@@ -157,15 +157,15 @@ def test_an_answer_that_cannot_be_judged_is_told_and_the_rest_goes_on(run, told,
     assert scores(run)["spec_bench"]["n"] == ANSWERS and "failed=0" in scores(run)["spec_bench"]["settings"]
 
 
-def check_one_failed(run, told, out):
+def check_one_failed(run, reported, out):
     row = next(row for row in kept(run) if row["item"] == "481/1")
-    assert row["score"] is None and row["feedback"] == [] and told in row["error"]
-    assert told in out
+    assert row["score"] is None and row["feedback"] == [] and reported in row["error"]
+    assert reported in out
     assert scores(run)["spec_bench"]["n"] == ANSWERS - 1 and "failed=1" in scores(run)["spec_bench"]["settings"]
     assert scores(run, metric="judge_unparsed")["spec_bench"]["value"] == 1 / ANSWERS
 
 
-def test_unparsable_feedback_is_asked_for_again_by_other_seeds(run):
+def test_unparsable_feedback_is_requested_again_with_other_seeds(run):
     asked: dict[str, list[dict]] = {}
 
     def answer(number, body):
@@ -186,11 +186,11 @@ def test_unparsable_feedback_is_asked_for_again_by_other_seeds(run):
     assert seeds[:3] == [(0.0, None), (0.7, 6), (0.7, 7)]
     whole = scores(run)["spec_bench"]
     assert whole["n"] == 5 and "unparsable=1" in whole["settings"]
-    # Unparsable is a result: the server is gone, and nobody misses it.
+    # Unparsable is a result: nothing is requested from the server, which is gone.
     assert judge(run, server, "max_concurrent=1", "retry_temperature=0.7", "seed=5") == 0
 
 
-def test_a_wrong_key_ends_it_at_once(run, monkeypatch):
+def test_wrong_key_ends_judging_at_once(run, monkeypatch):
     refusal = {"status": 401, "body": {"error": {"message": "Incorrect API key"}}}
     with Endpoint(lambda number, body: refusal) as server:
         with pytest.raises(ConfigError, match=r"refuses the key \(OPENAI_API_KEY is not set\): HTTP 401, Incorrect"):
@@ -205,7 +205,7 @@ def test_a_wrong_key_ends_it_at_once(run, monkeypatch):
         judge(run, server, "api_key_env=YOUR_KEY")
 
 
-def test_a_model_that_is_not_there_ends_it_at_once(run):
+def test_unknown_model_ends_judging_at_once(run):
     missing = {"status": 404, "body": {"error": {"message": "The model `judge` does not exist"}}}
     with Endpoint(lambda number, body: missing) as server:
         with pytest.raises(ConfigError, match="has no model 'judge'.*HTTP 404, The model `judge` does not exist"):
@@ -213,14 +213,14 @@ def test_a_model_that_is_not_there_ends_it_at_once(run):
     assert len(server.requests) <= 2
 
 
-def test_no_quota_ends_it(run):
-    told = {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}
-    with Endpoint(lambda number, body: {"status": 429, "body": told}) as server:
+def test_exhausted_quota_ends_judging(run):
+    reported = {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}
+    with Endpoint(lambda number, body: {"status": 429, "body": reported}) as server:
         with pytest.raises(BenchmarkError, match="no quota left for this key: You exceeded"):
             judge(run, server, "request_retries=0")
 
 
-def test_nobody_there_is_told_after_the_retries(run):
+def test_unreachable_endpoint_is_reported_after_the_retries(run):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -229,15 +229,15 @@ def test_nobody_there_is_told_after_the_retries(run):
     assert not kept(run) and not scores(run)
 
 
-def test_an_endpoint_that_only_fails_is_given_up(run):
+def test_judging_ends_after_repeated_failures(run):
     with Endpoint(lambda number, body: {"status": 500}) as server:
         with pytest.raises(BenchmarkError, match="gave no answer 10 times in a row"):
             judge(run, server, "request_retries=0", "max_concurrent=1")
     assert len(server.requests) < ALL
 
 
-def test_a_judge_that_dies_in_the_middle_loses_nothing(run, capsys):
-    """After seven answers the key is revoked; these are kept, the base is scored, a second session asks for five."""
+def test_judge_that_fails_midway_loses_nothing(run, capsys):
+    """After seven answers the key is revoked: they are kept, the base is scored, a second session requests five."""
     died = threading.Event()
 
     def answer(number, body):
@@ -261,7 +261,7 @@ def test_a_judge_that_dies_in_the_middle_loses_nothing(run, capsys):
     assert len(kept(run)) == ANSWERS and scores(run)["spec_bench"]["n"] == ANSWERS
 
 
-def test_fresh_judges_anew_and_keeps_what_was(run):
+def test_fresh_judges_again_and_archives_earlier_judgements(run):
     with Endpoint(lambda number, body: GOOD if number < ALL else "[RESULT] 2") as server:
         judge(run, server)
         judge(run, server)
@@ -273,7 +273,7 @@ def test_fresh_judges_anew_and_keeps_what_was(run):
     assert [json.loads(line)["score"] for line in earlier.read_text().splitlines()] == [4] * ANSWERS
 
 
-def test_another_judge_and_a_changed_answer_are_judged_anew(run):
+def test_another_judge_and_a_changed_answer_are_judged_again(run):
     with Endpoint(lambda number, body: GOOD if body["model"] == "judge" else "[RESULT] 1") as server:
         judge(run, server)
         judge_run(run.run_dir, ["model=other", f"base_url={server.url}", "rubric=helpfulness"])

@@ -44,18 +44,18 @@ def whole(run_folder, metric="judge_score"):
     return next(row for row in run_folder.score_rows() if (row["trial"], row["task"], row["metric"]) == wanted)
 
 
-def test_a_model_that_gives_scores(run, sure):
+def test_local_judge_gives_scores(run, sure):
     assert judge_run(run.run_dir, [f"model={sure}", "max_new_tokens=12", "batch_size=4"]) == 0
     assert [row["score"] for row in kept(run)] == [4] * ANSWERS
-    told = kept(run)[0]["judge"]
-    assert (told["kind"], told["model"]) == ("local", sure) and "base_url" not in told
-    assert told["revision"] == checkpoint_fingerprint(sure)[:12]
+    stored = kept(run)[0]["judge"]
+    assert (stored["kind"], stored["model"]) == ("local", sure) and "base_url" not in stored
+    assert stored["revision"] == checkpoint_fingerprint(sure)[:12]
     row = whole(run)
     assert (row["value"], row["n"], row["batch_size"]) == (4.0, ANSWERS, 4)
-    assert f"judge={sure}@{told['revision']} " in row["settings"]
+    assert f"judge={sure}@{stored['revision']} " in row["settings"]
 
 
-def test_unparsable_feedback_is_sampled_anew_with_a_seed_for_each_attempt(run, doubtful):
+def test_unparsable_feedback_is_sampled_again_with_a_seed_per_attempt(run, doubtful):
     judge_run(run.run_dir, [f"model={doubtful}", "max_new_tokens=12", "retries=3"])
     rows = kept(run) + kept(run, "base")
     assert all(row["feedback"][0] == "[RESULT]?" for row in rows)
@@ -66,7 +66,7 @@ def test_unparsable_feedback_is_sampled_anew_with_a_seed_for_each_attempt(run, d
     assert whole(run, "judge_unparsed")["value"] == unparsable / ANSWERS
 
 
-def test_sampling_is_a_draw_from_the_softmax():
+def test_sampling_draws_from_the_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     for temperature in (0.5, 1.0, 2.0):
         drawn = Sampling(temperature, range(20_000))(None, logits.expand(20_000, 4)).argmax(-1)
@@ -74,7 +74,7 @@ def test_sampling_is_a_draw_from_the_softmax():
         assert (share - torch.softmax(logits / temperature, -1)).abs().max() < 0.012  # over 3 standard errors
 
 
-def test_a_model_that_knows_no_rubric_is_counted_and_scores_nothing(run, capsys):
+def test_judge_without_parsable_feedback_scores_nothing(run, capsys):
     assert judge_run(run.run_dir, ["model=zoo:planted-llama", "max_new_tokens=8", "long_prompts=cut"]) == 0
     rows = kept(run)
     assert all(row["score"] is None and row["error"] is None and row["cut"] for row in rows)
@@ -85,7 +85,7 @@ def test_a_model_that_knows_no_rubric_is_counted_and_scores_nothing(run, capsys)
     assert "none" in capsys.readouterr().out
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_and_no_score(tmp_path, run, capsys):
+def test_prompt_that_does_not_fit_is_an_error_without_score(tmp_path, run, capsys):
     small = talking_model(tmp_path / "small", positions=512)
     assert judge_run(run.run_dir, [f"model={small}", "max_new_tokens=12"]) == 2
     assert all("max_new_tokens 12 leaves room for 500" in row["error"] for row in kept(run))
@@ -94,7 +94,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_no_score(tmp_path, run, caps
         judge_run(run.run_dir, [f"model={small}", "max_new_tokens=511"])
 
 
-def test_a_batch_is_answered_as_its_items_alone(sure, doubtful):
+def test_batched_answers_equal_single_ones(sure, doubtful):
     asked = [Question(f"{i}/1", "", 1, "x" * (10 * i) + "###Feedback: ") for i in range(8)]
 
     def feedback(model, **keys):
@@ -107,7 +107,7 @@ def test_a_batch_is_answered_as_its_items_alone(sure, doubtful):
     assert drawn != feedback(doubtful, batch_size=3, seed=1)
 
 
-def test_a_chat_template_is_used(tmp_path):
+def test_chat_template_is_used(tmp_path):
     from transformers import AutoTokenizer
 
     folder = talking_model(tmp_path / "chat")
@@ -123,7 +123,7 @@ def test_a_chat_template_is_used(tmp_path):
 # --- bad input ---
 
 
-def test_runs_that_cannot_be_judged_say_why(tmp_path, sure):
+def test_runs_that_cannot_be_judged_are_refused_with_a_reason(tmp_path, sure):
     given = [f"model={sure}"]
     with pytest.raises(ConfigError, match="no run folder"):
         judge_run(tmp_path / "nothing", given)
@@ -149,7 +149,7 @@ def test_runs_that_cannot_be_judged_say_why(tmp_path, sure):
         judge_run(run.run_dir, given)
 
 
-def test_the_runs_own_judge_is_the_default_and_another_model_leaves_it_all_behind(tmp_path, sure):
+def test_judge_of_the_run_is_the_default_and_another_model_drops_its_settings(tmp_path, sure):
     own = {"model": "far", "base_url": "http://127.0.0.1:9/v1", "rubric": "correctness"}
     generation = {"spec_bench": {"data": "q.jsonl"}}
     with Endpoint(lambda number, body: "[RESULT] 5") as server:
@@ -164,13 +164,13 @@ def test_the_runs_own_judge_is_the_default_and_another_model_leaves_it_all_behin
         assert len(server.requests) == asked and "rubric=spec_bench@1#" in whole(run)["settings"]
 
 
-def test_an_old_run_without_stages_is_judged_whole(tmp_path, sure):
+def test_old_run_without_stages_is_judged_completely(tmp_path, sure):
     run = answered_run(tmp_path / "run")
     for record in run.trials():
         file = run.trial(record.trial).folder / "trial.json"
-        told = json.loads(file.read_text())
-        del told["stage"]
-        file.write_text(json.dumps(told))
+        stored = json.loads(file.read_text())
+        del stored["stage"]
+        file.write_text(json.dumps(stored))
     judge_run(run.run_dir, [f"model={sure}", "max_new_tokens=12"])
     assert len(kept(run, "search-1")) == ANSWERS
 
@@ -178,7 +178,7 @@ def test_an_old_run_without_stages_is_judged_whole(tmp_path, sure):
 # --- macdrop eval ---
 
 
-def test_eval_judges_what_it_has_generated(shell, sure):
+def test_eval_judges_its_generated_answers(shell, sure):
     questions = [{key: row[key] for key in ("question_id", "category", "turns")} for row in CONVERSATIONS]
     (shell.folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     words = ["eval", "zoo:planted-llama", "eval.generation.spec_bench.data=q.jsonl"]
@@ -197,5 +197,5 @@ def test_eval_judges_what_it_has_generated(shell, sure):
 
 
 def test_searched_trials_are_not_judged(shell):
-    told = shell.refused("sweep", "demo", "--dry-run", "validation.judge.model=zoo:planted-llama")
-    assert "validation.judge: a judge scores the answers of the final stage" in told
+    stored = shell.refused("sweep", "demo", "--dry-run", "validation.judge.model=zoo:planted-llama")
+    assert "validation.judge: a judge scores the answers of the final stage" in stored

@@ -1,4 +1,4 @@
-"""The paper's benchmarks as their authors measure them: perplexity, LongBench, and other splits of the hub's data."""
+"""The paper's benchmarks, measured as their authors do: perplexity, LongBench, and other splits of hub data."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def documents(n: int, words: int) -> list[str]:
 
 @torch.no_grad()
 def published(model, ids: torch.Tensor, length: int, most: int | None) -> tuple[float, int]:
-    """Their procedure: consecutive sequences of `length` of ids (1, tokens), mean loss of each times its length."""
+    """Follow their procedure: consecutive sequences of `length` of ids (1, tokens), mean loss times length."""
     sequences = [ids[:, i * length : (i + 1) * length] for i in range(ids.numel() // length)][:most]
     losses = []
     for sequence in sequences:
@@ -61,7 +61,7 @@ def published(model, ids: torch.Tensor, length: int, most: int | None) -> tuple[
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_perplexity_of_the_suite_is_the_published_procedure(tmp_path, model, bos):
+def test_suite_perplexity_follows_the_published_procedure(tmp_path, model, bos):
     tokenizer, length = fix.byte_tokenizer(bos), 96
     rows = {"wikitext": documents(12, 30), "c4": documents(20, 15), "pg19": documents(8, 40)}
     for entry, file in suites.load("perplexity").files.items():
@@ -89,7 +89,7 @@ def test_perplexity_of_the_suite_is_the_published_procedure(tmp_path, model, bos
     assert found["c4"]["settings"].endswith("suite=perplexity@1+max_window+documents+windows")
 
 
-def test_windows_of_the_suite_are_4096_or_all_that_a_model_has(tmp_path, tokenizer):
+def test_suite_windows_are_4096_or_the_models_maximum(tmp_path, tokenizer):
     path = fix.write_jsonl(tmp_path / "w.jsonl", [{"text": TEXT * 6}])
     block = {"suite": "perplexity", "limit": 1, "perplexity": {"c4": False, "pg19": False, "wikitext": path}}
     for positions, window in ((256, 256), (8192, 4096)):
@@ -97,7 +97,7 @@ def test_windows_of_the_suite_are_4096_or_all_that_a_model_has(tmp_path, tokeniz
         assert f"window={window} " in row["settings"] and row["n"] == window - 1
 
 
-def test_a_text_without_a_full_window_is_refused(tmp_path, model, tokenizer):
+def test_text_without_a_full_window_is_refused(tmp_path, model, tokenizer):
     path = fix.write_jsonl(tmp_path / "w.jsonl", [{"text": "short"}])
     with pytest.raises(DataError, match="5 tokens of text do not make a full window of 768"):
         score(model, tokenizer, {"perplexity": {"w": {"data": path, "full_windows": True}}})
@@ -107,7 +107,7 @@ def test_a_text_without_a_full_window_is_refused(tmp_path, model, tokenizer):
 
 
 def longbench_row(name: str, i: int) -> dict:
-    """A row in the schema of LongBench's own files, its context longer than the model takes."""
+    """Make a row in the schema of LongBench's own files, with a context longer than the model's maximum."""
     answers = {"longbench_passage_count": "7", "longbench_passage_retrieval_en": f"Paragraph {i}"}
     classes = ["Date", "Number"] if name == "longbench_trec" else None
     answer = classes[i % 2] if classes else answers.get(name, f"{WORDS[i]} {WORDS[i + 1]}")
@@ -135,7 +135,7 @@ def longbench_block(folder, **keys) -> dict:
     }
 
 
-def test_all_sixteen_sets_are_scored_from_rows_in_longbenchs_own_schema(longbench, model, tokenizer):
+def test_all_sixteen_longbench_sets_are_scored_from_their_own_schema(longbench, model, tokenizer):
     pytest.importorskip("rouge")
     spec = build(EvalSpec, longbench_block(longbench))
     check_files(spec)
@@ -147,7 +147,7 @@ def test_all_sixteen_sets_are_scored_from_rows_in_longbenchs_own_schema(longbenc
         assert "truncation=middle shortened=2" in row["settings"] and "suite=longbench@1" in row["settings"]
 
 
-def test_an_answer_is_that_to_the_first_and_last_half_of_the_prompt(tmp_path, longbench, model, tokenizer):
+def test_long_prompts_keep_their_first_and_last_half(tmp_path, longbench, model, tokenizer):
     """hotpotqa's answers end at eos only, so they are greedy to the last token."""
     pytest.importorskip("rouge")
     name, new, longest = "longbench_hotpotqa", 5, 301
@@ -171,14 +171,14 @@ def test_an_answer_is_that_to_the_first_and_last_half_of_the_prompt(tmp_path, lo
 
 
 @pytest.mark.parametrize(("n", "room"), [(5, 6), (6, 6), (7, 6), (20, 7), (3, 2)])
-def test_a_prompt_that_fits_stays_whole_and_another_keeps_its_halves(n, room):
+def test_fit_middle_keeps_short_prompts_and_both_halves_of_long_ones(n, room):
     ids = list(range(n))
     kept = fit_middle(ids, room)
     assert kept == ids if n <= room else kept == ids[: room // 2] + ids[n - room // 2 :]
     assert len(kept) <= room and kept[0] == 0 and kept[-1] == n - 1
 
 
-def test_what_cannot_be_truncated_in_the_middle_is_refused(tmp_path, longbench, model, tokenizer):
+def test_middle_truncation_without_generation_is_refused(tmp_path, longbench, model, tokenizer):
     path = fix.write_jsonl(tmp_path / "p.jsonl", fix.hub_rows("piqa"))
     with pytest.raises(ConfigError, match="piqa: truncation middle is for tasks that generate"):
         score(model, tokenizer, {"zero_shot": {"piqa": {"data": path, "truncation": "middle"}}})
@@ -190,7 +190,7 @@ def test_what_cannot_be_truncated_in_the_middle_is_refused(tmp_path, longbench, 
         score(model, tokenizer, block)
 
 
-def test_missing_packages_are_told_with_the_line_that_installs_them(monkeypatch, longbench):
+def test_missing_packages_are_reported_with_the_install_command(monkeypatch, longbench):
     monkeypatch.setattr(check, "PACKAGES", {"longbench": (("json", "no_such_package"), "macdrop[longbench]")})
     for block in (longbench_block(longbench), {"suite": "longbench"}):
         with pytest.raises(ConfigError, match=r"needs no_such_package.*\n.*pip install 'macdrop\[longbench\]'"):
@@ -202,7 +202,7 @@ def test_missing_packages_are_told_with_the_line_that_installs_them(monkeypatch,
 
 @pytest.fixture
 def piqa_on_the_hub(tmp_path, monkeypatch):
-    """A folder with the data set's name in the working directory, which `datasets` takes for it."""
+    """A folder with the data set's name in the working directory, which `datasets` loads in its place."""
     folder = tmp_path / "baber" / "piqa"
     folder.mkdir(parents=True)
     rows = fix.hub_rows("piqa", 12)
@@ -223,7 +223,7 @@ def test_another_split_is_scored(tmp_path, piqa_on_the_hub, model, tokenizer):
     assert score(model, tokenizer, {"zero_shot": ["piqa"]})[0]["n"] == 8  # the task's own
 
 
-def test_a_split_that_is_not_there_is_refused(piqa_on_the_hub, model, tokenizer):
+def test_unknown_split_is_refused(piqa_on_the_hub, model, tokenizer):
     with pytest.raises(ConfigError, match="'piqa' has no split 'trian'"):
         score(model, tokenizer, {"zero_shot": {"piqa": {"split": "trian"}}})
     with pytest.raises(ConfigError, match="split is for single tasks, and 'ai2_arc' is a group"):

@@ -61,7 +61,7 @@ def test_every_token_is_scored_once(bos, stride, n):
     assert all(len(window.ids) <= 5 and (bos is None or window.ids[0] == bos) for window in cut(ids, 5, stride, bos))
 
 
-def test_perplexity_stderr_is_that_of_a_ratio_over_windows(tmp_path, model, tokenizer):
+def test_perplexity_stderr_is_that_of_a_ratio_of_sums(tmp_path, model, tokenizer):
     (tmp_path / "t.txt").write_text(TEXT)
     block = {"limit": 6, "perplexity": {"t": {"data": str(tmp_path / "t.txt"), "window": 32}}}
     [row] = score(model, tokenizer, block, answers_path=tmp_path / "items.jsonl")

@@ -1,4 +1,4 @@
-"""What attacks of one benchmark share changes no bit of any score, and saves the calls that it says."""
+"""Sharing among the attacks of one benchmark changes no bit of a score, and saves the calls it reports."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def block(tmp_path):
 
 
 def random_model(family: str, adapter: str | None = None) -> tuple[torch.nn.Module, object]:
-    """A random model, with a random adapter on it, and massive weights of its middle layer."""
+    """Make a random model with a random adapter, and massive weights of its middle layer."""
     torch.manual_seed(0)
     config = getattr(transformers, family)(**_COMMON, **FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -83,7 +83,7 @@ def adapted(model, kind: str, seed: int = 1):
 
 
 def scored(scorer, model, folder, prefix=None) -> dict:
-    """Rows and items of every job."""
+    """Return rows and items of every job."""
     found = {}
     for job in scorer.jobs():
         answers = folder / "items.jsonl"
@@ -101,7 +101,7 @@ CASES += [("OPTConfig", None), ("GPTNeoXConfig", None), ("MixtralConfig", None)]
 
 
 @pytest.mark.parametrize(("family", "adapter"), CASES)
-def test_every_score_and_item_keeps_its_bits(family, adapter, block, tokenizer, tmp_path):
+def test_scores_and_items_are_bit_identical(family, adapter, block, tokenizer, tmp_path):
     model, weights = random_model(family, adapter)
     scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     plain = scored(scorer, model, tmp_path)
@@ -114,7 +114,7 @@ def test_every_score_and_item_keeps_its_bits(family, adapter, block, tokenizer, 
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_nothing_is_shared_across_adapters_and_merges(block, tokenizer, tmp_path):
+def test_adapters_and_merges_share_nothing(block, tokenizer, tmp_path):
     base, weights = random_model("LlamaConfig")
     scorer = Scorer(base, tokenizer, build(EvalSpec, block | {"attack_on": "both"}), weights)
     prefix = PrefixCache()
@@ -127,7 +127,7 @@ def test_nothing_is_shared_across_adapters_and_merges(block, tokenizer, tmp_path
         base = model.unload()
 
 
-def test_validation_benchmarks_share_as_well(block, tokenizer, tmp_path):
+def test_validation_benchmarks_share_too(block, tokenizer, tmp_path):
     model, weights = random_model("LlamaConfig")
     scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     prefix = PrefixCache()
@@ -136,7 +136,7 @@ def test_validation_benchmarks_share_as_well(block, tokenizer, tmp_path):
     assert prefix.calls_saved == 2 * (BATCHES * 3 - 1)
 
 
-def test_generation_runs_as_ever(tokenizer, tmp_path):
+def test_generation_does_not_use_the_cache(tokenizer, tmp_path):
     model, weights = random_model("LlamaConfig")
     entry = {"g": {"data": "zoo:generate", "limit": 2, "max_new_tokens": 4, "metrics": ["chrf"]}}
     scorer = Scorer(model, tokenizer, build(EvalSpec, {"attacks": ATTACKS, "generation": entry}), weights)
@@ -145,7 +145,7 @@ def test_generation_runs_as_ever(tokenizer, tmp_path):
     assert prefix.calls_saved == 0
 
 
-def test_what_does_not_fit_the_budget_is_computed_again(block, tokenizer, tmp_path):
+def test_batches_beyond_the_budget_are_computed_again(block, tokenizer, tmp_path):
     model, weights = random_model("LlamaConfig")
     scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     plain = scored(scorer, model, tmp_path)
@@ -158,7 +158,7 @@ def test_what_does_not_fit_the_budget_is_computed_again(block, tokenizer, tmp_pa
 
 
 class Whispering(transformers.LlamaForCausalLM):
-    """Its first layer tells the last one something outside of the hidden state."""
+    """A model whose first layer passes something to the last one outside the hidden state."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -168,7 +168,7 @@ class Whispering(transformers.LlamaForCausalLM):
         last.register_forward_hook(lambda _module, _args, output: output + heard["mean"])
 
 
-def test_a_model_that_is_not_what_it_seems_shares_nothing(block, tokenizer, tmp_path):
+def test_model_that_fails_the_replay_check_shares_nothing(block, tokenizer, tmp_path):
     torch.manual_seed(0)
     model = Whispering(transformers.LlamaConfig(**_COMMON, **FAMILIES["LlamaConfig"])).eval()
     weights = dataclasses.replace(fix.massive(model), layer=LAYER, path=f"model.layers.{LAYER}.mlp")
@@ -179,7 +179,7 @@ def test_a_model_that_is_not_what_it_seems_shares_nothing(block, tokenizer, tmp_
     assert prefix.calls_saved == 0
 
 
-def test_an_error_below_the_cut_is_no_error_of_the_score(block, tokenizer, tmp_path, monkeypatch):
+def test_error_during_replay_does_not_fail_the_score(block, tokenizer, tmp_path, monkeypatch):
     model, weights = random_model("LlamaConfig")
     scorer = Scorer(model, tokenizer, build(EvalSpec, block), weights)
     plain = scored(scorer, model, tmp_path)
@@ -190,7 +190,7 @@ def test_an_error_below_the_cut_is_no_error_of_the_score(block, tokenizer, tmp_p
     assert prefix.calls_saved == 0
 
 
-def test_a_callers_writes_into_an_output_do_no_harm(tokenizer):
+def test_in_place_writes_to_outputs_do_not_change_the_cache(tokenizer):
     model, weights = random_model("LlamaConfig")
     model.model.layers[0].register_forward_hook(lambda _module, _args, output: output.mul_(2.0))
     ids = torch.arange(20).view(2, 10)
@@ -204,7 +204,7 @@ def test_a_callers_writes_into_an_output_do_no_harm(tokenizer):
     assert prefix.calls_saved == 2 * 2
 
 
-def test_scores_are_those_of_lm_eval_itself(block, tokenizer):
+def test_scores_equal_those_of_lm_eval(block, tokenizer):
     """With its KV cache, its own tokenisation of each request and its own compilation of each prompt."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM

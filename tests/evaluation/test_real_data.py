@@ -1,4 +1,4 @@
-"""The benchmarks on a real checkpoint and real data, where they are at hand; a few items of each."""
+"""The benchmarks on a real checkpoint and real data, if available; a few items of each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_stories260k_on_real_benchmark_files(shared, tmp_path):
     assert len((tmp_path / "spec_bench.jsonl").read_text().splitlines()) == 13
 
 
-def test_a_built_in_model_knows_its_world_and_falls_under_attack():
+def test_built_in_model_scores_well_and_fails_under_attack():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from macdrop import find_massive_weights
@@ -69,7 +69,7 @@ def test_a_built_in_model_knows_its_world_and_falls_under_attack():
         assert value[task, "none"] - value[task, "random@5"] < 0.1
 
 
-def test_a_task_that_is_not_local_says_how_to_make_it_so():
+def test_unavailable_hub_task_suggests_local_data():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tune.zoo.catalog import zoo_path

@@ -78,8 +78,8 @@ def test_lm_eval_tasks_run_on_local_rows_of_their_hub_schema(tmp_path, model, to
     assert all(row["n"] == 4 and 0 <= row["value"] <= 1 and row["higher_is_better"] for row in found)
 
 
-def test_functions_of_a_task_are_kept(tmp_path, model, tokenizer):
-    """winogrande asks for the likelihood of the ending after each option: code of the task, not a template."""
+def test_functions_of_a_task_are_used(tmp_path, model, tokenizer):
+    """winogrande scores the ending after each option: by code of the task, not by a template."""
     rows = fix.hub_rows("winogrande")
     path = fix.write_jsonl(tmp_path / "t.jsonl", rows)
     found = score(model, tokenizer, {"zero_shot": {"winogrande": path}})
@@ -103,7 +103,7 @@ def test_gsm8k_generates_with_its_filters_and_few_shot_examples(tmp_path, tokeni
     assert len(items.read_text().splitlines()) == 6
 
 
-def test_a_few_shot_task_without_room_says_so(tmp_path, model, tokenizer):
+def test_few_shot_task_without_room_is_refused(tmp_path, model, tokenizer):
     data = fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("gsm8k", 1))
     with pytest.raises(ConfigError, match="max_new_tokens"):
         score(model, tokenizer, {"zero_shot": {"gsm8k": data}})
@@ -111,7 +111,7 @@ def test_a_few_shot_task_without_room_says_so(tmp_path, model, tokenizer):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for downloads alone: hub data sets with rows of ours."""
+    """Replace downloads only: hub data sets with our rows."""
     import datasets
 
     def load(path, name=None, split=None, **_):
@@ -123,7 +123,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
 
 
-def test_data_of_the_hub_gives_the_scores_of_the_same_rows_in_a_file(tmp_path, hub, model, tokenizer):
+def test_hub_data_and_the_same_local_rows_score_equally(tmp_path, hub, model, tokenizer):
     path = fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("piqa"))
     local = score(model, tokenizer, {"zero_shot": {"piqa": path}})
     assert values(score(model, tokenizer, {"zero_shot": ["piqa"]})) == values(local)
@@ -138,13 +138,13 @@ def test_data_of_the_hub_gives_the_scores_of_the_same_rows_in_a_file(tmp_path, h
 
 
 @pytest.mark.slow
-def test_a_tag_of_lm_eval_is_found_in_its_index(hub, model, tokenizer):
-    """Building the index takes 14 s; nothing but groups and tags needs it."""
+def test_tag_of_lm_eval_is_found_in_its_index(hub, model, tokenizer):
+    """Building the index takes 14 s; only groups and tags need it."""
     found = values(score(model, tokenizer, {"zero_shot": ["ai2_arc"]}))
     assert {task for task, _ in found} == {"ai2_arc", "ai2_arc/arc_easy", "ai2_arc/arc_challenge"}
 
 
-def test_an_entry_may_have_another_name_than_its_task(tmp_path, model, tokenizer):
+def test_entry_name_may_differ_from_its_task(tmp_path, model, tokenizer):
     entry = {"task": "piqa", "data": fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("piqa"))}
     found = score(model, tokenizer, {"zero_shot": {"piqa_mine": entry}})
     assert {row["task"] for row in found} == {"piqa_mine"}
@@ -180,7 +180,7 @@ def test_groups_and_tags_have_a_row_of_their_own_name(tmp_path, model, tokenizer
     )
 
 
-def test_rows_that_code_of_a_task_cannot_use_are_an_error_of_the_data(tmp_path, model, tokenizer):
+def test_rows_that_task_code_cannot_use_are_a_data_error(tmp_path, model, tokenizer):
     path = fix.write_jsonl(tmp_path / "t.jsonl", [{"goal": "x"}])
     with pytest.raises(DataError, match="t.jsonl, line 1: lm-eval's task 'hellaswag' cannot use"):
         score(model, tokenizer, {"zero_shot": {"hellaswag": path}})

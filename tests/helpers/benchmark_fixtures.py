@@ -21,7 +21,7 @@ LORA_TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def byte_tokenizer(bos: bool = True, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token a byte; ids 0 <s>, 1 </s>; bos in front of every text unless `bos` is false (then there is none)."""
+    """Make a tokenizer with one token per byte; ids 0 <s>, 1 </s>; bos before every text unless `bos` is false."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -45,7 +45,7 @@ def tiny_llama(seed: int = 0, positions: int = 256, dtype: torch.dtype = torch.f
 
 
 def massive(model: LlamaForCausalLM) -> MassiveWeights:
-    """Any order of rows will do: the attacks are what is tested, not the finding."""
+    """Make up massive weights: attacks are tested here, not the scan."""
     confidence = Confidence("strong", 100.0, 100.0, 100.0, 1.0, "made up")
     return MassiveWeights(
         model="tiny", fingerprint="tiny", layer=0, path="model.layers.0.mlp", kind="gated", expert=None,
@@ -63,7 +63,7 @@ WORDS = ["river", "a tall tree", "stone", "the sun", "bread", "a red boat", "gla
 
 
 def hub_rows(task: str, n: int = 6) -> list[dict]:
-    """Rows in the schema of the hub data set of an lm-eval task."""
+    """Make rows in the schema of the hub data set of an lm-eval task."""
 
     def word(i: int) -> str:
         return WORDS[i % len(WORDS)]
@@ -97,7 +97,7 @@ def hub_rows(task: str, n: int = 6) -> list[dict]:
 
 
 def score(model, tokenizer, block, attack="none", on=None, **options):
-    """Rows of the only entry of `block`."""
+    """Score the only entry of `block`."""
     spec = build(EvalSpec, block)
     scorer = Scorer(model, tokenizer, spec, weights=options.pop("weights", None))
     first = scorer.jobs()[0]
@@ -117,7 +117,7 @@ def slow_greedy(model, ids, n):
 
 
 def refuse_connections(monkeypatch) -> None:
-    """Everything in these tests is local: a connection attempt is a failure."""
+    """Fail on any connection attempt: everything in these tests is local."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("a connection was attempted")

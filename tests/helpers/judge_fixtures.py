@@ -1,4 +1,4 @@
-"""Judges for tests, all real: an HTTP server that speaks the protocol and fails on request, a tiny model that talks."""
+"""Real judges for tests: an HTTP server that speaks the protocol and fails on request, a tiny model that answers."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ class Endpoint:
                     endpoint.keys.append(self.headers["Authorization"])
                     endpoint._now += 1
                     endpoint.most_at_once = max(endpoint.most_at_once, endpoint._now)
-                told = answer(number, body)
-                told = {"body": completion(told)} if isinstance(told, str) else told
+                reply = answer(number, body)
+                reply = {"body": completion(reply)} if isinstance(reply, str) else reply
                 if self.path != "/v1/chat/completions":
-                    told = {"status": 404, "body": {"error": {"message": "no such path"}}}
-                time.sleep(told.get("delay", 0))
-                data = told.get("body", b"")
+                    reply = {"status": 404, "body": {"error": {"message": "no such path"}}}
+                time.sleep(reply.get("delay", 0))
+                data = reply.get("body", b"")
                 data = data if isinstance(data, bytes) else json.dumps(data).encode()
                 with lock:
                     endpoint._now -= 1
                 try:
-                    self.send_response(told.get("status", 200))
-                    for name, value in {"Content-Type": "application/json", **told.get("headers", {})}.items():
+                    self.send_response(reply.get("status", 200))
+                    for name, value in {"Content-Type": "application/json", **reply.get("headers", {})}.items():
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
@@ -133,7 +133,7 @@ ANSWERS = 6
 
 
 def answered_run(folder: Path, config: dict | None = None, *, attacks: tuple[str, ...] = ("none",)) -> RunFolder:
-    """A run of one model: its base, one final trial, and one of the search, all with answers to CONVERSATIONS."""
+    """Make a run of one model: its base, a final trial and a search trial, all with answers to CONVERSATIONS."""
     base = {"model_name_or_path": "zoo:planted-llama", "eval": {"generation": {"spec_bench": {"data": "q.jsonl"}}}}
     run_folder = RunFolder.create(folder, {**base, **(config or {})}, command="test")
     model = "zoo:planted-llama"
