@@ -80,7 +80,7 @@ def test_items_of_what_the_scorer_writes_average_to_its_scores(tmp_path, monkeyp
     run_folder = RunFolder.create(tmp_path / "run", {"eval": block})
     scorer = Scorer(model, tokenizer, build(EvalSpec, block))
     for job in scorer.jobs():
-        file = run_folder.answers_dir("org/tiny", "base") / f"{job.key.replace('/', '-')}.jsonl"
+        file = run_folder.answers_file("org/tiny", "base", job)
         tag = {"model": "org/tiny", "trial": "base", "arm": "base", "entry": job.task}
         run_folder.add_scores([{**tag, **row} for row in scorer.score(job, answers_path=file)])
     assert check(run_folder, "org/tiny") >= {"acc", "perplexity", "chrf", "rouge_l", "exact_match", "repeated_4grams"}

@@ -185,7 +185,7 @@ class Trainer:
         tag = {"model": MODEL, "arm": "plain", "trial": record.id, "seed": seed}
         with self.slot.adapter(record.adapter_dir) as adapted:
             for job in self.scorer.jobs():
-                answers = self.run_folder.answers_dir(MODEL, record.id) / f"{job.key.replace('/', '-')}.jsonl"
+                answers = self.run_folder.answers_file(MODEL, record.id, job)
                 rows = self.scorer.score(job, model=adapted, answers_path=answers)
                 self.run_folder.add_scores([{**tag, **row, "entry": job.task} for row in rows])
         record.finish(TaskState(outcome.status), eval_loss=outcome.eval_loss, step=outcome.step)

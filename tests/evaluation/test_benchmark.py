@@ -86,7 +86,7 @@ def test_a_new_kind_is_registered_from_outside_and_scored(tmp_path, last_token):
     scorer = Scorer(model, tokenizer, spec, fix.massive(model))
     run_folder = RunFolder.create(tmp_path / "run", run_of(path))
     for job in scorer.jobs():
-        place = run_folder.answers_dir("m", "t") / f"{job.key.replace('/', '-')}.jsonl"
+        place = run_folder.answers_file("m", "t", job)
         (row,) = scorer.score(job, answers_path=place)
         ids = [tokenizer(word)["input_ids"] for word in fix.WORDS[2:]]
         if job.attack == "none":

@@ -92,9 +92,8 @@ class Items:
         return benchmark.items(records, row) if benchmark else None
 
     def _place(self, row: Mapping[str, Any]) -> Path:
-        folder = self._run_folder.answers_dir(self._model, row["trial"])
-        key = EvalJob(row["benchmark"], entry_of(row), row["attack"], row["attack_on"], row["split"]).key
-        return folder / f"{key.replace('/', '-')}.jsonl"
+        job = EvalJob(row["benchmark"], entry_of(row), row["attack"], row["attack_on"], row["split"])
+        return self._run_folder.answers_file(self._model, row["trial"], job)
 
     # --- judgements ---
 

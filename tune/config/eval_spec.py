@@ -149,6 +149,11 @@ class EvalJob:
         split = "" if self.split == TEST else self.split
         return "/".join(part for part in (split, self.benchmark, self.task, self.attack, self.attack_on) if part)
 
+    @property
+    def file_name(self) -> str:
+        """The name of the file with its answers."""
+        return f"{self.key.replace('/', '-')}.jsonl"
+
 
 def jobs(spec: EvalSpec, split: str = TEST) -> list[EvalJob]:
     """List what `spec` asks for, in file order: for each entry the plain score and then its attacks."""

@@ -87,8 +87,9 @@ def past(
         return PastTrial(drawn, OPEN)
     if state == TaskState.FAILED:
         return PastTrial(drawn, FAILED)
-    if state == TaskState.DONE and all(value is not None and math.isfinite(value) for value in objectives):
-        return PastTrial(drawn, COMPLETE, tuple(objectives))
+    finite = tuple(value for value in objectives if value is not None and math.isfinite(value))
+    if state == TaskState.DONE and len(finite) == len(objectives):
+        return PastTrial(drawn, COMPLETE, finite)
     # The searcher is not told of the very validation for which a trial is stopped.
     last = record.judged
     return PastTrial(drawn, PRUNED, None, tuple(pair for pair in reports if last is None or pair[0] < last))

@@ -222,7 +222,7 @@ class TaskQueue:
             entry.evaluated.append(metrics)
         if entry.cancelled or not self._has(entry, lane):
             return Word.STOP
-        return Word.LEAVE if self._leaving(entry.lane) else Word.GO_ON
+        return Word.LEAVE if entry.lane is not None and self._leaving(entry.lane) else Word.GO_ON
 
     def trained(self, order_id: str, outcome: dict[str, Any], lane: str | None = None) -> None:
         """A fine-tuning has ended with its adapter on disk, or was told to stop or to leave.
@@ -241,7 +241,7 @@ class TaskQueue:
             self._end(entry, TaskState.STOPPED, f"stopped at step {outcome['step']} of {outcome['total_steps']}")
         else:
             # Its lane had to go, or it was wanted again after its lane was told to stop: its newest checkpoint counts.
-            if outcome["status"] == Ending.LEFT:
+            if outcome["status"] == Ending.LEFT and entry.lane is not None:
                 self.close(entry.lane)
             entry.attempts -= 1
             self._requeue(entry)

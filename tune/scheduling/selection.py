@@ -134,7 +134,7 @@ def ranking(found: Sequence[Candidate], objectives: Sequence[Metric]) -> list[tu
     the first objective decides, then the name.
     """
     signs = [1 if metric.goal == "minimize" else -1 for metric in objectives]
-    left = [(tuple(s * v for s, v in zip(signs, c.values, strict=True)), c) for c in found if c.selectable]
+    left = [(tuple(s * (v or 0.0) for s, v in zip(signs, c.values, strict=True)), c) for c in found if c.selectable]
     ranked: list[tuple[int, Candidate]] = []
     front = 0
     while left:

@@ -169,7 +169,7 @@ def _grid(
     """The points of a grid, without those that are a baseline, another point in other words, or of no arm."""
     seen = set(baselines)
     kept = []
-    for point in points({key: space.values for key, space in parameters.items()}):
+    for point in points({key: space.values or [] for key, space in parameters.items()}):
         trial = with_values(spec, point).canonical()
         if trial.arm in arms and trial.trial_id() not in seen:
             seen.add(trial.trial_id())

@@ -20,12 +20,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
+
+import yaml
 
 from macdrop.errors import ConfigError
 from tune.errors import ResourceError
 
 T = TypeVar("T")
+AnyPath = str | os.PathLike[str]
 Check = Callable[[dict[str, Any]], object]
 log = logging.getLogger(__name__)
 
@@ -55,16 +58,16 @@ _WHOLE = re.compile(rb".*[^ ]\n", re.DOTALL)
 
 
 @contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: AnyPath) -> Iterator[None]:
     """Turn an `OSError` raised inside into a `ResourceError` that says what to do about `path`."""
     try:
         yield
     except OSError as error:
-        remedy = TROUBLES.get(error.errno, ELSE).remedy
+        remedy = TROUBLES.get(error.errno or 0, ELSE).remedy
         raise ResourceError(f"Cannot write {os.fspath(path)}: {error.strerror or error}.\n{remedy}") from error
 
 
-def lasting(action: Callable[[], T], within: str | os.PathLike | None) -> T:
+def lasting(action: Callable[[], T], within: AnyPath | None) -> T:
     """Run `action`, and again while the storage of the folder `within` is gone, for `PATIENCE_S` at most.
 
     Gone is what `TROUBLES` says passes, and a folder that is missing; without `within` nothing is tried again.
@@ -74,11 +77,11 @@ def lasting(action: Callable[[], T], within: str | os.PathLike | None) -> T:
         try:
             return action()
         except OSError as error:
-            gone = error.errno == errno.ENOENT and within is not None and not os.path.isdir(within)
-            passes = gone or TROUBLES.get(error.errno, ELSE).passes
+            gone = within is not None and error.errno == errno.ENOENT and not os.path.isdir(within)
+            passes = gone or TROUBLES.get(error.errno or 0, ELSE).passes
             if within is None or not passes or time.monotonic() + pause > until:
                 if gone:
-                    raise OSError(errno.ENOTCONN, f"{os.fspath(within)} is gone") from error
+                    raise OSError(errno.ENOTCONN, f"{within} is gone") from error
                 raise
             if pause == 0.1:
                 told = "is not there" if gone else error.strerror
@@ -87,13 +90,13 @@ def lasting(action: Callable[[], T], within: str | os.PathLike | None) -> T:
             pause = min(2 * pause, PAUSE_S)
 
 
-def ensure_folder(folder: str | os.PathLike, within: str | os.PathLike) -> None:
+def ensure_folder(folder: AnyPath, within: AnyPath) -> None:
     """`make_folder`, and `within` is waited for."""
     with writing(folder):
         lasting(lambda: make_folder(folder, within), within)
 
 
-def stat(path: str | os.PathLike, within: str | os.PathLike | None = None) -> os.stat_result | None:
+def stat(path: AnyPath, within: AnyPath | None = None) -> os.stat_result | None:
     """What is known of a file, None where there is none: `within` is waited for, so a file is missing only if it is."""
 
     def look() -> os.stat_result | None:
@@ -107,7 +110,7 @@ def stat(path: str | os.PathLike, within: str | os.PathLike | None = None) -> os
     return lasting(look, within)
 
 
-def make_folder(folder: str | os.PathLike, within: str | os.PathLike | None = None) -> None:
+def make_folder(folder: AnyPath, within: AnyPath | None = None) -> None:
     """Make a folder and those above it, but never `within` or above: that is storage which is gone.
 
     Raises:
@@ -124,7 +127,7 @@ def make_folder(folder: str | os.PathLike, within: str | os.PathLike | None = No
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(folder))
 
 
-def sync_folder(folder: str | os.PathLike) -> None:
+def sync_folder(folder: AnyPath) -> None:
     """Make a rename inside `folder` survive a power cut; file systems that cannot are left alone."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -135,7 +138,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.close(handle)
 
 
-def atomic_write_text(path: str | os.PathLike, text: str, within: str | os.PathLike | None = None) -> Path:
+def atomic_write_text(path: AnyPath, text: str, within: AnyPath | None = None) -> Path:
     """Write `text` (UTF-8) so that readers see the old file or the new one, whole. Folders are made as needed."""
     path = Path(path)
 
@@ -159,21 +162,17 @@ def atomic_write_text(path: str | os.PathLike, text: str, within: str | os.PathL
     return path
 
 
-def atomic_write_json(path: str | os.PathLike, value: Any, within: str | os.PathLike | None = None) -> Path:
+def atomic_write_json(path: AnyPath, value: Any, within: AnyPath | None = None) -> Path:
     """Write `value` as indented JSON; see `plain` for what is allowed in it."""
     return atomic_write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n", within)
 
 
-def atomic_write_yaml(path: str | os.PathLike, value: Any, within: str | os.PathLike | None = None) -> Path:
+def atomic_write_yaml(path: AnyPath, value: Any, within: AnyPath | None = None) -> Path:
     """Write `value` as YAML in the order given; see `plain` for what is allowed in it."""
-    import yaml
-
     return atomic_write_text(path, yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True), within)
 
 
-def append_jsonl(
-    path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], within: str | os.PathLike | None = None
-) -> int:
+def append_jsonl(path: AnyPath, rows: Iterable[Mapping[str, Any]], within: AnyPath | None = None) -> int:
     """Append rows as JSON lines, all of them or none, and return their number.
 
     They go out in one `os.write` under an exclusive lock, so that processes writing at once never mix their lines. All
@@ -212,10 +211,10 @@ def append_jsonl(
 
 
 def read_jsonl(
-    path: str | os.PathLike,
+    path: AnyPath,
     problems: list[str] | None = None,
     needs: Collection[str] = (),
-    within: str | os.PathLike | None = None,
+    within: AnyPath | None = None,
     check: Check | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of a file written by `append_jsonl`; a missing file is an empty list, what a crash tore is left out.
@@ -251,11 +250,20 @@ def read_jsonl(
     return rows
 
 
+@overload
 def read_mapping(
-    path: str | os.PathLike,
-    problems: list[str] | None = None,
-    needs: Collection[str] = (),
-    within: str | os.PathLike | None = None,
+    path: AnyPath, problems: None = None, needs: Collection[str] = (), within: AnyPath | None = None
+) -> dict[str, Any]: ...
+
+
+@overload
+def read_mapping(
+    path: AnyPath, problems: list[str] | None, needs: Collection[str] = (), within: AnyPath | None = None
+) -> dict[str, Any] | None: ...
+
+
+def read_mapping(
+    path: AnyPath, problems: list[str] | None = None, needs: Collection[str] = (), within: AnyPath | None = None
 ) -> dict[str, Any] | None:
     """Read the mapping that a .json or .yaml file holds.
 
@@ -272,14 +280,9 @@ def read_mapping(
         if path.suffix == ".json":
             found = json.loads(text)
         else:
-            import yaml
-
-            try:
-                found = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(error) from error
+            found = yaml.safe_load(text)
         check_mapping(found, needs)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         report_damage(path, error, problems)
         return None
     return found

@@ -72,7 +72,7 @@ class TrialRecord(BaseModel):
     trial: str
     model: str
     arm: str
-    seed: Number | None
+    seed: int | None
     status: Annotated[TaskState, Field(strict=False)]
     stage: Annotated[Stage, Field(strict=False)] = Stage.FINAL
     setting: str | None = None

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError, NoMassiveWeights
-from tune.config.eval_spec import TEST, EvalJob
 from tune.config.parse import flatten
 from tune.config.run_spec import RunSpec, TrainSpec, dump, load
 from tune.errors import CheckpointError
@@ -28,7 +27,7 @@ from tune.storage.atomic import (
 )
 from tune.storage.environment import version
 from tune.storage.records import Finalists, RunRecord, TrialRecord, check_score, parse, read_record
-from tune.storage.run_folder import BASE, LAYOUT
+from tune.storage.run_folder import LAYOUT, RunFolder
 from tune.storage.sealed_folder import tidy, verify
 from tune.storage.search_state import search_time
 from tune.storage.states import RunStatus, TaskState
@@ -183,7 +182,7 @@ def _named(file: Path, name: str) -> TrainSpec:
     return spec
 
 
-def _metrics(row: Mapping[str, Any]) -> bool:
+def _metrics(row: dict[str, Any]) -> bool:
     return type(row.get("step")) is int and all(_number(value) for value in row.values())
 
 
@@ -199,11 +198,11 @@ def _massive_weights(file: Path) -> Any:
         raise ValueError(error) from None
 
 
-def _draw(row: Mapping[str, Any]) -> bool:
+def _draw(row: dict[str, Any]) -> bool:
     return type(row.get("number")) is int and isinstance(row.get("values"), dict)
 
 
-def _score(row: Mapping[str, Any]) -> bool:
+def _score(row: dict[str, Any]) -> bool:
     check_score(row)
     return isinstance(row.get("arm"), str)
 
@@ -217,19 +216,9 @@ def _answers(run_dir: Path, file: Path) -> list[str]:
     file of them is ever torn by a crash."""
     if _whole(file, lambda row: True):
         return []
-    owner = file.parents[1].name
-    scores = run_dir / "scores.jsonl"
-
-    def kept(row: Mapping[str, Any]) -> bool:
-        mine = row.get("trial") == owner or (row.get("trial") == BASE and file.parents[2].name == "models")
-        if not mine:
-            return True
-        entry = row.get("entry", row["task"])
-        job = EvalJob(row["benchmark"], entry, row["attack"], row["attack_on"], row.get("split", TEST))
-        return f"{job.key.replace('/', '-')}.jsonl" != file.name
-
+    run_folder = RunFolder(run_dir)
     aside = _aside(file)
-    _rewrite(scores, kept)
+    _rewrite(run_folder.scores_file, lambda row: not run_folder.holds_answers_of(file, row))
     return [f"{aside}: these answers, and their scores, are made again"]
 
 
@@ -263,7 +252,7 @@ def _groups(file: Path) -> Iterable[list[str]]:
         yield group
 
 
-def _sound(group: list[str], fits: Callable[[Mapping[str, Any]], bool]) -> bool:
+def _sound(group: list[str], fits: Callable[[dict[str, Any]], bool]) -> bool:
     try:
         rows = [json.loads(line) for line in group]
         return all(isinstance(row, dict) and fits(row) for row in rows)
@@ -271,13 +260,13 @@ def _sound(group: list[str], fits: Callable[[Mapping[str, Any]], bool]) -> bool:
         return False
 
 
-def _whole(file: Path, fits: Callable[[Mapping[str, Any]], bool]) -> bool:
+def _whole(file: Path, fits: Callable[[dict[str, Any]], bool]) -> bool:
     """Whether every line of a file that is written at once fits, the last one ended."""
     *groups, end = _groups(file)
     return end == [""] and bool(groups) and all(_sound(group, fits) for group in groups)
 
 
-def _lines(file: Path, fits: Callable[[Mapping[str, Any]], bool], remedy: str) -> list[str]:
+def _lines(file: Path, fits: Callable[[dict[str, Any]], bool], remedy: str) -> list[str]:
     """Take lines that do not fit out of a file, with all that was written together with them."""
     if not file.exists():
         return []
@@ -289,7 +278,7 @@ def _lines(file: Path, fits: Callable[[Mapping[str, Any]], bool], remedy: str) -
     return [f"{aside}: lines that are damaged were taken out; {remedy}"]
 
 
-def _rewrite(file: Path, fits: Callable[[Mapping[str, Any]], bool]) -> None:
+def _rewrite(file: Path, fits: Callable[[dict[str, Any]], bool]) -> None:
     if not file.exists():
         return
     *groups, _torn = _groups(file)

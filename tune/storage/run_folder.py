@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError
-from tune.config.eval_spec import TEST
+from tune.config.eval_spec import TEST, EvalJob
 from tune.config.messages import believable
 from tune.config.resume import resume_command
 from tune.config.run_spec import RunSpec, slug
@@ -112,7 +112,7 @@ class RunFolder:
     # --- the run ---
 
     def run(self) -> dict[str, Any]:
-        """name, created, status, command, macdrop, layout; finished once it is."""
+        """Read run.json: name, created, status, command, macdrop, layout; finished once it is."""
         return read_mapping(self.run_dir / "run.json", within=self.run_dir)
 
     def config(self) -> dict[str, Any]:
@@ -180,6 +180,19 @@ class RunFolder:
     def answers_dir(self, model: str, trial: str) -> Path:
         """Where generated answers of a trial go; those of the base model go to the model's folder."""
         return (self.model_dir(model) if trial == BASE else self.trial(trial).folder) / "answers"
+
+    def answers_file(self, model: str, trial: str, job: EvalJob) -> Path:
+        """The file with a trial's answers to one benchmark under one attack."""
+        return self.answers_dir(model, trial) / job.file_name
+
+    def holds_answers_of(self, file: Path, row: Mapping[str, Any]) -> bool:
+        """Whether an answers file holds the answers behind a score: the inverse of `answers_file`."""
+        job = EvalJob(
+            row["benchmark"], row.get("entry", row["task"]), row["attack"], row["attack_on"], row.get("split", TEST)
+        )
+        # Not by `trial`: the row may be damaged and name what cannot be a trial.
+        owner = self.model_dir(row["model"]) if row["trial"] == BASE else self.run_dir / "trials" / row["trial"]
+        return file == owner / "answers" / job.file_name
 
     # --- scores ---
 

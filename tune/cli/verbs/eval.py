@@ -95,7 +95,7 @@ def _score(
     scores: list[dict[str, Any]] = []
     with AdapterSlot(model).adapter(adapter) as scored:
         for number, job in enumerate(wanted, 1):
-            answers = output / "answers" / f"{job.key.replace('/', '-')}.jsonl" if output else None
+            answers = output / "answers" / job.file_name if output else None
             with console.status(f"Scoring {number} of {len(wanted)}: {job.key}"):
                 rows = scorer.score(job, model=scored, answers_path=answers, prefix=prefix)
             if output is not None:

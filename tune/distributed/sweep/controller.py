@@ -268,11 +268,10 @@ class SweepController:
 
     def _score(self, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[EvalJob]) -> None:
         """Submit the benchmarks of an adapter, or of the base, that have no score yet."""
-        answers = self._run_folder.answers_dir(tag["model"], tag["trial"])
         missing = self._missing(tag["model"], tag["trial"], jobs)
         self._pending[name] = {"left": len(missing), "errors": []}
         for job in missing:
-            file = answers / f"{job.key.replace('/', '-')}.jsonl"
+            file = self._run_folder.answers_file(tag["model"], tag["trial"], job)
             self._evaluators.submit(
                 EvalTask({**tag, "name": name}, job, adapter, str(file), str(self._run_folder.run_dir))
             )

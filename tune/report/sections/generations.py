@@ -67,9 +67,8 @@ def _table(subject: Subject, entry: str, pair: tuple[Line, Line]) -> Table:
 def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """question -> its row of the answers file, and question -> its judgements; damaged lines are skipped and noted."""
     run_folder = subject.run_folder
-    folder = run_folder.answers_dir(subject.model.name, line.trial)
     problems = run_folder.problems if run_folder.problems is not None else []
-    file = folder / f"{EvalJob('generation', entry, PLAIN).key.replace('/', '-')}.jsonl"
+    file = run_folder.answers_file(subject.model.name, line.trial, EvalJob("generation", entry, PLAIN))
     needed = {"question_id", "turns", "answers"}
     answers = {str(row["question_id"]): row for row in read_jsonl(file, problems) if needed <= row.keys()}
     judged: dict[str, list[dict]] = {}
