@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -32,8 +40,8 @@ def load_model(
     dtype: "float32", "bfloat16", or "auto" for the one that the checkpoint is stored in. Weights are read from
     safetensors only. Code from the model's repository runs only with `trust_remote_code`, and nothing ever asks.
 
-    Raises `ConfigError` for a path that is no model folder, a hub id that cannot be reached, damaged or incomplete
-    weights, and `UnsupportedModel` for a model that is no decoder of text alone.
+    Raises `ConfigError` for a path that is not a model folder, a hub id that cannot be reached, damaged or incomplete
+    weights, and `UnsupportedModel` for a model that is not a text-only decoder.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {dtype!r}.{nearest(dtype, DTYPES)} Allowed: {', '.join(DTYPES)}.")
@@ -43,7 +51,7 @@ def load_model(
     _require_causal_text(name, config)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not know
             name,
             config=config,
             dtype=DTYPES[dtype],
@@ -58,9 +66,10 @@ def load_model(
         raise ConfigError(f"{name} needs a package that is missing: {_first_line(error)}") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(_weights_message(name, error)) from None
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ConfigError(
-            f"{name} is no complete {type(model).__name__}: {len(missing)} weights are missing from its files, "
+            f"{name} is not a complete {type(model).__name__}: {len(missing)} weights are missing from its files, "
             f"{missing[0]} first.\nThey would start as random numbers. Copy or download the model again."
         )
     return model.eval()
@@ -92,8 +101,10 @@ def open_model(
     return model, tokenizer
 
 
-def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False):
-    """The config of a model that `load_model` would accept, without loading weights.
+def check_model(
+    name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """Return the config of a model that `load_model` would accept, without loading weights.
 
     Raises what `load_model` raises for the path, the config and the kind of model.
     """
@@ -142,7 +153,7 @@ def require_fit(
             f"The tokenizer of {name} has no eos token, so an answer would never end.\n"
             'Set "eos_token" in its tokenizer_config.json.'
         )
-    rows = None if model is None else model.get_input_embeddings().num_embeddings
+    rows: Any = None if model is None else model.get_input_embeddings().num_embeddings
     if rows is not None and len(tokenizer) > rows:
         raise ConfigError(
             f"The tokenizer of {name} does not fit the model: it has {len(tokenizer)} tokens, the model embeddings for "
@@ -159,7 +170,7 @@ def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) ->
             if not (path / file).is_file():
                 inside = sorted(entry.name for entry in path.iterdir())[:6]
                 raise ConfigError(
-                    f"{name} is no model folder: it has no {file}.\n"
+                    f"{name} is not a model folder: it has no {file}.\n"
                     f"It holds: {', '.join(inside) or 'nothing'}. Give the folder that save_pretrained wrote."
                 )
         return str(path)
@@ -170,7 +181,7 @@ def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) ->
     return name
 
 
-def _load_config(name: str, options: dict):
+def _load_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -184,14 +195,14 @@ def _load_config(name: str, options: dict):
         raise ConfigError(_hub_message(name, options["revision"])) from None
 
 
-def _require_causal_text(name: str, config) -> None:
+def _require_causal_text(name: str, config: PretrainedConfig) -> None:
     """Raise `UnsupportedModel` unless the config is one of a decoder of text alone."""
     kind = getattr(config, "model_type", "") or type(config).__name__
     classes = getattr(config, "architectures", None) or []
     described = f"{name} ({', '.join(classes) or kind})"
     if found := [key for key in _OTHER_MODALITIES if getattr(config, key, None) is not None]:
         raise UnsupportedModel(
-            f"{described} is no text-only model: its config has {found[0]}.\n"
+            f"{described} is not a text-only model: its config has {found[0]}.\n"
             "macdrop works on causal language models. If there is a text-only checkpoint of it, give that one."
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -202,7 +213,7 @@ def _require_causal_text(name: str, config) -> None:
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if not (known or own_code):
         raise UnsupportedModel(
-            f"{described} is no causal language model (model_type {kind!r}).\n"
+            f"{described} is not a causal language model (model_type {kind!r}).\n"
             "macdrop works on decoder-only models that generate text, such as Llama, Mistral, Qwen, Gemma, Phi or OPT."
         )
 
@@ -219,7 +230,7 @@ def _weights_message(name: str, error: Exception) -> str:
                 f"{name} has its weights as pickle only ({pickles[0]}), which macdrop does not load: it can run code.\n"
                 "Convert them: load the model with transformers and call save_pretrained: it writes safetensors."
             )
-        return f"{name} is no model folder: it has a config.json but no weights (*.safetensors)."
+        return f"{name} is not a model folder: it has a config.json but no weights (*.safetensors)."
     if "ignore_mismatched_sizes" in text or "size mismatch" in text:
         return f"The weights of {name} do not have the shapes that its config.json says. Are they of one model?"
     return f"{name} cannot be loaded: {_first_line(error)}"
@@ -228,7 +239,7 @@ def _weights_message(name: str, error: Exception) -> str:
 def _hub_message(name: str, revision: str | None) -> str:
     at = f" at revision {revision!r}" if revision else ""
     return (
-        f"The model {name!r}{at} is no folder here, not in the Hugging Face cache, and cannot be fetched from the hub\n"
+        f"The model {name!r}{at} is neither a folder here nor in the Hugging Face cache, nor did the hub provide it\n"
         "(no such model, no access to it, or this machine is offline). Give the path of a model folder, or an id that\n"
         "is cached: hf download ID on a machine with internet."
     )

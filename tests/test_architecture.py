@@ -53,7 +53,7 @@ SHARED_STEMS = re.compile(r"tune/cli/|tune/report/(html|sections)/|__init__|__ma
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:root|home|work|Users|mnt|scratch)/\w")
 #: Phrases that a native engineer would not write.
 STILTED = re.compile(
-    r"\bis no (?:\w+ )?(?:key|name|file|folder|number|text|run|model|list|block|mapping)\b"
+    r"(?<!\bthere )\bis no (?:\w+ )?(?:key|name|file|folder|number|text|run|model|list|block|mapping)\b"
     r"|\b(?:is|are|was|were|be) told\b|\bgo(?:es)? on (?:with|from)\b|\bgone on with\b|\banew\b|\bin words\b",
     re.IGNORECASE,
 )

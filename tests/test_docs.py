@@ -27,8 +27,6 @@ from tune.config.run_spec import Metric, RunSpec, Space, load
 
 RECIPES = ROOT / "tune/config/recipes"
 README_BYTES, DOCSTRING_WIDTH = 14_000, 120
-#: Documented files that may still be missing.
-MISSING = {"tune/docs/report.png"}
 
 
 def parsed(command: str) -> tuple[str, dict]:
@@ -66,7 +64,7 @@ def test_internal_links_resolve(name):
             continue
         file, _, anchor = target.partition("#")
         path = (ROOT / name).parent / file if file else ROOT / name
-        assert path.exists() or target in MISSING, f"{name} links to {target}"
+        assert path.exists(), f"{name} links to {target}"
         if anchor:
             heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads], target
@@ -75,7 +73,7 @@ def test_internal_links_resolve(name):
 @pytest.mark.parametrize("name", TEXTS)
 def test_paths_of_the_repository_exist(name):
     paths = re.findall(r"`((?:macdrop|tune|cluster|tests|\.ci)/[\w./-]+)`", TEXTS[name])
-    assert not [path for path in paths if path not in MISSING and not (ROOT / path).exists()]
+    assert not [path for path in paths if not (ROOT / path).exists()]
 
 
 # --- commands ---

@@ -261,7 +261,7 @@ def _with_adapter(base: PreTrainedModel, spec: TrainSpec) -> PeftModel:
 
     config = LoraConfig(
         r=spec.lora_rank,
-        lora_alpha=spec.lora_alpha,
+        lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by it: a fraction is fine
         lora_dropout=spec.lora_dropout,
         target_modules="all-linear" if spec.lora_target == "all" else list(spec.lora_target),
         use_dora=spec.use_dora,

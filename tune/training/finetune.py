@@ -37,7 +37,7 @@ OUTCOME = "outcome.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a fine-tuning ended.
+    """The outcome of a fine-tuning.
 
     Losses in nats per answer token, `eval_loss` with masks off.
     """

@@ -1,4 +1,4 @@
-"""What a fine-tuning reports while it runs, what it can be asked in return, and how it can end."""
+"""Observers of a fine-tuning: what it reports, the words they answer with, and its endings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Word(StrEnum):
     STOP = "stop"
     """End early, with an adapter of the steps so far."""
     LEAVE = "leave"
-    """End at once with a checkpoint to resume from and no adapter: the machine is about to go."""
+    """End at once with a checkpoint to resume from and no adapter: the machine is about to disappear."""
 
 
 class Ending(StrEnum):
-    """How a fine-tuning ended that raised no error."""
+    """The ending of a fine-tuning that raised no error."""
 
     DONE = "done"
     """All steps were taken."""
