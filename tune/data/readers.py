@@ -113,7 +113,7 @@ def read_documents(paths: Sequence[str], column: str) -> list[str]:
     """Read texts: a text file is one document, a row file one document per row, its `column`.
 
     Raises:
-        DataError: a file cannot be read, a row has no text in `column`, or there is no text at all.
+        DataError: a file cannot be read, a row has no text in `column`, or all texts are blank.
     """
     documents: list[str] = []
     for path in paths:
