@@ -1,10 +1,10 @@
-"""Orders for fine-tunings and the book that keeps them: plain data and decisions, no Ray.
+"""Training tasks and their queue: plain data and decisions, no Ray.
 
-The dispatcher actor is this book behind Ray calls. An order goes queued -> running -> trained -> done; it ends early as
-stopped (its followers gave up on it), diverged or failed. Orders are named by their content (`TrainSpec.trial_id`), so
+The dispatcher actor is this queue behind Ray calls. A task goes queued -> running -> trained -> done; it ends early as
+stopped (its followers gave up on it), diverged or failed. Tasks are named by their content (`TrainSpec.trial_id`), so
 placing the same fine-tuning twice follows the first one.
 
-What the book holds is a function of the calls it got, and a call that comes twice changes nothing: the dispatcher may
+What the queue holds is a function of the calls it got, and a call that comes twice changes nothing: the dispatcher may
 be made again from a log of its calls (`tune.scheduling.queue_log`), and Ray sends a call again whose answer was lost.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from tune.storage.states import Stage, TaskState
 from tune.training.observer import Ending, Word
 
-#: A worker may die under an order (node lost, out of memory); after this many lost lanes the order counts as failed.
+#: A worker may die under a task (node lost, out of memory); after this many lost lanes the task counts as failed.
 MAX_ATTEMPTS = 3
 
 
@@ -45,11 +45,11 @@ class TrainTask:
 
 @dataclass
 class QueuedTask:
-    """An order and what became of it.
+    """A task and what became of it.
 
     `attempts` are those in a row that got no further than step `reached`, `limit` how many of them it has, given how
     its lanes were lost.
-    `last` are the metrics of the newest step: to be shown, and no part of what a book that is made again must know.
+    `last` are the metrics of the newest step: to be shown, and no part of what a queue that is made again must know.
     """
 
     task: TrainTask
@@ -63,7 +63,7 @@ class QueuedTask:
     last: dict[str, Any] = field(default_factory=dict, compare=False)
     evaluated: list[dict[str, Any]] = field(default_factory=list)
     outcome: dict[str, Any] = field(default_factory=dict)
-    #: The last step that a search saw of an order which it gave up.
+    #: The last step that a search saw of a task which it gave up.
     judged: int | None = None
     kind: str | None = None
     reason: str | None = None
@@ -83,7 +83,7 @@ class TaskQueue:
     # ------------------------------------------------------------- followers
 
     def place(self, task: TrainTask, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> TaskState:
-        """Queue an order, or follow the equal one that is there; returns its state.
+        """Queue a task, or follow the equal one that is there; returns its state.
 
         A trial of the search that is placed for the final stage is not trained again, but scored for that stage.
         evaluated: validations of an earlier run of the same folder, which the followers have yet to hear of.
@@ -113,9 +113,9 @@ class TaskQueue:
         scores: dict[str, float] | None,
         reason: str | None = None,
     ) -> None:
-        """Enter an order that an earlier run of the same folder has ended, or trained without scoring all of it.
+        """Enter a task that an earlier run of the same folder has ended, or trained without scoring all of it.
 
-        Nothing happens to an order that is in the book.
+        Nothing happens to a task that is in the queue.
         """
         state = TaskState(state)  # a plain string where it comes from a log
         assert state.is_final or state == TaskState.TRAINED
@@ -126,7 +126,7 @@ class TaskQueue:
             self._changed(task.id)
 
     def cancel(self, order_id: str, follower: str, judged: int | None = None) -> None:
-        """A follower gives up; without any other the order stops at the lane's next step.
+        """A follower gives up; without any other the task stops at the lane's next step.
 
         judged: the last step whose validation the follower has seen.
         """
@@ -164,12 +164,12 @@ class TaskQueue:
     # ----------------------------------------------------------------- lanes
 
     def lane_up(self, lane: str, width: int, host: str, nodes: Collection[str] = ()) -> None:
-        """A lane's workers are ready on `nodes`; an order it had before it was restarted goes back into the queue."""
+        """A lane's workers are ready on `nodes`; a task it had before it was restarted goes back into the queue."""
         self.lane_down(lane, "its worker died")
         self.lanes[lane] = {"width": width, "host": host, "nodes": list(nodes), "task": None}
 
     def lane_down(self, lane: str, reason: str) -> None:
-        """A lane is gone; its order is queued again, or fails after the attempts it has."""
+        """A lane is gone; its task is queued again, or fails after the attempts it has."""
         self.lanes.pop(lane, None)
         for entry in self.entries.values():
             if entry.lane == lane and entry.state == TaskState.RUNNING:
@@ -180,9 +180,9 @@ class TaskQueue:
                     self._requeue(entry)
 
     def take(self, lane: str, engine_key: str | None) -> TrainTask | None:
-        """The next order for a lane: one that fits the engine it has, else the oldest of its width.
+        """The next task for a lane: one that fits the engine it has, else the oldest of its width.
 
-        A lane that asks again before it told how its order ended is given that order again.
+        A lane that asks again before it told how its task ended is given that task again.
         """
         if lane not in self.lanes:
             return None
@@ -206,7 +206,7 @@ class TaskQueue:
         return lane not in self.lanes or lane in self._closing or self._leaving(lane)
 
     def close(self, lane: str) -> None:
-        """Ask a lane to end once its order is finished."""
+        """Ask a lane to end once its task is finished."""
         self._closing.add(lane)
 
     def drain(self, nodes: Collection[str]) -> None:
@@ -217,7 +217,7 @@ class TaskQueue:
         """Take the metrics of a step from a lane; return the answer for it."""
         entry = self.entries[order_id]
         entry.last = metrics
-        # A retried order repeats the steps after its last checkpoint: the first word on a step has been passed on.
+        # A retried task repeats the steps after its last checkpoint: the first word on a step has been passed on.
         if metrics.get("eval_loss") is not None and all(m["step"] != metrics["step"] for m in entry.evaluated):
             entry.evaluated.append(metrics)
         if entry.cancelled or not self._has(entry, lane):
@@ -227,7 +227,7 @@ class TaskQueue:
     def trained(self, order_id: str, outcome: dict[str, Any], lane: str | None = None) -> None:
         """A fine-tuning has ended with its adapter on disk, or was told to stop or to leave.
 
-        lane: who says so; the word of a lane that no longer has the order counts for nothing.
+        lane: who says so; the word of a lane that no longer has the task counts for nothing.
         """
         entry = self.entries[order_id]
         if not self._has(entry, lane):
@@ -257,7 +257,7 @@ class TaskQueue:
             self._end(entry, state, reason)
 
     def held(self, lane: str) -> tuple[TrainTask, int] | None:
-        """The order that a lane is at, and the last step of it that was heard of."""
+        """The task that a lane is at, and the last step of it that was heard of."""
         order_id = self.lanes[lane]["task"] if lane in self.lanes else None
         if order_id is None:
             return None
@@ -267,9 +267,9 @@ class TaskQueue:
     def lost(
         self, order_id: str, reason: str, attempts: int = MAX_ATTEMPTS, step: int = 0, kind: str | None = None
     ) -> None:
-        """Why a lane is about to die under an order, or just died, and how often such an order is tried in a row.
+        """Why a lane is about to die under a task, or just died, and how often such a task is tried in a row.
 
-        step: where it was; an order that got further than ever before has all its attempts again: on machines that come
+        step: where it was; a task that got further than ever before has all its attempts again: on machines that come
         and go, a long one would else never end. kind: of the failure; a resumed run tries some again.
         """
         entry = self.entries[order_id]
@@ -283,7 +283,7 @@ class TaskQueue:
     # ------------------------------------------------------------ supervisor
 
     def scored(self, order_id: str, scores: dict[str, float], reason: str | None) -> None:
-        """All benchmarks of a trained order are through; `reason` names those that failed."""
+        """All benchmarks of a trained task are through; `reason` names those that failed."""
         entry = self.entries[order_id]
         if entry.state == TaskState.TRAINED:
             entry.scores = scores
@@ -315,14 +315,14 @@ class TaskQueue:
     # --------------------------------------------------------------- details
 
     def _has(self, entry: QueuedTask, lane: str | None) -> bool:
-        """Whether the order is running, on this lane if one is named."""
+        """Whether the task is running, on this lane if one is named."""
         return entry.state == TaskState.RUNNING and lane in (None, entry.lane)
 
     def _leaving(self, lane: str) -> bool:
         return not self._drained.isdisjoint(self.lanes[lane]["nodes"])
 
     def _exhausted(self, entry: QueuedTask) -> bool:
-        """End an order that lost as many lanes as it may."""
+        """End a task that lost as many lanes as it may."""
         if entry.attempts < entry.limit:
             return False
         tried = f" (tried {entry.attempts} times)" if entry.attempts > 1 else ""

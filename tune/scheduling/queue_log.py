@@ -1,6 +1,6 @@
-"""An order book that outlives its process: each call that changes it is in a file before it is answered.
+"""A task queue that outlives its process: each call that changes it is in a file before it is answered.
 
-What a book holds is a function of its calls (`queue`), so that the file is nothing but these calls, one JSON line
+What a queue holds is a function of its calls (`queue`), so that the file is nothing but these calls, one JSON line
 each. A process that dies in the middle of a call has not answered it: the caller sends it again.
 """
 
@@ -20,19 +20,19 @@ from tune.storage.states import Stage
 
 #: Methods that only look.
 LOOKS = frozenset({"poll", "closing", "held", "snapshot", "changes"})
-#: Marks an argument that is an order; no other mapping of the book's methods has this key.
+#: Marks an argument that is a task; no other mapping of the queue's methods has this key.
 ORDER = "order"
 
 
 class LoggedQueue:
-    """The book of a log file: what the file tells, and every call from then on."""
+    """The queue of a log file: what the file tells, and every call from then on."""
 
     def __init__(self, file: Path) -> None:
-        """Make the book again from its file, which may be empty.
+        """Make the queue again from its file, which may be empty.
 
         Raises:
             OSError: the file is not there, also after its storage was waited for. It is not taken for an empty one:
-                to whom asks, a book without orders says that all is done.
+                to whom asks, a queue without tasks says that all is done.
             ValueError: a whole line of the file is damaged.
         """
         lasting(lambda: os.stat(file), file.parent)
@@ -43,11 +43,11 @@ class LoggedQueue:
             self._apply(row)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Run one method of the book. Calls that change nothing, most of all, leave no line."""
+        """Run one method of the queue. Calls that change nothing, most of all, leave no line."""
         if method in LOOKS or _unvalidated(method, arguments):
             return getattr(self.queue, method)(*arguments)
         row = plain({"method": method, "arguments": [_written(each) for each in arguments]})
-        # The book sees what its file will say, also of a number that JSON does not have.
+        # The queue sees what its file will say, also of a number that JSON does not have.
         answer = self._apply(row)
         if not (method == "take" and answer is None) and not _unvalidated(method, row["arguments"]):
             self._write(row)
