@@ -13,6 +13,9 @@ from recorder import job, node, run, told
 from cluster.backends.ssh_hosts import MARK
 from cluster.remote.ray_internals import PROCESSES
 
+RSYNC = Path("/usr/bin/rsync")
+needs_rsync = pytest.mark.skipif(not RSYNC.exists(), reason=f"copies with {RSYNC}, which is not installed")
+
 # --- fetch ---
 
 
@@ -35,7 +38,7 @@ def put_run(storage: Path, created: str) -> dict:
 def with_rsync(laptop, found: dict) -> None:
     """`ray rsync-down FILE SOURCE TARGET` as Ray does it, on one machine: exclusions are read from the file."""
     excludes = "$(sed -n '/^rsync_exclude:/,/^[a-z]/s/^- /--exclude=/p' $2 | tr -d \"'\")"
-    laptop.tools.answer("rsync-down", {"run": f"exec /usr/bin/rsync -a {excludes} $3 $4"})
+    laptop.tools.answer("rsync-down", {"run": f"exec {RSYNC} -a {excludes} $3 $4"})
     laptop.tools.answer("on-head runs", told(runs=[found]))
 
 
@@ -46,6 +49,7 @@ def files(folder: Path) -> set[str]:
 RESULTS = {"run.json", "scores.jsonl", "trials/a/adapter/x", "models/ray/z"}
 
 
+@needs_rsync
 def test_fetch_copies_results_without_checkpoints(laptop, tmp_path):
     with_rsync(laptop, put_run(tmp_path / "storage", "monday"))
     file = laptop.file("local")
@@ -220,7 +224,7 @@ def test_slurm_submits_follows_and_cancels(laptop, tmp_path, queue):
     assert [line for line in laptop.tools.lines if "scancel" in line] == ["scancel 42"], "other jobs are not ours"
 
 
-def test_slurm_status_and_the_end_of_a_job(laptop, tmp_path, queue):
+def test_slurm_status_lists_ended_jobs_and_runs(laptop, tmp_path, queue):
     (tmp_path / "storage" / "logs").mkdir(parents=True)
     (tmp_path / "storage" / "logs" / "old-41.log").write_text("x\n")
     put_run(tmp_path / "storage", "monday")
@@ -229,6 +233,11 @@ def test_slurm_status_and_the_end_of_a_job(laptop, tmp_path, queue):
     lines = [line.split() for line in laptop.out.splitlines()]
     assert ["41", "old", "failed", "0"] in lines
     assert "demo" in laptop.out
+
+
+@needs_rsync
+def test_slurm_fetch_copies_from_mounted_storage(laptop, tmp_path, queue):
+    put_run(tmp_path / "storage", "monday")
     (laptop.tools.folder / "bin" / "rsync").unlink()
     assert laptop.run("fetch", queue, "demo", "--to", "home-runs") == 0, laptop.err
     assert files(Path("home-runs/demo")) == RESULTS
