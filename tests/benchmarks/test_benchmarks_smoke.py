@@ -24,7 +24,7 @@ def test_quartiles_and_paired_ratios():
     assert measure.Quartiles.of([1.5]) == measure.Quartiles(1.5, 1.5, 1.5)
 
 
-def test_every_variant_runs_once_a_round_in_changing_order():
+def test_every_variant_runs_once_per_round_in_changing_order():
     calls = []
     variants = {name: measure.Variant(lambda name=name: calls.append(name)) for name in "abc"}
     timings = measure.interleave(variants, 6, warm_up=1)
@@ -40,7 +40,7 @@ def test_verdicts_and_tables():
     assert measure.table(("a", "bb"), [("xyz", 1)]) == "a    bb\nxyz   1"
 
 
-def test_the_steps_that_are_compared_compute_what_they_say():
+def test_compared_steps_compute_what_they_claim():
     import torch
 
     tiny = step.Size(hidden=64, intermediate=96, layers=2, vocabulary=64, batch=2, tokens=8)
@@ -51,13 +51,13 @@ def test_the_steps_that_are_compared_compute_what_they_say():
     assert "macdrop / plain" in step.report("tiny", timings)
 
 
-def test_a_checkpoint_is_held_against_the_adapter_and_a_step():
+def test_checkpoint_is_compared_with_the_adapter_and_a_step():
     timings = measure.Timings({"step": [(0.02, 0.0)] * 3, "checkpoint": [(0.04, 0.0)] * 3})
     text = checkpoints.report("r = 8", checkpoints.Size(310, 100), timings)
     assert "9 checkpoints: 2.91%" in text and "one second: 0.060%" in text and "met (3.100)" in text
 
 
-def test_lanes_are_compared_on_different_fine_tunings_that_share_an_engine():
+def test_compared_fine_tunings_differ_and_share_an_engine():
     specs = lanes.settings(8, 20)
     assert len({spec.trial_id() for spec in specs}) == 8
     assert len({spec.engine_key() for spec in specs}) == 1
@@ -65,7 +65,7 @@ def test_lanes_are_compared_on_different_fine_tunings_that_share_an_engine():
     assert {spec.zero_stage for spec in specs} == {2}
 
 
-def test_lanes_are_held_against_as_many_runs():
+def test_lanes_are_compared_with_as_many_runs():
     lane = [lanes.Trained(3.0, 1.0, "a"), lanes.Trained(2.0, 1.5, "b"), lanes.Trained(2.0, 1.5, "c")]
     runs = [lanes.Trained(30.0, 1.0, "a"), lanes.Trained(34.0, 1.0, "x")]
     text = lanes.report(10.0, 3.0, lane, runs)
@@ -101,7 +101,7 @@ def _arc(folder) -> str:
     return str(file)
 
 
-def test_attacked_checkpoints_have_their_rows_set_to_zero(tmp_path):
+def test_rows_of_attacked_checkpoints_are_zero(tmp_path):
     import torch
 
     from macdrop import load_model
@@ -149,13 +149,12 @@ def test_phases_of_a_run_add_up(outside):
     assert not demo.enough(found)
 
 
-
 def test_calibration_prints_its_rates(capsys):
     assert calibration.simulated([3], [60], 40, 1)
-    told = capsys.readouterr().out
-    assert "helps or hurts where nothing differs <= 5 %: met" in told
+    text = capsys.readouterr().out
+    assert "helps or hurts where nothing differs <= 5 %: met" in text
     for times in (1, 2):
-        assert f"{times} x the detectable difference is found in >= 80 %: met" in told
+        assert f"{times} x the detectable difference is found in >= 80 %: met" in text
 
 
 def test_calibration_counts_splits_with_an_interval():
@@ -168,9 +167,9 @@ def test_calibration_counts_splits_with_an_interval():
     assert calibration.show(found, names, lambda one: one.any_attacked) == ("100.0 % [100.0, 100.0]", 1.0)
 
 
-def test_launch_tells_what_a_lost_host_costs():
-    told = launch.report(33.7, [("kill", 41.24, 22, 25), ("cut", 61.0, 26, 25)])
-    assert "host kill                41.2           22           25" in told
-    assert "target up to 3 nodes <= 90 s: met (33.700 s)" in told
-    assert "target time lost, host cut <= 60 s: not met (61.000 s)" in told
-    assert "target steps again, host cut <= 25: not met (26.000)" in told
+def test_launch_reports_the_cost_of_a_lost_host():
+    text = launch.report(33.7, [("kill", 41.24, 22, 25), ("cut", 61.0, 26, 25)])
+    assert "host kill                41.2              22           25" in text
+    assert "target up to 3 nodes <= 90 s: met (33.700 s)" in text
+    assert "target time lost, host cut <= 60 s: not met (61.000 s)" in text
+    assert "target steps repeated, host cut <= 25: not met (26.000)" in text

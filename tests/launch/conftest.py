@@ -1,4 +1,4 @@
-"""Launch files, the launcher, and a network of hosts to launch on."""
+"""Fixtures of the launch tests: the laptop with recorded tools, and the network lab."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import netlab
 import pytest
+from launching import Laptop
 
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[netlab.Lab]:
-    """A laptop and three hosts; skips where there can be none."""
+    """A laptop and three hosts; skips where the lab cannot run."""
     if reason := netlab.missing():
         pytest.skip(reason)
     with netlab.Lab() as lab:
@@ -21,6 +22,4 @@ def lab() -> Iterator[netlab.Lab]:
 @pytest.fixture
 def laptop(tmp_path, monkeypatch, capsys):
     """A machine to type `macdrop cluster ...` on; see `launching`."""
-    from launching import Laptop
-
     return Laptop(tmp_path, monkeypatch, capsys)

@@ -1,4 +1,4 @@
-"""The verbs as typed, on a machine with recorded tools and an empty home."""
+"""A laptop on which tests type `macdrop cluster` verbs: recorded tools and an empty home."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from recorder import Recorder
 
 from cluster.backends import kuberay, slurm
 from cluster.commands import jobs, up
+from tune.cli.main import main
 
 EXAMPLES = Path(__file__).parents[2] / "cluster" / "render" / "examples"
 TOOLS = ("ray", "ssh", "rsync", "kubectl", "sbatch", "squeue", "scancel", "sacct", "scontrol")
@@ -50,8 +51,6 @@ class Laptop:
         return file
 
     def run(self, *arguments: str) -> int:
-        from tune.cli.main import main
-
         self._capture.readouterr()
         self._patch.setattr(sys, "argv", ["macdrop", "cluster", *arguments])
         code = 0

@@ -1,12 +1,13 @@
-"""A laptop and several hosts on this one Linux machine, with addresses, ssh, file systems and processes of their own.
+"""A laptop and several hosts on one Linux machine, each with its own address, ssh server, file system and processes.
 
-Each machine of the lab is a set of namespaces (network, mounts, host name, IPC, processes) below one outer set, which
-holds the bridge between them. Own addresses, because Ray's cluster files have no ssh port; own process spaces, because
-`ray stop` matches processes by name. The interpreter with all its packages and the repository are visible everywhere,
-read-only and at their own paths; `SHARED` is one folder for all, the stand-in for NFS. There is no way out of the lab.
+Each machine of the lab is a set of namespaces (network, mounts, host name, IPC, processes) inside one outer set that
+holds the bridge between them. They need separate addresses because Ray's cluster files have no ssh port, and separate
+process namespaces because `ray stop` matches processes by name. The interpreter, its packages and the repository are
+visible everywhere, read-only and at their usual paths; `SHARED` stands in for an NFS mount. The lab has no route to
+the outside.
 
-Everything ends with one process: `close()`, or the end of this process however it comes, and no process, mount or
-interface is left. Needs root; `missing()` says what else, after trying to install it.
+The whole lab hangs on one process: after `close()`, or when this process ends for any reason, no process, mount or
+interface remains. Needs root; `missing()` reports what else is required, after trying to install it.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ REPOSITORY = Path(__file__).parents[2]
 INIT = Path(__file__).with_name("netlab_machine.sh")
 HOME = pwd.getpwuid(os.getuid()).pw_dir
 SHARED = Path("/srv")
-#: Set in the environment, it lets the lab's folder stay, with the hosts' homes and logs.
+#: If set in the environment, the lab's folder is kept, with the hosts' homes and logs.
 KEEP = "NETLAB_KEEP"
 NETWORK = "10.77.0"
 LAPTOP = "laptop"
-#: Where a machine's namespaces differ from its neighbour's; `nsenter` and `unshare` spell the options alike.
+#: The namespaces that each machine has of its own; `nsenter` and `unshare` take the same options.
 NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid")
-#: Tool -> the Debian package that has it.
+#: Tool -> the Debian package that provides it.
 PACKAGES = {
     **{"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "ip": "iproute2"},
     **{"unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"},
@@ -45,13 +46,13 @@ PATH = f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbi
 
 
 def lacking() -> list[str]:
-    """Debian packages with tools that are not here."""
+    """Debian packages of the tools that are not installed."""
     return sorted({package for tool, package in PACKAGES.items() if not shutil.which(tool, path=PATH)})
 
 
 @functools.cache
 def missing() -> str | None:
-    """Why there can be no lab here, in words; None where there can. Installs Debian packages that it lacks."""
+    """The reason why no lab can run here, or None. Tries to install missing Debian packages."""
     if sys.platform != "linux":
         return "the network lab needs Linux namespaces"
     if os.geteuid() != 0:
@@ -63,11 +64,11 @@ def missing() -> str | None:
     if lacking():
         return f"the network lab needs the package(s) {', '.join(lacking())}"
     refused = subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True).returncode
-    return "this machine does not let root make namespaces" if refused else None
+    return "this machine does not let root create namespaces" if refused else None
 
 
 def until(holds: Callable[[], object], timeout: float, what: str, interval: float = 0.05) -> float:
-    """Seconds until `holds()` is true; raises TimeoutError that says `what` was waited for."""
+    """Wait until `holds()` is true and return the seconds; the TimeoutError names `what` did not happen."""
     began = time.monotonic()
     while not holds():
         if time.monotonic() - began > timeout:
@@ -77,7 +78,7 @@ def until(holds: Callable[[], object], timeout: float, what: str, interval: floa
 
 
 def child(pid: int) -> int:
-    """The only child of a process."""
+    """The only child of a process; waits until it is forked."""
     found = []
 
     def forked() -> bool:
@@ -90,7 +91,7 @@ def child(pid: int) -> int:
 
 
 def inhabitants(namespaces: set[str]) -> list[int]:
-    """Processes of the real machine's numbering that live in one of these network or process spaces."""
+    """Processes in one of these network or process namespaces, by their ids on the real machine."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -105,7 +106,7 @@ def _pairs(variables: Mapping[str, str]) -> list[str]:
 
 @dataclass
 class Machine:
-    """One machine of the lab: `run` and `start` act on it, as its user with a login's environment."""
+    """One machine of the lab: `run` and `start` execute commands on it, as its user in a login environment."""
 
     name: str
     address: str
@@ -122,14 +123,14 @@ class Machine:
         return [*enter, *shell, *map(str, command)]
 
     def start(self, *command: str | os.PathLike, log: Path, **variables: str) -> subprocess.Popen:
-        """Start a command; what it says goes to the end of `log`, never into a pipe that nobody empties."""
+        """Start a command; its output is appended to `log`, as an unread pipe would block it."""
         with log.open("ab") as out:
             return subprocess.Popen(
                 self.line(command, variables), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
             )
 
     def run(self, *command: str | os.PathLike, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess:
-        """Run a command to its end: exit code, and all it said in `stdout`."""
+        """Run a command to completion; `stdout` holds all its output."""
         with tempfile.TemporaryFile("w+") as out:
             line = self.line(command, variables)
             code = subprocess.run(
@@ -139,12 +140,12 @@ class Machine:
             return subprocess.CompletedProcess(list(command), code, out.read(), "")
 
     def processes(self) -> list[str]:
-        """Command lines of all that runs on it but its first process, its sshd and what they keep waiting."""
+        """Command lines of its processes, without its init, its sshd and their helpers."""
         if self.init is None:
             return []
-        space = {os.readlink(f"/proc/{self.init}/ns/pid")}
+        namespace = {os.readlink(f"/proc/{self.init}/ns/pid")}
         lines = []
-        for pid in inhabitants(space):
+        for pid in inhabitants(namespace):
             with contextlib.suppress(OSError):
                 lines.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip())
         ours = (f"bash {INIT}", "sleep 1000", "sshd:", "/usr/sbin/sshd ")
@@ -152,12 +153,12 @@ class Machine:
 
     @property
     def root(self) -> Path:
-        """Its file system, seen from the real machine."""
+        """Its file system, as seen from the real machine."""
         return Path(f"/proc/{self.init}/root")
 
 
 class Lab:
-    """`hosts` machines named h1, h2, ... with sshd, and the laptop. A context manager; open it in the main thread."""
+    """`hosts` machines named h1, h2, ... with sshd, and the laptop. A context manager: enter it in the main thread."""
 
     def __init__(self, hosts: int = 3) -> None:
         self.state = Path(tempfile.mkdtemp(prefix="netlab-"))
@@ -191,7 +192,7 @@ class Lab:
         self.close()
 
     def boot(self, name: str) -> None:
-        """Switch a machine on: its home folder is as it was, /tmp and what was in memory are empty."""
+        """Boot a machine: its home folder persists, /tmp and memory-backed folders are empty."""
         machine = self.machines[name]
         shutil.rmtree(machine.state / "tmp", ignore_errors=True)
         (machine.state / "tmp").mkdir()
@@ -217,25 +218,25 @@ class Lab:
         until((machine.root / "run/up").exists, 20, f"{name} to come up; see {machine.state}/machine.log")
 
     def kill(self, name: str) -> None:
-        """Take a machine's power away: all its processes die at once, and its sockets are closed."""
+        """Cut a machine's power: all its processes die at once, and its sockets are closed."""
         machine = self.machines[name]
         if machine.init is not None:
             os.kill(machine.init, signal.SIGKILL)
             machine.links.pop().wait(20)
             machine.init = None
-            with contextlib.suppress(subprocess.CalledProcessError):  # it goes with its other end
+            with contextlib.suppress(subprocess.CalledProcessError):  # removed along with its other end
                 self._outside("ip", "link", "delete", name)
 
     def cut(self, name: str) -> None:
-        """Pull a machine's network cable: nothing arrives or leaves any more, and nobody is told."""
+        """Unplug a machine's network cable: packets are dropped in both directions, and no connection is reset."""
         self._outside("ip", "link", "set", name, "down")
 
-    def mend(self, name: str) -> None:
-        """Put the cable back."""
+    def reconnect(self, name: str) -> None:
+        """Plug the cable back in."""
         self._outside("ip", "link", "set", name, "up")
 
     def close(self) -> None:
-        """End the lab, and see that nothing of it is left on the real machine."""
+        """Shut the lab down and wait until none of its processes is left on the real machine."""
         if self.init is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.init, signal.SIGKILL)
@@ -250,7 +251,7 @@ class Lab:
             shutil.rmtree(self.state, ignore_errors=True)
 
     def leftovers(self) -> list[str]:
-        """What of this lab is still on the real machine: processes, mounts, interfaces, folders."""
+        """Traces of this lab on the real machine: processes, mounts, interfaces, folders."""
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         interfaces = [folder.name for folder in Path("/sys/class/net").iterdir()]
         return [
@@ -264,7 +265,7 @@ class Lab:
         self.namespaces |= {os.readlink(f"/proc/{init}/ns/{kind}") for kind in ("net", "pid")}
 
     def _outside(self, *command: str) -> None:
-        """Run a command between the machines, where the bridge is."""
+        """Run a command in the outer network namespace, which holds the bridge."""
         subprocess.run(["nsenter", f"--target={self.init}", "--net", *command], check=True, capture_output=True)
 
     def _make_folders(self) -> None:

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Process 1 of one machine of the lab (netlab.py): its own file systems and address, sshd, and then it reaps orphans.
+# Process 1 of one machine of the lab (netlab.py): sets up file systems and address, starts sshd, then reaps orphans.
 #
 #   netlab_machine.sh NAME ADDRESS STATE HOME SEEN...
 #
-# STATE/{home,tmp,hosts,machine_key,authorized_keys} are this machine's, STATE/../shared is everybody's. SEEN are folders
-# of the real machine that stay visible. Runs in namespaces of its own, so nothing here touches the real machine.
+# STATE/{home,tmp,hosts,machine_key,authorized_keys} belong to this machine, STATE/../shared to all. SEEN are folders
+# of the real machine that stay visible. Runs in its own namespaces, so nothing here touches the real machine.
 set -euo pipefail
 name=$1 address=$2 state=$3 home=$4
 seen=("${@:5}")
@@ -16,7 +16,7 @@ ip address add "$address/24" dev eth0
 ip link set eth0 up
 ip route add default dev eth0 # leads nowhere; Ray asks the kernel which address it would use to go out
 
-# Folders of the real machine stay visible below what is about to be covered, and nothing of it can be written to.
+# Folders of the real machine stay visible, read-only, below the mounts that are about to cover them.
 declare -A covers=(["$home"]="$state/home" [/tmp]="$state/tmp")
 for covered in "${!covers[@]}"; do
     for folder in "${seen[@]}"; do

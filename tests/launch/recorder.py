@@ -1,5 +1,7 @@
-"""Programs that cannot run here (`ray up`, kubectl, sbatch, ssh), replaced on the PATH: each call is recorded with its
-arguments, standard input and environment, and answered from a script."""
+"""Stand-ins on the PATH for programs that cannot run in a test (`ray up`, kubectl, sbatch, ssh).
+
+Each call is recorded with its arguments, standard input and environment, and answered by rules.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ import json
 import os
 import sys
 from pathlib import Path
+
+from cluster.remote.head import MARK
 
 PROGRAM = """#!{python} -SE
 import json, os, re, sys
@@ -19,7 +23,7 @@ number, rule = next(((n, r) for n, r in enumerate(rules) if re.search(r["when"],
 path = folder + "/calls.jsonl"
 before = 0
 if os.path.exists(path):
-    before = sum(json.loads(told)["rule"] == number for told in open(path))
+    before = sum(json.loads(call)["rule"] == number for call in open(path))
 with open(path, "a") as file:
     call = dict(line=line, argv=[name, *sys.argv[1:]], stdin=stdin, environment=dict(os.environ), rule=number)
     file.write(json.dumps(call) + "\\n")
@@ -34,7 +38,7 @@ sys.exit(answer.get("code", 0))
 
 
 class Recorder:
-    """`tools` on the PATH of child processes, and what was asked of them. Rules: the first whose pattern is found."""
+    """Stand-ins for `tools` and their recorded calls. The first rule whose pattern matches a call answers it."""
 
     def __init__(self, folder: Path, tools: tuple[str, ...]) -> None:
         self.folder, self.rules = folder, []
@@ -47,11 +51,11 @@ class Recorder:
 
     @property
     def path(self) -> str:
-        """A PATH with these programs and the system's own, but not this Python's `ray`."""
+        """A PATH with these programs and the system's, but without this environment's `ray`."""
         return os.pathsep.join([str(self.folder / "bin"), "/usr/bin", "/bin"])
 
     def answer(self, when: str, *answers: str | dict) -> None:
-        """From now on a call that `when` is found in answers so: text, or {out, code, run}; the last one for ever."""
+        """Answer calls that match `when` with these in turn: text, or {out, code, run}; the last one repeats."""
         given = [{"out": answer} if isinstance(answer, str) else answer for answer in answers] or [{}]
         self.rules.insert(0, {"when": when, "answers": given})
         (self.folder / "calls.jsonl").unlink(missing_ok=True)
@@ -73,10 +77,8 @@ class Recorder:
         (self.folder / "rules.json").write_text(json.dumps(self.rules))
 
 
-def told(**topics) -> str:
+def head_output(**topics) -> str:
     """An answer of the head, amid the lines that a remote terminal adds."""
-    from cluster.remote.head import MARK
-
     return (
         f"Fetched IP: 10.0.0.1\r\n{MARK}{json.dumps({'problems': {}, **topics})}\r\nShared connection to x closed.\r\n"
     )

@@ -18,7 +18,7 @@ moto = pytest.importorskip("moto")
 
 @pytest.fixture(scope="module", autouse=True)
 def aws(tmp_path_factory) -> Iterator[None]:
-    """No account, no home, no waiting: Ray sleeps twice for 15 s after it made a role."""
+    """Isolate from account and home, and skip the two sleeps of 15 s after Ray creates a role."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch, moto.mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -41,7 +41,7 @@ def aws(tmp_path_factory) -> Iterator[None]:
 
 
 def prepared(target: str) -> dict[str, Any]:
-    """The file for ids that moto's account has, as `ray up` reads it."""
+    """The launch file with ids of moto's account, as `ray up` reads it."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     ec2 = boto3.client("ec2", region_name="us-west-2")
@@ -98,6 +98,6 @@ def test_bootstrap_create_terminate(target, resources, interfaces, market):
     assert provider.non_terminated_nodes({}) == []
 
 
-def test_every_machine_type_with_efa_is_one_of_ec2():
+def test_every_efa_machine_type_exists_in_ec2():
     shape = boto3.client("ec2").meta.service_model.operation_model("RunInstances").input_shape
     assert set(EFA_CARDS) <= set(shape.members["InstanceType"].enum)

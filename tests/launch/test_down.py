@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from launching import SECRETS
-from recorder import job, node, run, told
+from recorder import head_output, job, node, run
 
 from cluster.backends.ssh_hosts import MARK
 from cluster.remote.ray_internals import PROCESSES
@@ -20,7 +20,7 @@ needs_rsync = pytest.mark.skipif(not RSYNC.exists(), reason=f"copies with {RSYNC
 
 
 def put_run(storage: Path, created: str) -> dict:
-    """Create a run on the storage, here a folder; return what the head reports about it."""
+    """Create a run on the storage, a local folder; return the head's report of it."""
     made = storage / "runs" / "demo"
     for name in (
         "run.json",
@@ -36,10 +36,10 @@ def put_run(storage: Path, created: str) -> dict:
 
 
 def with_rsync(laptop, found: dict) -> None:
-    """`ray rsync-down FILE SOURCE TARGET` as Ray does it, on one machine: exclusions are read from the file."""
+    """Run `ray rsync-down FILE SOURCE TARGET` as Ray does, on one machine, with the exclusions of the file."""
     excludes = "$(sed -n '/^rsync_exclude:/,/^[a-z]/s/^- /--exclude=/p' $2 | tr -d \"'\")"
     laptop.tools.answer("rsync-down", {"run": f"exec {RSYNC} -a {excludes} $3 $4"})
-    laptop.tools.answer("on-head runs", told(runs=[found]))
+    laptop.tools.answer("on-head runs", head_output(runs=[found]))
 
 
 def files(folder: Path) -> set[str]:
@@ -75,7 +75,7 @@ def test_fetch_never_overwrites_other_files(here, laptop, tmp_path):
 
 
 def test_fetch_of_an_unknown_run_names_the_known_ones(laptop):
-    laptop.tools.answer("on-head runs", told(runs=[run("a", "done"), run("b", "done")]))
+    laptop.tools.answer("on-head runs", head_output(runs=[run("a", "done"), run("b", "done")]))
     assert laptop.run("fetch", laptop.file("local"), "c") == 1
     assert "Known runs: a, b" in laptop.err and not Path("runs").exists()
 
@@ -84,7 +84,7 @@ def test_fetch_of_an_unknown_run_names_the_known_ones(laptop):
 
 
 def test_down_stops_jobs_cluster_and_ray_and_verifies_every_host(laptop):
-    laptop.tools.answer("on-head jobs", told(jobs=[job("a", "SUCCEEDED", 0), job("b", "RUNNING", None, 2)]))
+    laptop.tools.answer("on-head jobs", head_output(jobs=[job("a", "SUCCEEDED", 0), job("b", "RUNNING", None, 2)]))
     laptop.tools.answer("^ssh .*asked", f"{MARK}asked\nbash: no job control in this shell\n")
     file = laptop.file("local")
     assert laptop.run("down", file, "--yes") == 0, laptop.out + laptop.err
@@ -107,14 +107,14 @@ def test_down_names_busy_and_silent_hosts(laptop):
 
 
 def test_down_without_a_terminal_needs_yes(laptop):
-    laptop.tools.answer("on-head jobs", told(jobs=[job("b", "RUNNING")]))
+    laptop.tools.answer("on-head jobs", head_output(jobs=[job("b", "RUNNING")]))
     assert laptop.run("down", laptop.file("local")) == 1
     assert "which runs b" in laptop.out and "--yes" in laptop.out
     assert len(laptop.tools.calls) == 1
 
 
 def test_down_of_rented_machines_leaves_hosts_to_the_cloud(laptop):
-    laptop.tools.answer("on-head jobs", told(jobs=[]))
+    laptop.tools.answer("on-head jobs", head_output(jobs=[]))
     assert laptop.run("down", laptop.file("aws"), "--yes") == 0
     assert [line.split()[1] for line in laptop.tools.lines] == ["exec", "down"]
 
@@ -158,8 +158,8 @@ def pods(*states: tuple[str, str], message: str = "") -> dict:
 def test_kubernetes_up_submit_and_down(laptop, monkeypatch):
     monkeypatch.setattr("cluster.commands.check.report", lambda file: 0)
     laptop.token()
-    laptop.tools.answer("on-head jobs", told(jobs=[]))
-    laptop.tools.answer("on-head nodes", told(nodes=[node(str(number)) for number in range(9)], log=[]))
+    laptop.tools.answer("on-head jobs", head_output(jobs=[]))
+    laptop.tools.answer("on-head nodes", head_output(nodes=[node(str(number)) for number in range(9)], log=[]))
     laptop.tools.answer("get pods", pods(("head", "Running")))
     file = laptop.file("kuberay")
     assert laptop.run("up", file) == 0, laptop.out + laptop.err
@@ -190,7 +190,7 @@ def test_kubernetes_reports_why_a_pod_is_pending(laptop, monkeypatch):
 def test_rayjob_refuses_another_recipe(laptop):
     laptop.tools.answer("get pods", pods(("head", "Running")))
     laptop.tools.answer("get rayjob", "cluster-1")
-    laptop.tools.answer("on-head jobs", told(jobs=[]))
+    laptop.tools.answer("on-head jobs", head_output(jobs=[]))
     assert laptop.run("submit", laptop.file("kuberay-job"), "demo") == 2
     assert "macdrop cluster up" in laptop.err
 
@@ -200,7 +200,7 @@ def test_rayjob_refuses_another_recipe(laptop):
 
 @pytest.fixture
 def queue(laptop, tmp_path):
-    """A script whose storage is here, and a queue with nothing in it."""
+    """A script whose storage is a local folder, and an empty queue."""
     file = Path(laptop.file("slurm"))
     file.write_text(file.read_text().replace("/shared", str(tmp_path / "storage")))
     laptop.tools.answer("sbatch", "42\n")

@@ -22,7 +22,7 @@ targets = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
 
 
 @targets
-def test_the_example_is_what_the_template_renders(target):
+def test_example_equals_the_rendered_template(target):
     assert (render.EXAMPLES / target.file).read_text(encoding="utf-8") == render.example(target)
 
 
@@ -31,7 +31,7 @@ def test_there_are_no_other_examples():
 
 
 @targets
-def test_the_example_passes_the_checks_without_a_network(target, monkeypatch):
+def test_example_passes_the_checks_offline(target, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a check went online"))
     found = check.findings(registry.load(render.EXAMPLES / target.file))
     assert [finding for finding in found if finding.severity == ERROR] == []
@@ -57,7 +57,7 @@ def test_every_host_gets_token_keepalive_storage_and_secrets_by_name(target):
 
 
 @targets
-def test_shell_commands_of_the_example_are_shell(target):
+def test_shell_commands_of_the_example_parse(target):
     file = registry.load(render.EXAMPLES / target.file)
     scripts = [file.text] if isinstance(file, SlurmFile) else []
     scripts += [text for key in COMMANDS for text in file.commands(key)] if isinstance(file, RayFile) else []
@@ -68,7 +68,7 @@ def test_shell_commands_of_the_example_are_shell(target):
 
 
 def test_setup_commands_write_the_environment_once(tmp_path):
-    """The command that writes the environment of a host, run twice in a scratch home."""
+    """Run the command that writes the environment of a host twice in a scratch home."""
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
     (home / ".ray/auth_token").write_text("not a token")
@@ -89,8 +89,8 @@ def test_setup_commands_write_the_environment_once(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("pkill"), reason="needs procps")
-def test_the_slurm_script_ends_on_all_nodes_with_the_code_of_the_sweep(tmp_path, code=3):
-    """With fakes: srun starts two nodes as processes; Ray never returns on the second, like the real one."""
+def test_slurm_script_ends_on_all_nodes_with_the_exit_code_of_the_sweep(tmp_path, code=3):
+    """A fake srun starts two nodes as processes; the fake `ray` blocks on the second, like the real one."""
     bin = tmp_path / "bin"
     bin.mkdir()
     tools = {

@@ -21,7 +21,7 @@ MANIFESTS = ("kuberay.yaml", "kuberay-job.yaml")
 
 @pytest.fixture(scope="module")
 def crd():
-    """The folder with the definitions; each has a megabyte, so both are read once."""
+    """The folder with the resource definitions; they are large, so both are read once."""
     root = Path(os.environ.get("MACDROP_SHARED", Path(__file__).parents[3] / "shared"))
     if not (root / "data/kuberay").is_dir():
         pytest.skip("no definitions of KubeRay's resources")

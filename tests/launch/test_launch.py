@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from launching import SECRETS, TOKEN
-from recorder import job, node, run, told
+from recorder import head_output, job, node, run
 
 from cluster.backends.advice import causes
 from cluster.backends.base import Job, submission
@@ -27,7 +27,7 @@ MAKES_TOKEN = f"mkdir -p ~/.ray && printf {TOKEN} | tee ~/.ray/auth_token"
 
 @pytest.fixture(autouse=True)
 def _before_is_another_test(monkeypatch):
-    """What `check` finds in a file has its own tests; here all files pass."""
+    """Make every file pass `check`, whose findings are tested in test_check.py."""
     monkeypatch.setattr("cluster.commands.check.report", lambda file: 0)
 
 
@@ -38,8 +38,8 @@ def test_up_prepares_token_and_secrets_starts_and_waits(laptop):
     file = laptop.file("local")
     laptop.tools.answer("get-auth-token", {"run": MAKES_TOKEN})
     laptop.tools.answer("on-head jobs", {"out": "Head node of cluster (macdrop) not found!", "code": 1})
-    laptop.tools.answer("on-head nodes", told(nodes=THREE[:1], log=[]), told(nodes=THREE[:2], log=[]),
-                        told(nodes=THREE, log=[]))  # fmt: skip
+    laptop.tools.answer("on-head nodes", head_output(nodes=THREE[:1], log=[]), head_output(nodes=THREE[:2], log=[]),
+                        head_output(nodes=THREE, log=[]))  # fmt: skip
     assert laptop.run("up", file) == 0, laptop.err
     called = [" ".join(call["argv"][:2]) for call in laptop.tools.calls]
     looked = ["ray get-auth-token", "ray exec", "ssh -i"]
@@ -80,7 +80,7 @@ def test_missing_tool_is_named_with_its_source(laptop):
 
 def test_up_refuses_to_restart_ray_under_a_running_sweep(laptop):
     laptop.token()
-    laptop.tools.answer("on-head jobs", told(jobs=[job("llama", "RUNNING")]))
+    laptop.tools.answer("on-head jobs", head_output(jobs=[job("llama", "RUNNING")]))
     assert laptop.run("up", laptop.file("local")) == 1
     assert "runs llama" in laptop.err and not any("ray up" in line for line in laptop.tools.lines)
 
@@ -121,16 +121,17 @@ FINE = {
 )
 def test_facts_about_a_host_become_causes(facts, cause, laptop):
     laptop.token()
-    told = {**FINE, "clock": f"{time.time():.0f}"} | (facts if isinstance(facts, dict) else {})
-    text = facts if isinstance(facts, str) else "\n".join(f"{MARK}{name} {value}" for name, value in told.items())
+    reported = {**FINE, "clock": f"{time.time():.0f}"} | (facts if isinstance(facts, dict) else {})
+    lines = (f"{MARK}{name} {value}" for name, value in reported.items())
+    text = facts if isinstance(facts, str) else "\n".join(lines)
     found = read_probe(Ssh("ubuntu", None), "10.0.0.3", Result(255, text), "10.0.0.1", "2.60.0")
     assert cause in found[0] and len(found) == 1
 
 
 def test_missing_host_is_probed_for_the_cause(laptop):
     laptop.token()
-    laptop.tools.answer("on-head nodes", told(nodes=THREE[:2], log=[]))
-    laptop.tools.answer("on-head log", told(log=[]))
+    laptop.tools.answer("on-head nodes", head_output(nodes=THREE[:2], log=[]))
+    laptop.tools.answer("on-head log", head_output(log=[]))
     facts = {**FINE, "clock": f"{time.time():.0f}", "ray": "ray, version 2.59.1"}
     laptop.tools.answer("^ssh ", "".join(f"{MARK}{name} {value}\r\n" for name, value in facts.items()))
     assert laptop.run("check", laptop.file("local"), "--after", "--timeout", "0") == 1, laptop.err
@@ -166,7 +167,7 @@ def test_log_line_becomes_a_cause(line, word):
 def test_waiting_reports_causes_from_the_autoscaler_log(laptop):
     laptop.token()
     log = ["(InsufficientInstanceCapacity) when calling the RunInstances operation"]
-    laptop.tools.answer("on-head nodes", told(nodes=THREE[:1], log=log), told(nodes=THREE, log=log))
+    laptop.tools.answer("on-head nodes", head_output(nodes=THREE[:1], log=log), head_output(nodes=THREE, log=log))
     assert laptop.run("check", laptop.file("local"), "--after") == 0
     assert laptop.out.count("out of machines of this type") == 1
 
@@ -188,8 +189,8 @@ def test_autoscaler_log_is_read_from_the_newest_session(monkeypatch, tmp_path):
 
 
 def started(laptop, *jobs: dict) -> None:
-    """Answers for one submission: nothing runs before it, then its log, then `jobs` as they are after it."""
-    laptop.tools.answer("on-head jobs", told(jobs=[]), *(told(jobs=[one]) for one in jobs))
+    """Script one submission: no job before it, then its log, then the states of its job in turn."""
+    laptop.tools.answer("on-head jobs", head_output(jobs=[]), *(head_output(jobs=[one]) for one in jobs))
     laptop.tools.answer("ray job logs", "Fetched IP: 10.0.0.1\r\nstep 1\r\nstep 2\r\n")
 
 
@@ -229,7 +230,7 @@ def test_lost_connection_leaves_the_job_running(laptop, monkeypatch):
     from cluster.commands import jobs
 
     monkeypatch.setattr(jobs, "ATTEMPTS", 2)
-    laptop.tools.answer("on-head jobs", told(jobs=[]), {"out": "Connection timed out", "code": 255})
+    laptop.tools.answer("on-head jobs", head_output(jobs=[]), {"out": "Connection timed out", "code": 255})
     file = laptop.file("local")
     assert laptop.run("submit", file, "demo") == 3
     assert f"macdrop cluster logs {file} demo --follow" in laptop.out and "The job may still be running" in laptop.out
@@ -238,7 +239,7 @@ def test_lost_connection_leaves_the_job_running(laptop, monkeypatch):
 
 def test_ctrl_c_leaves_the_job_running(laptop, tmp_path):
     """In a process of its own, to be signalled."""
-    laptop.tools.answer("on-head jobs", told(jobs=[]))
+    laptop.tools.answer("on-head jobs", head_output(jobs=[]))
     laptop.tools.answer("ray job logs", {"run": "echo step 1; exec sleep 60"})
     with open(tmp_path / "out", "w") as out:
         command = [sys.executable, "-m", "tune.cli", "cluster", "submit", laptop.file("local"), "demo"]
@@ -283,7 +284,7 @@ def test_submission_to_a_starting_head_is_retried(laptop, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "told_so"),
+    ("words", "message"),
     [
         (["nope.yaml"], "does not exist"),
         (["broken.yaml"], "recipe broken.yaml"),
@@ -295,14 +296,14 @@ def test_submission_to_a_starting_head_is_retried(laptop, monkeypatch):
         (["de;mo"], "neither a file nor a name"),
     ],
 )
-def test_invalid_submission_is_refused_before_any_command(words, told_so, laptop):
+def test_invalid_submission_is_refused_before_any_command(words, message, laptop):
     Path("broken.yaml").write_text("a: [")
     assert laptop.run("submit", laptop.file("local"), *words) == 2
-    assert told_so in laptop.err and laptop.tools.calls == []
+    assert message in laptop.err and laptop.tools.calls == []
 
 
 def test_running_run_is_not_started_twice(laptop):
-    laptop.tools.answer("on-head jobs", told(jobs=[job("demo", "RUNNING")]))
+    laptop.tools.answer("on-head jobs", head_output(jobs=[job("demo", "RUNNING")]))
     assert laptop.run("submit", laptop.file("local"), "demo") == 1
     assert "is running as job demo-1" in laptop.err
     assert not any("ray job submit" in line for line in laptop.tools.lines)
@@ -333,7 +334,7 @@ def test_script_on_the_head_is_injection_proof_and_resumes(there, tmp_path):
 
 
 def test_logs_of_the_newest_job_or_of_a_run(laptop):
-    laptop.tools.answer("on-head jobs", told(jobs=[job("a", "SUCCEEDED", 0), job("b", "SUCCEEDED", 0, 2)]))
+    laptop.tools.answer("on-head jobs", head_output(jobs=[job("a", "SUCCEEDED", 0), job("b", "SUCCEEDED", 0, 2)]))
     laptop.tools.answer("ray job logs", "the log\n")
     file = laptop.file("local")
     assert laptop.run("logs", file) == 0 and laptop.tools.lines[-1].endswith("ray job logs b-2")
@@ -347,7 +348,7 @@ def test_logs_of_the_newest_job_or_of_a_run(laptop):
 def test_status_shows_nodes_jobs_and_runs(laptop):
     nodes = [*THREE[:2], node("10.0.0.3", alive=False, reason="missed too many heartbeats")]
     kept = [run("demo", "running"), run("old", "running"), run("first", "done")]
-    laptop.tools.answer("on-head", told(nodes=nodes, jobs=[job("demo", "RUNNING")], runs=kept))
+    laptop.tools.answer("on-head", head_output(nodes=nodes, jobs=[job("demo", "RUNNING")], runs=kept))
     assert laptop.run("status", laptop.file("local")) == 0
     lines = {line.split()[0]: " ".join(line.split()) for line in laptop.out.splitlines() if line.strip()}
     assert lines["10.0.0.3"] == "10.0.0.3 h3 worker dead 0 0 missed too many heartbeats"
@@ -363,7 +364,9 @@ def test_status_shows_nodes_jobs_and_runs(laptop):
     ],
 )
 def test_status_reports_unavailable_topics_with_a_remedy(problem, remedy, laptop):
-    laptop.tools.answer("on-head", told(problems={"nodes": problem, "jobs": problem}, runs=[run("demo", "done")]))
+    laptop.tools.answer(
+        "on-head", head_output(problems={"nodes": problem, "jobs": problem}, runs=[run("demo", "done")])
+    )
     assert laptop.run("status", laptop.file("local")) == 1
     assert remedy in laptop.out and "demo" in laptop.out
 
@@ -392,7 +395,9 @@ def test_forgotten_cluster_is_restored(laptop, monkeypatch, tmp_path):
     states = {f"10.0.0.{n}": {"state": "terminated", "tags": {"ray-node-type": "worker"}} for n in (2, 3)}
     note.write_text(json.dumps({"10.0.0.1": {"state": "terminated", "tags": {"ray-node-type": "head"}}, **states}))
     laptop.tools.answer(
-        "on-head", {"out": "Head node of cluster (macdrop) not found!", "code": 1}, told(jobs=[], nodes=[], runs=[])
+        "on-head",
+        {"out": "Head node of cluster (macdrop) not found!", "code": 1},
+        head_output(jobs=[], nodes=[], runs=[]),
     )
     laptop.tools.answer("^ssh .*asked", f"{MARK}asked\n")
     file = laptop.file("local")

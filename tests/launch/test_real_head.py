@@ -1,4 +1,4 @@
-"""The verbs against a real Ray head with a token; `ray exec` is a local shell here, everything else is real."""
+"""The verbs against a real Ray head with a token; `ray exec` is replaced by a local shell, all else is real."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from pathlib import Path
 import pytest
 from launching import TOKEN
 
+from cluster.backends.registry import open_backend
+
 BIN = Path(sys.executable).parent
-#: `ray exec FILE TEXT` as it ends on the head; what copies and starts machines has no part here.
+#: Runs the command of `ray exec FILE COMMAND` as the head would; no machine is started or copied to.
 RAY = """#!/bin/bash
 case $1 in
   exec) . {env}; exec bash -c "$3";;
   *) exec {ray} "$@";;
 esac
 """
-#: A sweep that is told by its arguments how to go.
+#: A fake sweep whose arguments decide how it ends.
 MACDROP = """#!/bin/bash
 [ "$1" = cluster ] && exec {python} -m tune.cli "$@"
 echo "sweep $*"
@@ -45,8 +47,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """A head with its own folder, ports and home; its processes are a session, and end with it."""
-    folder = Path(f"/tmp/mdh-{os.getpid()}")  # the paths of its sockets must be short
+    """A head with its own folder, ports and home, in its own process session."""
+    folder = Path(f"/tmp/mdh-{os.getpid()}")  # socket paths must be short
     folder.mkdir()
     home, gcs, web = tmp_path_factory.mktemp("home"), free_port(), free_port()
     (home / ".ray").mkdir()
@@ -71,7 +73,7 @@ def head(tmp_path_factory):
     environment["MACDROP_STORAGE"] = str(home / "storage")
     environment |= {"PATH": f"{home / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tree)}
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=0", f"--port={gcs}", f"--dashboard-port={web}"]
-    command += ["--dashboard-agent-listen-port=0"]  # agents of a Ray that has just died may hold the usual one
+    command += ["--dashboard-agent-listen-port=0"]  # agents of a Ray that has just died may hold the default port
     command += ["--dashboard-host=127.0.0.1", f"--temp-dir={folder}", "--node-ip-address=127.0.0.1"]
     with open(home / "head.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -98,7 +100,7 @@ def processes():
 
 @pytest.fixture
 def there(head, laptop, monkeypatch):
-    """The laptop, with the head in reach."""
+    """The laptop, connected to the running head."""
     monkeypatch.setenv("HOME", str(head))
     monkeypatch.setenv("PATH", f"{head / 'bin'}:{BIN}:/usr/bin:/bin")
     file = laptop.file("local")
@@ -109,14 +111,16 @@ def there(head, laptop, monkeypatch):
     return laptop, file
 
 
-def test_a_job_runs_ends_and_is_found_again(there):
+def test_jobs_run_resume_and_are_listed(there):
     laptop, file = there
     assert laptop.run("submit", file, "demo", "ends=well") == 0, laptop.out + laptop.err
     assert re.search(
         r"^sweep sweep demo ends=well ray.address=auto output_dir=\S+/runs/demo$", laptop.out, re.MULTILINE
     )
     assert laptop.run("submit", file, "demo", "ends=badly") == 7
-    assert re.search(r"^sweep sweep demo .* --resume$", laptop.out, re.MULTILINE), "its folder is there"
+    assert re.search(r"^sweep sweep demo .* --resume$", laptop.out, re.MULTILINE), (
+        "a run whose folder exists is resumed"
+    )
     assert laptop.run("status", file) == 0
     assert re.search(r"demo-\S+ +demo +succeeded +0", laptop.out) and re.search(r"demo +failed +7", laptop.out)
     assert re.search(r"^demo +done", laptop.out, re.MULTILINE)
@@ -124,9 +128,7 @@ def test_a_job_runs_ends_and_is_found_again(there):
     assert TOKEN not in laptop.out
 
 
-def test_a_job_is_stopped_as_by_ctrl_c(there):
-    from cluster.backends.registry import open_backend
-
+def test_stopped_job_receives_sigint(there):
     laptop, file = there
     assert laptop.run("submit", file, "demo", "--name", "long", "--no-follow") == 0, laptop.out + laptop.err
     kind = open_backend(Path(file))
@@ -137,7 +139,7 @@ def test_a_job_is_stopped_as_by_ctrl_c(there):
     assert laptop.run("logs", file, "long", "--follow") == 0 and "saved" in laptop.out
 
 
-def test_without_the_token_the_error_says_so(there, monkeypatch, tmp_path):
+def test_missing_token_is_reported(there, monkeypatch, tmp_path):
     laptop, file = there
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert laptop.run("status", file) == 1

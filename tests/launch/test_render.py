@@ -183,7 +183,7 @@ TAME = {"head_ip": "head.example"}
 
 
 def paths(value: object, prefix: tuple = ()) -> set[tuple]:
-    """Every key path of a YAML, with the place in lists."""
+    """Every key path of a YAML document, with list indices."""
     if isinstance(value, dict):
         return {prefix} | {path for key, inner in value.items() for path in paths(inner, (*prefix, key))}
     if isinstance(value, list | tuple):
@@ -207,7 +207,7 @@ def rendered(target: Target, name: str, value: str) -> LaunchFile | None:
 
 
 def held(file: LaunchFile, tame: LaunchFile) -> None:
-    """The same shape as with a tame value, and shell that is the same command with another word."""
+    """Assert the same structure as with a tame value, and the same shell command but for one word."""
     assert type(file) is type(tame) and paths(file.documents) == paths(tame.documents)
     if isinstance(file, SlurmFile) and isinstance(tame, SlurmFile):
         assert file.directives.keys() == tame.directives.keys()
@@ -238,7 +238,7 @@ def test_hostile_values_are_refused_or_stay_quoted(target, name):
 @example("/: |")
 @settings(max_examples=60, deadline=None)
 def test_any_text_as_a_path_stays_quoted(text):
-    """Paths of the user's own machine may hold anything that can be printed."""
+    """Paths on the user's machine may contain any printable character."""
     for name, target in (("key", "local"), ("venv", "slurm")):
         tame = rendered(TARGETS[target], name, "~/tame")
         file = rendered(TARGETS[target], name, f"~/{text}")
@@ -249,7 +249,7 @@ def test_any_text_as_a_path_stays_quoted(text):
 
 
 def test_path_with_shell_syntax_is_one_word(tmp_path):
-    """Bash itself reads what was rendered."""
+    """Bash itself parses the rendered file."""
     venv = '~/it\'s $(touch pwned) `touch pwned` "x"'
     script = render.render(TARGETS["slurm"], [f"venv={venv}", "storage=/shared"])
     line = next(line for line in script.splitlines() if line.startswith("export PATH="))

@@ -1,6 +1,6 @@
-"""The sbatch script as it is: a sweep over two hosts of the lab is cut off by its time limit and gone on with.
+"""The rendered sbatch script: a sweep on two hosts of the lab hits its time limit and resumes when resubmitted.
 
-There is no Slurm here: ssh stands in srun's place, and all hosts losing power in that of a time limit.
+Slurm is not installed: ssh stands in for srun, and a power loss of all hosts for the time limit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tune.storage.run_folder import RunFolder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
-#: What srun does: the command on every node, each knowing its number, with the variables and functions of the script.
+#: Like srun, runs a command on every node with the node's number and the variables and functions of the script.
 SRUN = """#!/bin/bash
 while [ "${1#--}" != "$1" ]; do shift; done
 words="$(printf '%q ' "$@")"
@@ -37,7 +37,7 @@ SWEEP = (
 )
 
 
-def test_the_same_submit_goes_on_after_a_time_limit_and_no_process_stays(lab, tmp_path):
+def test_resubmitted_job_resumes_after_its_time_limit_and_leaves_no_process(lab, tmp_path):
     first, second = hosts = lab.hosts[:2]
     srun = lab.shared / "tools/srun"
     srun.parent.mkdir()
@@ -75,7 +75,7 @@ def test_the_same_submit_goes_on_after_a_time_limit_and_no_process_stays(lab, tm
     assert job.wait(300) == 0, (tmp_path / "job.log").read_text()[-3000:]
     trials = RunFolder.open(run).trials()
     assert [trial.status for trial in trials] == ["done", "done"]
-    assert max(trial.resumed_from or 0 for trial in trials) >= 10, "it went on from a checkpoint"
+    assert max(trial.resumed_from or 0 for trial in trials) >= 10, "resumed from a checkpoint"
     assert RunFolder.open(run).run()["status"] == "done"
     assert [host.processes() for host in hosts] == [[], []]
-    assert not list(lab.shared.glob(".slurm-8*")), "the note that ends the nodes is taken away"
+    assert not list(lab.shared.glob(".slurm-8*")), "the file that stops the nodes is removed"

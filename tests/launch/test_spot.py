@@ -17,7 +17,7 @@ from cluster.remote import spot_watch
 
 
 class Service:
-    """A metadata service: path -> answers, one after the other, the last for ever; None is a 404, a number a code."""
+    """A metadata service: path -> answers in turn, the last one repeats; None is a 404, a number an HTTP status."""
 
     def __init__(self, needs: dict[str, str], answers: dict[str, list], *, token: str | None = None) -> None:
         self.asked: list[str] = []
@@ -91,7 +91,7 @@ SERVICES = {
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    """A `ray` that is recorded, and Ray nodes that are gone a moment after they were drained."""
+    """A recorded `ray`, and Ray nodes that disappear shortly after they are drained."""
     tools = Recorder(tmp_path / "tools", ("ray",))
     monkeypatch.setenv("PATH", tools.path)
     monkeypatch.delenv("RAY_AUTH_MODE")

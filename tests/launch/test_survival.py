@@ -1,4 +1,4 @@
-"""Sweeps on three hosts, from `render` to `down`: hosts are killed, cut off, taken back; laptop and head leave."""
+"""Sweeps on three hosts, from `render` to `down`: hosts are killed, cut off, preempted; laptop and head disappear."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def cluster(lab) -> Iterator[Cluster]:
-    """Three nodes that are up; taken down at the end, and then nothing of Ray is left on any host."""
+    """A cluster of three nodes; taken down at the end, which must leave no Ray process on any host."""
     cluster = Cluster(lab)
     cluster.say(f"up: {cluster.up():.1f} s to 3 nodes")
     yield cluster
     assert "no Ray process is left" in cluster.verb("down", FILE, "--yes")
     assert ray_processes(lab.hosts) == {}
-    cluster.say("nothing of Ray is left on any host")
+    cluster.say("no Ray process is left on any host")
 
 
-def test_nobody_talks_to_it_without_the_token(cluster):
+def test_cluster_refuses_clients_without_the_token(cluster):
     head, worker, laptop = cluster.head, cluster.workers[0], cluster.lab.laptop
     token = Path(f"{laptop.root}{HOME}", ".ray/auth_token")
     assert token.stat().st_mode & 0o077 == 0
@@ -41,29 +41,29 @@ def test_nobody_talks_to_it_without_the_token(cluster):
     finally:
         hidden.rename(token)
     join = ("macdrop", "sweep", "demo", "output_dir=refused", f"ray.address={head.address}:6379")
-    told = worker.run(*join, timeout=240, RAY_AUTH_MODE="disabled")
-    cluster.say("without the token:", told.stdout[-600:])
-    assert told.returncode == 3 and "needs RAY_AUTH_MODE=token here" in told.stdout, told.stdout
-    assert "Traceback" not in told.stdout
+    done = worker.run(*join, timeout=240, RAY_AUTH_MODE="disabled")
+    cluster.say("without the token:", done.stdout[-600:])
+    assert done.returncode == 3 and "needs RAY_AUTH_MODE=token here" in done.stdout, done.stdout
+    assert "Traceback" not in done.stdout
 
 
-def test_a_sweep_survives_its_hosts_and_the_laptop(cluster, tmp_path):
+def test_sweep_survives_the_loss_of_hosts_and_laptop(cluster, tmp_path):
     lab, run = cluster.lab, Run(cluster, "survivor")
     log = tmp_path / "submit.log"
     submit = cluster.submit(run.name, log=log)
     until(run.training, 240, "the first trial", 0.5)
     lab.cut("laptop")
-    cluster.say("the laptop leaves in the middle of submit")
+    cluster.say("the laptop is cut off during submit")
     losses = [run.hit(lambda host: lab.kill(host.name), "kill")]
     lab.boot(losses[0].host.name)
-    lab.mend("laptop")
+    lab.reconnect("laptop")
     cluster.say("the laptop and the killed host are back")
     cluster.wait_for_nodes()
     losses.append(run.hit(lambda host: lab.cut(host.name), "cut"))
-    assert max(loss.again for loss in losses) <= SAVED_EVERY, losses
+    assert max(loss.repeated for loss in losses) <= SAVED_EVERY, losses
     until(run.ended, 400, "the sweep to end", 0.5)
-    lab.mend(losses[1].host.name)
-    assert submit.wait(60) == 0, "submit found back to its job, and told of its end"
+    lab.reconnect(losses[1].host.name)
+    assert submit.wait(60) == 0, "submit reconnected to its job and reported its end"
     cluster.say(f"submit ended: {log.read_text().splitlines()[-1]}")
     cluster.verb("status", FILE)
     check_whole(run, cluster.verb("logs", FILE, run.name), trials=7)
@@ -73,13 +73,13 @@ def test_a_sweep_survives_its_hosts_and_the_laptop(cluster, tmp_path):
     assert (home / "report.html").exists() and list(home.glob("trials/*/adapter/adapter_model.safetensors"))
 
 
-def test_a_notice_saves_at_once_and_a_new_head_goes_on_where_the_lost_one_was(cluster, tmp_path):
+def test_notice_saves_at_once_and_a_new_head_resumes_the_run(cluster, tmp_path):
     lab, run = cluster.lab, Run(cluster, "headless")
     few = ("sweep.num_samples=1", "sweep.seeds=1")
     cluster.wait_for_nodes()
     cluster.listen_for_notices()
     cluster.submit(run.name, *few, log=tmp_path / "first.log")
-    assert run.hit(cluster.notice, "spot notice for").again <= 1, "a notice leads to a checkpoint at once"
+    assert run.hit(cluster.notice, "post a notice to").repeated <= 1, "a notice triggers a checkpoint"
     until(lambda: run.done() and run.training(), 300, "a trial to be done and another to be in training", 0.5)
     done = run.done()
     cluster.say(f"kill the head; done: {', '.join(done)}")
@@ -89,14 +89,14 @@ def test_a_notice_saves_at_once_and_a_new_head_goes_on_where_the_lost_one_was(cl
     cluster.verb("up", FILE)
     again = cluster.submit(run.name, *few, log=tmp_path / "again.log")
     assert again.wait(400) == 0, (tmp_path / "again.log").read_text()
-    assert {trial: run.adapter(trial) for trial in done} == before, "what was done is not done again"
+    assert {trial: run.adapter(trial) for trial in done} == before, "finished trials are not repeated"
     log = (tmp_path / "again.log").read_text()
     assert not any(f"{trial} is training" in log for trial in done)
     check_whole(run, "", trials=4)
 
 
 def check_whole(run: Run, log: str, *, trials: int) -> None:
-    """Every planned trial is done, once; every step and every score is there, once; the report is there."""
+    """Assert that every trial is done, every step and score is there exactly once, and the report is written."""
     assert RunFolder.open(run.folder).run()["status"] == "done"
     states = {name: facts["status"] for name, facts in run.trials().items()}
     assert len(states) == trials and set(states.values()) == {"done"}, states
