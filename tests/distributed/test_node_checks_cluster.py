@@ -154,7 +154,7 @@ def test_the_sweep_goes_on_where_there_is_room(seen):
 
 
 def test_a_spot_notice_costs_no_step(seen):
-    """The lane saves what it has when it is told, also between two checkpoints."""
+    """On the notice the lane saves its state, also between two checkpoints."""
     assert seen.trial["resumed_from"] >= seen.drained_at > seen.lost_at
 
 

@@ -1,5 +1,5 @@
-"""Nodes that leave: one whose lane is told in time saves at once and goes on elsewhere, and the last one that is left
-does both, training and scoring, in turn."""
+"""Nodes that leave: a lane with a timely notice saves at once and continues elsewhere, and the last node that is left
+trains and scores in turn."""
 
 from __future__ import annotations
 

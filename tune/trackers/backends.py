@@ -30,7 +30,7 @@ from macdrop.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker needs to know about a trial to open its run. `config` has dotted keys and never holds a secret."""
+    """Facts about a trial with which a tracker opens its run. `config` has dotted keys and never holds a secret."""
 
     name: str
     group: str

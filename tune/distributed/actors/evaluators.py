@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opening:
-    """What an actor needs to make a model resident; `weights` is the file of its massive weights.
+    """All that an actor needs to make a model resident; `weights` is the file of its massive weights.
 
     `blocks` are the benchmarks of each split (`tune.config.eval_spec.SPLITS`), all of them resident side by side.
     With `scan` the actor finds the massive weights and proves them with k rows; otherwise it reads the file if it
@@ -73,7 +73,7 @@ class Evaluator(PoolActor):
         self.step_timeout_s = opening.step_timeout_s
         spec = opening.spec
         model, tokenizer = open_base(spec)
-        model = model.to(device())
+        model = model.to(device())  # type: ignore[arg-type]  # the wrapper in transformers loses `self`
         weights = None
         if opening.scan:
             weights = massive_weights(spec, model, tokenizer)

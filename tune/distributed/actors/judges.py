@@ -24,7 +24,7 @@ from tune.training.watchdog import STACKS, passes_watched, why_it_died
 
 @dataclass(frozen=True)
 class JudgeOpening:
-    """What an actor needs to make a judge resident.
+    """All that an actor needs to make a judge resident.
 
     An actor that begins no forward pass for `step_timeout_s` seconds within a batch exits.
     """
@@ -44,6 +44,7 @@ class JudgeActor(PoolActor):
 
     def judge(self, batch: _Batch) -> list[Judgement]:
         """Judge the questions of a batch."""
+        assert self.local.model is not None, "only a closed judge has no model"
         with passes_watched(self.local.model, batch.stacks, self.step_timeout_s):
             return list(self.local.judge(batch.asked))
 

@@ -52,7 +52,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Needs:
-    """What every node needs.
+    """The requirements of a run on every node.
 
     `token` is a file in the run folder, or in its nearest existing parent, and `word` its content; `paths` are local
     models and data as the run file has them; `weights` is the size in bytes of the largest model's weights on one GPU.

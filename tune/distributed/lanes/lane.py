@@ -50,7 +50,7 @@ STACKS_S = 2.0
 
 
 class Idle(Enum):
-    """What rank 0 tells the other ranks when it has no task."""
+    """The message of rank 0 to the other ranks when it has no task."""
 
     NOTHING_YET = auto()
     CLOSED = auto()

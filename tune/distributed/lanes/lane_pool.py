@@ -95,7 +95,7 @@ class LanePool:
 
     @property
     def starving(self) -> bool:
-        """Whether there has been no lane for long, though there should be one."""
+        """True if there has been no lane for long, though there should be one."""
         return self._waited_s > min(STARVING_S, self._spec.patience_s / 2)
 
     @property

@@ -89,7 +89,7 @@ class SweepController:
                 self._score(f"{study.name}:{BASE}", tag, None, jobs)
         return weights
 
-    def resume_finished(self, study: Study) -> dict[str, str]:
+    def resume_finished(self, study: Study) -> dict[str, TaskState]:
         """Enter the trials that an earlier run of this folder has finished into the queue.
 
         Trials that are trained but not fully scored will get their missing scores.
@@ -176,7 +176,7 @@ class SweepController:
 
     @property
     def broken(self) -> bool:
-        """Whether the loop has ended with an error."""
+        """True once the loop has ended with an error."""
         return self._error is not None
 
     @property

@@ -42,7 +42,7 @@ Exit = Callable[[type[BaseException] | None, BaseException | None, TracebackType
 
 
 class SweepRuntime:
-    """What a run holds while it is going: its folder, Ray, actors and threads, as named members.
+    """The resources of a run while it lasts: its folder, Ray, actors and threads, as named members.
 
     Opened and closed by a `with` block, which closes what has been opened also if opening fails half-way.
     """

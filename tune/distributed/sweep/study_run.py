@@ -52,7 +52,7 @@ class StudyRun:
     controller: SweepController
     dispatcher: ActorHandle
     #: Trials of an earlier run of the same folder that will not be retrained -> the states of their tasks.
-    standing: dict[str, str] = field(default_factory=dict)
+    standing: dict[str, TaskState] = field(default_factory=dict)
 
     def run(self, time_budget_s: float | None) -> float:
         """Run what is not done yet of the study; return the seconds spent searching.
@@ -104,7 +104,7 @@ class StudyRun:
             width=self.spec.ray.num_workers,
         )
 
-    def _place(self, context: TrialContext, specs: list[TrainSpec] | tuple[TrainSpec, ...], stage: str) -> None:
+    def _place(self, context: TrialContext, specs: list[TrainSpec] | tuple[TrainSpec, ...], stage: Stage) -> None:
         for spec in specs:
             call(self.dispatcher, "place", context.task(spec, stage), BASELINE)
 

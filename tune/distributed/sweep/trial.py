@@ -29,7 +29,7 @@ RESTARTS = 5
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What the trials of one study need to queue their tasks."""
+    """All that the trials of one study need to queue their tasks."""
 
     dispatcher: ActorHandle
     study: Study
@@ -38,7 +38,7 @@ class TrialContext:
     weights: str | None
     width: int
 
-    def task(self, spec: TrainSpec, stage: str, drawn: dict[str, Any] | None = None) -> TrainTask:
+    def task(self, spec: TrainSpec, stage: Stage, drawn: dict[str, Any] | None = None) -> TrainTask:
         """Return the task of a canonical fine-tuning in a stage of its study, with its folder in the run folder."""
         name = spec.trial_id()
         return TrainTask(
