@@ -119,11 +119,11 @@ def test_remote_code_is_never_run_unasked(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (transformers.BertConfig(), "no causal language model.*'bert'"),
-        (transformers.ViTConfig(), "no causal language model"),
+        (transformers.BertConfig(), "not a causal language model.*'bert'"),
+        (transformers.ViTConfig(), "not a causal language model"),
         (transformers.T5Config(), "encoder-decoder"),
         (transformers.BartConfig(), "encoder-decoder"),
-        (transformers.LlavaConfig(), "no text-only model: its config has vision_config"),
+        (transformers.LlavaConfig(), "not a text-only model: its config has vision_config"),
         (transformers.Gemma3Config(), "vision_config"),
         (transformers.Llama4Config(), "vision_config"),
         (transformers.WhisperConfig(), "encoder-decoder"),
