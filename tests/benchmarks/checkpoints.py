@@ -1,4 +1,4 @@
-"""What checkpoints cost: the size of one against the adapter's own bytes, and its time beside a training step's.
+"""The cost of checkpoints: their size relative to the adapter, and their time relative to a training step.
 
     python tests/benchmarks/checkpoints.py [--ranks 8 64] [--rounds 30]
 

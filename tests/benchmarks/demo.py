@@ -78,7 +78,7 @@ def facts(config: dict[str, Any], trials: list[TrialRecord], scores: int) -> dic
 
 
 def enough(found: dict[str, Any]) -> bool:
-    """Whether the run was as large as the target asks, and every trial of it ended well."""
+    """Check that the run was as large as the target requires and every trial succeeded."""
     size = found["models"] >= 2 and found["trials"] >= 10 and found["workers"] >= 2 and found["zero_stage"] == 2
     return size and found["trials by state"] == f"{found['trials']} done"
 

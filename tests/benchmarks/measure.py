@@ -15,7 +15,7 @@ WALL, CPU = 0, 1
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do the thing: `run` is timed, entering and leaving `around` is not."""
+    """A variant to time: `run` is timed, entering and leaving `around` is not."""
 
     run: Callable[[], object]
     around: Callable[[], AbstractContextManager] = nullcontext
@@ -55,13 +55,13 @@ class Timings:
         return Quartiles.of([mine[clock] / theirs[clock] for mine, theirs in pairs])
 
     def best(self, name: str, reference: str, clock: int = WALL) -> float:
-        """The fastest round of `name` over the fastest of `reference`: what is left when nobody disturbs."""
+        """The fastest round of `name` over the fastest of `reference`: the least disturbed comparison."""
         fastest = [min(pair[clock] for pair in self.seconds[key]) for key in (name, reference)]
         return fastest[0] / fastest[1]
 
 
 def interleave(variants: Mapping[str, Variant], rounds: int, *, warm_up: int = 1, seed: int = 0) -> Timings:
-    """Run every variant once a round, in another random order each round, so that drift of the machine hits all."""
+    """Run every variant once per round, in a new random order, so that drift of the machine affects all alike."""
     timings = Timings({name: [] for name in variants})
     shuffle = random.Random(seed)
     for number in range(-warm_up, rounds):
@@ -82,14 +82,14 @@ def machine() -> str:
 
 
 def verdict(what: str, measured: float, target: float, *, at_least: bool = False, unit: str = "") -> str:
-    """The line that says whether a target is met."""
+    """A line that reports whether a target is met."""
     met = measured >= target if at_least else measured <= target
     sign = ">=" if at_least else "<="
     return f"target {what} {sign} {target:g}{unit}: {'met' if met else 'not met'} ({measured:.3f}{unit})"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as they need, the first flush left."""
+    """A text table with fitted columns, the first one flush left."""
     cells = [list(headings), *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

@@ -354,8 +354,8 @@ def main() -> None:
         for adapter, attack in made:
             scores = theirs[adapter, attack][1]
             mine = ours.scores[adapter, attack]
-            told = " ".join(f"{'/'.join(key)} {mine[key]:.4f}|{value:.4f}" for key, value in scores.items())
-            print(f"{Path(adapter).name} {attack}, actors|lm_eval: {told}")
+            pairs = " ".join(f"{'/'.join(key)} {mine[key]:.4f}|{value:.4f}" for key, value in scores.items())
+            print(f"{Path(adapter).name} {attack}, actors|lm_eval: {pairs}")
         agreed = agreement(ours.scores, {run: scores for run, (_, scores) in theirs.items()})
         each = [seconds for seconds, _ in theirs.values()]
         print(f"\n{report(each, len(runs), setting.actors, ray_start, ours, agreed)}\n\n{machine()}")

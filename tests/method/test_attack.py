@@ -50,7 +50,7 @@ def edited_by_hand(model, weights: MassiveWeights, rows: list[int]):
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "opt", "qwen2_moe", "gpt_oss", "llama4"])
 @pytest.mark.parametrize("kind", ["zeroing", "retaining", "random"])
-def test_an_attack_equals_rows_edited_by_hand_and_is_undone_bit_for_bit(name, kind):
+def test_attack_equals_rows_edited_by_hand_and_is_undone_bit_for_bit(name, kind):
     model = build_family(name)
     weights = scan(model)
     before, untouched = bits(model), logits(model)
@@ -199,7 +199,7 @@ def test_a_kind_registered_from_outside_parses_and_zeroes_its_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["none", "zeroing", "two words", "Upper", "at@3", ""])
-def test_a_kind_that_could_not_be_written_or_is_taken_is_not_registered(name):
+def test_invalid_or_taken_kind_names_are_refused(name):
     before = dict(ATTACKS)
     with pytest.raises(ValueError, match="cannot name an attack"):
         attack(name)

@@ -119,7 +119,7 @@ def test_the_dropped_fraction_is_p(tmp_path):
     assert abs(fraction - 0.6) < 5 * (0.6 * 0.4 / drawn) ** 0.5
 
 
-def test_the_masks_change_what_is_learnt_and_a_disabled_config_changes_nothing(tmp_path):
+def test_masks_change_the_result_and_a_disabled_config_does_not(tmp_path):
     adapters = {}
     for name, config in {"none": None, "off": MacDropConfig(k=0), "on": MacDropConfig()}.items():
         trainer = trainer_of(config and MacDropCallback(tiny.massive_weights(), config), tmp_path)
@@ -129,7 +129,7 @@ def test_the_masks_change_what_is_learnt_and_a_disabled_config_changes_nothing(t
     assert any(not torch.equal(adapters["none"][name], adapters["on"][name]) for name in adapters["none"])
 
 
-def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(tmp_path):
+def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
     config = MacDropConfig(k=K, seed=5)
     settings = {"save_strategy": "steps", "save_steps": 2}
     whole = trainer_of(MacDropCallback(tiny.massive_weights(), config), tmp_path, **settings)
@@ -141,7 +141,7 @@ def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_it_scans_by_itself_and_reads_a_saved_scan(tmp_path):
+def test_callback_scans_or_reads_a_saved_scan(tmp_path):
     from macdrop.scan import find_massive_weights
 
     scanned = find_massive_weights(tiny.build(), tiny.tokenizer(), source="tiny", fingerprint="")
@@ -170,7 +170,7 @@ def test_stopping_between_two_micro_batches_leaves_no_mask(tmp_path):
     assert not callback.drop.active
 
 
-def test_a_second_training_after_a_crash_attaches_anew(tmp_path):
+def test_second_training_after_a_crash_attaches_again(tmp_path):
     callback = MacDropCallback(tiny.massive_weights(), MacDropConfig())
     trainer = trainer_of(callback, tmp_path)
     loss, trainer.compute_loss = trainer.compute_loss, lambda *args, **kwargs: 1 / 0

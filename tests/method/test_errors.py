@@ -20,7 +20,7 @@ KINDS = sorted(
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickled_error_comes_back_whole(kind, protocol):
+def test_errors_survive_pickling_completely(kind, protocol):
     error = kind("k is 9.\nAllowed: 0 to 8.")
     error.__notes__ = ["trial 3"]
     back = pickle.loads(pickle.dumps(error, protocol))
@@ -30,13 +30,13 @@ def test_a_pickled_error_comes_back_whole(kind, protocol):
     assert back.__notes__ == error.__notes__
 
 
-def test_every_error_that_a_user_can_mend_is_a_value_error():
+def test_every_error_that_a_user_can_fix_is_a_value_error():
     assert {kind.__name__ for kind in KINDS if issubclass(kind, ValueError)} == {
         "ConfigError", "UnsupportedModel", "NoMassiveWeights", "DataError", "CheckpointError",
     }  # fmt: skip
 
 
-def test_nearest_names_only_what_is_near():
+def test_nearest_suggests_only_similar_names():
     assert errors.nearest("stpe", ["step", "exp"]) == " Did you mean 'step'?"
     assert errors.nearest("zzz", ["step", "exp"]) == ""
     assert errors.nearest(None, ["step", "exp"]) == ""

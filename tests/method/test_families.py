@@ -53,7 +53,7 @@ def check_silenced(before: torch.Tensor, after: torch.Tensor, entries: list[int]
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_found_rows_make_exactly_their_entries_of_a_dense_ffn(name):
+def test_found_rows_produce_exactly_their_entries_of_a_dense_ffn(name):
     model = build_family(name)
     ffns = find_ffns(model)
     assert [ffn.layer for ffn in ffns] == list(range(LAYERS))
@@ -72,7 +72,7 @@ def test_found_rows_make_exactly_their_entries_of_a_dense_ffn(name):
 
 @pytest.mark.parametrize("name", ROUTED)
 @pytest.mark.parametrize("size", [zoo_of_families.EXPERT_FFN, HIDDEN], ids=["half", "square"])
-def test_found_rows_make_exactly_their_entries_of_one_expert(name, size):
+def test_found_rows_produce_exactly_their_entries_of_one_expert(name, size):
     """With the identity as down projection, the experts' output shows the intermediate state itself."""
     key = "moe_intermediate_size" if "qwen" in name else "intermediate_size"
     model = build_family(name, **{key: size})
@@ -142,7 +142,7 @@ def test_dense_layers_and_shared_experts_of_a_mixture(name):
         )
 
 
-def test_shared_expert_rows_make_exactly_their_entries():
+def test_shared_expert_rows_produce_exactly_their_entries():
     model = build_family("qwen2_moe")
     shared = find_ffn(model, FAMILIES["qwen2_moe"].shared)
     before = intermediate(model, shared)
@@ -202,7 +202,7 @@ class Named(nn.Module):
     [("plain", "plain", 1), ("halves", "fused", 1), ("alternating", "fused", 2), ("gated", "gated", 1)],
 )
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "lora"])
-def test_unknown_names_are_understood_by_what_the_module_does(kind, found, stride, wrapped):
+def test_ffns_with_unknown_names_are_recognised_by_their_behaviour(kind, found, stride, wrapped):
     model = build_family("mistral")
     for layer in model.model.layers:
         layer.mlp = Named(kind)
@@ -256,7 +256,7 @@ def test_an_unknown_structure_is_refused_with_what_was_found(odd):
     assert "gate_proj/up_proj/down_proj" in message and "fc1/fc2" in message
 
 
-def test_names_whose_shapes_disagree_are_not_taken_for_an_ffn():
+def test_known_names_with_mismatched_shapes_are_not_an_ffn():
     model = build_family("mistral")
     for layer in model.model.layers:
         layer.mlp.up_proj = nn.Linear(HIDDEN, 7)

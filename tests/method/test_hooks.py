@@ -41,7 +41,7 @@ def test_equals_the_listing_for_few_and_for_all_entries(p):
 
 
 def test_recomputation_runs_the_hook_again():
-    """The checkpointed cases above are not stored passes in disguise."""
+    """Guards the checkpointed cases above: their activations are really recomputed."""
     calls = {}
     for checkpointing in (None, True, False):
         model = adapted(checkpointing=checkpointing)
@@ -57,7 +57,7 @@ SETTINGS = [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.3}]
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["lora", "dora", "dora_dropout"])
 @pytest.mark.parametrize("how", ["p=0", "outside", "disabled", "detached"])
-def test_without_a_mask_every_bit_is_the_plain_one(settings, how):
+def test_unmasked_training_is_bit_identical_to_plain(settings, how):
     expected = accumulate(adapted(**settings), None)
     model = adapted(**settings)
     drop = dropping(model, k=0 if how == "disabled" else K)
@@ -147,7 +147,7 @@ def test_the_global_generators_are_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_two_runs_are_the_same_to_the_bit():
+def test_runs_are_bit_reproducible():
     runs = []
     for _ in range(2):
         model = adapted(use_dora=True)
@@ -159,7 +159,7 @@ def test_two_runs_are_the_same_to_the_bit():
 @pytest.mark.parametrize("settings", SETTINGS, ids=["lora", "dora", "dora_dropout"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_bf16_base_with_fp32_adapter_follows_the_listing(family, settings):
-    """PEFT keeps adapters in fp32 beside a bf16 base, so the mask meets both precisions in one layer."""
+    """PEFT keeps adapters in fp32 on a bf16 base, so the mask meets both precisions in one layer."""
     slow, model = (adapted(family, dtype=torch.bfloat16, **settings) for _ in range(2))
     losses, expected = accumulate(slow, by_reference(slow, family))
     found_losses, found = accumulate(model, by_macdrop(model, dropping(model, family)))
@@ -178,7 +178,7 @@ def test_autocast_follows_the_listing():
     assert worst(expected, found) < 0.1
 
 
-def test_in_bf16_a_dropped_row_vanishes_wholly():
+def test_dropped_row_vanishes_entirely_in_bf16():
     """A difference of two large outputs would leave a rounding error of their size."""
     model = tiny.build("llama", dtype=torch.bfloat16).train()
     with torch.no_grad():

@@ -25,7 +25,7 @@ def macdrop(model, family="llama", changes=None, **config) -> MacDrop:
 @pytest.mark.parametrize(
     ("family", "matrices"), [("llama", 2), ("phi3", 2), ("opt", 1), ("gpt2", 1), ("mixtral", 2), ("gpt_oss", 2)]
 )
-def test_attach_tells_how_many_rows_and_detach_leaves_nothing(family, matrices):
+def test_attach_returns_the_number_of_rows_and_detach_restores_the_model(family, matrices):
     settings = {"targets": ["q_proj", "k_proj"]} if family in tiny.EXPERTS else {"use_dora": True}
     model = tiny.lora(tiny.build(family), **settings)
     before = traces(model)
@@ -40,7 +40,7 @@ def test_attach_tells_how_many_rows_and_detach_leaves_nothing(family, matrices):
     drop.detach()  # harmless
 
 
-def test_detach_gives_dora_its_own_functions_back_for_every_adapter():
+def test_detach_restores_dora_functions_of_every_adapter():
     from peft import LoraConfig
 
     model = tiny.lora(tiny.build(), use_dora=True)
@@ -113,7 +113,7 @@ def test_calls_out_of_order_are_refused():
         ({"indices": (5, 48, *range(46))}, {}, NoMassiveWeights, "no 5 different rows"),
     ],
 )
-def test_a_scan_that_does_not_fit_is_refused_and_nothing_stays(changes, config, error, message):
+def test_mismatched_scan_is_refused_without_a_trace(changes, config, error, message):
     model = tiny.lora(tiny.build())
     before = traces(model)
     with pytest.raises(error, match=message):
@@ -122,7 +122,7 @@ def test_a_scan_that_does_not_fit_is_refused_and_nothing_stays(changes, config, 
 
 
 @pytest.mark.parametrize("expert", [None, 4])
-def test_an_expert_that_is_not_there_is_refused(expert):
+def test_unknown_expert_is_refused(expert):
     with pytest.raises(NoMassiveWeights, match="which has 4 experts"):
         macdrop(tiny.build("mixtral"), "mixtral", changes={"expert": expert}).attach()
 
@@ -155,7 +155,7 @@ def test_weights_that_cannot_be_dequantised_are_refused():
     assert traces(model) == traces(tiny.build())
 
 
-def test_an_adapter_added_after_attach_is_noticed():
+def test_adapter_added_after_attach_is_detected():
     from peft import LoraConfig
 
     model = tiny.lora(tiny.build(), use_dora=True)
@@ -167,7 +167,7 @@ def test_an_adapter_added_after_attach_is_noticed():
     assert not drop.active
 
 
-def test_a_kernel_that_goes_round_the_layers_is_noticed():
+def test_kernel_that_bypasses_the_layers_is_detected():
     model = tiny.build().train()
     mlp = model.model.layers[1].mlp
     drop = macdrop(model)
@@ -198,8 +198,8 @@ def test_an_error_in_the_step_comes_through_and_the_experts_are_restored():
     assert torch.equal(stored, before)
 
 
-def test_restored_experts_cannot_meet_a_late_backward_pass():
-    """The weights of the forward pass are gone after end(); autograd must say so rather than use others."""
+def test_late_backward_pass_through_restored_experts_is_an_error():
+    """The weights of the forward pass are gone after end(); autograd must raise rather than use others."""
     model = tiny.lora(tiny.build("mixtral"), targets=["q_proj", "v_proj"])
     drop = macdrop(model, "mixtral")
     drop.attach()

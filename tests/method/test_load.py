@@ -54,25 +54,25 @@ def test_an_unknown_dtype_is_refused(folder):
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./nowhere", "~/nowhere-at-all", "a/b/c", ""])
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
-def test_a_path_that_does_not_exist(load, name):
+def test_missing_path_is_refused(load, name):
     with refused("does not exist.*or a hub id"):
         load(name)
 
 
-def test_a_file_is_no_folder(folder):
+def test_file_in_place_of_a_folder_is_refused(folder):
     with refused("is a file"):
         load_model(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
-def test_a_hub_id_that_cannot_be_reached(load):
+def test_unreachable_hub_id_is_refused(load):
     with refused("'someone/some-model' .*offline.*hf download"):
         load("someone/some-model")
     with refused("at revision 'v2'"):
         load("someone/some-model", revision="v2")
 
 
-def test_folders_that_are_no_model(tmp_path, folder):
+def test_folders_without_a_model_are_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with refused("no config.json.*nothing"):
         load_model(tmp_path / "empty")
@@ -87,7 +87,7 @@ def test_folders_that_are_no_model(tmp_path, folder):
         load_model(folder)
 
 
-def test_weights_that_are_missing_pickled_or_damaged(folder):
+def test_missing_pickled_or_damaged_weights_are_refused(folder):
     file = folder / "model.safetensors"
     tensors = load(file.read_bytes())
     file.write_bytes(b"junk" * 10)
@@ -107,7 +107,7 @@ def test_weights_that_are_missing_pickled_or_damaged(folder):
         load_model(folder)
 
 
-def test_remote_code_is_never_run_unasked(folder, monkeypatch):
+def test_remote_code_needs_permission(folder, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
@@ -130,19 +130,19 @@ def test_remote_code_is_never_run_unasked(folder, monkeypatch):
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_models_that_are_no_text_decoders(tmp_path, config, message):
+def test_models_other_than_text_decoders_are_refused(tmp_path, config, message):
     config.save_pretrained(tmp_path)
     with refused(message, UnsupportedModel):
         load_model(tmp_path)
 
 
-def test_a_folder_without_tokenizer(tmp_path):
+def test_folder_without_a_tokenizer_is_refused(tmp_path):
     build_family("llama").save_pretrained(tmp_path)
     with refused("no tokenizer that can be loaded.*tokenizer.json"):
         load_tokenizer(tmp_path)
 
 
-def test_tokenizers_that_do_not_fit(folder):
+def test_mismatched_tokenizers_are_refused(folder):
     model = build_family("llama")
     tokenizer = tiny.tokenizer()
     require_fit(tokenizer, model)

@@ -49,7 +49,7 @@ def test_every_number_equals_the_slow_reference():
     assert (proof.blocks, proof.tokens, len(proof.random)) == (5, 40, 2)
 
 
-def test_it_repeats_and_leaves_the_model_as_it_was():
+def test_proof_is_repeatable_and_leaves_the_model_unchanged():
     model = build_family("gpt2").train()
     weights = scan(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

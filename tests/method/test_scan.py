@@ -50,7 +50,7 @@ def test_first_written_not_largest():
     assert layer_of(0.1, 300, 300, 300, 420, 420, 1) == 0  # largest long after it was written
 
 
-def test_what_no_layer_wrote_or_none_reads_does_not_count():
+def test_spikes_that_no_ffn_wrote_or_reads_do_not_count():
     # An embedding larger than what is written later, kept and then erased.
     assert layer_of(0.1, 0.1, 90, 90, 90, 1, other=(500, 500, 500, 500, 500, 1)) == 1
     # The last layer writes most: only the head reads it.
@@ -61,7 +61,7 @@ def test_what_no_layer_wrote_or_none_reads_does_not_count():
     assert layer_of(0.1, 0.2, 100, 100, -100) == 1
 
 
-def test_a_layer_without_an_ffn_is_never_the_one():
+def test_layer_without_an_ffn_is_never_chosen():
     assert layer_of(0.1, 300, 500, 500, 1, ffn={1, 3}) == 1
     assert layer_of(0.1, 300, ffn={0}) == 0  # one layer in all
 
@@ -85,7 +85,7 @@ def test_confidence_in_words_and_numbers():
     assert confidence.share == pytest.approx(0.625) and "a later layer writes 1.6 times as much" in confidence.text
 
 
-def test_a_median_of_zero_is_taken_over_what_relu_left():
+def test_median_of_zero_falls_back_to_active_entries():
     state = torch.zeros(32)
     state[:5] = torch.tensor([100.0, 1, 1, 1, 1])
     hidden = torch.ones(4, 8)
@@ -96,7 +96,7 @@ def test_a_median_of_zero_is_taken_over_what_relu_left():
 
 
 def ffn_input(model, ffn: FFN) -> torch.Tensor:
-    """What the FFN reads at bos: (d,)."""
+    """The input of the FFN at bos: (d,)."""
     seen = []
     owner = ffn.module if ffn.kind == "experts" else ffn.projections[0].module
     handle = owner.register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach()))
@@ -156,7 +156,7 @@ def test_planted_rows_are_found_in_order(name):
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "llama4"])
 @pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
-def test_the_ffn_that_wrote_the_spike_is_told_from_the_one_beside_it(name, shared):
+def test_routed_and_shared_ffn_of_a_spike_are_told_apart(name, shared):
     model = build_family(name, num_hidden_layers=4, mlp_only_layers=[]) if name == "qwen2_moe" else build_family(name)
     layer = 1 if name == "qwen2_moe" else 0
     parts = bos_states(model, 1).intermediates[layer]
@@ -170,7 +170,7 @@ def test_the_ffn_that_wrote_the_spike_is_told_from_the_one_beside_it(name, share
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
 def test_routed_states_equal_what_the_experts_module_computes(name):
-    """With the identity as down projection and one expert a token, the module's output is the state, times a weight."""
+    """With the identity as down projection and one expert per token, the output is the weighted state."""
     model = build_family(name, num_experts_per_tok=1, seed=4)
     ffn = find_ffns(model)[2]
     size, seen = ffn.intermediate_size, []
@@ -189,7 +189,7 @@ def test_routed_states_equal_what_the_experts_module_computes(name):
     assert part.ffn.projections[0].expert == part.expert
 
 
-def test_the_expert_with_the_largest_routing_weight_is_taken():
+def test_expert_with_the_largest_routing_weight_is_chosen():
     model = build_family("mixtral", num_experts_per_tok=3)
     seen = {}
     ffn = find_ffns(model)[1]
@@ -219,7 +219,7 @@ def test_on_a_gpu_in_bfloat16():
         assert (weights.layer, weights.top(3)) == (1, ROWS)
 
 
-def test_the_model_is_left_as_it_was():
+def test_scan_leaves_the_model_unchanged():
     model = with_lora("llama", build_family("llama")).train()
     model.base_model.model.model.layers[0].eval()  # modes may differ by module
     modes = [module.training for module in model.modules()]
@@ -243,8 +243,8 @@ def test_bare_and_wrapped_models_give_the_same_finding():
     assert find(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))) == bare  # B starts at zero
 
 
-def test_a_wrong_reading_of_the_layout_is_noticed(monkeypatch):
-    """The scan zeroes the rows it found and looks whether their entries fall silent."""
+def test_wrong_weight_layout_is_detected(monkeypatch):
+    """The scan zeroes the rows it found and checks that their entries vanish."""
     import macdrop.structure
 
     monkeypatch.setattr(macdrop.structure, "_interleaved", lambda *_: True)
@@ -263,7 +263,7 @@ def test_a_silent_ffn_has_no_massive_weights():
         find(model)
 
 
-def test_states_that_are_not_finite_are_refused():
+def test_non_finite_states_are_refused():
     model = build_family("llama")
     nn.init.constant_(model.model.layers[0].mlp.down_proj.weight, math.inf)
     with pytest.raises(NoMassiveWeights, match="not finite"):
@@ -283,7 +283,7 @@ def test_layers_that_run_twice_are_refused():
 
 
 class Words:
-    """The parts of a tokenizer that the rule looks at."""
+    """A tokenizer with only the attributes that the rule reads."""
 
     def __init__(self, bos=None, eos=None, words=()):
         self.bos_token_id, self.eos_token_id, self.words = bos, eos, words
@@ -318,7 +318,7 @@ def test_bos_outside_the_vocabulary_is_refused(given):
         choose_bos(None, config(), given)
 
 
-def test_no_bos_at_all_is_refused():
+def test_missing_bos_is_refused():
     with pytest.raises(ConfigError, match="bos_token_id=N"):
         choose_bos(Words(), config())
 

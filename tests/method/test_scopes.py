@@ -99,7 +99,7 @@ def test_dropping_everything_equals_the_reference(scope):
 
 
 @pytest.mark.parametrize("scope", PLACEBOS)
-def test_two_runs_are_the_same_to_the_bit_and_another_seed_is_not(scope):
+def test_runs_are_bit_reproducible_and_depend_on_the_seed(scope):
     runs = []
     for seed in (0, 0, 1):
         model = adapted(use_dora=True)
@@ -110,7 +110,7 @@ def test_two_runs_are_the_same_to_the_bit_and_another_seed_is_not(scope):
 
 @pytest.mark.parametrize("scope", PLACEBOS)
 @pytest.mark.parametrize("how", ["p=0", "eval", "detached"])
-def test_without_a_mask_every_bit_is_the_plain_one(scope, how):
+def test_unmasked_training_is_bit_identical_to_plain(scope, how):
     plain, model = adapted(use_dora=True), adapted(use_dora=True)
     before = traces(model)
     drop = dropping(model, "llama", scope)
@@ -167,7 +167,7 @@ def test_batches_of_other_shapes_may_share_a_micro_step():
     assert first.item() == again.item() != other.item()
 
 
-def test_random_rows_are_none_of_the_top_ones():
+def test_random_rows_exclude_the_top_rows():
     weights = tiny.massive_weights()
     for k in (1, 5, 19):
         spared = weights.indices[: max(k, 10)]
@@ -179,7 +179,7 @@ def test_random_rows_are_none_of_the_top_ones():
     assert drop._rows == drawn(seed=7)
 
 
-def test_attach_tells_what_it_hooked():
+def test_attach_returns_the_number_of_hooked_rows():
     def hooked(family, scope):
         model = tiny.build(family)
         weights = tiny.massive_weights(family)
@@ -190,7 +190,7 @@ def test_attach_tells_what_it_hooked():
     assert [hooked("mixtral", scope) for scope in ("random", "all")] == [2 * K, 2 * tiny.FFN]
 
 
-def test_a_down_projection_that_never_runs_is_noticed():
+def test_down_projection_that_never_runs_is_detected():
     model = tiny.build().train()
     mlp = model.model.layers[1].mlp
     drop = dropping(model, "llama", "activations")
@@ -208,7 +208,7 @@ def test_activations_of_fused_experts_are_refused(family):
     assert traces(model) == before
 
 
-def test_random_rows_beside_the_top_ones_must_exist():
+def test_too_few_rows_for_random_ones_are_refused():
     with pytest.raises(ConfigError, match="(?s)25 random rows beside the top 25.*48 rows.*at most 24"):
         dropping(tiny.build(), "llama", "random", k=25)
     weights = tiny.massive_weights(indices=tuple(range(14)), intermediate_size=14)

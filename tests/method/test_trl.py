@@ -90,7 +90,7 @@ def test_p0_of_zero_is_training_without_the_callback(tmp_path, data, plain):
     assert logged(trainer, "eval_loss") == logged(plain, "eval_loss")
 
 
-def test_its_loss_goes_through_the_masked_layer_and_its_evaluation_does_not(tmp_path, data):
+def test_loss_goes_through_the_masked_layer_and_evaluation_does_not(tmp_path, data):
     """p = 1 throughout is the zeroing attack: TRL's own loss (computed in chunks) must be the attacked one."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -121,8 +121,8 @@ def test_its_loss_goes_through_the_masked_layer_and_its_evaluation_does_not(tmp_
     assert logged(trainer, "eval_loss")[0] == pytest.approx(mean(evaluated[0]), rel=1e-3)
 
 
-def test_a_kernel_that_goes_round_the_layer_is_an_error_not_a_plain_run(tmp_path, data):
-    """Fused LoRA kernels call no linear layer: then no hook runs, and MacDrop would be switched off in silence."""
+def test_kernel_that_bypasses_the_layer_is_an_error_not_a_plain_run(tmp_path, data):
+    """Fused LoRA kernels call no linear layer, so no hook runs and MacDrop would be disabled silently."""
 
     class Fused(MacDropCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):

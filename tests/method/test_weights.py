@@ -34,7 +34,7 @@ def test_json_and_pickle_give_back_the_same(weights, tmp_path):
     assert json.loads(path.read_text())["expert"] == weights.expert
 
 
-def test_saving_is_whole_or_not_at_all(weights, tmp_path, monkeypatch):
+def test_saving_is_atomic(weights, tmp_path, monkeypatch):
     path = weights.save(tmp_path / "massive.json")
     good = path.read_bytes()
     broken = dataclasses.replace(weights, model=object())
@@ -88,14 +88,14 @@ def test_damaged_contents_and_missing_files_are_refused(weights, tmp_path):
         MassiveWeights.load(tmp_path / "none.json")
 
 
-def test_fingerprint_is_of_the_contents_not_of_the_place(folder, tmp_path):
+def test_fingerprint_depends_on_contents_not_location(folder, tmp_path):
     first = checkpoint_fingerprint(folder)
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "README.md").write_text("other files do not count")
     assert checkpoint_fingerprint(copy) == checkpoint_fingerprint(str(folder)) == first and len(first) == 64
 
 
-def test_fingerprint_sees_weights_config_and_names(folder):
+def test_fingerprint_covers_weights_config_and_names(folder):
     seen = {checkpoint_fingerprint(folder)}
     file = folder / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -123,7 +123,7 @@ def test_fingerprint_of_shards(tmp_path):
         checkpoint_fingerprint(tmp_path)
 
 
-def test_fingerprint_of_a_cached_hub_id_is_that_of_its_files(folder, tmp_path, monkeypatch):
+def test_fingerprint_of_a_cached_hub_id_equals_that_of_its_files(folder, tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / ("c" * 40)
@@ -138,7 +138,7 @@ def test_fingerprint_of_a_cached_hub_id_is_that_of_its_files(folder, tmp_path, m
         checkpoint_fingerprint("org/tiny", "v2")
 
 
-def test_fingerprint_refuses_what_is_no_model(tmp_path):
+def test_fingerprint_refuses_folders_without_a_model(tmp_path):
     with pytest.raises(ConfigError, match="neither a folder here nor in the Hugging Face cache"):
         checkpoint_fingerprint("no/such-model")
     with pytest.raises(ConfigError, match="neither a folder here nor in the Hugging Face cache"):

@@ -33,7 +33,7 @@ def study(**changes):
     return only
 
 
-def test_the_hours_are_rounds_of_trials_and_what_scoring_adds():
+def test_hours_are_rounds_of_trials_plus_scoring():
     """By hand: 4 searched and 4 final trials (2 arms, 2 seeds), each 10 steps and validations at 0, 5 and 10."""
     made = forecast_study(study(), 10, FOUND, RaySpec())
     one = 10 * 2.0 + 3 * 5.0 + TRIAL_S
@@ -50,7 +50,7 @@ def test_the_hours_are_rounds_of_trials_and_what_scoring_adds():
     assert none.disk == made.disk - checkpoints
 
 
-def test_more_lanes_and_evaluators_shorten_the_wall_clock_alone():
+def test_more_lanes_and_evaluators_shorten_only_the_wall_clock():
     slow = replace(FOUND, tests=600.0)  # scoring is the bottleneck
     one, more = (forecast_study(study(), 10, slow, RaySpec(lanes=n, evaluators=n)) for n in (1, 2))
     assert (one.training_h, one.scoring_h) == (more.training_h, more.scoring_h)
@@ -69,7 +69,7 @@ def test_cost_is_device_hours_by_the_first_matching_price(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["devices: 3", "devices: [{match: A}]", "- 1", "devices: [{match: A, per_hour: -1}]"])
-def test_a_price_file_that_is_none_is_refused_with_an_example(tmp_path, text):
+def test_invalid_price_file_is_refused_with_an_example(tmp_path, text):
     (tmp_path / "prices.yaml").write_text(text)
     with pytest.raises(ConfigError, match="prices.yaml"):
         read_prices(tmp_path / "prices.yaml")
@@ -84,7 +84,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
         timing.probe(RunSpec.model_validate(RUN), study())
 
 
-def test_a_large_run_is_asked_for_and_refused_where_nobody_can_be_asked(monkeypatch):
+def test_large_run_needs_confirmation_and_is_refused_without_a_terminal(monkeypatch):
     whole = total([Forecast("m", 1, 1, 1, 1, 50.0, 40.0, 90.0, 1, 1)], 1.0, "cpu", 0.2)
     with pytest.raises(ConfigError, match="Add --yes"):
         plan._agreed(whole)

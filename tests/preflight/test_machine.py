@@ -13,7 +13,7 @@ def found() -> dict[str, Check]:
     return {check.name: check for check in doctor.checks(ray=False)}
 
 
-def test_the_machine_that_runs_the_tests_is_fit(found):
+def test_machine_that_runs_the_tests_passes(found):
     broken = [check for check in found.values() if not check.ok and check.needed and check.name != "memory"]
     assert not broken, doctor.lines(broken)
     for name in (*doctor.MAIN_PACKAGES, "python", "gloo", "deepspeed import", "built-in models", "output folder"):
@@ -22,7 +22,7 @@ def test_the_machine_that_runs_the_tests_is_fit(found):
     assert all(bool(check.fix) != check.ok for check in found.values())
 
 
-def test_versions_are_held_against_the_metadata(monkeypatch):
+def test_versions_are_checked_against_the_metadata(monkeypatch):
     real = doctor.metadata.version
 
     def version(name):
@@ -38,7 +38,7 @@ def test_versions_are_held_against_the_metadata(monkeypatch):
     assert not next(doctor.package_checks("no-such-distribution")).ok
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_unwritable_folder_is_found(tmp_path):
     (tmp_path / "file").write_text("")
     assert doctor.writable("x", tmp_path / "a" / "b", "fix it").ok
     check = doctor.writable("x", tmp_path / "file" / "run", "fix it")
@@ -51,14 +51,14 @@ def test_a_full_disk_is_found(tmp_path, monkeypatch):
     assert "Free" in doctor.writable("x", tmp_path, "fix it").fix
 
 
-def test_a_probe_that_fails_or_hangs_says_so(monkeypatch):
+def test_failing_or_hanging_probe_is_reported(monkeypatch):
     assert doctor._probe("raise RuntimeError('gloo is broken')") == ({}, "RuntimeError: gloo is broken")
     assert doctor._probe("import os; os._exit(3)") == ({}, "exit code 3")
     monkeypatch.setattr(doctor, "PROBE_TIMEOUT_S", 0.2)
     assert "no answer" in doctor._probe("import time; time.sleep(20)")[1]
 
 
-def test_broken_probes_become_checks_with_a_fix(monkeypatch):
+def test_broken_probes_become_checks_with_a_remedy(monkeypatch):
     nothing = ({}, "it broke")
     for check in [*doctor._torch_and_gloo(*nothing), doctor._deepspeed(*nothing), doctor._ray(*nothing)][1:]:
         assert not check.ok and check.found == "it broke" and check.fix.endswith(".")
@@ -67,7 +67,7 @@ def test_broken_probes_become_checks_with_a_fix(monkeypatch):
     assert not gpus.ok and "H100" in gpus.found and gloo.ok
 
 
-def test_an_unreachable_hub_is_a_note_only(monkeypatch):
+def test_unreachable_hub_is_only_a_note(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     check = doctor._hub()
@@ -75,6 +75,6 @@ def test_an_unreachable_hub_is_a_note_only(monkeypatch):
     assert doctor.lines([check])[0].startswith("note")
 
 
-def test_lines_show_the_fix_below():
+def test_remedy_is_shown_below_its_line():
     text = doctor.lines([Check("a", True, "fine"), Check("longer", False, "broken", "Mend it.")])
     assert text == ["ok    a       fine", "FAIL  longer  broken", "              -> Mend it."]

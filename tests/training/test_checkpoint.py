@@ -60,7 +60,7 @@ def test_round_trip_is_exact(tmp_path):
     assert not list(tmp_path.glob(".*")), "neither the staging folder nor an older one stays"
 
 
-def test_tensors_that_are_no_contiguous_block_come_back(tmp_path):
+def test_non_contiguous_tensors_round_trip(tmp_path):
     turned = state()
     turned.weights = {name: tensor.T for name, tensor in turned.weights.items()}
     turned.save(tmp_path)
@@ -108,24 +108,24 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_told_and_passed_over(damage, tmp_path):
+def test_damaged_checkpoint_is_reported_and_skipped(damage, tmp_path):
     whole, damaged = write(tmp_path, 3), write(tmp_path, 6)
     assert newest(tmp_path) == damaged
-    do, told = DAMAGE[damage]
-    do(damaged)
+    inflict, message = DAMAGE[damage]
+    inflict(damaged)
     with pytest.raises(CheckpointError, match=".") as caught:
         AdapterState.load(damaged)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert newest(tmp_path) == whole
 
 
-def test_no_folder_is_no_checkpoint(tmp_path):
+def test_missing_folder_is_not_a_checkpoint(tmp_path):
     assert newest(tmp_path / "none") is None
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         verify(tmp_path / "none")
 
 
-def test_an_adapter_folder_is_sealed_too_but_nothing_to_resume_from(tmp_path):
+def test_adapter_folder_is_sealed_but_cannot_be_resumed(tmp_path):
     staging = tmp_path / "staging"
     staging.mkdir()
     (staging / "adapter_model.safetensors").write_bytes(b"x")
@@ -143,8 +143,8 @@ def test_commit_replaces_an_older_folder_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-def test_the_adapter_is_in_it_once(tmp_path):
-    """Weights and two moments, and a few hundred bytes of names for each tensor."""
+def test_checkpoint_holds_the_adapter_once(tmp_path):
+    """Weights, two moments, and a few hundred bytes of names per tensor."""
     big = AdapterState(*({name: torch.randn(64, 512) for name in NAMES} for _ in range(3)))
     staging = tmp_path / "staging"
     staging.mkdir()
@@ -154,7 +154,7 @@ def test_the_adapter_is_in_it_once(tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / "x").iterdir()) < 3.02 * adapter
 
 
-def test_a_checkpoint_is_an_adapter_under_the_names_it_is_given(tmp_path):
+def test_checkpoint_is_an_adapter_under_the_given_names(tmp_path):
     from safetensors.torch import load_file
 
     staging = tmp_path / "staging"
@@ -165,7 +165,7 @@ def test_a_checkpoint_is_an_adapter_under_the_names_it_is_given(tmp_path):
     assert equal(AdapterState.load(tmp_path / "x"), state())
 
 
-def test_an_upload_that_was_killed_at_any_byte_is_passed_over(tmp_path):
+def test_upload_killed_at_any_byte_is_skipped(tmp_path):
     """Files arrive in any order, the last of them in part: each one cut at many bytes, with those after it missing."""
     whole, torn = write(tmp_path, 3), write(tmp_path, 6)
     contents = {path.name: path.read_bytes() for path in torn.iterdir()}
@@ -184,7 +184,7 @@ def test_an_upload_that_was_killed_at_any_byte_is_passed_over(tmp_path):
         assert newest(tmp_path) == whole
 
 
-def test_what_a_killed_writer_left_is_cleaned_and_the_only_whole_copy_kept(tmp_path):
+def test_remains_of_a_killed_writer_are_removed_and_the_only_whole_copy_kept(tmp_path):
     folder = write(tmp_path, 3)
     aside = folder.with_name(f"{ASIDE}{folder.name}")
     folder.rename(aside)  # killed between the two renames of `commit`
@@ -198,7 +198,7 @@ def test_what_a_killed_writer_left_is_cleaned_and_the_only_whole_copy_kept(tmp_p
     assert not aside.exists() and equal(AdapterState.load(folder), state())
 
 
-def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path):
+def test_manifest_may_only_name_files_of_its_own_folder(tmp_path):
     folder = write(tmp_path, 3)
     outside = tmp_path / "outside"
     outside.write_text("x")
@@ -207,12 +207,12 @@ def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path):
         verify(folder)
 
 
-def test_a_sealed_folder_of_another_kind_is_told(tmp_path):
+def test_sealed_folder_of_another_kind_is_refused(tmp_path):
     for part in ("names", "step"):
         folder = write(tmp_path / part, 3)
-        told = json.loads((folder / "state.json").read_text())
-        del told[part]
-        (folder / "state.json").write_text(json.dumps(told))
+        state_json = json.loads((folder / "state.json").read_text())
+        del state_json[part]
+        (folder / "state.json").write_text(json.dumps(state_json))
         (folder / MANIFEST).unlink()
         folder.rename(tmp_path / part / "staging")
         commit(tmp_path / part / "staging", folder)
@@ -220,7 +220,7 @@ def test_a_sealed_folder_of_another_kind_is_told(tmp_path):
             AdapterState.load(folder)
 
 
-def test_a_writer_that_fails_leaves_the_older_folder_and_nothing_else(tmp_path):
+def test_failed_writer_leaves_only_the_older_folder(tmp_path):
     folder = write(tmp_path, 3)
 
     def fail(staging: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_writer_that_fails_leaves_the_older_folder_and_nothing_else(tmp_path):
     assert equal(AdapterState.load(folder), state())
 
 
-def test_commit_goes_on_after_one_that_was_killed(tmp_path):
+def test_commit_recovers_from_a_killed_commit(tmp_path):
     """Killed between moving the older folder aside and moving the new one in."""
     folder = write(tmp_path, 3)
     folder.rename(folder.with_name(f".old-{folder.name}"))
@@ -241,7 +241,7 @@ def test_commit_goes_on_after_one_that_was_killed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-def test_folders_sort_as_steps_do():
+def test_folders_sort_by_step():
     steps = [0, 9, 10, 99, 100, 12_345]
     assert sorted(map(folder_name, reversed(steps))) == [folder_name(step) for step in steps]
 

@@ -24,7 +24,7 @@ def work(rank: int, port: int, out: Path) -> None:
     ran = []
 
     class Odd(Exception):
-        """Cannot be pickled: its class lies in a function."""
+        """Cannot be pickled, as its class is local to a function."""
 
     def fail(error: Exception, *ranks: int):
         def action() -> None:
@@ -34,7 +34,7 @@ def work(rank: int, port: int, out: Path) -> None:
 
         return action
 
-    told = []
+    results = []
     for call in (
         lambda: rank0_does(lambda: {"value": rank}),
         lambda: rank0_does(fail(ResourceError("the disk is full"), 0)),
@@ -45,14 +45,14 @@ def work(rank: int, port: int, out: Path) -> None:
         lambda: all_do(fail(Odd("odd"), 0, 1)),
     ):
         try:
-            told.append(call())
+            results.append(call())
         except Exception as error:
-            told.append(f"{type(error).__name__}: {error}")
-    (out / f"{rank}.json").write_text(json.dumps({"told": told, "ran": len(ran)}))
+            results.append(f"{type(error).__name__}: {error}")
+    (out / f"{rank}.json").write_text(json.dumps({"results": results, "ran": len(ran)}))
     dist.destroy_process_group()
 
 
-def test_every_rank_hears_the_same(tmp_path):
+def test_every_rank_gets_the_same_result_or_error(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,8 +64,8 @@ def test_every_rank_hears_the_same(tmp_path):
         process.join(120)
         process.kill()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD))
-    value, full, io, odd, own, here, both = first["told"]
+    value, full, io, odd, own, here, both = first["results"]
     assert value == {"value": 0} and (full, odd) == ("ResourceError: the disk is full", "MacDropError: Odd: odd")
     assert io.startswith("OSError") and here == "ResourceError: only here" and both == "MacDropError: Odd: odd"
-    assert own == 0 and second["told"] == [value, full, io, odd, 1, here, both]
+    assert own == 0 and second["results"] == [value, full, io, odd, 1, here, both]
     assert (first["ran"], second["ran"]) == (5, 2), "rank 0's own actions do not run elsewhere"

@@ -16,7 +16,7 @@ def config(**values):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_stage_and_buckets_of_the_adapters_size(stage):
+def test_stage_and_buckets_follow_the_adapter_size(stage):
     zero = config(zero_stage=stage)["zero_optimization"]
     assert zero["stage"] == stage
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 1000
@@ -42,8 +42,8 @@ def test_batch_precision_and_clipping_come_from_the_spec():
     assert config()["bf16"] == {"enabled": False}
 
 
-def test_what_changes_between_fine_tunings_of_one_engine_is_no_part_of_it():
-    """Learning rate apart, which is set on the live optimizer before every step."""
+def test_settings_that_vary_within_one_engine_are_left_out():
+    """Except the learning rate, which is set on the live optimizer before every step."""
     one, other = config(seed=0, weight_decay=0.0), config(seed=5, weight_decay=0.1, adam_beta1=0.5, max_steps=3)
     assert one == other
 

@@ -22,7 +22,7 @@ every_case = pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Callable[[tuple[str, ...]], dict]:
-    """What rank 0 of two processes found for some cases; started once for each choice of them."""
+    """Results of rank 0 of two processes for a set of cases; started once per set."""
     return functools.cache(lambda cases: _run(cases, tmp_path_factory))
 
 
@@ -55,12 +55,12 @@ def _run(cases: tuple[str, ...], tmp_path_factory) -> dict:
 
 
 @every_case
-def test_deepspeed_really_takes_the_stage(results, case):
+def test_deepspeed_uses_the_configured_stage(results, case):
     assert results[case]["stage"] == CASES[case][0]
 
 
 @every_case
-def test_reused_engine_gives_the_bits_of_a_fresh_one(results, case):
+def test_reused_engine_is_bit_identical_to_a_fresh_one(results, case):
     reused, fresh = results[case]["b reused"], results[case]["b fresh"]
     assert reused["losses"] == fresh["losses"]
     assert reused["digest"] == fresh["digest"]
@@ -73,7 +73,7 @@ def test_training_repeats_to_the_bit(results, case):
 
 
 @every_case
-def test_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(results, case):
+def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(results, case):
     cut, resumed, whole = (results[case][name] for name in ("b interrupted", "b resumed", "b fresh"))
     assert cut["outcome"]["status"] == "stopped"
     assert resumed["outcome"]["resumed_from"] == INTERRUPTED_AFTER

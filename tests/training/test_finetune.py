@@ -116,14 +116,14 @@ def test_adapter_on_disk_is_the_model_that_was_trained(tmp_path):
     assert outcome.eval_loss == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_divergence_is_a_clear_error_and_nothing_is_half_written(tmp_path):
+def test_divergence_is_a_clear_error_and_leaves_no_partial_files(tmp_path):
     with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
         train(tmp_path, learning_rate=1e30)
     assert not (tmp_path / "adapter").exists()
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_a_changed_base_is_noticed(tmp_path):
+def test_changed_base_is_detected(tmp_path):
     """Somebody writes to a frozen weight during training."""
     import gc
 
@@ -140,7 +140,7 @@ def test_a_changed_base_is_noticed(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_an_adapter_that_did_not_move_is_noticed(tmp_path):
+def test_unchanged_adapter_is_detected(tmp_path):
     """One step, and its learning rate is the first of the warm-up: 0."""
     with pytest.raises(TrainingInvariantError, match="lora_B"):
         train(tmp_path, max_steps=1, warmup_ratio=1.0, macdrop={"schedule": "constant"})
@@ -217,8 +217,8 @@ def steps_saved(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("*"))
 
 
-def test_leave_saves_at_once_and_loses_nothing(tmp_path):
-    """Told to leave where no checkpoint is due: one is made at that step, and the bits are the same in the end."""
+def test_leaving_saves_at_once_and_loses_nothing(tmp_path):
+    """Asked to leave at a step without a checkpoint, it saves one there; the final bits are the same."""
     train(tmp_path / "whole")
     rows, left = train(tmp_path / "cut", stop_after(1, "leave"), save_steps=0)
     assert (left.status, left.step, len(losses(rows))) == ("left", 2, 2)
@@ -229,7 +229,7 @@ def test_leave_saves_at_once_and_loses_nothing(tmp_path):
     assert train(tmp_path / "late", stop_after(3, "leave"))[1].status == "done", "heard at the last step"
 
 
-def test_what_is_done_keeps_no_checkpoint_and_is_not_done_again(tmp_path):
+def test_finished_fine_tuning_keeps_no_checkpoint_and_is_not_repeated(tmp_path):
     rows, done = train(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     assert train(tmp_path) == ([], done)
@@ -252,7 +252,7 @@ def test_checkpoints_are_made_every_tenth_of_the_steps_by_default(save_steps, sa
     assert seen[-1] == names[-2:] and set().union(*seen) == set(names)
 
 
-def test_an_observer_that_fails_ends_the_fine_tuning(tmp_path):
+def test_failing_observer_ends_the_fine_tuning(tmp_path):
     def fail(metrics: dict) -> str:
         if metrics["step"] >= 2:
             raise OSError("no metrics can be written")

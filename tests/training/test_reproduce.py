@@ -27,7 +27,7 @@ WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from tune.cli.main import 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A trial that was stopped early (by a word at step 2 of 4), on data named relative to the working directory."""
+    """A trial that was stopped at step 2 of 4, on data named relative to the working directory."""
     from tune.training.single import train_here
 
     root = tmp_path_factory.mktemp("trained")
@@ -48,11 +48,11 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def trial(trained, tmp_path) -> Path:
-    """A copy of it, which may be changed."""
+    """A copy of the trial that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "moved" / "trial"))
 
 
-def test_the_verb_makes_the_same_bytes_from_anywhere_without_ray(trial, tmp_path, alone):
+def test_reproduce_makes_the_same_bytes_from_any_folder_without_ray(trial, tmp_path, alone):
     assert not (trial / "reproduce.py").exists()
     printed = alone("-c", WITHOUT_RAY, "reproduce", str(trial), cwd=tmp_path)
     assert "equal         the recorded adapter has the same bytes" in printed
@@ -102,7 +102,7 @@ def test_a_trial_that_cannot_be_reproduced_is_refused(trial, shell, monkeypatch,
     assert not (trial / "reproduced").exists()
 
 
-def test_of_several_workers_the_first_alone_prints(trial, shell, monkeypatch):
+def test_only_the_first_worker_prints(trial, shell, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     ended = shell("reproduce", str(trial))
