@@ -42,9 +42,9 @@ def timestamp(text: str) -> float:
 
 
 def phases(run: dict[str, Any], trials: list[TrialRecord], began: float | None, ended: float | None) -> list[Phase]:
-    """Cut the run at what its records tell; `trials` are those of `RunFolder.trials`, each with its `model`.
+    """Split the run at the times in its records; `trials` are those of `RunFolder.trials`.
 
-    began, ended: when the command was typed and when it was through, seconds since 1970; None leaves these ends out.
+    began, ended: when the command was started and when it ended, seconds since 1970; None leaves that end out.
     """
     marks = [("", began)] if began is not None else []
     marks.append(("command to run folder: imports, checks, Ray", timestamp(run["created"])))
@@ -52,9 +52,7 @@ def phases(run: dict[str, Any], trials: list[TrialRecord], began: float | None, 
     for model in dict.fromkeys(trial.model for trial in trials):
         mine = [trial for trial in trials if trial.model == model]
         marks.append((f"{opening}, to the first step of {model}", min(timestamp(t.started) for t in mine)))
-        marks.append(
-            (f"{len(mine)} trials of {model}, trained and scored", max(timestamp(t.finished) for t in mine))
-        )
+        marks.append((f"{len(mine)} trials of {model}, trained and scored", max(timestamp(t.finished) for t in mine)))
         opening = "next model in the evaluation actors"
     marks.append(("Tune's end, base scores", timestamp(run["finished"])))
     if ended is not None:
@@ -72,7 +70,7 @@ def facts(config: dict[str, Any], trials: list[TrialRecord], scores: int) -> dic
         "workers": config["ray"]["num_workers"],
         "zero_stage": config["zero_stage"],
         "scores": scores,
-        "seconds in fine-tunings": f"{sum(trial.get('seconds') or 0 for trial in trials):.1f}",
+        "seconds in fine-tunings": f"{sum(trial.seconds or 0 for trial in trials):.1f}",
         "optimizer steps": sum(trial.step or 0 for trial in trials),
     }
 

@@ -14,6 +14,8 @@ import pytest
 import scoring
 import step
 
+from tune.storage.records import TrialRecord
+
 
 def test_quartiles_and_paired_ratios():
     timings = measure.Timings({"a": [(2.0, 1.0), (4.0, 3.0), (9.0, 2.0)], "b": [(1.0, 1.0), (2.0, 1.0), (3.0, 1.0)]})
@@ -134,10 +136,14 @@ def test_phases_of_a_run_add_up(outside):
     def at(second: int) -> str:
         return f"2026-01-01T00:00:{second:02d}.000+00:00"
 
+    def trial(name: str, model: str, started: str, finished: str, **facts: object) -> TrialRecord:
+        times = {"started": started, "finished": finished}
+        return TrialRecord.model_validate({"trial": name, "model": model, "arm": "plain", "seed": 0, **times, **facts})
+
     trials = [
-        {"model": "m", "started": at(10), "finished": at(20), "status": "done", "step": 5, "seconds": 4.0},
-        {"model": "m", "started": at(14), "finished": at(25), "status": "done", "step": 5, "seconds": 4.0},
-        {"model": "n", "started": at(30), "finished": at(40), "status": "failed", "step": None, "seconds": None},
+        trial("a", "m", at(10), at(20), status="done", step=5, seconds=4.0),
+        trial("b", "m", at(14), at(25), status="done", step=5, seconds=4.0),
+        trial("c", "n", at(30), at(40), status="failed"),
     ]
     run = {"created": at(5), "finished": at(42)}
     zero = demo.timestamp(at(0))
