@@ -173,7 +173,7 @@ MODELS = {
     "nowhere": ("does not exist", "Give a folder with config.json"),
     "folder": ("it has no config.json", "It holds: notes.txt"),
     "no-weights": ("no weights", "*.safetensors"),
-    "vision": ("no text-only model", "vision_config"),
+    "vision": ("not a text-only model", "vision_config"),
     "misfit": ("does not fit the model", "Use the tokenizer that came with the model"),
 }
 
