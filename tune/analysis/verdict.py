@@ -90,6 +90,8 @@ def verdicts(run_folder: RunFolder, model: str) -> list[Verdict]:
 def _by_setting(trials: Iterable[TrialRecord]) -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for t in trials:
+        if t.setting is None or t.seed is None:
+            continue  # no finalist: those of a selection have both
         setting = found.setdefault(t.setting, Setting(t.arm, t.setting, flatten(t.config)))
         setting.trials[t.seed] = t.trial
     return found
