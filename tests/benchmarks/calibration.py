@@ -81,8 +81,8 @@ class Line:
 
 def alike(line: Line) -> tuple:
     """A row of the first table: rates of helps or hurts where the arms do not differ."""
-    told = tell(line.design, line.experiments, line.seed)
-    return line.noise, line.seeds, line.items, told.headline, told.any_task
+    rates = tell(line.design, line.experiments, line.seed)
+    return line.noise, line.seeds, line.items, rates.headline, rates.any_task
 
 
 def planted(line: Line) -> tuple | None:
@@ -248,12 +248,12 @@ def split(run_folder: Any, trials: Sequence[str], seeds: int, splits: int, seed:
     return found
 
 
-def show(found: Sequence[Split], trials: Sequence[str], told: Callable[[Split], bool]) -> tuple[str, float]:
-    """The share of splits of which something is told, with its interval of 95 %; and the lower end of that."""
-    share, n = float(np.mean([told(one) for one in found])), len(trials)
+def show(found: Sequence[Split], trials: Sequence[str], significant: Callable[[Split], bool]) -> tuple[str, float]:
+    """Return the share of significant splits as text with its 95 % interval, and the lower bound of that."""
+    share, n = float(np.mean([significant(one) for one in found])), len(trials)
     if share == 0:
         return Rate(0, n // len(found[0].trials)).show(), 0.0
-    without = [np.mean([told(one) for one in found if name not in one.trials]) for name in trials]
+    without = [np.mean([significant(one) for one in found if name not in one.trials]) for name in trials]
     margin = 1.96 * math.sqrt((n - 1) / n * np.sum((np.array(without) - np.mean(without)) ** 2))
     low, high = max(0.0, share - margin), min(1.0, share + margin)
     return f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", low

@@ -57,9 +57,9 @@ def loss(values: dict[str, Any], step: int) -> float:
 
 
 def search(spec: RunSpec, study: Study, kept: Kept, trials: int, die_at: int | None = None) -> None:
-    """Go on with a search, one trial after the other, up to `trials` of them; of the last only `die_at` steps are run.
+    """Resume a search and run it, one trial at a time, up to `trials` of them; the last one stops after `die_at` steps.
 
-    The way through `tune.distributed.sweep.study_run`, with the lanes and Tune left out.
+    Follows `tune.distributed.sweep.study_run` without the lanes and Tune.
     """
     from ray.tune.schedulers import TrialScheduler
 

@@ -76,13 +76,13 @@ def locate(path: str) -> Path:
 
 
 def looks_like_a_path(given: str) -> bool:
-    """Whether a name means a local file or folder, by its spelling alone."""
+    """Return whether a name means a local file or folder, by its spelling alone."""
     known = Path(given).suffix in ROW_SUFFIXES + TEXT_SUFFIXES
     return known or given.startswith((".", "/", "~")) or given.count("/") > 1
 
 
 def is_local(path: str) -> bool:
-    """Whether a name means local data (a path by its spelling, ``zoo:``, or a file that exists), not a hub id."""
+    """Return whether a name means local data, not a hub id: a path by its spelling, ``zoo:``, or an existing file."""
     return looks_like_a_path(path) or path.startswith("zoo:") or Path(path).expanduser().exists()
 
 

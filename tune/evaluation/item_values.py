@@ -27,5 +27,5 @@ def part_of(row: Mapping[str, Any]) -> str:
 
 
 def same_score(mean: float, score: float) -> bool:
-    """Whether a mean over items is the score that was kept, up to rounding."""
+    """Return whether a mean over items equals the stored score, up to rounding."""
     return math.isclose(mean, score, rel_tol=1e-6, abs_tol=1e-9)

@@ -40,7 +40,7 @@ class Column:
 
     @property
     def is_mean(self) -> bool:
-        """Whether this is a mean over tasks; see `mean_columns`."""
+        """Return whether this is a mean over tasks; see `mean_columns`."""
         return self.task.startswith("mean ")
 
     @property
@@ -147,7 +147,7 @@ def named_scores(rows: Iterable[Mapping[str, Any]], asked: Mapping[str, str | No
 
 
 def is_part(column: Column, columns: Collection[Column]) -> bool:
-    """Whether the column is of a part ("spec_bench/math") of a task with its own column."""
+    """Return whether the column belongs to a part ("spec_bench/math") of a task with its own column."""
     return "/" in column.task and any(other.task == column.task.rpartition("/")[0] for other in columns)
 
 

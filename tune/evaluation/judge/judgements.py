@@ -119,7 +119,7 @@ def kept(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def settled(rows: dict[str, dict[str, Any]], question: Question) -> bool:
-    """Whether a question, as it is now, is judged: with a score, or unparsable after all attempts."""
+    """Return whether a question in its present form is judged: with a score, or unparsable after all attempts."""
     row = rows.get(question.item)
     return row is not None and row["prompt"] == question.digest and row["error"] is None
 

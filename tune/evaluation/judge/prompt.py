@@ -182,7 +182,7 @@ class Judgement:
 
     @property
     def open(self) -> bool:
-        """Whether another attempt may give a score."""
+        """Return whether another attempt may give a score."""
         return self.score is None and self.error is None
 
     def row(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Judged:
         return [question for question in self.questions if not judgements.settled(self.rows, question)]
 
     def unasked(self) -> bool:
-        """Whether an answer has no line at all: the judge stopped before it."""
+        """Return whether an answer has no line at all because the judge stopped before it."""
         return any(self.rows.get(q.item, {}).get("prompt") != q.digest for q in self.questions)
 
     def ordered(self) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ class Judged:
 
 @dataclass
 class Outcome:
-    """What a judge was asked in this session, and the scores of all that it has judged."""
+    """The questions put to a judge in this session, and the scores of everything it has judged."""
 
     identity: JudgeIdentity
     files: list[Judged]
