@@ -5,7 +5,7 @@
 One small sweep runs undisturbed. Then the same sweep runs again and again, in turn with a Ray of its own and on a
 cluster that outlives it, while its processes are killed: kind and moment are drawn from the seed, the victims are
 processes of these sweeps and of no others. A killed sweep process is followed by `macdrop sweep --resume`. The next
-kill waits until work goes on after the last one; the time to that is what a kill costs.
+kill waits until work resumes after the last one; the time to that is what a kill costs.
 
 Afterwards each sweep must equal the undisturbed one: every file whole, no row doubled, the same trials ended alike, the
 same losses, adapters (sha256) and scores; what was trained is not trained again; and no process, placement group or
@@ -67,7 +67,7 @@ RECIPE = {
     },
     "ray": {"dashboard": False},
 }
-#: kind -> titles of its processes, and how often it is killed in one run of a sweep at most: an order may lose its
+#: kind -> titles of its processes, and how often it is killed in one run of a sweep at most: a task may lose its
 #: workers, and a benchmark its actor, only so often before the sweep rightly calls it failed.
 KINDS: dict[str, tuple[str, int]] = {
     "train worker": (r"ray::RayTrainWorker", 1),
@@ -80,7 +80,7 @@ KINDS: dict[str, tuple[str, int]] = {
     "sweep": ("", 1),
     "Ray's own daemon": (r"\S+/core/src/ray/(gcs/gcs_server|raylet/raylet) ", 1),
 }
-#: Those that end a sweep, which is then gone on with.
+#: Those that end a sweep, which is then resumed.
 ENDS_A_SWEEP = ("sweep", "Ray's own daemon")
 KILLS_A_SWEEP = 6
 #: Detached actors that Ray keeps for a whole cluster, without resources.
@@ -102,7 +102,7 @@ class Kill:
 
 @dataclass
 class Tally:
-    """What was killed and what went wrong; everything told goes to a file, too."""
+    """What was killed and what went wrong; every report goes to a file, too."""
 
     file: Path
     kills: list[Kill] = field(default_factory=list)
@@ -172,7 +172,7 @@ class Sweep:
         return [process for process in own_processes() if re.match(KINDS[kind][0], title(process))]
 
     def sign(self, kind: str) -> tuple:
-        """What changes when work goes on after a kill: steps, scores, or any of both and of the trials' states."""
+        """What changes when work resumes after a kill: steps, scores, or any of both and of the trials' states."""
         steps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in self.folder.glob("trials/*/metrics.jsonl")]
         scores = stamp(self.folder / "scores.jsonl")
         if kind in ("train worker", "controller of a lane"):
@@ -264,7 +264,7 @@ def _orphans_gone(sweep: Sweep) -> None:
 
 
 def _recover(sweep: Sweep, kill: Kill, begun: float) -> None:
-    """Wait until work goes on, or the sweep ends."""
+    """Wait until work resumes, or the sweep ends."""
     time.sleep(0.05)
     before = sweep.sign(kill.kind)
     while time.monotonic() - begun < RECOVERY_S:

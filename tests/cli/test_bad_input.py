@@ -261,7 +261,7 @@ def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, m
         (["train", "sweep.models=[zoo:planted-llama,zoo:planted-phi3]"], "Use `macdrop sweep`"),
         (["train", "model=zoo:planted-llama", "output_dir=runs-1", "--resume"], "no checkpoint to resume from"),
         (["sweep", "--resume"], "--resume needs output_dir"),
-        (["sweep", "output_dir=runs-1", "--resume"], "no run folder"),
+        (["sweep", "output_dir=runs-1", "--resume"], "not a run folder"),
         (["sweeep"], "sweeep"),
     ],
     ids=" ".join,

@@ -125,7 +125,7 @@ def test_chat_template_is_used(tmp_path):
 
 def test_runs_that_cannot_be_judged_are_refused_with_a_reason(tmp_path, sure):
     given = [f"model={sure}"]
-    with pytest.raises(ConfigError, match="no run folder"):
+    with pytest.raises(ConfigError, match="not a run folder"):
         judge_run(tmp_path / "nothing", given)
     run = answered_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="There is no judge.*\n.*model=prometheus-eval"):

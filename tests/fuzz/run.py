@@ -1,4 +1,4 @@
-"""Damaged recipes, data, run folders, adapters and launch files: each works, or is refused in words.
+"""Damaged recipes, data, run folders, adapters and launch files: each works, or is refused with a message.
 
     python tests/fuzz/run.py [--inputs 10000] [--seed 0] [--target NAME ...] [--output FOLDER]
 
@@ -208,14 +208,14 @@ def data(folder: Path) -> Callable[[Any], str]:
 
 
 def runs(folder: Path) -> Callable[[Any], str]:
-    """Read as a report reads it, then mended and read as a resumed sweep does; a whole report now and then."""
+    """Read as a report reads it, then repaired and read as a resumed sweep does; a whole report now and then."""
     from helpers.run_folders import make_resumable_run
 
     from tune.analysis.results import collect
     from tune.config.run_spec import load
     from tune.report.report import make_report
     from tune.scheduling.study import studies
-    from tune.storage.repair import check_run, mend
+    from tune.storage.repair import check_run, repair_run
     from tune.storage.run_folder import RunFolder
 
     run = make_resumable_run(folder / "run")
@@ -225,12 +225,12 @@ def runs(folder: Path) -> Callable[[Any], str]:
 
     def resumed() -> None:
         run_folder = RunFolder.open(run)
-        run_folder.score_rows()  # environment.json is written anew
+        run_folder.score_rows()  # environment.json is rewritten
         for record in run_folder.trials():
             run_folder.trial(record.trial).metrics()
         studies(load(run / "config.yaml"))
-        if again := mend(run):
-            raise Finding(f"mended twice: {again}")
+        if again := repair_run(run):
+            raise Finding(f"repaired twice: {again}")
 
     def read(drawn: tuple[int, list[Damage]]) -> str:
         nonlocal turn
@@ -243,14 +243,14 @@ def runs(folder: Path) -> Callable[[Any], str]:
             if turn % REPORT_EVERY == 0:
                 quietly(lambda: make_report(run).markdown())
             unchanged(before, run)
-            mended = quietly(lambda: (check_run(run), mend(run)))
-            if mended == "works" and (refused := quietly(resumed)) != "works":
-                raise Finding(f"mended, and yet refused with {refused}")
-            if mended != "works":
+            repaired = quietly(lambda: (check_run(run), repair_run(run)))
+            if repaired == "works" and (refused := quietly(resumed)) != "works":
+                raise Finding(f"repaired, and yet refused with {refused}")
+            if repaired != "works":
                 unchanged(before, run)
         finally:
             restore(run, whole)
-        return f"read: {ended}, resumed: {mended}"
+        return f"read: {ended}, resumed: {repaired}"
 
     return read
 

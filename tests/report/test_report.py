@@ -304,5 +304,5 @@ def test_a_run_from_before_there_were_stages(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no run folder"):
+    with pytest.raises(ConfigError, match="not a run folder"):
         make_report(tmp_path)

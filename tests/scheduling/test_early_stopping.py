@@ -62,7 +62,7 @@ def test_the_first_rung_is_where_the_slowest_schedule_has_decayed():
     assert rule("sweep.parameters.macdrop.schedule=[exp]", exp).first == 47  # ln 10 / 0.05 = 46.05
     both = rule("sweep.parameters.macdrop.schedule=[step, exp, constant]", exp)
     assert both.first == 90 and both.never == ("constant",)
-    told = both.told()
+    told = both.describe()
     assert "no cut before step 90 of 100" in told and "exp(0.05) from step 47" in told and "constant never cut" in told
     assert rule("sweep.grace_period=95", "eval_steps=1").first == 95
     assert rule("sweep.decayed=0.5").first == 50

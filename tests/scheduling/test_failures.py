@@ -68,7 +68,7 @@ CASES = {
     "killed": ({1: died()}, "killed", "process 4711 on 10.0.0.3"),
     "killed, the others' connections broke": ({0: GLOO, 1: died()}, "killed", "Worker 1"),
     "node": ({0: GLOO, 1: died(NODE)}, "node_lost", "node was lost on which there was worker 1"),
-    "only the others have been heard of": ({0: GLOO}, "peer", "lost touch"),
+    "only the others have been heard of": ({0: GLOO}, "peer", "lost its connection"),
     "nccl": ({0: nccl()}, "peer", "unhandled system error"),
     "ray's killer": ({0: out_of_memory(), 1: died()}, "oom", "ray.evaluators"),
     "cuda": ({0: cuda(), 1: GLOO}, "gpu_oom", "gradient_checkpointing"),

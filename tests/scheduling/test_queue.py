@@ -1,4 +1,4 @@
-"""The order book as tables: what a state and an event make, who gets which order, what is told to whom."""
+"""The task queue as tables: state transitions, assignment of tasks to lanes, reports to followers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def task(name: str = "a", *, engine: str = "e", width: int = 1, study: str = "s"
 
 
 def book_in(state: str) -> TaskQueue:
-    """A book whose order `a`, placed by `tom`, is in `state`; lane `l` is up."""
+    """A queue whose task `a`, placed by `tom`, is in `state`; lane `l` is up."""
     queue = TaskQueue()
     queue.lane_up("l", 1, "host", ["node"])
     queue.place(task(), "tom")
@@ -141,7 +141,7 @@ def test_wanted_again_after_the_lane_was_told_to_stop():
     assert queue.take("l", None).id == "a"
 
 
-def test_wanted_again_after_the_end_starts_anew():
+def test_wanted_again_after_the_end_starts_again():
     queue = book_in("stopped")
     seen, _ = queue.changes(0)
     assert queue.place(task(), "ann") == "queued"
@@ -205,7 +205,7 @@ def test_how_a_lane_was_lost_decides_how_often_its_order_is_tried():
 
 
 def test_an_order_that_gets_further_has_all_its_attempts_again():
-    """On machines that come and go a long order must end one day; one that dies at the same step again must fail."""
+    """On machines that come and go a long task must end one day; one that dies at the same step again must fail."""
     queue = book_in("running")
     for step, state in [(100, "queued"), (200, "queued"), (300, "queued"), (300, "failed")]:
         queue.take("l", None)
@@ -241,7 +241,7 @@ def test_the_order_of_a_lane_whose_node_will_go_is_saved_and_queued_without_coun
     queue.trained("a", LEFT, "l")
     assert queue.entries["a"].attempts == 0 and queue.take("l", None) is None
     assert queue.take("m", None).id == "a" and queue.progress("a", {"step": 3}, "m") == Word.GO_ON
-    assert queue.progress("a", {"step": 3}, "l") == Word.STOP, "the order is no longer its own"
+    assert queue.progress("a", {"step": 3}, "l") == Word.STOP, "the task is no longer its own"
 
 
 def test_nobody_waits_for_what_was_cancelled_though_its_node_will_go():

@@ -1,4 +1,4 @@
-"""A book made again from its log equals the one that died: random calls, repeated calls, a log cut at any byte."""
+"""A queue made again from its log equals the one that died: random calls, repeated calls, a log cut at any byte."""
 
 from __future__ import annotations
 
@@ -66,21 +66,21 @@ CALLS = some.one_of(
     method("changes", some.integers(0, 9)),
     method("snapshot"),
 )
-#: What lanes do most, about two orders only, so that one call meets the other.
+#: What lanes do most, about two tasks only, so that one call meets the other.
 few = some.sampled_from(NAMES[:2])
 WORK = some.one_of(
     method("take", lanes, some.none()),
     method("trained", few, ends, lane_or_none),
     method("lane_down", lanes, some.just("died")),
 )
-#: Sequences that come far: two lanes are up and the orders are placed.
+#: Sequences that come far: two lanes are up and the tasks are placed.
 BEGUN = [("lane_up", (lane, 1, "host", [node])) for lane, node in zip(LANES, NODES, strict=True)]
 BEGUN += [("place", (task(name), "tom")) for name in NAMES[:2]]
 SEQUENCES = some.lists(CALLS | WORK, max_size=40).map(lambda calls: BEGUN + calls)
 
 
 def replay(queue: LoggedQueue, calls: list) -> list:
-    """The answers to calls; what a book refuses changes nothing."""
+    """The answers to calls; what a queue refuses changes nothing."""
     answers = []
     for name, arguments in calls:
         with suppress(KeyError):
@@ -109,7 +109,7 @@ def test_a_book_made_again_equals_the_one_that_died(folder, calls):
     again = LoggedQueue(file)
     assert again.queue == live.queue
     assert again.call("changes", 0) == live.call("changes", 0)
-    # Both go on alike, but for the metrics shown of steps without a validation.
+    # Both continue alike, but for the metrics shown of steps without a validation.
     calls = [each for each in calls if each[0] != "snapshot"]
     assert replay(again, calls) == replay(live, calls) and again.queue == live.queue
 
@@ -140,7 +140,7 @@ def test_a_log_cut_at_any_byte_is_the_log_of_the_calls_before(folder, calls, cut
     again = LoggedQueue(file)
     lines = whole.splitlines(keepends=True)
     count = kept.count(b"\n")
-    # The same calls to a book without a log, up to the cut.
+    # The same calls to a queue without a log, up to the cut.
     for line in lines[:count]:
         row = json.loads(line)
         getattr(expected, row["method"])(*map(order_log._read, row["arguments"]))

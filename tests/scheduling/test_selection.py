@@ -1,4 +1,4 @@
-"""What a search selects: fronts against their definition, cells, placebos, twins, and what cannot go on."""
+"""Selection of a search: fronts against their definition, cells, placebos, twins, and what cannot be selected."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_several_objectives_take_the_front_by_the_first():
     assert [each["name"] for each in content["objectives"]] == ["eval_loss", "zero_shot/a/acc"]
 
 
-# --- who can go on ---
+# --- what can be selected ---
 
 
 @pytest.mark.parametrize("status", ["diverged", "failed", "stopped"])

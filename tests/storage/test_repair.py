@@ -14,7 +14,7 @@ from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec
 from tune.scheduling.history import resume_state
 from tune.scheduling.selection import final_specs
-from tune.storage.repair import check_run, mend
+from tune.storage.repair import check_run, repair_run
 from tune.storage.run_folder import RunFolder
 from tune.storage.sealed_folder import newest
 
@@ -30,7 +30,7 @@ DAMAGE = {
 def whole(tmp_path_factory) -> Path:
     """A finished run of one model, its trials named by their content, with adapters, checkpoints and draws."""
     folder = make_resumable_run(tmp_path_factory.mktemp("runs") / "made")
-    assert mend(folder) == [], "nothing is damaged"
+    assert repair_run(folder) == [], "nothing is damaged"
     return folder
 
 
@@ -48,14 +48,14 @@ def first(folder: Path, stage: str, pattern: str) -> Path:
 
 #: name -> the file, and what is said of it.
 FILES = {
-    "run.json": (lambda folder: folder / "run.json", "anew from config.yaml"),
-    "config.yaml": (lambda folder: folder / "config.yaml", "anew as the run was started"),
+    "run.json": (lambda folder: folder / "run.json", "rewritten from config.yaml"),
+    "config.yaml": (lambda folder: folder / "config.yaml", "as the run was started"),
     "environment.json": (lambda folder: folder / "environment.json", ""),
     "scores.jsonl": (lambda folder: folder / "scores.jsonl", "scored again"),
     "finalists.json": (lambda folder: next(folder.glob("models/*/finalists.json")), "selected again"),
     "massive_weights.json": (lambda folder: next(folder.glob("models/*/massive_weights.json")), "found again"),
     "proof.json": (lambda folder: next(folder.glob("models/*/proof.json")), "made again"),
-    "search_time.json": (lambda folder: next(folder.glob("models/*/search_time.json")), "counted anew"),
+    "search_time.json": (lambda folder: next(folder.glob("models/*/search_time.json")), "counted from zero"),
     "draws.jsonl": (lambda folder: next(folder.glob("models/*/draws.jsonl")), "drawn again"),
     "trial.json": (lambda folder: first(folder, "final", "trial.json"), "trained again"),
     "trial's config.yaml": (lambda folder: first(folder, "final", "config.yaml"), "trained again"),
@@ -77,18 +77,18 @@ def folder(whole, tmp_path) -> Path:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_mended_or_made_again(folder, name, damage):
+def test_a_damaged_file_is_repaired_or_made_again(folder, name, damage):
     find, told = FILES[name]
     file = find(folder)
     run_folder = RunFolder(folder)
     before = {record.trial: record for record in run_folder.trials()}
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
-    notes = mend(folder)
+    notes = repair_run(folder)
     torn = (name in APPENDED and damage in ("empty", "half")) or (name, damage) == ("answers", "another's")
     if told and not torn:
         assert any(told in note and file.parents[0].name in note for note in notes), notes
         assert list(folder.rglob("*.damaged")), "the damaged file is kept"
-    assert mend(folder) == [], "all of it is mended at once"
+    assert repair_run(folder) == [], "all of it is repaired at once"
     run_folder = RunFolder.open(folder)
     if name == "answers":
         scored = {row["trial"] for row in run_folder.score_rows() if row["task"] == "qa"}
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_is_damaged_is_passed_over(folder):
     root = file.parents[1]
     assert newest(root) == file.parent
     file.write_bytes(b"")
-    assert mend(folder) == [] and newest(root) is None
+    assert repair_run(folder) == [] and newest(root) is None
 
 
 def test_a_run_file_cut_off_is_another_run_and_not_taken_for_it(folder):
@@ -127,12 +127,12 @@ def test_a_run_file_cut_off_is_another_run_and_not_taken_for_it(folder):
     lines = text.splitlines(keepends=True)
     for end in range(0, len(lines), 20):
         (folder / "config.yaml").write_text("".join(lines[:end]))
-        assert mend(folder) and RunFolder.open(folder).config() == whole
+        assert repair_run(folder) and RunFolder.open(folder).config() == whole
         (folder / "config.yaml").write_text("".join(lines[:end]))
         about = (folder / "run.json").read_text()
         (folder / "run.json").write_text(about[: len(about) // 2])
         with pytest.raises(ConfigError, match="(?s)run.json and .*config.yaml are damaged.*Put a copy"):
-            mend(folder)
+            repair_run(folder)
         (folder / "run.json").write_text(about)
 
 
@@ -146,7 +146,7 @@ def test_rows_written_together_are_taken_out_together(folder):
     scores.write_text(
         scores.read_text().replace('"acc_norm", "attack": "none", "attack_on": null, "value": 0.125', "x")
     )
-    (note,) = mend(folder)
+    (note,) = repair_run(folder)
     assert "scored again" in note
     assert [row["trial"] for row in RunFolder(folder).score_rows()[before:]] == ["y"]
 
@@ -165,6 +165,6 @@ def test_a_score_that_readers_refuse_is_taken_out(folder, damage):
     whole = RunFolder(folder).score_rows()
     first, *rest = scores.read_text().splitlines(keepends=True)
     scores.write_text("".join([json.dumps(json.loads(first) | dict([damage])) + "\n", *rest]))
-    (note,) = mend(folder)
+    (note,) = repair_run(folder)
     assert "scored again" in note
     assert RunFolder(folder).score_rows() == whole[1:]

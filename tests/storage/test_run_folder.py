@@ -83,7 +83,7 @@ def test_open_refuses_what_is_no_run(tmp_path, run_folder):
         ({"eval": {"zero_shot": {"qa": 3}}, "ray": "x"}, "eval.zero_shot.qa must be a block of keys, not 3"),
     ],
 )
-def test_who_only_reads_gets_the_spec_without_what_none_can_hold(run_folder, damage, told):
+def test_lenient_reader_drops_invalid_values(run_folder, damage, told):
     from tune.report.report import make_report
 
     (run_folder.run_dir / "config.yaml").write_text(yaml.safe_dump({"seed": 3, "of_another_version": 1, **damage}))
@@ -280,7 +280,7 @@ def test_what_json_cannot_hold_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_journal_needs_neither_ray_nor_torch(run_folder):
+def test_the_run_folder_needs_neither_ray_nor_torch(run_folder):
     code = (
         "import sys; from tune.storage.run_folder import RunFolder; from tune.report.report import make_report\n"
         f"make_report({str(run_folder.run_dir)!r}).markdown()\n"

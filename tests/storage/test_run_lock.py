@@ -14,7 +14,7 @@ import pytest
 from macdrop.errors import ConfigError
 from tune.config.resume import check_same, resume_command
 from tune.config.run_spec import dump, load
-from tune.storage import run_lock as claim
+from tune.storage import run_lock
 from tune.storage.run_folder import check_new
 from tune.storage.run_lock import alive, locked, process
 
@@ -24,7 +24,7 @@ WORK = (
 )
 
 
-# --- the claim ---
+# --- the lock ---
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path):
@@ -36,38 +36,38 @@ def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path):
     first.kill()
     first.wait()
     with locked(tmp_path) as mine:
-        assert json.loads((tmp_path / claim.FILE).read_text())["pid"] == os.getpid() and mine.lost is None
+        assert json.loads((tmp_path / run_lock.FILE).read_text())["pid"] == os.getpid() and mine.lost is None
         with pytest.raises(ConfigError, match="in use"), locked(tmp_path):
             pass
-    assert not (tmp_path / claim.FILE).exists()
+    assert not (tmp_path / run_lock.FILE).exists()
 
 
 def test_who_is_alive():
     me = {"pid": os.getpid(), **process(os.getpid())}
     assert "is alive" in alive(me, age_s=9e9), "it may be stopped, or its storage gone for a while"
     assert alive({**me, "begun": "1"}, age_s=0) is None, "another process has its number now"
-    assert alive({**me, "where": "host/before the reboot/x"}, age_s=claim.DEAD_S + 1) is None
+    assert alive({**me, "where": "host/before the reboot/x"}, age_s=run_lock.DEAD_S + 1) is None
     assert "last sign of life came 3 s ago" in alive({**me, "where": "elsewhere"}, age_s=3)
-    assert alive({}, age_s=claim.DEAD_S + 1) is None, "a claim that is damaged"
+    assert alive({}, age_s=run_lock.DEAD_S + 1) is None, "a damaged lock"
 
 
 def test_who_lost_the_folder_leaves_what_another_has_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(claim, "TOUCH_S", 0.01)
+    monkeypatch.setattr(run_lock, "TOUCH_S", 0.01)
     ends = []
     before = signal.signal(signal.SIGTERM, lambda *_: ends.append("told"))
     try:
         with locked(tmp_path) as mine:
             taken = {"token": "another's"}
-            (tmp_path / claim.FILE).write_text(json.dumps(taken))
+            (tmp_path / run_lock.FILE).write_text(json.dumps(taken))
             deadline = time.monotonic() + 20
             while not ends and time.monotonic() < deadline:
                 time.sleep(0.01)
-        assert "another sweep" in mine.lost and json.loads((tmp_path / claim.FILE).read_text()) == taken
+        assert "another sweep" in mine.lost and json.loads((tmp_path / run_lock.FILE).read_text()) == taken
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-# --- what may change, and how to go on ---
+# --- what may change, and how to resume ---
 
 
 def run_file(*overrides: str) -> dict:
@@ -95,7 +95,7 @@ def test_the_command_that_goes_on_can_be_typed_as_it_is(tmp_path):
     with pytest.raises(ConfigError, match="(?s)holds a run.*\n  macdrop sweep --resume output_dir="):
         check_new(tmp_path)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / claim.FILE).write_text("{}")
+    (tmp_path / "other" / run_lock.FILE).write_text("{}")
     check_new(tmp_path / "other")
     (tmp_path / "other" / "notes.txt").write_text("")
     with pytest.raises(ConfigError, match="choose another"):

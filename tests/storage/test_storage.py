@@ -1,4 +1,4 @@
-"""Storage that is full, read-only or gone for a moment: told, waited for, and nothing half-written left behind."""
+"""Storage that is full, read-only or gone for a moment: reported, waited for, and nothing half-written left behind."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def gone(folder: Path) -> Iterator[None]:
 
 
 def everything(run_folder: RunFolder) -> None:
-    """All that a sweep does with its journal while trials end."""
+    """All that a sweep does with its run folder while trials end."""
     record = run_folder.trial("t")
     record.start({"seed": 0}, model="m", arm="plain", seed=0)
     record.log([{"step": 1, "loss": 2.0}])
@@ -72,7 +72,7 @@ WORDS = {
 
 @pytest.mark.parametrize("word", WORDS)
 def test_a_journal_waits_for_storage_that_is_gone(word, tmp_path, caplog):
-    """Nothing is made in the place of the lost folder, nothing taken for missing, and the user is told."""
+    """Nothing is made in the place of the lost folder, nothing taken for missing, and the user gets a message."""
     run_folder, calm = (RunFolder.create(tmp_path / name, {}, command="x") for name in ("run", "calm"))
     everything(run_folder)
     everything(calm)
@@ -153,7 +153,7 @@ def test_a_full_disk_keeps_whole_lines(disk):
 
 @pytest.mark.zero
 def test_a_fine_tuning_on_a_full_disk_fails_and_the_engine_lives_on(disk, tmp_path, monkeypatch):
-    """Told why, no staging folder left; with space made it goes on from the checkpoint that it had room for."""
+    """Reported with its reason, no staging folder left; with space, it resumes from the checkpoint that fitted."""
     monkeypatch.setenv("MACDROP_CACHE", str(tmp_path / "cache"))
     engine, train = _trainer()
     whole = tmp_path / "whole"

@@ -109,7 +109,7 @@ class TestPlant:
     def test_fused_and_split_projections_are_planted_alike(self):
         split, _ = make_model(RECIPES["planted-llama"], seed=1)
         fused, _ = make_model(RECIPES["planted-phi3"], seed=2)
-        # Give both the same unplanted parts, then plant anew: every planted entry must end in the same place.
+        # Give both the same unplanted parts, then plant again: every planted entry must end in the same place.
         for ours, theirs in zip(split.model.layers, fused.model.layers, strict=True):
             attention, mlp = ours.self_attn, ours.mlp
             qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
@@ -325,7 +325,7 @@ class TestData:
         assert sorted(written) == sorted(shipped)
         for name, path in written.items():
             with open(shipped[name], "rb") as file:
-                assert path.read_bytes() == file.read(), f"{name}: write it anew with write_data"
+                assert path.read_bytes() == file.read(), f"{name}: rewrite it with write_data"
         assert sum(path.stat().st_size for path in written.values()) < 500_000
 
     def test_every_word_is_in_the_vocabulary(self):

@@ -90,7 +90,7 @@ class JudgeSpec(Strict):
         if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and not secret:
             return value
         raise ValueError(  # never shows the value: it may be a key
-            "must be the name of an environment variable, such as OPENAI_API_KEY; what is given is no such name, and "
+            "must be the name of an environment variable, such as OPENAI_API_KEY; the value is not such a name, and "
             "looks like a key. If it is one, take it out of the file."
         )
 

@@ -1,4 +1,4 @@
-"""When ASHA may stop a trial: never before the curriculum has decayed. Pure; no Ray.
+"""Rules for when ASHA may stop a trial: never before the curriculum has decayed. Pure; no Ray.
 
 A trial under a high p looks worse on the validation loss than it will be, masks off or not, as it has learnt around
 rows that were missing. So trials are compared only where p(t) <= decayed * p0 for all that are compared:
@@ -33,7 +33,7 @@ SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Cuts:
-    """What ASHA may do: nothing before optimizer step `first` of `total`; `never` are the schedules never cut.
+    """Limits on ASHA: no cut before optimizer step `first` of `total`; `never` are the schedules never cut.
 
     `decayed` maps each schedule that decays, with its slowest alpha, to the step from which its trials are comparable.
     """
@@ -46,14 +46,14 @@ class Cuts:
     never: tuple[str, ...]
 
     def comparable(self, block: MacDropSpec) -> bool:
-        """Whether a trial takes part: its p has decayed by the first rung, or it drops nothing."""
+        """Return whether a trial takes part: its p has decayed by the first rung, or it drops nothing."""
         if not block.config(seed=0).enabled:
             return True
         step = decayed_step(block.schedule, block.alpha, self.limit, self.total, self.steps_per_epoch)
         return step is not None and step <= self.first
 
-    def told(self) -> str:
-        """The rule with its numbers, for people."""
+    def describe(self) -> str:
+        """Return the rule with its numbers, for messages."""
         slowest = ", ".join(f"{name} from step {step}" for name, step in self.decayed.items())
         parts = [f"p is at most {self.limit:g} p0 with {slowest}"] if slowest else []
         parts += [f"{' and '.join(self.never)} never cut"] if self.never else []
@@ -84,7 +84,7 @@ def decayed_step(
 
 
 def cuts(study: Study, sweep: SweepSpec, total: int, steps_per_epoch: int) -> Cuts:
-    """What ASHA may do in the search of one model whose fine-tunings have `total` optimizer steps.
+    """Work out the limits on ASHA in the search of one model whose fine-tunings have `total` optimizer steps.
 
     Raises:
         ConfigError: nothing could ever be cut, or trials of different length would be compared.
@@ -119,8 +119,8 @@ def cuts(study: Study, sweep: SweepSpec, total: int, steps_per_epoch: int) -> Cu
     assert spec.eval_steps is not None, "the spec refuses asha without eval_steps"
     if -(-first // spec.eval_steps) * spec.eval_steps >= total:
         raise ConfigError(
-            f"sweep.scheduler asha could never cut a trial: {found.told()}, and with eval_steps {spec.eval_steps} no "
-            f"validation comes between that step and the end.\n{REMEDY}"
+            f"sweep.scheduler asha could never cut a trial: {found.describe()}, and with eval_steps {spec.eval_steps} "
+            f"no validation comes between that step and the end.\n{REMEDY}"
         )
     return found
 

@@ -1,7 +1,7 @@
-"""Why a lane was lost under an order: what Ray and torch raised on each rank, in words and as a number of tries.
+"""Causes of a lost lane: turns what Ray and torch raised on each rank into a message and a number of retries.
 
-Ray's exceptions are known by their names, so that this needs no Ray. Several ranks fail at once when one of them goes:
-the others' connections break. The kind that comes first in `KINDS` is taken for the cause.
+Ray's exceptions are matched by name, so this module does not need Ray. When one rank dies, the others' connections
+break and several ranks fail at once: the kind that comes first in `KINDS` is taken for the cause.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Kinds of failures, the likelier cause of the others first -> how often in a row, without getting any further, an
-#: order is tried. What befalls the machine is no fault of the order; what the order does to itself it does again.
+#: Kinds of failures, the likelier cause of the others first -> how often in a row, without getting any further, a task
+#: is tried. Failures of the machine are not the fault of the task; those of the task itself will repeat.
 KINDS = {
     "node_lost": 10,
     "oom": 2,
@@ -24,7 +24,7 @@ KINDS = {
     "peer": 5,
     "resources": 10,
 }
-#: A message of thousands of characters (a traceback, an actor's whole record) helps nobody in a table.
+#: Longest message in characters: a traceback or an actor's whole record is of no help in a table.
 LONGEST = 400
 
 SMALLER = (
@@ -34,13 +34,13 @@ SMALLER = (
 _REMEDIES = {
     "oom": f"{SMALLER}; or run fewer processes on a machine: lower ray.lanes, ray.num_workers or ray.evaluators.",
     "gpu_oom": f"{SMALLER}; or spread the model over more GPUs: zero_stage: 3 and a higher ray.num_workers.",
-    "storage": "Make room or mend the storage of output_dir, then resume the run.",
+    "storage": "Make room or repair the storage of output_dir, then resume the run.",
 }
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What happened, in a sentence for the run's user; `attempts` is how often an order may meet with it in a row."""
+    """A failure, as a sentence for the user; `attempts` is how often in a row a task may hit it."""
 
     kind: str
     reason: str
@@ -60,7 +60,7 @@ class _Rule:
         return any(re.fullmatch(self.types, name) for name in types) and bool(re.search(self.words, str(error), re.I))
 
 
-#: Read from above; the first that fits counts.
+#: In order of precedence: the first that fits counts.
 _RULES = (
     _Rule("oom", r"ray\..*\.OutOfMemoryError"),
     # Of every death Ray says that the kernel's own OOM killer may have been at work: these words are its own killer's.
@@ -81,9 +81,9 @@ _RULES = (
 
 
 def classify(errors: Mapping[int, BaseException], *, stacks: Sequence[str] = (), step_timeout_s: float = 0) -> Failure:
-    """What failed, given the error of each rank that had one.
+    """Classify a failure, given the error of each rank that had one.
 
-    stacks: the files in which ranks left their stacks before they ended themselves, for want of a finished step.
+    stacks: the files with the stacks of ranks that ended themselves because no step finished.
     """
     known = {rank: _cause(error) for rank, error in errors.items()}
     if stacks:
@@ -96,11 +96,11 @@ def classify(errors: Mapping[int, BaseException], *, stacks: Sequence[str] = (),
     found = {rank: next(rule.kind for rule in _RULES if rule.fits(error)) for rank, error in known.items()}
     rank = min(found, key=lambda rank: (list(KINDS).index(found[rank]), rank))
     kind = found[rank]
-    return Failure(kind, " ".join(filter(None, [_told(kind, rank, known[rank]), _REMEDIES.get(kind)])), KINDS[kind])
+    return Failure(kind, " ".join(filter(None, [_sentence(kind, rank, known[rank]), _REMEDIES.get(kind)])), KINDS[kind])
 
 
 def of_run(error: BaseException) -> Failure:
-    """What ended a whole Train run, given what its `fit` raised."""
+    """Classify the failure of a whole Train run, given what its `fit` raised."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         return classify(failures)
@@ -108,7 +108,7 @@ def of_run(error: BaseException) -> Failure:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What is wrapped in Ray's own exceptions."""
+    """Unwrap Ray's own exceptions."""
     for name in ("health_check_failure", "controller_failure", "cause"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException) and inner is not error:
@@ -116,7 +116,7 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _told(kind: str, rank: int, error: BaseException) -> str:
+def _sentence(kind: str, rank: int, error: BaseException) -> str:
     text = str(error)
     who, message = f"Worker {rank}" if rank >= 0 else "The process that leads the lane's workers", _short(text)
     return {
@@ -125,13 +125,13 @@ def _told(kind: str, rank: int, error: BaseException) -> str:
         "oom": f"{who}{_where(text)} was ended by Ray, because its machine ran out of memory.",
         "gpu_oom": f"{who} ran out of memory: {message}",
         "hang": f"{who} did not answer any more: {message}",
-        "peer": f"{who} lost touch with the others, of which one went away, or the network failed: {message}",
+        "peer": f"{who} lost its connection to the other ranks (a peer died or the network failed): {message}",
         "resources": f"The lane's workers could not be started: {message}",
     }.get(kind, f"{who}: {type(error).__name__}: {message}")
 
 
 def _where(text: str) -> str:
-    """ " (process 12 on 10.0.0.3)", as far as Ray's record of a dead actor tells."""
+    """ " (process 12 on 10.0.0.3)", as far as Ray's record of a dead actor has it."""
     found: dict[str, Any] = {key: re.search(rf"^\s*{key}: (\S+)$", text, re.M) for key in ("pid", "ip")}
     words = [f"process {found['pid'][1]}"] if found["pid"] else []
     words += [f"on {found['ip'][1]}"] if found["ip"] else []

@@ -1,10 +1,10 @@
-"""What an earlier run of a folder left for its search to go on from: draws, ends, validations. Pure; no Ray.
+"""Search history of a previous run, used to resume the search: draws, outcomes, validations. Pure; no Ray.
 
-    models/<slug>/draws.jsonl         one line a draw of the searcher: number (from 0), values (dotted keys)
+    models/<slug>/draws.jsonl         one line per draw of the searcher: number (from 0), values (dotted keys)
     models/<slug>/search_time.json    seconds: spent searching so far
 
-A search goes on as if nobody had disturbed it: the searcher is told what it drew, in the order in which it did, and
-what came of it; the scheduler what each trial had validated when it was judged. Neither has a state of its own on disk.
+A search resumes as if it had not been interrupted: the searcher is replayed its draws, in their order, with their
+outcomes; the scheduler the validations of each trial up to its last decision. Neither has a state of its own on disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tune.config.sections import EVAL_LOSS
 from tune.storage.records import TrialRecord
 from tune.storage.states import TaskState
 
-#: How a draw of an earlier run stands: to be tried (again), with its objectives, without any, or not to be counted.
+#: States of a draw of an earlier run: to be tried (again), with its objectives, without any, or not to be counted.
 OPEN, COMPLETE, PRUNED, FAILED = "open", "complete", "pruned", "failed"
 #: Kinds of failures (`tune.scheduling.failures`) that lie with the trial, which would meet with them again.
 DETERMINISTIC = frozenset({"bug", "gpu_oom"})
@@ -28,7 +28,7 @@ DETERMINISTIC = frozenset({"bug", "gpu_oom"})
 class PastTrial:
     """A draw of an earlier run: its values, how it stands, its objectives where it is complete.
 
-    `reported` are the steps and validation losses that the searcher was told on the way.
+    `reported` are the steps and validation losses reported to the searcher on the way.
     """
 
     drawn: dict[str, Any]
@@ -37,10 +37,8 @@ class PastTrial:
     reported: tuple[tuple[int, float], ...] = ()
 
 
-def resume_state(
-    record: TrialRecord, *, adapter: bool, scored: bool, retry_failed: bool = False
-) -> TaskState | None:
-    """In which state of an order (`tune.scheduling.queue`) a trial enters a resumed run; None: it is yet to be trained.
+def resume_state(record: TrialRecord, *, adapter: bool, scored: bool, retry_failed: bool = False) -> TaskState | None:
+    """Return the task state (`tune.scheduling.queue`) in which a trial enters a resumed run; None: yet to be trained.
 
     record: its trial.json. adapter: whether a whole adapter lies in its folder. scored: whether it has all its scores.
     """
@@ -57,12 +55,12 @@ def resume_state(
 
 
 def lies_with_the_trial(record: TrialRecord) -> bool:
-    """Whether a failed trial would fail again: no machine was lost under it, nothing was short."""
+    """Return whether a failed trial would fail again: no machine was lost, and no resource ran short."""
     return record.kind is None or record.kind in DETERMINISTIC
 
 
 def judged(record: TrialRecord, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """Steps and validation losses of a trial that its scheduler was told: a lane may be ahead of the word to stop."""
+    """Return steps and validation losses that the scheduler has seen: a lane may be ahead of its decision to stop."""
     last = record.judged
     return [
         (row["step"], row[EVAL_LOSS])
@@ -80,7 +78,7 @@ def past(
 ) -> PastTrial:
     """A draw as the searcher must know it.
 
-    state: of the order (`resume_state`). objectives: as they were measured, None where one is missing. reports:
+    state: of the task (`resume_state`). objectives: as they were measured, None where one is missing. reports:
     `judged`.
     """
     if state in (None, TaskState.TRAINED):
@@ -90,6 +88,6 @@ def past(
     finite = tuple(value for value in objectives if value is not None and math.isfinite(value))
     if state == TaskState.DONE and len(finite) == len(objectives):
         return PastTrial(drawn, COMPLETE, finite)
-    # The searcher is not told of the very validation for which a trial is stopped.
+    # The validation for which a trial is stopped is not reported to the searcher.
     last = record.judged
     return PastTrial(drawn, PRUNED, None, tuple(pair for pair in reports if last is None or pair[0] < last))

@@ -72,7 +72,7 @@ class QueuedTask:
 
 @dataclass
 class TaskQueue:
-    """Who trains what. Every method is quick; callers poll."""
+    """Queue of training tasks and the lanes that run them. Every method is quick; callers poll."""
 
     entries: dict[str, QueuedTask] = field(default_factory=dict)
     lanes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -86,14 +86,14 @@ class TaskQueue:
         """Queue a task, or follow the equal one that is there; returns its state.
 
         A trial of the search that is placed for the final stage is not trained again, but scored for that stage.
-        evaluated: validations of an earlier run of the same folder, which the followers have yet to hear of.
+        evaluated: validations of an earlier run of the same folder, not yet reported to the followers.
         """
         entry = self.entries.get(task.id)
         if entry is None:
             entry = self.entries[task.id] = QueuedTask(task, evaluated=list(evaluated))
             self._changed(task.id)
         elif entry.state == TaskState.STOPPED or (entry.cancelled and entry.state == TaskState.RUNNING):
-            # Wanted again by somebody after its only follower gave up.
+            # Wanted again after its only follower gave up.
             entry.cancelled = False
             if entry.state == TaskState.STOPPED:
                 self._requeue(entry)
@@ -125,12 +125,12 @@ class TaskQueue:
         if state == TaskState.TRAINED:
             self._changed(task.id)
 
-    def cancel(self, order_id: str, follower: str, judged: int | None = None) -> None:
+    def cancel(self, task_id: str, follower: str, judged: int | None = None) -> None:
         """A follower gives up; without any other the task stops at the lane's next step.
 
         judged: the last step whose validation the follower has seen.
         """
-        entry = self.entries.get(order_id)
+        entry = self.entries.get(task_id)
         if entry is None or entry.state.is_final:
             return
         entry.judged = judged
@@ -150,9 +150,9 @@ class TaskQueue:
                 for follower in entry.followers - {keep}:
                     self.cancel(entry.task.id, follower)
 
-    def poll(self, order_id: str, after: int) -> dict[str, Any]:
+    def poll(self, task_id: str, after: int) -> dict[str, Any]:
         """Metrics with a validation loss of steps later than `after`, the state, and how it ended."""
-        entry = self.entries[order_id]
+        entry = self.entries[task_id]
         return {
             "state": entry.state,
             "metrics": [metrics for metrics in entry.evaluated if metrics["step"] > after],
@@ -182,7 +182,7 @@ class TaskQueue:
     def take(self, lane: str, engine_key: str | None) -> TrainTask | None:
         """The next task for a lane: one that fits the engine it has, else the oldest of its width.
 
-        A lane that asks again before it told how its task ended is given that task again.
+        A lane that asks again before it reported the end of its task is given that task again.
         """
         if lane not in self.lanes:
             return None
@@ -202,7 +202,7 @@ class TaskQueue:
         return entry.task
 
     def closing(self, lane: str) -> bool:
-        """Whether a lane should end: it was asked to, its nodes are about to go, or it was taken for dead."""
+        """Return whether a lane should end: it was asked to, its nodes are about to go, or it was taken for dead."""
         return lane not in self.lanes or lane in self._closing or self._leaving(lane)
 
     def close(self, lane: str) -> None:
@@ -210,69 +210,69 @@ class TaskQueue:
         self._closing.add(lane)
 
     def drain(self, nodes: Collection[str]) -> None:
-        """Nodes are about to go: lanes with a worker there save what they have, give their order back and end."""
+        """Nodes are about to go: lanes with a worker there save a checkpoint, return their task and end."""
         self._drained |= set(nodes)
 
-    def progress(self, order_id: str, metrics: dict[str, Any], lane: str | None = None) -> Word:
+    def progress(self, task_id: str, metrics: dict[str, Any], lane: str | None = None) -> Word:
         """Take the metrics of a step from a lane; return the answer for it."""
-        entry = self.entries[order_id]
+        entry = self.entries[task_id]
         entry.last = metrics
-        # A retried task repeats the steps after its last checkpoint: the first word on a step has been passed on.
+        # A retried task replays the steps after its last checkpoint: only the first report of a step is forwarded.
         if metrics.get("eval_loss") is not None and all(m["step"] != metrics["step"] for m in entry.evaluated):
             entry.evaluated.append(metrics)
         if entry.cancelled or not self._has(entry, lane):
             return Word.STOP
         return Word.LEAVE if entry.lane is not None and self._leaving(entry.lane) else Word.GO_ON
 
-    def trained(self, order_id: str, outcome: dict[str, Any], lane: str | None = None) -> None:
-        """A fine-tuning has ended with its adapter on disk, or was told to stop or to leave.
+    def trained(self, task_id: str, outcome: dict[str, Any], lane: str | None = None) -> None:
+        """A fine-tuning has ended with its adapter on disk, or was asked to stop or to leave.
 
-        lane: who says so; the word of a lane that no longer has the task counts for nothing.
+        lane: the reporting lane; reports of a lane that no longer has the task are ignored.
         """
-        entry = self.entries[order_id]
+        entry = self.entries[task_id]
         if not self._has(entry, lane):
             return
         self._release(entry)
         entry.outcome = outcome
         if outcome["status"] == Ending.DONE:
             entry.state = TaskState.TRAINED
-            self._changed(order_id)
+            self._changed(task_id)
         elif entry.cancelled:
             self._end(entry, TaskState.STOPPED, f"stopped at step {outcome['step']} of {outcome['total_steps']}")
         else:
-            # Its lane had to go, or it was wanted again after its lane was told to stop: its newest checkpoint counts.
+            # Its lane had to go, or it was wanted again after its lane was asked to stop: its newest checkpoint counts.
             if outcome["status"] == Ending.LEFT and entry.lane is not None:
                 self.close(entry.lane)
             entry.attempts -= 1
             self._requeue(entry)
 
-    def failed(self, order_id: str, state: TaskState, reason: str, lane: str | None = None) -> None:
+    def failed(self, task_id: str, state: TaskState, reason: str, lane: str | None = None) -> None:
         """A fine-tuning has ended without an adapter; `state` is failed or diverged, `lane` as for `trained`."""
         state = TaskState(state)  # a plain string where it comes from a log
         assert state in (TaskState.FAILED, TaskState.DIVERGED)
-        entry = self.entries[order_id]
+        entry = self.entries[task_id]
         if self._has(entry, lane):
             self._release(entry)
             entry.kind = None
             self._end(entry, state, reason)
 
     def held(self, lane: str) -> tuple[TrainTask, int] | None:
-        """The task that a lane is at, and the last step of it that was heard of."""
-        order_id = self.lanes[lane]["task"] if lane in self.lanes else None
-        if order_id is None:
+        """Return the lane's current task and its last reported step."""
+        task_id = self.lanes[lane]["task"] if lane in self.lanes else None
+        if task_id is None:
             return None
-        entry = self.entries[order_id]
+        entry = self.entries[task_id]
         return entry.task, entry.last.get("step", 0)
 
     def lost(
-        self, order_id: str, reason: str, attempts: int = MAX_ATTEMPTS, step: int = 0, kind: str | None = None
+        self, task_id: str, reason: str, attempts: int = MAX_ATTEMPTS, step: int = 0, kind: str | None = None
     ) -> None:
-        """Why a lane is about to die under a task, or just died, and how often such a task is tried in a row.
+        """Record why a lane is about to die under a task, or just died, and how often such a task is tried in a row.
 
-        step: where it was; a task that got further than ever before has all its attempts again: on machines that come
+        step: its last step; a task that got further than ever before has all its attempts again: on machines that come
         and go, a long one would else never end. kind: of the failure; a resumed run tries some again.
         """
-        entry = self.entries[order_id]
+        entry = self.entries[task_id]
         if entry.state in (TaskState.RUNNING, TaskState.QUEUED) and entry.attempts:
             if step > entry.reached:
                 entry.reached, entry.attempts = step, 1
@@ -282,20 +282,20 @@ class TaskQueue:
 
     # ------------------------------------------------------------ supervisor
 
-    def scored(self, order_id: str, scores: dict[str, float], reason: str | None) -> None:
+    def scored(self, task_id: str, scores: dict[str, float], reason: str | None) -> None:
         """All benchmarks of a trained task are through; `reason` names those that failed."""
-        entry = self.entries[order_id]
+        entry = self.entries[task_id]
         if entry.state == TaskState.TRAINED:
             entry.scores = scores
             self._end(entry, TaskState.DONE, reason)
 
     def changes(self, after: int) -> tuple[int, list[QueuedTask]]:
-        """How many changes of a state there were so far, and the entries of those later than `after`."""
+        """Return the number of state changes so far, and the entries of those later than `after`."""
         changed = dict.fromkeys(self._changes[after:])
-        return len(self._changes), [self.entries[order_id] for order_id in changed]
+        return len(self._changes), [self.entries[task_id] for task_id in changed]
 
     def snapshot(self) -> dict[str, Any]:
-        """What a progress table shows."""
+        """Return the content of a progress table."""
         rows = []
         for entry in self.entries.values():
             steps = entry.outcome.get("total_steps")
@@ -315,7 +315,7 @@ class TaskQueue:
     # --------------------------------------------------------------- details
 
     def _has(self, entry: QueuedTask, lane: str | None) -> bool:
-        """Whether the task is running, on this lane if one is named."""
+        """Return whether the task is running, on this lane if one is named."""
         return entry.state == TaskState.RUNNING and lane in (None, entry.lane)
 
     def _leaving(self, lane: str) -> bool:
@@ -344,5 +344,5 @@ class TaskQueue:
         entry.state, entry.reason = state, reason
         self._changed(entry.task.id)
 
-    def _changed(self, order_id: str) -> None:
-        self._changes.append(order_id)
+    def _changed(self, task_id: str) -> None:
+        self._changes.append(task_id)

@@ -18,21 +18,21 @@ from tune.scheduling.queue import TaskQueue, TrainTask
 from tune.storage.atomic import append_jsonl, lasting, plain, read_jsonl
 from tune.storage.states import Stage
 
-#: Methods that only look.
+#: Read-only methods.
 LOOKS = frozenset({"poll", "closing", "held", "snapshot", "changes"})
 #: Marks an argument that is a task; no other mapping of the queue's methods has this key.
-ORDER = "order"
+TASK = "order"
 
 
 class LoggedQueue:
-    """The queue of a log file: what the file tells, and every call from then on."""
+    """A queue replayed from a log file, which logs every further call."""
 
     def __init__(self, file: Path) -> None:
         """Make the queue again from its file, which may be empty.
 
         Raises:
-            OSError: the file is not there, also after its storage was waited for. It is not taken for an empty one:
-                to whom asks, a queue without tasks says that all is done.
+            OSError: the file is missing, also after waiting for its storage. A missing log is an error, not an empty
+                queue: an empty queue would report all work as finished.
             ValueError: a whole line of the file is damaged.
         """
         lasting(lambda: os.stat(file), file.parent)
@@ -43,7 +43,7 @@ class LoggedQueue:
             self._apply(row)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Run one method of the queue. Calls that change nothing, most of all, leave no line."""
+        """Run one method of the queue. Read-only calls are not logged."""
         if method in LOOKS or _unvalidated(method, arguments):
             return getattr(self.queue, method)(*arguments)
         row = plain({"method": method, "arguments": [_written(each) for each in arguments]})
@@ -66,16 +66,16 @@ class LoggedQueue:
 
 
 def _unvalidated(method: str, arguments: Sequence[Any]) -> bool:
-    """Metrics of a step without a validation loss: they come with each step, and nobody asks for them later."""
+    """Metrics of a step without a validation loss: they come with each step, and are not needed later."""
     return method == "progress" and arguments[1].get("eval_loss") is None
 
 
 def _written(argument: Any) -> Any:
-    return {ORDER: asdict(argument)} if isinstance(argument, TrainTask) else argument
+    return {TASK: asdict(argument)} if isinstance(argument, TrainTask) else argument
 
 
 def _read(argument: Any) -> Any:
-    is_order = isinstance(argument, dict) and argument.keys() == {ORDER}
-    if not is_order:
+    is_task = isinstance(argument, dict) and argument.keys() == {TASK}
+    if not is_task:
         return argument
-    return TrainTask(**{**argument[ORDER], "stage": Stage(argument[ORDER]["stage"])})
+    return TrainTask(**{**argument[TASK], "stage": Stage(argument[TASK]["stage"])})

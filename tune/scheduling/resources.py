@@ -69,5 +69,5 @@ def check_local(spec: RaySpec) -> None:
 
 
 def one_lane(spec: RaySpec) -> RaySpec:
-    """What `macdrop train` needs of it: one lane's worth of workers, and nobody to score."""
+    """Return the resources of `macdrop train`: one lane, no evaluators."""
     return spec.model_copy(update={"lanes": 1, "evaluators": 1, "cpus_per_evaluator": 0.0, "gpus_per_evaluator": 0.0})

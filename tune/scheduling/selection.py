@@ -1,9 +1,9 @@
-"""What a search selects for the final comparison: pure functions of its trials and their validation results.
+"""Selection for the final comparison of a search: pure functions of its trials and their validation results.
 
 Plain and MacDrop are compared within a *cell*, a kind of adapter (LoRA, DoRA, rsLoRA). Of each cell the best plain
-setting and the best MacDrop settings go on, each with the values of the other searched keys that suit it best, and
-placebos with the settings of the best MacDrop one. With several objectives a setting goes on for being on the front of
-those that no other beats in all of them, then for its first objective.
+setting and the best MacDrop settings are selected, each with the values of the other searched keys that suit it best,
+and placebos with the settings of the best MacDrop one. With several objectives a setting is selected for being on the
+front of those that no other beats in all of them, then for its first objective.
 
 The content of finalists.json:
 
@@ -44,13 +44,13 @@ class Candidate:
 
     @property
     def selectable(self) -> bool:
-        """Whether it was trained to its end and has every objective."""
+        """Return whether it was trained to its end and has every objective."""
         done = self.status == TaskState.DONE
         return done and all(value is not None and math.isfinite(value) for value in self.values)
 
 
 def candidate(record: TrialRecord, scores: Mapping[str, float], objectives: Sequence[Metric]) -> Candidate:
-    """A trial as the journal has it; `scores` are its validation scores by their names in `sweep.metric`."""
+    """Return a trial as the run folder has it; `scores` are its validation scores by their names in `sweep.metric`."""
     known = {**scores, EVAL_LOSS: record.eval_loss}
     return Candidate(
         trial=record.trial,
@@ -62,7 +62,7 @@ def candidate(record: TrialRecord, scores: Mapping[str, float], objectives: Sequ
 
 
 def select(study: Study, found: Iterable[Candidate], objectives: Sequence[Metric]) -> tuple[dict[str, Any], list[str]]:
-    """The content of finalists.json, and what to tell of cells from which nothing can go on."""
+    """The content of finalists.json, and notes on cells from which nothing can be selected."""
     found = [candidate for candidate in found if candidate.begun]
     macdrop = [candidate for candidate in found if candidate.spec.arm == "macdrop"]
     cells, notes, pareto = [], [], []
@@ -88,7 +88,7 @@ def select(study: Study, found: Iterable[Candidate], objectives: Sequence[Metric
 
 
 def planned(study: Study, objectives: Sequence[Metric]) -> dict[str, Any]:
-    """The same for a study without a search: each cell's one setting goes on."""
+    """The same for a study without a search: each cell's one setting is selected."""
     assert not study.search and study.trials is not None
     macdrop = [study.searched(values) for values in study.trials]
     settings: dict[str, TrainSpec] = {}

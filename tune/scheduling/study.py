@@ -1,4 +1,4 @@
-"""What a run will do, worked out before anything starts: studies, stages, arms, trials, resources. Pure; no Ray."""
+"""Plan of a run, worked out before anything starts: studies, stages, arms, trials, resources. Pure; no Ray."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Study:
 
     @property
     def drops(self) -> bool:
-        """Whether any trial of the search, or of the final stage, drops weights."""
+        """Return whether any trial of the search, or of the final stage, drops weights."""
         if self.trials is None:
             return self.spec.arm != "plain" or any(key.startswith("macdrop.") for key in self.parameters)
         return any(self.searched(values).arm == "macdrop" for values in self.trials)
 
     @property
     def reseeded(self) -> bool:
-        """Whether the final stage has seeds of its own; else the search's own trials are compared."""
+        """Return whether the final stage has seeds of its own; else the search's own trials are compared."""
         return self.seeds != (self.spec.seed,)
 
     @property
@@ -166,7 +166,7 @@ def _study(run: RunSpec, spec: TrainSpec) -> Study:
 def _grid(
     spec: TrainSpec, parameters: dict[str, Space], baselines: set[str], arms: set[str]
 ) -> tuple[dict[str, Any], ...]:
-    """The points of a grid, without those that are a baseline, another point in other words, or of no arm."""
+    """The points of a grid, without those that are a baseline, equal to another point, or of no arm."""
     seen = set(baselines)
     kept = []
     for point in points({key: space.values or [] for key, space in parameters.items()}):
@@ -182,7 +182,7 @@ def as_plain(spec: TrainSpec) -> TrainSpec:
 
 
 def outline(run: RunSpec, study: Study) -> list[tuple[str, str]]:
-    """What will be done for one model, as lines of a word and a text."""
+    """Describe the work for one model, as lines of a label and a text."""
     tests, validations = len(jobs(run.eval)), len(jobs(run.validation))
     told = []
     if study.base:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Trouble(NamedTuple):
-    """What an error number of storage means for a user; `passes` where waiting may help."""
+    """A user-facing remedy for an errno of storage; `passes` where waiting may help."""
 
     remedy: str
     passes: bool
@@ -97,7 +97,7 @@ def ensure_folder(folder: AnyPath, within: AnyPath) -> None:
 
 
 def stat(path: AnyPath, within: AnyPath | None = None) -> os.stat_result | None:
-    """What is known of a file, None where there is none: `within` is waited for, so a file is missing only if it is."""
+    """Stat a file; None if missing: `within` is waited for, as unmounted storage is not a missing file."""
 
     def look() -> os.stat_result | None:
         try:

@@ -1,4 +1,4 @@
-"""Versions and hardware of this machine, told without loading torch."""
+"""Versions and hardware of this machine, read without loading torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "ray", "lm
 
 
 def environment() -> dict[str, Any]:
-    """What a run keeps of the machine it was started on."""
+    """Describe the machine a run is started on, for environment.json."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "host": platform.node(),

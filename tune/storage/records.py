@@ -18,6 +18,8 @@ from tune.storage.states import RunStatus, Stage, TaskState
 Record = TypeVar("Record", bound=BaseModel)
 _STRICT = ConfigDict(extra="allow", strict=True)
 Number = int | float
+FINALISTS_FILE = "finalists.json"
+SCORES_FILE = "scores.jsonl"
 SCORE_KEY = ("model", "trial", "split", "benchmark", "task", "metric", "attack", "attack_on")
 """What makes a score one score: a later line with the same values replaces the earlier one."""
 SCORE_COLUMNS = (

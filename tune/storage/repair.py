@@ -1,8 +1,8 @@
-"""A run folder before it is resumed: what is damaged is mended from a good copy, or set aside and made again. No Ray.
+"""Repair of a run folder before it is resumed: damaged files are restored from a copy or set aside and made again.
 
-Every damaged file is kept beside its place as NAME.damaged. Of run.json and config.yaml each is mended from the other;
-a run without both is refused. A trial whose files, or whose adapter, cannot be trusted is trained again, from its
-newest whole checkpoint if there is one; scores and selections that are gone are made again from what is whole.
+Every damaged file is kept next to its place as NAME.damaged. run.json and config.yaml are each repaired from the other;
+a run without both is refused. A trial whose files or adapter cannot be trusted is trained again, from its newest whole
+checkpoint if there is one; lost scores and selections are made again from what is whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError, NoMassiveWeights
+from macdrop.weights import MassiveWeights
 from tune.config.parse import flatten
 from tune.config.run_spec import RunSpec, TrainSpec, dump, load
 from tune.errors import CheckpointError
@@ -26,7 +27,16 @@ from tune.storage.atomic import (
     read_mapping,
 )
 from tune.storage.environment import version
-from tune.storage.records import Finalists, RunRecord, TrialRecord, check_score, parse, read_record
+from tune.storage.records import (
+    FINALISTS_FILE,
+    SCORES_FILE,
+    Finalists,
+    RunRecord,
+    TrialRecord,
+    check_score,
+    parse,
+    read_record,
+)
 from tune.storage.run_folder import LAYOUT, RunFolder
 from tune.storage.sealed_folder import tidy, verify
 from tune.storage.search_state import search_time
@@ -37,21 +47,19 @@ UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def check_run(run_dir: Path) -> None:
-    """Refuse what is no run folder.
+    """Refuse a path that is not a run folder.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: no such folder, or not the folder of a run.
     """
     if not run_dir.is_dir():
-        raise ConfigError(
-            f"{str(run_dir)!r} is no run folder: there is no such folder.\nGive the output_dir of a sweep."
-        )
+        raise ConfigError(f"{str(run_dir)!r} is not a run folder: no such folder.\nGive the output_dir of a sweep.")
     if not any((run_dir / name).is_file() for name in ("run.json", "config.yaml")):
-        raise ConfigError(f"{str(run_dir)!r} is no run folder: it has no run.json.\nGive the output_dir of a sweep.")
+        raise ConfigError(f"{str(run_dir)!r} is not a run folder: it has no run.json.\nGive the output_dir of a sweep.")
 
 
-def mend(run_dir: Path) -> list[str]:
-    """Mend a run folder that nobody works in; returns what was done, a sentence each.
+def repair_run(run_dir: Path) -> list[str]:
+    """Repair a run folder that no sweep works in; return what was done, one sentence per repair.
 
     Raises:
         ConfigError: neither run.json nor config.yaml is whole.
@@ -63,14 +71,14 @@ def mend(run_dir: Path) -> list[str]:
     for folder in sorted((run_dir / "models").glob("*/")):
         notes += _finding(folder / "massive_weights.json", _massive_weights, "found again")
         notes += _finding(folder / "proof.json", lambda file: read_mapping(file, needs=("verdict",)), "made again")
-        notes += _finding(folder / "finalists.json", lambda file: read_record(file, Finalists), "selected again")
-        notes += _finding(folder / "search_time.json", search_time, "time is counted anew")
+        notes += _finding(folder / FINALISTS_FILE, lambda file: read_record(file, Finalists), "selected again")
+        notes += _finding(folder / "search_time.json", search_time, "the time is counted from zero")
         notes += _lines(folder / "draws.jsonl", _draw, "what is missing is drawn again")
         if redone:
-            # The search is gone through once more: what it lacks is trained, and the same is selected.
-            (folder / "finalists.json").unlink(missing_ok=True)
+            # The search is replayed: what it lacks is trained, and the same is selected.
+            (folder / FINALISTS_FILE).unlink(missing_ok=True)
     lost = [note for file in sorted(run_dir.glob("*/*/answers/*.jsonl")) for note in _answers(run_dir, file)]
-    notes += _lines(run_dir / "scores.jsonl", _score, "what is missing is scored again")
+    notes += _lines(run_dir / SCORES_FILE, _score, "what is missing is scored again")
     return notes + lost
 
 
@@ -82,30 +90,30 @@ def _run_files(run_dir: Path) -> list[str]:
     run, config = _believed(about, _run), _believed(spec, _config)
     if run is None and config is None:
         raise ConfigError(
-            f"The run in {run_dir} cannot be resumed: {about} and {spec} are damaged, and each could only be mended "
-            "from the other.\nPut a copy of either in its place, or start the run anew in another output_dir; trained "
+            f"The run in {run_dir} cannot be resumed: {about} and {spec} are damaged, and each can only be repaired "
+            "from the other.\nPut a copy of either in its place, or start the run again in another output_dir; trained "
             f"adapters are in {run_dir / 'trials'}."
         )
     if run is None:
-        notes = [f"{_aside(about)}: run.json is written anew from config.yaml"]
+        notes = [f"{_aside(about)}: run.json is rewritten from config.yaml"]
         name = run_dir.resolve().name
         run = {"name": name, "created": now(), "status": RunStatus.INTERRUPTED, "command": None}
         atomic_write_json(about, {**run, "macdrop": version("macdrop"), "layout": LAYOUT, "spec": config})
         return notes
     copy = run.get("spec")
     if copy is not None and not _is_whole(copy) and config is not None:
-        # A copy that is damaged itself mends nothing.
-        notes = [f"{_aside(about)}: what it holds of the spec is written anew from config.yaml"]
+        # A damaged copy repairs nothing.
+        notes = [f"{_aside(about)}: its copy of the spec is rewritten from config.yaml"]
         atomic_write_json(about, {**run, "spec": config})
         return notes
     if _is_whole(copy) and (config is None or flatten(config) != flatten(copy)):
-        notes = [f"{_aside(spec)}: config.yaml is written anew as the run was started, from run.json"]
+        notes = [f"{_aside(spec)}: config.yaml is rewritten from run.json, as the run was started"]
         atomic_write_yaml(spec, copy)
         return notes
     if config is None:
         raise ConfigError(
             f"The run in {run_dir} cannot be resumed: {spec} is damaged.\nPut the run file that it was started with in "
-            "its place, or start the run anew in another output_dir."
+            "its place, or start the run again in another output_dir."
         )
     return []
 
@@ -127,7 +135,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _is_whole(copy: Any) -> bool:
-    """Whether the spec in run.json is one, with all its keys."""
+    """Return whether the spec in run.json is valid and has all its keys."""
     try:
         return flatten(dump(RunSpec.model_validate(copy))).keys() <= flatten(copy).keys()
     except UNREADABLE:
@@ -138,8 +146,8 @@ def _is_whole(copy: Any) -> bool:
 
 
 def _trial(folder: Path) -> list[str]:
-    """Mend one trial's folder."""
-    told = f"{folder.name} is trained again"
+    """Repair one trial's folder."""
+    remedy = f"{folder.name} is trained again"
     file, config = folder / "trial.json", folder / "config.yaml"
     notes = _lines(folder / "metrics.jsonl", _metrics, "its curve has a gap")
     notes += _finding(folder / "trackers.json", read_mapping, "trackers see the trial as a new one")
@@ -147,11 +155,11 @@ def _trial(folder: Path) -> list[str]:
         return notes
     record = _believed(file, _record)
     if record is None:
-        return [*notes, f"{_aside(file)}: {told}"]
+        return [*notes, f"{_aside(file)}: {remedy}"]
     if _believed(config, lambda path: _named(path, folder.name)) is None:
         aside = _aside(config)
         _aside(file)
-        return [*notes, f"{aside}: {told}"]
+        return [*notes, f"{aside}: {remedy}"]
     adapter = folder / "adapter"
     tidy(folder)
     if (record["status"] == TaskState.DONE or record.get("trained")) and adapter.exists():
@@ -162,7 +170,7 @@ def _trial(folder: Path) -> list[str]:
             reason = str(error).splitlines()[0]
             kept = {key: value for key, value in record.items() if key not in ("trained", "finished")}
             atomic_write_json(file, {**kept, "status": TaskState.RUNNING, "reason": None})
-            return [*notes, f"{reason} {told}"]
+            return [*notes, f"{reason} {remedy}"]
     return notes
 
 
@@ -190,8 +198,6 @@ def _metrics(row: dict[str, Any]) -> bool:
 
 
 def _massive_weights(file: Path) -> Any:
-    from macdrop import MassiveWeights
-
     try:
         return MassiveWeights.load(file)
     except NoMassiveWeights as error:
@@ -212,8 +218,8 @@ def _number(value: Any) -> bool:
 
 
 def _answers(run_dir: Path, file: Path) -> list[str]:
-    """Of answers that are damaged the scores go, too: a new evaluation makes both. They are written whole, so that no
-    file of them is ever torn by a crash."""
+    """Drop damaged answers with their scores: a new evaluation makes both. Answers are written whole, so a crash never
+    tears a file of them."""
     if _whole(file, lambda row: True):
         return []
     run_folder = RunFolder(run_dir)
@@ -226,7 +232,7 @@ def _answers(run_dir: Path, file: Path) -> list[str]:
 
 
 def _believed(file: Path, read: Callable[[Path], Any]) -> Any:
-    """What a file holds; None if it is missing or makes no sense."""
+    """Return the content of a file; None if it is missing or damaged."""
     try:
         return read(file)
     except UNREADABLE:
@@ -261,7 +267,7 @@ def _sound(group: list[str], fits: Callable[[dict[str, Any]], bool]) -> bool:
 
 
 def _whole(file: Path, fits: Callable[[dict[str, Any]], bool]) -> bool:
-    """Whether every line of a file that is written at once fits, the last one ended."""
+    """Return whether every line of a file that is written at once fits and the last one is complete."""
     *groups, end = _groups(file)
     return end == [""] and bool(groups) and all(_sound(group, fits) for group in groups)
 
@@ -270,12 +276,12 @@ def _lines(file: Path, fits: Callable[[dict[str, Any]], bool], remedy: str) -> l
     """Take lines that do not fit out of a file, with all that was written together with them."""
     if not file.exists():
         return []
-    *groups, _torn = _groups(file)  # what a crash tore is cut off by whoever appends next
+    *groups, _torn = _groups(file)  # the next append cuts off what a crash tore
     if all(_sound(group, fits) for group in groups):
         return []
     aside = _aside(file, keep=True)
     _rewrite(file, fits)
-    return [f"{aside}: lines that are damaged were taken out; {remedy}"]
+    return [f"{aside}: damaged lines were removed; {remedy}"]
 
 
 def _rewrite(file: Path, fits: Callable[[dict[str, Any]], bool]) -> None:
@@ -287,7 +293,7 @@ def _rewrite(file: Path, fits: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _aside(path: Path, *, keep: bool = False) -> str:
-    """Move a damaged file (or folder) out of the way, or copy it; returns both names, for people."""
+    """Move a damaged file (or folder) out of the way, or copy it; return both names for a message."""
     names = [f"{path.name}.damaged", *(f"{path.name}.damaged-{number}" for number in range(2, 1000))]
     to = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     if not path.exists():

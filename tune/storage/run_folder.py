@@ -3,10 +3,10 @@
     run.json             name, created, status, command, macdrop version
     config.yaml          the effective spec
     environment.json     versions, host, CPUs, GPUs
-    scores.jsonl         one line a score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
+    scores.jsonl         one line per score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
     models/<slug>/       massive_weights.json, proof.json, draws.jsonl (of Optuna), search_time.json, finalists.json
     trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, stage, setting, cell, status, reason,
-                         times, summary), metrics.jsonl (one line a logged step), adapter/, answers/*.jsonl
+                         times, summary), metrics.jsonl (one line per logged step), adapter/, answers/*.jsonl
 
     pandas.read_json("runs/x/scores.jsonl", lines=True)
 
@@ -40,23 +40,28 @@ from tune.storage.atomic import (
     stat,
 )
 from tune.storage.environment import environment, version
-from tune.storage.records import SCORE_COLUMNS, SCORE_KEY, TrialRecord, check_score, read_record
-from tune.storage.run_lock import FILE, GUARD
+from tune.storage.records import (
+    FINALISTS_FILE,
+    SCORE_COLUMNS,
+    SCORE_KEY,
+    SCORES_FILE,
+    TrialRecord,
+    check_score,
+    read_record,
+)
+from tune.storage.run_lock import NAMES
 from tune.storage.states import RunStatus, Stage, TaskState
 
 if TYPE_CHECKING:
     import pandas
 
 LAYOUT = 1
-#: What a claim leaves in a folder that holds nothing else.
-NAMES = frozenset({FILE, GUARD})
 
 
 class RunFolder:
     """A run folder. Cheap to make and to pickle; holds no open file.
 
-    Use `RunFolder.create` for a new run and `RunFolder.open` for one that is there. `problems` is None where damaged
-    files raise, else the list of what is damaged, each file once.
+    Use `create` for a new run and `open` for an existing one. `problems` lists damaged files once; None: they raise.
     """
 
     def __init__(self, run_dir: str | os.PathLike, problems: list[str] | None = None) -> None:
@@ -83,7 +88,7 @@ class RunFolder:
             command=" ".join(sys.argv) if command is None else command,
             macdrop=version("macdrop"),
             layout=LAYOUT,
-            spec=plain(spec),  # the copy from which config.yaml is mended
+            spec=plain(spec),  # the copy from which config.yaml is repaired
         )
         return run_folder
 
@@ -92,17 +97,17 @@ class RunFolder:
         """Open an existing run folder.
 
         Args:
-            lenient: leave out damaged trials and lines and note them in `problems`, for who only reads.
+            lenient: leave out damaged trials and lines and note them in `problems`, for read-only callers.
 
         Raises:
-            ConfigError: it is none, or its run.json or config.yaml is damaged.
+            ConfigError: not a run folder, or its run.json or config.yaml is damaged.
         """
         run_folder = cls(run_dir, [] if lenient else None)
+        refusal = f"{str(run_folder.run_dir)!r} is not a run folder:"
         if not run_folder.run_dir.is_dir():
-            raise ConfigError(f"{str(run_folder.run_dir)!r} is no run folder: there is no such folder.")
+            raise ConfigError(f"{refusal} no such folder.")
         if not (run_folder.run_dir / "run.json").is_file():
-            raise ConfigError(f"{str(run_folder.run_dir)!r} is no run folder: it has no run.json.\n"
-                              "Give the output_dir of a sweep.")  # fmt: skip
+            raise ConfigError(f"{refusal} it has no run.json.\nGive the output_dir of a sweep.")
         try:
             run_folder.run(), run_folder.config()
         except ValueError as error:
@@ -116,12 +121,12 @@ class RunFolder:
         return read_mapping(self.run_dir / "run.json", within=self.run_dir)
 
     def config(self) -> dict[str, Any]:
-        """The effective spec; for a lenient journal without the values that none can have."""
+        """The effective spec; opened leniently, without invalid values."""
         content = read_mapping(self.run_dir / "config.yaml", within=self.run_dir)
         return content if self.problems is None else believable(RunSpec, content, "config.yaml", self.problems)
 
     def environment(self) -> dict[str, Any]:
-        """What `write_environment` found; empty before."""
+        """Return what `write_environment` recorded; empty before."""
         file = self.run_dir / "environment.json"
         return (read_mapping(file, self.problems) if file.exists() else None) or {}
 
@@ -147,7 +152,7 @@ class RunFolder:
         return self.model_dir(model) / "massive_weights.json"
 
     def finding(self, file: Path) -> dict[str, Any] | None:
-        """What one of a model's files holds; None where it is missing (or damaged, for a lenient journal)."""
+        """Return the content of one of a model's files; None if missing (or damaged, in a lenient run folder)."""
         return read_mapping(file, self.problems) if file.is_file() else None
 
     def draws_file(self, model: str) -> Path:
@@ -157,7 +162,7 @@ class RunFolder:
         return self.model_dir(model) / "search_time.json"
 
     def finalists_file(self, model: str) -> Path:
-        return self.model_dir(model) / "finalists.json"
+        return self.model_dir(model) / FINALISTS_FILE
 
     # --- trials ---
 
@@ -178,7 +183,7 @@ class RunFolder:
         return sorted(records, key=lambda record: (record.started or "", record.trial))
 
     def answers_dir(self, model: str, trial: str) -> Path:
-        """Where generated answers of a trial go; those of the base model go to the model's folder."""
+        """Return the folder of a trial's generated answers; those of the base model are in the model's folder."""
         return (self.model_dir(model) if trial == BASE else self.trial(trial).folder) / "answers"
 
     def answers_file(self, model: str, trial: str, job: EvalJob) -> Path:
@@ -186,10 +191,9 @@ class RunFolder:
         return self.answers_dir(model, trial) / job.file_name
 
     def holds_answers_of(self, file: Path, row: Mapping[str, Any]) -> bool:
-        """Whether an answers file holds the answers behind a score: the inverse of `answers_file`."""
-        job = EvalJob(
-            row["benchmark"], row.get("entry", row["task"]), row["attack"], row["attack_on"], row.get("split", TEST)
-        )
+        """Return whether an answers file holds the answers behind a score: the inverse of `answers_file`."""
+        entry = row.get("entry", row["task"])
+        job = EvalJob(row["benchmark"], entry, row["attack"], row["attack_on"], row.get("split", TEST))
         # Not by `trial`: the row may be damaged and name what cannot be a trial.
         owner = self.model_dir(row["model"]) if row["trial"] == BASE else self.run_dir / "trials" / row["trial"]
         return file == owner / "answers" / job.file_name
@@ -198,7 +202,7 @@ class RunFolder:
 
     @property
     def scores_file(self) -> Path:
-        return self.run_dir / "scores.jsonl"
+        return self.run_dir / SCORES_FILE
 
     def add_scores(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Append scores, all of them or none; safe from several processes at once. Returns their number.
@@ -300,7 +304,7 @@ class TrialFolder:
     def log(self, step_metrics: Iterable[Mapping[str, Any]]) -> None:
         """Append metrics of logged steps, each with its `step`, ascending.
 
-        A resumed trial comes again through the steps after its last checkpoint: their earlier lines are replaced.
+        A resumed trial repeats the steps after its last checkpoint: their earlier lines are replaced.
         """
         rows = [dict(row) for row in step_metrics]
         if not rows:
@@ -334,13 +338,13 @@ class TrialFolder:
 
 
 def check_new(path: Path, remedy: str | None = None) -> None:
-    """Refuse a folder that holds anything but a sweep's claim of it; what is in it is not touched.
+    """Refuse a folder that holds anything but a sweep's lock; its content is not touched.
 
-    remedy: the command that goes on with the run there, if there is one.
+    remedy: the command that resumes the run there, if there is one.
     """
     if not path.exists() or (path.is_dir() and not {each.name for each in path.iterdir()} - NAMES):
         return
     if any((path / name).exists() for name in ("run.json", "config.yaml", "trials")):
-        go_on = f"Go on with it:\n  {remedy or resume_command(path)}\nor choose another output_dir."
-        raise ConfigError(f"output_dir {str(path)!r} exists and is not empty: it holds a run. {go_on}")
+        resume = f"To resume it:\n  {remedy or resume_command(path)}\nor choose another output_dir."
+        raise ConfigError(f"output_dir {str(path)!r} exists and is not empty: it holds a run. {resume}")
     raise ConfigError(f"output_dir {str(path)!r} exists and is not empty: choose another output_dir.")

@@ -2,8 +2,8 @@
 
     in_use.json     token, pid, begun, where (host name, boot, process namespace), host, since, command
 
-A claim is dead when its process is, which can be told on the same machine, or when nobody has touched it for `DEAD_S`.
-Ages are taken by the clock of the file system, so that clocks of hosts need not agree.
+A lock is stale if its process has exited (checked on the same host), or if it has not been touched for `DEAD_S`.
+Ages are taken by the clock of the file system: clocks of hosts need not agree.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.storage.atomic import atomic_write_json, writing
+from tune.storage.atomic import atomic_write_json, now, writing
 
 FILE, GUARD = "in_use.json", ".in_use.lock"
+#: All files of a lock, in a folder that holds nothing else.
+NAMES = frozenset({FILE, GUARD})
 TOUCH_S = 5.0
-#: A process on another host that has given no sign of life for so long is taken for dead.
+#: A process on another host without a heartbeat for so long is taken for dead.
 DEAD_S = 60.0
 
 
 class RunLock:
-    """A folder that this process works in. `lost` is why it no longer does, None while it does."""
+    """A lock on a folder that this process works in. `lost` is why the process lost it, None while it holds it."""
 
     def __init__(self, folder: Path, token: str) -> None:
         self._file, self._token = folder / FILE, token
         self.lost: str | None = None
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._touch, name="claim", daemon=True)
+        self._thread = threading.Thread(target=self._touch, name="run-lock", daemon=True)
 
     def _touch(self) -> None:
         while not self._end.wait(TOUCH_S):
@@ -46,7 +48,7 @@ class RunLock:
                 if mine:
                     os.utime(self._file)
             except OSError:
-                continue  # storage that is gone for a minute; whoever takes over meanwhile leaves another token
+                continue  # storage that is gone for a minute; a process that takes over meanwhile leaves another token
             if not mine and not self._end.is_set():
                 self.lost = f"{self._file} is no longer this process's own: another sweep has taken the folder over."
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -60,7 +62,7 @@ class RunLock:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[RunLock]:
-    """Work in a run folder (made if need be) while nobody else does.
+    """Work in a run folder (created if missing) while no other process does.
 
     Raises:
         ConfigError: another process that lives, or may live, works there.
@@ -74,20 +76,20 @@ def locked(folder: Path) -> Iterator[RunLock]:
             holder = _read(file)
             if holder is not None and (why := alive(holder, _age(file))):
                 raise ConfigError(_refusal(folder, holder, why))
-            about = {"host": socket.gethostname(), "since": _now(), "command": " ".join(sys.argv)}
+            about = {"host": socket.gethostname(), "since": now(), "command": " ".join(sys.argv)}
             atomic_write_json(file, {"token": token, "pid": os.getpid(), **process(os.getpid()), **about})
-    claim = RunLock(folder, token)
-    claim._thread.start()
+    lock = RunLock(folder, token)
+    lock._thread.start()
     try:
-        yield claim
+        yield lock
     finally:
-        claim.release()
+        lock.release()
 
 
 def alive(holder: dict[str, Any], age_s: float) -> str | None:
-    """Why the process behind a claim must be taken for alive; None where it is dead.
+    """Return why the process behind a lock must be taken for alive; None if it is dead.
 
-    age_s: how long ago the claim was touched.
+    age_s: seconds since the lock was touched.
     """
     here = process(holder.get("pid") or 0)
     if holder.get("where") == here["where"]:
@@ -106,7 +108,7 @@ def _refusal(folder: Path, holder: dict[str, Any], why: str) -> str:
 
 
 def process(pid: int) -> dict[str, Any]:
-    """What tells a process from one that had its number earlier or elsewhere; `begun` is None if there is none."""
+    """Identify a process among those that had its number earlier or elsewhere; `begun` is None if there is none."""
     words = [socket.gethostname()]
     for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(), _namespace):
         try:
@@ -121,7 +123,7 @@ def _namespace() -> str:
 
 
 def _begun(pid: int) -> str | None:
-    """When a process began, in the kernel's own count; where there is no /proc, whether it is there."""
+    """Return the start time of a process in the kernel's own count; without /proc, only that it exists."""
     if Path("/proc/self/stat").exists():
         try:
             words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -146,7 +148,7 @@ def _age(file: Path) -> float:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """The claim; None without one. A damaged one claims nothing, as claims are written whole."""
+    """Read the lock; None without one. A damaged one locks nothing, as locks are written whole."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -154,9 +156,3 @@ def _read(file: Path) -> dict[str, Any] | None:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _now() -> str:
-    from tune.storage.atomic import now
-
-    return now()

@@ -13,7 +13,7 @@ from tune.errors import CheckpointError
 from tune.storage.atomic import lasting, make_folder, sync_folder, writing
 
 MANIFEST = "MANIFEST.json"
-#: How the names of folders begin that are being written, and that are being replaced.
+#: Name prefixes of folders that are being written, and that are being replaced.
 STAGING, ASIDE = ".tmp-", ".old-"
 #: Checkpoints that a fine-tuning under way keeps, the newest ones.
 KEPT = 2
@@ -83,20 +83,20 @@ def verify(folder: Path) -> None:
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}. Name a folder step-... of a trial.")
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}. Name a folder step-... of a trial.")
     try:
         digests = json.loads(manifest.read_text())
         whole = isinstance(digests, dict) and bool(digests) and all(Path(name).name == name for name in digests)
     except (ValueError, RecursionError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{manifest} is damaged. Use an older checkpoint of the trial, or start it anew.")
+        raise CheckpointError(f"{manifest} is damaged. Use an older checkpoint of the trial, or restart it.")
     there = {path.name for path in folder.iterdir() if path.is_file()}
     for name, digest in digests.items():
         path = folder / name
         if name not in there:
-            told = f"{folder} lacks {name[:80]}."
-            raise CheckpointError(f"{told} Use an older checkpoint of the trial, or start it anew.")
+            missing = f"{folder} lacks {name[:80]}."
+            raise CheckpointError(f"{missing} Use an older checkpoint of the trial, or restart it.")
         if sha256(path) != digest:
             raise CheckpointError(f"{path} is damaged: its checksum differs from {MANIFEST}. Use an older checkpoint.")
 

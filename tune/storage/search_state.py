@@ -1,4 +1,4 @@
-"""What a search keeps in the run folder: its draws and the time it has spent."""
+"""Persistent state of a search in the run folder: its draws and the time it has spent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from macdrop.errors import ConfigError
 from tune.storage.atomic import append_jsonl, atomic_write_json, read_jsonl, read_mapping
 from tune.storage.records import TrialRecord
 
-#: As often the time spent searching is kept; a run that is killed loses no more of it. Seconds.
+#: Interval in seconds at which the time spent searching is saved; a killed run loses no more than this.
 KEEP_EVERY_S = 5.0
 
 
@@ -72,7 +72,7 @@ class SearchTime:
 
 
 def search_time(file: Path) -> float:
-    """What a search_time.json holds.
+    """Read the seconds of a search_time.json.
 
     Raises:
         ConfigError: it is damaged.

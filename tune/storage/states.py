@@ -43,7 +43,7 @@ class TaskState(StrEnum):
     DONE = "done"
     """Trained and scored. A benchmark that failed is named in the reason."""
     STOPPED = "stopped"
-    """Ended early because nobody waited for it any more: the search pruned it, or ran out of time."""
+    """Ended early because no follower waited for it any more: the search pruned it, or ran out of time."""
     FAILED = "failed"
     """Ended without an adapter by an error, or after losing as many lanes as it may."""
     DIVERGED = "diverged"
@@ -51,5 +51,5 @@ class TaskState(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether the state is an end: done, stopped, failed or diverged."""
+        """Return whether the state is final: done, stopped, failed or diverged."""
         return self in (TaskState.DONE, TaskState.STOPPED, TaskState.FAILED, TaskState.DIVERGED)

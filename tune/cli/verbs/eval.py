@@ -35,6 +35,7 @@ def evaluate(
     from tune.config.run_spec import dump, load
     from tune.preflight.inputs import check_scoring
     from tune.report.score_table import score_table
+    from tune.storage.records import SCORES_FILE
 
     (file, overrides), source = split_config(config), Source(model, revision, bf16, trust_remote_code)
     if file is None and not overrides and not suite and source.model.startswith("zoo:"):
@@ -58,7 +59,7 @@ def evaluate(
     for part in made.split(console.width):
         console.print(part.rich())
     if output is not None:
-        line("written", str(output / "scores.jsonl"))
+        line("written", str(output / SCORES_FILE))
     if spec.eval.judge is not None and output is not None:
         from tune.cli.verbs.judge import judge_evaluation
 
@@ -85,6 +86,7 @@ def _score(
     from tune.evaluation.prefix_cache import PrefixCache
     from tune.evaluation.scorer import Scorer
     from tune.storage.atomic import append_jsonl
+    from tune.storage.records import SCORES_FILE
     from tune.training.massive_weights import massive_weights
 
     model, tokenizer = source.load()
@@ -99,6 +101,6 @@ def _score(
             with console.status(f"Scoring {number} of {len(wanted)}: {job.key}"):
                 rows = scorer.score(job, model=scored, answers_path=answers, prefix=prefix)
             if output is not None:
-                append_jsonl(output / "scores.jsonl", [{**tag, **row} for row in rows])
+                append_jsonl(output / SCORES_FILE, [{**tag, **row} for row in rows])
             scores += map(dict, rows)
     return scores

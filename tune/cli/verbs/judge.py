@@ -56,9 +56,10 @@ def judge_evaluation(folder: Path, spec: JudgeSpec, *, fresh: bool = False) -> i
     """Judge the answers in a folder of `macdrop eval --output`; return the number of files with failures."""
     from tune.evaluation.judge.answers import answers_of_evaluation
     from tune.storage.atomic import append_jsonl
+    from tune.storage.records import SCORES_FILE
 
     def add_scores(rows: list[dict[str, Any]]) -> None:
-        append_jsonl(folder / "scores.jsonl", rows)
+        append_jsonl(folder / SCORES_FILE, rows)
 
     return _judge(answers_of_evaluation(folder), spec, add_scores, folder, fresh=fresh)
 
@@ -92,6 +93,7 @@ def _judge(
     fresh: bool,
 ) -> int:
     from tune.evaluation.judge.session import judge_files, make_judge
+    from tune.storage.records import SCORES_FILE
     from tune.training.quiet import quiet_libraries
 
     quiet_libraries()
@@ -100,7 +102,7 @@ def _judge(
     with _progress_bar() as show:
         outcome = judge_files(files, spec, make=make_judge, add_scores=add_scores, show=show, fresh=fresh)
     _show_outcome(outcome)
-    line("written", f"{folder / 'scores.jsonl'}, and judgements/ beside every answers/")
+    line("written", f"{folder / SCORES_FILE}, and judgements/ beside every answers/")
     return outcome.failures
 
 

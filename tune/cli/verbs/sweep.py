@@ -115,7 +115,7 @@ def _resolve(file: str | None, overrides: list[str], resume: bool) -> tuple[RunS
 def _recorded_config(overrides: list[str]) -> Path:
     """Return the effective config of the run to resume, after repairing what an interrupted write left."""
     from tune.config.parse import read_override
-    from tune.storage.repair import check_run, mend
+    from tune.storage.repair import check_run, repair_run
     from tune.storage.run_lock import locked
 
     named = dict(read_override(override) for override in overrides).get("output_dir")
@@ -124,7 +124,7 @@ def _recorded_config(overrides: list[str]) -> Path:
     folder = Path(str(named))
     check_run(folder)
     with locked(folder):
-        for note in mend(folder):
+        for note in repair_run(folder):
             line("repaired", note)
     return folder / "config.yaml"
 
@@ -163,7 +163,7 @@ def _check(spec: RunSpec, planned: list[Study]) -> None:
         what = f"{name}: model, tokenizer, data and benchmark files; {checked.steps} optimizer steps per trial"
         line("checked", what)
         if checked.cuts:
-            line("asha", f"{name}: {checked.cuts.told()}")
+            line("asha", f"{name}: {checked.cuts.describe()}")
 
 
 def _run(start: Callable[[Observer, Stop], int], folder: Path, again: str) -> int:

@@ -31,7 +31,7 @@ from tune.errors import ResourceError
 from tune.preflight.inputs import Checked, check_inputs
 from tune.scheduling.resources import GpuShares, gpu_shares, resources
 from tune.scheduling.study import Study, studies
-from tune.storage.repair import check_run, mend
+from tune.storage.repair import check_run, repair_run
 from tune.storage.run_folder import RunFolder
 from tune.storage.run_lock import locked
 from tune.storage.states import RunStatus
@@ -254,7 +254,7 @@ def run(
 
 def _repair(run_dir: Path, spec: RunSpec, progress: Observer) -> None:
     """Repair an earlier run's folder, and refuse it to the spec of another run."""
-    for note in mend(run_dir):
+    for note in repair_run(run_dir):
         progress.note(note)
     check_same(run_dir, dump(RunSpec.model_validate(RunFolder.open(run_dir).config())), dump(spec))
 

@@ -10,6 +10,7 @@ from tune.config.recorded import models_of
 from tune.config.run_spec import slug
 from tune.evaluation.judge.judgements import Answers
 from tune.storage.atomic import read_jsonl
+from tune.storage.records import SCORES_FILE
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import Stage, TaskState
 
@@ -76,7 +77,7 @@ def answers_of_evaluation(folder: Path) -> list[Answers]:
     Raises:
         ConfigError: there are none.
     """
-    scored = read_jsonl(folder / "scores.jsonl")
+    scored = read_jsonl(folder / SCORES_FILE)
     tag = {key: scored[0].get(key) for key in ("model", "adapter")} if scored else {}
     entries = [row["task"] for row in scored if row["benchmark"] == "generation"]
     files = sorted((folder / "answers").glob("generation-*.jsonl"))
