@@ -1,4 +1,4 @@
-"""What a node of a cluster may lack, told with node, what and remedy; the looking itself is plain functions."""
+"""Node checks: problems are reported with node, cause and remedy; the checks are plain functions."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def needs(tmp_path):
         yield Needs(token, word, (), (), bf16=False, weights=0, macdrop=version("macdrop"), lag=0.0)
 
 
-def test_a_node_that_has_everything_lacks_nothing(needs, tmp_path):
+def test_a_complete_node_passes_the_check(needs, tmp_path):
     assert look(needs) == []
-    assert os.listdir(tmp_path) == [os.path.basename(needs.token)], "beside the run folder, which is not made yet"
+    assert os.listdir(tmp_path) == [os.path.basename(needs.token)], "next to the run folder, which does not exist yet"
 
 
-def test_the_token_is_taken_away(tmp_path):
+def test_the_token_file_is_removed(tmp_path):
     with _token(tmp_path):
         assert len(list(tmp_path.iterdir())) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_node_may_lack(needs, tmp_path, monkeypatch):
+def test_missing_requirements_are_reported(needs, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     lost = replace(needs, token=str(tmp_path / "elsewhere" / "token"))
     assert "does not see what the head wrote" in look(lost)[0] and "all nodes mount" in look(lost)[0]
@@ -45,18 +45,18 @@ def test_what_a_node_may_lack(needs, tmp_path, monkeypatch):
     assert hub.startswith("cannot fetch nobody/nothing: ") and "HF_HOME" in hub
 
 
-def test_storage_that_may_not_be_written_is_told(needs, monkeypatch):
+def test_read_only_storage_is_reported(needs, monkeypatch):
     from pathlib import Path
 
     def refuse(self, text):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    (told,) = look(needs)
-    assert told.startswith("may not write to ") and "Mount it writable" in told
+    (problem,) = look(needs)
+    assert problem.startswith("may not write to ") and "Mount it writable" in problem
 
 
-def test_what_is_looked_for_comes_from_the_run_file(tmp_path):
+def test_checked_paths_and_models_come_from_the_run_file(tmp_path):
     local = tmp_path / "rows.jsonl"
     local.write_text("{}\n")
     raw = {
@@ -72,20 +72,20 @@ def test_what_is_looked_for_comes_from_the_run_file(tmp_path):
     assert hub_models(RunSpec(model_name_or_path="zoo:planted-llama"), []) == []
 
 
-def test_a_lone_machine_pays_nothing_and_a_node_is_named(tmp_path):
+def test_a_single_machine_skips_the_check_and_a_node_is_named(tmp_path):
     import ray
 
     from tune.distributed.cluster.ray_cluster import connect
 
     connect(RaySpec(dashboard=False))
     try:
-        spec, told = RunSpec(model_name_or_path="zoo:planted-llama"), []
-        check_nodes(spec, studies(spec), tmp_path / "run", told.append)
-        assert not told and not list(tmp_path.iterdir())
-        check_each(ray.nodes(), spec, studies(spec), tmp_path / "run", told.append)
+        spec, messages = RunSpec(model_name_or_path="zoo:planted-llama"), []
+        check_nodes(spec, studies(spec), tmp_path / "run", messages.append)
+        assert not messages and not list(tmp_path.iterdir())
+        check_each(ray.nodes(), spec, studies(spec), tmp_path / "run", messages.append)
         gone = {**ray.nodes()[0], "NodeID": "0" * 56}
-        check_each([gone], spec, studies(spec), tmp_path / "run", told.append)
-        assert "was lost during its check" in told[0]
+        check_each([gone], spec, studies(spec), tmp_path / "run", messages.append)
+        assert "was lost during its check" in messages[0]
         away = RunSpec(model_name_or_path="zoo:planted-llama", dataset="rows.jsonl")
         os.environ["HF_HUB_OFFLINE"] = "1"
         there = tmp_path / "there"
@@ -93,7 +93,7 @@ def test_a_lone_machine_pays_nothing_and_a_node_is_named(tmp_path):
         (there / "rows.jsonl").write_text("{}\n")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ResourceError, match="has no rows.jsonl") as caught:
             patch.chdir(there)  # where the driver is; the node's tasks run elsewhere
-            check_each(ray.nodes(), away, studies(away), tmp_path / "run", told.append)
+            check_each(ray.nodes(), away, studies(away), tmp_path / "run", messages.append)
         assert str(caught.value).startswith(f"Node {ray.nodes()[0]['NodeManagerHostname']} (")
         assert [path.name for path in tmp_path.iterdir()] == ["there"]
     finally:

@@ -148,7 +148,7 @@ def steps(folder: Path) -> int:
     return max((json.loads(line)["step"] for line in file.read_text().splitlines()), default=0)
 
 
-def test_the_sweep_goes_on_where_there_is_room(seen):
+def test_the_sweep_continues_where_there_is_room(seen):
     assert len(set(seen.nodes)) == 3 and seen.head not in seen.nodes
     assert seen.trial["status"] == "done" and seen.trial["step"] == SETTINGS["max_steps"]
 

@@ -1,4 +1,4 @@
-"""What is said of a cluster that cannot be joined, or has no room yet."""
+"""Messages about a cluster that cannot be joined or has no room yet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tune.preflight import machine
 
 
 @pytest.mark.parametrize(
-    ("mode", "file", "value", "told"),
+    ("mode", "file", "value", "hint"),
     [
         (None, True, None, "needs RAY_AUTH_MODE=token here"),
         ("disabled", False, None, "needs RAY_AUTH_MODE=token here"),
@@ -21,7 +21,7 @@ from tune.preflight import machine
         ("token", False, "secret", "Does the token of this machine match the cluster's?"),
     ],
 )
-def test_what_the_machine_lacks_is_told_and_the_token_is_not(tmp_path, monkeypatch, mode, file, value, told):
+def test_the_hint_names_the_problem_without_the_token(tmp_path, monkeypatch, mode, file, value, hint):
     token = tmp_path / "auth_token"
     if file:
         token.write_text("secret")
@@ -29,7 +29,7 @@ def test_what_the_machine_lacks_is_told_and_the_token_is_not(tmp_path, monkeypat
         monkeypatch.delenv(name, raising=False)
         if setting is not None:
             monkeypatch.setenv(name, setting)
-    assert told in token_hint() and "secret" not in token_hint()
+    assert hint in token_hint() and "secret" not in token_hint()
 
 
 @pytest.mark.ray
@@ -56,24 +56,24 @@ def nodes():
 
 
 @pytest.mark.cluster
-def test_a_node_is_waited_for_and_the_autoscaler_asked(nodes, monkeypatch):
+def test_check_requests_nodes_and_waits_for_them(nodes, monkeypatch):
     spec = RaySpec(address=nodes.address, lanes=2, cpus_per_worker=2, resource_timeout_s=60)
-    asked, told = [], []
+    asked, messages = [], []
     monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(bundles))
 
     def tell(text: str) -> None:
-        told.append(text)
-        if len(told) == 1:
+        messages.append(text)
+        if len(messages) == 1:
             nodes.add_node(num_cpus=3)
 
     assert check_cluster(spec, tell) == 0.0
     assert asked == [[{"CPU": 2.0}], []], "one lane's worker, and nothing any more once it is there"
-    assert "CPU: needs 2, there 0\nWaiting for nodes, for up to 60 s. If none will come:" in told[0]
-    assert told[1:] == [told[1]] and "CPU: needs 4, there 3\nThe rest starts when there is room." in told[1]
+    assert "CPU: needs 2, there 0\nWaiting for nodes, for up to 60 s. If none will come:" in messages[0]
+    assert messages[1:] == [messages[1]] and "CPU: needs 4, there 3\nThe rest starts when there is room." in messages[1]
 
 
 @pytest.mark.cluster
-def test_a_node_that_does_not_come_is_told_with_the_sum(nodes):
+def test_missing_resources_are_reported_with_totals(nodes):
     spec = RaySpec(address=nodes.address, num_workers=3, gpus_per_worker=1, resource_timeout_s=1)
     with pytest.raises(ResourceError, match=r"(?s)3 worker.*GPU: needs 3, there 0.*ray.resource_timeout_s = 1 s"):
         check_cluster(spec, lambda text: None)

@@ -1,4 +1,4 @@
-"""A sweep as a process of its own, killed at a fixed point and resumed: in the end as if nobody had disturbed it."""
+"""A sweep as a process of its own, killed at a fixed point and resumed: it ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def recipe(tmp_path_factory) -> Path:
     del os.environ["MACDROP_CACHE"]
 
 
-def test_killed_and_resumed_is_as_if_nobody_had_disturbed_it(recipe):
+def test_a_killed_and_resumed_sweep_equals_an_undisturbed_one(recipe):
     """SIGKILL in the middle of the second draw; then Ctrl-C in the middle of the final stage; then to the end."""
     alone, folder = recipe.parent / "alone", recipe.parent / "killed"
     ended(*sweep(alone, str(recipe)))

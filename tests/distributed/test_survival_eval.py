@@ -1,4 +1,4 @@
-"""Evaluation and judge actors that die, at work or while they are made ready: only what was in hand is done again."""
+"""Evaluation and judge actors that die at work or during start-up: only in-flight work is repeated."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 class Fragile(PoolActor):
-    """In the place of a real actor: writes down what it does, and dies by SIGKILL as often as the folder says."""
+    """A stand-in for a real actor: logs its work and dies by SIGKILL as often as `plan.json` says."""
 
     def _do(self, name: str) -> None:
         with open(self.folder / "log", "a") as file:
             file.write(f"{name} {os.getpid()}\n")
         done = Counter(line.split()[0] for line in (self.folder / "log").read_text().splitlines())
-        told = json.loads((self.folder / "told.json").read_text())
-        if done[name] <= told["deaths"].get(name, 0):
+        plan = json.loads((self.folder / "plan.json").read_text())
+        if done[name] <= plan["deaths"].get(name, 0):
             os.kill(os.getpid(), signal.SIGKILL)
-        if name in told["errors"]:
+        if name in plan["errors"]:
             raise MacDropError(f"{name} cannot be done")
 
     def prepare(self, opening) -> str:
@@ -67,7 +67,7 @@ def _fragile_travels(local_ray):
 
 def tell(folder: Path, errors=(), **deaths: int) -> None:
     (folder / "log").write_text("")
-    (folder / "told.json").write_text(json.dumps({"deaths": deaths, "errors": list(errors)}))
+    (folder / "plan.json").write_text(json.dumps({"deaths": deaths, "errors": list(errors)}))
 
 
 def log(folder: Path) -> list[str]:
@@ -111,7 +111,7 @@ def submit(pool: EvaluatorPool, names: str) -> None:
         pool.submit(EvalTask({"name": name}, EvalJob("perplexity", name), None, ""))
 
 
-def test_only_the_benchmark_in_hand_is_done_again_and_a_poisoned_one_is_given_up(pool, tmp_path):
+def test_only_the_in_flight_benchmark_is_retried_and_a_failing_one_is_dropped(pool, tmp_path):
     tell(tmp_path, b=1, e=MAX_ATTEMPTS)
     assert open_all(pool, tmp_path) == str(tmp_path)
     submit(pool, "abcdefgh")
@@ -137,7 +137,7 @@ def test_actors_killed_while_they_open_a_model_are_replaced(pool, tmp_path):
     assert finish(pool) == {"a": None, "b": None} and log(tmp_path).count("open") == 2
 
 
-def test_a_replacement_that_does_not_come_up_costs_the_actor_alone_while_there_is_another(pool, tmp_path):
+def test_a_replacement_that_fails_to_start_loses_only_its_actor(pool, tmp_path):
     tell(tmp_path)
     open_all(pool, tmp_path)
     tell(tmp_path, ["open"], a=1)
@@ -149,7 +149,7 @@ def test_a_replacement_that_does_not_come_up_costs_the_actor_alone_while_there_i
         finish(pool)
 
 
-def test_actors_of_a_node_that_leaves_are_made_elsewhere(pool, tmp_path):
+def test_actors_of_a_lost_node_restart_elsewhere(pool, tmp_path):
     import ray
 
     tell(tmp_path, b=1)
@@ -163,7 +163,7 @@ def test_actors_of_a_node_that_leaves_are_made_elsewhere(pool, tmp_path):
     assert log(tmp_path).count("a") == 1
 
 
-def test_actors_that_rest_hold_nothing_and_are_back_when_there_is_work(tmp_path):
+def test_released_actors_hold_nothing_and_restart_for_new_work(tmp_path):
     import ray
 
     def held() -> float:
@@ -192,7 +192,7 @@ def test_actors_that_rest_hold_nothing_and_are_back_when_there_is_work(tmp_path)
     free.close()
 
 
-def test_actors_that_have_no_room_are_not_waited_for(tmp_path):
+def test_actors_that_do_not_fit_are_not_waited_for(tmp_path):
     import ray
 
     tell(tmp_path)
@@ -205,7 +205,7 @@ def test_actors_that_have_no_room_are_not_waited_for(tmp_path):
     pool.close()
 
 
-def test_a_judges_actors_are_as_hard_to_kill(tmp_path):
+def test_judge_actors_survive_as_well(tmp_path):
     tell(tmp_path, **{"open": 1, "q1": 1, "q2": MAX_ATTEMPTS})
     spec = JudgeSpec.model_construct(model=str(tmp_path), batch_size=1)
     judge = ActorJudge(JudgeOpening(spec, 1, 60), size=1, cpus=0, gpus=0, stacks=tmp_path, kind=Fragile)
@@ -216,7 +216,7 @@ def test_a_judges_actors_are_as_hard_to_kill(tmp_path):
     assert Counter(log(tmp_path)) == {"open": 2 + 1 + MAX_ATTEMPTS, "q0": 1, "q1": 2, "q2": MAX_ATTEMPTS, "q3": 1}
 
 
-def test_a_damaged_adapter_costs_its_own_scores_alone(tmp_path):
+def test_a_damaged_adapter_loses_only_its_own_scores(tmp_path):
     """A real model: the good adapter scores the same before and after a damaged one and the base."""
     good = make_adapter(tmp_path / "good")
     bad = make_adapter(tmp_path / "bad")
@@ -259,7 +259,7 @@ class Stuck(Evaluator):
             time.sleep(1000)
 
 
-def test_an_actor_that_hangs_ends_with_its_stacks_and_others_go_on(tmp_path):
+def test_a_hung_actor_dumps_its_stacks_and_others_continue(tmp_path):
     adapter = make_adapter(tmp_path / "good")
     block = build(EvalSpec, {"batch_size": 2, "limit": 8, "zero_shot": {"qa": {"data": "zoo:qa"}}})
     spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
@@ -277,8 +277,8 @@ def test_an_actor_that_hangs_ends_with_its_stacks_and_others_go_on(tmp_path):
         time.sleep(0.02)
     pool.close()
     stacks = tmp_path / "base" / "stacks" / "score-qa.txt"
-    told = f"died {MAX_ATTEMPTS} times: no forward pass began within ray.step_timeout_s = 2 s, see {stacks}"
-    assert told in found["base"].error and "in _pass" in stacks.read_text()
+    message = f"died {MAX_ATTEMPTS} times: no forward pass began within ray.step_timeout_s = 2 s, see {stacks}"
+    assert message in found["base"].error and "in _pass" in stacks.read_text()
     assert found["trial"].rows and not (tmp_path / "trial" / "stacks").exists()
 
 

@@ -113,21 +113,21 @@ def test_the_adapter_is_that_of_an_undisturbed_run(storm):
     assert digest(storm.folder / "trials" / "calm") == digest(storm.folder / "trials" / "storm")
 
 
-def test_every_loss_is_told(storm):
+def test_every_lost_lane_has_its_reason(storm):
     killed, hung, headless = storm.reasons
     assert killed.startswith("Worker") and killed.endswith("was killed, or crashed.")
     assert "ray.step_timeout_s = 5 s" in hung and "trials/storm/stacks/rank-" in hung
     assert headless.startswith("The process that leads the lane's workers (process")
 
 
-def test_a_hang_leaves_the_stack_of_the_rank_that_waited(storm):
+def test_a_hang_leaves_the_stack_of_the_waiting_rank(storm):
     (file,) = (storm.folder / "trials" / "storm" / "stacks").iterdir()
-    told = file.read_text()
-    assert "Timeout" in told and "finetune.py" in told
+    dumped = file.read_text()
+    assert "Timeout" in dumped and "finetune.py" in dumped
     assert not (storm.folder / "trials" / "calm" / "stacks").exists()
 
 
-def test_a_lane_that_waits_for_resources_is_no_failure(storm):
+def test_a_lane_waiting_for_resources_has_not_failed(storm):
     assert storm.most_up == 1
 
 
@@ -139,7 +139,7 @@ def test_evaluators_get_the_resources_of_an_idle_lane(storm):
     assert storm.evaluator_lived
 
 
-def test_what_nothing_fits_is_said_with_the_way_to_go_on(tmp_path):
+def test_a_lane_that_never_fits_raises_with_the_resume_command(tmp_path):
     spec = RAY.model_copy(update={"cpus_per_worker": 1000.0, "resource_timeout_s": 1.0, "lanes": 1})
     with scene_of(tmp_path, spec) as scene:
         scene.lanes.open()
@@ -187,7 +187,7 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
             pool.close()
 
 
-def test_the_control_store_tells_what_the_reaper_asks_it():
+def test_private_ray_tables_still_answer():
     """Ray's private tables and accessors, and the cleaner that the reaper replaces: here a new Ray is found out."""
     import ray
     from ray.train import ScalingConfig

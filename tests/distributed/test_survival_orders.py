@@ -1,4 +1,4 @@
-"""Who hands out and follows the fine-tunings may die at any time: the run goes on as if nothing had happened."""
+"""The dispatcher and the trials may die at any time: the run continues as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_they_died_in_the_middle(disturbed):
     assert all(count >= 1 and found[0] < STEPS for _, found, count in killed)
 
 
-def test_adapters_are_those_of_a_process_that_nobody_disturbed(disturbed, tmp_path):
+def test_adapters_equal_those_of_an_undisturbed_process(disturbed, tmp_path):
     from tune.training.single import train_here
 
     folders = sorted((disturbed[0] / "trials").iterdir())
@@ -126,7 +126,7 @@ def test_adapters_are_those_of_a_process_that_nobody_disturbed(disturbed, tmp_pa
         assert digest(tmp_path / folder.name) == digest(folder)
 
 
-def test_every_trial_is_trained_once_and_every_step_told_once(disturbed):
+def test_every_trial_is_trained_once_and_every_step_reported_once(disturbed):
     for file in disturbed[0].glob("trials/*/trial.json"):
         trial = json.loads(file.read_text())
         assert (trial["status"], trial["attempts"]) == ("done", 1)
@@ -143,7 +143,7 @@ def test_every_trial_is_scored_once(disturbed):
     assert final in trials
 
 
-def test_nothing_of_it_is_shown_and_nothing_is_left(disturbed):
+def test_deaths_show_no_errors_and_leave_nothing_behind(disturbed):
     import ray
     from ray.util.placement_group import placement_group_table
 
@@ -157,8 +157,8 @@ def test_nothing_of_it_is_shown_and_nothing_is_left(disturbed):
     assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
 
 
-def test_a_fine_tuning_that_failed_is_not_tried_again_by_tune(tmp_path):
-    """Optuna hears of a failure, which it forgets, as the setting may be worth something."""
+def test_tune_does_not_retry_a_failed_task(tmp_path):
+    """Optuna gets the trial as failed, which it ignores: the setting itself may be good."""
     from optuna.trial import TrialState
     from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 
@@ -200,7 +200,7 @@ def test_a_fine_tuning_that_failed_is_not_tried_again_by_tune(tmp_path):
     assert [trial.state for trial in searcher._ot_study.trials] == [TrialState.FAIL]
 
 
-def test_a_dispatcher_that_cannot_come_back_is_told_as_such(tmp_path):
+def test_a_dispatcher_that_cannot_restart_raises(tmp_path):
     from tune.distributed.lanes.dispatcher import call, dispatching
     from tune.errors import ResourceError
 
@@ -210,4 +210,4 @@ def test_a_dispatcher_that_cannot_come_back_is_told_as_such(tmp_path):
         log.write_text("{oops\n")
         assert kill(DISPATCHER) == 1
         call(dispatcher, "snapshot")
-    assert log.exists(), "it is kept for whoever looks into it"
+    assert log.exists(), "kept for diagnosis"

@@ -265,7 +265,7 @@ def front(tmp_path_factory) -> tuple[Path, int, str]:
     return folder, *run(spec)
 
 
-def test_asha_stops_orders_early_and_not_before_the_decay(front):
+def test_asha_stops_tasks_early_but_not_before_the_decay(front):
     folder, failures, _ = front
     searched = [trial for trial in trials(folder) if trial["arm"] == "macdrop"]
     stopped = [trial for trial in searched if trial["status"] == "stopped"]
@@ -299,7 +299,7 @@ def load_rate(folder: Path, trial: dict) -> float:
 
 @pytest.mark.slow  # tests of lanes kill workers too; this one does it in a whole sweep
 def test_killed_worker_costs_nothing_but_time(tmp_path):
-    """A lane's worker dies by SIGKILL in the middle of an order: same bits as a process that nobody disturbed."""
+    """A lane's worker is killed in the middle of a task: same bits as an undisturbed process."""
     from tune.training.single import train_here
 
     settings = {"max_steps": 60, "save_steps": 5, "eval_steps": None}
@@ -424,7 +424,7 @@ def test_train_on_two_workers_equals_the_lane(tmp_path, alone):
         train_on_workers(bad.ray, bad.studies()[0], tmp_path / "bad", observe=lambda metrics: "go_on")
 
 
-def test_too_few_gpus_is_said_with_the_arithmetic(tmp_path):
+def test_too_few_gpus_are_reported_with_totals(tmp_path):
     spec = make(tmp_path / "run", ray={"gpus_per_worker": 2})
     with pytest.raises(ResourceError) as error:
         run(spec)
