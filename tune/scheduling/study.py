@@ -184,23 +184,23 @@ def as_plain(spec: TrainSpec) -> TrainSpec:
 def outline(run: RunSpec, study: Study) -> list[tuple[str, str]]:
     """Describe the work for one model, as lines of a label and a text."""
     tests, validations = len(jobs(run.eval)), len(jobs(run.validation))
-    told = []
+    lines = []
     if study.base:
         more = f" and {validations} for validation" if study.search and validations else ""
-        told.append(("base", f"scored on {tests} benchmark(s){more}"))
-    told += [("plain", baseline.trial_id()) for baseline in study.plain]
+        lines.append(("base", f"scored on {tests} benchmark(s){more}"))
+    lines += [("plain", baseline.trial_id()) for baseline in study.plain]
     for values in study.trials or ():
         settings = ", ".join(f"{key}={value}" for key, value in values.items())
         trial = study.searched(values)
-        told.append((trial.arm, f"{trial.trial_id()}  {settings}".rstrip()))
+        lines.append((trial.arm, f"{trial.trial_id()}  {settings}".rstrip()))
     if study.trials is None:
         drawn = f"{study.samples} trials drawn by {run.sweep.search_alg}: {', '.join(study.parameters)}"
-        told.append(("searched", drawn))
+        lines.append(("searched", drawn))
     if not study.count:
-        return told
+        return lines
     if study.search:
         by = ", ".join(f"{metric.name} ({metric.goal})" for metric in run.sweep.metric)
-        told.append(
+        lines.append(
             (Stage.SEARCH, f"{study.searched_count} fine-tunings on seed {study.spec.seed}; the best by {by} go on")
         )
     arms = [f"the {study.finalists} best macdrop" if study.finalists > 1 else "the best macdrop"] if study.drops else []
@@ -208,8 +208,8 @@ def outline(run: RunSpec, study: Study) -> list[tuple[str, str]]:
     cells = f" in each of {study.cells} cells ({', '.join(k for k in CELL_KEYS if k in study.parameters)})"
     seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
     trained = f"{study.final_count} fine-tunings{'' if study.reseeded else ' beside those of the search'}"
-    told.append((Stage.FINAL, f"{', '.join(arms)}{cells if study.cells > 1 else ''} on {seeds}: {trained}"))
-    return told
+    lines.append((Stage.FINAL, f"{', '.join(arms)}{cells if study.cells > 1 else ''} on {seeds}: {trained}"))
+    return lines
 
 
 def benchmark_runs(run: RunSpec, planned: list[Study]) -> int:

@@ -84,8 +84,8 @@ def lasting(action: Callable[[], T], within: AnyPath | None) -> T:
                     raise OSError(errno.ENOTCONN, f"{within} is gone") from error
                 raise
             if pause == 0.1:
-                told = "is not there" if gone else error.strerror
-                log.warning("The storage of %s is gone (%s): waiting up to %g s for it.", within, told, PATIENCE_S)
+                reason = "is not there" if gone else error.strerror
+                log.warning("The storage of %s is gone (%s): waiting up to %g s for it.", within, reason, PATIENCE_S)
             time.sleep(pause)
             pause = min(2 * pause, PAUSE_S)
 
@@ -243,10 +243,10 @@ def read_jsonl(
             rows.append(row)
         except (ValueError, RecursionError) as error:
             kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
-            told = f"{path}, line {number}: {kind}({error}). The file was changed by hand?"
+            problem = f"{path}, line {number}: {kind}({error}). The file was changed by hand?"
             if problems is None:
-                raise ConfigError(told) from error
-            problems += [told] if told not in problems else []
+                raise ConfigError(problem) from error
+            problems += [problem] if problem not in problems else []
     return rows
 
 
