@@ -139,6 +139,7 @@ def test_the_card_of_a_run_has_scores_with_intervals_attacks_and_the_verdict(run
         ("running", "It may not have ended yet"),
         ("diverged", "status is 'diverged'"),
         ("damaged", "damaged"),
+        ("damaged setup", "reproduce.json is damaged"),
         ("output", "exists and is not empty"),
         ("private", "Add --push USER/NAME"),
     ],
@@ -154,6 +155,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(run_dir, trai
     elif what == "damaged":
         with open(trial / "adapter/adapter_model.safetensors", "ab") as file:
             file.write(b"x")
+    elif what == "damaged setup":
+        (trial / "reproduce.json").write_text('{"workers": ')
     elif what == "output":
         output.mkdir()
         (output / "file").write_text("kept")

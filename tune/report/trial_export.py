@@ -23,9 +23,10 @@ from tune.errors import ResourceError
 from tune.evaluation.merging import LogitCheck, write_merged
 from tune.report.model_card import Exported, model_card
 from tune.storage.atomic import atomic_write_json, atomic_write_text, writing
-from tune.storage.run_folder import BASE, RunFolder
+from tune.storage.run_folder import BASE, RunFolder, TrialFolder
 from tune.storage.sealed_folder import verify
 from tune.storage.states import TaskState
+from tune.training.trial_setup import SETUP, read_setup
 
 FINISHED = (TaskState.DONE, TaskState.STOPPED)
 
@@ -52,9 +53,8 @@ def read_trial(folder: Path) -> Exported:
             f"{folder} is not finished: its status is {info.get('status')!r}{reason}. "
             f"What can be exported is {' or '.join(FINISHED)}."
         )
-    verify(folder / "adapter")
-    frozen = folder / "reproduce.json"
-    workers = json.loads(frozen.read_text(encoding="utf-8"))["workers"] if frozen.is_file() else None
+    verify(TrialFolder(folder).adapter_dir)
+    workers = read_setup(folder)["workers"] if (folder / SETUP).is_file() else None
     run_dir = folder.resolve().parents[1]
     if not (run_dir / "run.json").is_file():
         return Exported(folder, info.get("trial") or spec.trial_id(), spec, info, workers)
@@ -91,7 +91,7 @@ def write_export(content: Exported, output: Path, *, merged: bool, place: str) -
     check = None
     with _appearing(output) as folder:
         if merged:
-            check = write_merged(content.spec, content.folder / "adapter", folder)
+            check = write_merged(content.spec, TrialFolder(content.folder).adapter_dir, folder)
         else:
             _write_adapter(content, folder)
         atomic_write_text(folder / "README.md", model_card(content, merged=check, place=place))
@@ -123,7 +123,7 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 def _write_adapter(content: Exported, folder: Path) -> None:
     """Write the adapter's own files; its configuration names the base as the run did, not by a path of this machine."""
-    adapter = content.folder / "adapter"
+    adapter = TrialFolder(content.folder).adapter_dir
     shutil.copy(adapter / "adapter_model.safetensors", folder)
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": content.spec.model_name_or_path, "revision": content.spec.model_revision}
