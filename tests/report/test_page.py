@@ -18,10 +18,10 @@ from tune.report.html.drawing import draw, signed
 from tune.report.html.figure import Figure
 from tune.report.html.figures import FAMILIES, figures
 from tune.report.html.generations import generations
-from tune.report.html.intervals import Row, _forest
+from tune.report.html.intervals import Row, forest_plot
 from tune.report.html.page import write_page
 from tune.report.html.palette import LIGHT
-from tune.report.html.pareto import _front
+from tune.report.html.pareto import pareto_front
 from tune.report.html.select import best_groups, cells
 from tune.report.report import Report, make_report
 from tune.storage.run_folder import RunFolder
@@ -272,7 +272,7 @@ def test_two_runs_on_one_page_do_not_share_ids(tmp_path):
 def test_unknown_numbers_are_not_drawn(finished):
     column = Column("zero_shot", "qa", "acc", higher_is_better=True)
     lost = unknown(column=column, arm="macdrop", label="MacDrop", against="plain", seeds=(1,), words="not finite")
-    figure = _forest(finished.models[0], "x", "verdict", "t", "c", [Row(lost, "unsure", "o", heading="qa")])
+    figure = forest_plot(finished.models[0], "x", "verdict", "t", "c", [Row(lost, "unsure", "o", heading="qa")])
     assert ">?<" in figure.svg and len(figure.rows) == 1
 
 
@@ -285,7 +285,7 @@ def test_the_front_is_not_dominated(finished):
     model.finalists.clear()
     model.objectives = [("eval_loss", "minimize"), ("zero_shot/qa/acc", "maximize")]
     lines = [line for line in model.searched if line.status == "done" and line.arm == "macdrop"]
-    front = _front(model, lines)
+    front = pareto_front(model, lines)
     found = next(FAMILIES["pareto"][1](finished.run_folder, model, []))
     marked = {row[0]: row[5:] for row in found.rows if row[4]}
     assert set(marked) == front and front

@@ -92,7 +92,7 @@ def verdict_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[V
             "Difference from the plain adapter: mean over seeds and 95 % interval; small dots are individual seeds."
         )
         name = words_to_name("verdict", str(number))
-        yield _forest(model, name, "verdict", f"{verdict.label}, by task", caption, rows)
+        yield forest_plot(model, name, "verdict", f"{verdict.label}, by task", caption, rows)
 
 
 def comparison_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
@@ -136,10 +136,10 @@ def _compared(model: ModelResults, cell: str, members: list[Verdict], columns: l
         f"{settings}" + ("; placebos use the same values." if set(arms) - {"macdrop"} else ".")
     )
     name = words_to_name("comparisons", first.attack, first.attack_on or "", cell)
-    return _forest(model, name, "comparisons", title, caption, rows)
+    return forest_plot(model, name, "comparisons", title, caption, rows)
 
 
-def _forest(model: ModelResults, name: str, part: str, title: str, caption: str, rows: list[Row]) -> Figure:
+def forest_plot(model: ModelResults, name: str, part: str, title: str, caption: str, rows: list[Row]) -> Figure:
     if not rows:
         return Figure(name, part, title, "Nothing to compare yet.")
     panels: dict[tuple, list[Row]] = {}

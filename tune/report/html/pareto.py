@@ -27,12 +27,12 @@ def pareto_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Ve
         return
     names = [name for name, _ in model.objectives]
     whole = [line for line in model.searched if all(value_of(line, name) is not None for name in names)]
-    front = _front(model, whole)
+    front = pareto_front(model, whole)
     for one, other in itertools.combinations(model.objectives, 2):
         yield _figure(model, whole, front, one, other)
 
 
-def _front(model: ModelResults, lines: list[Line]) -> set[str]:
+def pareto_front(model: ModelResults, lines: list[Line]) -> set[str]:
     """Trials of the Pareto front as recorded by the search, else computed over finished MacDrop trials."""
     recorded = set(model.finalists.get("pareto") or [])
     if recorded & {line.trial for line in lines}:
