@@ -181,8 +181,12 @@ def _probe(code: str, **environment: str) -> tuple[dict, str]:
 def _torch_and_gloo(found: dict, error: str) -> Iterator[Check]:
     present = gpu_names()
     if present and found and not found["cuda"]:
-        yield Check("GPUs", False, f"{len(present)} ({present[0]}), but torch cannot use them",
-                    "Install a torch build for this driver's CUDA version, see pytorch.org/get-started.")  # fmt: skip
+        yield Check(
+            "GPUs",
+            False,
+            f"{len(present)} ({present[0]}), but torch cannot use them",
+            "Install a torch build for this driver's CUDA version, see pytorch.org/get-started.",
+        )
     else:
         yield Check("GPUs", True, ", ".join(present) or "none: runs on CPU")
     if found.get("gloo"):
