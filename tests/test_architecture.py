@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tokenize
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,11 @@ def test_a_folder_is_small():
     assert not crowded
     loose = [name for name in sources("tune") if name.count("/") == 1 and Path(name).stem not in ("__init__", "errors")]
     assert not loose, "tune/ holds packages only"
+
+
+def test_the_floors_are_listed_from_the_top():
+    layers = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert re.findall(r"^ {4}(\w+) ", ast.get_docstring(tree("tune/__init__.py"), clean=False), re.MULTILINE) == layers
 
 
 def test_a_module_name_says_where_it_is():
