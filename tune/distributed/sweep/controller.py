@@ -70,7 +70,7 @@ class SweepController:
         self._thread = threading.Thread(target=self._loop, name="controller", daemon=True)
         self._thread.start()
 
-    # ---------------------------------------------------------------- driver
+    # --- driver ---
 
     def open(self, study: Study, opening: Opening) -> str | None:
         """Make the study's model resident in the evaluators and score the base; return its massive weights' file."""
@@ -101,10 +101,10 @@ class SweepController:
         for record in self._run_folder.trials():
             if record.model != study.spec.model_name_or_path:
                 continue
-            folder = self._run_folder.trial(record.trial).folder
+            trial = self._run_folder.trial(record.trial)
             state = resume_state(
                 record,
-                adapter=(folder / "adapter").is_dir(),
+                adapter=trial.adapter_dir.is_dir(),
                 scored=not self._missing(record.model, record.trial, self._jobs[record.stage]),
                 retry_failed=self._retry_failed,
             )
@@ -115,7 +115,14 @@ class SweepController:
                 self._failed.add(record.trial)
             spec = TrainSpec.model_validate(record.config)
             task = TrainTask(
-                *(record.trial, study.name, dump(spec), str(folder), "", None, spec.engine_key(), 0),
+                id=record.trial,
+                study=study.name,
+                spec=dump(spec),
+                folder=str(trial.folder),
+                data="",
+                weights=None,
+                engine_key=spec.engine_key(),
+                width=0,
                 stage=record.stage,
                 cell=record.cell or {},
                 drawn=record.drawn,
@@ -193,7 +200,7 @@ class SweepController:
         self._end.set()
         self._thread.join(timeout=10)
 
-    # ------------------------------------------------------------------ loop
+    # --- loop ---
 
     def _loop(self) -> None:
         try:
@@ -264,7 +271,7 @@ class SweepController:
             trial.finish(entry.state, entry.reason, **about, **outcome)
             self._progress.ended(entry)
 
-    # ---------------------------------------------------------------- scores
+    # --- scores ---
 
     def _score(self, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[EvalJob]) -> None:
         """Submit the benchmarks of an adapter, or of the base, that have no score yet."""
