@@ -20,7 +20,6 @@ from tune.evaluation.text_metrics import mean_and_stderr
 
 #: Changes with every change of the prompt or of the parsing of scores.
 PROMPT_VERSION = "prometheus-2/1"
-SCORES = range(1, 6)
 
 _SYSTEM = (
     "You are a fair judge assistant tasked with providing clear, objective feedback based on specific criteria, "
