@@ -15,12 +15,25 @@ from tune import errors as tune_errors
 from tune.cli.options import split_config
 
 VERBS = (
-    *("scan", "attack", "train", "eval", "suites", "judge"),
-    *("plan", "sweep", "report", "compare", "export", "reproduce"),
-    *("doctor", "schema", "docs"),
+    "scan",
+    "attack",
+    "train",
+    "eval",
+    "suites",
+    "judge",
+    "plan",
+    "sweep",
+    "report",
+    "compare",
+    "export",
+    "reproduce",
+    "doctor",
+    "schema",
+    "docs",
     "zoo list",
     *(f"cluster {verb}" for verb in ("render", "check", "up", "submit", "status", "logs", "fetch", "down")),
-    *("cluster spot-watch", "cluster on-head"),
+    "cluster spot-watch",
+    "cluster on-head",
 )
 
 

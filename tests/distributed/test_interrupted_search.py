@@ -27,9 +27,15 @@ TWO = "[{name: zero_shot/a/acc, goal: maximize}, {name: eval_loss}]"
 
 def planned(*overrides: str) -> tuple[RunSpec, Study]:
     settings = [
-        *("model=m", "validation.zero_shot=[a]", "eval_steps=4", "macdrop.schedule=exp", "macdrop.alpha=1.0"),
-        *("sweep.parameters.learning_rate={min: 1e-5, max: 1e-2, distribution: log_uniform}", "sweep.num_samples=14"),
-        *("sweep.parameters.macdrop.p0={min: 0.2, max: 1.0}", "sweep.parameters.lora_rank=[2, 4, 8]"),
+        "model=m",
+        "validation.zero_shot=[a]",
+        "eval_steps=4",
+        "macdrop.schedule=exp",
+        "macdrop.alpha=1.0",
+        "sweep.parameters.learning_rate={min: 1e-5, max: 1e-2, distribution: log_uniform}",
+        "sweep.num_samples=14",
+        "sweep.parameters.macdrop.p0={min: 0.2, max: 1.0}",
+        "sweep.parameters.lora_rank=[2, 4, 8]",
     ]
     spec = load(None, [*settings, *overrides])
     (study,) = studies(spec)
@@ -121,7 +127,10 @@ def search(spec: RunSpec, study: Study, kept: Kept, trials: int, die_at: int | N
 @pytest.mark.parametrize("objectives", [ONE, TWO])
 def test_a_search_killed_at_any_point_draws_and_cuts_what_the_undisturbed_one_did(objectives):
     spec, study = planned(
-        *("sweep.search_alg=optuna", f"sweep.metric={objectives}", "sweep.scheduler=asha", "sweep.reduction_factor=2")
+        "sweep.search_alg=optuna",
+        f"sweep.metric={objectives}",
+        "sweep.scheduler=asha",
+        "sweep.reduction_factor=2",
     )
     alone = Kept()
     search(spec, study, alone, spec.sweep.num_samples)

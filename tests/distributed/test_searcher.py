@@ -14,7 +14,10 @@ from tune.scheduling.early_stopping import cuts
 from tune.scheduling.study import Study, studies
 
 SEARCH = [
-    *("model=m", "sweep.scheduler=asha", "sweep.search_alg=random", "eval_steps=5"),
+    "model=m",
+    "sweep.scheduler=asha",
+    "sweep.search_alg=random",
+    "eval_steps=5",
     "sweep.parameters.macdrop.p0={min: 0.2, max: 1.0}",
 ]
 
@@ -27,7 +30,9 @@ def run(*overrides: str) -> tuple[RunSpec, Study]:
 
 def test_the_scheduler_cuts_the_worse_of_what_is_comparable():
     spec, study = run(
-        *("sweep.parameters.macdrop.schedule=[step, constant]", "sweep.decayed=0.5", "sweep.reduction_factor=2")
+        "sweep.parameters.macdrop.schedule=[step, constant]",
+        "sweep.decayed=0.5",
+        "sweep.reduction_factor=2",
     )
     asha = scheduler(study, spec.sweep, cuts(study, spec.sweep, 100, 100))
     assert scheduler(study, spec.sweep, None) is None

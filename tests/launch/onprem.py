@@ -21,8 +21,14 @@ RAY_LAUNCHER_LINE = re.compile(r"\sV*(INFO|WARN) \w+\.py:|^(Shared connection|Wa
 #: A shortened demo: one model and few trials, each long enough to be hit by a fault; every step is logged.
 STEPS = 200
 SWEEP = (
-    *("sweep.models=[zoo:planted-llama]", "sweep.arms=[base, plain, macdrop]", "sweep.seeds=2", "sweep.num_samples=2"),
-    *(f"max_steps={STEPS}", "logging_steps=1", "ray.num_workers=2", "eval.attacks=[none, zeroing@3]"),
+    "sweep.models=[zoo:planted-llama]",
+    "sweep.arms=[base, plain, macdrop]",
+    "sweep.seeds=2",
+    "sweep.num_samples=2",
+    f"max_steps={STEPS}",
+    "logging_steps=1",
+    "ray.num_workers=2",
+    "eval.attacks=[none, zeroing@3]",
 )
 #: Default number of steps between two checkpoints.
 SAVED_EVERY = STEPS // 10
@@ -46,7 +52,12 @@ class Cluster:
         self.head, *self.workers = lab.hosts
         self.fields = (
             *(f"head_ip={self.head.address}", f"worker_ips={','.join(host.address for host in self.workers)}"),
-            *("user=root", f"cpus={cpus}", "object_store_mb=150", f"storage={SHARED}", "install=none", "name=lab"),
+            "user=root",
+            f"cpus={cpus}",
+            "object_store_mb=150",
+            f"storage={SHARED}",
+            "install=none",
+            "name=lab",
         )
 
     def say(self, *words: object) -> None:

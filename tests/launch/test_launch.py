@@ -38,8 +38,12 @@ def test_up_prepares_token_and_secrets_starts_and_waits(laptop):
     file = laptop.file("local")
     laptop.tools.answer("get-auth-token", {"run": MAKES_TOKEN})
     laptop.tools.answer("on-head jobs", {"out": "Head node of cluster (macdrop) not found!", "code": 1})
-    laptop.tools.answer("on-head nodes", head_output(nodes=THREE[:1], log=[]), head_output(nodes=THREE[:2], log=[]),
-                        head_output(nodes=THREE, log=[]))  # fmt: skip
+    laptop.tools.answer(
+        "on-head nodes",
+        head_output(nodes=THREE[:1], log=[]),
+        head_output(nodes=THREE[:2], log=[]),
+        head_output(nodes=THREE, log=[]),
+    )
     assert laptop.run("up", file) == 0, laptop.err
     called = [" ".join(call["argv"][:2]) for call in laptop.tools.calls]
     looked = ["ray get-auth-token", "ray exec", "ssh -i"]
@@ -325,7 +329,12 @@ def test_script_on_the_head_is_injection_proof_and_resumes(there, tmp_path):
     words = json.loads(done.stdout)
     run_dir = f"output_dir={storage}/runs/demo"
     assert words[words.index("--") + 1 :] == [
-        *("macdrop", "sweep", "demo", hostile, "ray.address=auto", run_dir),
+        "macdrop",
+        "sweep",
+        "demo",
+        hostile,
+        "ray.address=auto",
+        run_dir,
         *(["--resume"] if there else []),
     ]
     environment_of_job = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]

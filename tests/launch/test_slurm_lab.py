@@ -32,8 +32,15 @@ wait
 exit $code
 """
 SWEEP = (
-    *("demo", "sweep.models=[zoo:planted-llama]", "sweep.arms=[plain, macdrop]", "sweep.seeds=0"),
-    *("sweep.num_samples=1", "max_steps=100", "save_steps=10", "logging_steps=1", "ray.num_workers=2"),
+    "demo",
+    "sweep.models=[zoo:planted-llama]",
+    "sweep.arms=[plain, macdrop]",
+    "sweep.seeds=0",
+    "sweep.num_samples=1",
+    "max_steps=100",
+    "save_steps=10",
+    "logging_steps=1",
+    "ray.num_workers=2",
 )
 
 

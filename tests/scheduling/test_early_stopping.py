@@ -13,7 +13,10 @@ from tune.scheduling.early_stopping import LENGTH_KEYS, Cuts, cuts, decayed_step
 from tune.scheduling.study import Study, studies
 
 SEARCH = [
-    *("model=m", "sweep.scheduler=asha", "sweep.search_alg=random", "eval_steps=5"),
+    "model=m",
+    "sweep.scheduler=asha",
+    "sweep.search_alg=random",
+    "eval_steps=5",
     "sweep.parameters.macdrop.p0={min: 0.2, max: 1.0}",
 ]
 

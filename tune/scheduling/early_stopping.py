@@ -24,8 +24,13 @@ from tune.scheduling.study import Study
 
 #: Searched keys that change how many steps a fine-tuning has: their trials stand at different points of the decay.
 LENGTH_KEYS = (
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("dataset", "val_size", "max_samples"),
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "dataset",
+    "val_size",
+    "max_samples",
 )
 #: Keeps a step whose p is the limit itself but for rounding.
 SLACK = 1e-9

@@ -109,9 +109,7 @@ def proof_text(text: Path | None, source: str) -> str:
     """
     file = text or (Path(resolve("zoo:text")) if source.startswith(PREFIX) else STORY)
     if not file.is_file():
-        raise DataError(
-            f"{file} is not a text file. Give a text with --text, or omit it for a built-in one."
-        )
+        raise DataError(f"{file} is not a text file. Give a text with --text, or omit it for a built-in one.")
     try:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
