@@ -21,7 +21,7 @@ from macdrop.gather import is_partitioned, read_rows, write_rows
 from macdrop.structure import FFN, Projection
 from macdrop.weights import MassiveWeights
 
-#: Told the mask at the first use of a site in a micro-step.
+#: Called with the mask at the first use of a site in a micro-step.
 OnUse = Callable[[torch.Tensor], None]
 
 

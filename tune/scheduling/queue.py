@@ -80,7 +80,7 @@ class TaskQueue:
     _drained: set[str] = field(default_factory=set)
     _changes: list[str] = field(default_factory=list)
 
-    # ------------------------------------------------------------- followers
+    # --- followers ---
 
     def place(self, task: TrainTask, follower: str, evaluated: Sequence[dict[str, Any]] = ()) -> TaskState:
         """Queue a task, or follow the equal one that is there; returns its state.
@@ -161,7 +161,7 @@ class TaskQueue:
             "scores": entry.scores,
         }
 
-    # ----------------------------------------------------------------- lanes
+    # --- lanes ---
 
     def lane_up(self, lane: str, width: int, host: str, nodes: Collection[str] = ()) -> None:
         """A lane's workers are ready on `nodes`; a task it had before it was restarted goes back into the queue."""
@@ -280,7 +280,7 @@ class TaskQueue:
             if entry.state == TaskState.QUEUED:
                 self._exhausted(entry)
 
-    # ------------------------------------------------------------ supervisor
+    # --- controller ---
 
     def scored(self, task_id: str, scores: dict[str, float], reason: str | None) -> None:
         """All benchmarks of a trained task are through; `reason` names those that failed."""
@@ -312,7 +312,7 @@ class TaskQueue:
             )
         return {"tasks": rows, "lanes": dict(self.lanes)}
 
-    # --------------------------------------------------------------- details
+    # --- details ---
 
     def _has(self, entry: QueuedTask, lane: str | None) -> bool:
         """Return whether the task is running, on this lane if one is named."""

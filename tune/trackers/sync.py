@@ -91,7 +91,7 @@ class TrackerSync:
         if self._thread.is_alive():
             self._warn(f"The trackers did not accept all metrics within {CLOSE_S:.0f} s; the run folder has them.")
 
-    # ---------------------------------------------------------------- thread
+    # --- thread ---
 
     def _loop(self) -> None:
         while not self._end.wait(EVERY_S):

@@ -121,7 +121,7 @@ class LanePool:
         self._threads = {}
         self._reaper.close()
 
-    # --------------------------------------------------------------- details
+    # --- details ---
 
     def _look_at_nodes(self) -> None:
         """Report nodes that will be taken away to the queue."""
