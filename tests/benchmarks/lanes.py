@@ -3,11 +3,11 @@
     python tests/benchmarks/lanes.py [--trials 8] [--steps 20] [--workers 2] [--runs 8]
 
 The trials are a plain adapter and MacDrop adapters of several k, p0, schedules and seeds on a built-in model, under
-ZeRO-2. In the lane: dispatcher, one lane, orders; from the start of the lane to the last adapter on disk. One run each:
-what `macdrop train` does with ray.num_workers above one, one `TorchTrainer` after the other, half of them before the
-lane and half behind it, so that a machine that gets busier or less busy hits both. Both use the same Ray (its
+ZeRO-2. In the lane: dispatcher, one lane, its tasks; from the start of the lane to the last adapter on disk. One run
+each: what `macdrop train` does with ray.num_workers above one, one `TorchTrainer` after the other, half of them before
+the lane and half after it, so that a machine that gets busier or less busy affects both. Both use the same Ray (its
 start is not counted), the same tokenised data and the same scan, and must leave the same bytes in
-adapter_model.safetensors. Tune's own trial actors, which wait beside the lane, are no part of it. With fewer `--runs`,
+adapter_model.safetensors. Tune's own trial actors, which wait beside the lane, are not part of it. With fewer `--runs`,
 the lane's time for the ratio ends with as many trials.
 
 Fixed cost of a trial: from its start to the next one's, without its optimizer steps; validation, state and files count.
@@ -22,13 +22,17 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from measure import Quartiles, machine, table, verdict
+
+if TYPE_CHECKING:
+    from tune.config.run_spec import RaySpec, TrainSpec
+    from tune.scheduling.queue import TrainTask
 
 TARGET, FIXED_TARGET_S = 4.0, 2.0
 MODEL = "zoo:planted-llama"
@@ -48,7 +52,7 @@ class Trained:
         return self.seconds - self.in_steps
 
 
-def settings(number: int, steps: int) -> list[Any]:
+def settings(number: int, steps: int) -> list[TrainSpec]:
     """`number` different fine-tunings that one engine can train, the first of them plain."""
     from tune.config.run_spec import MacDropSpec, TrainSpec
 
@@ -75,7 +79,7 @@ def settings(number: int, steps: int) -> list[Any]:
 class Inputs:
     """What both ways read: the scan and the tokenised data, made once beforehand."""
 
-    def __init__(self, spec: Any, workers: int) -> None:
+    def __init__(self, spec: TrainSpec, workers: int) -> None:
         from macdrop import load_tokenizer
         from tune.data import dataset as data
         from tune.storage.cache import cache_dir
@@ -88,7 +92,7 @@ class Inputs:
         self.lengths = prepared.train.lengths
         self.workers = workers
 
-    def in_steps(self, spec: Any, folder: Path) -> float:
+    def in_steps(self, spec: TrainSpec, folder: Path) -> float:
         """Seconds in optimizer steps, from the tokens per second that each step has logged."""
         from tune.data.batching import Batches
         from tune.storage.atomic import read_jsonl
@@ -109,46 +113,48 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def in_a_lane(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> tuple[float, float, list[Trained]]:
+def in_a_lane(
+    specs: list[TrainSpec], ray_spec: RaySpec, inputs: Inputs, root: Path
+) -> tuple[float, float, list[Trained]]:
     """Train all in one lane; returns seconds in all, seconds until the first began, and the trials in their order."""
     from tune.distributed.lanes.dispatcher import call, dispatching
     from tune.distributed.lanes.lane_pool import LanePool
 
-    orders = [_order(spec, inputs, root) for spec in specs]
+    tasks = [_task(spec, inputs, root) for spec in specs]
     started: dict[str, float] = {}
     ended: dict[str, float] = {}
     seen = 0
     with dispatching(root / "ray") as dispatcher:
-        for order in orders:
-            call(dispatcher, "place", order, "benchmark")
+        for task in tasks:
+            call(dispatcher, "place", task, "benchmark")
         began = time.time()
         lanes = LanePool(dispatcher, ray_spec, 0.0, root / "ray", evaluator=object)
         lanes.open()
         try:
-            while len(ended) < len(orders):
+            while len(ended) < len(tasks):
                 seen, changes = call(dispatcher, "changes", seen)
                 for entry in changes:
                     if entry.state in ("failed", "diverged", "stopped"):
-                        raise RuntimeError(f"{entry.order.id} {entry.state}: {entry.reason}")
+                        raise RuntimeError(f"{entry.task.id} {entry.state}: {entry.reason}")
                     if entry.state in ("running", "trained"):
-                        started.setdefault(entry.order.id, time.time())
+                        started.setdefault(entry.task.id, time.time())
                     if entry.state == "trained":
-                        ended[entry.order.id] = time.time()
+                        ended[entry.task.id] = time.time()
                 lanes.check(call(dispatcher, "snapshot"))
                 time.sleep(POLL_S)
         finally:
             lanes.close()
     last = max(ended.values())
-    starts = [*(started[order.id] for order in orders), last]
-    assert starts == sorted(starts), "a lane takes its orders as they were placed"
+    starts = [*(started[task.id] for task in tasks), last]
+    assert starts == sorted(starts), "a lane takes tasks in the order of the queue"
     trials = [
-        Trained(after - before, inputs.in_steps(spec, Path(order.folder)), digest(Path(order.folder)))
-        for spec, order, before, after in zip(specs, orders, starts, starts[1:], strict=False)
+        Trained(after - before, inputs.in_steps(spec, Path(task.folder)), digest(Path(task.folder)))
+        for spec, task, before, after in zip(specs, tasks, starts, starts[1:], strict=False)
     ]
     return last - began, starts[0] - began, trials
 
 
-def _order(spec: Any, inputs: Inputs, root: Path) -> Any:
+def _task(spec: TrainSpec, inputs: Inputs, root: Path) -> TrainTask:
     from tune.config.run_spec import dump
     from tune.scheduling.queue import TrainTask
 
@@ -164,7 +170,7 @@ def _order(spec: Any, inputs: Inputs, root: Path) -> Any:
     )
 
 
-def one_run_each(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) -> list[Trained]:
+def one_run_each(specs: list[TrainSpec], ray_spec: RaySpec, inputs: Inputs, root: Path) -> list[Trained]:
     """Train each in a Ray Train run of its own, one after the other."""
     from tune.distributed.lanes.train_run import Workers
 
@@ -184,7 +190,7 @@ def one_run_each(specs: list[Any], ray_spec: Any, inputs: Inputs, root: Path) ->
     return trials
 
 
-def _wait_for_cpus(ray_spec: Any) -> None:
+def _wait_for_cpus(ray_spec: RaySpec) -> None:
     """Wait until the workers before have given their CPUs back; not counted."""
     import ray
 
