@@ -1,7 +1,7 @@
 """Lanes through everything: worker killed, worker stopped, controller killed, and none of it seen in the bytes.
 
-One order is trained undisturbed, then the same fine-tuning under the disturbances, by lanes of two workers under
-ZeRO-2. Two lanes are wanted and there is room for one: whenever it falls, the other takes its place. The order book and
+One task is trained undisturbed, then the same fine-tuning under the disturbances, by lanes of two workers under
+ZeRO-2. Two lanes are wanted and there is room for one: whenever it falls, the other takes its place. The task queue and
 the lanes are the real ones; Tune and the evaluators, which only wait beside them, are left out. All of it happens
 without a dashboard and beside a second Ray: either is enough for Ray Train's own cleaner to leave placement groups.
 """

@@ -1,4 +1,4 @@
-"""Lanes and an order book on a live Ray, and what is seen of them while a test disturbs them."""
+"""Lanes and a task queue on a live Ray, and what is seen of them while a test disturbs them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tune.config.run_spec import RaySpec, TrainSpec, dump
 
 @dataclass
 class Scene:
-    """A run folder, its order book and lanes, and what was seen of them."""
+    """A run folder, its task queue and lanes, and what was seen of them."""
 
     folder: Path
     dispatcher: Any
     lanes: Any
-    #: Disturbance -> seconds until the order was further than before; `start`: until the first step.
+    #: Disturbance -> seconds until the task was further than before; `start`: until the first step.
     recovered: dict[str, float] = field(default_factory=dict)
     #: Disturbance -> seconds until no placement group of a dead maker was left.
     reaped: dict[str, float] = field(default_factory=dict)
-    #: Why lanes were lost, as the book had it, in that order.
+    #: Why lanes were lost, as the queue reported it, in that order.
     reasons: list[str] = field(default_factory=list)
     most_up: int = 0
     evaluator_lived: bool = False
@@ -41,7 +41,7 @@ class Scene:
         return call(self.dispatcher, method, *arguments)
 
     def wait(self, until: Callable[[dict[str, Any]], bool], *, scoring: bool = False) -> None:
-        """Do what the supervisor does, until the book's snapshot is as wanted."""
+        """Do what the controller does, until the snapshot of the queue is as wanted."""
         deadline = time.monotonic() + 150
         while True:
             snapshot = self.call("snapshot")
@@ -56,7 +56,7 @@ class Scene:
             time.sleep(0.05)
 
     def reach(self, name: str, state: str, step: int = 0) -> int:
-        """Wait until an order is in a state, at a step or later; returns at which."""
+        """Wait until a task is in a state, at a step or later; return the step."""
         row: dict[str, Any] = {}
 
         def there(snapshot: dict[str, Any]) -> bool:
@@ -68,7 +68,7 @@ class Scene:
         return row["last"]["step"]
 
     def disturb(self, name: str, step: int, act: Callable[[], None]) -> None:
-        """Do something to the lane of `storm` at a step, and wait until the order is further than it was."""
+        """Do something to the lane of `storm` at a step, and wait until the task is further than it was."""
         from tune.distributed.cluster.placement_groups import orphaned_groups
 
         reached = self.reach("storm", "running", step)
