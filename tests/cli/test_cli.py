@@ -144,6 +144,11 @@ def test_a_file_may_come_first(tmp_path, monkeypatch):
 # --- what the verbs print ---
 
 
+def test_a_renamed_option_keeps_its_old_spelling(shell):
+    old, new = (shell("sweep", option, "--recipes") for option in ("--clear-leftovers", "--clear-orphans"))
+    assert old.code == new.code == 0 and old.out == new.out
+
+
 def test_recipes_are_listed(shell):
     ended = shell("sweep", "--recipes")
     assert ended.code == 0 and any(line.startswith("demo ") for line in ended.out.splitlines())
