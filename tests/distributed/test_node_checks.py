@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 
 from tune.config.run_spec import RaySpec, RunSpec
-from tune.distributed.cluster.node_checks import Hub, Needs, _token, check_each, check_nodes, hub_models, look, places
+from tune.distributed.cluster.node_checks import (
+    Hub,
+    Needs,
+    check_each,
+    check_nodes,
+    hub_models,
+    look,
+    places,
+    token_file,
+)
 from tune.errors import ResourceError
 from tune.scheduling.study import studies
 from tune.storage.environment import version
@@ -18,7 +27,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def needs(tmp_path):
-    with _token(tmp_path / "runs" / "one") as (token, word):
+    with token_file(tmp_path / "runs" / "one") as (token, word):
         yield Needs(token, word, (), (), bf16=False, weights=0, macdrop=version("macdrop"), lag=0.0)
 
 
@@ -28,7 +37,7 @@ def test_a_complete_node_passes_the_check(needs, tmp_path):
 
 
 def test_the_token_file_is_removed(tmp_path):
-    with _token(tmp_path):
+    with token_file(tmp_path):
         assert len(list(tmp_path.iterdir())) == 1
     assert not list(tmp_path.iterdir())
 

@@ -91,7 +91,7 @@ def check_each(
     hub = sorted({hub.name for hub in hub_models(spec, planned)})
     if hub:
         tell(f"each node fetches {', '.join(hub)} unless it has it already")
-    with _token(run_dir) as (token, word):
+    with token_file(run_dir) as (token, word):
         needs = needs_of(spec, planned, token, word)
         tasks: dict[ray.ObjectRef, tuple[dict[str, Any], float | None]]
         tasks = {_task(look, needs, node): (node, None) for node in nodes}
@@ -231,7 +231,7 @@ def try_gpus(needs: Needs) -> list[str]:
 
 
 @contextmanager
-def _token(run_dir: Path) -> Iterator[tuple[str, str]]:
+def token_file(run_dir: Path) -> Iterator[tuple[str, str]]:
     """Write a file with a random word into the run folder, or into its nearest existing parent."""
     folder = next(place for place in (run_dir, *run_dir.parents) if place.is_dir())
     token, word = folder / f".macdrop-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex
