@@ -36,6 +36,8 @@ BAD = {
     "no comma": ("r.json", b'[{"prompt": "a", "reference": "b"}\n {"prompt": ""}]', "line 2: not valid JSON"),
     "trailing comma": ("r.json", b'[{"prompt": "a", "reference": "b"},\n]', "line 2: not valid JSON"),
     "text after the list": ("r.json", b'[{"prompt": "a", "reference": "b"}]\nmore', "line 2: not valid JSON"),
+    "half a pair in a line": ("r.jsonl", b'{"prompt": "a"}\n{"prompt": ["\\ud83d"]}\n', "line 2: \\\\ud83d"),
+    "half a pair in a list": ("r.json", b'[{"prompt": "a"},\n{"prompt": "\\ude00"}]', "line 2: \\\\ude00"),
     "deep JSON line": ("r.jsonl", b'{"prompt": "a", "reference": "b"}\n' + DEEP, "line 2: nested too deeply"),
     "deep JSON list": ("r.json", b'[{"prompt": "a", "reference": "b"},\n' + DEEP, "line 2: nested too deeply"),
     "huge number": ("r.jsonl", b'{"prompt": "a", "reference": "b"}\n{"a": ' + b"1" * 5000 + b"}", "line 2: not valid"),

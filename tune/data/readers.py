@@ -173,7 +173,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                     values = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise _json_error(place, error) from None
-                yield _object_row(values, place)
+                yield _object_row(values, place, line)
 
 
 def _json_list(path: Path, text: str) -> Iterator[Row]:
@@ -190,7 +190,7 @@ def _json_list(path: Path, text: str) -> Iterator[Row]:
             raise _json_error(lines.place(error.pos), error) from None
         except (ValueError, RecursionError) as error:
             raise _json_error(place, error) from None
-        yield _object_row(values, place)
+        yield _object_row(values, place, text[position:end])
         position = _skip_space(text, end)
         more = text[position : position + 1] == ","
         if more:
@@ -228,9 +228,15 @@ def _json_error(place: str, error: Exception) -> DataError:
     return DataError(f"{place}: not valid JSON ({why:.200}).\n{_JSON_SHAPE}")
 
 
-def _object_row(values: Any, place: str) -> Row:
+def _object_row(values: Any, place: str, source: str) -> Row:
     if not isinstance(values, dict):
         raise DataError(f"{place}: expected an object with named columns, found {type(values).__name__}.")
+    if "\\u" in source:  # only an escape can spell half a character: the file itself was decoded strictly
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise DataError(f"{place}: {half} is half of a surrogate pair, which no tokenizer can encode.") from None
     return Row(values, place)
 
 
