@@ -77,7 +77,7 @@ def test_a_different_adapter_is_reported_with_its_distance(trial, shell):
 
 
 REFUSED = {
-    "workers": "trained on 1 worker(s), and this is a run on 2: other batches. Run: macdrop reproduce ",
+    "workers": "trained on 1 worker(s); this run has 2, so its batches would differ. Run: macdrop reproduce ",
     "data": "The data are not those of the trial: it had 180 examples",
     "files": "lacks reproduce.json",
     "damaged": "reproduce.json is damaged",

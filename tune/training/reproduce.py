@@ -56,8 +56,8 @@ def train_again(folder: Path, overrides: Iterable[str] = (), *, observe: Callabl
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != setup["workers"]:
         raise ConfigError(
-            f"The adapter was trained on {setup['workers']} worker(s), and this is a run on {world}: other batches. "
-            f"Run: {reproduce_command(folder, setup['workers'])}"
+            f"The adapter was trained on {setup['workers']} worker(s); this run has {world}, so its batches would "
+            f"differ. Run: {reproduce_command(folder, setup['workers'])}"
         )
     spec = load(folder / "config.yaml", overrides, kind=TrainSpec)
     stop_at = _recorded_step(folder)
