@@ -116,7 +116,8 @@ def test_ctrl_c_exits_with_130(shell, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(machine, "checks", interrupt)
-    assert shell("doctor").code == 130
+    ended = shell("doctor")
+    assert ended.code == 130 and "macdrop: interrupted" in ended.err
 
 
 def test_failed_trials_exit_with_1(shell, monkeypatch):

@@ -31,7 +31,7 @@ from tune.cli.verbs import (
 )
 from tune.cli.verbs import eval as evaluate
 
-#: Exit code after Ctrl-C; the errors hold the others.
+#: Exit code of typer after Ctrl-C; the errors hold the others.
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -59,9 +59,10 @@ def main() -> None:
     except (MacDropError, LaunchError) as error:
         print(f"macdrop: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("macdrop: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # typer turns Ctrl-C into this exit, without a word
+            print("macdrop: interrupted", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
