@@ -71,12 +71,14 @@ def test_items_of_what_the_scorer_writes_average_to_its_scores(tmp_path, monkeyp
         "generation": {
             "prompts": {"data": fix.write_jsonl(tmp_path / "prompts.jsonl", prompts), "max_new_tokens": 3},
             "spec": {
-                "data": fix.write_jsonl(tmp_path / "spec.jsonl", [question, {**question, "question_id": 2,
-                                                                            "category": "math", "turns": ["1 + 1"]}]),
+                "data": fix.write_jsonl(
+                    tmp_path / "spec.jsonl",
+                    [question, {**question, "question_id": 2, "category": "math", "turns": ["1 + 1"]}],
+                ),
                 "max_new_tokens": 3,
             },
         },
-    }  # fmt: skip
+    }
     run_folder = RunFolder.create(tmp_path / "run", {"eval": block})
     scorer = Scorer(model, tokenizer, build(EvalSpec, block))
     for job in scorer.jobs():
@@ -130,8 +132,9 @@ def test_a_group_has_the_items_of_its_members(tmp_path, weighted):
     hits = {"long": [1, 1, 0, 1, 0, 1], "short": [0, 1]}
     items = [
         {"task": task, "doc_id": i, "doc_hash": f"{i:064d}", "filter": "none", "metrics": {"acc": float(hit)}}
-        for task, found in hits.items() for i, hit in enumerate(found)
-    ]  # fmt: skip
+        for task, found in hits.items()
+        for i, hit in enumerate(found)
+    ]
     _write(run_folder.answers_dir("m", "t") / "zero_shot-group-none.jsonl", items)
     values = {"group/long": 4 / 6, "group/short": 0.5, "group": 5 / 8 if weighted else (4 / 6 + 0.5) / 2}
     common = {"model": "m", "trial": "t", "arm": "plain", "benchmark": "zero_shot", "metric": "acc", "entry": "group"}
@@ -146,10 +149,15 @@ def test_a_group_has_the_items_of_its_members(tmp_path, weighted):
 def test_lm_evals_own_perplexities_and_aggregations(tmp_path):
     run_folder = RunFolder.create(tmp_path / "run", {})
     items = [
-        {"task": "wikitext", "doc_id": i, "doc_hash": "0" * 64, "filter": "none",
-         "metrics": {"word_perplexity": [-10.0 * (i + 1), 5], "f1": [1, 0]}}
+        {
+            "task": "wikitext",
+            "doc_id": i,
+            "doc_hash": "0" * 64,
+            "filter": "none",
+            "metrics": {"word_perplexity": [-10.0 * (i + 1), 5], "f1": [1, 0]},
+        }
         for i in range(3)
-    ]  # fmt: skip
+    ]
     _write(run_folder.answers_dir("m", "t") / "zero_shot-wikitext-none.jsonl", items)
     common = {"model": "m", "trial": "t", "arm": "plain", "benchmark": "zero_shot", "task": "wikitext"}
     common |= {"attack": "none", "attack_on": None, "entry": "wikitext"}

@@ -14,11 +14,21 @@ from tune.storage.run_folder import RunFolder
 TABLES = ("zero_shot", "zero_shot_attacked", "longbench", "spec_bench")
 MODEL = "meta-llama/Meta-Llama-3-8B"
 SAME = {
-    "dataset": "llamafactory/alpaca_gpt4_en", "val_size": 0.05,
-    "lora_rank": 16, "lora_alpha": 16.0, "lora_target": "all", "use_dora": False,
-    "learning_rate": 1e-4, "warmup_ratio": 0.05, "num_train_epochs": 3.0, "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 4, "macdrop.k": 5, "macdrop.p0": 0.8, "macdrop.schedule": "step",
-}  # fmt: skip
+    "dataset": "llamafactory/alpaca_gpt4_en",
+    "val_size": 0.05,
+    "lora_rank": 16,
+    "lora_alpha": 16.0,
+    "lora_target": "all",
+    "use_dora": False,
+    "learning_rate": 1e-4,
+    "warmup_ratio": 0.05,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 4,
+    "macdrop.k": 5,
+    "macdrop.p0": 0.8,
+    "macdrop.schedule": "step",
+}
 
 
 # --- the data ---

@@ -234,12 +234,16 @@ def test_the_detectable_difference_is_found_in_four_of_five_runs(seeds, source):
         return math.sqrt(variance) * rng.normal(0, 1, shape)
 
     made = [
-        paired([
-            size + noise(of_seeds * seeds, seeds, 1) + noise(of_items * n, 1, n)
-            + noise(of_rest * seeds * n, seeds, n)
-        ])
+        paired(
+            [
+                size
+                + noise(of_seeds * seeds, seeds, 1)
+                + noise(of_items * n, 1, n)
+                + noise(of_rest * seeds * n, seeds, n)
+            ]
+        )
         for _ in range(times)
-    ]  # fmt: skip
+    ]
     found = sum(run.delta > run.margin() for run in made)
     assert scipy.stats.binomtest(found, times, POWER).pvalue > 0.002, found / times
     named = [run.detectable() for run in made[:150]]

@@ -129,8 +129,11 @@ def test_arms_are_compared_inside_a_cell(tmp_path):
     cells = [{"use_dora": False}, {"use_dora": True}]
     found = verdicts(make_run(tmp_path / "run", seeds=(1, 2), cells=cells, **SMALL), MODEL)
     assert [(one.cell["use_dora"], one.arm) for one in found] == [
-        (False, "macdrop"), (False, "random_rows"), (True, "macdrop"), (True, "random_rows")
-    ]  # fmt: skip
+        (False, "macdrop"),
+        (False, "random_rows"),
+        (True, "macdrop"),
+        (True, "random_rows"),
+    ]
     assert [one.headline.against for one in found] == ["plain LoRA"] * 2 + ["plain DoRA"] * 2
 
 

@@ -118,9 +118,12 @@ def _found(times: int, rates: Sequence[Rate]) -> bool:
     """A line is under the target where its interval is; one in forty would be by chance at exactly 80 %."""
     under = sum(rate.interval[1] < POWER for rate in rates)
     least = min(rates, key=lambda rate: rate.share)
-    print(f"\ntarget {times} x the detectable difference is found in >= 80 %: "
-          f"{'met' if not under else f'not met by {under} of {len(rates)}'} "
-          f"(all {_total(rates).show()}; least {least.show()})", flush=True)  # fmt: skip
+    print(
+        f"\ntarget {times} x the detectable difference is found in >= 80 %: "
+        f"{'met' if not under else f'not met by {under} of {len(rates)}'} "
+        f"(all {_total(rates).show()}; least {least.show()})",
+        flush=True,
+    )
     return not under
 
 
@@ -132,8 +135,10 @@ def _target(what: str, rates: Sequence[Rate]) -> bool:
     """A line is over the target where its interval is; one in forty would be by chance at exactly 5 %."""
     over = sum(rate.interval[0] > LEVEL for rate in rates)
     most = max(rates, key=lambda rate: rate.share)
-    print(f"\ntarget {what} <= 5 %: {'met' if not over else f'not met by {over} of {len(rates)}'} "
-          f"(all {_total(rates).show()}; most {most.show()})")  # fmt: skip
+    print(
+        f"\ntarget {what} <= 5 %: {'met' if not over else f'not met by {over} of {len(rates)}'} "
+        f"(all {_total(rates).show()}; most {most.show()})"
+    )
     return not over
 
 
@@ -144,9 +149,16 @@ def spec_of(seed: int, steps: int) -> Any:
     from tune.config.run_spec import MacDropSpec, TrainSpec
 
     return TrainSpec(
-        model_name_or_path=MODEL, cutoff_len=64, val_size=0.1, lora_rank=8, learning_rate=2e-3, max_steps=steps,
-        zero_stage=0, seed=seed, macdrop=MacDropSpec(k=0, p0=0.0),
-    ).canonical()  # fmt: skip
+        model_name_or_path=MODEL,
+        cutoff_len=64,
+        val_size=0.1,
+        lora_rank=8,
+        learning_rate=2e-3,
+        max_steps=steps,
+        zero_stage=0,
+        seed=seed,
+        macdrop=MacDropSpec(k=0, p0=0.0),
+    ).canonical()
 
 
 class Trainer:
@@ -240,11 +252,14 @@ def split(run_folder: Any, trials: Sequence[str], seeds: int, splits: int, seed:
         made = against(samples, plain, other, 3)
         said = [row.verdict != "cannot tell" for row in made.rows if not row.column.is_mean]
         clean = [row.column.attack == "none" for row in made.rows if not row.column.is_mean]
-        found.append(Split(
-            frozenset(drawn), *(c.verdict != "cannot tell" for c in (made.headline, made.attacked)),
-            any(s for s, c in zip(said, clean, strict=True) if c),
-            any(s for s, c in zip(said, clean, strict=True) if not c),
-        ))  # fmt: skip
+        found.append(
+            Split(
+                frozenset(drawn),
+                *(c.verdict != "cannot tell" for c in (made.headline, made.attacked)),
+                any(s for s, c in zip(said, clean, strict=True) if c),
+                any(s for s, c in zip(said, clean, strict=True) if not c),
+            )
+        )
     return found
 
 

@@ -207,12 +207,25 @@ def report(total: float, until_first: float, lane: list[Trained], runs: list[Tra
     as_many = total - sum(trial.seconds for trial in lane[len(runs) :])
     separate = sum(trial.seconds for trial in runs)
     rows = [
-        ("in a lane", len(lane), f"{total:.1f}", f"{until_first:.1f}", f"{lane[0].fixed:.1f}",
-         Quartiles.of([trial.fixed for trial in later]).show(2), f"{sum(t.in_steps for t in lane) / len(lane):.2f}"),
-        ("one TorchTrainer run each", len(runs), f"{separate:.1f}", "-", f"{runs[0].fixed:.1f}",
-         Quartiles.of([trial.fixed for trial in runs[1:] or runs]).show(2),
-         f"{sum(t.in_steps for t in runs) / len(runs):.2f}"),
-    ]  # fmt: skip
+        (
+            "in a lane",
+            len(lane),
+            f"{total:.1f}",
+            f"{until_first:.1f}",
+            f"{lane[0].fixed:.1f}",
+            Quartiles.of([trial.fixed for trial in later]).show(2),
+            f"{sum(t.in_steps for t in lane) / len(lane):.2f}",
+        ),
+        (
+            "one TorchTrainer run each",
+            len(runs),
+            f"{separate:.1f}",
+            "-",
+            f"{runs[0].fixed:.1f}",
+            Quartiles.of([trial.fixed for trial in runs[1:] or runs]).show(2),
+            f"{sum(t.in_steps for t in runs) / len(runs):.2f}",
+        ),
+    ]
     headings = ("", "trials", "seconds", "until first", "fixed, first", "fixed, later ones", "steps of a trial")
     equal = sum(mine.digest == theirs.digest for mine, theirs in zip(lane, runs, strict=False))
     distinct = len({trial.digest for trial in lane})

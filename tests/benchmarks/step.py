@@ -116,11 +116,21 @@ class Bench:
 
         size = self.size
         return MassiveWeights(
-            model="random", fingerprint="random", layer=LAYER, path=f"model.layers.{LAYER}.mlp", kind="gated",
-            expert=None, indices=tuple(range(size.intermediate)), magnitudes=(1.0,) * size.intermediate,
-            intermediate_size=size.intermediate, hidden_size=size.hidden, bos_token_id=0, bos_rule="none", layers=(),
+            model="random",
+            fingerprint="random",
+            layer=LAYER,
+            path=f"model.layers.{LAYER}.mlp",
+            kind="gated",
+            expert=None,
+            indices=tuple(range(size.intermediate)),
+            magnitudes=(1.0,) * size.intermediate,
+            intermediate_size=size.intermediate,
+            hidden_size=size.hidden,
+            bos_token_id=0,
+            bos_rule="none",
+            layers=(),
             confidence=Confidence("weak", 1.0, 1.0, 1.0, 1.0, "rows of a random model"),
-        )  # fmt: skip
+        )
 
     def variants(self) -> dict[str, Variant]:
         from macdrop import MacDrop, MacDropConfig

@@ -75,8 +75,11 @@ KINDS: dict[str, tuple[str, int]] = {
     "dispatcher": (r"ray::Dispatcher", 2),
     "Tune actor of a trial": (r"ray::(ImplicitFunc|run_trial)", 2),
     "evaluation actor": (r"ray::Evaluator", 2),
-    "other Ray worker": (r"ray::(?!RayTrainWorker|TrainController|Dispatcher|ImplicitFunc|run_trial|Evaluator"
-                         r"|DashboardAgent|RuntimeEnvAgent)", 2),  # fmt: skip
+    "other Ray worker": (
+        r"ray::(?!RayTrainWorker|TrainController|Dispatcher|ImplicitFunc|run_trial|Evaluator"
+        r"|DashboardAgent|RuntimeEnvAgent)",
+        2,
+    ),
     "sweep": ("", 1),
     "Ray's own daemon": (r"\S+/core/src/ray/(gcs/gcs_server|raylet/raylet) ", 1),
 }
@@ -354,9 +357,12 @@ def _cluster() -> str:
     import ray
 
     return ray.init(
-        address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False,
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=False,
         logging_level=logging.ERROR,
-    ).address_info["gcs_address"]  # fmt: skip
+    ).address_info["gcs_address"]
 
 
 def _end_all() -> None:

@@ -96,9 +96,13 @@ def test_prompt_equals_prometheus_2():
     text = prompt("Who?", "Ada.", scale.text(), "Ada Lovelace.")
     headings = [line for line in text.splitlines() if line.startswith("###")]
     assert headings == [
-        "###Task Description:", "###The instruction to evaluate:", "###Response to evaluate:",
-        "###Reference Answer (Score 5):", "###Score Rubrics:", "###Feedback: ",
-    ]  # fmt: skip
+        "###Task Description:",
+        "###The instruction to evaluate:",
+        "###Response to evaluate:",
+        "###Reference Answer (Score 5):",
+        "###Score Rubrics:",
+        "###Feedback: ",
+    ]
     assert text.startswith("You are a fair judge assistant tasked with providing clear, objective feedback")
     assert '"Feedback: (write a feedback for criteria) [RESULT] (an integer number between 1 and 5)"' in text
     assert "a reference answer that gets a score of 5, and a score rubric representing" in text

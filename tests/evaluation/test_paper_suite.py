@@ -113,9 +113,15 @@ def longbench_row(name: str, i: int) -> dict:
     answer = classes[i % 2] if classes else answers.get(name, f"{WORDS[i]} {WORDS[i + 1]}")
     context = " ".join(WORDS[(i + j * j) % len(WORDS)] for j in range(200))
     return {
-        "input": f"Where is {WORDS[i]}?", "context": context, "answers": [answer], "length": 200,
-        "dataset": name, "language": "en", "all_classes": classes, "_id": f"{name}{i}",
-    }  # fmt: skip
+        "input": f"Where is {WORDS[i]}?",
+        "context": context,
+        "answers": [answer],
+        "length": 200,
+        "dataset": name,
+        "language": "en",
+        "all_classes": classes,
+        "_id": f"{name}{i}",
+    }
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,11 @@ LAYERS, LAYER = 3, 1
 ATTACKS = ["none", "zeroing@3", "retaining@3", "random@5"]
 _COMMON = {"vocab_size": 258, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 _SIZES = {
-    "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 256,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
 _GATED = {"intermediate_size": fix.FFN, "num_key_value_heads": 2}
 FAMILIES = {
     "LlamaConfig": _SIZES | _GATED,

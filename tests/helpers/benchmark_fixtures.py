@@ -37,10 +37,18 @@ def byte_tokenizer(bos: bool = True, chat_template: str | None = None) -> PreTra
 def tiny_llama(seed: int = 0, positions: int = 256, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=FFN, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=positions, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=FFN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -48,10 +56,21 @@ def massive(model: LlamaForCausalLM) -> MassiveWeights:
     """Make up massive weights: attacks are tested here, not the scan."""
     confidence = Confidence("strong", 100.0, 100.0, 100.0, 1.0, "made up")
     return MassiveWeights(
-        model="tiny", fingerprint="tiny", layer=0, path="model.layers.0.mlp", kind="gated", expert=None,
-        indices=tuple(range(FFN))[::-1], magnitudes=tuple(float(i) for i in range(FFN))[::-1], intermediate_size=FFN,
-        hidden_size=32, bos_token_id=0, bos_rule="tokenizer", layers=(), confidence=confidence,
-    )  # fmt: skip
+        model="tiny",
+        fingerprint="tiny",
+        layer=0,
+        path="model.layers.0.mlp",
+        kind="gated",
+        expert=None,
+        indices=tuple(range(FFN))[::-1],
+        magnitudes=tuple(float(i) for i in range(FFN))[::-1],
+        intermediate_size=FFN,
+        hidden_size=32,
+        bos_token_id=0,
+        bos_rule="tokenizer",
+        layers=(),
+        confidence=confidence,
+    )
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
@@ -83,16 +102,25 @@ def hub_rows(task: str, n: int = 6) -> list[dict]:
         "piqa": lambda i: {"goal": f"Use {word(i)}", "sol1": word(i + 1), "sol2": word(i + 3), "label": i % 2},
         "boolq": lambda i: {"question": f"is {word(i)} real", "passage": f"About {word(i)}.", "idx": i, "label": i % 2},
         "winogrande": lambda i: {
-            "sentence": f"The {word(i)} was near the stone, but _ moved.", "option1": word(i), "option2": "the stone",
+            "sentence": f"The {word(i)} was near the stone, but _ moved.",
+            "option1": word(i),
+            "option2": "the stone",
             "answer": str(1 + i % 2),
         },
         "hellaswag": lambda i: {
-            "ind": i, "activity_label": "Walking", "ctx_a": f"A man sees {word(i)}.", "ctx_b": "he", "ctx": "x",
-            "endings": [f"takes {word(i + j)}." for j in range(4)], "source_id": "s", "split": "val",
-            "split_type": "indomain", "label": str(i % 4),
+            "ind": i,
+            "activity_label": "Walking",
+            "ctx_a": f"A man sees {word(i)}.",
+            "ctx_b": "he",
+            "ctx": "x",
+            "endings": [f"takes {word(i + j)}." for j in range(4)],
+            "source_id": "s",
+            "split": "val",
+            "split_type": "indomain",
+            "label": str(i % 4),
         },
         "gsm8k": lambda i: {"question": f"What is {i} + 1?", "answer": f"It is so.\n#### {i + 1}"},
-    }  # fmt: skip
+    }
     return [makers[task](i) for i in range(n)]
 
 

@@ -21,10 +21,14 @@ GOOD = "Feedback: It is right. [RESULT] 4"
 
 def completion(text: str | None) -> dict:
     return {
-        "id": "1", "object": "chat.completion", "created": 0, "model": "judge-2026-01-01", "system_fingerprint": "fp_1",
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "judge-2026-01-01",
+        "system_fingerprint": "fp_1",
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
         "usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107},
-    }  # fmt: skip
+    }
 
 
 class Endpoint:
@@ -96,10 +100,19 @@ def talking_model(folder: Path, says: str = "[RESULT]4", positions: int = 4096, 
     assert len(set(says)) == len(says) and " " not in says
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
-        vocab_size=258, hidden_size=258, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=positions, bos_token_id=0, eos_token_id=1,
-        pad_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=258,
+        hidden_size=258,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=positions,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config)
 
     def ids(text: str) -> list[int]:

@@ -38,9 +38,18 @@ FAMILIES = {
     "gpt2": (
         "GPT2Config",
         {
-            "vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "n_inner": FFN,
-            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-            "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+            "vocab_size": VOCAB,
+            "n_embd": HIDDEN,
+            "n_layer": LAYERS,
+            "n_head": 4,
+            "n_positions": 64,
+            "n_inner": FFN,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
         },
         "transformer.h.1.mlp",
     ),
@@ -52,12 +61,15 @@ FAMILIES = {
     "gpt_oss": (
         "GptOssConfig",
         {
-            **_GATED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+            **_GATED,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
             "layer_types": ["full_attention"] * LAYERS,
         },
         "model.layers.1.mlp.experts",
     ),
-}  # fmt: skip
+}
 
 
 def build(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:

@@ -86,15 +86,37 @@ def head_output(**topics) -> str:
 
 def node(address: str, *, head: bool = False, alive: bool = True, reason: str = "", gpus: int = 0) -> dict:
     resources = {"GPU": gpus} if gpus else {}
-    return {"id": address, "address": address, "host": f"h{address[-1]}", "alive": alive, "head": head,
-            "draining": False, "reason": reason, "resources": resources, "ray": "2.60.0"}  # fmt: skip
+    return {
+        "id": address,
+        "address": address,
+        "host": f"h{address[-1]}",
+        "alive": alive,
+        "head": head,
+        "draining": False,
+        "reason": reason,
+        "resources": resources,
+        "ray": "2.60.0",
+    }
 
 
 def job(run: str, status: str, code: int | None = None, number: int = 1) -> dict:
-    return {"id": f"{run}-{number}", "run": run, "status": status, "start": number, "end": None, "message": "",
-            "code": code}  # fmt: skip
+    return {
+        "id": f"{run}-{number}",
+        "run": run,
+        "status": status,
+        "start": number,
+        "end": None,
+        "message": "",
+        "code": code,
+    }
 
 
 def run(name: str, status: str, created: str = "2026-01-01", folder: str = "/shared/runs") -> dict:
-    return {"run": name, "folder": f"{folder}/{name}", "status": status, "created": created, "finished": None,
-            "trials": {"done": 3}}  # fmt: skip
+    return {
+        "run": name,
+        "folder": f"{folder}/{name}",
+        "status": status,
+        "created": created,
+        "finished": None,
+        "trials": {"done": 3},
+    }

@@ -142,8 +142,11 @@ def test_expired_metadata_token_is_renewed(monkeypatch):
 
 @pytest.mark.parametrize("cloud", SERVICES)
 def test_cloud_is_detected_by_its_metadata_service(cloud, monkeypatch):
-    there = {"aws": {"/latest/meta-data/instance-id": ["i-1"]}, "gcp": {"/computeMetadata/v1/instance/id": ["1"]},
-             "azure": {NAME: ["me"], EVENTS: ["{}"]}}[cloud]  # fmt: skip
+    there = {
+        "aws": {"/latest/meta-data/instance-id": ["i-1"]},
+        "gcp": {"/computeMetadata/v1/instance/id": ["1"]},
+        "azure": {NAME: ["me"], EVENTS: ["{}"]},
+    }[cloud]
     needs = {
         "aws": {"X-aws-ec2-metadata-token": "x"},
         "gcp": {"Metadata-Flavor": "Google"},

@@ -32,8 +32,12 @@ def test_errors_survive_pickling_completely(kind, protocol):
 
 def test_every_error_that_a_user_can_fix_is_a_value_error():
     assert {kind.__name__ for kind in KINDS if issubclass(kind, ValueError)} == {
-        "ConfigError", "UnsupportedModel", "NoMassiveWeights", "DataError", "CheckpointError",
-    }  # fmt: skip
+        "ConfigError",
+        "UnsupportedModel",
+        "NoMassiveWeights",
+        "DataError",
+        "CheckpointError",
+    }
 
 
 def test_nearest_suggests_only_similar_names():

@@ -1,6 +1,5 @@
 """MacDrop equals the paper's listing, repeats itself, drops what it says, and leaves no trace."""
 
-
 import pytest
 import torch
 from helpers import reference, tiny
@@ -9,10 +8,14 @@ from helpers.hook_cases import DENSE, SEED, SHAPE, K, P, accumulate, adapted, by
 from macdrop.hooks import keep_mask
 
 CASES = [
-    *((family, {"use_dora": dora, "lora_dropout": dropout}) for family in DENSE for dora in (False, True)
-      for dropout in (0.0, 0.3)),
+    *(
+        (family, {"use_dora": dora, "lora_dropout": dropout})
+        for family in DENSE
+        for dora in (False, True)
+        for dropout in (0.0, 0.3)
+    ),
     *((family, {}) for family in tiny.EXPERTS),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["stored", "reentrant", "non_reentrant"])

@@ -40,10 +40,22 @@ def sft(folder, data, callback=None, rate=2e-3):
 
     source = resolve(MODEL)
     arguments = trl.SFTConfig(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=rate, logging_steps=1,
-        eval_strategy="steps", eval_steps=6, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
-        max_length=64, seed=0, disable_tqdm=True, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=rate,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=6,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        max_length=64,
+        seed=0,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
     trainer = trl.SFTTrainer(
         model=load_model(source),
         args=arguments,

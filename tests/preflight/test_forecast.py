@@ -14,8 +14,19 @@ from tune.preflight import forecast
 from tune.preflight.forecast import START_S, TRIAL_S, Forecast, Measured, forecast_study, price_of, read_prices, total
 from tune.scheduling.study import studies
 
-FOUND = Measured(load=10, step=2.0, fast=1.5, slow=3.0, validation=5.0, memory=2**30, adapter=1000, data=50, tests=60.0,
-                 validations=20.0, answers=7)  # fmt: skip
+FOUND = Measured(
+    load=10,
+    step=2.0,
+    fast=1.5,
+    slow=3.0,
+    validation=5.0,
+    memory=2**30,
+    adapter=1000,
+    data=50,
+    tests=60.0,
+    validations=20.0,
+    answers=7,
+)
 RUN = {
     "model_name_or_path": "zoo:planted-llama",
     "max_steps": 10,

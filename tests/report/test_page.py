@@ -230,8 +230,15 @@ def test_generations_stand_side_by_side_with_their_judgements(finished):
 
 
 def test_half_of_a_run_gives_a_page_that_says_what_is_missing(tmp_path):
-    run_folder = make_run(tmp_path / "run", seeds=(1, 2), lost=[("macdrop", 1), ("macdrop", 2)], tried=2, items=6,
-                       attacks=("none",), status="running")  # fmt: skip
+    run_folder = make_run(
+        tmp_path / "run",
+        seeds=(1, 2),
+        lost=[("macdrop", 1), ("macdrop", 2)],
+        tried=2,
+        items=6,
+        attacks=("none",),
+        status="running",
+    )
     text = write_page([make_report(run_folder.run_dir)], tmp_path / "page.html")[0].read_text()
     Reader(text)
     assert "No verdict" in text and "No score under attack" in text

@@ -83,9 +83,10 @@ def test_validation_and_test_scores_stay_apart(report):
     searched = model.trials("macdrop", stage="search")[0]
     assert {column.split for column in searched.scores if column.benchmark != "validation"} == {"validation"}
     assert all(column.split == "test" for column in model.shown)
-    assert value_of(searched, "zero_shot/qa/acc") == searched.scores[
-        Column("zero_shot", "qa", "acc", split="validation")
-    ].value  # fmt: skip
+    assert (
+        value_of(searched, "zero_shot/qa/acc")
+        == searched.scores[Column("zero_shot", "qa", "acc", split="validation")].value
+    )
 
 
 def test_a_mean_over_tasks_takes_the_metric_that_each_entry_names(tmp_path):
@@ -168,8 +169,9 @@ def test_several_objectives_have_a_front(tmp_path):
     run_folder = make_run(tmp_path / "run", tried=3, arms=("plain", "macdrop"), items=20, attacks=("none",))
     config = run_folder.config()
     config["sweep"]["metric"] = [
-        {"name": "eval_loss", "goal": "minimize"}, {"name": "zero_shot/qa/acc", "goal": "maximize"}
-    ]  # fmt: skip
+        {"name": "eval_loss", "goal": "minimize"},
+        {"name": "zero_shot/qa/acc", "goal": "maximize"},
+    ]
     from tune.storage.atomic import atomic_write_yaml
 
     atomic_write_yaml(run_folder.run_dir / "config.yaml", config)

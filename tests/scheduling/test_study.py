@@ -201,8 +201,16 @@ def test_cells_are_kinds_of_adapter():
 
 
 def test_the_outline_says_what_selects_and_what_is_compared():
-    run = load(None, [MODEL, *space(macdrop__p0="[0.2, 0.8]"), "sweep.arms=[base, plain, macdrop, all_rows]",
-                      "eval.zero_shot=[a]", "validation.zero_shot=[b, c]"])  # fmt: skip
+    run = load(
+        None,
+        [
+            MODEL,
+            *space(macdrop__p0="[0.2, 0.8]"),
+            "sweep.arms=[base, plain, macdrop, all_rows]",
+            "eval.zero_shot=[a]",
+            "validation.zero_shot=[b, c]",
+        ],
+    )
     (found,) = studies(run)
     told = dict(outline(run, found))
     assert told["base"] == "scored on 1 benchmark(s) and 2 for validation"

@@ -138,8 +138,21 @@ def test_a_run_file_cut_off_is_another_run_and_not_taken_for_it(folder):
 
 def test_rows_written_together_are_taken_out_together(folder):
     scores = folder / "scores.jsonl"
-    rows = [dict(model="m", trial="x", arm="plain", seed=0, benchmark="zero_shot", task="qa", metric=m, attack="none",
-                 attack_on=None, value=0.125) for m in ("acc", "acc_norm")]  # fmt: skip
+    rows = [
+        dict(
+            model="m",
+            trial="x",
+            arm="plain",
+            seed=0,
+            benchmark="zero_shot",
+            task="qa",
+            metric=m,
+            attack="none",
+            attack_on=None,
+            value=0.125,
+        )
+        for m in ("acc", "acc_norm")
+    ]
     before = len(RunFolder(folder).score_rows())
     RunFolder(folder).add_scores(rows)
     RunFolder(folder).add_scores([{**rows[0], "trial": "y"}])
