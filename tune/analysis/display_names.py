@@ -18,7 +18,7 @@ def setting_label(arm: str, settings: Mapping[str, Any]) -> str:
     if arm == BASE:
         return BASE
     adapter = adapter_name(settings)
-    if arm == "plain":
+    if arm == Arm.PLAIN:
         return f"plain {adapter}"
     k, p0, alpha = (settings.get(f"macdrop.{key}") for key in ("k", "p0", "alpha"))
     parts = [arm_name(arm), "" if adapter == "LoRA" else adapter, f"k {k}" if k else ""]

@@ -11,6 +11,7 @@ from typing import Any
 
 from tune.analysis.display_names import adapter_name
 from tune.config.run_spec import slug
+from tune.config.sections import Arm
 from tune.evaluation.score_names import Cell
 
 FILE = Path(__file__).with_name("paper.yaml")
@@ -66,7 +67,7 @@ def cited(table: str) -> str:
 def setting_differences(settings: Mapping[str, Any], arm: str, workers: int) -> list[str]:
     """Differences from the paper's fine-tuning, such as "learning_rate 0.002 (paper: 0.0001)"."""
     wanted = dict(paper()["setting"]["plain"])
-    if arm == "macdrop":
+    if arm == Arm.MACDROP:
         wanted |= {f"macdrop.{key}": value for key, value in paper()["setting"]["macdrop"].items()}
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
     batch = workers * settings.get(keys[0], 1) * settings.get(keys[1], 1)

@@ -18,6 +18,7 @@ from tune.analysis.display_names import arm_name, setting_label
 from tune.config.parse import flatten
 from tune.config.recorded import asked_for, block_of, models_of
 from tune.config.run_spec import CELL_KEYS, slug
+from tune.config.sections import Arm
 from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import BASE, RunFolder
@@ -49,7 +50,7 @@ class Line:
 
     def setting(self, key: str) -> Any:
         """A setting's value; None for MacDrop's keys in the base and plain arms."""
-        return None if key.startswith("macdrop.") and self.arm in (BASE, "plain") else self.settings.get(key)
+        return None if key.startswith("macdrop.") and self.arm in (BASE, Arm.PLAIN) else self.settings.get(key)
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,12 @@ class ModelResults:
         """The number of MacDrop settings searched."""
         if isinstance(self.finalists.get("tried"), int):
             return self.finalists["tried"]
-        return len({line.group for line in self.searched if line.arm == "macdrop"})
+        return len({line.group for line in self.searched if line.arm == Arm.MACDROP})
 
     @property
     def seeds(self) -> int:
         """The largest number of seeds of any MacDrop setting of the final stage."""
-        return max((len({line.seed for line in g.lines}) for g in self.groups if g.arm == "macdrop"), default=0)
+        return max((len({line.seed for line in g.lines}) for g in self.groups if g.arm == Arm.MACDROP), default=0)
 
 
 def collect(run_folder: RunFolder) -> list[ModelResults]:
@@ -250,12 +251,12 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
     counts: dict[str, int] = {}
     for line in (line for line in lines if line.stage == Stage.SEARCH or not _staged(lines)):
         counts[line.arm] = number = counts.get(line.arm, 0) + 1
-        if line.arm == "plain":
-            several = sum(other.arm == "plain" and other.stage == line.stage for other in lines) > 1
+        if line.arm == Arm.PLAIN:
+            several = sum(other.arm == Arm.PLAIN and other.stage == line.stage for other in lines) > 1
             line.label = f"plain{number}" if several else "plain"
         elif line.arm != BASE:
-            line.label = f"{'M' if line.arm == 'macdrop' else arm_name(line.arm)}{number}"
-    ranked = [line for line in lines if line.arm == "macdrop" and not key(line)[2]]
+            line.label = f"{'M' if line.arm == Arm.MACDROP else arm_name(line.arm)}{number}"
+    ranked = [line for line in lines if line.arm == Arm.MACDROP and not key(line)[2]]
     return ranked[0] if ranked else None
 
 
@@ -317,7 +318,7 @@ def _varied(lines: list[Line], searched: list[str]) -> list[str]:
 def _setting_text(settings: Mapping[str, Any], arm: str) -> str:
     """An id of a setting without its seed, for older runs whose trials have no `setting`."""
     kept = {key: value for key, value in settings.items() if key not in ("seed", *NOT_SETTINGS)}
-    if arm == "plain":
+    if arm == Arm.PLAIN:
         kept = {key: value for key, value in kept.items() if not key.startswith("macdrop.")}
     return json.dumps(kept, sort_keys=True, default=str)
 

@@ -21,6 +21,7 @@ from tune.analysis.display_names import setting_label
 from tune.analysis.paired_samples import Samples
 from tune.config.parse import flatten
 from tune.config.run_spec import slug
+from tune.config.sections import Arm
 from tune.evaluation.score_names import Column, mean_columns
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import RunFolder
@@ -81,7 +82,7 @@ def verdicts(run_folder: RunFolder, model: str) -> list[Verdict]:
         chosen = [*row["macdrop"], *row["placebos"].values()]
         plain, others = settings.get(row["plain"]), [settings[setting] for setting in chosen if setting in settings]
         if plain is not None:
-            rows = next((other.config.get("macdrop.k") for other in others if other.arm == "macdrop"), None)
+            rows = next((other.config.get("macdrop.k") for other in others if other.arm == Arm.MACDROP), None)
             made = [one for other in others if (one := against(samples, plain, other, rows)) is not None]
             found += [_verdict(one, made, row["cell"], run) for one in made]
     return found
@@ -123,8 +124,8 @@ def _verdict(found: Against, of_cell: Sequence[Against], cell: dict[str, Any], r
     more = sentences.of_seeds(main)
     more += [sentences.statement(found.attacked)] if found.attacked is not None and found.attacked is not main else []
     more += sentences.of_perplexity(found.rows, main)
-    if setting.arm == "macdrop":
-        for other in (other for other in of_cell if other.setting.arm != "macdrop"):
+    if setting.arm == Arm.MACDROP:
+        for other in (other for other in of_cell if other.setting.arm != Arm.MACDROP):
             more += sentences.of_placebo(other.setting.label, found.headline, other.headline)
             more += sentences.of_placebo(other.setting.label, found.attacked, other.attacked)
         more += sentences.provenance(main, run.tried, run.seeds, run.fresh)

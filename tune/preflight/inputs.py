@@ -21,7 +21,7 @@ from macdrop.load import check_model, load_tokenizer
 from macdrop.schedules import SCHEDULES, probability
 from tune.config.eval_spec import PLAIN, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
-from tune.config.sections import ARMS, EVAL_LOSS
+from tune.config.sections import ARMS, EVAL_LOSS, Arm
 from tune.data import dataset as data
 from tune.data.batching import Batches, total_steps
 from tune.evaluation.benchmark import check_files
@@ -276,7 +276,7 @@ def _steps(
 
 def may_drop(spec: TrainSpec, parameters: dict[str, Space]) -> bool:
     """Return whether any trial drops weights."""
-    return spec.arm != "plain" or any(key.startswith("macdrop.") for key in parameters)
+    return spec.arm != Arm.PLAIN or any(key.startswith("macdrop.") for key in parameters)
 
 
 def _check_schedule(schedule: str, steps: int, epochs: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from macdrop.weights import MassiveWeights
 from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, TrainSpec
+from tune.config.sections import Arm
 from tune.data import dataset as data
 from tune.data.dataset import Prepared
 from tune.errors import ResourceError
@@ -69,7 +70,7 @@ def probe(run: RunSpec, study: Study) -> Measured:
     prepare_process(run.ray.threads_per_worker)
     started = time.monotonic()
     attacked = any(job.attack != PLAIN for block in (run.eval, run.validation) for job in jobs(block))
-    weights = scanned(spec) if attacked or spec.arm != "plain" else None
+    weights = scanned(spec) if attacked or spec.arm != Arm.PLAIN else None
     engine = Engine(spec)
     load = time.monotonic() - started
     folder = data.prepare(spec, engine.tokenizer, cache_dir() / "data")
@@ -112,7 +113,7 @@ def _train(
 
     with tempfile.TemporaryDirectory() as folder:
         short = spec.model_copy(update=settings)
-        rows = weights if spec.arm != "plain" else None
+        rows = weights if spec.arm != Arm.PLAIN else None
         finetune(engine, short, prepared, Path(folder), weights=rows, observe=watch, resume=False)
     gaps = [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)]
     timed = gaps[WARM_STEPS - 1 : -1]  # the last step has the validation

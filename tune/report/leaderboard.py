@@ -14,6 +14,7 @@ from tune.analysis.comparison import Comparison
 from tune.analysis.display_names import adapter_name
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
+from tune.config.sections import Arm
 from tune.evaluation.score_names import Column, mean_columns
 from tune.report.report import Report, latex_part, markdown_part
 from tune.report.sections.cost import spent
@@ -81,7 +82,7 @@ def rows_of(report: Report) -> list[Row]:
     for model in report.models:
         best: dict[str, Verdict] = {}
         for verdict in report.verdicts[model.name]:
-            if verdict.arm == "macdrop":
+            if verdict.arm == Arm.MACDROP:
                 best.setdefault(str(sorted(verdict.cell.items())), verdict)
         rows += [_row(report, model, verdict) for verdict in best.values()] or [_row(report, model, None)]
     return rows
@@ -129,7 +130,7 @@ def text(rows: list[Row], format: str) -> str:
 
 def _row(report: Report, model: ModelResults, verdict: Verdict | None) -> Row:
     main, attacked = (verdict.headline, verdict.attacked) if verdict else (None, None)
-    group = next((g for g in model.groups if verdict and (g.id, g.arm) == (verdict.setting, "macdrop")), None)
+    group = next((g for g in model.groups if verdict and (g.id, g.arm) == (verdict.setting, Arm.MACDROP)), None)
     settings = group.lines[0].settings if group else model.best.settings if model.best else {}
     adapter = adapter_name(settings) if settings else ""
     ratio = _perplexity_ratio(verdict)

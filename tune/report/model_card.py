@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tune.config.run_spec import TrainSpec
+from tune.config.sections import Arm
 from tune.data.readers import looks_like_a_path
 from tune.evaluation.merging import LogitCheck
 from tune.report.tables import Table
@@ -84,12 +85,12 @@ def _about(trial: Exported, merged: LogitCheck | None) -> str:
     what = f"weights with a {kind} adapter merged in" if merged else f"{kind} adapter"
     how = (
         "MacDrop (massive weights curriculum dropout, arXiv 2410.01866)"
-        if spec.arm != "plain"
+        if spec.arm != Arm.PLAIN
         else "plain fine-tuning, the baseline of MacDrop (arXiv 2410.01866)"
     )
     text = f"{what[0].upper()}{what[1:]} for `{_shown(spec.model_name_or_path)}`, trained with {how}. "
     text += f"Trial `{trial.name}`"
-    text += f", arm `{spec.arm}`." if spec.arm not in ("plain", "macdrop") else "."
+    text += f", arm `{spec.arm}`." if spec.arm not in (Arm.PLAIN, Arm.MACDROP) else "."
     return text + (f"\n\nLogit check of the merge: {merged.text}." if merged else "")
 
 
@@ -122,7 +123,7 @@ def _loading(trial: Exported, merged: bool, place: str) -> str:
 
 def _setting(trial: Exported) -> list[tuple[str, str]]:
     spec = trial.spec
-    block = spec.macdrop.model_dump() if spec.arm != "plain" else {}
+    block = spec.macdrop.model_dump() if spec.arm != Arm.PLAIN else {}
     target = spec.lora_target if isinstance(spec.lora_target, str) else ", ".join(spec.lora_target)
     variants = [name for name, on in (("DoRA", spec.use_dora), ("rsLoRA", spec.use_rslora)) if on]
     rows = [(f"macdrop.{key}", _text(value)) for key, value in block.items() if value is not None]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tune.analysis.results import ModelResults, collect
 from tune.analysis.verdict import Verdict, verdicts
+from tune.config.sections import Arm
 from tune.report.sections.builders import parts
 from tune.report.sections.findings import no_verdict
 from tune.report.sections.subject import Subject
@@ -68,7 +69,7 @@ class Report:
         """The verdict sentences of each model, with the model's name."""
         lines = []
         for model in self.models:
-            found = [verdict.sentence for verdict in self.verdicts[model.name] if verdict.arm == "macdrop"]
+            found = [verdict.sentence for verdict in self.verdicts[model.name] if verdict.arm == Arm.MACDROP]
             planted = " (PLANTED model: a demonstration, not evidence)" if model.planted and found else ""
             lines += [_named(model, sentence) + planted for sentence in found or no_verdict(model)[:1]]
         return lines

@@ -19,6 +19,7 @@ from macdrop.errors import ConfigError
 from tune.analysis.verdict import verdicts
 from tune.config.messages import build
 from tune.config.run_spec import TrainSpec
+from tune.config.sections import Arm
 from tune.errors import ResourceError
 from tune.evaluation.merging import LogitCheck, write_merged
 from tune.report.model_card import Exported, model_card
@@ -73,7 +74,7 @@ def read_trial(folder: Path) -> Exported:
 
 
 def _verdicts(run_folder: RunFolder, model: str) -> list[str]:
-    return [verdict.sentence for verdict in verdicts(run_folder, model) if verdict.arm == "macdrop"]
+    return [verdict.sentence for verdict in verdicts(run_folder, model) if verdict.arm == Arm.MACDROP]
 
 
 # --- the folder ---

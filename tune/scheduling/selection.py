@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune.config.run_spec import TrainSpec, dump
-from tune.config.sections import ARMS, EVAL_LOSS, MacDropSpec
+from tune.config.sections import ARMS, EVAL_LOSS, Arm, MacDropSpec
 from tune.config.sweep_spec import Metric
 from tune.scheduling.study import Study, as_plain
 from tune.storage.records import TrialRecord
@@ -64,7 +64,7 @@ def candidate(record: TrialRecord, scores: Mapping[str, float], objectives: Sequ
 def select(study: Study, found: Iterable[Candidate], objectives: Sequence[Metric]) -> tuple[dict[str, Any], list[str]]:
     """The content of finalists.json, and notes on cells from which nothing can be selected."""
     found = [candidate for candidate in found if candidate.begun]
-    macdrop = [candidate for candidate in found if candidate.spec.arm == "macdrop"]
+    macdrop = [candidate for candidate in found if candidate.spec.arm == Arm.MACDROP]
     cells, notes, pareto = [], [], []
     settings: dict[str, TrainSpec] = {}
     for cell in _cells(study, found):
@@ -98,7 +98,7 @@ def planned(study: Study, objectives: Sequence[Metric]) -> dict[str, Any]:
         dropping = [spec for spec in macdrop if study.cell(spec) == cell]
         cells.append(_row(study, cell, plain, dropping, settings))
     content = _content(study, objectives, cells, settings)
-    return content | {"tried": sum(spec.arm == "macdrop" for spec in macdrop), "statuses": {}, "pareto": []}
+    return content | {"tried": sum(spec.arm == Arm.MACDROP for spec in macdrop), "statuses": {}, "pareto": []}
 
 
 def twins(study: Study, found: Iterable[Candidate], objectives: Sequence[Metric]) -> list[TrainSpec]:
@@ -113,7 +113,7 @@ def twins(study: Study, found: Iterable[Candidate], objectives: Sequence[Metric]
     trained = {candidate.trial for candidate in found}
     wanted = []
     for cell in _cells(study, found):
-        mine = [c for c in found if c.spec.arm == "macdrop" and study.cell(c.spec) == cell]
+        mine = [c for c in found if c.spec.arm == Arm.MACDROP and study.cell(c.spec) == cell]
         wanted += [as_plain(best.spec).canonical() for _, best in ranking(mine, objectives)[: study.finalists]]
     return [spec for spec in {spec.trial_id(): spec for spec in wanted}.values() if spec.trial_id() not in trained]
 

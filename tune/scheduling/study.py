@@ -8,7 +8,7 @@ from typing import Any
 from macdrop.errors import ConfigError
 from tune.config.eval_spec import jobs
 from tune.config.run_spec import CELL_KEYS, MacDropSpec, RunSpec, Space, TrainSpec, points, slug, with_values
-from tune.config.sections import placebos
+from tune.config.sections import Arm, placebos
 from tune.storage.states import Stage
 
 
@@ -49,8 +49,8 @@ class Study:
     def drops(self) -> bool:
         """Return whether any trial of the search, or of the final stage, drops weights."""
         if self.trials is None:
-            return self.spec.arm != "plain" or any(key.startswith("macdrop.") for key in self.parameters)
-        return any(self.searched(values).arm == "macdrop" for values in self.trials)
+            return self.spec.arm != Arm.PLAIN or any(key.startswith("macdrop.") for key in self.parameters)
+        return any(self.searched(values).arm == Arm.MACDROP for values in self.trials)
 
     @property
     def reseeded(self) -> bool:
@@ -122,12 +122,12 @@ def _study(run: RunSpec, spec: TrainSpec) -> Study:
     sweep = run.sweep
     arms = set(sweep.arms)
     others = {key: space for key, space in sweep.parameters.items() if not key.startswith("macdrop.")}
-    parameters = sweep.parameters if "macdrop" in arms else others
-    if "macdrop" not in arms:
+    parameters = sweep.parameters if Arm.MACDROP in arms else others
+    if Arm.MACDROP not in arms:
         spec = as_plain(spec)
     plain: list[TrainSpec] = []
     covered = True
-    if "plain" in arms:
+    if Arm.PLAIN in arms:
         listed = points({key: space.values for key, space in others.items() if space.values is not None})
         covered = all(space.values is not None for space in others.values()) and len(listed) <= sweep.num_samples
         if sweep.search_alg != "grid" and len(listed) > sweep.num_samples:
@@ -149,12 +149,12 @@ def _study(run: RunSpec, spec: TrainSpec) -> Study:
     return Study(
         name=slug(spec.model_name_or_path),
         spec=spec,
-        base="base" in arms,
+        base=Arm.BASE in arms,
         plain=tuple(plain),
         trials=trials,
         samples=sweep.num_samples if trials is None else len(trials),
         parameters=parameters,
-        twins=0 if covered or trials is not None or "macdrop" not in arms else sweep.finalists * len(cells),
+        twins=0 if covered or trials is not None or Arm.MACDROP not in arms else sweep.finalists * len(cells),
         search=search,
         seeds=tuple(range(spec.seed + 1, last + 1)) or (spec.seed,),
         finalists=sweep.finalists,

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tune.config.run_spec import TrainSpec, dump
+from tune.config.sections import Arm
 from tune.data import dataset as data
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml
 from tune.storage.cache import cache_dir
@@ -29,7 +30,7 @@ def train_here(
     """Train in the current process group (of one, unless torchrun or Ray Train made a larger one)."""
     prepare_process(threads)
     spec = spec.canonical()
-    weights = scanned(spec) if spec.arm != "plain" else None
+    weights = scanned(spec) if spec.arm != Arm.PLAIN else None
     engine = Engine(spec)
     prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
 

@@ -12,6 +12,7 @@ import typer
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line
 from tune.cli.options import Config, split_config
+from tune.config.sections import Arm
 
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec, TrainSpec
@@ -105,7 +106,7 @@ def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
     line("trained", f"{outcome.step} of {outcome.total_steps} steps in {outcome.seconds:.1f} s")
     if outcome.eval_loss is not None:
         line("eval loss", f"{outcome.eval_loss:.4f} nats per answer token, masks off")
-    hooked = "features of the intermediate state" if model.arm == "activations" else "rows"
+    hooked = "features of the intermediate state" if model.arm == Arm.ACTIVATIONS else "rows"
     if outcome.entries_masked:
         share = outcome.entries_dropped / outcome.entries_masked
         dropped = f"{outcome.entries_dropped} of {outcome.entries_masked} masked entries ({share:.1%})"

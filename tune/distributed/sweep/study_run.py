@@ -13,6 +13,7 @@ from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 
 from tune.config.eval_spec import PLAIN, TEST, VALIDATION, EvalJob, jobs
 from tune.config.run_spec import MacDropSpec, RunSpec, TrainSpec
+from tune.config.sections import Arm
 from tune.distributed.actors.evaluators import Opening
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.distributed.lanes.dispatcher import call
@@ -145,7 +146,7 @@ class StudyRun:
         return [
             record
             for record in self.run_folder.trials()
-            if (record.model, record.seed) == same and record.arm in ("plain", "macdrop")
+            if (record.model, record.seed) == same and record.arm in (Arm.PLAIN, Arm.MACDROP)
         ]
 
     def _tune(self, context: TrialContext, time_budget_s: float | None) -> None:

@@ -13,7 +13,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from tune.config.run_spec import TrainSpec, dump
-from tune.config.sections import EVAL_LOSS
+from tune.config.sections import EVAL_LOSS, Arm
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.sweep.searcher import FINISHED, values
 from tune.scheduling.history import FAILED
@@ -47,7 +47,7 @@ class TrialContext:
             spec=dump(spec),
             folder=str(Path(self.run_dir) / "trials" / name),
             data=self.data,
-            weights=self.weights if spec.arm != "plain" else None,
+            weights=self.weights if spec.arm != Arm.PLAIN else None,
             engine_key=spec.engine_key(),
             width=self.width,
             stage=stage,

@@ -11,6 +11,7 @@ from tune.analysis.display_names import arm_name
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Comparison, Verdict
 from tune.config.eval_spec import PLAIN
+from tune.config.sections import Arm
 from tune.evaluation.item_values import RATIOS
 from tune.evaluation.score_names import Column
 from tune.report.html.drawing import colour, draw, signed
@@ -83,7 +84,7 @@ class Row:
 
 def verdict_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """Draw for each finalist the headline, also under attack, and each task without attack."""
-    for number, verdict in enumerate((one for one in verdicts if one.arm == "macdrop"), 1):
+    for number, verdict in enumerate((one for one in verdicts if one.arm == Arm.MACDROP), 1):
         first = [one for one in (verdict.headline, verdict.attacked) if one]
         shown = {one.column: one for one in first}
         shown |= {one.column: one for one in verdict.rows if one.column.attack == PLAIN and one.column not in shown}
@@ -129,7 +130,7 @@ def _compared(model: ModelResults, cell: str, members: list[Verdict], columns: l
     settings = "; ".join(
         f"{name}: {one.label.removeprefix('MacDrop').strip()}"
         for name, one in zip(names, members, strict=True)
-        if one.arm == "macdrop"
+        if one.arm == Arm.MACDROP
     )
     caption = (
         "Difference from the plain adapter of the same seeds and 95 % interval; small dots are individual seeds. "

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
+from tune.config.sections import Arm
 from tune.report.html.figure import Figure
 from tune.report.html.figures import figures
 from tune.report.html.generations import QUESTIONS, Question, generations
@@ -144,7 +145,7 @@ def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) 
         id=f"r{number}-{model.name}",
         run=report.name,
         model=model,
-        verdicts=[one for one in report.verdicts.get(model.name, []) if one.arm == "macdrop"],
+        verdicts=[one for one in report.verdicts.get(model.name, []) if one.arm == Arm.MACDROP],
         notes=[line for line in top.lines if line not in elsewhere],
         intervals=[one for one in shown if one.figure.part == "verdict" and one.svg],
         sections=list(filter(None, (_section(key, parts.get(key), shown, questions, kinds) for key in keys))),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tune.analysis.results import Line, ModelResults, value_of
 from tune.analysis.verdict import Verdict
+from tune.config.sections import Arm
 from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import is_share
@@ -40,7 +41,7 @@ def pareto_front(model: ModelResults, lines: list[Line]) -> set[str]:
     costs = {
         line.trial: [_measured(line, name) * (1 if goal == "minimize" else -1) for name, goal in model.objectives]
         for line in lines
-        if line.arm == "macdrop" and line.status == TaskState.DONE
+        if line.arm == Arm.MACDROP and line.status == TaskState.DONE
     }
     return {trial for trial, own in costs.items() if not any(_dominates(other, own) for other in costs.values())}
 
@@ -70,7 +71,7 @@ def _figure(
             axes.step(*zip(*chosen, strict=True), where=where, color=colour("macdrop"), linewidth=1.2, zorder=1)
         for line, x, y in points:
             best = line.trial in front
-            tone = colour("macdrop" if best else "plain" if line.arm == "plain" else "soft")
+            tone = colour("macdrop" if best else "plain" if line.arm == Arm.PLAIN else "soft")
             axes.plot(
                 x,
                 y,
@@ -78,7 +79,7 @@ def _figure(
                 color=tone,
                 markersize=8 if best else 6,
                 zorder=3 if best else 2,
-                markerfacecolor=tone if best or line.arm == "plain" else "none",
+                markerfacecolor=tone if best or line.arm == Arm.PLAIN else "none",
             )
         _labels(axes, [(line.label, x, y) for line, x, y in points if line.trial in front])
         axes.margins(0.12)

@@ -12,6 +12,7 @@ from tune.analysis.display_names import adapter_name, arm_name
 from tune.analysis.results import Group, Line, ModelResults
 from tune.config.eval_spec import PLAIN
 from tune.config.run_spec import CELL_KEYS
+from tune.config.sections import Arm
 from tune.evaluation.score_names import Column
 from tune.storage.run_folder import BASE
 
@@ -89,7 +90,7 @@ def short_names(groups: Iterable[Group]) -> list[tuple[str, Group]]:
     for group in groups:
         seen[group.arm] += 1
         number = f" {seen[group.arm]}" if count[group.arm] > 1 else ""
-        words = group.label if group.arm in (BASE, "plain") else arm_name(group.arm)
+        words = group.label if group.arm in (BASE, Arm.PLAIN) else arm_name(group.arm)
         named.append((f"{words}{number}", group))
     return named
 
@@ -99,7 +100,7 @@ def settings_words(groups: Iterable[Group]) -> str:
     described = [
         f"{name}: {group.label.removeprefix('MacDrop').strip()}"
         for name, group in short_names(groups)
-        if group.arm == "macdrop"
+        if group.arm == Arm.MACDROP
     ]
     return ("; ".join(described) + ".") if described else ""
 
@@ -111,7 +112,7 @@ def tint(arm: str) -> str:
 
 def front(arm: str) -> float:
     """The z-order of an arm's lines: MacDrop on top, all above the grid."""
-    return 4 if arm == "macdrop" else 3
+    return 4 if arm == Arm.MACDROP else 3
 
 
 def is_share(metric: str) -> bool:

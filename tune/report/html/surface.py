@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tune.analysis.results import Line, ModelResults, value_of
 from tune.analysis.verdict import Verdict
+from tune.config.sections import Arm
 from tune.report.html.drawing import PAD, colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.palette import STEPS
@@ -90,7 +91,7 @@ def _points(model: ModelResults, cell: Cell, objective: str) -> list[Point]:
     found = []
     for line in model.searched:
         k, p0 = line.settings.get("macdrop.k"), line.settings.get("macdrop.p0")
-        if line.arm != "macdrop" or not cell.holds(line) or k is None or p0 is None:
+        if line.arm != Arm.MACDROP or not cell.holds(line) or k is None or p0 is None:
             continue
         alpha = line.settings.get("macdrop.alpha")
         schedule = str(line.settings.get("macdrop.schedule")) + ("" if alpha is None else f" {alpha:g}")

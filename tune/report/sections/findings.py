@@ -9,7 +9,7 @@ from tune.analysis.comparison import unit_of
 from tune.analysis.display_names import arm_name
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Comparison, Verdict
-from tune.config.sections import ARMS
+from tune.config.sections import ARMS, Arm
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import head, number, one_line, probability, setting, short
@@ -25,7 +25,7 @@ READING = (
 def verdict(subject: Subject) -> Part:
     """One sentence for each finalist, then its qualifications."""
     model, lines = subject.model, []
-    for found in (found for found in subject.verdicts if found.arm == "macdrop"):
+    for found in (found for found in subject.verdicts if found.arm == Arm.MACDROP):
         lines += [found.sentence, *(line for line in found.more if line != PLANTED)]
     lines = lines or no_verdict(model)
     lines += [PLANTED] if model.planted else []
@@ -80,14 +80,14 @@ def weights(subject: Subject) -> Part:
 
 def comparisons(subject: Subject) -> Part:
     """Each MacDrop finalist against the plain adapter of its kind."""
-    return _against(subject, "MacDrop against plain", lambda arm: arm == "macdrop")
+    return _against(subject, "MacDrop against plain", lambda arm: arm == Arm.MACDROP)
 
 
 def placebos(subject: Subject) -> Part:
     """The placebo arms against plain, which show whether dropping anything else does as well."""
     title = "Placebos against plain"
-    part = _against(subject, title, lambda arm: arm != "macdrop")
-    trained = dict.fromkeys(line.arm for line in subject.model.trials(*ARMS) if line.arm != "macdrop")
+    part = _against(subject, title, lambda arm: arm != Arm.MACDROP)
+    trained = dict.fromkeys(line.arm for line in subject.model.trials(*ARMS) if line.arm != Arm.MACDROP)
     if part or not subject.model.trials("macdrop"):
         return part
     if trained:

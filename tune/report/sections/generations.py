@@ -7,6 +7,7 @@ from typing import Any
 from tune.analysis.results import Group, Line, ModelResults
 from tune.config.eval_spec import PLAIN, EvalJob
 from tune.config.run_spec import slug
+from tune.config.sections import Arm
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import short
@@ -34,8 +35,8 @@ def generations(subject: Subject) -> Part:
 
 def _pair(model: ModelResults) -> tuple[Line, Line] | None:
     """Plain and the best MacDrop setting of the same type of adapter, on their first shared seed."""
-    plain = [group for group in model.groups if group.arm == "plain"]
-    macdrop = [group for group in model.groups if group.arm == "macdrop"]
+    plain = [group for group in model.groups if group.arm == Arm.PLAIN]
+    macdrop = [group for group in model.groups if group.arm == Arm.MACDROP]
     for group in macdrop:
         for other in (other for other in plain if other.cell == group.cell):
             seeds = sorted({line.seed for line in _done(group)} & {line.seed for line in _done(other)}, key=str)

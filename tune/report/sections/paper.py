@@ -16,6 +16,7 @@ from tune.analysis.published import (
 )
 from tune.analysis.results import ARM_ORDER, BASE, Group, ModelResults, Spread
 from tune.config.eval_spec import PLAIN
+from tune.config.sections import Arm
 from tune.evaluation.score_names import ACCURACIES, EVAL_LOSS, LONGBENCH, Column
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
@@ -160,7 +161,7 @@ def _sources(model: ModelResults, reasons: dict[str, list[str]]) -> list[str]:
 
 
 def _label(group: Group, model: ModelResults) -> str:
-    return f"+ {group.label}" if group.arm == "macdrop" else group.label
+    return f"+ {group.label}" if group.arm == Arm.MACDROP else group.label
 
 
 def _cell(found: Spread | None, percent: bool) -> str:

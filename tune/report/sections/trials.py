@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tune.analysis.results import Line, ModelResults, value_of
+from tune.config.sections import Arm
 from tune.evaluation.score_names import EVAL_LOSS
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
@@ -33,7 +34,7 @@ def pareto(subject: Subject) -> Part:
     if len(model.objectives) < 2 or not chosen:
         return Part("Pareto front")
     goals = ", ".join(f"{name} ({goal})" for name, goal in model.objectives)
-    of = [line for line in model.searched if line.arm == "macdrop"]
+    of = [line for line in model.searched if line.arm == Arm.MACDROP]
     lines = [f"Pareto-optimal for their type of adapter: {len(chosen)} of {len(of)} MacDrop trials, by {goals}."]
     return Part("Pareto front", lines, [_table(model, "Pareto front", chosen, objectives=True)])
 
