@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tune.analysis.comparison import CANNOT_TELL, HELPS, Comparison
 from tune.analysis.stats import sign_test
+from tune.config.eval_spec import NO_ATTACK
 from tune.evaluation.item_values import RATIOS
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy (acc_norm)"}
@@ -26,7 +27,7 @@ def sentence(model: str, label: str, against: str, main: Comparison | None) -> s
 
 def statement(found: Comparison) -> str:
     """One comparison, as in "Under zeroing@3: helps, mean zero-shot accuracy +34.5 points [+30.1, +38.9], 3 seeds"."""
-    under = "Without attack" if found.column.attack == "none" else f"Under {found.column.attack}"
+    under = "Without attack" if found.column.attack == NO_ATTACK else f"Under {found.column.attack}"
     under += " of the merged rows" if found.column.attack_on == "merged" else ""
     if not found.per_seed:
         return f"{under}: cannot tell, {named(found)}, {_reason(found)}."
@@ -36,7 +37,7 @@ def statement(found: Comparison) -> str:
 
 def of_perplexity(rows: Sequence[Comparison], main: Comparison | None) -> list[str]:
     """Statements on texts whose perplexity without attack differs significantly."""
-    clean = [row for row in rows if row.column.attack == "none" and row.column.metric in RATIOS]
+    clean = [row for row in rows if row.column.attack == NO_ATTACK and row.column.metric in RATIOS]
     return [statement(row) for row in clean if row.verdict != CANNOT_TELL and row.column != (main and main.column)]
 
 

@@ -19,6 +19,7 @@ from tune.analysis import sentences
 from tune.analysis.comparison import CANNOT_TELL, Comparison, Sample, compare, corrected, unknown
 from tune.analysis.display_names import setting_label
 from tune.analysis.paired_samples import Samples
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.parse import flatten
 from tune.config.run_spec import slug
 from tune.config.sections import Arm
@@ -206,7 +207,7 @@ def _headline(columns: Sequence[Column]) -> tuple[Column, list[Column]] | None:
 
 def _main_attack(columns: Iterable[Column], rows: int | None) -> tuple[str, str | None] | None:
     """Zeroing of `rows` rows, else the first zeroing, else the first attack; base rows before merged rows."""
-    attacks = list(dict.fromkeys((c.attack, c.attack_on) for c in columns if c.attack != "none"))
+    attacks = list(dict.fromkeys((c.attack, c.attack_on) for c in columns if c.attack != NO_ATTACK))
     order = {
         attack: (attack[0] != f"zeroing@{rows}", not attack[0].startswith("zeroing"), attack[1] != "base")
         for attack in attacks

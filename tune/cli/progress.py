@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.resume import resume_command
 from tune.storage.states import TaskState
 
@@ -106,7 +107,7 @@ class Progress:
         if result.rows:
             # The first row is the task's own metric; the report has all of them.
             row = result.rows[0]
-            attack = "" if row["attack"] == "none" else f"@{row['attack']}"
+            attack = "" if row["attack"] == NO_ATTACK else f"@{row['attack']}"
             self._scores.setdefault(name, []).append(f"{row['task']}{attack} {_number(row['value'])}")
         if result.error:
             self._say(f"[red]{name} {result.task.job.key}: {result.error}[/red]")

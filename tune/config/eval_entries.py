@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, mode
 from macdrop.attack import NONE, Attack
 from tune.config.sections import Strict, Text
 
-PLAIN = NONE
+NO_ATTACK = NONE
 TEXT_METRICS = ("exact_match", "chrf", "rouge_l")
 #: Keys of the block that an entry may set for itself.
 INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
@@ -28,10 +28,10 @@ Paths = Annotated[list[Text], Field(min_length=1), BeforeValidator(_one_or_sever
 def _attacks(value: Any) -> list[str]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
-        raise ValueError(f"a list of attacks is wanted, like [{PLAIN}, zeroing@3]")
+        raise ValueError(f"a list of attacks is wanted, like [{NO_ATTACK}, zeroing@3]")
     names = [str(Attack.parse(item)) for item in items]
     if not names:
-        raise ValueError(f"no attack is listed; write [{PLAIN}] for scores without attack")
+        raise ValueError(f"no attack is listed; write [{NO_ATTACK}] for scores without attack")
     if len(set(names)) < len(names):
         raise ValueError(f"an attack is listed twice: {', '.join(names)}")
     return names

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from tune.config import suites
 from tune.config.eval_entries import (
     ENTRIES,
-    PLAIN,
+    NO_ATTACK,
     Attacks,
     BenchmarkEntry,
     Generation,
@@ -84,7 +84,7 @@ class EvalSpec(Strict):
     )
     add_bos_token: bool | None = Field(default=None, description="Prepend the bos token; `null` follows the tokenizer.")
     attacks: Attacks = Field(
-        default=[PLAIN],
+        default=[NO_ATTACK],
         description="Attacks to score under: `none`, `zeroing@K`, `retaining@K` and `random@K` (random rows).",
     )
     attack_on: Literal["base", "merged", "both"] = Field(
@@ -139,7 +139,7 @@ class EvalJob:
 
     benchmark: str
     task: str
-    attack: str = PLAIN
+    attack: str = NO_ATTACK
     attack_on: str | None = None
     split: str = TEST
 
@@ -162,7 +162,7 @@ def jobs(spec: EvalSpec, split: str = TEST) -> list[EvalJob]:
     for section in SECTIONS:
         for name, entry in spec.entries(section).items():
             for attack in entry.attacks or spec.attacks:
-                places_of = [None] if attack == PLAIN else places
+                places_of = [None] if attack == NO_ATTACK else places
                 found += [EvalJob(section, name, attack, place, split) for place in places_of]
     return found
 

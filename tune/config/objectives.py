@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from macdrop.errors import nearest
-from tune.config.eval_spec import PLAIN, EvalSpec, jobs
+from tune.config.eval_spec import NO_ATTACK, EvalSpec, jobs
 from tune.config.parse import SECTIONS
 from tune.config.sections import EVAL_LOSS
 from tune.config.sweep_spec import SweepSpec
@@ -18,7 +18,7 @@ AVERAGED = ("zero_shot", "perplexity")
 
 def score_name(benchmark: str, task: str, metric: str, attack: str) -> str:
     """Return the name of a score in `sweep.metric`: benchmark/task/metric, with @attack for a score under attack."""
-    return f"{benchmark}/{task}/{metric}" + ("" if attack == PLAIN else f"@{attack}")
+    return f"{benchmark}/{task}/{metric}" + ("" if attack == NO_ATTACK else f"@{attack}")
 
 
 def check_metrics(sweep: SweepSpec, test: EvalSpec, validation: EvalSpec) -> None:
@@ -102,4 +102,4 @@ def _forms(block: EvalSpec) -> list[str]:
 def _form(name: str) -> str:
     score, _, attack = name.partition("@")
     parts = score.split("/")
-    return score_name(parts[0], parts[1], "METRIC", attack or PLAIN) if len(parts) == 3 else name
+    return score_name(parts[0], parts[1], "METRIC", attack or NO_ATTACK) if len(parts) == 3 else name

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.objectives import AVERAGED
 from tune.config.parse import SECTIONS
 
@@ -49,7 +50,7 @@ class Column:
         if self == EVAL_LOSS:
             return self.metric
         task = self.task.partition(" of ")[0] if self.is_mean else self.task
-        return f"{self.benchmark}/{task}/{self.metric}" + ("" if self.attack == "none" else f"@{self.attack}")
+        return f"{self.benchmark}/{task}/{self.metric}" + ("" if self.attack == NO_ATTACK else f"@{self.attack}")
 
 
 EVAL_LOSS = Column("validation", "", "eval_loss", higher_is_better=False)
@@ -154,5 +155,5 @@ def is_part(column: Column, columns: Collection[Column]) -> bool:
 def place(column: Column) -> tuple:
     """Return a sort key of columns: by benchmark, scores without attack first; otherwise the order is kept."""
     section = SECTIONS.index(column.benchmark) if column.benchmark in SECTIONS else len(SECTIONS)
-    attacked = column.attack != "none"
+    attacked = column.attack != NO_ATTACK
     return column.split != "test", section, column.benchmark, attacked, column.attack, column.attack_on or ""

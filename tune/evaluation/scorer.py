@@ -16,7 +16,7 @@ from macdrop.errors import ConfigError, MacDropError
 from macdrop.hooks import MacDrop
 from macdrop.masking import attacked
 from macdrop.weights import MassiveWeights
-from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, jobs
+from tune.config.eval_spec import NO_ATTACK, EvalJob, EvalSpec, jobs
 from tune.evaluation.adapters import merged_weights
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
 from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
@@ -85,7 +85,7 @@ class Scorer:
         self._resident: dict[tuple[str, str], Any] = {}
 
     def _check_attack(self, job: EvalJob) -> None:
-        if job.attack == PLAIN:
+        if job.attack == NO_ATTACK:
             return
         if self.weights is None:
             raise ConfigError(
@@ -192,7 +192,7 @@ class Scorer:
     @contextlib.contextmanager
     def _under(self, job: EvalJob, model: PreTrainedModel | PeftModel) -> Iterator[None]:
         """Apply the job's attack inside the block: to base rows under the adapter, or to merged weights."""
-        if job.attack == PLAIN:
+        if job.attack == NO_ATTACK:
             yield
             return
         assert self.weights is not None, "attacks without weights were refused before"

@@ -19,7 +19,7 @@ from macdrop.families import find_ffns
 from macdrop.fingerprint import weight_files
 from macdrop.load import check_model, load_tokenizer
 from macdrop.schedules import SCHEDULES, probability
-from tune.config.eval_spec import PLAIN, EvalSpec, jobs
+from tune.config.eval_spec import NO_ATTACK, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
 from tune.config.sections import ARMS, EVAL_LOSS, Arm
 from tune.data import dataset as data
@@ -183,7 +183,7 @@ def check_rows(
                 f"Give a whole number from 0 to {rows}; the paper uses 5."
             )
     for attack, block in (attacks or {}).items():
-        if attack != PLAIN and Attack.parse(attack).k > rows:
+        if attack != NO_ATTACK and Attack.parse(attack).k > rows:
             raise ConfigError(
                 f"{block}.attacks has {attack!r}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
                 f"Attack from 0 to {rows} of them."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from macdrop.weights import MassiveWeights
-from tune.config.eval_spec import PLAIN, EvalJob, EvalSpec, jobs
+from tune.config.eval_spec import NO_ATTACK, EvalJob, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, TrainSpec
 from tune.config.sections import Arm
 from tune.data import dataset as data
@@ -69,7 +69,7 @@ def probe(run: RunSpec, study: Study) -> Measured:
     check_memory(spec)
     prepare_process(run.ray.threads_per_worker)
     started = time.monotonic()
-    attacked = any(job.attack != PLAIN for block in (run.eval, run.validation) for job in jobs(block))
+    attacked = any(job.attack != NO_ATTACK for block in (run.eval, run.validation) for job in jobs(block))
     weights = scanned(spec) if attacked or spec.arm != Arm.PLAIN else None
     engine = Engine(spec)
     load = time.monotonic() - started

@@ -14,6 +14,7 @@ from tune.analysis.comparison import Comparison
 from tune.analysis.display_names import adapter_name
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.sections import Arm
 from tune.evaluation.score_names import Column, mean_columns
 from tune.report.report import Report, latex_part, markdown_part
@@ -184,7 +185,7 @@ def _words(key: str, value: Any) -> list[str]:
 
 
 def _clean_perplexity(column: Column) -> bool:
-    return column.benchmark == "perplexity" and column.attack == "none" and not column.is_mean
+    return column.benchmark == "perplexity" and column.attack == NO_ATTACK and not column.is_mean
 
 
 def _perplexity_ratio(verdict: Verdict | None) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.run_spec import TrainSpec
 from tune.config.sections import Arm
 from tune.data.readers import looks_like_a_path
@@ -163,8 +164,8 @@ def _scores(trial: Exported) -> list[str]:
     tables = []
     for split, title in (("test", "Scores"), ("validation", "Scores on validation data (used to select the setting)")):
         rows = [row for row in trial.scores if (row.get("split") or "test") == split]
-        plain = [row for row in rows if row["attack"] == "none"]
-        attacked = [row for row in rows if row["attack"] != "none"]
+        plain = [row for row in rows if row["attack"] == NO_ATTACK]
+        attacked = [row for row in rows if row["attack"] != NO_ATTACK]
         measured = ("value", "95 % interval", "n", "base")
         if plain:
             tables.append(_table(title, ("benchmark", "metric", *measured), _rows(trial, plain)))
@@ -187,7 +188,7 @@ def _rows(trial: Exported, rows: Iterable[Mapping[str, Any]], *, attack: bool = 
         interval = ""
         if value is not None and error is not None:
             interval = f"{value - Z * error:.4g} to {value + Z * error:.4g}"
-        on = f"{row['attack']} on {row['attack_on']}" if row["attack"] != "none" else ""
+        on = f"{row['attack']} on {row['attack_on']}" if row["attack"] != NO_ATTACK else ""
         cells.append(
             (
                 f"{row['benchmark']} {row['task']}",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from tune.config.eval_spec import NO_ATTACK
 from tune.evaluation.score_names import Column
 
 REASON_LENGTH = 300
@@ -63,6 +64,6 @@ def head(column: Column) -> str:
 
 def under(column: Column, separator: str) -> str:
     """The attack and the attacked rows, each after `separator`; empty without an attack."""
-    if column.attack == "none":
+    if column.attack == NO_ATTACK:
         return ""
     return f"{separator}{column.attack}" + (f"{separator}{column.attack_on} rows" if column.attack_on else "")

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from macdrop.errors import MacDropError
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.parse import flatten
 from tune.config.run_spec import TrainSpec
 from tune.storage.atomic import atomic_write_json
@@ -203,7 +204,7 @@ def scores_of(run_folder: RunFolder, trial: str) -> dict[str, float]:
         if row["trial"] == trial and row["value"] is not None:
             split = "validation/" if row.get("split") == "validation" else ""
             merged = "-merged" if row["attack_on"] == "merged" else ""
-            suffix = "" if row["attack"] == "none" else f"@{row['attack']}{merged}"
+            suffix = "" if row["attack"] == NO_ATTACK else f"@{row['attack']}{merged}"
             found[f"{split}{row['benchmark']}/{row['task']}/{row['metric']}{suffix}"] = row["value"]
     return found
 

@@ -82,6 +82,7 @@ def _score(
     source: Source, block: EvalSpec, wanted: list[EvalJob], adapter: Path | None, output: Path | None
 ) -> list[dict[str, Any]]:
     """Score the jobs, written to `output` as they come; the model is gone afterwards: a judge needs its memory."""
+    from tune.config.eval_spec import NO_ATTACK
     from tune.evaluation.adapters import AdapterSlot
     from tune.evaluation.prefix_cache import PrefixCache
     from tune.evaluation.scorer import Scorer
@@ -90,7 +91,7 @@ def _score(
     from tune.training.massive_weights import massive_weights
 
     model, tokenizer = source.load()
-    attacks = any(job.attack != "none" for job in wanted)
+    attacks = any(job.attack != NO_ATTACK for job in wanted)
     weights = massive_weights(source.spec(), model, tokenizer) if attacks else None
     scorer, prefix = Scorer(model, tokenizer, block, weights), PrefixCache()
     tag = {"model": source.model, "adapter": str(adapter) if adapter else None}

@@ -125,6 +125,7 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
 
 def _show_outcome(outcome: Outcome) -> None:
     """Print a table of trials, and the number of requests to the judge."""
+    from tune.config.eval_spec import NO_ATTACK
     from tune.config.run_spec import slug
     from tune.evaluation.judge.session import unparsable
     from tune.storage.run_folder import BASE
@@ -136,7 +137,7 @@ def _show_outcome(outcome: Outcome) -> None:
     for row, file in zip(whole, judged.values(), strict=True):
         name = row.get("trial") or row.get("adapter") or BASE
         name = f"{slug(row['model'])} {BASE}" if name == BASE else name
-        attack = "" if row["attack"] == "none" else f"@{row['attack']} on {row['attack_on']}"
+        attack = "" if row["attack"] == NO_ATTACK else f"@{row['attack']} on {row['attack_on']}"
         value = "none" if row["value"] is None else f"{row['value']:.3f}"
         error = "" if row["stderr"] is None else f"{row['stderr']:.2g}"
         counts = (row["n"], file.count(unparsable), file.count(lambda row: row["error"]))

@@ -12,7 +12,6 @@ import typer
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line
 from tune.cli.options import Config, split_config
-from tune.config.sections import Arm
 
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec, TrainSpec
@@ -102,6 +101,8 @@ def _step_printer(steps: int) -> Observer:
 
 
 def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
+    from tune.config.sections import Arm
+
     line("adapter", str(folder / "adapter"))
     line("trained", f"{outcome.step} of {outcome.total_steps} steps in {outcome.seconds:.1f} s")
     if outcome.eval_loss is not None:

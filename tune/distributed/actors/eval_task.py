@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune.config.eval_spec import PLAIN, EvalJob
+from tune.config.eval_spec import NO_ATTACK, EvalJob
 from tune.training.watchdog import STACKS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class EvalTask:
     @property
     def group(self) -> tuple[str | None, EvalJob]:
         """The same for the plain score and all attacks of a benchmark and adapter, which share most of the work."""
-        return self.adapter, replace(self.job, attack=PLAIN, attack_on=None)
+        return self.adapter, replace(self.job, attack=NO_ATTACK, attack_on=None)
 
     @property
     def stacks(self) -> Path:

@@ -11,7 +11,7 @@ import ray.tune
 from ray.actor import ActorHandle
 from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 
-from tune.config.eval_spec import PLAIN, TEST, VALIDATION, EvalJob, jobs
+from tune.config.eval_spec import NO_ATTACK, TEST, VALIDATION, EvalJob, jobs
 from tune.config.run_spec import MacDropSpec, RunSpec, TrainSpec
 from tune.config.sections import Arm
 from tune.distributed.actors.evaluators import Opening
@@ -86,7 +86,7 @@ class StudyRun:
         blocks = {TEST: self.spec.eval}
         if self.study.search and wanted[Stage.SEARCH]:
             blocks[VALIDATION] = self.spec.validation
-        attacked = any(job.attack != PLAIN for block in blocks.values() for job in jobs(block))
+        attacked = any(job.attack != NO_ATTACK for block in blocks.values() for job in jobs(block))
         opening = Opening(
             self.study.spec,
             blocks,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import DataError
-from tune.config.eval_spec import PLAIN
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.judge_spec import JudgeSpec
 from tune.config.rubrics import Rubric
 from tune.config.run_spec import slug
@@ -94,7 +94,7 @@ class Answers:
         first = next(iter(_rows(file)), None)
         if first is None:
             raise DataError(f"{file} is empty: its benchmark was not scored to the end. Score it again.")
-        attack, on = first.get("attack", PLAIN), first.get("attack_on")
+        attack, on = first.get("attack", NO_ATTACK), first.get("attack_on")
         ending = "".join(f"-{part}" for part in (attack, on) if part)
         name = file.stem.removeprefix("generation-").removesuffix(ending)
         return cls(file, root, next((e for e in entries if e.replace("/", "-") == name), name), attack, on, tag)
@@ -104,7 +104,7 @@ class Answers:
 
     def judgements(self, judge: str) -> Path:
         """Return the file of the judgements of a judge, named by its slug."""
-        attack = "" if self.attack == PLAIN else f"-{self.attack}-{self.attack_on}"
+        attack = "" if self.attack == NO_ATTACK else f"-{self.attack}-{self.attack_on}"
         name = f"{self.entry.replace('/', '-')}{attack}--{judge}.jsonl"
         return self.file.parents[1] / "judgements" / name
 

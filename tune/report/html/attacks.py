@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from macdrop.attack import ATTACKS, Attack
 from tune.analysis.results import Group, ModelResults
 from tune.analysis.verdict import Verdict
-from tune.config.eval_spec import PLAIN
+from tune.config.eval_spec import NO_ATTACK
 from tune.evaluation.score_names import EVAL_LOSS, Column
 from tune.report.html.drawing import LEGEND, colour, draw, legend, plain_log, tidy
 from tune.report.html.figure import Figure, words_to_name
@@ -47,7 +47,7 @@ def attack_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Ve
     for column in model.shown:
         if column != EVAL_LOSS and "/" not in column.task:
             tasks.setdefault((column.benchmark, column.task, column.metric), []).append(column)
-    attacked = {key: found for key, found in tasks.items() if any(column.attack != PLAIN for column in found)}
+    attacked = {key: found for key, found in tasks.items() if any(column.attack != NO_ATTACK for column in found)}
     if not attacked:
         yield Figure(
             "attacks",
@@ -112,7 +112,7 @@ def _rows(group: Group, columns: list[Column]) -> Iterator[list[Any]]:
 def _curve(
     axes: Axes, name: str, group: Group, rows: list[list[Any]], kind: str, place: str, places: list[str]
 ) -> None:
-    start = [row for row in rows if row[2] == PLAIN] if kind == "zeroing" else []
+    start = [row for row in rows if row[2] == NO_ATTACK] if kind == "zeroing" else []
     found = start + sorted((row for row in rows if row[2] == kind and row[4] == place), key=lambda row: row[3])
     if len(found) == len(start):
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tune.analysis.display_names import arm_name
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Comparison, Verdict
-from tune.config.eval_spec import PLAIN
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.sections import Arm
 from tune.evaluation.item_values import RATIOS
 from tune.evaluation.score_names import Column
@@ -87,7 +87,7 @@ def verdict_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[V
     for number, verdict in enumerate((one for one in verdicts if one.arm == Arm.MACDROP), 1):
         first = [one for one in (verdict.headline, verdict.attacked) if one]
         shown = {one.column: one for one in first}
-        shown |= {one.column: one for one in verdict.rows if one.column.attack == PLAIN and one.column not in shown}
+        shown |= {one.column: one for one in verdict.rows if one.column.attack == NO_ATTACK and one.column not in shown}
         rows = [Row(one, *STATUS[one.verdict], heading=_task(one.column, under=True)) for one in shown.values()]
         caption = (
             "Difference from the plain adapter: mean over seeds and 95 % interval; small dots are individual seeds."
@@ -105,7 +105,7 @@ def comparison_figures(run_folder: RunFolder, model: ModelResults, verdicts: lis
         missing = "No setting shares a seed with a trained plain adapter yet."
         yield Figure("comparisons", "comparisons", "All comparisons", missing)
     headline = [one.attacked.column for one in verdicts if one.attacked]
-    first = [(PLAIN, None), *((column.attack, column.attack_on) for column in headline)]
+    first = [(NO_ATTACK, None), *((column.attack, column.attack_on) for column in headline)]
     attacks = dict.fromkeys((row.column.attack, row.column.attack_on) for one in verdicts for row in one.rows)
     for attack in sorted(attacks, key=lambda attack: first.index(attack) if attack in first else len(first))[:ATTACKS]:
         for cell, members in by_cell.items():

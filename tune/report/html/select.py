@@ -10,7 +10,7 @@ from typing import Any
 from macdrop.attack import Attack
 from tune.analysis.display_names import adapter_name, arm_name
 from tune.analysis.results import Group, Line, ModelResults
-from tune.config.eval_spec import PLAIN
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.run_spec import CELL_KEYS
 from tune.config.sections import Arm
 from tune.evaluation.score_names import Column
@@ -149,7 +149,7 @@ def better(column: Column) -> str:
 
 def attack_words(column: Column) -> str:
     """Describe an attack, as in "top-3 zeroing of merged rows"; empty without attack."""
-    if column.attack == PLAIN:
+    if column.attack == NO_ATTACK:
         return ""
     attack = Attack.parse(column.attack)
     return f"top-{attack.k} {attack.kind}" + (f" of {column.attack_on} rows" if column.attack_on else "")

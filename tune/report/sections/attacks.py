@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from macdrop.attack import Attack
 from tune.analysis.results import Group, ModelResults
-from tune.config.eval_spec import PLAIN
+from tune.config.eval_spec import NO_ATTACK
 from tune.evaluation.score_names import EVAL_LOSS, Column
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
@@ -18,7 +18,7 @@ def curves(subject: Subject) -> Part:
     model = subject.model
     tables = []
     for clean in measures(model):
-        attacked = [column for column in model.shown if _same(column, clean) and column.attack != PLAIN]
+        attacked = [column for column in model.shown if _same(column, clean) and column.attack != NO_ATTACK]
         if attacked:
             tables.append(_table(model, clean, attacked))
     return Part("Under attack", [NOTE] if tables else [], tables)
@@ -26,7 +26,7 @@ def curves(subject: Subject) -> Part:
 
 def measures(model: ModelResults) -> list[Column]:
     """Columns without attack whose attacked versions get a curve; means replace their tasks."""
-    plain = [column for column in model.shown if column.attack == PLAIN and column != EVAL_LOSS]
+    plain = [column for column in model.shown if column.attack == NO_ATTACK and column != EVAL_LOSS]
     means = {column.metric for column in plain if column.task.startswith("mean ")}
     return [
         column
@@ -40,7 +40,7 @@ def curve(group: Group, clean: Column, kind: str, where: str) -> dict[int, float
     """k -> mean score of a group under an attack of one kind on base or merged rows; 0 stands for no attack."""
     points = {} if (found := group.spread(clean)) is None else {0: found.value}
     for column in dict.fromkeys(column for line in group.lines for column in line.scores):
-        if _same(column, clean) and column.attack_on == where and column.attack != PLAIN:
+        if _same(column, clean) and column.attack_on == where and column.attack != NO_ATTACK:
             attack = Attack.parse(column.attack)
             if attack.kind == kind and (spread := group.spread(column)) is not None:
                 points[attack.k] = spread.value

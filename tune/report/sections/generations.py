@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tune.analysis.results import Group, Line, ModelResults
-from tune.config.eval_spec import PLAIN, EvalJob
+from tune.config.eval_spec import NO_ATTACK, EvalJob
 from tune.config.run_spec import slug
 from tune.config.sections import Arm
 from tune.report.sections.subject import Subject
@@ -69,7 +69,7 @@ def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict],
     """question -> its row of the answers file, and question -> its judgements; damaged lines are skipped and noted."""
     run_folder = subject.run_folder
     problems = run_folder.problems if run_folder.problems is not None else []
-    file = run_folder.answers_file(subject.model.name, line.trial, EvalJob("generation", entry, PLAIN))
+    file = run_folder.answers_file(subject.model.name, line.trial, EvalJob("generation", entry, NO_ATTACK))
     needed = {"question_id", "turns", "answers"}
     answers = {str(row["question_id"]): row for row in read_jsonl(file, problems) if needed <= row.keys()}
     judged: dict[str, list[dict]] = {}
@@ -80,7 +80,7 @@ def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict],
 
 def _judgements(subject: Subject, line: Line, entry: str, problems: list[str]) -> dict[str, dict[str, Any]]:
     """The last judgement of each item, by the judge whose score is in the run."""
-    wanted = {"trial": line.trial, "task": entry, "metric": "judge_score", "attack": PLAIN}
+    wanted = {"trial": line.trial, "task": entry, "metric": "judge_score", "attack": NO_ATTACK}
     for row in subject.run_folder.score_rows():
         mine = slug(row["model"]) == subject.model.name  # every model's base is the trial "base"
         if mine and row.get("judgements") and all(row.get(key) == value for key, value in wanted.items()):

@@ -15,7 +15,7 @@ from tune.analysis.published import (
     setting_differences,
 )
 from tune.analysis.results import ARM_ORDER, BASE, Group, ModelResults, Spread
-from tune.config.eval_spec import PLAIN
+from tune.config.eval_spec import NO_ATTACK
 from tune.config.sections import Arm
 from tune.evaluation.score_names import ACCURACIES, EVAL_LOSS, LONGBENCH, Column
 from tune.report.sections.subject import Subject
@@ -60,7 +60,7 @@ def tables(subject: Subject) -> Part:
     reasons: dict[str, list[str]] = {}
     for section in SECTIONS:
         held = [column for column in _columns(model, section) if section.holds(column)]
-        clean = {(column.task, column.metric) for column in held if column.attack == PLAIN}
+        clean = {(column.task, column.metric) for column in held if column.attack == NO_ATTACK}
         columns = [column for column in held if (column.task, column.metric) in clean]
         for attack in _attacks(model, columns):
             shown = [column for column in columns if (column.attack, column.attack_on) == attack]
@@ -103,9 +103,9 @@ def _columns(model: ModelResults, section: Section) -> list[Column]:
 def _attacks(model: ModelResults, columns: list[Column]) -> list[tuple[str, str | None]]:
     """No attack, the paper's (or the first, if that was not run), and those it reports for this base model."""
     found = list(dict.fromkeys((column.attack, column.attack_on) for column in columns))
-    kinds = [attack for attack, _ in found if attack != PLAIN]
+    kinds = [attack for attack, _ in found if attack != NO_ATTACK]
     chosen = ATTACK if ATTACK in kinds else next(iter(kinds), None)
-    return [attack for attack in found if attack[0] in (PLAIN, chosen) or base_figures(model.display, attack[0])]
+    return [attack for attack in found if attack[0] in (NO_ATTACK, chosen) or base_figures(model.display, attack[0])]
 
 
 def _published(
@@ -140,7 +140,7 @@ def _figures(section: Section, model: ModelResults, group: Group, shown: list[Co
         mean = "mean accuracy" if section.percent else "mean perplexity"
         return [known.get(mean if column.is_mean else _head(column).partition("\n")[0]) for column in shown]
     table = "zero_shot_attacked" if section.table == "zero_shot" and attack == ATTACK else section.table
-    if table is None or (attack != PLAIN and table != "zero_shot_attacked"):
+    if table is None or (attack != NO_ATTACK and table != "zero_shot_attacked"):
         return [None] * len(shown)
     found = figure(table, model.display, group.lines[0].settings, group.arm)
     whole = [column.is_mean or (table == "spec_bench" and "/" not in column.task) for column in shown]
