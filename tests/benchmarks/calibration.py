@@ -13,7 +13,7 @@ With --zoo real fine-tunings take the place of simulated ones: many plain adapte
 nothing but their seed, in one process and one engine, scored without attack and under one, kept in FOLDER (a run
 folder). Random disjoint splits of them into two arms go through `verdict.against`, the code that a report runs.
 Splits share fine-tunings, so the interval is the delete-one jackknife's over fine-tunings (for a share of 0 the exact
-binomial one of as many splits as are possible without sharing). After --minutes it stops; run it again to go on.
+binomial one of as many splits as are possible without sharing). After --minutes it stops; run it again to continue.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def show(found: Sequence[Split], trials: Sequence[str], significant: Callable[[S
 def real(folder: Path, number: int, steps: int, seeds: Sequence[int], splits: int, minutes: float) -> bool:
     run_folder, trials = fine_tunings(folder, number, steps, minutes)
     if len(trials) < number:
-        print(f"{len(trials)} of {number} fine-tunings are there; run the same again to go on.")
+        print(f"{len(trials)} of {number} fine-tunings are there; run the same command again to continue.")
         return True
     kinds = ("headline", "attacked", "any_task", "any_attacked")
     rows, met = [], True

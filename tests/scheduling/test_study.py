@@ -214,7 +214,7 @@ def test_the_outline_says_what_selects_and_what_is_compared():
     (found,) = studies(run)
     told = dict(outline(run, found))
     assert told["base"] == "scored on 1 benchmark(s) and 2 for validation"
-    assert told["search"] == "3 fine-tunings on seed 0; the best by eval_loss (minimize) go on"
+    assert told["search"] == "3 fine-tunings on seed 0; the best by eval_loss (minimize) advance"
     assert told["final"] == "plain, the best macdrop, all_rows on seeds 1, 2, 3: 9 fine-tunings"
     assert benchmark_runs(run, [found]) == (9 + 1) * 1 + (3 + 1) * 2
 

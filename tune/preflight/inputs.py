@@ -201,7 +201,7 @@ def check_scopes(outline: PreTrainedModel, spec: TrainSpec, *, ks: list[int], sc
         needed = MacDropConfig(k=k, scope=scope).rows_needed
         if needed > rows:
             raise ConfigError(
-                f"Dropping {k} {scope} rows beside the top {needed - k} takes {needed} rows, but an FFN of "
+                f"Dropping {k} {scope} rows besides the top {needed - k} takes {needed} rows, but an FFN of "
                 f"{spec.model_name_or_path} has {rows}. Lower macdrop.k, or leave the {scope} rows out."
             )
     wanted = any(SCOPES[scope].rows is None for scope in scopes)

@@ -1,6 +1,6 @@
 """A finished trial as a folder for others: a PEFT adapter or merged weights, with a model card.
 
-The folder is written beside its place and renamed when it is whole.
+The folder is written next to its place and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def check_output_folder(output: Path) -> None:
 
 @contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` that takes its place if the block succeeds, and is removed otherwise."""
+    """Yield a folder next to `output` that takes its place if the block succeeds, and is removed otherwise."""
     staging = output.absolute().with_name(f".tmp-{output.name}-{os.getpid()}")
     with writing(output):
         shutil.rmtree(staging, ignore_errors=True)

@@ -86,7 +86,7 @@ def studies(run: RunSpec) -> list[Study]:
         if spec.macdrop.scope != "massive":
             raise ConfigError(
                 f"macdrop.scope is {spec.macdrop.scope!r}, which is for one fine-tuning (macdrop train).\n"
-                f"A sweep trains placebos beside MacDrop: list them under sweep.arms ({', '.join(placebos())})."
+                f"A sweep trains placebos alongside MacDrop: list them under sweep.arms ({', '.join(placebos())})."
             )
     planned = [_study(run, spec) for spec in run.studies()]
     for study in planned:
@@ -201,13 +201,13 @@ def outline(run: RunSpec, study: Study) -> list[tuple[str, str]]:
     if study.search:
         by = ", ".join(f"{metric.name} ({metric.goal})" for metric in run.sweep.metric)
         lines.append(
-            (Stage.SEARCH, f"{study.searched_count} fine-tunings on seed {study.spec.seed}; the best by {by} go on")
+            (Stage.SEARCH, f"{study.searched_count} fine-tunings on seed {study.spec.seed}; the best by {by} advance")
         )
     arms = [f"the {study.finalists} best macdrop" if study.finalists > 1 else "the best macdrop"] if study.drops else []
     arms = ["plain"] * bool(study.plain) + arms + list(study.placebos)
     cells = f" in each of {study.cells} cells ({', '.join(k for k in CELL_KEYS if k in study.parameters)})"
     seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
-    trained = f"{study.final_count} fine-tunings{'' if study.reseeded else ' beside those of the search'}"
+    trained = f"{study.final_count} fine-tunings{'' if study.reseeded else ' in addition to those of the search'}"
     lines.append((Stage.FINAL, f"{', '.join(arms)}{cells if study.cells > 1 else ''} on {seeds}: {trained}"))
     return lines
 

@@ -20,7 +20,7 @@ KEPT = 2
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], within: Path) -> None:
-    """Make `folder` of what `write` puts into a staging folder beside it: whole or not at all, an older one replaced.
+    """Make `folder` of what `write` puts into a staging folder next to it: whole or not at all, an older one replaced.
 
     While the storage of `within` is gone, all of it is tried again; see `tune.storage.atomic.lasting`.
 

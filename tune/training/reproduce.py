@@ -34,7 +34,7 @@ TARGET = "reproduced"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The new adapter of a trial beside the recorded one.
+    """Comparison of a trial's new adapter with the recorded one.
 
     recorded: its sha256, None if there is none. distance: what differs, empty if nothing does.
     """

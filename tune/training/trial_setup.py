@@ -1,4 +1,4 @@
-"""The record in a trial's folder of all that its bits depend on beside config.yaml: reproduce.json.
+"""The record in a trial's folder of all that its bits depend on besides config.yaml: reproduce.json.
 
 It is written when a trial starts: workers, threads, what data and base were, versions. Paths inside the run folder are
 kept relative to the trial's, so that the run can be moved. Loads no torch by itself: reports read the record, too.

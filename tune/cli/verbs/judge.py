@@ -102,7 +102,7 @@ def _judge(
     with _progress_bar() as show:
         outcome = judge_files(files, spec, make=make_judge, add_scores=add_scores, show=show, fresh=fresh)
     _show_outcome(outcome)
-    line("written", f"{folder / SCORES_FILE}, and judgements/ beside every answers/")
+    line("written", f"{folder / SCORES_FILE}, and judgements/ next to every answers/")
     return outcome.failures
 
 
