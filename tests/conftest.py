@@ -23,8 +23,15 @@ from typing import Any
 
 import pytest
 
-#: Folders with tests that start a Ray, of which there must never be two at once.
-RAY_FOLDERS = ("distributed", "launch", "benchmarks")
+#: Where tests start a Ray, of which there must never be two at once: a folder, and the launch tests that make clusters.
+RAY_PLACES = (
+    "tests/distributed/",
+    "tests/launch/test_netlab.py",
+    "tests/launch/test_real_head.py",
+    "tests/launch/test_slurm_lab.py",
+    "tests/launch/test_spot.py",
+    "tests/launch/test_survival.py",
+)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -33,7 +40,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under xdist one process runs the folders whose tests start a Ray, the other one the rest, file by file.
+    """Under xdist one process runs all tests of `RAY_PLACES`, the other one the rest, file by file.
 
     xdist's own groups need node ids that pytest 9.2 no longer lets it change.
     """
@@ -42,19 +49,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "ray" if file.split("/")[1] in RAY_FOLDERS else file
+            return "ray" if file.startswith(RAY_PLACES) else file
 
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what takes longest first: folders that start a Ray, then files that start other processes."""
+    """Put what takes longest first: tests that start a Ray, then files that start other processes."""
+    for item in items:
+        marked = item.get_closest_marker("ray") or item.get_closest_marker("cluster")
+        if marked and not item.nodeid.startswith(RAY_PLACES):
+            raise pytest.UsageError(f"{item.nodeid} starts a Ray: move it into tests/distributed/")
     spawning = {item.path for item in items if item.get_closest_marker("zero")}
-    items.sort(key=lambda item: (not _in_ray_folder(item), item.path not in spawning))
-
-
-def _in_ray_folder(item: pytest.Item) -> bool:
-    return item.path.parent.name in RAY_FOLDERS
+    items.sort(key=lambda item: (not item.nodeid.startswith(RAY_PLACES), item.path not in spawning))
 
 
 @pytest.fixture(autouse=True)
