@@ -121,7 +121,7 @@ def test_damaged_checkpoint_is_reported_and_skipped(damage, tmp_path):
 
 def test_missing_folder_is_not_a_checkpoint(tmp_path):
     assert newest(tmp_path / "none") is None
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         verify(tmp_path / "none")
 
 
