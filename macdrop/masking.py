@@ -130,6 +130,8 @@ class _DoraPatch:
             return norm
         features, rows = self._mask.masked_rows(weight)
         masked = torch.linalg.norm(rows + scaling * lora_weight[features], dim=1)
+        # A row of which nothing is left gives 0 and no gradient: PEFT divides the magnitude by what stands here.
+        masked = masked.masked_fill(masked == 0, torch.inf)
         return norm.index_copy(0, features, masked.to(norm.dtype))
 
     def forward(

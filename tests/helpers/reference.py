@@ -6,9 +6,11 @@ where a family of `tiny` keeps its rows is written out here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.nn import functional as F
 
 from helpers.tiny import FFN
 
@@ -67,6 +69,29 @@ def training_step(
         for parameter, index, values in reversed(saved):
             parameter[index] = values
     return loss.item()
+
+
+def with_dora_by_hand(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with every DoRA layer computed from its weights: row i is m_i V_i / |V_i|, and 0 where V_i is 0.
+
+    V is the base weight plus the adapter's, |V_i| a constant to the gradients (DoRA, section 4.3). Without dropout.
+    """
+    for layer in model.modules():
+        if getattr(layer, "lora_magnitude_vector", None):
+            layer.forward = functools.partial(_dora_output, layer)
+    return model
+
+
+def _dora_output(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    base, (name,) = layer.base_layer, layer.active_adapters
+    magnitude = layer.lora_magnitude_vector[name].weight
+    weight = base.weight.T if layer.fan_in_fan_out else base.weight
+    rows = []
+    for row, own in enumerate(layer.lora_B[name].weight):
+        whole = weight[row] + layer.scaling[name] * (own @ layer.lora_A[name].weight)
+        norm = whole.detach().norm()
+        rows.append(magnitude[row] / norm * whole if norm > 0 else torch.zeros_like(whole))
+    return F.linear(x.to(rows[0].dtype), torch.stack(rows), base.bias).to(x.dtype)
 
 
 DOWN = {

@@ -118,6 +118,14 @@ def lora(model: torch.nn.Module, *, seed: int = 1, targets="all-linear", **setti
     return get_peft_model(model, config).train()
 
 
+@torch.no_grad()
+def zero_b(model: torch.nn.Module) -> None:
+    """Make an adapter one that training starts with: its B is zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.zero_()
+
+
 def batch(seed: int, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
     """Token ids that start with bos, (rows, length), and labels equal to them."""
     ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))

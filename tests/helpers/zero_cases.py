@@ -19,6 +19,8 @@ class Case:
     checkpointing: bool | None = None  # None: off; else use_reentrant
     attach_first: bool = False  # before deepspeed.initialize
     scope: str = "massive"
+    p: float = P
+    untrained: bool = False  # B of the adapter is 0
 
 
 CASES = {
@@ -29,6 +31,7 @@ CASES = {
     "dora, dropout, attached first": Case(dora=True, dropout=0.3, attach_first=True),
     "fused": Case("phi3"),
     "conv1d, dora, dropout": Case("gpt2", dora=True, dropout=0.3),
+    "dora, whole rows dropped": Case(dora=True, p=0.97, untrained=True),
     "random rows, dora": Case(dora=True, scope="random"),
     "activations, checkpointing": Case(checkpointing=False, scope="activations"),
     "experts": Case("mixtral"),
@@ -37,6 +40,8 @@ CASES = {
 
 def build(case: Case) -> torch.nn.Module:
     model = tiny.lora(tiny.build(case.family), use_dora=case.dora, lora_dropout=case.dropout)
+    if case.untrained:
+        tiny.zero_b(model)
     if case.checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case.checkpointing})
         model.enable_input_require_grads()

@@ -18,7 +18,7 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
 from helpers import tiny  # noqa: E402
-from helpers.zero_cases import ACCUMULATION, CASES, SEED, P, build, micro_batch  # noqa: E402
+from helpers.zero_cases import ACCUMULATION, CASES, SEED, build, micro_batch  # noqa: E402
 from macdrop.config import MacDropConfig  # noqa: E402
 from macdrop.errors import ConfigError  # noqa: E402
 from macdrop.hooks import MacDrop  # noqa: E402
@@ -57,7 +57,7 @@ def run(case) -> dict:
     for index in range(ACCUMULATION):
         torch.manual_seed(1000 * RANK + index)
         batch = micro_batch(RANK, index)
-        with drop.micro_step(P, index):
+        with drop.micro_step(case.p, index):
             loss = engine(**batch).loss
             engine.backward(loss)
             masks.append(None if drop._keep is None else drop._keep.clone())
