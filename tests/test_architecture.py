@@ -198,6 +198,32 @@ def _run(code: str) -> str:
     return done.stdout
 
 
+# --- printing ---
+
+
+#: The only modules that make a rich console, and the only one that asks the standard streams what they are.
+CONSOLES = {"tune/cli/console.py", "cluster/core/tables.py"}
+STREAMS = "tune/cli/streams.py"
+MARKUP = re.compile(r"\[/?(?:bold|dim|italic|underline|red|green|yellow|blue|cyan|magenta|white|link)\b[^\]]*\]")
+
+
+@pytest.mark.parametrize("name", sources("macdrop", "tune"))
+def test_what_is_printed_is_never_markup(name):
+    """Names, paths and reasons hold brackets: a style comes from `rich_text`, and one console prints."""
+    code = _code(name)
+    unsafe = re.findall(r"\b(?:from_markup|render_markup|markup=True)\b", code.replace(" ", ""))
+    unsafe += [each for each in imports(name, everywhere=True) if each.startswith("rich.markup")]
+    unsafe += re.findall(r"\bConsole\(", code) if name not in CONSOLES else []
+    strings = [node.value for node in ast.walk(tree(name)) if isinstance(node, ast.Constant)]
+    unsafe += [each for each in strings if isinstance(each, str) and MARKUP.search(each)]
+    assert not unsafe, f"{name}: {unsafe}"
+
+
+@pytest.mark.parametrize("name", sources("macdrop", "tune"))
+def test_streams_may_be_closed(name):
+    assert name == STREAMS or not re.search(r"sys\.std\w+\.isatty", _code(name)), f"{name}: use {STREAMS}"
+
+
 # --- sizes and names ---
 
 

@@ -16,10 +16,11 @@ from macdrop.errors import ConfigError
 from tune.analysis.results import collect, value_of
 from tune.evaluation.score_names import Column
 from tune.report.csv_rows import text as csv_text
+from tune.report.escaping import latex_text
 from tune.report.report import make_report
 from tune.report.sections.builders import BUILDERS, UNREADABLE
 from tune.report.sections.findings import PLANTED
-from tune.report.tables import NUMBER, Part, Table, latex
+from tune.report.tables import NUMBER, Part, Table
 from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
 
@@ -204,7 +205,7 @@ def test_every_format_says_the_same(report):
         for table in part.tables:
             for cells in table.rows:
                 assert all(" ".join(cell.split()) in markdown for cell in cells)
-                assert all(latex(" ".join(cell.split())) in tex for cell in cells)
+                assert all(latex_text(cell) in tex for cell in cells)
     assert csv.count("\n") > 1000
 
 

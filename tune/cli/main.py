@@ -12,6 +12,8 @@ import typer
 from cluster.cli import app as cluster
 from cluster.errors import LaunchError
 from macdrop.errors import MacDropError
+from tune.cli.console import warn
+from tune.cli.streams import protect
 from tune.cli.verbs import (
     attack,
     compare,
@@ -54,14 +56,15 @@ app.add_typer(cluster, name="cluster")
 
 def main() -> None:
     """Run the `macdrop` command; errors raised on purpose become a message and an exit code, never a traceback."""
+    protect()
     try:
         app(prog_name="macdrop")  # also under `python -m`
     except (MacDropError, LaunchError) as error:
-        print(f"macdrop: {error}", file=sys.stderr)
+        warn(f"macdrop: {error}")
         sys.exit(error.exit_code)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # typer turns Ctrl-C into this exit, without a word
-            print("macdrop: interrupted", file=sys.stderr)
+            warn("macdrop: interrupted")
         raise
 
 

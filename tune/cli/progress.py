@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from tune.cli.console import PlainConsole
 from tune.config.eval_spec import NO_ATTACK
 from tune.config.resume import resume_command
+from tune.report.escaping import rich_text
 from tune.storage.states import TaskState
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Progress:
     """The `Observer` of a sweep (`tune.distributed.sweep.events`) that prints."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or PlainConsole()
         self._live: Live | None = None
         self._begun = time.monotonic()
         self._tasks: dict[str, dict[str, Any]] = {}
@@ -51,11 +53,11 @@ class Progress:
         self._line = ""
 
     def started(self, run_dir: Path, dashboard: str, resources: str) -> None:
-        self.console.print(f"Run folder   {run_dir}", soft_wrap=True)
-        self.console.print(f"Resources    {resources}", soft_wrap=True)
-        self.console.print(f"Dashboard    {dashboard or 'off'}", soft_wrap=True)
-        # Printed now: a process that is killed later, by Ray's own end too, can print nothing.
-        self.console.print(f"To resume    {resume_command(run_dir)}", soft_wrap=True)
+        # To resume: printed now, as a process that is killed later, by Ray's own end too, can print nothing.
+        again = resume_command(run_dir)
+        facts = {"Run folder": run_dir, "Resources": resources, "Dashboard": dashboard or "off", "To resume": again}
+        for name, fact in facts.items():
+            self._print(f"{name:<12} {fact}")
         if self.console.is_terminal:
             self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
@@ -67,15 +69,15 @@ class Progress:
             self._live = None
 
     def study(self, study: Study) -> None:
-        self._say(f"[bold]{study.name}[/bold]: {study.count} fine-tunings at most")
+        self._say((study.name, "bold"), f": {study.count} fine-tunings at most")
 
     def stage(self, study: Study, stage: str, trials: int) -> None:
         """Announce a stage; `trials` is an upper bound, as a searcher may draw one twice."""
         self._stage = (study.name, stage, trials)
-        self._say(f"[bold]{study.name}[/bold]: {stage}, {trials} trial(s)")
+        self._say((study.name, "bold"), f": {stage}, {trials} trial(s)")
 
     def note(self, text: str) -> None:
-        self._say(f"[red]{text}[/red]")
+        self._say((text, "red"))
 
     def show(self, snapshot: dict[str, Any], scoring: int) -> None:
         """Redraw the table from the queue's snapshot; in a log, print which tasks have started."""
@@ -101,7 +103,7 @@ class Progress:
         if entry.task.id in self._tasks:
             self._tasks[entry.task.id] = {**self._tasks[entry.task.id], "state": entry.state}
         stage = f" ({self._remaining()})" if self._stage else ""
-        self._say(f"{entry.task.id} [{style}]{entry.state}[/{style}]{details}{reason}{stage}")
+        self._say(f"{entry.task.id} ", (str(entry.state), style), f"{details}{reason}{stage}")
 
     def scored(self, name: str, result: Result) -> None:
         if result.rows:
@@ -110,7 +112,7 @@ class Progress:
             attack = "" if row["attack"] == NO_ATTACK else f"@{row['attack']}"
             self._scores.setdefault(name, []).append(f"{row['task']}{attack} {_number(row['value'])}")
         if result.error:
-            self._say(f"[red]{name} {result.task.job.key}: {result.error}[/red]")
+            self._say((f"{name} {result.task.job.key}: {result.error}", "red"))
 
     def judged(self, done: int, of: int) -> None:
         """Print the judge's progress, every tenth of the way."""
@@ -125,11 +127,15 @@ class Progress:
         rows = [row for row in self._tasks.values() if (row["study"], row["stage"]) == (name, stage)]
         return f"{stage} {sum(row['state'].is_final for row in rows)}/{max(trials, len(rows))}"
 
-    def _say(self, text: str) -> None:
-        self.console.print(f"[dim]{time.monotonic() - self._begun:6.1f}s[/dim] {text}", soft_wrap=True, highlight=False)
+    def _say(self, *parts: str | tuple[str, str]) -> None:
+        self._print((f"{time.monotonic() - self._begun:6.1f}s", "dim"), " ", *parts)
+
+    def _print(self, *parts: str | tuple[str, str]) -> None:
+        self.console.print(rich_text(*parts), soft_wrap=True, highlight=False)
 
     def _table(self) -> Table:
-        table = Table(title=self._line or None, title_justify="left", box=None, header_style="bold")
+        title = rich_text(self._line) if self._line else None
+        table = Table(title=title, title_justify="left", box=None, header_style="bold")
         longest = max((len(name) for name in (*self._tasks, *self._scores)), default=0)
         for heading, width in {"trial": longest, **WIDTHS}.items():
             left = heading in ("trial", "state")
@@ -140,18 +146,19 @@ class Progress:
             last = row["last"]
             style = STYLES.get(row["state"], "dim")
             table.add_row(
-                row["id"],
-                f"[{style}]{WORDS.get(row['state'], row['state'])}[/{style}]",
+                rich_text(row["id"]),
+                rich_text((WORDS.get(row["state"], row["state"]), style)),
                 str(last.get("step", "")),
                 _number(last.get("loss")),
                 _number(last.get("eval_loss")),
                 _number(last.get("p")),
                 f"{last['tokens_per_second']:.0f}" if "tokens_per_second" in last else "",
-                ", ".join(self._scores.get(row["id"], [])),
+                rich_text(", ".join(self._scores.get(row["id"], []))),
             )
         for name in [name for name in self._scores if name not in self._tasks]:
             blanks = [""] * 5
-            table.add_row(name, "[green]scored[/green]", *blanks, ", ".join(self._scores[name]))
+            scores = rich_text(", ".join(self._scores[name]))
+            table.add_row(rich_text(name), rich_text(("scored", "green")), *blanks, scores)
         if len(rows) > MAX_ROWS:
             table.caption = f"and {len(rows) - MAX_ROWS} more"
         return table

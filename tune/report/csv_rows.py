@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable
 from typing import Any
 
 from tune.analysis.results import Line, ModelResults
 from tune.analysis.verdict import Comparison, Verdict
+from tune.report.escaping import csv_text
 from tune.report.report import Report
 from tune.storage.states import Stage
 
@@ -24,14 +23,14 @@ def text(reports: Iterable[Report]) -> str:
     names = ["run", "model", "label", "trial", "arm", "stage", "setting", "cell", "seed", "status", "reason", "best"]
     names += [*keys, "benchmark", "task", "metric", "split", "attack", "attack_on", "higher_is_better"]
     names += ["value", "stderr", "n", *(f"compared_{key}" for key in COMPARED), "compared_verdict"]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    for report in reports:
-        for model in report.models:
-            for line in model.lines:
-                writer.writerows({"run": report.name, **row} for row in _rows(model, line, report.verdicts[model.name]))
-    return out.getvalue()
+    rows = (
+        {"run": report.name, **row}
+        for report in reports
+        for model in report.models
+        for line in model.lines
+        for row in _rows(model, line, report.verdicts[model.name])
+    )
+    return csv_text(names, ([row.get(name) for name in names] for row in rows))
 
 
 def _rows(model: ModelResults, line: Line, verdicts: list[Verdict]) -> Iterable[dict[str, Any]]:

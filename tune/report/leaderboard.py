@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -17,6 +15,7 @@ from tune.analysis.verdict import Verdict
 from tune.config.eval_spec import NO_ATTACK
 from tune.config.sections import Arm
 from tune.evaluation.score_names import Column, mean_columns
+from tune.report.escaping import csv_text
 from tune.report.report import Report, latex_part, markdown_part
 from tune.report.sections.cost import spent
 from tune.report.sections.findings import PLANTED, no_verdict
@@ -212,17 +211,16 @@ def _csv(rows: list[Row]) -> str:
     numbers = ("delta", "low", "high", "p", "mde")
     extra = [f"{which}_{key}" for which in ("headline", "attacked") for key in ("column", *numbers)]
     names = [key for key in COLUMNS if key not in ("headline", "attacked")]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [*names, *extra, "measure"], lineterminator="\n")
-    writer.writeheader()
+    contents = []
     for row in rows:
         content = {key: row.values[key] for key in names} | {"measure": "; ".join(row.measure)}
         for which in ("headline", "attacked"):
             if found := row.numbers[which]:
                 content |= {f"{which}_{key}": getattr(found, key) for key in numbers}
                 content[f"{which}_column"] = one_line(head(found.column))
-        writer.writerow(content)
-    return out.getvalue()
+        contents.append(content)
+    columns = [*names, *extra, "measure"]
+    return csv_text(columns, ([content.get(column) for column in columns] for content in contents))
 
 
 def _letter(number: int) -> str:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from tune.analysis.results import ModelResults, collect
 from tune.analysis.verdict import Verdict, verdicts
 from tune.config.sections import Arm
+from tune.report.escaping import latex_text, markdown_text, rich_text, visible
 from tune.report.sections.builders import parts
 from tune.report.sections.findings import no_verdict
 from tune.report.sections.subject import Subject
-from tune.report.tables import Part, latex
+from tune.report.tables import Part
 from tune.report.text import count, one_line
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import TaskState
@@ -76,33 +77,32 @@ class Report:
 
     def terminal(self, console: Console, keys: Collection[str] | None = None) -> None:
         """Print to a rich console, within its width; only the parts named in `keys`, if given."""
-        from rich.markup import escape
-
         console.print()
-        console.rule(f"[bold]{escape(self.title)}", align="left")
+        console.rule(rich_text((self.title, "bold")), align="left")
         _print_lines(console, self.headlines(), style="bold")
         _print_lines(console, self.about)
         for model in self.models:
             console.print()
-            console.rule(f"[bold]{escape(model.display)}", align="left")
+            console.rule(rich_text((model.display, "bold")), align="left")
             for key, part in self.parts(model).items():
                 if part and (keys is None or key in keys):
                     print_part(console, part)
 
     def markdown(self) -> str:
         """The report as Markdown."""
-        blocks = [f"# {self.title}", _bullets(f"**{line}**" for line in self.headlines()), _bullets(self.about)]
+        blocks = [f"# {markdown_text(self.title)}"]
+        blocks += [_bullets(f"**{line}**" for line in self.headlines()), _bullets(self.about)]
         for model in self.models:
-            blocks.append(f"## {model.display}")
+            blocks.append(f"## {markdown_text(model.display)}")
             for part in filter(None, self.parts(model).values()):
                 blocks.append(markdown_part(part, "###"))
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     def latex(self) -> str:
         """The report as LaTeX to be \\input: one section per model, tables with booktabs."""
-        blocks = [LATEX_HEAD.format(title=one_line(self.title)), _items([*self.headlines(), *self.about])]
+        blocks = [LATEX_HEAD.format(title=visible(one_line(self.title))), _items([*self.headlines(), *self.about])]
         for model in self.models:
-            blocks.append(rf"\section{{{latex(model.display)}}}")
+            blocks.append(rf"\section{{{latex_text(model.display)}}}")
             for part in filter(None, self.parts(model).values()):
                 blocks.append(latex_part(part, "subsection"))
         return "\n\n".join(block for block in blocks if block) + "\n"
@@ -114,9 +114,7 @@ class Report:
 
 def print_part(console: Console, part: Part) -> None:
     """Print to a rich console, with tables split to fit its width."""
-    from rich.markup import escape
-
-    console.print(f"\n[bold underline]{escape(part.title)}")
+    console.print(rich_text("\n", (part.title, "bold underline")))
     _print_lines(console, part.lines)
     for table in part.tables:
         for cut in table.split(min(WIDTH, console.width - 4)):
@@ -126,13 +124,15 @@ def print_part(console: Console, part: Part) -> None:
 def markdown_part(part: Part, level: str) -> str:
     """Render a part below a heading of `level`, such as "###"."""
     tables = [cut.markdown() for table in part.tables for cut in table.split(WIDTH)]
-    return "\n\n".join(block for block in (f"{level} {part.title}", _bullets(part.lines), *tables) if block)
+    blocks = (f"{level} {markdown_text(part.title)}", _bullets(part.lines), *tables)
+    return "\n\n".join(filter(None, blocks))
 
 
 def latex_part(part: Part, command: str) -> str:
     """Render a part below a heading by `command`, such as "subsection"."""
     tables = [cut.latex() for table in part.tables for cut in table.split(WIDTH)]
-    return "\n\n".join(block for block in (f"\\{command}{{{latex(part.title)}}}", _items(part.lines), *tables) if block)
+    blocks = (f"\\{command}{{{latex_text(part.title)}}}", _items(part.lines), *tables)
+    return "\n\n".join(filter(None, blocks))
 
 
 def make_report(run_dir: str | os.PathLike) -> Report:
@@ -183,16 +183,16 @@ def _named(model: ModelResults, sentence: str) -> str:
 
 
 def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {one_line(line)}" for line in lines)
+    return "\n".join(f"- {markdown_text(line)}" for line in lines)
 
 
 def _items(lines: list[str]) -> str:
     if not lines:
         return ""
-    items = "\n".join(rf"\item{{}} {latex(one_line(line))}" for line in lines)  # {}: a "[" is no argument
+    items = "\n".join(rf"\item{{}} {latex_text(line)}" for line in lines)  # {}: a "[" is no argument
     return f"\\begin{{itemize}}\n{items}\n\\end{{itemize}}"
 
 
-def _print_lines(console: Console, lines: list[str], style: str | None = None) -> None:
+def _print_lines(console: Console, lines: list[str], style: str = "") -> None:
     for line in lines:
-        console.print(line, markup=False, highlight=False, style=style)
+        console.print(rich_text((line, style)))

@@ -6,33 +6,17 @@ columns of numbers. Neither is Markdown: `to_markdown` pads cells, needs tabulat
 
 from __future__ import annotations
 
-import html
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from tune.report.escaping import html_text, latex_text, markdown_text, rich_text
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 #: A number in a cell: sign and digits, a unit, then an error or an interval.
 NUMBER = re.compile(r"[<+\-]?(\d|inf\b)[\d.,e+\-]*\s*(%|[a-zA-Z]{1,6})?(\s*[±\[(].*)?")
-_LATEX = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "±": r"$\pm$",
-    "−": r"$-$",
-    "×": r"$\times$",
-    "≥": r"$\geq$",
-    "≤": r"$\leq$",
-    "→": r"$\rightarrow$",
-    "Δ": r"$\Delta$",
-    "·": r"$\cdot$",
-}
 
 
 @dataclass(frozen=True)
@@ -73,9 +57,9 @@ class Table:
         return tables
 
     def markdown(self) -> str:
-        rows = [[cell.replace("\n", " ").replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
+        rows = [[markdown_text(cell).replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
         rows.insert(1, ["---:" if number else "---" for number in self.numeric()])
-        return f"**{self.title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        return f"**{markdown_text(self.title)}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def latex(self) -> str:
         """A `table` environment with booktabs, by pandas; heads of several lines take several rows."""
@@ -85,7 +69,7 @@ class Table:
         spec = "".join(share if self.wrap else "r" if number else "l" for number in self.numeric())
         heads = [cell.split("\n") for cell in self.head]
         tallest = max(map(len, heads))
-        stacked = [[latex(head[i]) if i < len(head) else "" for head in heads] for i in range(tallest)]
+        stacked = [[latex_text(head[i]) if i < len(head) else "" for head in heads] for i in range(tallest)]
         columns = pandas.MultiIndex.from_arrays(stacked) if tallest > 1 else pandas.Index(stacked[0])
         frame = pandas.DataFrame([_latex_cells(row) for row in self.rows], columns=columns)
         return (
@@ -93,7 +77,7 @@ class Table:
             .to_latex(
                 hrules=True,
                 column_format=spec,
-                caption=latex(self.title),
+                caption=latex_text(self.title),
                 position="htbp",
                 position_float="centering",
                 sparse_columns=False,
@@ -105,31 +89,30 @@ class Table:
         """A `table` element with a caption and scopes; cells of numbers have the class `number`."""
         classes = [' class="number"' if number else "" for number in self.numeric()]
         heads = zip(self.head, classes, strict=True)
-        head = "".join(f'<th scope="col"{kind}>{_html(cell)}</th>' for cell, kind in heads)
+        head = "".join(f'<th scope="col"{kind}>{html_text(cell)}</th>' for cell, kind in heads)
         body = []
         for row in self.rows:
             cells = zip(row[1:], classes[1:], strict=True)
-            data = "".join(f"<td{kind}>{_html(cell)}</td>" for cell, kind in cells)
-            body.append(f'<tr><th scope="row">{_html(row[0])}</th>{data}</tr>')
-        caption = f"<caption>{_html(self.title)}</caption>"
+            data = "".join(f"<td{kind}>{html_text(cell)}</td>" for cell, kind in cells)
+            body.append(f'<tr><th scope="row">{html_text(row[0])}</th>{data}</tr>')
+        caption = f"<caption>{html_text(self.title)}</caption>"
         rows = "\n".join(body)
         return f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
 
     def rich(self) -> RichTable:
         """Convert to a rich table."""
         from rich.box import SIMPLE_HEAD
-        from rich.markup import escape
         from rich.table import Table as RichTable
 
         drawn = RichTable(
-            title=escape(self.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_lines=self.wrap
+            title=rich_text(self.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_lines=self.wrap
         )
         tallest = max(head.count("\n") for head in self.head)
         for head, number in zip(self.head, self.numeric(), strict=True):
             padded = head + "\n" * (tallest - head.count("\n"))  # rich would put short heads at the bottom
-            drawn.add_column(escape(padded), justify="right" if number else "left", overflow="fold")
+            drawn.add_column(rich_text(padded), justify="right" if number else "left", overflow="fold")
         for row in self.rows:
-            drawn.add_row(*map(escape, row))
+            drawn.add_row(*map(rich_text, row))
         return drawn
 
 
@@ -145,17 +128,8 @@ class Part:
         return bool(self.lines or self.tables)
 
 
-def latex(text: str) -> str:
-    """`text` with what LaTeX would take for a command escaped; other characters stay as they are (UTF-8)."""
-    return "".join(_LATEX.get(sign, sign) for sign in text)
-
-
 def _latex_cells(row: list[str]) -> list[str]:
-    cells = [latex(cell.replace("\n", " ")) for cell in row]
+    cells = [latex_text(cell) for cell in row]
     if cells[0].startswith(("[", "*")):  # after \\ they would be its argument
         cells[0] = "{}" + cells[0]
     return cells
-
-
-def _html(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")

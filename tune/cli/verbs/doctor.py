@@ -24,7 +24,7 @@ def doctor(
     with console.status("Checking"):
         found = [*checks(ray=ray), orphaned()]
     for text in lines(found):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     raise typer.Exit(0 if all(check.ok or not check.needed for check in found) else 1)
 
 

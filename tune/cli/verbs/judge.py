@@ -118,7 +118,7 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
         def show(done: int, of: int) -> None:
             bar.update(task, completed=done, total=of)
             if done and not console.is_terminal and done * 10 // of > (done - 1) * 10 // of:
-                console.print(f"judged {done} of {of}", highlight=False)
+                console.print(f"judged {done} of {of}")
 
         yield show
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from macdrop.errors import ConfigError
-from tune.cli.console import console, line, table
+from tune.cli.console import asked_by, console, line, table
 from tune.cli.options import Config, split_config
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def _show(parts: list[Forecast], whole: Total, prices: dict[str, Any]) -> None:
     else:
         cost = f"{whole.cost:.2f} {prices['currency']}, at {whole.price:g} per device-hour"
         line("cost", f"{cost} (example prices of {prices['date']}; give yours with --prices FILE)")
-    console.print(ASSUMED, highlight=False)
+    console.print(ASSUMED)
 
 
 def _agreed(whole: Total) -> bool:
@@ -96,6 +95,7 @@ def _agreed(whole: Total) -> bool:
     cost = "" if whole.cost is None else f" and cost {whole.cost:.2f}"
     limits = f"asked above {ASK_HOURS:g} hours or a cost of {ASK_COST:g}"
     forecast = f"The run is forecast to take {whole.hours:.3g} hours{cost} ({limits})."
-    if not sys.stdin.isatty():
+    agrees = asked_by()
+    if agrees is None:
         raise ConfigError(f"{forecast}\nThere is no terminal to ask at. Add --yes to start it, or make it smaller.")
-    return input(f"{forecast} Start it? [y/N] ").strip().lower() in ("y", "yes")
+    return agrees(f"{forecast} Start it?")

@@ -47,7 +47,7 @@ def reproduce(
 
 def _show(metrics: dict[str, Any]) -> None:
     if metrics["step"]:
-        console.print(f"step {metrics['step']}  loss {metrics['loss']:.4f}", highlight=False, soft_wrap=True)
+        console.print(f"step {metrics['step']}  loss {metrics['loss']:.4f}", soft_wrap=True)
 
 
 def _same(trial: Path) -> bool:

@@ -19,7 +19,7 @@ def suites(
     from tune.config.suites import load, names
 
     if name is not None:
-        console.print(as_yaml(name), highlight=False, markup=False, soft_wrap=True)
+        console.print(as_yaml(name), soft_wrap=True)
         return
     lines([(each, f"version {load(each).version}: {load(each).title}") for each in names()])
     line("use", "macdrop eval MODEL --suite NAME, or suite: NAME (or a list) in the eval: block of a run file")

@@ -134,13 +134,14 @@ def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
     import yaml
 
     from tune.config.run_spec import dump
+    from tune.report.escaping import rich_text
     from tune.scheduling.resources import resources
     from tune.scheduling.study import benchmark_runs, outline
 
     text = yaml.safe_dump(dump(spec), sort_keys=False, allow_unicode=True, width=10_000)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
     for study in planned:
-        console.print(f"[bold]{study.name}[/bold] ({study.spec.model_name_or_path})", highlight=False, soft_wrap=True)
+        console.print(rich_text((study.name, "bold"), f" ({study.spec.model_name_or_path})"), soft_wrap=True)
         for name, content in outline(spec, study):
             line(name, content)
     trained = sum(study.count for study in planned)

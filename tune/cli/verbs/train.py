@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from macdrop.errors import ConfigError
-from tune.cli.console import console, line
+from tune.cli.console import console, line, warn
 from tune.cli.options import Config, split_config
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _train(spec: RunSpec, model: TrainSpec, folder: Path, observe: Observer) -> 
     from tune.trackers.sync import OneTrial
     from tune.training.single import train_here
 
-    with OneTrial(spec.report_to, model, folder, warn=lambda text: print(text, file=sys.stderr)) as tracked:
+    with OneTrial(spec.report_to, model, folder, warn=warn) as tracked:
         if spec.ray.num_workers == 1 and spec.ray.address is None:
             outcome = train_here(model, folder, observe=observe, threads=spec.ray.threads_per_worker)
         else:
@@ -94,7 +94,7 @@ def _step_printer(steps: int) -> Observer:
     def show(metrics: dict[str, Any]) -> Word:
         parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}"]
         parts += [f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None]
-        console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        console.print("  ".join(parts), soft_wrap=True)
         return Word.GO_ON
 
     return show

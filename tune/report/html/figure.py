@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from tune.report.escaping import csv_text
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,7 @@ class Figure:
     rows: list[list[Any]] = field(default_factory=list)
 
     def csv(self) -> str:
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self.head)
-        writer.writerows(self.rows)
-        return out.getvalue()
+        return csv_text(self.head, self.rows)
 
 
 def words_to_name(*words: str) -> str:

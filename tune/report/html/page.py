@@ -12,6 +12,7 @@ from urllib.parse import quote
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
 from tune.config.sections import Arm
+from tune.report.escaping import visible
 from tune.report.html.figure import Figure
 from tune.report.html.figures import figures
 from tune.report.html.generations import QUESTIONS, Question, generations
@@ -176,6 +177,7 @@ def _render(reports: list[Report], views: list[ModelView]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        finalize=_visible,
     )
     style = stylesheet() + (folder / "style.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
@@ -193,6 +195,11 @@ def _render(reports: list[Report], views: list[ModelView]) -> str:
         attack_words=attack_words,
         title=reports[0].title if len(reports) == 1 else f"MacDrop report: {len(reports)} runs",
     )
+
+
+def _visible(value: Any) -> Any:
+    """Show control characters of what goes into the page; markup stays markup."""
+    return type(value)(visible(value)) if isinstance(value, str) else value
 
 
 def _apart(svg: str, number: int) -> str:
