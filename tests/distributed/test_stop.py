@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM: the first signal stops, the second ends the process at once. Starts no Ray."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first signal stops, the second ends the process at once. Starts no Ray."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -31,3 +32,23 @@ def test_the_first_signal_stops_and_the_second_ends_at_once(number, kind, code, 
     if then != "pass":
         process.send_signal(number)
     assert process.wait(timeout=50) == code
+
+
+def test_a_closing_terminal_stops_once_however_often_it_says_so():
+    """The kernel and the shell both send SIGHUP, and nothing can be printed any more."""
+    code = STOPPED.format(then="time.sleep(1)").replace("print(text, flush=True)", "1 / 0")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "SystemExit\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=50) == 128 + signal.SIGHUP
+
+
+def test_nohup_keeps_a_sweep_running():
+    code = STOPPED.format(then="pass").replace("time.sleep(60)", "time.sleep(1)")
+    command = ["sh", "-c", 'trap "" HUP; exec "$0" -c "$1"', sys.executable, code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=50) == 0

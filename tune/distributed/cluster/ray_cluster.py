@@ -63,6 +63,7 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
         return "", False
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ["PYTHONUTF8"] = "1"  # whatever the locale: libraries in workers read their own files in its encoding
     # The run itself reports failed trials, with the reason; Tune would print a whole traceback for each.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     for name in ("ray.train", "ray"):

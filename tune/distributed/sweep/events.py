@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tune.distributed.actors.eval_task import Result
 from tune.scheduling.queue import QueuedTask
 from tune.scheduling.study import Study
+
+log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -39,3 +43,25 @@ class Observer(Protocol):
 
     def judged(self, done: int, of: int) -> None:
         """The judge has scored `done` of `of` answers."""
+
+
+def unfailing(observer: Observer) -> Observer:
+    """Return the observer with its errors logged, the first of each method, not raised: no display ends a run."""
+    return cast(Observer, _Unfailing(observer))
+
+
+class _Unfailing:
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._failed: set[str] = set()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            try:
+                getattr(self._observer, name)(*arguments)
+            except Exception as error:
+                if name not in self._failed:
+                    log.warning("The display failed at %r: %s: %s", name, type(error).__name__, error)
+                self._failed.add(name)
+
+        return call

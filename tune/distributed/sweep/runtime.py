@@ -24,8 +24,8 @@ from tune.distributed.cluster.ray_cluster import check_cluster, connect
 from tune.distributed.lanes.dispatcher import dispatching
 from tune.distributed.lanes.lane_pool import LanePool
 from tune.distributed.sweep.controller import SweepController
-from tune.distributed.sweep.events import Observer
-from tune.distributed.sweep.stop import Stop
+from tune.distributed.sweep.events import Observer, unfailing
+from tune.distributed.sweep.stop import Stop, hangup_ignored
 from tune.distributed.sweep.study_run import StudyRun, jobs_of_stages
 from tune.errors import ResourceError
 from tune.preflight.inputs import Checked, check_inputs
@@ -73,7 +73,7 @@ class SweepRuntime:
         stop: Stop | None = None,
     ) -> None:
         assert spec.output_dir is not None, "the command line gives every run a folder"
-        self.spec, self.progress = spec, progress
+        self.spec, self.progress = spec, unfailing(progress)
         self.planned: list[Study] = studies(spec)
         self.checked: dict[str, Checked] = {}
         self._run_dir = Path(spec.output_dir).absolute()
@@ -160,7 +160,8 @@ class SweepRuntime:
     def _connect(self) -> tuple[str, float]:
         """Join or start Ray and check the cluster; return the dashboard's address and the cluster's GPUs."""
         spec, note = self.spec, self.progress.note
-        address, joined = connect(spec.ray)
+        with hangup_ignored():
+            address, joined = connect(spec.ray)
         if joined:
             self._at_close("ray", functools.partial(_disconnect, self._stop))
             orphans.look(local=spec.ray.address is None, clear=self._clear_orphans, ask=self._ask, tell=note)
@@ -248,7 +249,7 @@ def run(
     ) as runtime:
         failures = runtime.run_studies()
         failures += runtime.judge()
-        progress.finished()
+        runtime.progress.finished()
     return failures
 
 
