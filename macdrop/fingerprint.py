@@ -1,17 +1,40 @@
-"""Fingerprint of a checkpoint: a hash of a model folder that is fast for hundreds of gigabytes."""
+"""Fingerprint of a checkpoint: a hash of every byte that its function depends on.
+
+Hashing hundreds of gigabytes takes minutes, so that the digest of a weight file can be remembered in a folder, under
+the file's path, size, times and inode: a file that is not touched is read once.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from macdrop.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+#: What a fingerprint begins with; one without was made by `_sampled`.
+SCHEME = "2-"
+SHOWN = len(SCHEME) + 12  # characters of a fingerprint that people are shown
+_ANNOUNCED_BYTES = 8 * 2**30  # more than this is announced before it is read
+_THREADS = 4
+# A file that changed just before it was read may change again without a new time.
+_SETTLED_NS = 2 * 10**9
 _SAMPLES = 16  # per weight file
 _SAMPLE_BYTES = 4096
 _MAX_HEADER = 100_000_000  # as in the safetensors format
+
+#: Path, size, times of contents and of metadata, inode. The last two change when a file is replaced by one of its age.
+_Stamp = tuple[str, int, int, int, int]
+_digests: dict[_Stamp, str] = {}
 
 
 def checkpoint_folder(model_name_or_path: str | os.PathLike, revision: str | None = None) -> Path:
@@ -38,26 +61,43 @@ def checkpoint_folder(model_name_or_path: str | os.PathLike, revision: str | Non
     return Path(config).parent
 
 
-def checkpoint_fingerprint(model_name_or_path: str | os.PathLike, revision: str | None = None) -> str:
-    """SHA-256 (hex) of a checkpoint: config.json whole, and of each weight file its name, size, header and 16 samples.
+def checkpoint_fingerprint(
+    model_name_or_path: str | os.PathLike, revision: str | None = None, *, memory: Path | None = None
+) -> str:
+    """`SCHEME` and the SHA-256 (hex) of a checkpoint: config.json, code of its own, and weight files, all whole.
 
     The same for a folder wherever it is, and for a hub id and a copy of its files. Weight files are those that
-    ``model.safetensors.index.json`` names, else all ``*.safetensors``, else all ``pytorch_model*.bin``. Raises
-    `ConfigError` when there is no config or no weight file.
+    ``model.safetensors.index.json`` names, else all ``*.safetensors``, else all ``pytorch_model*.bin``. memory: a
+    folder for the digests of weight files, made if needed; one that cannot be written is no error.
+
+    Raises `ConfigError` when there is no config or no weight file, or a file changes while it is read.
     """
     folder = checkpoint_folder(model_name_or_path, revision)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ConfigError(f"{folder} is not a model folder: it has no config.json.")
-    files = weight_files(folder)
-    if not files:
-        raise ConfigError(f"{folder} is not a model folder: it has no weight file (*.safetensors).")
+    files = _model_files(folder)
+    stamps = [_stamp(file) for file in files]
+    size = sum(stamp[1] for stamp in stamps if _known(stamp, memory) is None)
+    if size > _ANNOUNCED_BYTES:
+        log.warning("Reading the %.0f GB of weights in %s, to recognise them later.", size / 1e9, folder)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = list(pool.map(lambda stamp: _read(stamp, memory), stamps))
     digest = hashlib.sha256()
-    _add(digest, config.read_bytes())
-    for file in files:
+    for file in [folder / "config.json", *sorted(folder.glob("*.py"))]:
         _add(digest, file.name.encode())
-        _add_file(digest, file)
-    return digest.hexdigest()
+        _add(digest, file.read_bytes())
+    for file, found in zip(files, digests, strict=True):
+        _add(digest, file.name.encode())
+        _add(digest, found.encode())
+    return SCHEME + digest.hexdigest()
+
+
+def is_checkpoint(
+    recorded: str, model_name_or_path: str | os.PathLike, revision: str | None = None, *, memory: Path | None = None
+) -> bool:
+    """Return whether a checkpoint is the one of a recorded fingerprint, as far as the scheme of that can tell."""
+    if recorded.startswith(SCHEME):
+        return recorded == checkpoint_fingerprint(model_name_or_path, revision, memory=memory)
+    folder = checkpoint_folder(model_name_or_path, revision)
+    return recorded == _sampled(folder, _model_files(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -77,12 +117,89 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
+def _model_files(folder: Path) -> list[Path]:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a model folder: it has no config.json.")
+    files = weight_files(folder)
+    if not files:
+        raise ConfigError(f"{folder} is not a model folder: it has no weight file (*.safetensors).")
+    return files
+
+
 def _add(digest: hashlib._Hash, data: bytes) -> None:
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
 
 
-def _add_file(digest: hashlib._Hash, file: Path) -> None:
+# --- digests of weight files, and where they are remembered ---
+
+
+def _stamp(file: Path) -> _Stamp:
+    """A file of the hub's cache is a link: the name of what it leads to is a hash, but the bytes may have been edited."""
+    path = file.resolve()
+    info = path.stat()
+    return str(path), info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
+
+
+def _note(stamp: _Stamp, memory: Path) -> Path:
+    return memory / f"{hashlib.sha256(os.fsencode(stamp[0])).hexdigest()[:32]}.json"
+
+
+def _known(stamp: _Stamp, memory: Path | None) -> str | None:
+    """The SHA-256 of a file that was read before; None when it, or the note of it, is not what it was."""
+    if stamp not in _digests and memory is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            noted = json.loads(_note(stamp, memory).read_text(encoding="utf-8"))
+            if tuple(noted["file"]) == stamp and re.fullmatch("[0-9a-f]{64}", noted["sha256"]):
+                _digests[stamp] = noted["sha256"]
+    return _digests.get(stamp)
+
+
+def _read(stamp: _Stamp, memory: Path | None) -> str:
+    """The SHA-256 of a file, from memory or read whole."""
+    known = _known(stamp, memory)
+    if known is not None:
+        return known
+    settled = time.time_ns() - max(stamp[2], stamp[3]) > _SETTLED_NS
+    path = Path(stamp[0])
+    with path.open("rb") as data:
+        found = hashlib.file_digest(data, "sha256").hexdigest()
+    if _stamp(path) != stamp:
+        raise ConfigError(f"{path} changes while it is read. Wait until it is written, then try again.")
+    if settled:
+        _digests[stamp] = found
+        if memory is not None:
+            _remember(stamp, found, memory)
+    return found
+
+
+def _remember(stamp: _Stamp, found: str, memory: Path) -> None:
+    with suppress(OSError):
+        memory.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=memory, prefix=".")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"file": stamp, "sha256": found}, file)
+            os.replace(temporary, _note(stamp, memory))
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+# --- fingerprints of older runs ---
+
+
+def _sampled(folder: Path, files: list[Path]) -> str:
+    """SHA-256 (hex) of config.json whole, and of each weight file's name, size, header and 16 samples."""
+    digest = hashlib.sha256()
+    _add(digest, (folder / "config.json").read_bytes())
+    for file in files:
+        _add(digest, file.name.encode())
+        _add_samples(digest, file)
+    return digest.hexdigest()
+
+
+def _add_samples(digest: hashlib._Hash, file: Path) -> None:
     size = file.stat().st_size
     digest.update(size.to_bytes(8, "little"))
     with file.open("rb") as data:

@@ -34,6 +34,8 @@ __all__ = [
     "text_blocks",
 ]
 
+#: Moves whenever a scan of the same model may find something else: a scan that was kept is of one rule.
+RULE = 2
 FIRST_WRITE = 0.5  # a write counts when it is at least this part of the largest one
 MASSIVE = 100.0  # a massive activation is over this size (Sun et al., arXiv 2402.17762) ...
 MASSIVE_RATIO = 1000.0  # ... and over this many times the median

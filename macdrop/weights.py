@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from macdrop.errors import ConfigError, NoMassiveWeights
+from macdrop.fingerprint import SHOWN
 
 FORMAT = 1  # of the JSON file
 
@@ -76,7 +77,7 @@ class MassiveWeights:
         if fingerprint != self.fingerprint:
             raise NoMassiveWeights(
                 f"The massive weights of {self.model} were found in another checkpoint than the one given:\n"
-                f"fingerprint {self.fingerprint[:12]} in the scan, {fingerprint[:12]} now.\n"
+                f"fingerprint {self.fingerprint[:SHOWN]} in the scan, {fingerprint[:SHOWN]} now.\n"
                 "Rows differ between checkpoints: scan this one (macdrop scan MODEL)."
             )
 

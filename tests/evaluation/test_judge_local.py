@@ -9,7 +9,7 @@ import torch
 from helpers.judge_fixtures import ANSWERS, CONVERSATIONS, Endpoint, answered_run, talking_model
 
 from macdrop.errors import ConfigError, DataError
-from macdrop.fingerprint import checkpoint_fingerprint
+from macdrop.fingerprint import SHOWN, checkpoint_fingerprint
 from tune.cli.verbs.judge import judge_run
 from tune.config.judge_spec import JudgeSpec
 from tune.evaluation.judge.local import LocalJudge, Sampling
@@ -49,7 +49,7 @@ def test_local_judge_gives_scores(run, sure):
     assert [row["score"] for row in kept(run)] == [4] * ANSWERS
     stored = kept(run)[0]["judge"]
     assert (stored["kind"], stored["model"]) == ("local", sure) and "base_url" not in stored
-    assert stored["revision"] == checkpoint_fingerprint(sure)[:12]
+    assert stored["revision"] == checkpoint_fingerprint(sure)[:SHOWN]
     row = whole(run)
     assert (row["value"], row["n"], row["batch_size"]) == (4.0, ANSWERS, 4)
     assert f"judge={sure}@{stored['revision']} " in row["settings"]

@@ -81,6 +81,7 @@ REFUSED = {
     "data": "The data are not those of the trial: it had 180 examples",
     "files": "lacks reproduce.json",
     "damaged": "reproduce.json is damaged",
+    "base": "are not those that this run began with",
 }
 
 
@@ -93,6 +94,10 @@ def test_a_trial_that_cannot_be_reproduced_is_refused(trial, shell, monkeypatch,
         lines = Path(resolve("zoo:train")).read_text().splitlines(keepends=True)
         (trial / "other.jsonl").write_text("".join(lines[:-1]))
         overrides = [f"dataset={trial / 'other.jsonl'}"]
+    elif case == "base":
+        shutil.copytree(resolve("zoo:planted-llama"), trial / "base")
+        (trial / "base" / "config.json").write_text((trial / "base" / "config.json").read_text() + "\n")
+        overrides = [f"model_name_or_path={trial / 'base'}"]
     elif case == "files":
         (trial / "reproduce.json").unlink()
     else:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from macdrop.errors import ConfigError
+from macdrop.fingerprint import checkpoint_fingerprint, is_checkpoint
 from macdrop.load import open_model
 from tune.config.run_spec import TrainSpec
+from tune.storage.cache import cache_dir
 from tune.zoo.catalog import resolve
+
+#: Folder of the cache with the digests of weight files, each of which is read whole only once.
+DIGESTS = "digests"
 
 
 def open_base(spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -22,3 +28,21 @@ def open_base(spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         attn_implementation=spec.attn_implementation,
         trust_remote_code=spec.trust_remote_code,
     )
+
+
+def fingerprint(model: str, revision: str | None = None) -> str:
+    """Return the fingerprint of a model as a spec names it (`macdrop.fingerprint.checkpoint_fingerprint`)."""
+    return checkpoint_fingerprint(resolve(model), revision, memory=cache_dir() / DIGESTS)
+
+
+def require_base(spec: TrainSpec, recorded: str) -> None:
+    """Refuse a base whose files are not those of a recorded fingerprint.
+
+    Raises:
+        ConfigError: they have changed, or are those of another model.
+    """
+    if not is_checkpoint(recorded, resolve(spec.model_name_or_path), spec.model_revision, memory=cache_dir() / DIGESTS):
+        raise ConfigError(
+            f"The files of {spec.model_name_or_path} are not those that this run began with: weights, config.json or "
+            "code have changed.\nPut the files back as they were, or start a new run."
+        )

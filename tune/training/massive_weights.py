@@ -1,4 +1,4 @@
-"""Massive weights of a checkpoint: scanned once, then cached under the checkpoint's fingerprint."""
+"""Massive weights of a checkpoint: scanned once, then cached under all that a scan depends on."""
 
 from __future__ import annotations
 
@@ -8,37 +8,22 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from macdrop.errors import DataError, NoMassiveWeights
-from macdrop.fingerprint import checkpoint_fingerprint
+from macdrop.errors import ConfigError, DataError, NoMassiveWeights
+from macdrop.fingerprint import SHOWN
+from macdrop.load import check_model, load_tokenizer
 from macdrop.proof import Proof, prove, text_blocks
-from macdrop.scan import find_massive_weights
+from macdrop.scan import RULE, choose_bos, find_massive_weights
 from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec, slug
 from tune.storage.atomic import writing
 from tune.storage.cache import cache_dir
-from tune.training.loading import open_base
+from tune.training.loading import fingerprint, open_base, require_base
 from tune.zoo.catalog import PREFIX, resolve
 
 #: A short story of our own: the text of a proof when none is given.
 STORY = Path(__file__).with_name("prose.txt")
 #: Text blocks of a proof: tokens in each, bos included, and how many at most.
 BLOCK_TOKENS, MAX_BLOCKS = 256, 16
-
-
-def known_weights(spec: TrainSpec, *, bos_token_id: int | None = None) -> MassiveWeights | None:
-    """Return the cached massive weights, under the name that `spec` gives the model.
-
-    None if this checkpoint was never scanned or the cached file is damaged (a new scan replaces it).
-    """
-    path, fingerprint = _cached(spec, bos_token_id)
-    if not path.is_file():
-        return None
-    try:
-        known = MassiveWeights.load(path)
-        known.check(fingerprint)
-    except NoMassiveWeights:
-        return None
-    return replace(known, model=spec.model_name_or_path)
 
 
 def massive_weights(
@@ -55,16 +40,79 @@ def massive_weights(
         NoMassiveWeights: the scan finds none.
         ResourceError: the cache cannot be written.
     """
-    known = None if fresh else known_weights(spec, bos_token_id=bos_token_id)
+    token, rule = choose_bos(tokenizer, model.config, bos_token_id)
+    path, identity = _cached(spec, token)
+    known = None if fresh else _known(path, identity)
     if known is not None:
-        return known
-    path, fingerprint = _cached(spec, bos_token_id)
+        return replace(known, model=spec.model_name_or_path, bos_rule=rule)
     found = find_massive_weights(
-        model, tokenizer, source=spec.model_name_or_path, fingerprint=fingerprint, bos_token_id=bos_token_id
+        model, tokenizer, source=spec.model_name_or_path, fingerprint=identity, bos_token_id=bos_token_id
     )
     with writing(path):
         found.save(path)
     return found
+
+
+def recorded_weights(
+    spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path
+) -> MassiveWeights:
+    """Return the massive weights that a run has recorded in `file`; in a new run find and record them.
+
+    Raises:
+        ConfigError: the base, its tokenizer's first token or the massive layer is not the one that the run began with.
+    """
+    found = massive_weights(spec, model, tokenizer)
+    if not file.is_file():
+        found.save(file)
+        return found
+    recorded = MassiveWeights.load(file)
+    require_base(spec, recorded.fingerprint)
+    for what, there, here in (
+        ("first token", recorded.bos_token_id, found.bos_token_id),
+        ("massive layer", (recorded.path, recorded.expert), (found.path, found.expert)),
+    ):
+        if there != here:
+            raise ConfigError(
+                f"The {what} of {spec.model_name_or_path} was {there} when this run began, and is {here} now.\n"
+                "Its trials would not belong together. Put the model's files back as they were, or start a new run."
+            )
+    return recorded
+
+
+def scanned(spec: TrainSpec) -> MassiveWeights:
+    """Return the model's massive weights, from the cache or by scanning a whole (not partitioned) copy of it."""
+    source, options = resolve(spec.model_name_or_path), {"revision": spec.model_revision}
+    tokenizer = load_tokenizer(source, trust_remote_code=spec.trust_remote_code, **options)
+    config = check_model(source, trust_remote_code=spec.trust_remote_code, **options)
+    token, rule = choose_bos(tokenizer, config)
+    known = _known(*_cached(spec, token))
+    if known is not None:
+        return replace(known, model=spec.model_name_or_path, bos_rule=rule)
+    return massive_weights(spec, *open_base(spec))
+
+
+def _known(path: Path, identity: str) -> MassiveWeights | None:
+    """Return a cached scan; None if there is none or its file is damaged (a new scan replaces it)."""
+    if not path.is_file():
+        return None
+    try:
+        known = MassiveWeights.load(path)
+        known.check(identity)
+    except NoMassiveWeights:
+        return None
+    return known
+
+
+def _cached(spec: TrainSpec, bos_token_id: int) -> tuple[Path, str]:
+    """Return the file of a checkpoint's scan, and the checkpoint's fingerprint.
+
+    All that a scan depends on is part of the name: the bytes of the checkpoint, the token that stands for bos, the rule
+    of the scan, and the precision, since a bf16 forward may order nearly equal rows differently than an fp32 one.
+    """
+    identity = fingerprint(spec.model_name_or_path, spec.model_revision)
+    precision = "bf16" if spec.bf16 else "fp32"
+    name = f"{slug(spec.model_name_or_path)}-{identity[:SHOWN]}-{precision}-bos{bos_token_id}-rule{RULE}.json"
+    return cache_dir() / "scans" / name, identity
 
 
 def proof(
@@ -119,23 +167,3 @@ def proof_text(text: Path | None, source: str) -> str:
     if not content.strip():
         raise DataError(f"{file} is empty. Give a text of some thousand words, or leave --text out.")
     return content
-
-
-def _cached(spec: TrainSpec, bos_token_id: int | None) -> tuple[Path, str]:
-    """Return the file of this checkpoint's scan, and the checkpoint's fingerprint.
-
-    The precision is part of the name: a bf16 forward may order nearly equal rows differently than an fp32 one.
-    """
-    fingerprint = checkpoint_fingerprint(resolve(spec.model_name_or_path), spec.model_revision)
-    precision = "bf16" if spec.bf16 else "fp32"
-    bos = "" if bos_token_id is None else f"-bos{bos_token_id}"
-    name = f"{slug(spec.model_name_or_path)}-{fingerprint[:16]}-{precision}{bos}.json"
-    return cache_dir() / "scans" / name, fingerprint
-
-
-def scanned(spec: TrainSpec) -> MassiveWeights:
-    """Return the model's massive weights, from the cache or by scanning a whole (not partitioned) copy of it."""
-    known = known_weights(spec)
-    if known is not None:
-        return known
-    return massive_weights(spec, *open_base(spec))

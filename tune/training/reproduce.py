@@ -22,6 +22,7 @@ from tune.storage.sealed_folder import sha256
 from tune.training.collectives import all_do
 from tune.training.engine import Engine
 from tune.training.finetune import Outcome, finetune
+from tune.training.loading import require_base
 from tune.training.massive_weights import scanned
 from tune.training.observer import Word
 from tune.training.process_group import prepare_process
@@ -112,11 +113,16 @@ def _data(spec: TrainSpec, engine: Engine, setup: dict[str, Any]) -> dataset.Pre
 
 
 def _weights(folder: Path, spec: TrainSpec, setup: dict[str, Any]) -> MassiveWeights:
-    """Load the scan that the trial used, else scan the same checkpoint again."""
+    """Load the scan that the trial used, else scan the same checkpoint again.
+
+    Raises:
+        ConfigError: the base is not the trial's.
+    """
+    require_base(spec, setup["fingerprint"])
     try:
         weights = MassiveWeights.load(folder / setup["weights"])
     except NoMassiveWeights:
-        weights = scanned(spec)
+        return scanned(spec)
     weights.check(setup["fingerprint"])
     return weights
 

@@ -54,6 +54,8 @@ def scan(
 
 
 def _show_weights(weights: MassiveWeights, k: int) -> None:
+    from macdrop.fingerprint import SHOWN
+
     rows = table("layer", "max |hidden|", "median", "max |intermediate|", "median", "", left=("",))
     for stats in weights.layers:
         mark = "<- massive weights" if stats.layer == weights.layer else ""
@@ -64,7 +66,7 @@ def _show_weights(weights: MassiveWeights, k: int) -> None:
     top = zip(weights.top(k), weights.magnitudes, strict=False)
     lines(
         [
-            ("model", f"{weights.model} ({weights.kind} FFN), fingerprint {weights.fingerprint[:12]}"),
+            ("model", f"{weights.model} ({weights.kind} FFN), fingerprint {weights.fingerprint[:SHOWN]}"),
             ("bos", f"token {weights.bos_token_id}, by rule {weights.bos_rule!r}"),
             ("layer", f"{weights.layer} ({weights.path}{expert}), counted from 0"),
             (f"top {k} rows", ", ".join(f"{row} ({size:.4g})" for row, size in top) or "none"),

@@ -24,7 +24,7 @@ from tune.evaluation.scorer import Row, Scorer
 from tune.scheduling.queue import MAX_ATTEMPTS
 from tune.storage.atomic import atomic_write_json
 from tune.training.loading import open_base
-from tune.training.massive_weights import massive_weights, proof
+from tune.training.massive_weights import proof, recorded_weights
 from tune.training.process_group import device
 from tune.training.watchdog import passes_watched, why_it_died
 
@@ -76,8 +76,7 @@ class Evaluator(PoolActor):
         model = model.to(device())  # type: ignore[arg-type]  # the wrapper in transformers loses `self`
         weights = None
         if opening.scan:
-            weights = massive_weights(spec, model, tokenizer)
-            weights.save(opening.weights)
+            weights = recorded_weights(spec, model, tokenizer, Path(opening.weights))
             proved = proof(model, tokenizer, weights, k=opening.k, source=spec.model_name_or_path)
             atomic_write_json(Path(opening.weights).with_name("proof.json"), proved.to_dict())
         elif Path(opening.weights).is_file():

@@ -10,13 +10,14 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from macdrop.errors import ConfigError
-from macdrop.fingerprint import checkpoint_fingerprint, checkpoint_folder
+from macdrop.fingerprint import SHOWN, checkpoint_folder
 from macdrop.load import open_model
 from tune.config.judge_spec import JudgeSpec
 from tune.errors import BenchmarkError
 from tune.evaluation.decode import fit_prompt, greedy
 from tune.evaluation.judge.prompt import Judgement, Question, Reply, assess
 from tune.evaluation.scorer import masks_off, max_positions
+from tune.training.loading import fingerprint
 from tune.training.process_group import device
 from tune.training.quiet import quiet_while_scoring
 from tune.zoo.catalog import resolve
@@ -32,7 +33,7 @@ def revision(spec: JudgeSpec) -> str:
     folder = checkpoint_folder(source, spec.revision)
     if not Path(source).expanduser().is_dir() and folder.parent.name == "snapshots":
         return folder.name[:12]
-    return checkpoint_fingerprint(source, spec.revision)[:12]
+    return fingerprint(spec.model, spec.revision)[:SHOWN]
 
 
 class LocalJudge:
