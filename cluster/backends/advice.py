@@ -27,6 +27,8 @@ class Advice(NamedTuple):
 
 #: What Ray's job agent says in the first seconds of a head.
 NO_AGENT = "No available agent to submit job"
+#: The words of ssh for a host whose key is not the known one.
+HOST_KEY = "Host key verification failed"
 _NO_TOKEN = (
     "the shell of the head lacks the token that its Ray wants: ~/.ray/auth_token (file_mounts) and `export "
     "RAY_AUTH_MODE=token` in ~/.bashrc (setup_commands), as `macdrop cluster render` writes them"
@@ -202,6 +204,11 @@ ADVICE = (
         "`ray` is not on the PATH of a login shell on the head (setup_commands, ~/.bashrc)",
     ),
     # Ray on the head
+    Advice(
+        Origin.RAY,
+        r"ProxyError|[Pp]roxy (connect|authentic)|via proxy",
+        "a proxy answers in place of Ray on the head: there, add the head's address to NO_PROXY, or unset HTTP_PROXY",
+    ),
     Advice(Origin.RAY, r"[Aa]uthenticat|[Uu]nauthorized|\btoken\b", _NO_TOKEN),
     Advice(
         Origin.RAY,
@@ -235,7 +242,7 @@ ADVICE = (
         Origin.SSH,
         r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED",
         "{host} has a host key other than the known one: if the host was reinstalled, remove the old one with "
-        "`ssh-keygen -R {host}`",
+        "`ssh-keygen -R {host} -f ~/.macdrop/known_hosts`; else somebody may be listening",
     ),
     Advice(
         Origin.SSH,

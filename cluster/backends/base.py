@@ -42,6 +42,12 @@ JOB_ENVIRONMENT = {
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
 }
 
+#: Shell text that exempts a machine's own addresses from the proxy of its site, which cannot reach them.
+DIRECT = (
+    'own="127.0.0.1,localhost,::1,$(hostname -I 2>/dev/null | tr " " ",")"; '
+    'export no_proxy="$own$no_proxy" NO_PROXY="$own$NO_PROXY"'
+)
+
 FileT = TypeVar("FileT", bound=LaunchFile)
 
 
@@ -143,6 +149,10 @@ class Backend(ABC, Generic[FileT]):
 
     # --- questions ---
 
+    def directly(self, script: str) -> list[str]:
+        """The command that runs shell text on the head, whose requests to itself go through no proxy."""
+        return self.on_head(f"{DIRECT}; {script}")
+
     def ask(self, *topics: str, shown: bool = True, timeout: float = ANSWER) -> dict[str, Any]:
         """Ask the head; see `cluster.remote.head`. A dry run gets empty answers.
 
@@ -150,7 +160,7 @@ class Backend(ABC, Generic[FileT]):
             LaunchFailed: no answer; the message has the cause and the remedy.
         """
         script = f"macdrop cluster on-head {' '.join(topics)}"
-        result = self.shell.capture(self.on_head(script), shown=shown, timeout=timeout)
+        result = self.shell.capture(self.directly(script), shown=shown, timeout=timeout)
         if self.shell.dry_run:
             return {"problems": {}, **{topic: [] for topic in topics}}
         found = answer(result.text)
@@ -188,7 +198,7 @@ class Backend(ABC, Generic[FileT]):
         """Start a job and return its id. Raises LaunchFailed."""
         if isinstance(job.recipe, Path):
             self.put(job.recipe, job.upload)
-        command = self.on_head(submission(job))
+        command = self.directly(submission(job))
         for attempt in range(ATTEMPTS):
             result = self.shell.capture(command)
             if advice.NO_AGENT not in result.text or attempt + 1 == ATTEMPTS:
@@ -204,10 +214,10 @@ class Backend(ABC, Generic[FileT]):
     def follow(self, job: str, show: Callable[[str], None], *, until_ended: bool = True) -> Result:
         """Print the log of a job from its beginning: until the job ends, or what there is now."""
         words = ["ray", "job", "logs", *(["--follow"] if until_ended else []), job]
-        return self.shell.follow(self.on_head(shlex.join(words)), quietly(show))
+        return self.shell.follow(self.directly(shlex.join(words)), quietly(show))
 
     def stop(self, job: str) -> None:
-        self.shell.run(self.on_head(shlex.join(["ray", "job", "stop", job])))
+        self.shell.run(self.directly(shlex.join(["ray", "job", "stop", job])))
 
 
 def submission(job: Job) -> str:

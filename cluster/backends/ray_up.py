@@ -50,6 +50,11 @@ class RayUp(Backend[RayFile]):
             secrets.write(secrets_found, file)
 
     def create(self) -> None:
+        """Start the cluster; Ray copies token and secrets to hosts without looking at their keys, so do that first."""
+        if hosts := self._hosts():
+            problems = ssh_hosts.strangers(self.shell, ssh_hosts.Ssh.of(self.file), hosts)
+            if problems:
+                raise LaunchFailed("\n".join(problems))
         self.shell.run(["ray", "up", "-y", str(self.file.path)], failure="the cluster did not start")
 
     def ask(self, *topics: str, shown: bool = True, timeout: float = ANSWER) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.backends import advice
 from cluster.backends.advice import Origin
@@ -27,9 +28,14 @@ PARALLEL = 16
 SKEW = 30
 
 
+def known_hosts() -> Path:
+    """The file of the keys that on-premise hosts showed at the first contact."""
+    return Path.home() / ".macdrop" / "known_hosts"
+
+
 @dataclass(frozen=True)
 class Ssh:
-    """The way to log in to the hosts of a launch file: as Ray does, and without prompts."""
+    """The way to log in to the hosts of a launch file: as Ray does but for host keys, and without prompts."""
 
     user: str
     key: str | None
@@ -48,9 +54,10 @@ class Ssh:
     def command(self, host: str, script: str, *, inside: bool = True) -> list[str]:
         """The ssh command that runs a script in the login environment of the host, in Ray's container if there is one.
 
-        Host keys are not verified, as in Ray: the address of a rented host comes back with another key.
+        The key of a host is remembered at the first contact, and another one is refused from then on.
         """
-        options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes"]
+        options = ["StrictHostKeyChecking=accept-new", f"UserKnownHostsFile={known_hosts()}", "LogLevel=ERROR"]
+        options += ["BatchMode=yes"]
         options += [f"ConnectTimeout={CONNECT}", "ServerAliveInterval=5", "ServerAliveCountMax=3"]
         options += ["IdentitiesOnly=yes"] if self.key else []
         options += [f"ProxyCommand={self.proxy}"] if self.proxy else []
@@ -75,9 +82,19 @@ def on_all(shell: Shell, ssh: Ssh, hosts: Iterable[str], script: str, inside: bo
         shell.show(command, f"   # and on {', '.join(others)}" if others else "")
     if shell.dry_run:
         return {host: Result(0, "") for host in commands}
+    known_hosts().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with ThreadPoolExecutor(PARALLEL) as pool:
         results = pool.map(lambda command: shell.capture(command, shown=False, timeout=ANSWER), commands.values())
         return dict(zip(commands, results, strict=True))
+
+
+# --- before `up` ---
+
+
+def strangers(shell: Shell, ssh: Ssh, hosts: Iterable[str]) -> list[str]:
+    """Contact hosts; the reasons of those whose key is not the known one. Ray itself checks no host key."""
+    results = on_all(shell, ssh, hosts, "true", inside=False)
+    return [ssh.explain(host, each) for host, each in results.items() if advice.HOST_KEY in each.text]
 
 
 # --- after `down` ---

@@ -47,7 +47,7 @@ def test_up_prepares_token_and_secrets_starts_and_waits(laptop):
     assert laptop.run("up", file) == 0, laptop.err
     called = [" ".join(call["argv"][:2]) for call in laptop.tools.calls]
     looked = ["ray get-auth-token", "ray exec", "ssh -i"]
-    assert called == [*looked, "ray up", *["ray exec"] * 3]
+    assert called == [*looked, *["ssh -i"] * len(THREE), "ray up", *["ray exec"] * 3]
     assert laptop.tools.find("ray up")["argv"] == ["ray", "up", "-y", file]
     assert all(call["environment"]["RAY_AUTH_MODE"] == "token" for call in laptop.tools.calls)
     held = {".ray/auth_token": TOKEN, ".macdrop/secrets.env": "".join(f"export {k}={v}\n" for k, v in SECRETS.items())}
