@@ -22,8 +22,8 @@ from tune.evaluation.scorer import Scorer
 from tune.preflight.forecast import Measured
 from tune.preflight.inputs import model_outline
 from tune.scheduling.study import Study
-from tune.storage.cache import cache_dir
-from tune.storage.environment import memory
+from tune.storage.capacity import memory
+from tune.storage.places import cache_dir
 from tune.training.engine import Engine
 from tune.training.finetune import Word, finetune
 from tune.training.massive_weights import scanned

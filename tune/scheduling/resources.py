@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RaySpec
+from tune.storage.capacity import cpus
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,15 @@ def gpu_shares(spec: RaySpec, cluster_gpus: float) -> GpuShares:
 
 
 def check_local(spec: RaySpec) -> None:
-    """Refuse a run that this machine's CPUs can never hold, before Ray is started. A cluster is asked when joined.
+    """Refuse a run that the CPUs here can never hold, before Ray is started. A cluster is asked when joined.
 
     Raises:
         ConfigError: with the arithmetic.
     """
-    cpus = os.cpu_count() or 1
-    needs = resources(spec, cluster_gpus=0)
-    if spec.address is None and needs.cpus > cpus:
+    there, needs = cpus(), resources(spec, cluster_gpus=0)
+    if spec.address is None and needs.cpus > there:
         raise ConfigError(
-            f"The run needs more CPUs than this machine has, {needs.cpus:g} of {cpus}:\n"
+            f"The run needs more CPUs than this process may use, {needs.cpus:g} of {there}:\n"
             f"ray.lanes {spec.lanes} x ray.num_workers {spec.num_workers} x ray.cpus_per_worker "
             f"{spec.cpus_per_worker:g} + ray.evaluators {spec.evaluators} x ray.cpus_per_evaluator "
             f"{spec.cpus_per_evaluator:g} = {needs.cpus:g}.\n"
