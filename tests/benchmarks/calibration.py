@@ -171,7 +171,7 @@ class Trainer:
         from tune.data import dataset as data
         from tune.evaluation.adapters import AdapterSlot
         from tune.evaluation.scorer import Scorer
-        from tune.storage.cache import cache_dir
+        from tune.storage.places import cache_dir
         from tune.training.engine import Engine
         from tune.training.massive_weights import massive_weights
         from tune.training.process_group import prepare_process

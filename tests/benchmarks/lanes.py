@@ -82,7 +82,7 @@ class Inputs:
     def __init__(self, spec: TrainSpec, workers: int) -> None:
         from macdrop import load_tokenizer
         from tune.data import dataset as data
-        from tune.storage.cache import cache_dir
+        from tune.storage.places import cache_dir
         from tune.training.massive_weights import scanned
         from tune.zoo.catalog import resolve
 

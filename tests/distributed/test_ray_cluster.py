@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from tune.config.run_spec import RaySpec
@@ -36,6 +41,61 @@ def test_the_hint_names_the_problem_without_the_token(tmp_path, monkeypatch, mod
 def test_ray_starts_and_its_state_api_answers():
     check = machine._ray(*machine._probe(machine._RAY_PROBE))
     assert check.ok, check
+
+
+OWN = """
+import json, os, subprocess, sys, urllib.error, urllib.request
+from pathlib import Path
+import psutil
+from tune.config.run_spec import RaySpec
+from tune.distributed.cluster import ray_internals
+from tune.distributed.cluster.ray_cluster import connect
+
+address, _ = connect(RaySpec())
+session, token = Path(ray_internals.session_dir()), os.environ["RAY_AUTH_TOKEN"]
+
+def status(**headers):
+    try:
+        request = urllib.request.Request(f"http://{address}/api/jobs/", headers=headers)
+        return urllib.request.urlopen(request, timeout=20).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+def heard(process):
+    try:
+        return [each.laddr.ip for each in process.net_connections("inet") if each.status == "LISTEN"]
+    except psutil.Error:
+        return []
+
+family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+found = {
+    "own": status(Authorization=f"Bearer {token}"),
+    "heard": sorted({ip for process in family for ip in heard(process)}),
+    "files": subprocess.run(["grep", "-rl", token, session, Path.home()], capture_output=True, text=True).stdout,
+}
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    found["other"] = status(), os.access(session, os.R_OK | os.X_OK), os.access(session.parent, os.X_OK)
+print(json.dumps(found), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_local_ray_answers_to_its_owner_alone(tmp_path):
+    """No other user of the machine, and nobody on its network, may use it; and its token is in no file."""
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    mine |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), "NO_PROXY": ""}
+    mine |= {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", OWN], env=mine, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["own"] == 200 and found["files"] == "" and not (tmp_path / ".ray").exists()
+    assert {address.removeprefix("::ffff:") for address in found["heard"]} == {"127.0.0.1"}
+    assert found.get("other", [401, False, False]) == [401, False, False]
 
 
 @pytest.fixture(scope="module")

@@ -287,3 +287,23 @@ def test_another_judge_and_a_changed_answer_are_judged_again(run):
         file.write_text(file.read_text().replace('"Ada."', '"Grace."'))
         judge(run, server)
         assert len(server.requests) == asked + 1
+
+
+def test_no_proxy_stands_before_an_endpoint_on_this_machine(run, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with Endpoint(lambda number, body: GOOD) as server:
+        assert judge(run, server) == 0
+
+
+def test_proxy_that_does_not_serve_an_endpoint_is_named(run, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://me:secret@127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(BenchmarkError) as refused:
+        judge(run, "http://judge.invalid:8000/v1")
+    text = str(refused.value)
+    assert "through the proxy http://127.0.0.1:9" in text and "NO_PROXY=judge.invalid" in text and "secret" not in text

@@ -198,7 +198,7 @@ def test_a_fine_tuning_waits_for_storage_that_is_gone(tmp_path, monkeypatch):
 def _trainer():
     from tune.config.run_spec import TrainSpec
     from tune.data import dataset as data
-    from tune.storage.cache import cache_dir
+    from tune.storage.places import cache_dir
     from tune.training.engine import Engine
     from tune.training.finetune import finetune
     from tune.training.process_group import prepare_process

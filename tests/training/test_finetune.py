@@ -98,7 +98,7 @@ def test_adapter_on_disk_is_the_model_that_was_trained(tmp_path):
 
     from macdrop import load_model, load_tokenizer
     from tune.data import dataset as data
-    from tune.storage.cache import cache_dir
+    from tune.storage.places import cache_dir
     from tune.zoo.catalog import resolve
 
     spec = TrainSpec(**SETTINGS)
@@ -172,7 +172,7 @@ def test_counts_continue_over_a_resume(tmp_path, monkeypatch):
 
 def test_an_engine_refuses_a_spec_it_was_not_built_for(tmp_path):
     from tune.data import dataset as data
-    from tune.storage.cache import cache_dir
+    from tune.storage.places import cache_dir
     from tune.training.engine import Engine
     from tune.training.finetune import finetune
     from tune.training.process_group import prepare_process

@@ -32,6 +32,7 @@ from tune.cli.verbs import (
     zoo,
 )
 from tune.cli.verbs import eval as evaluate
+from tune.storage.places import direct_loopback
 
 #: Exit code of typer after Ctrl-C; the errors hold the others.
 INTERRUPTED = 130
@@ -57,6 +58,7 @@ app.add_typer(cluster, name="cluster")
 def main() -> None:
     """Run the `macdrop` command; errors raised on purpose become a message and an exit code, never a traceback."""
     protect()
+    direct_loopback()
     try:
         app(prog_name="macdrop")  # also under `python -m`
     except (MacDropError, LaunchError) as error:

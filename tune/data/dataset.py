@@ -113,6 +113,8 @@ def prepare(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, cache_dir: str 
     )
     cache_dir = Path(cache_dir)
     folder = cache_dir / key[:16]
+    if _intact(folder):  # also in a cache that may only be read
+        return folder
     with writing(folder):
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = cache_dir / f"{key[:16]}.lock"

@@ -28,7 +28,7 @@ from tune.evaluation.benchmark import check_files
 from tune.evaluation.judge.session import check_judge
 from tune.scheduling.early_stopping import Cuts, cuts
 from tune.scheduling.study import Study
-from tune.storage.cache import cache_dir
+from tune.storage.places import cache_dir
 from tune.storage.run_folder import check_new
 from tune.trackers.backends import check as check_trackers
 from tune.zoo.catalog import resolve

@@ -17,7 +17,6 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -26,8 +25,11 @@ from packaging.specifiers import SpecifierSet
 
 from macdrop.errors import MacDropError
 from macdrop.load import open_model
-from tune.storage.cache import cache_dir
-from tune.storage.environment import gpu_names, memory
+from tune.errors import ResourceError
+from tune.preflight.host import Check, start_checks
+from tune.storage.capacity import cpus, memory
+from tune.storage.environment import gpu_names
+from tune.storage.places import cache_dir
 from tune.zoo.catalog import ZOO, zoo_path
 
 MAIN_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "lm-eval")
@@ -35,17 +37,6 @@ MEMORY_GIB, DISK_GIB = 4.0, 2.0
 """Least free memory and disk for the demo run; real models need what they weigh."""
 PROBE_TIMEOUT_S = 180
 HUB_TIMEOUT_S = 5
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. `fix` is the remedy, empty when all is well; `needed` is False for what macdrop can do without."""
-
-    name: str
-    ok: bool
-    found: str
-    fix: str = ""
-    needed: bool = True
 
 
 def checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) -> list[Check]:
@@ -64,7 +55,8 @@ def iter_checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) ->
         yield from _torch_and_gloo(*torch_probe.result())
         yield _deepspeed(*deepspeed_probe.result())
     yield writable("output folder", output_dir, "Choose an output_dir that this user can write to.")
-    yield writable("cache folder", cache_dir(), "Set MACDROP_CACHE to a folder that this user can write to.")
+    yield _cache()
+    yield from start_checks()
     yield _zoo()
     yield _hub()
     if ray:
@@ -122,9 +114,10 @@ def _package(requirement: Requirement) -> Check:
 
 
 def _machine() -> Iterator[Check]:
-    cpus = len(os.sched_getaffinity(0))
-    fix = "" if cpus >= 2 else "Keep ray.num_workers at 1: each worker takes a CPU."
-    yield Check("CPUs", cpus >= 2, f"{cpus}", fix, needed=False)
+    count, there = cpus(), os.cpu_count() or 1
+    fix = "" if count >= 2 else "Keep ray.num_workers at 1: each worker takes a CPU."
+    found = f"{count}" if count == there else f"{count} of {there}, by affinity or cgroup"
+    yield Check("CPUs", count >= 2, found, fix, needed=False)
     free, total = (value / 2**30 for value in memory())
     fix = "" if free >= MEMORY_GIB else f"Free {MEMORY_GIB:g} GiB, or lower ray.lanes and ray.evaluators."
     yield Check("memory", free >= MEMORY_GIB, f"{free:.1f} of {total:.1f} GiB free", fix)
@@ -149,13 +142,19 @@ from deepspeed.accelerator import get_accelerator
 print("FOUND" + json.dumps({"version": deepspeed.__version__, "accelerator": get_accelerator()._name}))
 """
 _RAY_PROBE = """
-import json, logging, ray
-quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-context = ray.init(address="local", num_cpus=1, include_dashboard=True, **quiet)
-from ray.util.state import list_nodes
-nodes = list_nodes(address="http://" + context.dashboard_url)
-print("FOUND" + json.dumps({"dashboard": context.dashboard_url, "nodes": len(nodes)}), flush=True)
-ray.shutdown()
+import json, ray
+from tune.config.run_spec import RaySpec
+from tune.distributed.cluster.ray_cluster import connect
+from tune.errors import ResourceError
+try:
+    address, _ = connect(RaySpec())
+except ResourceError as error:
+    print("FOUND" + json.dumps({"error": str(error)}))
+else:
+    from ray.util.state import list_nodes
+    nodes = list_nodes(address="http://" + address)
+    print("FOUND" + json.dumps({"dashboard": address, "nodes": len(nodes)}), flush=True)
+    ray.shutdown()
 """
 
 
@@ -165,7 +164,8 @@ def _probe(code: str, **environment: str) -> tuple[dict, str]:
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=PROBE_TIMEOUT_S,
             env={**os.environ, **environment},
         )
@@ -203,6 +203,9 @@ def _deepspeed(found: dict, error: str) -> Check:
 
 
 def _ray(found: dict, error: str) -> Check:
+    if "error" in found:
+        what, _, fix = found["error"].partition("\n")
+        return Check("ray start", False, what, fix)
     ok = found.get("nodes") == 1 and bool(found.get("dashboard"))
     words = f"starts, State API answers at {found['dashboard']}" if ok else error or "starts, but without its dashboard"
     fix = 'Run: pip install "ray[default,train,tune]" (its page and `ray job submit` need the dashboard).'
@@ -227,6 +230,14 @@ def writable(name: str, folder: str | os.PathLike, fix: str) -> Check:
         fix = f"Free {DISK_GIB:g} GiB there, or choose another disk."
         return Check(name, False, f"{path}: {free:.1f} GiB free", fix)
     return Check(name, True, f"{path} ({free:.0f} GiB free)")
+
+
+def _cache() -> Check:
+    fix = "Set MACDROP_CACHE to a folder that this user can write to."
+    try:
+        return writable("cache folder", cache_dir(), fix)
+    except ResourceError as error:
+        return Check("cache folder", False, str(error).splitlines()[0], fix)
 
 
 def _zoo() -> Check:

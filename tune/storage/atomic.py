@@ -26,6 +26,7 @@ import yaml
 
 from macdrop.errors import ConfigError
 from tune.errors import ResourceError
+from tune.storage.places import in_cache
 
 T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
@@ -50,6 +51,7 @@ TROUBLES = {
     ),
 }
 ELSE = Trouble("Choose an output_dir that this user can write to.", False)
+CACHE = "Set MACDROP_CACHE to a folder that this user can write to, with some space."
 #: For how long storage is waited for, and the longest pause between two tries; seconds.
 PATIENCE_S, PAUSE_S = 120.0, 5.0
 #: At the end of a line that is not the last of its `append_jsonl`; and all of a text up to the last that is.
@@ -63,7 +65,7 @@ def writing(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = TROUBLES.get(error.errno or 0, ELSE).remedy
+        remedy = CACHE if in_cache(path) else TROUBLES.get(error.errno or 0, ELSE).remedy
         raise ResourceError(f"Cannot write {os.fspath(path)}: {error.strerror or error}.\n{remedy}") from error
 
 

@@ -8,7 +8,7 @@ from macdrop.errors import ConfigError
 from macdrop.fingerprint import checkpoint_fingerprint, is_checkpoint
 from macdrop.load import open_model
 from tune.config.run_spec import TrainSpec
-from tune.storage.cache import cache_dir
+from tune.storage.places import cache_dir
 from tune.zoo.catalog import resolve
 
 #: Folder of the cache with the digests of weight files, each of which is read whole only once.

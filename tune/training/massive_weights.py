@@ -16,7 +16,7 @@ from macdrop.scan import RULE, choose_bos, find_massive_weights
 from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec, slug
 from tune.storage.atomic import writing
-from tune.storage.cache import cache_dir
+from tune.storage.places import cache_dir
 from tune.training.loading import fingerprint, open_base, require_base
 from tune.zoo.catalog import PREFIX, resolve
 

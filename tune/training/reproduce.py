@@ -17,7 +17,7 @@ from macdrop import MassiveWeights
 from macdrop.errors import ConfigError, NoMassiveWeights
 from tune.config.run_spec import TrainSpec, load
 from tune.data import dataset
-from tune.storage.cache import cache_dir
+from tune.storage.places import cache_dir
 from tune.storage.sealed_folder import sha256
 from tune.training.collectives import all_do
 from tune.training.engine import Engine

@@ -13,7 +13,7 @@ from tune.config.run_spec import TrainSpec, dump
 from tune.config.sections import Arm
 from tune.data import dataset as data
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml
-from tune.storage.cache import cache_dir
+from tune.storage.places import cache_dir
 from tune.storage.run_folder import TrialFolder
 from tune.training.collectives import rank0_does
 from tune.training.engine import Engine

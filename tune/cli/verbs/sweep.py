@@ -66,8 +66,7 @@ def sweep(
         _show_plan(spec, planned)
         _check(spec, planned)
         return
-    with console.status("Loading"):
-        from tune.distributed.sweep.runtime import run
+    run = _runner(spec)
 
     def start(progress: Observer, stop: Stop) -> int:
         return run(
@@ -83,6 +82,17 @@ def sweep(
     failures = _run(start, folder, again)
     _report(folder)
     raise typer.Exit(1 if failures else 0)
+
+
+def _runner(spec: RunSpec) -> Callable[..., int]:
+    """Load and return the function that runs a sweep; a machine that cannot start Ray may not even load it."""
+    from tune.preflight.host import check_start
+
+    if spec.ray.address is None:
+        check_start()
+    with console.status("Loading"):
+        from tune.distributed.sweep.runtime import run
+    return run
 
 
 def list_recipes() -> None:

@@ -81,6 +81,10 @@ def _train(spec: RunSpec, model: TrainSpec, folder: Path, observe: Observer) -> 
         if spec.ray.num_workers == 1 and spec.ray.address is None:
             outcome = train_here(model, folder, observe=observe, threads=spec.ray.threads_per_worker)
         else:
+            from tune.preflight.host import check_start
+
+            if spec.ray.address is None:
+                check_start()
             from tune.distributed.lanes.train_run import train_on_workers
 
             outcome = train_on_workers(spec.ray, model, folder, observe=observe)

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +24,7 @@ import ray
 
 from tune.distributed.cluster import ray_internals
 from tune.storage.atomic import atomic_write_json
-from tune.storage.cache import cache_dir
+from tune.storage.places import ray_root
 from tune.storage.run_lock import process
 
 #: Actors that Ray Train detaches from the run that they serve.
@@ -68,53 +72,106 @@ def _kill(name: str, namespace: str) -> None:
 
 # --- Ray sessions of this machine ---
 
+#: The note of the process that started a session, in the session's folder.
+DRIVER = "macdrop.json"
+#: A session's folder ends with the process id of its driver (Ray 2.60); and where arguments of Ray's processes name it.
+SESSION = re.compile(r"session_[\d_-]+_(?P<pid>\d+)")
+NAMED = re.compile(rf"(?:^|=)(/[^=]*?/{SESSION.pattern})(?:/|$)")
+#: Programs of Ray, by their paths in its package.
+PROGRAMS = re.compile(r"/ray/(core/src/ray/(raylet/raylet|gcs/gcs_server)|(_private|dashboard|autoscaler)/.+\.py)$")
+#: Sessions whose logs are kept after their end, for a look at what went wrong; and days without a change after which
+#: one has ended, though its driver ran on a machine that cannot be asked.
+KEPT_SESSIONS, KEPT_DAYS = 3, 30
 
-def remember_session(session: str | os.PathLike) -> None:
-    """Record that this process has started a local Ray, so that its orphans can be found."""
-    folder = cache_dir() / "sessions"
-    atomic_write_json(folder / f"{os.getpid()}.json", {"session": str(session), "process": process(os.getpid())})
+
+def remember_driver(session: str | os.PathLike) -> None:
+    """Note in a session's folder that this process has started it, so that its orphans can be found."""
+    atomic_write_json(Path(session) / DRIVER, process(os.getpid()))
+
+
+def remove_old_sessions(root: Path) -> None:
+    """Delete the folders of sessions that have ended, but for the newest `KEPT_SESSIONS`."""
+    alive = {session for _, session in _ray_processes()}
+    folders = [
+        folder for folder in root.glob("session_*") if SESSION.fullmatch(folder.name) and not folder.is_symlink()
+    ]
+    ended = [folder for folder in folders if folder not in alive and (_driver_dead(folder) or _old(folder))]
+    for folder in sorted(ended, key=lambda folder: folder.name)[:-KEPT_SESSIONS]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def on_machine() -> list[Orphan]:
-    """Return local Ray sessions that outlived their sweep; records of sessions that have ended are deleted."""
+    """Return local Ray sessions of this user's sweeps that outlived them."""
+    sessions: dict[Path, int] = {}
+    for _, session in _ray_processes():
+        sessions[session] = sessions.get(session, 0) + 1
     found = []
-    for note in sorted((cache_dir() / "sessions").glob("*.json")):
-        try:
-            kept = json.loads(note.read_text(encoding="utf-8"))
-            pid, session, begun = int(note.stem), kept["session"], kept["process"]
-        except (OSError, ValueError, KeyError, TypeError):
-            note.unlink(missing_ok=True)
-            continue
-        if begun["where"] != process(pid)["where"] or begun == process(pid):
-            continue  # on another machine with the same cache, or its sweep is alive
-        left = _processes(session)
-        if not left:
-            note.unlink(missing_ok=True)
-            continue
-        what = f"{len(left)} process(es) of the Ray session {session}, whose sweep (process {pid}) is dead"
-        found.append(Orphan(what, partial(_end, session)))
+    for session, count in sorted(sessions.items()):
+        if session.parent.parts[-2:] == ray_root().parts[-2:] and _driver_dead(session):
+            what = f"{count} process(es) of the Ray session {session}, whose sweep is dead"
+            found.append(Orphan(what, partial(_end, session)))
     return found
 
 
-def _processes(session: str) -> list[int]:
-    """Return the processes that have a Ray session's folder in their command line."""
-    found = []
+def _old(folder: Path) -> bool:
+    return time.time() - folder.lstat().st_mtime > KEPT_DAYS * 86400
+
+
+def _driver_dead(session: Path) -> bool:
+    """Check that the process that started a session has ended; False if that cannot be known here."""
+    match = SESSION.fullmatch(session.name)
+    pid = int(match["pid"]) if match else 0
+    try:
+        begun = json.loads((session / DRIVER).read_text(encoding="utf-8"))
+        return bool(begun["where"] == process(pid)["where"] and begun != process(pid))
+    except FileNotFoundError:
+        return process(pid)["begun"] is None  # the driver died before it could write its note
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _ray_processes() -> list[tuple[int, Path]]:
+    """Return Ray's own processes of this user, each with its session's folder; never this process or those above it."""
+    mine, found = _lineage(), []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            words = (place / "cmdline").read_bytes()
+            if place.stat().st_uid != os.getuid() or int(place.name) in mine:
+                continue
+            words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if not any(PROGRAMS.search(word) for word in (os.readlink(place / "exe"), *_script(words))):
+                continue
         except OSError:
-            continue
-        if session.encode() in words:
-            found.append(int(place.name))
+            continue  # it has ended
+        session = next((Path(match[1]) for word in words if (match := NAMED.search(word))), None)
+        if session is not None and session.is_dir() and session.stat().st_uid == os.getuid():
+            found.append((int(place.name), session))
     return found
 
 
-def _end(session: str) -> None:
-    for pid in _processes(session):
+def _script(words: list[str]) -> list[str]:
+    """Return the script that a Python process runs, from its command line."""
+    if not Path(words[0]).name.startswith("python"):
+        return []
+    return [word for word in words[1:] if not word.startswith("-")][:1]
+
+
+def _lineage() -> set[int]:
+    """Return the ids of this process and of all those above it."""
+    found, pid = set(), os.getpid()
+    while pid > 0 and pid not in found:
+        found.add(pid)
         try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+    return found
+
+
+def _end(session: Path) -> None:
+    for pid, its in _ray_processes():
+        if its == session:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
 
 
 # --- reporting and removal ---
@@ -125,8 +182,6 @@ def look(*, local: bool, clear: bool, ask: Callable[[str], bool] | None = None, 
 
     ask: puts a yes-or-no question to the user; None where nobody can answer. Returns how many were removed.
     """
-    if local:
-        remember_session(ray_internals.session_dir())
     try:
         found = on_machine() if local else on_cluster()
     except (AttributeError, TypeError, ray.exceptions.RayError):

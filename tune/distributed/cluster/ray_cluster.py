@@ -6,11 +6,9 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,8 +16,12 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import placement_group_table
 
 from tune.config.run_spec import RaySpec
+from tune.distributed.cluster import orphans, ray_internals
 from tune.errors import ResourceError
+from tune.preflight.host import check_start, start_failure
 from tune.scheduling.resources import check_local, gpu_shares, resources
+from tune.storage.capacity import cpus
+from tune.storage.places import direct_loopback, own_token, ray_root, token_file
 
 #: The exit code of a shell after SIGTERM.
 TERMINATED = 143
@@ -48,16 +50,20 @@ SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+#: Options of `ray.init`: workers' output goes to files.
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 
 
-def connect(spec: RaySpec) -> tuple[str, bool]:
+def connect(spec: RaySpec, tell: Callable[[str], None] | None = None) -> tuple[str, bool]:
     """Join the cluster at `spec.address`, or start Ray on this machine, unless this process has joined one already.
+
+    tell: shows what of this machine makes a local Ray slower.
 
     Returns the dashboard's address, and whether this call joined or started Ray: then the caller owes a `ray.shutdown`.
 
     Raises:
         ConfigError: the run can never fit on this machine.
-        ResourceError: there is no cluster at the address.
+        ResourceError: there is no cluster at the address, or Ray cannot start on this machine.
     """
     if ray.is_initialized():
         return "", False
@@ -68,32 +74,49 @@ def connect(spec: RaySpec) -> tuple[str, bool]:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    direct_loopback()
     check_local(spec)
-    if spec.address is None:
-        options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": spec.dashboard}
-        if "RAY_TMPDIR" not in os.environ and len(tempfile.gettempdir()) > 60:
-            # Ray's sockets live under its temporary folder, and socket paths must be short.
-            options["_temp_dir"] = "/tmp/ray"
-    else:
-        options["address"] = spec.address
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        context = ray.init(**options)
-    except (ConnectionError, RuntimeError) as error:
-        raise ResourceError(
-            f"No Ray cluster at ray.address {spec.address!r}: {error}\n"
-            f"Start one (`ray start --head`), or leave ray.address out to use this machine.{token_hint()}"
-        ) from None
+    address = _start(spec, tell) if spec.address is None else _join(spec.address)
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler aborts the process; SIGTERM should close the run as Ctrl-C does.
         signal.signal(signal.SIGTERM, before if callable(before) else lambda *_: sys.exit(TERMINATED))
-    return context.dashboard_url or "", True
+    return address, True
+
+
+def _start(spec: RaySpec, tell: Callable[[str], None] | None) -> str:
+    """Start Ray for this process alone: at 127.0.0.1, with a token of its own, in a folder that is closed to others."""
+    for note in check_start():
+        if tell is not None:
+            tell(note)
+    orphans.remove_old_sessions(ray_root())
+    os.environ.update(own_token())
+    ray_internals.read_environment()
+    options = {"num_cpus": cpus(), "include_dashboard": spec.dashboard, "_temp_dir": str(ray_root())}
+    try:
+        with ray_internals.on_loopback():
+            context = ray.init(address="local", **QUIET, **options)
+    except Exception as error:  # of Ray, its processes, the system: see `start_failure`
+        ray.shutdown()
+        raise start_failure(error) from None
+    orphans.remember_driver(ray_internals.session_dir())
+    return context.dashboard_url or ""
+
+
+def _join(address: str) -> str:
+    try:
+        return ray.init(address=address, **QUIET).dashboard_url or ""
+    except Exception as error:  # of Ray, its token, the network
+        reason = str(error).strip() or type(error).__name__
+        raise ResourceError(
+            f"No Ray cluster at ray.address {address!r}: {reason}\n"
+            f"Start one (`ray start --head`), or leave ray.address out to use this machine.{token_hint()}"
+        ) from None
 
 
 def token_hint() -> str:
     """Return one line on what this machine lacks to join a cluster with a token; Ray only says that it cannot."""
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    token = token_file()
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return f"\nA cluster with a token needs RAY_AUTH_MODE=token here, and its token in {token}."
     if not token.is_file() and "RAY_AUTH_TOKEN" not in os.environ:

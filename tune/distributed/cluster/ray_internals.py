@@ -7,14 +7,18 @@ that override protected methods of a public class (`placement_groups.Trainer`, `
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray._private import ray_constants
 from ray._private import state as ray_state
 from ray._private import worker as ray_worker
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 from ray.actor import ActorHandle
 from ray.core.generated.gcs_pb2 import (  # type: ignore[attr-defined]  # protobuf makes them at run time
     ActorTableData,
@@ -144,6 +148,30 @@ def session_dir() -> str:
     # Ray 2.60: the context that `ray.init` returns has the address alone.
     node: Any = ray_worker._global_node
     return node.get_session_dir_path()
+
+
+def read_environment() -> None:
+    """Let this process see RAY_AUTH_MODE and RAY_AUTH_TOKEN as they are now."""
+    # Ray 2.60: both are read when Ray is imported; `ray._private.authentication` does the same for its own variable.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Let a Ray that is started inside listen at 127.0.0.1 alone: all its ports, in all its processes."""
+    # Ray 2.60: `_node_ip_address` turns loopback into the address of the network. What keeps a Mac's Ray from the
+    # network is this constant; Ray's processes read it from the environment.
+    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[0]
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        if before[1] is not None:
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = before[1]
 
 
 def ready(actor: ActorHandle) -> ray.ObjectRef:

@@ -161,7 +161,7 @@ class SweepRuntime:
         """Join or start Ray and check the cluster; return the dashboard's address and the cluster's GPUs."""
         spec, note = self.spec, self.progress.note
         with hangup_ignored():
-            address, joined = connect(spec.ray)
+            address, joined = connect(spec.ray, note)
         if joined:
             self._at_close("ray", functools.partial(_disconnect, self._stop))
             orphans.look(local=spec.ray.address is None, clear=self._clear_orphans, ask=self._ask, tell=note)

@@ -27,7 +27,7 @@ from tune.scheduling.selection import Candidate
 from tune.scheduling.study import Study
 from tune.storage import search_state
 from tune.storage.atomic import atomic_write_json
-from tune.storage.cache import cache_dir
+from tune.storage.places import cache_dir
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import RunFolder
 from tune.storage.search_state import SearchTime

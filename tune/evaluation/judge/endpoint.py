@@ -8,6 +8,8 @@ import os
 import random
 import threading
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -16,6 +18,7 @@ from macdrop.errors import ConfigError, MacDropError
 from tune.config.judge_spec import JudgeSpec
 from tune.errors import BenchmarkError
 from tune.evaluation.judge.prompt import Judgement, Question, Reply, assess
+from tune.storage.places import direct_loopback, without_password
 
 #: Judging ends after this many failed answers in a row.
 GIVE_UP_AFTER = 10
@@ -48,6 +51,7 @@ class EndpointJudge:
         self._stop = threading.Event()
         for name in _CLIENT_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
+        direct_loopback()
         # Self-hosted endpoints need no key, but the client requires one.
         self._client = openai.OpenAI(
             base_url=spec.base_url, api_key=key or "none", timeout=spec.timeout_s, max_retries=spec.request_retries
@@ -134,7 +138,7 @@ class EndpointJudge:
         except openai.APIConnectionError as error:
             raise BenchmarkError(
                 f"The judge at {spec.base_url} cannot be reached ({error.__cause__ or error}); tried "
-                f"{spec.request_retries + 1} times in {time.monotonic() - started:.0f} s. Is the server up?"
+                f"{spec.request_retries + 1} times in {time.monotonic() - started:.0f} s. {_remedy(spec.base_url)}"
             ) from None
         except openai.APIStatusError as error:
             fatal = self._fatal(error)
@@ -165,6 +169,18 @@ class EndpointJudge:
     def close(self) -> None:
         self._stop.set()
         self._client.close()
+
+
+def _remedy(address: str | None) -> str:
+    """Return what to do about an endpoint that does not answer; a proxy that requests to it go through is named."""
+    parts = urllib.parse.urlsplit(address or "")
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        return "Is the server up?"
+    return (
+        f"Requests go through the proxy {without_password(proxy)}. If it does not serve this address: "
+        f"export NO_PROXY={parts.hostname}"
+    )
 
 
 def _answer(body: str) -> Reply:
