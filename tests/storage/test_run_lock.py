@@ -62,7 +62,7 @@ def test_who_lost_the_folder_leaves_what_another_has_written(tmp_path, monkeypat
             deadline = time.monotonic() + 20
             while not ends and time.monotonic() < deadline:
                 time.sleep(0.01)
-        assert "another sweep" in mine.lost and json.loads((tmp_path / run_lock.FILE).read_text()) == taken
+        assert "another process" in mine.lost and json.loads((tmp_path / run_lock.FILE).read_text()) == taken
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -14,7 +14,7 @@ from helpers.small import SMALL
 
 from macdrop.errors import ConfigError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
-from tune.errors import CheckpointError, TrainingDiverged
+from tune.errors import TrainingDiverged
 
 pytestmark = pytest.mark.zero
 
@@ -142,14 +142,80 @@ def test_changed_base_is_detected(tmp_path):
 
 def test_unchanged_adapter_is_detected(tmp_path):
     """One step, and its learning rate is the first of the warm-up: 0."""
-    with pytest.raises(TrainingInvariantError, match="lora_B"):
+    with pytest.raises(TrainingInvariantError, match="did not learn anything.*lora_B"):
         train(tmp_path, max_steps=1, warmup_ratio=1.0, macdrop={"schedule": "constant"})
 
 
-def test_resume_refuses_other_settings(tmp_path):
+@pytest.mark.parametrize("stage, bf16", [(0, False), (0, True), (1, True), (3, False)])
+def test_every_tensor_of_an_embedding_s_adapter_moves(tmp_path, stage, bf16):
+    from safetensors.torch import load_file
+
+    targets = ["q_proj", "embed_tokens"]
+    _, outcome = train(tmp_path, lora_target=targets, zero_stage=stage, bf16=bf16, save_steps=0)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert outcome.unmoved == [] and sum("lora_embedding" in name for name in tensors) == 2
+    assert all(tensor.any() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("stage, bf16", [(0, False), (2, True), (3, False)])
+def test_layers_without_a_gradient_are_named_and_the_adapter_is_kept(tmp_path, monkeypatch, stage, bf16):
+    """The output of one layer's q_proj is cut off from the loss; weight decay moves its drawn factor all the same."""
+    from tune.training import engine
+
+    def cut_off(base, spec):
+        model = add_adapter(base, spec)
+        model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").register_forward_hook(
+            lambda module, args, output: output.detach()
+        )
+        return model
+
+    add_adapter = engine.add_adapter
+    monkeypatch.setattr(engine, "add_adapter", cut_off)
+    _, outcome = train(tmp_path, zero_stage=stage, bf16=bf16, weight_decay=0.1)
+    layer = "base_model.model.model.layers.1.self_attn.q_proj"
+    assert sorted(outcome.unmoved) == [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]
+    assert json.loads((tmp_path / "trial.json").read_text())["unmoved"] == list(outcome.unmoved)
+    assert adapter_of(tmp_path)
+    assert train(tmp_path, zero_stage=stage, bf16=bf16, weight_decay=0.1)[1] == outcome, "a finished one still tells"
+
+
+def test_drawn_factors_are_not_missed_after_a_single_update(tmp_path):
+    assert train(tmp_path, max_steps=1, lr_scheduler_type="constant")[1].unmoved == []
+
+
+def test_dora_on_weights_without_a_direction_is_refused(tmp_path):
+    """One column of the planted model's embeddings is zero, and PEFT would compute 0 / 0."""
+    with pytest.raises(ConfigError, match="DoRA cannot be trained on model.embed_tokens: 1 of its 64"):
+        train(tmp_path, lora_target=["embed_tokens"], use_dora=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_refused_resume_names_the_keys_and_changes_nothing(tmp_path):
     train(tmp_path, stop_after(2), save_steps=2)
-    with pytest.raises(CheckpointError, match="other settings"):
-        train(tmp_path, save_steps=2, seed=1)
+    (tmp_path / "checkpoints" / ".tmp-left").mkdir()
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="other settings") as caught:
+        train(tmp_path, save_steps=2, seed=1, learning_rate=1e-5)
+    for line in ("seed: 0 when it was started, 1 now", "learning_rate: 0.002 when it was started, 1e-05 now"):
+        assert line in str(caught.value)
+    assert "save_steps" not in str(caught.value) and "lora_rank" not in str(caught.value)
+    assert contents(tmp_path) == before and (tmp_path / "checkpoints" / ".tmp-left").is_dir()
+    assert train(tmp_path, save_steps=2)[1].resumed_from == 2
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_resume_on_other_data_is_refused_by_the_steps(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    row = json.dumps({"instruction": "say cat", "output": "cat"})
+    settings = {"max_steps": None, "num_train_epochs": 4, "dataset": str(file), "val_size": 2, "save_steps": 1}
+    file.write_text(f"{row}\n" * 10)
+    train(tmp_path / "run", stop_after(2), **settings)
+    file.write_text(f"{row}\n" * 20)
+    with pytest.raises(ConfigError, match="optimizer steps of the whole fine-tuning .*: 8 when .*, 20 now"):
+        train(tmp_path / "run", **settings)
 
 
 def test_counts_continue_over_a_resume(tmp_path, monkeypatch):

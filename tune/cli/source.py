@@ -40,7 +40,8 @@ class Source:
 
     def check(self, *, ks: list[int], name: str) -> None:
         """Refuse an unusable model, or a k above its number of rows, before any weights are read."""
-        from tune.preflight.inputs import check_rows, model_outline
+        from tune.preflight.adapter import model_outline
+        from tune.preflight.inputs import check_rows
         from tune.training.quiet import quiet_libraries
 
         quiet_libraries()

@@ -39,13 +39,12 @@ def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         ConfigError: names each changed key, its value then and now, and the remedy.
     """
-    then, now = flatten(started), flatten(wanted)
-    keys = [key for key in dict.fromkeys((*then, *now)) if key not in MACHINERY and then.get(key) != now.get(key)]
-    if not keys:
+    lines = changes(started, wanted, MACHINERY)
+    if not lines:
         return
-    changed = "\n".join(f"  {key}: {_shown(then, key)} when it was started, {_shown(now, key)} now" for key in keys)
+    changed = "\n".join(lines.values())
     why = ""
-    if "ray.num_workers" in keys:
+    if "ray.num_workers" in lines:
         why = (
             "\nWith another number of workers each step would see another batch, and finished and new trials could "
             "not be compared. More lanes (ray.lanes) use more machines."
@@ -54,6 +53,13 @@ def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, An
         f"The run in {folder} was started with other settings:\n{changed}{why}\nResume it with its own settings:\n"
         f"  {resume_command(folder)}\nor choose another output_dir for these."
     )
+
+
+def changes(started: Mapping[str, Any], wanted: Mapping[str, Any], without: Iterable[str]) -> dict[str, str]:
+    """Return a line for each dotted key, but those of `without`, that has another value in `wanted`."""
+    then, now, without = flatten(started), flatten(wanted), frozenset(without)
+    keys = [key for key in dict.fromkeys((*then, *now)) if key not in without and then.get(key) != now.get(key)]
+    return {key: f"  {key}: {_shown(then, key)} when it was started, {_shown(now, key)} now" for key in keys}
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

@@ -37,6 +37,9 @@ ENGINE_KEYS = (
     "offload",
 )
 
+#: Keys that no bit of an adapter depends on.
+WITHOUT_EFFECT = ("logging_steps", "save_steps")
+
 #: Keys that say what kind of adapter is trained; arms are compared where these are equal.
 CELL_KEYS = ("use_dora", "use_rslora")
 
@@ -75,7 +78,9 @@ class TrainSpec(Strict):
     )
     lora_target: Literal["all"] | list[str] = Field(
         default="all",
-        description="`all` for every linear layer except embeddings and lm_head, or a list of module names.",
+        description=(
+            "`all` for every linear layer except embeddings, lm_head and routers of experts, or a list of module names."
+        ),
     )
     use_dora: bool = Field(default=False, description="Train DoRA instead of plain LoRA.")
     use_rslora: bool = Field(default=False, description="Scale the adapter as rsLoRA does.")
@@ -213,7 +218,7 @@ class TrainSpec(Strict):
         return self._identity("seed")
 
     def _identity(self, *without: str) -> str:
-        content = self.canonical().model_dump(mode="json", exclude={"logging_steps", "save_steps", *without})
+        content = self.canonical().model_dump(mode="json", exclude={*WITHOUT_EFFECT, *without})
         return _digest(content)[:8]
 
 

@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from macdrop.attack import Attack
 from macdrop.config import SCOPES, MacDropConfig
-from macdrop.errors import ConfigError, nearest
+from macdrop.errors import ConfigError
 from macdrop.families import find_ffns
-from macdrop.fingerprint import weight_files
-from macdrop.load import check_model, load_tokenizer
+from macdrop.load import load_tokenizer
 from macdrop.schedules import SCHEDULES, probability
 from tune.config.eval_spec import NO_ATTACK, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
@@ -26,6 +22,7 @@ from tune.data import dataset as data
 from tune.data.batching import Batches, total_steps
 from tune.evaluation.benchmark import check_files
 from tune.evaluation.judge.session import check_judge
+from tune.preflight.adapter import check_adapter, model_outline
 from tune.scheduling.early_stopping import Cuts, cuts
 from tune.scheduling.study import Study
 from tune.storage.places import cache_dir
@@ -48,10 +45,12 @@ DATA_KEYS = (
 
 @dataclass(frozen=True)
 class Checked:
-    """Findings on a study: optimizer steps per fine-tuning (0: none is trained) and ASHA's cuts (None without ASHA)."""
+    """Findings on a study: optimizer steps per fine-tuning (0: none is trained), ASHA's cuts (None without ASHA), and
+    sentences that the user should read."""
 
     steps: int
     cuts: Cuts | None
+    notes: tuple[str, ...] = ()
 
 
 def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
@@ -66,7 +65,7 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
     """
     attacks = {job.attack: name for name in ("validation", "eval") for job in jobs(getattr(spec, name))}
     check_trackers(spec.report_to, Path(spec.output_dir or "."))
-    tokenizers = [check_study(study.spec, study.parameters, attacks, spec.sweep.arms) for study in planned]
+    opened = [check_study(study.spec, study.parameters, attacks, spec.sweep.arms) for study in planned]
     for block in (spec.eval, spec.validation):
         check_files(block)
     if spec.validation.judge is not None:
@@ -75,19 +74,21 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
     checked: dict[str, Checked] = {}
     asha = spec.sweep.scheduler == "asha"
     needed = asha or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
-    for study, tokenizer in zip(planned, tokenizers, strict=True):
+    for study, (tokenizer, notes) in zip(planned, opened, strict=True):
         checked[study.name] = Checked(0, None)
         if study.count:
             workers = spec.ray.num_workers
             steps, epoch = _steps(study.spec, study.parameters, tokenizer, workers, needed and study.search)
-            checked[study.name] = Checked(steps, cuts(study, spec.sweep, steps, epoch) if asha else None)
+            cut = cuts(study, spec.sweep, steps, epoch) if asha else None
+            checked[study.name] = Checked(steps, cut, tuple(notes))
     return checked
 
 
-def check_training(spec: TrainSpec, workers: int) -> int:
-    """Check the inputs of one fine-tuning on `workers` workers; return its optimizer steps."""
-    steps, _ = _steps(spec, {}, check_study(spec, {}, {}), workers, needs_validation=False)
-    return steps
+def check_training(spec: TrainSpec, workers: int) -> Checked:
+    """Check the inputs of one fine-tuning on `workers` workers."""
+    tokenizer, notes = check_study(spec, {}, {})
+    steps, _ = _steps(spec, {}, tokenizer, workers, needs_validation=False)
+    return Checked(steps, None, tuple(notes))
 
 
 def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
@@ -124,8 +125,8 @@ def check_folder(folder: Path, *, resume: bool, remedy: str | None = None) -> No
 
 def check_study(
     spec: TrainSpec, parameters: dict[str, Space], attacks: dict[str, str], arms: Iterable[str] | None = None
-) -> PreTrainedTokenizerBase:
-    """Check one model with the values that its search may draw; return its tokenizer.
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Check one model with the values that its search may draw; return its tokenizer, and what the user should know.
 
     attacks: attack -> the block of the run file that asks for it. arms: by default the model's own.
     """
@@ -140,27 +141,13 @@ def check_study(
     ks = _values(spec, parameters, "macdrop.k")
     check_rows(outline, spec, ks=ks, attacks=attacks)
     check_scopes(outline, spec, ks=ks, scopes=scopes)
-    for target in _values(spec, parameters, "lora_target"):
-        check_targets(outline, target)
+    notes = check_adapter(
+        spec, targets=_values(spec, parameters, "lora_target"), dora=_values(spec, parameters, "use_dora")
+    )
     masked = may_drop(spec, parameters) and any(SCOPES[scope].rows for scope in scopes)
     if masked and 3 in _values(spec, parameters, "zero_stage"):
         check_partitioned(outline, spec)
-    return tokenizer
-
-
-def model_outline(spec: TrainSpec) -> PreTrainedModel:
-    """Return the model of a spec without weights (on torch's meta device): its modules and shapes.
-
-    Raises:
-        ConfigError: there is no such model, it has no weight files, or it is not a causal language model.
-    """
-    source = resolve(spec.model_name_or_path)
-    config = check_model(source, revision=spec.model_revision, trust_remote_code=spec.trust_remote_code)
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not weight_files(folder):
-        raise ConfigError(f"{folder} is not a model folder: it has a config.json but no weights (*.safetensors).")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    return tokenizer, notes
 
 
 def check_rows(
@@ -225,21 +212,6 @@ def check_partitioned(outline: PreTrainedModel, spec: TrainSpec) -> None:
             "parameters, of which ZeRO-3 leaves each worker a part.\nSet zero_stage to 0, 1 or 2 "
             "(with offload: cpu if memory is short)."
         )
-
-
-def check_targets(outline: PreTrainedModel, target: str | list[str]) -> None:
-    """Refuse a `lora_target` that matches no layer of a kind that PEFT puts LoRA on."""
-    if target == "all":
-        return
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
-    layers = [name for name, module in outline.named_modules() if isinstance(module, kinds)]
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    for wanted in target:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in layers):
-            raise ConfigError(
-                f"lora_target names {wanted!r}, but the model has no such linear layer.{nearest(wanted, leaves)} "
-                f"Layers: {', '.join(leaves)}. Or write lora_target: all."
-            )
 
 
 def _steps(

@@ -19,8 +19,8 @@ from tune.data import dataset as data
 from tune.data.dataset import Prepared
 from tune.errors import ResourceError
 from tune.evaluation.scorer import Scorer
+from tune.preflight.adapter import model_outline
 from tune.preflight.forecast import Measured
-from tune.preflight.inputs import model_outline
 from tune.scheduling.study import Study
 from tune.storage.capacity import memory
 from tune.storage.places import cache_dir

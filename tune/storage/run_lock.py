@@ -1,4 +1,6 @@
-"""One sweep at a time in a run folder: a file that says who works there, touched as long as that process lives. Pure.
+"""One run at a time in a folder, a sweep or `macdrop train`: a file that says who works there. Pure.
+
+The file is touched as long as that process lives:
 
     in_use.json     token, pid, begun, where (host name, boot, process namespace), host, since, command
 
@@ -50,7 +52,7 @@ class RunLock:
             except OSError:
                 continue  # storage that is gone for a minute; a process that takes over meanwhile leaves another token
             if not mine and not self._end.is_set():
-                self.lost = f"{self._file} is no longer this process's own: another sweep has taken the folder over."
+                self.lost = f"{self._file} is no longer this process's own: another process has taken the folder over."
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
@@ -73,9 +75,7 @@ def locked(folder: Path) -> Iterator[RunLock]:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / GUARD, "w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
-            holder = _read(file)
-            if holder is not None and (why := alive(holder, _age(file))):
-                raise ConfigError(_refusal(folder, holder, why))
+            check_free(folder)
             about = {"host": socket.gethostname(), "since": now(), "command": " ".join(sys.argv)}
             atomic_write_json(file, {"token": token, "pid": os.getpid(), **process(os.getpid()), **about})
     lock = RunLock(folder, token)
@@ -84,6 +84,18 @@ def locked(folder: Path) -> Iterator[RunLock]:
         yield lock
     finally:
         lock.release()
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that another process works in; nothing is left there.
+
+    Raises:
+        ConfigError: a process that lives, or may live, works there.
+    """
+    file = folder / FILE
+    holder = _read(file)
+    if holder is not None and (why := alive(holder, _age(file))):
+        raise ConfigError(_refusal(folder, holder, why))
 
 
 def alive(holder: dict[str, Any], age_s: float) -> str | None:
@@ -100,9 +112,9 @@ def alive(holder: dict[str, Any], age_s: float) -> str | None:
 
 def _refusal(folder: Path, holder: dict[str, Any], why: str) -> str:
     return (
-        f"{folder} is in use: a sweep has run there since {holder.get('since')} (process {holder.get('pid')} on host "
+        f"{folder} is in use: a run has been there since {holder.get('since')} (process {holder.get('pid')} on host "
         f"{holder.get('host')}), and {why}.\nWait for it, or stop it (Ctrl-C there, or `kill {holder.get('pid')}`) and "
-        f"give this command again; a host that died is noticed within {DEAD_S:.0f} s. If you know that no sweep runs "
+        f"give this command again; a host that died is noticed within {DEAD_S:.0f} s. If you know that nothing runs "
         f"there, delete {folder / FILE}."
     )
 

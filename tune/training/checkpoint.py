@@ -81,6 +81,19 @@ class AdapterState:
             raise CheckpointError(f"{folder} is not a complete checkpoint: {error!r}. Restart the trial.") from None
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return the `meta` of a checkpoint alone.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    try:
+        meta = json.loads((folder / STATE).read_text(encoding="utf-8"))["meta"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: {error!r}. Restart the trial.") from None
+    return dict(meta)
+
+
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file as PEFT does.
 

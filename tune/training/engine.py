@@ -7,15 +7,13 @@ checkpoint. There is no other path, so a reused engine gives the same bits as a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
 from macdrop.errors import ConfigError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
@@ -24,12 +22,8 @@ from tune.training.checkpoint import MOMENTS, AdapterState, write_tensors
 from tune.training.collectives import all_do
 from tune.training.deepspeed_config import deepspeed_config
 from tune.training.loading import open_base
+from tune.training.lora import ADAPTER, add_adapter, is_drawn, start
 from tune.training.quiet import no_output
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-ADAPTER = "default"
 
 
 class Engine:
@@ -51,13 +45,14 @@ class Engine:
             if spec.gradient_checkpointing:
                 base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 base.enable_input_require_grads()
-            self.model = _with_adapter(base, spec)
+            self.model = add_adapter(base, spec)
         adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for name, p in adapter.items()}
         # DoRA's magnitudes start as the norms of the base weights: known only here, before ZeRO-3 partitions them.
         self._magnitudes = {
             name: p.detach().float().clone() for name, p in adapter.items() if "lora_magnitude_vector" in name
         }
+        _check_magnitudes(self._magnitudes)
         numels = [p.numel() for p in adapter.values()]
         config = deepspeed_config(spec, adapter_numel=sum(numels), largest_tensor=max(numels))
         with no_output():
@@ -74,21 +69,22 @@ class Engine:
     # --- state ---
 
     def initial_state(self, seed: int) -> AdapterState:
-        """The step-0 state of a seed: A as PEFT draws it (uniform, bound 1/sqrt(fan_in)), B = 0, zero moments.
+        """The step-0 state of a seed: the factors as PEFT draws them, magnitudes of the base, zero moments.
 
         Every tensor has a generator of its own, keyed by seed and name, so the draw depends on nothing else.
         """
+        weights = self._start(seed)
+        zeros = {moment: {name: torch.zeros(shape) for name, shape in self.shapes.items()} for moment in MOMENTS}
+        return AdapterState(weights, zeros["exp_avg"], zeros["exp_avg_sq"], step=0, meta={"seed": seed})
+
+    def _start(self, seed: int) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = {}
         for number, (name, shape) in enumerate(sorted(self.shapes.items())):
             if name in self._magnitudes:
                 weights[name] = self._magnitudes[name].cpu().clone()
-            elif "lora_A" in name:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                weights[name] = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(math.prod(shape[1:]))
             else:
-                weights[name] = torch.zeros(shape)
-        zeros = {moment: {name: torch.zeros(shape) for name, shape in self.shapes.items()} for moment in MOMENTS}
-        return AdapterState(weights, zeros["exp_avg"], zeros["exp_avg_sq"], step=0, meta={"seed": seed})
+                weights[name] = start(name, shape, torch.Generator().manual_seed(seed * 1_000_003 + number))
+        return weights
 
     def load_state(self, state: AdapterState) -> None:
         """Make the live engine continue from `state`, on every rank.
@@ -204,14 +200,31 @@ class Engine:
 
         all_do(compare)
 
-    def check_moved(self, state: AdapterState) -> None:
-        """Assert that training has moved the adapter.
+    def check_moved(self, state: AdapterState, seed: int, updates: int) -> list[str]:
+        """Return the names of the adapter's tensors that training left as they were at step 0 of `seed`.
+
+        A drawn factor counts from the second update on: its first gradient comes after the other one has moved.
+
+        updates: the optimizer steps so far with a learning rate above 0.
 
         Raises:
-            TrainingInvariantError: it has not.
+            TrainingInvariantError: none has moved.
         """
-        if not any(bool(tensor.any()) for name, tensor in state.weights.items() if "lora_B" in name):
-            raise TrainingInvariantError("lora_B is still zero after training: the adapter did not learn anything.")
+        begun = self._start(seed)
+        expected = [name for name in state.weights if updates > 1 or not is_drawn(name)]
+        still = [name for name in expected if not self._moved(state, name, begun[name])]
+        if still == expected:
+            raise TrainingInvariantError(
+                f"The adapter did not learn anything: none of its {len(still)} tensors moved "
+                f"({still[0]} first). Is learning_rate 0 in every step, or no layer of lora_target used by the model?"
+            )
+        names = self._names(state)
+        return [names[name] for name in still]
+
+    def _moved(self, state: AdapterState, name: str, begun: torch.Tensor) -> bool:
+        """Return whether a tensor has had a gradient, which weight decay has not, and is another than it was."""
+        had_gradient = any(bool(getattr(state, moment)[name].any()) for moment in MOMENTS)
+        return had_gradient and not torch.equal(state.weights[name], begun)
 
     # --- details ---
 
@@ -256,26 +269,16 @@ class Engine:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _with_adapter(base: PreTrainedModel, spec: TrainSpec) -> PeftModel:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=spec.lora_rank,
-        lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by it: a fraction is fine
-        lora_dropout=spec.lora_dropout,
-        target_modules="all-linear" if spec.lora_target == "all" else list(spec.lora_target),
-        use_dora=spec.use_dora,
-        use_rslora=spec.use_rslora,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(base, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
-    except ValueError as error:
-        linears = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if hasattr(m, "in_features")})
-        raise ConfigError(
-            f"lora_target {spec.lora_target!r} does not fit the model: {error}\nIts linear layers are named: "
-            f"{', '.join(linears)}."
-        ) from None
+def _check_magnitudes(magnitudes: dict[str, torch.Tensor]) -> None:
+    """Refuse DoRA on weights with a row (of an embedding: a column) of zeros, whose direction is 0 / 0."""
+    for name, magnitude in magnitudes.items():
+        zeros = int((magnitude == 0).sum())
+        if zeros:
+            layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
+            raise ConfigError(
+                f"DoRA cannot be trained on {layer}: {zeros} of its {magnitude.numel()} weight vectors are zero and "
+                "have no direction. Leave the layer out of lora_target, or set use_dora to false."
+            )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,13 @@ from tune.training.collectives import all_do, rank0_does
 from tune.training.engine import Engine
 from tune.training.observer import Ending, Observer, Word
 from tune.training.step import Training
+from tune.training.trial_setup import check_continues, identity
 
 #: How words travel between the ranks: by their index. Only rank 0 has one, so the sum over ranks is that word; None
 #: stands for an observer that raised.
 WORDS: tuple[Word | None, ...] = (Word.GO_ON, Word.STOP, Word.LEAVE, None)
+#: Names of tensors that a message lists, at most.
+LISTED = 4
 #: In the adapter's folder: how its fine-tuning ended.
 OUTCOME = "outcome.json"
 
@@ -52,6 +55,17 @@ class Outcome:
     rows_hooked: int
     seconds: float
     resumed_from: int
+    #: Tensors of the adapter that are as they were at step 0, by their names in its file.
+    unmoved: Sequence[str] = ()
+
+
+def unmoved_text(names: Sequence[str]) -> str:
+    """Say which tensors of an adapter training left as they were, and why that may be."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return (
+        f"{len(names)} of the adapter's tensors are as they were at step 0, as no gradient reached them (an expert "
+        f"that no token went to, a layer that the model does not call): {', '.join(names[:LISTED])}{more}"
+    )
 
 
 def finetune(
@@ -63,24 +77,26 @@ def finetune(
     weights: MassiveWeights | None = None,
     observe: Observer | None = None,
     resume: bool = True,
+    begin: Callable[[], None] = lambda: None,
     beat: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train one adapter into `folder` (`adapter/`, and meanwhile `checkpoints/` every `data.batching.save_interval`).
 
     With `resume`, training continues from the newest complete checkpoint in the folder at its exact step, and a
-    finished fine-tuning is not repeated. An error on one rank is raised on all. Every rank calls `beat` after each
-    micro-step and each validation batch.
+    finished fine-tuning is not repeated. An error on one rank is raised on all. Rank 0 calls `begin`, which may write
+    into the folder, once it is certain that training starts; a refused one has changed nothing. Every rank calls `beat`
+    after each micro-step and each validation batch.
 
     Raises:
-        ConfigError: the spec does not fit the engine, the model or the data.
-        CheckpointError: the checkpoint belongs to other settings.
+        ConfigError: the spec does not fit the engine, the model or the data, or the checkpoint has other settings.
+        CheckpointError: the checkpoint is damaged.
         TrainingDiverged: a loss or gradient norm is not finite; the engine stays usable.
         TrainingInvariantError: the base changed or the adapter did not move.
         ResourceError: the folder cannot be written; the engine stays usable.
     """
     if spec.engine_key() != engine.key:
         raise ConfigError("This engine was built for other settings; build one from this spec.")
-    return _Run(Training(engine, spec, data, weights, beat), folder, observe).run(resume)
+    return _Run(Training(engine, spec, data, weights, beat), folder, observe).run(resume, begin)
 
 
 class _Run:
@@ -103,12 +119,14 @@ class _Run:
 
     # --- loop ---
 
-    def run(self, resume: bool) -> Outcome:
-        rank0_does(self._tidy)
+    def run(self, resume: bool, begin: Callable[[], None]) -> Outcome:
+        rank0_does(self._make_folder)
         finished = rank0_does(self._finished) if resume else None
         if finished is not None:
             return Outcome(**finished)
         self._start(rank0_does(self._newest) if resume else None)
+        rank0_does(self._tidy)
+        rank0_does(begin)
         drop = self.training.drop
         self.rows = drop.attach() if drop else 0
         try:
@@ -120,6 +138,7 @@ class _Run:
         final = self._state()
         self.engine.check_base()
         dropped, masked = self._entries()
+        left = status == Ending.LEFT
         outcome = Outcome(
             status=status,
             step=self.step,
@@ -131,12 +150,12 @@ class _Run:
             rows_hooked=self.rows,
             seconds=self._seconds(),
             resumed_from=self.resumed_from,
+            unmoved=() if left else self.engine.check_moved(final, self.spec.seed, self._updates()),
         )
-        if status == Ending.LEFT:
+        if left:
             rank0_does(lambda: self._write_checkpoint(final))
             rank0_does(self._raise)
         else:
-            self.engine.check_moved(final)
             rank0_does(lambda: self._write_adapter(final, outcome))
         return outcome
 
@@ -190,9 +209,12 @@ class _Run:
 
     # --- state and output ---
 
-    def _tidy(self) -> None:
+    def _make_folder(self) -> None:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _tidy(self) -> None:
+        with writing(self.folder):
             for root in (self.folder, self.checkpoints):
                 sealed_folder.tidy(root)
 
@@ -220,22 +242,17 @@ class _Run:
             state = self.engine.initial_state(self.spec.seed)
         else:
             state = all_do(lambda: AdapterState.load(checkpoint))
-            expected = self._meta()
-            differing = {
-                key: (state.meta.get(key), value) for key, value in expected.items() if state.meta.get(key) != value
-            }
-            if differing:
-                raise CheckpointError(
-                    f"{checkpoint} was made with other settings (there, here): {differing}. "
-                    "Continue with the settings it was made with, or train into another folder."
-                )
+            rank0_does(lambda: check_continues(self.spec, self._meta(), state.meta, checkpoint))
         self.engine.load_state(state)
         self.before, self.spent = tuple(state.meta.get("entries", (0, 0))), state.meta.get("seconds", 0.0)
         self.step = self.resumed_from = state.step
 
     def _meta(self) -> dict[str, Any]:
-        batch = self.training.batches.global_batch
-        return {"trial": self.spec.trial_id(), "total_steps": self.steps, "global_batch": batch}
+        return identity(self.spec, self.steps, self.training.batches.global_batch)
+
+    def _updates(self) -> int:
+        """Return the steps so far with a learning rate above 0."""
+        return sum(self.training.rate(step) > 0 for step in range(1, self.step + 1))
 
     def _state(self) -> AdapterState:
         spent = {"entries": list(self._entries()), "seconds": self._seconds()}

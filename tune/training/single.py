@@ -40,15 +40,14 @@ def train_here(
         record.log([metrics])
         return observe(metrics) if observe else Word.GO_ON
 
-    def prepare() -> None:
+    def begin() -> None:
         atomic_write_yaml(folder / "config.yaml", dump(spec))
         scan = folder / "massive_weights.json"
         if weights:
             weights.save(scan)
         record_setup(folder, prepared, weights, scan, dist.get_world_size())
 
-    rank0_does(prepare)
-    outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch, beat=beat)
+    outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch, begin=begin, beat=beat)
     about = {"model": spec.model_name_or_path, "arm": spec.arm, **asdict(outcome)}
     rank0_does(lambda: atomic_write_json(folder / "trial.json", about))
     return outcome

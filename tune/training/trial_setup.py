@@ -10,12 +10,19 @@ import json
 import os
 import platform
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from macdrop.errors import ConfigError
+from tune.config.resume import changes
+from tune.config.run_spec import TrainSpec, dump
+from tune.config.train_spec import WITHOUT_EFFECT
 from tune.storage.atomic import atomic_write_json
 from tune.storage.environment import version
+from tune.training.checkpoint import read_meta
 
 if TYPE_CHECKING:
     from macdrop import MassiveWeights
@@ -24,6 +31,12 @@ if TYPE_CHECKING:
 SETUP = "reproduce.json"
 #: Packages whose versions may change the bits of an adapter.
 PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "numpy")
+#: Part of an `identity` -> what it is, for one that differs while config.yaml does not.
+PARTS = {
+    "total_steps": "optimizer steps of the whole fine-tuning (they follow from the data)",
+    "global_batch": "examples per optimizer step (they follow from the number of workers)",
+    "trial": "name of the fine-tuning",
+}
 
 
 def record_setup(folder: Path, data: Prepared, weights: MassiveWeights | None, scan: Path, workers: int) -> None:
@@ -66,6 +79,56 @@ def reproduce_command(folder: Path, workers: int) -> str:
     """Return the command that trains a trial again."""
     start = ["macdrop"] if workers == 1 else ["torchrun", "--nproc_per_node", str(workers), "-m", "tune.cli"]
     return shlex.join([*start, "reproduce", str(folder)])
+
+
+def identity(spec: TrainSpec, total_steps: int, global_batch: int) -> dict[str, Any]:
+    """Return what a checkpoint must have been made with to be continued by this fine-tuning."""
+    return {"trial": spec.trial_id(), "total_steps": total_steps, "global_batch": global_batch}
+
+
+def check_checkpoint(spec: TrainSpec, checkpoint: Path, total_steps: int, workers: int) -> None:
+    """Refuse, before anything is loaded, to resume a checkpoint that was made with other settings.
+
+    Raises:
+        ConfigError: it was. CheckpointError: it is damaged.
+    """
+    batch = spec.per_device_train_batch_size * spec.gradient_accumulation_steps * workers
+    check_continues(spec, identity(spec, total_steps, batch), read_meta(checkpoint), checkpoint)
+
+
+def check_continues(spec: TrainSpec, here: Mapping[str, Any], there: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse to continue a checkpoint that was made with other settings; nothing is written.
+
+    here, there: the `identity` of this fine-tuning, and that in the checkpoint.
+
+    Raises:
+        ConfigError: names each changed key, its value then and now, and the remedy.
+    """
+    if all(there.get(key) == value for key, value in here.items()):
+        return
+    folder = checkpoint.parent.parent
+    recorded = _recorded_config(folder)
+    lines = list(changes(recorded, dump(spec.canonical()), WITHOUT_EFFECT).values()) if recorded else []
+    if not lines:  # the same settings on other data, or on another number of workers
+        lines = [
+            f"  {words}: {there.get(key)} when it was started, {here[key]} now"
+            for key, words in PARTS.items()
+            if there.get(key) != here[key]
+        ]
+    changed = "\n".join(lines)
+    raise ConfigError(
+        f"{checkpoint} was made with other settings:\n{changed}\n"
+        "Resume with the settings it was started with, or choose another output_dir for these."
+    )
+
+
+def _recorded_config(folder: Path) -> dict[str, Any]:
+    """Return what config.yaml says; empty if there is none that can be read."""
+    try:
+        recorded = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def surroundings() -> dict[str, Any]:

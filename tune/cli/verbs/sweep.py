@@ -173,6 +173,8 @@ def _check(spec: RunSpec, planned: list[Study]) -> None:
     for name, checked in found.items():
         what = f"{name}: model, tokenizer, data and benchmark files; {checked.steps} optimizer steps per trial"
         line("checked", what)
+        for note in checked.notes:
+            line("note", f"{name}: {note}")
         if checked.cuts:
             line("asha", f"{name}: {checked.cuts.describe()}")
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +38,9 @@ def train(
     from tune.config.run_spec import load
     from tune.preflight.inputs import check_folder, check_trackers, check_training
     from tune.scheduling.resources import check_local, one_lane
+    from tune.storage.run_lock import check_free
     from tune.training.quiet import quiet_libraries
+    from tune.training.trial_setup import check_checkpoint
 
     file, overrides = split_config(config)
     spec = load(recipe(file), overrides)
@@ -44,17 +50,55 @@ def train(
         raise ConfigError(f"train takes one model, and sweep.models lists {len(models)}. Use `macdrop sweep` for them.")
     (model,) = models
     check_local(one_lane(spec.ray))
+    check_free(folder)
     checkpoint = _newest(folder) if resume else None
     quiet_libraries()
-    check_folder(folder, resume=resume, remedy=shlex.join(["macdrop", *sys.argv[1:], "--resume"]))
+    remedy = shlex.join(["macdrop", *sys.argv[1:], "--resume"])
+    check_folder(folder, resume=resume, remedy=remedy)
     check_trackers(spec.report_to, folder)
+    workers = int(os.environ.get("WORLD_SIZE", "1")) if _in_this_process(spec) else spec.ray.num_workers
     with console.status("Reading model settings and data"):
-        steps = check_training(model, spec.ray.num_workers)
+        checked = check_training(model, workers)
+    for note in checked.notes:
+        line("note", note)
     if checkpoint is not None:
+        check_checkpoint(model, checkpoint, checked.steps, workers)
         line("resuming", f"from {checkpoint}")
-    outcome = _train(spec, model, folder, _step_printer(steps))
+    with _claimed(folder):
+        check_folder(folder, resume=resume, remedy=remedy)  # another process may have been there meanwhile
+        outcome = _train(spec, model, folder, _step_printer(checked.steps))
     _show_outcome(model, folder, outcome)
     line("next", _next_command(spec, model, file, folder))
+
+
+def _in_this_process(spec: RunSpec) -> bool:
+    return spec.ray.num_workers == 1 and spec.ray.address is None
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder; of torchrun's processes the first one does.
+
+    Raises:
+        ConfigError: another run is there, or took the folder over.
+    """
+    from tune.storage.run_lock import locked
+
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with locked(folder) as lock:
+
+        def end(number: int, frame: Any) -> None:
+            if lock.lost is not None:
+                raise ConfigError(lock.lost)
+            raise SystemExit(128 + number)
+
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _newest(folder: Path) -> Path:
@@ -78,7 +122,7 @@ def _train(spec: RunSpec, model: TrainSpec, folder: Path, observe: Observer) -> 
     from tune.training.single import train_here
 
     with OneTrial(spec.report_to, model, folder, warn=warn) as tracked:
-        if spec.ray.num_workers == 1 and spec.ray.address is None:
+        if _in_this_process(spec):
             outcome = train_here(model, folder, observe=observe, threads=spec.ray.threads_per_worker)
         else:
             from tune.preflight.host import check_start
@@ -106,6 +150,7 @@ def _step_printer(steps: int) -> Observer:
 
 def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
     from tune.config.sections import Arm
+    from tune.training.finetune import unmoved_text
 
     line("adapter", str(folder / "adapter"))
     line("trained", f"{outcome.step} of {outcome.total_steps} steps in {outcome.seconds:.1f} s")
@@ -120,6 +165,8 @@ def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
         line("dropped", f"nothing in these steps, whose p is 0 ({outcome.rows_hooked} hooked {hooked})")
     else:
         line("dropped", "nothing: plain fine-tuning, MacDrop is off (macdrop.p0 or macdrop.k is 0)")
+    if outcome.unmoved:
+        line("unmoved", unmoved_text(outcome.unmoved))
 
 
 def _next_command(spec: RunSpec, model: TrainSpec, file: str | None, folder: Path) -> str:

@@ -23,7 +23,7 @@ from tune.config.run_spec import RunSpec, dump
 from tune.distributed.cluster import ray_internals
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.errors import ResourceError
-from tune.preflight.inputs import model_outline
+from tune.preflight.adapter import model_outline
 from tune.preflight.probe import HEADROOM
 from tune.scheduling.study import Study
 from tune.storage.atomic import atomic_write_text, writing

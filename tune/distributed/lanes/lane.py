@@ -194,7 +194,6 @@ def _train(
         # The run folder must exist: if its storage is away, it is waited for, not created.
         rank0_does(lambda: ensure_folder(folder, folder.parents[1]))
         scan, world = Path(task.weights or ""), dist.get_world_size()
-        rank0_does(lambda: record_setup(folder, prepared, weights, scan, world))
         outcome = finetune(
             engine,
             spec,
@@ -202,6 +201,7 @@ def _train(
             folder,
             weights=weights,
             observe=_Relay(dispatcher, lane, task) if first else None,
+            begin=lambda: record_setup(folder, prepared, weights, scan, world),
             beat=watchdog.beat,
         )
     except DispatcherLost:

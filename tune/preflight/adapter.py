@@ -1,0 +1,49 @@
+"""The adapter of a study, built on the model's outline: what cannot be built is known before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from macdrop.errors import ConfigError
+from macdrop.fingerprint import weight_files
+from macdrop.load import check_model
+from tune.config.run_spec import TrainSpec
+from tune.training.lora import add_adapter, left_alone
+from tune.zoo.catalog import resolve
+
+
+def model_outline(spec: TrainSpec) -> PreTrainedModel:
+    """Return the model of a spec without weights (on torch's meta device): its modules and shapes.
+
+    Raises:
+        ConfigError: there is no such model, it has no weight files, or it is not a causal language model.
+    """
+    source = resolve(spec.model_name_or_path)
+    config = check_model(source, revision=spec.model_revision, trust_remote_code=spec.trust_remote_code)
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not weight_files(folder):
+        raise ConfigError(f"{folder} is not a model folder: it has a config.json but no weights (*.safetensors).")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def check_adapter(spec: TrainSpec, targets: Iterable[str | list[str]], dora: Iterable[bool]) -> list[str]:
+    """Build every adapter that a study may train on an outline of its model; return what the user should know of it.
+
+    targets, dora: the values that `lora_target` and `use_dora` may take.
+
+    Raises:
+        ConfigError: one of them cannot be built.
+    """
+    notes: dict[str, None] = {}
+    for target, use_dora in itertools.product(targets, dora):
+        tried = spec.model_copy(update={"lora_target": target, "use_dora": use_dora})
+        outline = model_outline(spec)
+        notes |= dict.fromkeys(left_alone(outline, tried))
+        add_adapter(outline, tried)
+    return list(notes)
