@@ -31,7 +31,10 @@ RAY_INTERNALS = {"tune/distributed/cluster/ray_internals.py", "cluster/remote/ra
 #: What is imported inside functions only: it costs seconds, and most commands do without it.
 LATE = {"deepspeed", "lm_eval", "optuna"}
 #: The files around lm-eval's own task classes, themselves imported late.
-LM_EVAL_FILES = {"tune/evaluation/zero_shot.py", "tune/evaluation/zero_shot_rows.py"}
+LM_EVAL_FILES = {
+    f"tune/evaluation/zero_shot/{stem}.py"
+    for stem in ("documents", "harness", "task_loader", "task_scoring", "zero_shot_rows")
+}
 #: Own modules are imported at the top, but for the command line (its start-up) and these, each with its reason.
 LATE_OWN: dict[str, str] = {}
 #: module -> what importing it must not load.

@@ -137,6 +137,32 @@ def test_bad_blocks_are_refused_with_key_and_remedy(block, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+@pytest.mark.parametrize("section", ["zero_shot", "perplexity", "generation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a/b", "a\\b", "a@b", "a\nb", "a\x00", "\x1b[2J", "x" * 121, "\u00fc" * 61, " a", "a ", ".a", "\ud800"),
+        *("mean", "mean of 2", "mean acc of 2"),
+    ],
+)
+def test_a_name_that_no_file_or_score_can_have_is_refused(section, name):
+    """One rule for all benchmarks: each has a file of its own, and none is taken for a mean."""
+    with pytest.raises(ConfigError) as error:
+        build(EvalSpec, {section: {name: {"data": "x.txt"}}})
+    assert f"{section}: " in str(error.value) and str(error.value).isprintable()
+
+
+def test_names_of_any_language_have_files_of_their_own():
+    names = ["a-b", "a_b", "a b", "mean_acc", "means", "\u6e2c\u9a57", "x" * 120, "a.b"]
+    files = [job.file_name for job in jobs(build(EvalSpec, {"attacks": ["zeroing@3"], "zero_shot": names}))]
+    assert len(set(files)) == len(names) and all(len(file.encode()) < 200 for file in files)
+
+
+def test_paths_have_no_control_characters():
+    with pytest.raises(ConfigError, match=r"perplexity.w.data.*'\\x00'"):
+        build(EvalSpec, {"perplexity": {"w": "a\x00.txt"}})
+
+
 def checked(**block: object) -> None:
     check_files(build(EvalSpec, block))
 

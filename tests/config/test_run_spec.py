@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from macdrop.errors import ConfigError
+from tune.config.messages import build
 from tune.config.parse import ALIASES, normalise, override
 from tune.config.run_spec import RunSpec, load
 
@@ -23,6 +24,21 @@ def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         spec(*overrides)
     return str(caught.value)
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("name", [".", "..", "x/..", "x/../", "/", "x/.hidden", "a\x1bb"])
+def test_a_model_must_have_a_name_that_folders_can_have(name):
+    for raw in ({"model_name_or_path": name}, {"sweep": {"models": [name]}}):
+        with pytest.raises(ConfigError, match="model_name_or_path: ") as error:
+            build(RunSpec, raw)
+
+
+def test_a_run_folder_has_no_control_characters():
+    with pytest.raises(ConfigError, match=r"output_dir: .*'\\x00'"):
+        build(RunSpec, {"model_name_or_path": "zoo:planted-llama", "output_dir": "runs/\x00"})
 
 
 # --- values ---

@@ -18,7 +18,7 @@ from tune.config.judge_spec import JudgeSpec
 from tune.config.messages import build
 from tune.config.run_spec import RunSpec
 from tune.distributed.actors.actor_pool import PoolActor
-from tune.distributed.actors.eval_task import EvalTask
+from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Evaluator, EvaluatorPool, Opening
 from tune.distributed.actors.judges import ActorJudge, JudgeOpening
 from tune.evaluation.judge.prompt import Judgement, Question
@@ -47,7 +47,7 @@ class Fragile(PoolActor):
 
     def score(self, item):
         self._do(item.tag["name"])
-        return [{"value": 1.0}], 0.0, 0
+        return Result(item, [{"value": 1.0}])
 
     def judge(self, batch):
         for question in batch.asked:

@@ -152,28 +152,28 @@ def test_entry_name_may_differ_from_its_task(tmp_path, model, tokenizer):
 
 def test_groups_and_tags_have_a_row_of_their_own_name(tmp_path, model, tokenizer):
     """Members are local tasks here; real groups come from the hub by the same path."""
-    from tune.evaluation import zero_shot
+    from tune.evaluation.zero_shot import harness, task_loader, task_scoring, zero_shot_rows
 
     parts = {}
     for name in ("arc_easy", "piqa"):
         entry = {"data": fix.write_jsonl(tmp_path / f"{name}.jsonl", fix.hub_rows(name))}
         spec = build(EvalSpec, {"zero_shot": {name: entry}})
-        parts[name] = zero_shot.Tasks().load(name, spec.zero_shot[name], spec, 256).loaded["tasks"][name]
-    harness = zero_shot.Harness(model, fix.byte_tokenizer(), 256)
-    harness.use(model, 4, spec.zero_shot["piqa"])
-    group = zero_shot.Tasks()._direct.load(
+        parts[name] = task_loader.Tasks().load(name, spec.zero_shot[name], spec, 256).loaded["tasks"][name]
+    asking = harness.Harness(model, fix.byte_tokenizer(), 256)
+    asking.use(model, 4, spec.zero_shot["piqa"])
+    group = task_loader.Tasks()._direct.load(
         {"group": "both", "task": [], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
     )["groups"]["both"]
     for part in parts.values():
         group.add(part)
     whole = {"tasks": parts, "groups": {"both": group}, "group_map": {"both": list(parts)}}
-    rows, _ = zero_shot.score(zero_shot.ResidentTask("mine", "both", whole, True), harness, None)
+    rows, _ = task_scoring.score(zero_shot_rows.ResidentTask("mine", "both", whole, True), asking, None)
     found = values(rows)
     members = [found[f"mine/{name}", "acc"] for name in parts]
     assert found["mine", "acc"] == pytest.approx(sum(members) / 2) and rows[-1]["n"] == 12
     assert rows[-1]["stderr"] > 0
     tag = {"tasks": parts, "groups": {}, "group_map": {}}
-    rows, items = zero_shot.score(zero_shot.ResidentTask("mine", "a_tag", tag, True), harness, None)
+    rows, items = task_scoring.score(zero_shot_rows.ResidentTask("mine", "a_tag", tag, True), asking, None)
     assert values(rows)["mine", "acc"] == pytest.approx(sum(members) / 2) and len(items) == 12
     assert rows[0]["stderr"] == pytest.approx(
         math.hypot(*(row["stderr"] for row in rows if row["task"] != "mine" and row["metric"] == "acc")) / 2

@@ -8,9 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from macdrop.attack import NONE, Attack
-from tune.config.sections import Strict, Text
+from tune.config.sections import Location, Strict, Text, shown
 
 NO_ATTACK = NONE
+#: The name of a mean over benchmarks, among their names.
+MEAN = "mean"
+#: Bytes of a benchmark's name: a file is named after it, with its section and attack, and a file's name has 255.
+NAME_BYTES = 120
 TEXT_METRICS = ("exact_match", "chrf", "rouge_l")
 #: Keys of the block that an entry may set for itself.
 INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
@@ -18,11 +22,35 @@ INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
+def benchmark_name(name: str) -> str:
+    """Return the name of a benchmark as it is.
+
+    Raises:
+        ValueError: no file can be named after it, or the name means something else among scores.
+    """
+    try:
+        shown(name)
+    except ValueError as error:
+        raise ValueError(f"a benchmark cannot have this name: {error}") from None
+    wrong = None
+    if len(name.encode()) > NAME_BYTES:
+        wrong = f"it has {len(name.encode())} bytes, and {NAME_BYTES} are allowed"
+    elif found := next((mark for mark in "/\\@" if mark in name), None):
+        wrong = f"{found!r} separates the parts of a score's name"
+    elif name != name.strip() or name.startswith("."):
+        wrong = "it begins or ends with a space, or begins with a dot"
+    elif name.split()[:1] == [MEAN]:
+        wrong = f"means over benchmarks are called {MEAN!r}"
+    if wrong:
+        raise ValueError(f"{name!r:.60} cannot name a benchmark: {wrong}. Give it another name.")
+    return name
+
+
 def _one_or_several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Paths = Annotated[list[Text], Field(min_length=1), BeforeValidator(_one_or_several)]
+Paths = Annotated[list[Location], Field(min_length=1), BeforeValidator(_one_or_several)]
 
 
 def _attacks(value: Any) -> list[str]:

@@ -19,6 +19,7 @@ from tune.config.eval_entries import (
     Perplexity,
     PositiveInt,
     ZeroShot,
+    benchmark_name,
 )
 from tune.config.judge_spec import JudgeSpec
 from tune.config.parse import SECTIONS
@@ -34,6 +35,8 @@ def _named(value: Any) -> Any:
         return {}
     items = [value] if isinstance(value, str) else value
     if isinstance(items, Mapping):
+        for name in filter(lambda name: isinstance(name, str), items):
+            benchmark_name(name)
         return {name: {} if v is None else {"data": v} if isinstance(v, str) else v for name, v in items.items()}
     if not isinstance(items, (list, tuple)):
         raise ValueError("a mapping of names to settings is wanted, or a list of names")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from macdrop.errors import nearest
-from tune.config.eval_spec import NO_ATTACK, EvalSpec, jobs
+from tune.config.eval_entries import MEAN, NO_ATTACK
+from tune.config.eval_spec import EvalSpec, jobs
 from tune.config.parse import SECTIONS
 from tune.config.sections import EVAL_LOSS
 from tune.config.sweep_spec import SweepSpec
@@ -95,7 +96,7 @@ def _forms(block: EvalSpec) -> list[str]:
     for section in AVERAGED:
         if len({job.task for job in listed if job.benchmark == section}) > 1:
             attacks = dict.fromkeys(job.attack for job in listed if job.benchmark == section)
-            forms += [score_name(section, "mean", "METRIC", attack) for attack in attacks]
+            forms += [score_name(section, MEAN, "METRIC", attack) for attack in attacks]
     return list(dict.fromkeys(forms))
 
 

@@ -17,7 +17,7 @@ from tune.config.eval_spec import EvalSpec
 from tune.config.messages import ELSEWHERE, build
 from tune.config.objectives import check_apart, check_early_stops, check_metrics
 from tune.config.parse import merge, normalise, override, read_override, read_yaml, undot
-from tune.config.sections import MacDropSpec, RaySpec
+from tune.config.sections import Location, MacDropSpec, RaySpec
 from tune.config.sweep_spec import Metric, Space, SweepSpec
 from tune.config.train_spec import CELL_KEYS, ENGINE_KEYS, TrainSpec, points, slug, with_values
 
@@ -51,7 +51,7 @@ class RunSpec(TrainSpec):
         default="",
         description="Base model: a Hub id, a local folder, or `zoo:NAME`. In a sweep, set `sweep.models` instead.",
     )
-    output_dir: str | None = Field(default=None, description="The run folder; `null` is `runs/NAME-TIME`.")
+    output_dir: Location | None = Field(default=None, description="The run folder; `null` is `runs/NAME-TIME`.")
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default=[],
         description="Trackers that receive every trial: `tensorboard`, `wandb`, `mlflow`; a name, a list, or `none`.",

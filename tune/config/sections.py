@@ -7,7 +7,7 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from macdrop.config import SCOPES, MacDropConfig
 
@@ -16,6 +16,22 @@ EVAL_LOSS = "eval_loss"
 
 #: A text that is not empty.
 Text = Annotated[str, Field(min_length=1)]
+
+
+def shown(value: str) -> str:
+    """Return a name or path as it is.
+
+    Raises:
+        ValueError: it has characters that cannot be seen: no file system or terminal is safe with all of them.
+    """
+    hidden = [character for character in value if not character.isprintable()]
+    if hidden:
+        raise ValueError(f"{value!r:.80} has the control character {hidden[0]!r}; leave it out")
+    return value
+
+
+#: The name of a file or folder, local or on the Hub.
+Location = Annotated[Text, AfterValidator(shown)]
 
 
 class Strict(BaseModel):

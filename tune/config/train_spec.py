@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from macdrop.schedules import SCHEDULES
 from tune.config.messages import build
 from tune.config.parse import merge, undot
-from tune.config.sections import MacDropSpec, Strict
+from tune.config.sections import MacDropSpec, Strict, shown
 
 #: Keys that decide how an engine is built; tasks that agree on them can share one engine.
 ENGINE_KEYS = (
@@ -179,6 +179,17 @@ class TrainSpec(Strict):
     )
 
     macdrop: MacDropSpec = Field(default=MacDropSpec(), description="Settings of MacDrop itself.")
+
+    @field_validator("model_name_or_path")
+    @classmethod
+    def _has_a_name(cls, value: str) -> str:
+        """Folders of trials and findings are named after the model."""
+        if value and (not slug(shown(value)) or slug(value).startswith(".")):
+            raise ValueError(
+                f"{value!r} gives no name to call the model by: its last part must not be empty or begin with a dot. "
+                f"Write the folder's own name, as in ../NAME, or rename it."
+            )
+        return value
 
     @field_validator("lora_target")
     @classmethod

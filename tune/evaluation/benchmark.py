@@ -15,8 +15,8 @@ from tune.config.parse import SECTIONS
 from tune.config.run_spec import RunSpec
 from tune.evaluation.generation import GenerationBenchmark
 from tune.evaluation.item_values import Values
-from tune.evaluation.lm_eval_tasks import ZeroShotBenchmark
 from tune.evaluation.perplexity import PerplexityBenchmark
+from tune.evaluation.zero_shot.lm_eval_tasks import ZeroShotBenchmark
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Benchmark(Protocol):
     """One kind of benchmark: a section of the `eval:` block. A scorer makes one of each kind it needs and keeps it.
 
-    Importing its module loads neither torch nor lm-eval: reports read items, and `plan` checks files, without them.
+    Importing its module loads neither torch nor lm-eval: reports read items without them.
     """
 
     def __init__(self, spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,20 @@ from tune.data.readers import Table, is_local, locate, read_documents, read_rows
 from tune.evaluation import catalogue
 
 CHOICE_COLUMNS = ("context", "choices", "label")
+#: What rows in our own multiple-choice format are scored by.
+CHOICE_METRICS = ("acc", "acc_norm")
 #: Hub data set of a task -> columns that it names otherwise than the files of the benchmark's authors.
 RENAMED = {"Xnhyacinth/LongBench": {"input": "question"}}
 #: Folder of lm-eval's tasks -> packages that its metrics import, and our extra that installs them.
 PACKAGES = {"longbench": (("jieba", "fuzzywuzzy", "rouge"), "macdrop[longbench]")}
 
 
-def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
-    """Check one zero-shot entry: the task must be known, or the rows in our own format, with all their columns."""
+def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> Path | None:
+    """Check one zero-shot entry: the task must be known, or the rows in our own format, with all their columns.
+
+    Returns:
+        lm-eval's definition of the task that reads local rows; None for rows of our own, and for data of the Hub.
+    """
     task = entry.task or name
     if not entry.data:
         file = catalogue.find_task(task)
@@ -32,12 +38,16 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
                 f"eval.zero_shot.{name}: split is for single tasks, and {task!r} is a group; list its tasks."
             )
         _check_packages(name, file)
-        return
+        if file is not None and (known := _metrics_of(catalogue.read_definition(file))):
+            check_metric(name, entry.metric, known)
+        return None
     table = read_rows(entry.data)
     file = task_file(task, entry, table)
     _check_packages(name, file)
     if file is None:
         check_choices(task, table)
+        delimiter_of(name, entry, table)
+        check_metric(name, entry.metric, CHOICE_METRICS)
         shots = spec.inherited(entry, "num_fewshot") or 0
     else:
         definition = catalogue.read_definition(file)
@@ -62,6 +72,20 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
         else:
             examples = as_on_the_hub(examples, definition)
             examples.require(catalogue.needed_columns(file), f"lm-eval's task {task!r}")
+    return file
+
+
+def check_metric(name: str, metric: str | None, known: Sequence[str]) -> None:
+    """Refuse a metric that tables are asked to show and the task does not have.
+
+    Raises:
+        ConfigError: with the metrics there are.
+    """
+    if metric is not None and metric not in known:
+        raise ConfigError(
+            f"eval.zero_shot.{name}.metric is {metric!r}, which this task does not compute.{nearest(metric, known)} "
+            f"Allowed: {', '.join(known)}."
+        )
 
 
 def as_on_the_hub(table: Table, definition: Mapping[str, Any]) -> Table:
@@ -69,6 +93,12 @@ def as_on_the_hub(table: Table, definition: Mapping[str, Any]) -> Table:
     names = RENAMED.get(definition.get("dataset_path") or "", {})
     rows = [{names.get(key, key) if names.get(key) not in row else key: row[key] for key in row} for row in table.rows]
     return Table(rows, table.places)
+
+
+def _metrics_of(definition: Mapping[str, Any]) -> list[str]:
+    """Return the metrics that a task's definition names; none where its code names them, or lm-eval's defaults hold."""
+    listed = [each.get("metric") for each in definition.get("metric_list") or []]
+    return listed if all(type(metric) is str for metric in listed) else []
 
 
 def _check_packages(name: str, file: Path | None) -> None:
@@ -123,6 +153,25 @@ def check_choices(name: str, table: Table) -> None:
             raise _bad(place, "choices", "a list of at least two texts", choices)
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
             raise _bad(place, "label", f"the index of the right choice, 0 to {len(choices) - 1}", label)
+
+
+def delimiter_of(name: str, entry: ZeroShot, table: Table) -> str:
+    """Return the text between context and choice of rows in our own format: a space, or nothing where they have one.
+
+    Raises:
+        ConfigError: some of the rows have white space there and some have none.
+    """
+    if entry.target_delimiter is not None:
+        return entry.target_delimiter
+    spaced = [{row["context"][-1:].isspace() or choice[0].isspace() for choice in row["choices"]} for row in table.rows]
+    odd = next((place for place, found in zip(table.places, spaced, strict=True) if found != spaced[0]), None)
+    if odd is not None or len(spaced[0]) > 1:
+        raise ConfigError(
+            f"eval.zero_shot.{name}: context and choice meet in white space in some places and without it in others "
+            f"(compare {odd or 'the choices'} with {table.places[0]}).\nSet eval.zero_shot.{name}.target_delimiter to "
+            "what stands between all of them: ' ', or '' for nothing."
+        )
+    return "" if True in spaced[0] else " "
 
 
 def _bad(place: str, column: str, wanted: str, value: object) -> DataError:

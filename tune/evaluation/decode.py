@@ -1,10 +1,14 @@
-"""Greedy decoding of many prompts in left-padded batches of similar length, each row as if it were alone."""
+"""Greedy decoding of many prompts in left-padded batches of similar length, each row as if it were alone.
+
+Models that carry a state from token to token take padding for tokens; their batches hold prompts of one length.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +45,27 @@ def fit_middle(ids: Sequence[int], room: int) -> list[int]:
     """Cut a prompt to `room` tokens (2 or more) in the middle, as LongBench does: the first and the last half stay."""
     half = room // 2
     return list(ids) if len(ids) <= room else [*ids[:half], *ids[-half:]]
+
+
+def one_length_a_batch(model: PreTrainedModel | PeftModel) -> bool:
+    """Return whether padding on the left would change what a model generates.
+
+    Recurrent and hybrid models (Mamba, RecurrentGemma, Falcon-H1) carry a state from token to token, and not all of
+    them keep padding out of it. transformers marks their classes as stateful.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(getattr(base, "_is_stateful", False))
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int, one_length: bool) -> Iterator[list[int]]:
+    """Yield the numbers of at most `batch_size` prompts at a time, the longest first: what does not fit fails at once.
+
+    one_length: only prompts of the same length share a batch, so that none is padded.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    for _, same in groupby(order, key=lambda i: len(prompts[i]) if one_length else 0):
+        rows = list(same)
+        yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
@@ -92,16 +117,13 @@ def greedy(
     import torch
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    # longest first: what does not fit fails at once
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     answers: dict[int, Answer] = {}
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=ends or None
     )
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in _batches(prompts, batch_size, one_length_a_batch(model)):
         width = max(len(prompts[i]) for i in rows)
         ids = torch.full((len(rows), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tune.config.eval_spec import NO_ATTACK
+from tune.config.eval_entries import MEAN, NO_ATTACK
 from tune.config.objectives import AVERAGED
 from tune.config.parse import SECTIONS
 
@@ -42,7 +42,7 @@ class Column:
     @property
     def is_mean(self) -> bool:
         """Return whether this is a mean over tasks; see `mean_columns`."""
-        return self.task.startswith("mean ")
+        return self.task.startswith(f"{MEAN} ")
 
     @property
     def name(self) -> str:
@@ -115,7 +115,7 @@ def mean_columns(columns: Iterable[Column]) -> dict[Column, list[Column]]:
     for (benchmark, kind, attack, attack_on, split), members in groups.items():
         if len(members) > 1:
             several = kind == "LongBench" or sum(other[0] == benchmark for other in kinds) > 1
-            title = f"mean {kind} of {len(members)}" if several else f"mean of {len(members)}"
+            title = f"{MEAN} {kind} of {len(members)}" if several else f"{MEAN} of {len(members)}"
             metric = members[0].metric if kind == "LongBench" else kind
             mean = Column(benchmark, title, metric, attack, attack_on, members[0].higher_is_better, split)
             means[mean] = members

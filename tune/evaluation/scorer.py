@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+#: The word of a row's settings that counts prompts which did not fit, as benchmarks write it.
+_CUT = re.compile(r"\b(prompts_cut_left|shortened)=(\d+)")
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length", "max_seq_len")
 
 
@@ -79,6 +82,8 @@ class Scorer:
                 f"eval.max_length {spec.max_length} is more than the {positions} positions of this model."
             )
         self.max_length = spec.max_length or positions
+        #: Notes for the user on what `prepare` and `score` met in the data, each once.
+        self.notes: list[str] = []
         for job in jobs(spec):
             self._check_attack(job)
         self._benchmarks: dict[str, Benchmark] = {}
@@ -100,9 +105,10 @@ class Scorer:
 
     def prepare(self) -> None:
         """Load the tasks and data of all jobs, so that an error in any of them shows before the first score."""
-        with quiet_while_scoring():
-            for job in self.jobs():
+        for job in self.jobs():
+            with quiet_while_scoring() as heard:
                 self._data(job)
+            self._note(job, heard)
 
     def score(
         self,
@@ -140,7 +146,7 @@ class Scorer:
         batch_size = self.spec.inherited(entry, "batch_size") or self.spec.batch_size
         limit = limit or self.spec.inherited(entry, "limit")
         with (
-            quiet_while_scoring(),
+            quiet_while_scoring() as heard,
             masks_off(model, drop),
             self._under(job, model),
             self._sharing(job, model, prefix) as logits,
@@ -154,7 +160,18 @@ class Scorer:
             atomic_write_text(answers_path, "".join(line + "\n" for line in lines), within)
         scored = [self._row(job, row, batch_size, limit) for row in rows]
         assert any(row["task"] == job.task for row in scored), "every job has a row of its own name"
+        self._note(job, heard, next(row for row in scored if row["task"] == job.task))
         return scored
+
+    def _note(self, job: EvalJob, heard: Mapping[str, int], row: Row | None = None) -> None:
+        """Note what lm-eval warned of, and how many prompts were cut for a score."""
+        name = f"{job.benchmark}/{job.task}"
+        found = [f"{name}: lm-eval warns {count} time(s): {said:.300}" for said, count in heard.items()]
+        if row is not None and (cut := _CUT.search(row["settings"])) and int(cut[2]):
+            share = f"{cut[2]} of {row['n']} prompts ({int(cut[2]) / row['n']:.0%})"
+            where = "in the middle" if cut[1] == "shortened" else "on the left"
+            found.append(f"{name}: {share} are too long for max_length {row['max_length']} and were cut {where}")
+        self.notes += [note for note in dict.fromkeys(found) if note not in self.notes]
 
     def items(self, job: EvalJob, limit: int | None = None) -> int:
         """Return the number of documents, windows or questions that `score` goes through."""

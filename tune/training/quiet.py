@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 
 #: Loggers of what a scorer uses.
@@ -21,6 +22,8 @@ _SCORING = (
     "sacrebleu",
     "evaluate",
 )
+#: Parts of lm-eval's warnings that say nothing about the data: how it was called, and defaults of its own tasks.
+_HARMLESS = ("`pretrained` model kwarg", "already-initialized model", "Custom kwargs can be passed", "[Task: ")
 
 
 def quiet_libraries() -> None:
@@ -53,19 +56,50 @@ def no_output() -> Iterator[None]:
         yield
 
 
+class _Collector(logging.Handler):
+    """Counts warnings in place of printing them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.heard: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage().strip().partition("\n")[0]
+        if not any(part in said for part in _HARMLESS):
+            self.heard[said] += 1
+
+    @contextlib.contextmanager
+    def listening(self, name: str) -> Iterator[None]:
+        """Take over what a logger says inside the block."""
+        logger = logging.getLogger(name)
+        before = logger.handlers, logger.propagate, logger.level
+        logger.handlers, logger.propagate = [self], False
+        logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            logger.handlers, logger.propagate = before[:2]
+            logger.setLevel(before[2])
+
+
 @contextlib.contextmanager
-def quiet_while_scoring() -> Iterator[None]:
-    """Hold back log lines, warnings and progress bars of lm-eval, datasets and transformers inside the block."""
+def quiet_while_scoring() -> Iterator[Counter[str]]:
+    """Hold back log lines, warnings and progress bars of lm-eval, datasets and transformers inside the block.
+
+    Yields:
+        first lines of what lm-eval warns of, with the number of times: they may tell of wrong data.
+    """
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     levels = {name: logging.getLogger(name).level for name in _SCORING}
     bars = not are_progress_bars_disabled()
+    collector = _Collector()
     try:
         _errors_only(*_SCORING)
         disable_progress_bars()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), collector.listening("lm_eval"):
             warnings.simplefilter("ignore")
-            yield
+            yield collector.heard
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from macdrop.errors import ConfigError
-from tune.cli.console import console, line
+from tune.cli.console import console, line, warn
 from tune.cli.options import Adapter, Bf16, Model, Revision, Trust, split_config
 from tune.cli.source import Source, check_adapter
 from tune.errors import BenchmarkError
@@ -94,6 +94,8 @@ def _score(
     attacks = any(job.attack != NO_ATTACK for job in wanted)
     weights = massive_weights(source.spec(), model, tokenizer) if attacks else None
     scorer, prefix = Scorer(model, tokenizer, block, weights), PrefixCache()
+    with console.status("Reading the benchmarks"):
+        scorer.prepare()
     tag = {"model": source.model, "adapter": str(adapter) if adapter else None}
     scores: list[dict[str, Any]] = []
     with AdapterSlot(model).adapter(adapter) as scored:
@@ -104,4 +106,6 @@ def _score(
             if output is not None:
                 append_jsonl(output / SCORES_FILE, [{**tag, **row} for row in rows])
             scores += map(dict, rows)
+    for note in scorer.notes:
+        warn(note)
     return scores

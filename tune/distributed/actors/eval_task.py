@@ -48,3 +48,4 @@ class Result:
     error: str | None = None
     seconds: float = 0.0
     calls_saved: int = 0  # layer calls saved by sharing with other attacks
+    notes: list[str] = field(default_factory=list)  # of the scorer, on the data of its benchmarks

@@ -20,7 +20,7 @@ from tune.distributed.actors.actor_pool import ActorPool, Done, PoolActor
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.evaluation.adapters import AdapterSlot
 from tune.evaluation.prefix_cache import PrefixCache
-from tune.evaluation.scorer import Row, Scorer
+from tune.evaluation.scorer import Scorer
 from tune.scheduling.queue import MAX_ATTEMPTS
 from tune.storage.atomic import atomic_write_json
 from tune.training.loading import open_base
@@ -88,8 +88,8 @@ class Evaluator(PoolActor):
             self.scorers[split].prepare()
         return opening.weights if weights else None
 
-    def score(self, task: EvalTask) -> tuple[list[Row], float, int]:
-        """Return the rows of one benchmark, the seconds it took, and the layer calls that sharing saved."""
+    def score(self, task: EvalTask) -> Result:
+        """Return the result of one benchmark: its rows, and what scoring them took."""
         assert self.slot is not None, "an actor is opened before it scores"
         started = time.monotonic()
         if task.adapter != self.adapter:
@@ -104,7 +104,8 @@ class Evaluator(PoolActor):
             rows = scorer.score(
                 task.job, model=self.model, answers_path=task.answers, prefix=self.prefix, within=task.within
             )
-        return rows, time.monotonic() - started, self.prefix.calls_saved - saved
+        seconds, shared = time.monotonic() - started, self.prefix.calls_saved - saved
+        return Result(task, rows, seconds=seconds, calls_saved=shared, notes=list(scorer.notes))
 
 
 class EvaluatorPool:
@@ -203,5 +204,4 @@ class EvaluatorPool:
             # After an error the state of the actor's adapter is unknown.
             self._last.pop(done.actor, None)
             return Result(task, error=str(done.error))
-        rows, seconds, saved = done.value
-        return Result(task, rows, seconds=seconds, calls_saved=saved)
+        return replace(done.value, task=task)

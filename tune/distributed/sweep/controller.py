@@ -66,6 +66,7 @@ class SweepController:
         self._waits = False
         self._opening: float | None = None
         self._failed: set[str] = set()
+        self._noted: set[tuple[str, str]] = set()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="controller", daemon=True)
         self._thread.start()
@@ -307,6 +308,9 @@ class SweepController:
             job = result.task.job
             extra = {"entry": job.task, "split": job.split, "seconds": round(result.seconds, 3)}
             self._run_folder.add_scores([{**tag, **row, **extra} for row in result.rows])
+            for note in (note for note in result.notes if (tag["model"], note) not in self._noted):
+                self._noted.add((tag["model"], note))
+                self._progress.note(f"{tag['model']}: {note}")
         self._progress.scored(name, result)
         self._pending[name]["left"] -= 1
         if not self._pending[name]["left"]:

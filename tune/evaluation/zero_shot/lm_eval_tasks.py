@@ -1,4 +1,4 @@
-"""Benchmarks of the section `zero_shot`: lm-eval's tasks, and multiple-choice rows of our own.
+"""The kind of benchmark behind the section `zero_shot`: scored by lm-eval itself.
 
 lm-eval takes seconds to import, so the modules around its classes are loaded when the first task is.
 """
@@ -9,12 +9,14 @@ import copy
 import importlib
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tune.config.eval_entries import ZeroShot
 from tune.config.eval_spec import EvalSpec
 from tune.evaluation.check import check_zero_shot
 from tune.evaluation.item_values import RATIOS, Values, part_of, same_score
+from tune.training.quiet import quiet_while_scoring
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,21 +25,28 @@ if TYPE_CHECKING:
     from tune.evaluation.prefix_cache import Logits
 
 
+def _late(module: str) -> ModuleType:
+    """Return a module of this package that loads lm-eval."""
+    return importlib.import_module(f"tune.evaluation.zero_shot.{module}")
+
+
 class ZeroShotBenchmark:
     """Scores entries of `zero_shot` by lm-eval itself."""
 
     def __init__(self, spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._spec, self._tokenizer, self._max_length = spec, tokenizer, max_length
-        self._scoring = importlib.import_module("tune.evaluation.zero_shot")
-        self._tasks = self._scoring.Tasks()
+        self._tasks = _late("task_loader").Tasks()
         self._harness: Any = None
 
     @staticmethod
     def check(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
-        check_zero_shot(name, entry, spec)
+        """Check local rows also as lm-eval reads them, which takes lm-eval itself: its tasks have code of their own."""
+        if check_zero_shot(name, entry, spec):
+            with quiet_while_scoring():
+                _late("task_loader").Tasks().load(name, entry, spec)
 
     def load(self, name: str, entry: ZeroShot) -> Any:
-        return self._tasks.load(name, entry, self._spec, self._max_length)
+        return self._tasks.load(name, entry, self._spec, self._max_length, self._tokenizer)
 
     def count(self, data: Any, limit: int | None) -> int:
         sizes = [len(task.eval_docs) for task in data.loaded["tasks"].values()]
@@ -48,9 +57,10 @@ class ZeroShotBenchmark:
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if self._harness is None:
             tokenizer = copy.deepcopy(self._tokenizer)  # lm-eval sets its pad token and side
-            self._harness = self._scoring.Harness(model, tokenizer, self._max_length)
-        self._harness.use(model, batch_size, self._spec.zero_shot[data.name], logits)
-        return self._scoring.score(data, self._harness, limit)
+            self._harness = _late("harness").Harness(model, tokenizer, self._max_length)
+        entry = self._spec.zero_shot[data.name]
+        self._harness.use(model, batch_size, entry, logits)
+        return _late("task_scoring").score(data, self._harness, limit, entry.metric)
 
     @staticmethod
     def items(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Values | None:

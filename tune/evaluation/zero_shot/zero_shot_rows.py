@@ -26,8 +26,12 @@ class ResidentTask:
     split: str | None = None
 
 
-def rows_of(task: ResidentTask, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows_of(
+    task: ResidentTask, result: Mapping[str, Any], cut: Mapping[str, int], middle: bool
+) -> list[dict[str, Any]]:
     """Make one row per task and metric, with lm-eval's analytic standard errors.
+
+    cut: documents per task of which a prompt was cut; middle: in the middle, not on the left.
 
     A single task, or the group that was asked for, has the name of the entry; members of a group are `entry/member`.
     Where lm-eval has no overall score (tags, groups without aggregation), the plain mean over members is added.
@@ -58,9 +62,18 @@ def rows_of(task: ResidentTask, result: Mapping[str, Any]) -> list[dict[str, Any
                     "higher_is_better": (result["higher_is_better"].get(name) or {}).get(metric),
                     "num_fewshot": result["n-shot"].get(name),
                     "settings": f"lm_eval={lm_eval.__version__} data={data}",
+                    "cut": sum(cut.get(leaf, 0) for leaf in _leaves(name, members)),
                 }
             )
-    return rows if any(row["task"] == task.name for row in rows) else _means(task.name, rows) + rows
+    if not any(row["task"] == task.name for row in rows):
+        rows = _means(task.name, rows) + rows
+    words = "truncation=middle shortened" if middle else "prompts_cut_left"
+    return [row | {"settings": f"{row['settings']} {words}={row.pop('cut')}"} for row in rows]
+
+
+def _leaves(name: str, members: Mapping[str, list[str]]) -> list[str]:
+    """Return the tasks of a group, through groups within it; a task is its own only one."""
+    return [leaf for member in members[name] for leaf in _leaves(member, members)] if name in members else [name]
 
 
 def _named(task: ResidentTask, name: str) -> str:
@@ -88,6 +101,7 @@ def _means(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "value": math.fsum(row["value"] for row in members) / count,
                 "stderr": math.hypot(*(row["stderr"] for row in members)) / count if known else None,
                 "n": sum(row["n"] for row in members),
+                "cut": sum(row["cut"] for row in members),
                 "settings": f"{members[0]['settings']} mean_of={count}",
             }
         )
@@ -105,11 +119,7 @@ def _pooled(
     group: str, key: str, members: Mapping[str, list[str]], stderrs: Mapping[tuple[str, str], tuple[float | None, int]]
 ) -> tuple[float | None, int]:
     """Return the pooled standard error and number of items of a group, as lm-eval computes them from its leaf tasks."""
-    leaves, open_names = [], list(members[group])
-    while open_names:
-        name = open_names.pop()
-        open_names += members.get(name, [])
-        leaves += [stderrs[name, key]] if (name, key) in stderrs else []
+    leaves = [stderrs[leaf, key] for leaf in _leaves(group, members) if (leaf, key) in stderrs]
     n = sum(size for _, size in leaves)
     known = [(stderr, size) for stderr, size in leaves if stderr is not None]
     if not leaves or len(known) < len(leaves):
