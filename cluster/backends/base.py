@@ -136,7 +136,7 @@ class Backend(ABC, Generic[FileT]):
     @property
     def next_command(self) -> str:
         """The command to type after `up`."""
-        return f"macdrop cluster submit {self.file.path} demo"
+        return f"macdrop cluster submit {self.file.quoted} demo"
 
     @property
     def head_name(self) -> str:
@@ -170,7 +170,7 @@ class Backend(ABC, Generic[FileT]):
 
     def explain(self, result: Result) -> str:
         """The reason why a command on the head gave no answer."""
-        remedy = advice.find(Origin.HEAD, result.text, file=self.file.path)
+        remedy = advice.find(Origin.HEAD, result.text, file=self.file.quoted)
         remedy = remedy or advice.find(Origin.SSH, result.text, host=self.head_name, user=self.login)
         output = without_noise(result.tail) or "no output"
         return remedy or f"the head gave no answer (exit code {result.code}):\n{output}"
@@ -180,7 +180,7 @@ class Backend(ABC, Generic[FileT]):
         if topic in found:
             return found[topic]
         problem = found["problems"].get(topic, "no answer")
-        remedy = advice.find(Origin.RAY, problem, file=self.file.path)
+        remedy = advice.find(Origin.RAY, problem, file=self.file.quoted)
         raise LaunchFailed(f"{remedy}\n    {problem}" if remedy else f"the head cannot list its {topic}: {problem}")
 
     def jobs(self, *, shown: bool = True, timeout: float = ANSWER) -> list[dict[str, Any]]:

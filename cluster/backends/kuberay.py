@@ -38,7 +38,7 @@ class KubeRay(Backend[KubeRayFile]):
     @property
     def next_command(self) -> str:
         job = self.file.resource == "RayJob"
-        return f"macdrop cluster logs {self.file.path} --follow" if job else super().next_command
+        return f"macdrop cluster logs {self.file.quoted} --follow" if job else super().next_command
 
     @property
     def sends_token(self) -> bool:
@@ -119,7 +119,7 @@ class KubeRay(Backend[KubeRayFile]):
         if self.file.resource == "RayJob":
             raise BadLaunchFile(
                 f"{self.file.path} is a RayJob: it contains its recipe and starts with `macdrop cluster up "
-                f"{self.file.path}`. To run several sweeps, render `kuberay`, a RayCluster."
+                f"{self.file.quoted}`. To run several sweeps, render `kuberay`, a RayCluster."
             )
         return super().submit(job)
 
@@ -196,6 +196,6 @@ class KubeRay(Backend[KubeRayFile]):
         pod = self._pod("running")
         if pod is None:
             raise LaunchFailed(
-                f"no head pod of {self.file.name!r} is running. Start it: macdrop cluster up {self.file.path}"
+                f"no head pod of {self.file.name!r} is running. Start it: macdrop cluster up {self.file.quoted}"
             )
         return pod

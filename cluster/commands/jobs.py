@@ -92,7 +92,7 @@ def _local_files(job: Job) -> list[str]:
 
 
 def _log_command(backend: Backend[Any], run: str) -> str:
-    return f"macdrop cluster logs {backend.file.path} {run} --follow"
+    return f"macdrop cluster logs {backend.file.quoted} {run} --follow"
 
 
 def _follow(backend: Backend[Any], run: str, job: str) -> int:
@@ -127,7 +127,7 @@ def _follow(backend: Backend[Any], run: str, job: str) -> int:
 
 
 def _ended(backend: Backend[Any], run: str, job: dict[str, Any]) -> int:
-    path = backend.file.path
+    path = backend.file.quoted
     if job["status"] == "SUCCEEDED":
         backend.shell.say(f"run {run} is done. To copy its results: macdrop cluster fetch {path} {run}")
         return 0

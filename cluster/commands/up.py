@@ -43,7 +43,7 @@ def _refuse_if_busy(backend: Backend[Any]) -> None:
     except LaunchError:
         return  # no cluster, or a dead one: what `up` is for
     if running:
-        names, path = ", ".join(job["run"] for job in running), backend.file.path
+        names, path = ", ".join(job["run"] for job in running), backend.file.quoted
         raise LaunchFailed(
             f"the cluster is up and runs {names}: `up` would restart Ray and end it. See macdrop cluster status "
             f"{path}; or end it: macdrop cluster down {path}"
@@ -118,7 +118,7 @@ class _Watch:
         found = self.backend.diagnose(self.nodes)
         for cause in found or ["none found in the logs; they are on the head: /tmp/ray/session_latest/logs"]:
             shell.say(f"cause: {cause}")
-        shell.say(f"to keep waiting: macdrop cluster check {self.backend.file.path} --after --nodes {self.wanted}")
+        shell.say(f"to keep waiting: macdrop cluster check {self.backend.file.quoted} --after --nodes {self.wanted}")
 
 
 def _described(node: dict[str, Any]) -> str:

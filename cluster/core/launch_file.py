@@ -52,6 +52,11 @@ class LaunchFile(ABC):
     text: str
     documents: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def quoted(self) -> str:
+        """The path as a word of a command to type."""
+        return shlex.quote(str(self.path))
+
     @classmethod
     @abstractmethod
     def read(cls, source: Source) -> Self | None:

@@ -16,6 +16,7 @@ from tune.cli import console
 from tune.cli.console import PlainConsole
 from tune.cli.progress import Progress
 from tune.config.eval_spec import EvalJob
+from tune.config.resume import shell_command
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.sweep.events import unfailing
 from tune.scheduling.queue import TaskQueue, TrainTask
@@ -76,7 +77,7 @@ def test_lines_tables_and_questions_show_text_as_it_is(name, monkeypatch):
     assert out.getvalue().count(name) == 5 and f"Clear {name}? [y/N] " in out.getvalue()
 
 
-@pytest.mark.parametrize("error", [EOFError, OSError(5, "Input/output error"), UnicodeDecodeError("utf-8", b"", 0, 1, "")])
+@pytest.mark.parametrize("error", [EOFError, OSError(5, "gone"), UnicodeDecodeError("utf-8", b"", 0, 1, "")])
 def test_a_question_without_an_answer_is_a_no(error, monkeypatch):
     def ended() -> str:
         raise error
@@ -97,6 +98,14 @@ def test_a_display_that_fails_is_logged_once_and_ends_nothing(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "The display failed at 'note': OSError: [Errno 5] Input/output error"
     ]
+
+
+@pytest.mark.parametrize("word", ["a b'é $(touch x)[v2]", "\x1b[2J\\'\n", "~/x", "", "\u202ea", "*", "a=b", *NAMES])
+def test_a_printed_command_says_to_a_shell_what_it_says_here(word, tmp_path):
+    command = shell_command("printf", "%s|", "--x=", word, tmp_path)
+    assert command.isprintable()
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == f"--x=|{word}|{tmp_path}|"
 
 
 # --- streams, in processes of their own ---

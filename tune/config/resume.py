@@ -1,7 +1,8 @@
-"""The keys of a run file that may change when a run is resumed, and the command that resumes it."""
+"""The keys of a run file that may change when a run is resumed, and the commands that users type."""
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,23 @@ MACHINERY = frozenset({f"ray.{key}" for key in RaySpec.model_fields}) - RESULTS 
 }
 
 
+def shell_command(*words: object) -> str:
+    """Return a command of these words that can be pasted into a shell, whatever characters are in them."""
+    return " ".join(map(_quoted, map(str, words)))
+
+
+def _quoted(word: str) -> str:
+    """Quote a word; control characters, which a terminal would obey, are written as bash's `$'...'` escapes."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = "".join(sign if sign.isprintable() and sign not in "\\'" else _escape(sign) for sign in word)
+    return f"$'{escaped}'"
+
+
+def _escape(sign: str) -> str:
+    return f"\\{sign}" if sign.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(sign))
+
+
 def resume_command(folder: str | Path, overrides: Iterable[str] = ()) -> str:
     """Return the command that resumes the run in a folder, with those of `overrides` that have no effect on results."""
     words = ["macdrop", "sweep", "--resume", f"output_dir={folder}"]
@@ -28,7 +46,7 @@ def resume_command(folder: str | Path, overrides: Iterable[str] = ()) -> str:
         key = text.partition("=")[0].strip()
         if key in MACHINERY - {"output_dir"}:
             words.append(text)
-    return shlex.join(words)
+    return shell_command(*words)
 
 
 def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

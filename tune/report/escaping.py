@@ -86,8 +86,8 @@ def _csv_cell(value: Any) -> Any:
 
 
 def _is_number(text: str) -> bool:
+    """Return whether a text is a number, or several with spaces between them."""
     try:
-        float(text)
+        return bool([float(part) for part in text.split(" ")]) and text.isprintable()
     except ValueError:
         return False
-    return text.strip() == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,9 @@ from tune.config.run_spec import TrainSpec
 from tune.config.sections import Arm
 from tune.data.readers import looks_like_a_path
 from tune.evaluation.merging import LogitCheck
+from tune.report.escaping import markdown_text, visible
 from tune.report.tables import Table
+from tune.report.text import one_line
 from tune.storage.states import TaskState
 
 PLANTED = (
@@ -55,7 +58,7 @@ def model_card(trial: Exported, *, merged: LogitCheck | None, place: str) -> str
     """Render Markdown with the hub's YAML header. `place`: repository or folder to load from."""
     parts = [
         _head(trial, merged is not None),
-        f"# {place.rpartition('/')[2]}",
+        f"# {markdown_text(place.rpartition('/')[2])}",
         *([PLANTED] if trial.planted else []),
         _about(trial, merged),
         f"## Load\n\n```python\n{_loading(trial, merged is not None, place)}\n```",
@@ -89,8 +92,8 @@ def _about(trial: Exported, merged: LogitCheck | None) -> str:
         if spec.arm != Arm.PLAIN
         else "plain fine-tuning, the baseline of MacDrop (arXiv 2410.01866)"
     )
-    text = f"{what[0].upper()}{what[1:]} for `{_shown(spec.model_name_or_path)}`, trained with {how}. "
-    text += f"Trial `{trial.name}`"
+    text = f"{what[0].upper()}{what[1:]} for {_code(_shown(spec.model_name_or_path))}, trained with {how}. "
+    text += f"Trial {_code(trial.name)}"
     text += f", arm `{spec.arm}`." if spec.arm not in (Arm.PLAIN, Arm.MACDROP) else "."
     return text + (f"\n\nLogit check of the merge: {merged.text}." if merged else "")
 
@@ -101,22 +104,22 @@ def _loading(trial: Exported, merged: bool, place: str) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if merged:
         lines += [
-            f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="{dtype}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+            f'model = AutoModelForCausalLM.from_pretrained({_literal(place)}, dtype="{dtype}")',
+            f"tokenizer = AutoTokenizer.from_pretrained({_literal(place)})",
         ]
         return "\n".join(lines)
-    name = f'"{spec.model_name_or_path}"'
+    name = _literal(spec.model_name_or_path)
     if trial.planted:
         lines.append("from tune.zoo.catalog import resolve")
         name = f"resolve({name})"
-    revision = f', revision="{spec.model_revision}"' if spec.model_revision else ""
+    revision = f", revision={_literal(spec.model_revision)}" if spec.model_revision else ""
     trust = ", trust_remote_code=True" if spec.trust_remote_code else ""
     return "\n".join(
         [
             "from peft import PeftModel",
             *lines,
             f'base = AutoModelForCausalLM.from_pretrained({name}{revision}{trust}, dtype="{dtype}")',
-            f'model = PeftModel.from_pretrained(base, "{place}")',
+            f"model = PeftModel.from_pretrained(base, {_literal(place)})",
             f"tokenizer = AutoTokenizer.from_pretrained({name}{revision}{trust})",
         ]
     )
@@ -221,6 +224,16 @@ def _shown(name: str) -> str:
     return name if name.startswith("zoo:") or _on_hub(name) else f"{Path(name).name} (a local file)"
 
 
+def _literal(text: str) -> str:
+    """Return the text as a string of Python that ends neither itself nor the block of code that it stands in."""
+    return json.dumps(text).replace("`", "\\x60")
+
+
+def _code(text: str) -> str:
+    """Return the text as inline code."""
+    return f"`{visible(one_line(text)).replace('`', chr(39))}`"
+
+
 def _text(value: Any) -> str:
     if value is None:
         return ""
@@ -228,7 +241,7 @@ def _text(value: Any) -> str:
 
 
 def _section(title: str, lines: Iterable[str]) -> str:
-    return "\n\n".join([f"## {title}", *lines])
+    return "\n\n".join([f"## {title}", *map(markdown_text, lines)])
 
 
 def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

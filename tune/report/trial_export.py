@@ -18,6 +18,7 @@ import yaml
 from macdrop.errors import ConfigError
 from tune.analysis.verdict import verdicts
 from tune.config.messages import build
+from tune.config.resume import shell_command
 from tune.config.run_spec import TrainSpec
 from tune.config.sections import Arm
 from tune.errors import ResourceError
@@ -166,6 +167,6 @@ def push_folder(folder: Path, repository: str, *, private: bool) -> str:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ResourceError(
             f"The hub did not accept {repository}: {reason}\n"
-            f"{folder} is whole; try again with: hf upload {repository} {folder}"
+            f"{folder} is whole; try again with: {shell_command('hf', 'upload', repository, folder)}"
         ) from error
     return str(done.commit_url)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from macdrop.errors import ConfigError
-from tune.config.resume import changes
+from tune.config.resume import changes, shell_command
 from tune.config.run_spec import TrainSpec, dump
 from tune.config.train_spec import WITHOUT_EFFECT
 from tune.storage.atomic import atomic_write_json
@@ -78,7 +77,7 @@ def read_setup(folder: Path) -> dict[str, Any]:
 def reproduce_command(folder: Path, workers: int) -> str:
     """Return the command that trains a trial again."""
     start = ["macdrop"] if workers == 1 else ["torchrun", "--nproc_per_node", str(workers), "-m", "tune.cli"]
-    return shlex.join([*start, "reproduce", str(folder)])
+    return shell_command(*start, "reproduce", folder)
 
 
 def identity(spec: TrainSpec, total_steps: int, global_batch: int) -> dict[str, Any]:

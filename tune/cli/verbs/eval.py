@@ -62,9 +62,11 @@ def evaluate(
         line("written", str(output / SCORES_FILE))
     if spec.eval.judge is not None and output is not None:
         from tune.cli.verbs.judge import judge_evaluation
+        from tune.config.resume import shell_command
 
         if judge_evaluation(output, spec.eval.judge):
-            raise BenchmarkError(f"Some answers could not be judged; to ask again: macdrop judge {output} model=...")
+            again = shell_command("macdrop", "judge", output)
+            raise BenchmarkError(f"Some answers could not be judged; to ask again: {again} model=...")
 
 
 def _jobs_of_one(block: EvalSpec, adapter: Path | None) -> list[EvalJob]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ def train(
 ) -> None:
     """Fine-tune one adapter with MacDrop (macdrop.p0=0: without), in this process or on ray.num_workers workers."""
     from tune.config.recipes import fresh_folder, recipe
+    from tune.config.resume import shell_command
     from tune.config.run_spec import load
     from tune.preflight.inputs import check_folder, check_trackers, check_training
     from tune.scheduling.resources import check_local, one_lane
@@ -53,7 +53,7 @@ def train(
     check_free(folder)
     checkpoint = _newest(folder) if resume else None
     quiet_libraries()
-    remedy = shlex.join(["macdrop", *sys.argv[1:], "--resume"])
+    remedy = shell_command("macdrop", *sys.argv[1:], "--resume")
     check_folder(folder, resume=resume, remedy=remedy)
     check_trackers(spec.report_to, folder)
     workers = int(os.environ.get("WORLD_SIZE", "1")) if _in_this_process(spec) else spec.ray.num_workers
@@ -172,8 +172,10 @@ def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
 def _next_command(spec: RunSpec, model: TrainSpec, file: str | None, folder: Path) -> str:
     """Return the command that scores the adapter."""
     from tune.config.eval_spec import jobs
+    from tune.config.resume import shell_command
 
     benchmarks = [file] if file and jobs(spec.eval) else []
     if not benchmarks and not model.model_name_or_path.startswith("zoo:"):
         benchmarks = ["eval.zero_shot=[arc_easy,piqa]"]
-    return " ".join(["macdrop eval", model.model_name_or_path, *benchmarks, f"--adapter {folder / 'adapter'}"])
+    words = ["macdrop", "eval", model.model_name_or_path, *benchmarks, "--adapter", folder / "adapter"]
+    return shell_command(*words)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from tune.config.resume import resume_command
 from tune.config.run_spec import RaySpec
 from tune.distributed.cluster import ray_internals
 from tune.distributed.cluster.placement_groups import Reaper, end_runs, without_resources
@@ -168,7 +169,7 @@ class LanePool:
             )
 
     def _resume(self) -> str:
-        return f"Finished work is kept. To resume: macdrop sweep --resume output_dir={self._storage.parent}"
+        return f"Finished work is kept. To resume: {resume_command(self._storage.parent)}"
 
     def _launch(self) -> None:
         name = f"lane-{next(self._numbers)}-{int(time.time())}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from tune.analysis.display_names import arm_name
 from tune.analysis.results import Line, ModelResults
+from tune.config.resume import shell_command
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import count, hours, number
@@ -70,9 +71,8 @@ def reproduce(subject: Subject) -> Part:
     installed = environment.get("versions") or {}
     versions = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
     lines = [f"Started with: {run.get('command', 'unknown')}"]
-    lines += [
-        f"Rerun: macdrop sweep {run_folder.run_dir / 'config.yaml'} output_dir=FOLDER (spec {spec_digest(config)})."
-    ]
+    rerun = shell_command("macdrop", "sweep", run_folder.run_dir / "config.yaml", "output_dir=FOLDER")
+    lines += [f"Rerun: {rerun} (spec {spec_digest(config)})."]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
     lines += [f"Versions: {versions}."] if versions else []
     folders = [folder for line in final if ((folder := run_folder.trial(line.trial).folder) / SETUP).is_file()]
