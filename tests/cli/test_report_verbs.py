@@ -66,9 +66,21 @@ def test_several_runs_are_printed_and_written_where_asked(shell, runs):
     assert "zoo:planted-llama" in ended.out and "org/other" in ended.out
     ended = shell("report", "one", "two", "new", "--output", "both")
     assert ended.code == 0 and {f"both/{name}" for name in FILES} <= set(ended.new)
-    assert all(name.startswith(("both/", "one/figures/", "two/figures/")) for name in ended.new)
+    assert all(name.startswith("both/") for name in ended.new)
+    assert {name.split("/")[2][:3] for name in ended.new if name.startswith("both/figures/")} == {"r1-", "r2-"}
     assert set(pandas.read_csv(runs / "both/report.csv").run) == {"one", "two"}
     assert "MacDrop report: new" in (runs / "both/report.md").read_text()
+
+
+def test_a_run_that_cannot_be_written_is_shown(shell, runs):
+    (runs / "one" / "figures").write_text("not a folder")
+    ended = shell("report", "one")
+    assert ended.code == 0 and "MacDrop against plain" in ended.out and "nothing: Cannot write one/figures" in ended.out
+    assert "goes elsewhere by --output FOLDER" in ended.err
+    ended = shell("report", "one", "--output", "elsewhere")
+    assert ended.code == 0 and all(name.startswith("elsewhere/") for name in ended.new)
+    assert any(name.startswith("elsewhere/figures/") for name in ended.new)
+    assert shell("report", "one", "--output", "one/figures/x").code == 3  # asked for: refused
 
 
 REFUSED = {

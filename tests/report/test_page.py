@@ -272,7 +272,9 @@ def test_two_runs_on_one_page_do_not_share_ids(tmp_path):
     written = write_page(reports, tmp_path / "both" / "report.html")
     reader = Reader(written[0].read_text())
     assert len(set(reader.ids)) == len(reader.ids)
-    assert {path.parent for path in written[1:]} == {tmp_path / "a" / "figures", tmp_path / "b" / "figures"}
+    assert {path.parent for path in written[1:]} == {tmp_path / "both" / "figures"}
+    assert {path.name[:3] for path in written[1:]} == {"r1-", "r2-"}
+    assert not (tmp_path / "a" / "figures").exists()
     assert all((tmp_path / "both" / address).is_file() for address in reader.addresses if address.endswith(".csv"))
 
 

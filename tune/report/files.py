@@ -50,7 +50,7 @@ def text(reports: Sequence[Report], format: str) -> str:
 
 
 def write(reports: Sequence[Report], folder: Path) -> list[Path]:
-    """Write report.md, report.csv, report.tex and report.html (with figures/ in each run); return their paths.
+    """Write report.md, .csv, .tex, .html and figures/ into a folder, and nothing elsewhere; return the reports' paths.
 
     Raises:
         ResourceError: the folder is not writable.

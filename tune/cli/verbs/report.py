@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tune.cli.console import line, report_console
+from tune.cli.console import line, report_console, warn
 from tune.cli.options import Format, Runs
+from tune.errors import ResourceError
+
+if TYPE_CHECKING:
+    from tune.report.report import Report
 
 app = typer.Typer()
 
@@ -26,10 +30,23 @@ def report(
     check_runs(runs)
     check_output(runs, output)
     made = read(runs)
+    written = "nothing: several runs go into files by --output FOLDER"
+    if output:
+        written = ", ".join(map(str, write(made, output)))
+    elif len(made) == 1:
+        written = write_report(made, made[0].run_dir)
     show(made, format, report_console())
-    # Of several runs nothing is written unless asked; the figures' numbers always go to figures/ of their run.
-    folder = output or (made[0].run_dir if len(made) == 1 else None)
-    written = write(made, folder) if folder else []
     if format == "terminal":
-        nothing = "nothing: several runs go into files by --output FOLDER"
-        line("written", ", ".join(map(str, written)) or nothing)
+        line("written", written)
+
+
+def write_report(made: list[Report], folder: Path) -> str:
+    """Write reports into a folder that nobody named; return the paths, or that it cannot be written."""
+    from tune.report.files import write
+
+    try:
+        return ", ".join(map(str, write(made, folder)))
+    except ResourceError as error:  # a run may be read-only; the report can be shown all the same
+        reason = str(error).partition("\n")[0]
+        warn(f"macdrop: {reason} The report goes elsewhere by --output FOLDER.")
+        return f"nothing: {reason}"

@@ -206,11 +206,15 @@ def _run(start: Callable[[Observer, Stop], int], folder: Path, again: str) -> in
 
 
 def _report(folder: Path) -> None:
-    """Print the short report of a run and write the whole one into its folder."""
+    """Write the whole report of a run into its folder, then print the short one."""
+    from tune.cli.verbs.report import write_report
+    from tune.config.resume import shell_command
     from tune.report import files
     from tune.report.report import make_report
 
     made = [make_report(folder)]
+    written = write_report(made, made[0].run_dir)
     files.show(made, "terminal", report_console(), files.BRIEF)
-    line("report", ", ".join(map(str, files.write(made, made[0].run_dir))))
-    line("more", f"macdrop report {folder}   (attacks, search, cost, how to reproduce ...)")
+    line("report", written)
+    more = shell_command("macdrop", "report", folder)
+    line("more", f"{more}   (attacks, search, cost, how to reproduce ...)")

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
+from tune.config.resume import shell_command
 from tune.config.sections import Arm
 from tune.report.escaping import visible
 from tune.report.html.figure import Figure
@@ -105,7 +106,7 @@ class ModelView:
 
 
 def write_page(reports: list[Report], path: str | os.PathLike) -> list[Path]:
-    """Write the page to `path` and the numbers of its figures to figures/ of each run; return all paths, page first.
+    """Write the page to `path` and the numbers of its figures to figures/ beside it; return all paths, page first.
 
     The page of a damaged run says what is missing. The output is deterministic.
 
@@ -119,7 +120,8 @@ def write_page(reports: list[Report], path: str | os.PathLike) -> list[Path]:
             drawn = figures(report.run_folder, model, report.verdicts.get(model.name, []))
             shown = []
             for figure in drawn:
-                file = report.run_dir / "figures" / f"{model.name}-{figure.name}.csv"
+                run = f"r{number}-" if len(reports) > 1 else ""
+                file = path.parent / "figures" / f"{run}{model.name}-{figure.name}.csv"
                 if figure.svg:
                     written.append(atomic_write_text(file, figure.csv()))
                 shown.append(Shown(figure, _apart(figure.svg, number), _address(file, path)))
@@ -151,7 +153,10 @@ def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) 
         intervals=[one for one in shown if one.figure.part == "verdict" and one.svg],
         sections=list(filter(None, (_section(key, parts.get(key), shown, questions, kinds) for key in keys))),
         questions=questions,
-        commands=[f"macdrop sweep {run_dir / 'config.yaml'} output_dir=NEW_FOLDER", f"macdrop report {run_dir}"],
+        commands=[
+            shell_command("macdrop", "sweep", run_dir / "config.yaml", "output_dir=NEW_FOLDER"),
+            shell_command("macdrop", "report", run_dir),
+        ],
     )
 
 
