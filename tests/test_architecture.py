@@ -231,7 +231,7 @@ def test_streams_may_be_closed(name):
 def test_a_command_to_type_is_quoted(name):
     """A value in a printed command has been through `shell_command` or `shlex.quote`."""
     found = re.findall(r"macdrop (?:cluster )?[a-z]+ (?:[^`\"\n]*[ =])?\{[\w.]+\}", text(name))
-    plain = [each for each in found if not re.search(r"\{(?:[\w.]*quoted|path|run|recipe|target)\b", each)]
+    plain = [each for each in found if not re.search(r"\{(?:[\w.]*quoted|path|run|recipe|target|file)\b", each)]
     assert not plain, f"{name}: {plain}"
 
 
