@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from helpers.run_folders import make_run
 from helpers.small import SMALL
 
 from tune.config.run_spec import RunSpec
-from tune.distributed.sweep.runtime import SweepRuntime
+from tune.distributed.sweep.runtime import SweepRuntime, _Finished, _record_end
 from tune.errors import ResourceError
+from tune.storage.states import RunStatus
 
 
 class Recorded(SweepRuntime):
@@ -74,3 +76,16 @@ def test_an_exception_of_the_body_reaches_every_member_and_the_caller(tmp_path):
     with pytest.raises(KeyboardInterrupt), runtime:
         raise KeyboardInterrupt
     assert runtime.closed == [("controller", KeyboardInterrupt), ("status", KeyboardInterrupt)]
+
+
+@pytest.mark.parametrize("work", ["nothing", "a score", "interrupted"])
+def test_a_finished_run_keeps_its_end_if_a_resume_finds_nothing_to_do(work, tmp_path):
+    run_folder = make_run(tmp_path / "run", seeds=(1,), tried=1, items=2, attacks=("none",))
+    run_folder.set_status(RunStatus.DONE, finished="2026-01-01T00:00:00")
+    before = _Finished(run_folder)
+    run_folder.set_status(RunStatus.RUNNING)
+    assert "finished" not in run_folder.run()
+    if work == "a score":
+        run_folder.add_scores([{**run_folder.score_rows()[0], "value": 0.25}])
+    _record_end(run_folder, None, before, KeyboardInterrupt if work == "interrupted" else None, None, None)
+    assert (run_folder.run()["finished"] == "2026-01-01T00:00:00") == (work == "nothing")

@@ -24,6 +24,7 @@ from scipy.stats import norm
 from tune.config.run_spec import TrainSpec, dump, slug
 from tune.config.sections import ARMS, MacDropSpec
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml
+from tune.storage.environment import record_environment
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import RunStatus, TaskState
 
@@ -227,7 +228,7 @@ def make_run(
     models, cells = [model] if isinstance(model, str) else list(model), list(cells or [{}])
     fresh = len([seed for seed in seeds if seed])
     run_folder = RunFolder.create(folder, _config(models, cells, arms, attacks, fresh), command="macdrop sweep demo")
-    run_folder.write_environment()
+    record_environment(run_folder.run_dir, resumed=False)
     maker = _Maker(run_folder, attacks, effect, items, seed_sd, correlation, judge)
     for name in models:
         _findings(run_folder, name)

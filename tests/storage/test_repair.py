@@ -141,8 +141,8 @@ def test_rows_written_together_are_taken_out_together(folder):
     rows = [
         dict(
             model="m",
-            trial="x",
-            arm="plain",
+            trial="base",
+            arm="base",
             seed=0,
             benchmark="zero_shot",
             task="qa",
@@ -155,13 +155,25 @@ def test_rows_written_together_are_taken_out_together(folder):
     ]
     before = len(RunFolder(folder).score_rows())
     RunFolder(folder).add_scores(rows)
-    RunFolder(folder).add_scores([{**rows[0], "trial": "y"}])
+    RunFolder(folder).add_scores([{**rows[0], "task": "other"}])
     scores.write_text(
         scores.read_text().replace('"acc_norm", "attack": "none", "attack_on": null, "value": 0.125', "x")
     )
     (note,) = repair_run(folder)
     assert "scored again" in note
-    assert [row["trial"] for row in RunFolder(folder).score_rows()[before:]] == ["y"]
+    assert [row["task"] for row in RunFolder(folder).score_rows()[before:]] == ["other"]
+
+
+@pytest.mark.parametrize("lost", ["", "trial.json", "adapter/MANIFEST.json"])
+def test_what_is_trained_again_is_scored_again(folder, lost):
+    """A trial whose folder was deleted by hand, too: its scores would stand without the answers behind them."""
+    trial = first(folder, "final", "trial.json").parent
+    before = RunFolder(folder).score_rows()
+    shutil.rmtree(trial / lost) if (trial / lost).is_dir() else (trial / lost).unlink()
+    assert f"{trial.name} is trained again: its scores are made again" in repair_run(folder)
+    after = RunFolder(folder).score_rows()
+    assert after == [row for row in before if row["trial"] != trial.name] and after != before
+    assert repair_run(folder) == []
 
 
 def test_what_is_no_run_is_refused(tmp_path):

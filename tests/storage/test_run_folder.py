@@ -16,8 +16,10 @@ import yaml
 
 from macdrop.errors import ConfigError
 from tune.errors import ResourceError
+from tune.report.report import make_report
 from tune.storage import atomic as files
-from tune.storage.records import SCORE_COLUMNS
+from tune.storage.environment import record_environment
+from tune.storage.records import SCORE_COLUMNS, check_score
 from tune.storage.run_folder import RunFolder
 from tune.storage.states import RunStatus, TaskState
 
@@ -84,8 +86,6 @@ def test_open_refuses_what_is_no_run(tmp_path, run_folder):
     ],
 )
 def test_lenient_reader_drops_invalid_values(run_folder, damage, told):
-    from tune.report.report import make_report
-
     (run_folder.run_dir / "config.yaml").write_text(yaml.safe_dump({"seed": 3, "of_another_version": 1, **damage}))
     assert run_folder.config().keys() == {"seed", "of_another_version", *damage}, "who works on it sees all of it"
     reader = RunFolder.open(run_folder.run_dir, lenient=True)
@@ -97,10 +97,46 @@ def test_lenient_reader_drops_invalid_values(run_folder, damage, told):
 
 
 def test_environment_names_versions_and_hardware(run_folder):
-    found = run_folder.write_environment()
-    assert run_folder.environment() == found
+    assert run_folder.environments() == [] and record_environment(run_folder.run_dir, resumed=False) == []
+    (found,) = run_folder.environments()
     assert found["versions"]["torch"] and found["cpus"] >= 1 and found["memory_gib"] > 0
     assert isinstance(found["gpus"], list)
+
+
+def test_a_resume_in_another_environment_is_told_and_both_are_kept(run_folder, monkeypatch):
+    folder, file = run_folder.run_dir, run_folder.run_dir / "environment.json"
+    record_environment(folder, resumed=False)
+    first = json.loads(file.read_text())
+    assert record_environment(folder, resumed=True) == [] and json.loads(file.read_text()) == first
+    newer = {**first, "versions": {**first["versions"], "transformers": "9.9.9"}}
+    monkeypatch.setattr("tune.storage.environment.environment", lambda: newer)
+    was = first["versions"]["transformers"]
+    assert record_environment(folder, resumed=True) == [f"transformers {was} before, 9.9.9 now"]
+    assert record_environment(folder, resumed=True) == [], "the last one is this one"
+    assert [each["versions"]["transformers"] for each in run_folder.environments()] == [was, "9.9.9"]
+    text = make_report(folder).markdown()
+    assert (
+        f"MIXED ENVIRONMENTS: resumed {run_folder.environments()[1]['at'][:19]} UTC under others: transformers" in text
+    )
+    file.unlink()
+    record_environment(folder, resumed=True)
+    assert "what the run was started under is unknown" in make_report(folder).markdown()
+
+
+def test_records_that_name_another_place_are_damaged(run_folder):
+    """A run folder from elsewhere is data: no name in it leads out of it."""
+    trial = run_folder.trial("t1")
+    trial.start({}, model="m", arm="plain", seed=0)
+    about = json.loads((trial.folder / "trial.json").read_text())
+    for name in ("../../t1", "/t1", "t2", ".."):
+        (trial.folder / "trial.json").write_text(json.dumps({**about, "trial": name}))
+        with pytest.raises(ConfigError, match="trial.json is damaged"):
+            run_folder.trials()
+        reader = RunFolder(run_folder.run_dir, [])
+        assert reader.trials() == [] and "trial.json is damaged" in reader.problems[0]
+    for damage in ({"trial": "../x"}, {"judgements": "/etc/passwd"}, {"judgements": "a/../../b"}):
+        with pytest.raises(ValueError, match=f"{next(iter(damage))} cannot be"):
+            check_score({**score(), **damage})
 
 
 def test_a_model_has_one_folder_by_either_name(run_folder):
@@ -148,8 +184,9 @@ def test_a_failed_trial_keeps_its_reason(run_folder):
     assert run_folder.trials()[0].reason == "loss is nan at step 3"
     with pytest.raises(AssertionError):
         trial.finish(TaskState.RUNNING)
-    with pytest.raises(AssertionError):
-        run_folder.trial("../elsewhere")
+    for name in ("../elsewhere", "..", ".", "", "a/b", "/etc", "a\0b"):
+        with pytest.raises(ConfigError, match="is not the name of a trial"):
+            run_folder.trial(name)
 
 
 # --- scores ---

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tune.analysis.results import ModelResults, collect
 from tune.analysis.verdict import Verdict, verdicts
@@ -21,6 +22,7 @@ from tune.report.sections.findings import no_verdict
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part
 from tune.report.text import count, one_line
+from tune.storage.environment import differences
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import TaskState
 
@@ -158,16 +160,15 @@ def _verdicts(run_folder: RunFolder, model: ModelResults) -> list[Verdict]:
 
 
 def _about(run_folder: RunFolder, models: list[ModelResults]) -> list[str]:
-    run, environment = run_folder.run(), run_folder.environment()
+    run, environments = run_folder.run(), run_folder.environments()
     trials = [line for model in models for line in model.lines if line.arm != BASE]
     ended = f", ended {run['finished'][:19]} UTC" if run.get("finished") else ""
     created = f"started {str(run.get('created', 'at an unknown time'))[:19]} UTC{ended}"
     about = [f"Run {run.get('name')}: {run.get('status', 'status unknown')}, {created}."]
     counts = count(line.status for line in trials) or "none yet"
     about.append(f"{len(models)} model(s), {len(trials)} trial(s): {counts}.")
-    if environment:
-        gpus = ", ".join(environment.get("gpus") or []) or "no GPU"
-        about.append(f"Machine: {environment.get('host')}, {environment.get('cpus')} CPUs, {gpus}.")
+    about += [_machine(each) for each in environments if each]
+    about += _changes(environments)
     about.append("All scores are measured with MacDrop's masks off.")
     begun = {file.parent.name for file in (run_folder.run_dir / "trials").glob("*/trial.json")}
     lost = [folder.name for folder in (run_folder.run_dir / "trials").glob("*/") if folder.name not in begun]
@@ -175,6 +176,21 @@ def _about(run_folder: RunFolder, models: list[ModelResults]) -> list[str]:
     done = [line for line in trials if line.status == TaskState.DONE]
     about += ["MISSING: scores of finished trials."] if done and not run_folder.score_rows() else []
     return about
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    gpus = ", ".join(environment.get("gpus") or []) or "no GPU"
+    since = f" since {str(environment['at'])[:19]} UTC" if environment.get("at") else ""
+    return f"Machine{since}: {environment.get('host')}, {environment.get('cpus')} CPUs, {gpus}."
+
+
+def _changes(environments: list[dict[str, Any]]) -> list[str]:
+    """Sentences on resumes in other environments: trials from before and after may not be comparable."""
+    lines = []
+    for then, now in pairwise(environments):
+        apart = "; ".join(differences(then, now)) if then else "what the run was started under is unknown"
+        lines.append(f"MIXED ENVIRONMENTS: resumed {str(now.get('at'))[:19]} UTC under others: {apart}.")
+    return lines
 
 
 def _named(model: ModelResults, sentence: str) -> str:

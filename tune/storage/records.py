@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from macdrop.errors import ConfigError
 from tune.config.eval_spec import TEST
 from tune.config.run_spec import TrainSpec
 from tune.storage.atomic import read_mapping, report_damage
@@ -44,6 +45,27 @@ SCORE_COLUMNS = (
 )
 
 
+def check_name(name: str) -> str:
+    """Return a name that is that of a folder, and not a path to elsewhere.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not name or name in (".", "..") or Path(name).name != name or "\0" in name:
+        raise ConfigError(f"{name!r} is not the name of a trial")
+    return name
+
+
+def _check_inside(path: str) -> str:
+    if Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
+        raise ValueError(f"{path!r} is not a path inside the run folder")
+    return path
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+Inside = Annotated[str, AfterValidator(_check_inside)]
+
+
 class RunRecord(BaseModel):
     """run.json. `spec` is the copy from which config.yaml is repaired."""
 
@@ -71,7 +93,7 @@ class TrialRecord(BaseModel):
 
     model_config = _STRICT
 
-    trial: str
+    trial: Name
     model: str
     arm: str
     seed: int | None
@@ -135,7 +157,7 @@ class ScoreRow(BaseModel):
     model_config = ConfigDict(strict=True)
 
     model: str
-    trial: str
+    trial: Name
     benchmark: str
     task: str
     metric: str
@@ -145,7 +167,7 @@ class ScoreRow(BaseModel):
     attack: str | None = None
     attack_on: str | None = None
     entry: str | None = None
-    judgements: str | None = None
+    judgements: Inside | None = None
     settings: str | None = None
     stderr: Number | None = None
     n: Number | None = None
@@ -184,6 +206,26 @@ def read_record(
     except ValueError as error:
         report_damage(path, error, problems)
         return None
+
+
+def read_trial(folder: Path, problems: list[str] | None = None) -> TrialRecord | None:
+    """Read a trial's record with its config.yaml.
+
+    Args:
+        problems: where damage is noted, and None returned, instead of raising.
+
+    Raises:
+        ConfigError: a file is damaged, or the record is that of another trial.
+    """
+    record = read_record(folder / "trial.json", TrialRecord, problems)
+    if record is None:
+        return None
+    if record.trial != folder.name:
+        report_damage(folder / "trial.json", ValueError(f"it is the record of trial {record.trial!r}"), problems)
+        return None
+    config = folder / "config.yaml"
+    record.config = (read_mapping(config, problems) if config.exists() else None) or {}
+    return record
 
 
 def check_score(row: dict[str, Any]) -> None:

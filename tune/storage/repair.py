@@ -26,7 +26,7 @@ from tune.storage.atomic import (
     now,
     read_mapping,
 )
-from tune.storage.environment import version
+from tune.storage.environment import ENVIRONMENT_FILE, version
 from tune.storage.records import (
     FINALISTS_FILE,
     SCORES_FILE,
@@ -37,7 +37,7 @@ from tune.storage.records import (
     parse,
     read_record,
 )
-from tune.storage.run_folder import LAYOUT, RunFolder
+from tune.storage.run_folder import BASE, LAYOUT, RunFolder
 from tune.storage.sealed_folder import tidy, verify
 from tune.storage.search_state import search_time
 from tune.storage.states import RunStatus, TaskState
@@ -77,9 +77,10 @@ def repair_run(run_dir: Path) -> list[str]:
         if redone:
             # The search is replayed: what it lacks is trained, and the same is selected.
             (folder / FINALISTS_FILE).unlink(missing_ok=True)
+    notes += _finding(run_dir / ENVIRONMENT_FILE, read_mapping, "versions before this resume are unknown")
     lost = [note for file in sorted(run_dir.glob("*/*/answers/*.jsonl")) for note in _answers(run_dir, file)]
     notes += _lines(run_dir / SCORES_FILE, _score, "what is missing is scored again")
-    return notes + lost
+    return notes + lost + _scores_of_lost_trials(run_dir)
 
 
 # --- the run ---
@@ -215,6 +216,21 @@ def _score(row: dict[str, Any]) -> bool:
 
 def _number(value: Any) -> bool:
     return value is None or type(value) in (int, float)
+
+
+def _scores_of_lost_trials(run_dir: Path) -> list[str]:
+    """Drop scores of adapters that are trained again: their folder is gone, or what was in it could not be kept."""
+    run_folder = RunFolder(run_dir)
+    scored = dict.fromkeys(row["trial"] for row in run_folder.score_rows() if row["trial"] != BASE)
+    lost = [trial for trial in scored if not _was_trained(run_folder.trial(trial).folder)]
+    if lost:
+        _rewrite(run_folder.scores_file, lambda row: row["trial"] not in lost)
+    return [f"{trial} is trained again: its scores are made again" for trial in lost]
+
+
+def _was_trained(folder: Path) -> bool:
+    record = _believed(folder / "trial.json", _record)
+    return record is not None and (record.get("trained") is not None or TaskState(record["status"]).is_final)
 
 
 def _answers(run_dir: Path, file: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
     run.json             name, created, status, command, macdrop version
     config.yaml          the effective spec
-    environment.json     versions, host, CPUs, GPUs
+    environment.json     versions, host, CPUs, GPUs; `resumed`: the same of later environments
     scores.jsonl         one line per score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
     models/<slug>/       massive_weights.json, proof.json, draws.jsonl (of Optuna), search_time.json, finalists.json
     trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, stage, setting, cell, status, reason,
@@ -39,15 +39,17 @@ from tune.storage.atomic import (
     read_mapping,
     stat,
 )
-from tune.storage.environment import environment, version
+from tune.storage.environment import environments, version
 from tune.storage.records import (
     FINALISTS_FILE,
     SCORE_COLUMNS,
     SCORE_KEY,
     SCORES_FILE,
     TrialRecord,
+    check_name,
     check_score,
     read_record,
+    read_trial,
 )
 from tune.storage.run_lock import NAMES
 from tune.storage.states import RunStatus, Stage, TaskState
@@ -125,22 +127,15 @@ class RunFolder:
         content = read_mapping(self.run_dir / "config.yaml", within=self.run_dir)
         return content if self.problems is None else believable(RunSpec, content, "config.yaml", self.problems)
 
-    def environment(self) -> dict[str, Any]:
-        """Return what `write_environment` recorded; empty before."""
-        file = self.run_dir / "environment.json"
-        return (read_mapping(file, self.problems) if file.exists() else None) or {}
+    def environments(self) -> list[dict[str, Any]]:
+        """Return the environments in which the run was started and resumed, oldest first."""
+        return environments(self.run_dir, self.problems)
 
-    def set_status(self, status: RunStatus) -> None:
-        """Set the run's status."""
+    def set_status(self, status: RunStatus, *, finished: str | None = None) -> None:
+        """Set the run's status. `finished`: when it ended, if not now."""
         kept = {key: value for key, value in self.run().items() if key != "finished"}
-        ended = {} if status == RunStatus.RUNNING else {"finished": now()}
+        ended = {} if status == RunStatus.RUNNING else {"finished": finished or now()}
         self._write_run(**{**kept, "status": status, **ended})
-
-    def write_environment(self) -> dict[str, Any]:
-        """Record versions and hardware of this machine in environment.json and return them."""
-        found = environment()
-        atomic_write_json(self.run_dir / "environment.json", found, within=self.run_dir)
-        return found
 
     # --- models ---
 
@@ -168,18 +163,12 @@ class RunFolder:
 
     def trial(self, trial_id: str) -> TrialFolder:
         """Return the folder of a trial; nothing is written before its `start`."""
-        assert trial_id and Path(trial_id).name == trial_id, trial_id
-        return TrialFolder(self.run_dir / "trials" / trial_id, self.problems, within=self.run_dir)
+        return TrialFolder(self.run_dir / "trials" / check_name(trial_id), self.problems, within=self.run_dir)
 
     def trials(self) -> list[TrialRecord]:
         """Return the records of all trials, by start."""
-        records = []
-        for file in (self.run_dir / "trials").glob("*/trial.json"):
-            record = read_record(file, TrialRecord, self.problems)
-            if record is not None:
-                config = file.with_name("config.yaml")
-                record.config = (read_mapping(config, self.problems) if config.exists() else None) or {}
-                records.append(record)
+        files = (self.run_dir / "trials").glob("*/trial.json")
+        records = filter(None, (read_trial(file.parent, self.problems) for file in files))
         return sorted(records, key=lambda record: (record.started or "", record.trial))
 
     def answers_dir(self, model: str, trial: str) -> Path:

@@ -31,6 +31,7 @@ from tune.errors import ResourceError
 from tune.preflight.inputs import Checked, check_inputs
 from tune.scheduling.resources import GpuShares, gpu_shares, resources
 from tune.scheduling.study import Study, studies
+from tune.storage.environment import record_environment
 from tune.storage.repair import check_run, repair_run
 from tune.storage.run_folder import RunFolder
 from tune.storage.run_lock import locked
@@ -173,9 +174,10 @@ class SweepRuntime:
     def _open_folder(self) -> None:
         run_dir = self._run_dir
         self.run_folder = RunFolder.open(run_dir) if self._resume else RunFolder.create(run_dir, dump(self.spec))
-        self.run_folder.write_environment()
+        if apart := record_environment(run_dir, resumed=self._resume):
+            self.progress.note(f"resumed in another environment: {'; '.join(apart)}")
+        self._exits["status"] = functools.partial(_record_end, self.run_folder, self._stop, _Finished(self.run_folder))
         self.run_folder.set_status(RunStatus.RUNNING)
-        self._exits["status"] = functools.partial(_record_end, self.run_folder, self._stop)
 
     def _start(self) -> None:
         """Start the dispatcher, the pools, the trackers and the control loop."""
@@ -269,16 +271,35 @@ def _disconnect(stop: Stop | None) -> None:
         ray.shutdown()
 
 
+class _Finished:
+    """The end of a finished run that is resumed, which stays its end if nothing is left to do."""
+
+    def __init__(self, run_folder: RunFolder) -> None:
+        run = run_folder.run()
+        self._time = run.get("finished") if run.get("status") == RunStatus.DONE else None
+        self._work = self._done(run_folder) if self._time else None
+
+    def unless_changed(self, run_folder: RunFolder) -> str | None:
+        """Return the time of the earlier end; None if there was none, or trials or scores have come since."""
+        return self._time if self._time and self._work == self._done(run_folder) else None
+
+    @staticmethod
+    def _done(run_folder: RunFolder) -> tuple:
+        trials = [(record.trial, record.status, record.finished) for record in run_folder.trials()]
+        return trials, run_folder.score_rows()
+
+
 def _record_end(
     run_folder: RunFolder,
     stop: Stop | None,
+    before: _Finished,
     kind: type[BaseException] | None,
     error: BaseException | None,
     trace: TracebackType | None,
 ) -> None:
     """Record how the run ended, whatever ended it."""
     if kind is None:
-        run_folder.set_status(RunStatus.DONE)
+        run_folder.set_status(RunStatus.DONE, finished=before.unless_changed(run_folder))
         return
     stopped = issubclass(kind, (KeyboardInterrupt, SystemExit)) or (stop is not None and stop.signal is not None)
     run_folder.set_status(RunStatus.INTERRUPTED if stopped else RunStatus.FAILED)

@@ -40,7 +40,7 @@ def cost(subject: Subject) -> Part:
         return Part("Cost")
     training, total = spent(run_folder, model)
     ray = run_folder.config().get("ray") or {}
-    about = [_devices(run_folder.environment(), ray, training, total), *_saved(trained)]
+    about = [_devices(run_folder.environments(), ray, training, total), *_saved(trained)]
     return Part("Cost", about, [Table("Time by arm", head, rows)])
 
 
@@ -65,22 +65,31 @@ def spent(run_folder: RunFolder, model: ModelResults) -> tuple[float, float]:
 def reproduce(subject: Subject) -> Part:
     """Return command, versions, seeds, and how to train one of the compared trials again."""
     run_folder, model = subject.run_folder, subject.model
-    run, config, environment = run_folder.run(), run_folder.config(), run_folder.environment()
+    run, config = run_folder.run(), run_folder.config()
     final = [line for line in model.lines if line.arm != BASE and line.stage != Stage.SEARCH]
     seeds = sorted({line.seed for line in final if line.seed is not None})
-    installed = environment.get("versions") or {}
-    versions = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
     lines = [f"Started with: {run.get('command', 'unknown')}"]
     rerun = shell_command("macdrop", "sweep", run_folder.run_dir / "config.yaml", "output_dir=FOLDER")
     lines += [f"Rerun: {rerun} (spec {spec_digest(config)})."]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
-    lines += [f"Versions: {versions}."] if versions else []
+    lines += _versions(run_folder.environments())
     folders = [folder for line in final if ((folder := run_folder.trial(line.trial).folder) / SETUP).is_file()]
     if folders:
         workers = (run_folder.finding(folders[0] / SETUP) or {}).get("workers") or 1
         share = f"{len(folders)} of {len(final)} trials have what it needs"
         lines.append(f"One trial without Ray: {reproduce_command(folders[0], workers)} ({share}).")
     return Part("Reproduce", lines)
+
+
+def _versions(environments: list[dict[str, Any]]) -> list[str]:
+    """One sentence per environment of the run."""
+    lines = []
+    for environment in environments:
+        installed = environment.get("versions") or {}
+        versions = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
+        when = f" since {str(environment['at'])[:19]} UTC" if environment.get("at") else ""
+        lines += [f"Versions{when}: {versions}."] if versions else []
+    return lines
 
 
 def spec_digest(config: dict[str, Any]) -> str:
@@ -96,9 +105,9 @@ def _speed(subject: Subject, line: Line) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def _devices(environment: dict[str, Any], ray: dict[str, Any], training: float, scoring: float) -> str:
+def _devices(environments: list[dict[str, Any]], ray: dict[str, Any], training: float, scoring: float) -> str:
     """Total time and device hours; a worker has one GPU if there are any, else its CPUs."""
-    gpus = environment.get("gpus") or []
+    gpus = [name for environment in environments for name in environment.get("gpus") or []]
     workers = ray.get("num_workers") or 1
     each = 1 if gpus else max(ray.get("cpus_per_worker") or 1, 1)
     device = f"GPU hours ({gpus[0]})" if gpus else "CPU hours"
