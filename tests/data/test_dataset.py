@@ -6,11 +6,11 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from helpers.prepared_data import CHATML, answers, make_tokenizer, read, spec, write
+from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from macdrop.errors import ConfigError, DataError
@@ -23,10 +23,6 @@ ALPACA = [
     {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
     {"instruction": "Say hello twice.", "output": "Hello hello"},
 ]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # The shape of Qwen3's: an empty thought before the answer that no question follows.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -43,47 +39,6 @@ DIALOGUE = [
     {"role": "user", "content": "Two?"},
     {"role": "assistant", "content": "second answer"},
 ]
-
-
-def make_tokenizer(chat_template: str | None = None, bos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 400 ids, with <s> before every text when `bos`."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator([ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, "### Instruction:\n### Response:"] * 3, trainer)
-    if bos:
-        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def spec(dataset, **changes) -> SimpleNamespace:
-    base = dict(format="auto", template="auto", cutoff_len=512, train_on_prompt=False, val_size=0, max_samples=None)
-    return SimpleNamespace(dataset=dataset, **{"data_seed": 0, **base, **changes})
-
-
-def write(path: Path, rows: list) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return str(path)
-
-
-def read(path, tokenizer, tmp_path, **changes) -> data.Prepared:
-    return data.load(data.prepare(spec(path, **changes), tokenizer, tmp_path / "cache"))
-
-
-def answers(tokenizer, example) -> str:
-    _, labels = example
-    return tokenizer.decode(labels[labels != IGNORE])
 
 
 # --- label masks ---
@@ -124,7 +79,7 @@ def test_train_on_prompt_labels_everything(tmp_path):
     "template, expected",
     [
         (CHATML, "a<|im_end|>second answer<|im_end|>"),
-        (THINKING, "a<|im_end|><think>\n\n</think>\n\nsecond answer<|im_end|>"),
+        (THINKING, "a<|im_end|>second answer<|im_end|>"),
         (BARE, " a</s> second answer</s>"),
         (None, "a</s>second answer</s>"),
     ],
@@ -259,17 +214,6 @@ def test_cutoff_truncates_on_the_right_and_drops_examples_without_answer(tmp_pat
     prepared = read(path, tokenizer, tmp_path, cutoff_len=len(whole) - 3)
     assert len(prepared.train) == 1 and prepared.info["dropped"] == 1 and prepared.info["truncated"] == 1
     assert prepared.train[0][0].tolist() == whole[:-3].tolist()
-
-
-def test_collate_pads_on_the_right():
-    examples = [(np.arange(1, 4), np.array([IGNORE, 2, 3])), (np.arange(1, 3), np.array([IGNORE, 2]))]
-    batch = data.collate(examples, pad_token_id=9)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 2, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, 2, IGNORE]]
-    assert data.collate(examples, pad_token_id=9, pad_to=5)["input_ids"].shape == (2, 5)
-    with pytest.raises(ValueError, match="pad_to=2"):
-        data.collate(examples, pad_token_id=9, pad_to=2)
 
 
 # --- the cache ---

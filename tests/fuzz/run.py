@@ -1,11 +1,12 @@
-"""Damaged recipes, data, run folders, adapters and launch files: each works, or is refused with a message.
+"""Damaged recipes, data, run folders, adapters and launch files, and conversations through chat templates.
 
     python tests/fuzz/run.py [--inputs 10000] [--seed 0] [--target NAME ...] [--output FOLDER]
 
 Good files are damaged as hypothesis draws it (`mutations.py`) and read the way the software reads them, in this
 process. An input passes when it works or raises one of our own errors with a message; any other exception is a finding,
 and so is a file that a refused call has changed or left behind, or an adapter that loads though its bytes are not those
-that were saved. Findings are shrunk, printed and stored in FOLDER; exit code 1 with any.
+that were saved. What is checked of conversations stands in `conversations.py`. Findings are shrunk, printed and stored
+in FOLDER; exit code 1 with any.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from cluster.errors import LaunchError  # noqa: E402
+from fuzz import conversations  # noqa: E402
 from fuzz.mutations import ODD, Damage, damaged_file, damages  # noqa: E402
 from macdrop.errors import MacDropError  # noqa: E402
 
@@ -184,7 +186,7 @@ def data(folder: Path) -> Callable[[Any], str]:
         name = names[drawn[0] % len(names)]
         (folder / name).write_bytes(damaged_file(name, files[name], drawn[1]))
         settings = dict(dataset=str(folder / name), format="auto", template="auto", cutoff_len=64, val_size=0)
-        spec = SimpleNamespace(**settings, train_on_prompt=False, max_samples=None, data_seed=0)
+        spec = SimpleNamespace(**settings, train_on_prompt=False, bad_rows="refuse", max_samples=None, data_seed=0)
 
         def prepared() -> None:
             examples = training_data.load(training_data.prepare(spec, tokenizer, cache)).train
@@ -364,6 +366,7 @@ TARGETS = {
     "runs": Target(runs, of_files, 0.2),
     "adapters": Target(adapters, of_files, 0.15),
     "launches": Target(launches, launch_inputs, 0.15),
+    "conversations": Target(conversations.setup, conversations.conversations, 0.3),
 }
 
 

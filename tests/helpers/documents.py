@@ -52,10 +52,7 @@ def commands() -> list[Command]:
     """All lines of bash blocks, and those behind a prompt in console blocks; comments are cut off."""
     lines = [(block, line) for block in blocks("bash") for line in block.content.replace("\\\n", " ").splitlines()]
     lines += [
-        (block, line[2:])
-        for block in blocks("console")
-        for line in block.content.splitlines()
-        if line.startswith("$ ")
+        (block, line[2:]) for block in blocks("console") for line in block.content.splitlines() if line.startswith("$ ")
     ]
     parts = [
         Command(block.document, part.strip())

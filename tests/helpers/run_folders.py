@@ -303,9 +303,7 @@ def _cell(
     return {"searched": searched, "row": row, "settings": {ids[arm]: dump(spec) for arm, spec in specs.items()}}
 
 
-def _trial(
-    maker: _Maker, spec: TrainSpec, cell: Mapping[str, Any], stage: str, loss: float, ended: str | None
-) -> str:
+def _trial(maker: _Maker, spec: TrainSpec, cell: Mapping[str, Any], stage: str, loss: float, ended: str | None) -> str:
     record, block = maker.run_folder.trial(spec.trial_id()), spec.macdrop
     about = {"model": spec.model_name_or_path, "arm": spec.arm, "seed": spec.seed, "setting": spec.setting_id()}
     record.start(dump(spec), **about, stage=stage, cell=cell)

@@ -105,6 +105,13 @@ class TrainSpec(Strict):
     )
     cutoff_len: int = Field(default=1024, ge=2, description="Maximum number of tokens per example.")
     train_on_prompt: bool = Field(default=False, description="Compute the loss on the prompt as well as the answer.")
+    bad_rows: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description=(
+            "Rows that cannot be trained on as they are written (no question first, tool calls, a text that the chat "
+            "template leaves out): `refuse` ends with the first one, `skip` leaves them out and reports their number."
+        ),
+    )
     val_size: float = Field(
         default=0.05, ge=0, description="Validation split: a fraction if below 1, otherwise a number of examples."
     )

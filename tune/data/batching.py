@@ -1,13 +1,15 @@
-"""The examples of every micro-batch, and the learning rate: pure functions of seed, step and rank."""
+"""The examples of every micro-batch, padded, and the learning rate: pure functions of seed, step and rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from tune.config.run_spec import TrainSpec
+from tune.data.templates import IGNORE
 
 
 def steps_per_epoch(examples: int, global_batch: int) -> int:
@@ -78,3 +80,30 @@ def learning_rates(spec: TrainSpec, steps: int) -> Callable[[int], float]:
     )
     factor = scheduler.lr_lambdas[0]
     return lambda step: spec.learning_rate * factor(step - 1)
+
+
+def collate(
+    examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int, pad_to: int | None = None
+) -> dict[str, Any]:
+    """Pad a batch on the right, to its longest example or to exactly `pad_to` tokens.
+
+    Returns:
+        torch tensors input_ids, attention_mask and labels, int64 (B, T); labels are -100 on the padding.
+    """
+    import torch
+
+    longest = max(len(ids) for ids, _ in examples)
+    width = longest if pad_to is None else pad_to
+    if width < longest:
+        raise ValueError(f"pad_to={pad_to} is shorter than the longest example of the batch ({longest} tokens)")
+    shape = (len(examples), width)  # (B, T)
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORE, dtype=torch.int64),
+    }
+    for row, (ids, labels) in enumerate(examples):
+        batch["input_ids"][row, : len(ids)] = torch.from_numpy(ids)
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["labels"][row, : len(ids)] = torch.from_numpy(labels)
+    return batch

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -28,7 +28,7 @@ import numpy as np
 
 from macdrop.errors import DataError
 from tune.config.train_spec import TrainSpec
-from tune.data.formats import converter, detect_format
+from tune.data.formats import BadRows, converter, detect_format
 from tune.data.readers import Row
 from tune.data.sources import Source, find_sources, open_source
 from tune.data.templates import IGNORE, Encoded, Encoder, choose_template
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 Reader = Callable[[], Iterator[Row]]
 
-LAYOUT = 1
+LAYOUT = 2
 """Part of the cache key: raise it whenever the same input would give different arrays."""
 _ARRAYS = ("tokens", "labels", "offsets", "train", "validation")
 _BATCH = 1000
@@ -84,8 +84,8 @@ def prepare(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, cache_dir: str 
     """Tokenise the data of `spec` into a folder below `cache_dir`, unless it is there already, and return the folder.
 
     Args:
-        spec: its keys dataset, format, template, cutoff_len, train_on_prompt, val_size, data_seed and max_samples,
-            which limits each data set of a list, in rows from its start.
+        spec: its keys dataset, format, template, cutoff_len, train_on_prompt, bad_rows, val_size, data_seed and
+            max_samples, which limits each data set of a list, in rows from its start.
         tokenizer: the tokenizer of the model.
 
     Raises:
@@ -102,6 +102,7 @@ def prepare(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, cache_dir: str 
         "template": template,
         "cutoff_len": spec.cutoff_len,
         "train_on_prompt": bool(spec.train_on_prompt),
+        "bad_rows": spec.bad_rows,
         "val_size": spec.val_size or 0,
         "data_seed": spec.data_seed,
     }
@@ -143,33 +144,6 @@ def load(path: str | os.PathLike) -> Prepared:
     return Prepared(train, validation if len(validation) else None, info)
 
 
-def collate(
-    examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int, pad_to: int | None = None
-) -> dict[str, Any]:
-    """Pad a batch on the right, to its longest example or to exactly `pad_to` tokens.
-
-    Returns:
-        torch tensors input_ids, attention_mask and labels, int64 (B, T); labels are -100 on the padding.
-    """
-    import torch
-
-    longest = max(len(ids) for ids, _ in examples)
-    width = longest if pad_to is None else pad_to
-    if width < longest:
-        raise ValueError(f"pad_to={pad_to} is shorter than the longest example of the batch ({longest} tokens)")
-    shape = (len(examples), width)  # (B, T)
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "labels": torch.full(shape, IGNORE, dtype=torch.int64),
-    }
-    for row, (ids, labels) in enumerate(examples):
-        batch["input_ids"][row, : len(ids)] = torch.from_numpy(ids)
-        batch["attention_mask"][row, : len(ids)] = 1
-        batch["labels"][row, : len(ids)] = torch.from_numpy(labels)
-    return batch
-
-
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash everything that decides which ids a text gets: vocabulary, merges, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -200,10 +174,11 @@ def _build(
     tokens: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     counts = {"rows": 0, "dropped": 0, "truncated": 0, "tokenised_by_pieces": 0}
+    bad = BadRows(settings["bad_rows"] == "skip")
     shortest, parts = None, []
     for source, rows in zip(sources, readers, strict=True):
-        format, encoded = _encode_source(source, rows, encoder)
-        before = counts["rows"]
+        format, encoded = _encode_source(source, rows, encoder, bad)
+        before = counts["rows"] + bad.count
         for example in encoded:
             counts["rows"] += 1
             prompt = example.prompt_length
@@ -215,13 +190,10 @@ def _build(
             counts["tokenised_by_pieces"] += example.split
             tokens.append(np.asarray(example.input_ids[:cutoff], np.int32))
             labels.append(np.asarray(example.labels[:cutoff], np.int32))
-        rows_read = counts["rows"] - before
+        rows_read = counts["rows"] + bad.count - before
         parts.append({**asdict(source), "format": format, "detected": source.format == "auto", "rows": rows_read})
-    if not tokens:
-        raise DataError(
-            f"cutoff_len {cutoff} leaves no answer token in any of the {counts['rows']} examples: "
-            f"the shortest prompt has {shortest} tokens.\nRaise cutoff_len above {shortest}, or shorten the prompts."
-        )
+    counts["rows"] += bad.count
+    _require_some(len(tokens), counts["rows"], bad, cutoff, shortest)
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens], dtype=np.int64)])
     train, validation = split(len(tokens), settings["val_size"], settings["data_seed"])
     built = {
@@ -237,6 +209,8 @@ def _build(
         "format": ", ".join(dict.fromkeys(part["format"] for part in parts)),
         **settings,
         **counts,
+        "skipped": bad.count,
+        "first_skipped": bad.first,
         "examples": len(offsets) - 1,
         "train": len(train),
         "validation": len(validation),
@@ -249,25 +223,42 @@ def _build(
     _write(folder, built, info)
 
 
-def _encode_source(source: Source, rows: Reader, encoder: Encoder) -> tuple[str, Iterator[Encoded]]:
+def _require_some(examples: int, rows: int, bad: BadRows, cutoff: int, shortest: int | None) -> None:
+    """Refuse data without any usable example."""
+    if rows == bad.count:
+        raise DataError(f"bad_rows: skip leaves none of the {rows} rows. The first: {bad.first}")
+    if not examples:
+        raise DataError(
+            f"cutoff_len {cutoff} leaves no answer token in any of the {rows - bad.count} examples: "
+            f"the shortest prompt has {shortest} tokens.\nRaise cutoff_len above {shortest}, or shorten the prompts."
+        )
+
+
+def _encode_source(source: Source, rows: Reader, encoder: Encoder, bad: BadRows) -> tuple[str, Iterator[Encoded]]:
     """Return the format and the examples, not yet cut; few rows are held at a time."""
     limit = source.max_samples
     if limit is not None and limit < 1:
         raise DataError(f"max_samples must be at least 1, got {limit}. Leave it out to use all rows.")
     stream = islice(rows(), limit)
-    first = next(stream, None)
-    if first is None:
+    batch = list(islice(stream, _BATCH))
+    if not batch:
         raise DataError(f"dataset {source.path!r} is empty: it holds no rows.")
-    format = detect_format(first) if source.format == "auto" else source.format
+    format = detect_format(batch[0], batch[1:]) if source.format == "auto" else source.format
     convert = converter(format)
 
-    def examples() -> Iterator[Encoded]:
-        batch: list[Row] = [first, *islice(stream, _BATCH - 1)]
+    def examples(batch: list[Row]) -> Iterator[Encoded]:
         while batch:
-            yield from encoder.encode([convert(row) for row in batch], [row.place for row in batch])
+            conversations, places = [], []
+            for row in batch:
+                try:
+                    conversations.append(convert(row))
+                    places.append(row.place)
+                except DataError as error:
+                    bad.add(error)
+            yield from encoder.encode(conversations, places, bad.add)
             batch = list(islice(stream, _BATCH))
 
-    return format, examples()
+    return format, examples(batch)
 
 
 def split(n: int, val_size: float, data_seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,11 +7,13 @@ border (the prefix property fails), the pieces are tokenised one by one and join
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from macdrop.errors import ConfigError, DataError, nearest
+from tune.data.chat_template import ChatTemplate
 from tune.data.formats import Conversation, Turn
 
 if TYPE_CHECKING:
@@ -29,15 +31,22 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
 TEMPLATES = ("auto", "alpaca", "chat")
-_PROBE = "macdrop-answer-goes-here"
+
+
+class Kind(Enum):
+    """Role of a piece of text in the loss."""
+
+    PROMPT = "carries loss if the prompt is trained on"
+    ANSWER = "carries loss"
+    MUTED = "an answer of weight 0, which never carries loss"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of one kind. `close` appends the end-of-sequence id after it (labelled, as it belongs to the answer)."""
+    """Text of one kind. `close` appends the end-of-sequence id after it (labelled as the piece, being part of it)."""
 
     text: str
-    answer: bool
+    kind: Kind
     close: bool = False
 
 
@@ -80,62 +89,33 @@ def alpaca_pieces(conversation: Conversation) -> list[Piece]:
     pieces: list[Piece] = []
     for turn in conversation:
         if turn.role == "assistant":
-            pieces.append(Piece(turn.content, answer=True, close=True))
+            pieces.append(Piece(turn.content, Kind.ANSWER if turn.trained else Kind.MUTED, close=True))
         elif turn.role == "user":
             opening = "\n\n" if pieces else system or (ALPACA_WITH_INPUT if turn.context else ALPACA_WITHOUT_INPUT)
             context = f"### Input:\n{turn.context}\n\n" if turn.context else ""
-            pieces.append(Piece(f"{opening}### Instruction:\n{turn.content}\n\n{context}### Response:", answer=False))
+            pieces.append(Piece(f"{opening}### Instruction:\n{turn.content}\n\n{context}### Response:", Kind.PROMPT))
     return pieces
 
 
-def chat_pieces(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """Render the tokenizer's chat template and cut it where answers begin and end.
+def chat_pieces(conversation: Conversation, template: ChatTemplate) -> list[Piece]:
+    """Render a conversation by a chat template and cut it at its answers.
 
-    An answer begins where the generation prompt ends and includes the template's end-of-turn mark, without the white
-    space after it. A template that marks no end gets the end-of-sequence id. Some templates render an answer
-    differently once another turn follows (Qwen3 drops the empty thought): it is looked up in the whole rendering.
+    An answer includes the template's end-of-turn mark, without the white space behind it. A template that marks no end
+    gets the end-of-sequence id.
 
     Raises:
-        DataError: the template refuses the conversation, or changes earlier turns beyond recognition.
+        DataError: the template refuses the conversation, or leaves out or changes a text of it.
     """
     messages = [{"role": turn.role, "content": _joined(turn)} for turn in conversation]
-
-    def render(turns: list[dict[str, str]], generate: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
-        except Exception as error:  # templates raise what they like
-            raise DataError(f"the chat template refuses this conversation: {error}. Use template: alpaca.") from error
-
-    whole = render(messages)
+    rendered = template.render(messages, [turn.role == "assistant" and turn.trained for turn in conversation])
     pieces, at = [], 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        earlier = messages[:index]
-        prompt, after = render(earlier, generate=True), render(messages[: index + 1])
-        head, _, tail = render([*earlier, {"role": "assistant", "content": _PROBE}]).partition(_PROBE)
-        before = render(earlier)
-        if prompt == before:  # no generation prompt in this template: the turn's header, if any, is not an answer
-            prompt = head[: max(len(before), len(head.rstrip()))]  # and a blank belongs to the word that follows
-        start = len(prompt)
-        if not whole.startswith(prompt) or start < at:
-            raise DataError(
-                "the chat template rewrites earlier turns, so no label mask is exact. Use template: alpaca."
-            )
-        if whole.startswith(after):
-            end = max(len(after.rstrip()), start)
-        else:
-            content, mark = message["content"].strip(), tail.rstrip()
-            found = whole.find(content, start)
-            if found < 0:
-                raise DataError(
-                    "the chat template changes the text of an answer, so no label mask is exact. Use template: alpaca."
-                )
-            end = found + len(content)
-            end += len(mark) if whole.startswith(mark, end) else 0
-        pieces += [Piece(whole[at:start], answer=False), Piece(whole[start:end], answer=True, close=not tail.strip())]
-        at = end
-    return [*pieces, Piece(whole[at:], answer=False)] if whole[at:].strip() else pieces
+    for span in rendered.spans:
+        kind = Kind.ANSWER if span.trained else Kind.MUTED
+        pieces += [Piece(rendered.text[at : span.start], Kind.PROMPT)]
+        pieces += [Piece(rendered.text[span.start : span.end], kind, close=not rendered.closed)]
+        at = span.end
+    rest = rendered.text[at:]
+    return [*pieces, Piece(rest, Kind.PROMPT)] if rest.strip() else pieces
 
 
 class Encoder:
@@ -144,7 +124,7 @@ class Encoder:
     Args:
         tokenizer: a tokenizer with an end-of-sequence token.
         template: "chat" or "alpaca", from `choose_template`.
-        train_on_prompt: every token carries loss.
+        train_on_prompt: every token carries loss, but those of answers of weight 0.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, train_on_prompt: bool) -> None:
@@ -152,35 +132,50 @@ class Encoder:
             raise ConfigError(
                 "the tokenizer has no end-of-sequence token, so a model could not learn where an answer ends."
             )
-        self.tokenizer, self.template, self.train_on_prompt = tokenizer, template, train_on_prompt
+        self.tokenizer, self.template = tokenizer, template
+        self._chat = ChatTemplate(tokenizer)
+        self._trained = {Kind.ANSWER, Kind.PROMPT} if train_on_prompt else {Kind.ANSWER}
         plain, special = self._ids(["a"])[0], list(tokenizer("a")["input_ids"])
         heads = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
         self.lead = special[: heads[0]] if heads else []
         """Ids that the tokenizer puts before every text: bos, or nothing, or GLM's pair."""
 
-    def encode(self, conversations: Sequence[Conversation], places: Sequence[str]) -> list[Encoded]:
+    def encode(
+        self,
+        conversations: Sequence[Conversation],
+        places: Sequence[str],
+        refuse: Callable[[DataError], None] | None = None,
+    ) -> list[Encoded]:
         """Encode many conversations with few tokenizer calls (fast tokenizers then use all cores).
 
         Args:
             conversations: N of them.
             places: where each came from ("file, line 3"), for error messages.
+            refuse: called with the error of each conversation that the template cannot render, which then is left out.
+
+        Raises:
+            DataError: the template cannot render a conversation, and there is no `refuse`.
         """
-        runs = []
+        taken, runs = [], []
         for conversation, place in zip(conversations, places, strict=True):
             try:
                 runs.append(self._runs(conversation))
+                taken.append(conversation)
             except DataError as error:
-                raise DataError(f"{place}: {error}") from error
+                refused = DataError(f"{place}: {error}")
+                if refuse is None:
+                    raise refused from error
+                refuse(refused)
         ids = iter(self._ids([text for group in runs for run in group for text in _growing(run)]))
         grown = [[[next(ids) for _ in run] for run in group] for group in runs]
-        return [self._join(*each) for each in zip(runs, grown, conversations, strict=True)]
+        return [self._join(*each) for each in zip(runs, grown, taken, strict=True)]
 
     def _runs(self, conversation: Conversation) -> list[list[Piece]]:
         """Pieces in runs that are tokenised as one text; an end-of-sequence id ends a run."""
         if conversation[0].role == "document":
-            return [[Piece(conversation[0].content, answer=True, close=True)]]
+            return [[Piece(conversation[0].content, Kind.ANSWER, close=True)]]
         chat = self.template == "chat"
-        pieces = chat_pieces(conversation, self.tokenizer) if chat else alpaca_pieces(conversation)
+        pieces = chat_pieces(conversation, self._chat) if chat else alpaca_pieces(conversation)
         runs: list[list[Piece]] = [[]]
         for piece in pieces:
             runs[-1].append(piece)
@@ -192,7 +187,8 @@ class Encoder:
         """Chain the runs; `grown[r][i]` are the ids of run r up to the end of its piece i."""
         # A chat template writes its own bos, so the tokenizer's is added to other texts only.
         lead = [] if self.template == "chat" and conversation[0].role != "document" else self.lead
-        ids, labels, split = list(lead), [IGNORE] * len(lead), False
+        ids, split = list(lead), False
+        labels = list(lead) if Kind.PROMPT in self._trained else [IGNORE] * len(lead)
         for number, (run, prefixes) in enumerate(zip(runs, grown, strict=True)):
             exact = all(later[: len(prefix)] == prefix for prefix, later in zip(prefixes, prefixes[1:], strict=False))
             if exact and number == 0:
@@ -203,8 +199,8 @@ class Encoder:
             for piece, part in zip(run, parts, strict=True):
                 part = part + [self.tokenizer.eos_token_id] if piece.close else part
                 ids += part
-                labels += part if piece.answer else [IGNORE] * len(part)
-        return Encoded(ids, list(ids) if self.train_on_prompt else labels, split)
+                labels += part if piece.kind in self._trained else [IGNORE] * len(part)
+        return Encoded(ids, labels, split)
 
     def _continue(self, text: str, first: bool) -> list[int]:
         """Tokenise a text that follows another, without the blank that SentencePiece puts before a text."""

@@ -37,6 +37,7 @@ DATA_KEYS = (
     "template",
     "cutoff_len",
     "train_on_prompt",
+    "bad_rows",
     "val_size",
     "max_samples",
     "data_seed",

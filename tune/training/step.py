@@ -21,8 +21,8 @@ from macdrop.errors import ConfigError, MacDropError
 from macdrop.hooks import MacDrop
 from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec
-from tune.data.batching import Batches, learning_rates, total_steps
-from tune.data.dataset import Examples, Prepared, collate
+from tune.data.batching import Batches, collate, learning_rates, total_steps
+from tune.data.dataset import Examples, Prepared
 from tune.training.engine import Engine
 
 

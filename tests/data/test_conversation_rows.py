@@ -1,0 +1,92 @@
+"""Rows of conversations: parts, thoughts, weights, and rows that cannot be trained on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.prepared_data import CHATML, answers, make_tokenizer, read, write
+
+from macdrop.errors import DataError
+
+GOOD = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "a"}]
+
+
+def test_parts_of_type_text_are_their_text(tmp_path):
+    parts = [{"type": "text", "text": "One"}, {"type": "text", "text": "?"}]
+    rows = [{"messages": [{"role": "user", "content": parts}, GOOD[1]]}, {"messages": GOOD}]
+    tokenizer = make_tokenizer(CHATML)
+    first, second = read(write(tmp_path / "m.jsonl", rows), tokenizer, tmp_path).train
+    assert first[0].tolist() == second[0].tolist()
+
+
+def test_reasoning_content_is_the_thought_of_an_answer(tmp_path):
+    row = {"messages": [GOOD[0], GOOD[1] | {"reasoning_content": "hm"}]}
+    tokenizer = make_tokenizer(CHATML)
+    example = read(write(tmp_path / "m.jsonl", [row]), tokenizer, tmp_path).train[0]
+    assert answers(tokenizer, example) == "<think>\nhm\n</think>\n\na<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [CHATML, None], ids=["chat", "alpaca"])
+def test_answers_of_weight_0_carry_no_loss(tmp_path, template):
+    turns = [*GOOD[:1], GOOD[1] | {"weight": 0}, GOOD[0], GOOD[1] | {"content": "b", "weight": 1}]
+    tokenizer = make_tokenizer(template)
+    shared = [{"from": turn["role"], "value": turn["content"], **turn} for turn in turns]
+    for name, row in (("m", {"messages": turns}), ("s", {"conversations": shared})):
+        path = write(tmp_path / f"{name}.jsonl", [row])
+        format = "messages" if name == "m" else "sharegpt"
+        example = read(path, tokenizer, tmp_path, format=format).train[0]
+        assert answers(tokenizer, example) == ("b<|im_end|>" if template else "b</s>")
+
+
+def test_system_column_of_messages_is_a_turn(tmp_path):
+    tokenizer = make_tokenizer(CHATML)
+    example = read(write(tmp_path / "m.jsonl", [{"messages": GOOD, "system": "Rhyme."}]), tokenizer, tmp_path).train[0]
+    assert tokenizer.decode(example[0]).startswith("<|im_start|>system\nRhyme.<|im_end|>")
+
+
+BAD_ROWS = {
+    "answer first": ({"messages": GOOD[::-1]}, "must start with a question"),
+    "tool turn": ({"messages": [*GOOD, {"role": "tool", "content": "x"}]}, "'tool'"),
+    "call": ({"messages": [GOOD[0], {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "has tool_calls"),
+    "tools": ({"messages": GOOD, "tools": [{"name": "f"}]}, "the row has tools"),
+    "null": ({"messages": [GOOD[0], {"role": "assistant", "content": None}]}, "must be text, found a NoneType"),
+    "image": ({"messages": [GOOD[0] | {"content": [{"type": "image_url"}]}, GOOD[1]]}, "parts of type image_url"),
+    "no parts": ({"messages": [GOOD[0] | {"content": []}, GOOD[1]]}, "must be text, found a list"),
+    "no turns": ({"messages": []}, "(none)"),
+    "dict of lists": ({"messages": {"role": ["user"], "content": ["x"]}}, "must be a list of turns"),
+    "no weight": ({"messages": [GOOD[0], GOOD[1] | {"weight": 0}]}, "every answer of messages has weight 0"),
+    "half a weight": ({"messages": [GOOD[0], GOOD[1] | {"weight": 0.5}]}, "weight of turn 1 is 0.5"),
+    "true weight": ({"messages": [GOOD[0], GOOD[1] | {"weight": True}]}, "weight of turn 1 is True"),
+    "weight of a question": ({"messages": [GOOD[0] | {"weight": 1}, GOOD[1]]}, "only answers carry loss"),
+    "left out": ({"messages": [{"role": "system", "content": "s"}, *GOOD]}, "the system turn 's'"),
+}
+NO_SYSTEM = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_refused_or_skipped_and_counted(tmp_path, name):
+    row, words = BAD_ROWS[name]
+    tokenizer = make_tokenizer(NO_SYSTEM)
+    path = write(tmp_path / "m.jsonl", [row, {"messages": GOOD}, row])
+    with pytest.raises(DataError) as caught:
+        read(path, tokenizer, tmp_path)
+    assert words in str(caught.value) and "line 1" in str(caught.value)
+    prepared = read(path, tokenizer, tmp_path, bad_rows="skip")
+    assert len(prepared.train) == 1 and answers(tokenizer, prepared.train[0]) == "a<|im_end|>"
+    info = prepared.info
+    assert (info["rows"], info["skipped"], info["dropped"], info["sources"][0]["rows"]) == (3, 2, 0, 3)
+    assert info["first_skipped"] == str(caught.value)
+    with pytest.raises(DataError, match="none of the 1 rows. The first: .*line 1"):
+        read(write(tmp_path / "m.jsonl", [row]), tokenizer, tmp_path, bad_rows="skip")
+
+
+def test_skipping_does_not_reach_damaged_files(tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": GOOD}) + '\n{"messages":\n')
+    with pytest.raises(DataError, match="line 2"):
+        read(str(tmp_path / "m.jsonl"), make_tokenizer(CHATML), tmp_path, bad_rows="skip")
+
+
+def test_format_is_detected_behind_an_empty_conversation(tmp_path):
+    path = write(tmp_path / "m.jsonl", [{"conversations": []}, {"conversations": GOOD}])
+    assert read(path, make_tokenizer(CHATML), tmp_path, bad_rows="skip").info["format"] == "messages"
