@@ -119,7 +119,7 @@ def test_alpaca_prompt_equals_training_and_cut_prompts_are_counted(tmp_path, mod
     row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
     spec = build(EvalSpec, {"generation": {"g": {"data": fix.write_jsonl(tmp_path / "a.jsonl", [row])}}})
     resident = generation.load("g", spec.generation["g"], tokenizer, 256)
-    prompt = generation.prompt_ids(resident, tokenizer, resident.questions[0], [])
+    prompt = generation.prompt(resident, tokenizer, resident.questions[0], []).ids
     trained = Encoder(tokenizer, "alpaca", False).encode(
         [[Turn("user", "Add.", "1, 2"), Turn("assistant", "3")]], ["x"]
     )[0]
@@ -173,7 +173,7 @@ def test_prompts_of_reference_rows_are_used_unchanged(tmp_path, model, tokenizer
 
 def test_chat_template_that_refuses_a_row_is_a_data_error(tmp_path, model):
     tokenizer = fix.byte_tokenizer(chat_template="{{ raise_exception('no such turn') }}")
-    with pytest.raises(DataError, match="refuses question 0: no such turn"):
+    with pytest.raises(DataError, match="question 0: the chat template refuses this conversation: no such turn"):
         score(model, tokenizer, {"generation": {"g": spec_bench_file(tmp_path / "q.jsonl")}})
 
 

@@ -200,6 +200,12 @@ class Generation(BenchmarkEntry):
             "else alpaca)."
         ),
     )
+    thinking: bool = Field(
+        default=False,
+        description=(
+            "Ask for a thought before the answer, where the chat template has a thinking mode; thoughts are not scored."
+        ),
+    )
     max_new_tokens: PositiveInt = Field(default=64, description="Maximum number of greedily decoded tokens per turn.")
     metrics: list[Literal["exact_match", "chrf", "rouge_l"]] | None = Field(
         default=None,

@@ -181,16 +181,15 @@ class ChatTemplate:
         whole = self._rendering(messages, thinking=thinking)
         if thinking:
             body = whole.removeprefix(prompt.text).removesuffix(prompt.after)
-            written = _squeezed(content).removeprefix(thoughts.OPEN)
-            if whole.startswith(prompt.text) and _squeezed(body).removeprefix(thoughts.OPEN) == written:
+            same = _squeezed(body).removeprefix(thoughts.OPEN) == _squeezed(content).removeprefix(thoughts.OPEN)
+            if whole.startswith(prompt.text) and same:
                 return body
             if prompt.opened:
-                content = content.lstrip().removeprefix(thoughts.OPEN).lstrip("\n")
-            return prompt.lead + content
-        for form in _forms(content):
-            if whole.endswith(form + prompt.after):
-                return prompt.lead + form
-        raise _lost(messages[-1], whole)
+                return content.lstrip().removeprefix(thoughts.OPEN).lstrip("\n")
+        written = next((form for form in _forms(content) if whole.endswith(form + prompt.after)), None)
+        if written is None and not thinking:
+            raise _lost(messages[-1], whole)
+        return prompt.lead + (content if written is None else written)
 
     def _span(self, text: str, start: int, end: int, lead: str, trained: bool) -> Span:
         """Return an answer at [start, end) with the blank before it and the end mark behind it."""

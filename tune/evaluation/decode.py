@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from tune.data.chat_template import end_of_answers
+from tune.data.thoughts import without_thought
+
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
@@ -19,18 +22,86 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """A decoded answer; `tokens` are the new ones (eos included); `ended` is "eos", "stop" or "length"."""
+    """A decoded answer: `text` without its thought and end, and all new `tokens`, the end's included.
+
+    ended: "eos" (by itself: an end-of-sequence token, or what the chat template writes after an answer), "stop" (at a
+    stop text) or "length". thought: what came before the answer, as generated.
+    """
 
     text: str
     tokens: list[int]
     ended: str
+    thought: str = ""
 
 
-def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end an answer: those of the model's generation config (chat models have several) and eos."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [configured] if isinstance(configured, int) else list(configured or [])
-    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+@dataclass(frozen=True)
+class Ends:
+    """Ends of an answer: tokens `ids`, the text `mark`, and behind its thought the texts `stop`.
+
+    opened: prompts end inside a thought.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ids: frozenset[int]
+    mark: str
+    stop: Sequence[str]
+    opened: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        opened: bool = False,
+    ) -> Ends:
+        """Collect the ids of the generation config (chat models have several), eos, and the chat template's mark.
+
+        A mark that is one added token is an id. Any other is a text: which tokens it is made of depends on the answer.
+        """
+        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ids = {configured} if isinstance(configured, int) else set(configured or [])
+        ids |= set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+        mark = end_of_answers(tokenizer)
+        added = tokenizer.get_added_vocab()
+        if mark in added:
+            ids, mark = ids | {added[mark]}, ""
+        return cls(tokenizer, frozenset(ids), mark, stop, opened)
+
+    def texts(self, tokens: Sequence[int]) -> bool:
+        """Return whether these new tokens hold a text that ends an answer."""
+        if self.mark and self.mark in str(self.tokenizer.decode(list(tokens))):
+            return True
+        return bool(self.stop) and self._stops(self._text(tokens))
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def _before_mark(self, tokens: Sequence[int]) -> str:
+        """Return the text before the mark, whose first token may have begun in the answer."""
+        whole = str(self.tokenizer.decode(list(tokens))).partition(self.mark)[0]
+        texts = ((i, str(self.tokenizer.decode(list(tokens[:i])))) for i in range(len(tokens), -1, -1))
+        upto, text = next((i, text) for i, text in texts if whole.startswith(text))
+        return self._text(tokens[:upto]) + whole[len(text) :]
+
+    def _stops(self, text: str) -> bool:
+        return any(stop in without_thought(text, self.opened) for stop in self.stop)
+
+    def answer(self, new: list[int]) -> Answer:
+        """Cut off what follows the end of a row, whose batch may have run longer."""
+        last = next((i for i, token in enumerate(new) if token in self.ids), None)
+        said = new if last is None else new[:last]
+        tokens, ended = (new, "length") if last is None else (new[: last + 1], "eos")
+        text = self._text(said)
+        if self.texts(said):
+            upto = next(i for i in range(1, len(said) + 1) if self.texts(said[:i]))
+            tokens = said[:upto]
+            text, ended = self._text(tokens), "stop"
+            if self.mark and not self._stops(text):
+                text, ended = self._before_mark(tokens), "eos"
+        answer = without_thought(text, self.opened)
+        thought = text[: len(text) - len(answer)] if text != answer else ""
+        return Answer(cut_at(answer, self.stop), tokens, ended, thought)
 
 
 def fit_prompt(ids: Sequence[int], room: int, bos: int | None) -> list[int]:
@@ -74,15 +145,14 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
 
 
 class _StopAtText:
-    """Stopping criterion: ends a row as soon as its new text holds a stop string."""
+    """Stopping criterion: ends a row as soon as its new text holds one that ends an answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
-        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+    def __init__(self, ends: Ends, prompt_length: int) -> None:
+        self.ends, self.prompt_length = ends, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        found = [any(stop in text for stop in self.stop) for text in texts]
-        return input_ids.new_tensor(found).bool()
+        new = input_ids[:, self.prompt_length :].tolist()
+        return input_ids.new_tensor([self.ends.texts(row) for row in new]).bool()
 
 
 @contextmanager
@@ -108,20 +178,25 @@ def greedy(
     max_new_tokens: int,
     batch_size: int,
     stop: Sequence[str] = (),
+    opened: bool = False,
     logits: Callable[[Sequence[int]], list[Any]] = lambda rows: [],
 ) -> list[Answer]:
     """Answer N prompts of token ids, none of them empty; the order of the answers is that of the prompts.
 
+    Answers end where the tokenizer's chat template ends them, too. Texts of `stop` are looked for behind a thought.
+
+    opened: the prompts end inside a thought.
     logits: for the prompts (their numbers) of each batch, transformers' logits processors to put before the argmax.
     """
     import torch
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     answers: dict[int, Answer] = {}
-    ends = end_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    ends = Ends.of(model, tokenizer, stop, opened)
+    ids_of_ends = sorted(ends.ids)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ids_of_ends or [0])[0]
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=ends or None
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=ids_of_ends or None
     )
     for rows in _batches(prompts, batch_size, one_length_a_batch(model)):
         width = max(len(prompts[i]) for i in rows)
@@ -130,7 +205,7 @@ def greedy(
         for at, i in enumerate(rows):
             ids[at, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
             mask[at, width - len(prompts[i]) :] = 1
-        criteria = StoppingCriteriaList([_StopAtText(tokenizer, stop, width)] if stop else [])
+        criteria = StoppingCriteriaList([_StopAtText(ends, width)] if stop or ends.mark else [])
         generator: Any = model  # PEFT's type does not declare `generate`
         with _own_settings_only(model), torch.no_grad():
             output = generator.generate(
@@ -141,20 +216,5 @@ def greedy(
                 logits_processor=LogitsProcessorList(logits(rows)),
             )
         for i, new in zip(rows, output[:, width:].tolist(), strict=True):
-            answers[i] = _answer(tokenizer, new, ends, stop)
+            answers[i] = ends.answer(new)
     return [answers[i] for i in range(len(prompts))]
-
-
-def _answer(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: Sequence[int], stop: Sequence[str]) -> Answer:
-    """Cut off what follows the end of a row, whose batch may have run longer."""
-    last = next((i for i, token in enumerate(new) if token in ends), None)
-    tokens = new if last is None else new[: last + 1]
-    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    cut = cut_at(text, stop)
-    if cut == text:
-        return Answer(text, tokens, "length" if last is None else "eos")
-    for upto in range(1, len(tokens) + 1):
-        begun = str(tokenizer.decode(tokens[:upto], skip_special_tokens=True))
-        if any(text in begun for text in stop):
-            break
-    return Answer(cut, tokens[:upto], "stop")

@@ -2,7 +2,8 @@
 
 Decoding is greedy. Prompts come from the tokenizer's chat template, else from the alpaca prompt that training uses
 (template: plain uses the bare text). Further turns follow the model's own earlier answers. Prompts that leave no room
-for the answer lose tokens on the left, except bos; the rows count them.
+for the answer lose tokens on the left, except bos; the rows count them. Thoughts before an answer are kept apart: no
+metric, judge or later turn sees them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from macdrop.errors import ConfigError, DataError
 from tune.config.eval_entries import TEXT_METRICS, Generation
 from tune.config.eval_spec import EvalSpec
+from tune.data.chat_template import ChatTemplate
 from tune.data.formats import Turn
 from tune.data.templates import Encoder
 from tune.evaluation.check import read_generation
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from tune.evaluation.prefix_cache import Logits
 
-VERSION = "1"
+VERSION = "2"
 HIGHER_IS_BETTER = {**dict.fromkeys(TEXT_METRICS, True), "empty_share": False, "repeated_4grams": False}
 """Whether a higher value is better; descriptive metrics are not listed."""
 
@@ -56,6 +58,7 @@ class ResidentQuestions:
     template: str
     room: int
     encoder: Encoder | None
+    chat: ChatTemplate
 
 
 def load(name: str, entry: Generation, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> ResidentQuestions:
@@ -80,7 +83,7 @@ def load(name: str, entry: Generation, tokenizer: PreTrainedTokenizerBase, max_p
         )
     encoder = Encoder(tokenizer, "alpaca", train_on_prompt=True) if template == "alpaca" else None
     questions = [_question(kind, row, number) for number, row in enumerate(table.rows)]
-    return ResidentQuestions(name, questions, entry, kind, template, room, encoder)
+    return ResidentQuestions(name, questions, entry, kind, template, room, encoder, ChatTemplate(tokenizer))
 
 
 def _question(kind: str, row: dict[str, Any], number: int) -> Question:
@@ -108,30 +111,41 @@ def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
     return chosen
 
 
-def prompt_ids(
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, before any cut; `opened`: it ends inside a thought."""
+
+    ids: list[int]
+    opened: bool = False
+
+
+def prompt(
     resident: ResidentQuestions, tokenizer: PreTrainedTokenizerBase, question: Question, answers: Sequence[str]
-) -> list[int]:
-    """Return the token ids of the conversation up to the turn after `answers`, before any cut."""
+) -> Prompt:
+    """Return the conversation up to the turn after `answers`.
+
+    Raises:
+        DataError: the chat template cannot render it.
+    """
     asked = question.turns[: len(answers) + 1]
     if resident.encoder is not None:
         turns = [Turn("user", asked[0], question.context)]
         for answer, turn in zip(answers, asked[1:], strict=True):
             turns += [Turn("assistant", answer), Turn("user", turn)]
-        return resident.encoder.encode([turns], [str(question.kept["question_id"])])[0].input_ids
+        return Prompt(resident.encoder.encode([turns], [str(question.kept["question_id"])])[0].input_ids)
     first = f"{asked[0]}\n{question.context}" if question.context else asked[0]
     texts = [first, *asked[1:]]
     if resident.template == "plain":
         text = "".join(f"{turn}\n{answer}\n\n" for turn, answer in zip(texts, answers, strict=False)) + texts[-1]
-        return list(tokenizer(text, verbose=False)["input_ids"])
+        return Prompt(list(tokenizer(text, verbose=False)["input_ids"]))
     messages = [{"role": "user", "content": texts[0]}]
     for answer, turn in zip(answers, texts[1:], strict=True):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # templates raise anything
-        which = question.kept["question_id"]
-        raise DataError(f"The chat template refuses question {which}: {error}. Set template: alpaca.") from error
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        rendered = resident.chat.prompt(messages, resident.entry.thinking)
+    except DataError as error:
+        raise DataError(f"eval.generation.{resident.name}, question {question.kept['question_id']}: {error}") from error
+    return Prompt(list(tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"]), rendered.opened)
 
 
 def score(
@@ -151,15 +165,16 @@ def score(
     cut = 0
     for turn in range(max(len(question.turns) for question in questions)):
         asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
-        whole = [prompt_ids(resident, tokenizer, questions[i], [a.text for a in answers[i]]) for i in asked]
-        cut += sum(len(ids) > resident.room for ids in whole)
+        whole = [prompt(resident, tokenizer, questions[i], [a.text for a in answers[i]]) for i in asked]
+        cut += sum(len(each.ids) > resident.room for each in whole)
         found = greedy(
             model,
             tokenizer,
-            [fit_prompt(ids, resident.room, tokenizer.bos_token_id) for ids in whole],
+            [fit_prompt(each.ids, resident.room, tokenizer.bos_token_id) for each in whole],
             max_new_tokens=entry.max_new_tokens,
             batch_size=batch_size,
             stop=entry.stop,
+            opened=whole[0].opened,  # all are of one template
         )
         for i, answer in zip(asked, found, strict=True):
             answers[i].append(answer)
@@ -172,6 +187,7 @@ def score(
             "ended": [a.ended for a in given],
             "metrics": metrics,
         }
+        | ({"thoughts": [a.thought for a in given]} if any(a.thought for a in given) else {})
         for question, given, metrics in zip(questions, answers, measured, strict=True)
     ]
     settings = (

@@ -103,7 +103,7 @@ class LocalJudge:
         replies = [Reply(error=self._too_long(len(ids))) for ids in whole]
         for i, answer in zip(taken, answers, strict=True):
             used = (min(len(whole[i]), self.room), len(answer.tokens))
-            replies[i] = Reply(answer.text, tokens=used, cut=cut[i])
+            replies[i] = Reply(answer.thought + answer.text, tokens=used, cut=cut[i])
         return replies
 
     def _ids(self, prompt: str) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from macdrop.errors import DataError
 from tune.config.rubrics import Rubric
+from tune.data.thoughts import without_thought
 from tune.evaluation.text_metrics import mean_and_stderr
 
 #: Changes with every change of the prompt or of the parsing of scores.
@@ -63,9 +64,9 @@ _NUMBER = re.compile(
 def parse(text: str) -> int | None:
     """Return the score in a judge's answer, 1 to 5; None unless there is exactly one in the requested form.
 
-    What a reasoning model thinks before ``</think>`` is ignored.
+    What a reasoning model thinks before its answer is ignored.
     """
-    answer = text.rpartition("</think>")[2]
+    answer = without_thought(text)
     ends = [mark.end() for mark in _MARK.finditer(answer)]
     if not ends:
         marks = list(_LINE.finditer(answer))

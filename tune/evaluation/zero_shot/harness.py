@@ -16,8 +16,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from tune.config.eval_entries import ZeroShot
+from tune.data.chat_template import end_of_answers
+from tune.data.thoughts import without_thought
 from tune.errors import BenchmarkError
-from tune.evaluation.decode import fit_middle, fit_prompt, one_length_a_batch
+from tune.evaluation.decode import Ends, cut_at, fit_middle, fit_prompt, one_length_a_batch
 from tune.evaluation.prefix_cache import Logits, plain_logits
 
 if TYPE_CHECKING:
@@ -124,15 +126,26 @@ class Harness(HFLM):
             self._rolling = False
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
-        """Run lm-eval's own without a progress bar, and one by one where padding would change the answers."""
+        """Run lm-eval's own without a progress bar, and one by one where padding would change the answers.
+
+        Answers end where the chat template ends them, too, and lose their thoughts, as other generated ones.
+        """
         batch_size = self.batch_size_per_gpu
         if one_length_a_batch(self._model):
             self.batch_size_per_gpu = 1
         try:
             with self._asking(requests):
-                return super().generate_until(requests, disable_tqdm=True)
+                answers = super().generate_until(requests, disable_tqdm=True)
         finally:
             self.batch_size_per_gpu = batch_size
+        mark = end_of_answers(self.tokenizer)
+        return [without_thought(cut_at(answer, [mark] if mark else [])) for answer in answers]
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
+        """Stop at the ends of the chat template and the generation config, too."""
+        ends = Ends.of(self._model, self.tokenizer)
+        stop = [*stop, ends.mark] if ends.mark else stop
+        return super()._model_generate(context, max_length, stop, eos_token_id=sorted(ends.ids) or None, **settings)
 
     def _loglikelihood_tokens(self, requests: list, *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
         """Cut contexts that are too long before lm-eval does: it would cut their bos away with them."""
