@@ -17,8 +17,9 @@ from macdrop.errors import ConfigError
 from tune.config.eval_spec import EvalJob, EvalSpec
 from tune.config.messages import build
 from tune.errors import CheckpointError
-from tune.evaluation.adapters import AdapterSlot, merged_weights
+from tune.evaluation.adapters import AdapterSlot
 from tune.evaluation.decode import greedy
+from tune.evaluation.merging import merged_weights
 from tune.evaluation.scorer import Scorer
 from tune.storage.sealed_folder import commit
 
@@ -110,8 +111,8 @@ def test_unfit_adapters_are_refused_and_the_base_stays_usable(tmp_path):
     with pytest.raises(ConfigError, match="no adapter_config.json"), slot.adapter(tmp_path):
         pass
     text = (good / "adapter_config.json").read_text()
-    (good / "adapter_config.json").write_text(text.replace('"bias": "none"', '"bias": "all"'))
-    with pytest.raises(ConfigError, match="bias 'all'"), slot.adapter(good):
+    (good / "adapter_config.json").write_text(text.replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    with pytest.raises(ConfigError, match="init_lora_weights 'pissa'"), slot.adapter(good):
         pass
     (wide / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"), slot.adapter(wide):
@@ -256,10 +257,13 @@ DAMAGED = {
     "targets of nothing": (change_config(target_modules=None), "does not fit"),
     "a pattern that is none": (change_config(rank_pattern={"(": 3}), "does not fit"),
     "drawn from the base": (change_config(init_lora_weights="olora"), "init_lora_weights 'olora'"),
-    "parts of its own": (change_config(modules_to_save=["lm_head"]), "modules_to_save"),
-    "tokens of its own": (change_config(trainable_token_indices=[1]), "trainable_token_indices"),
+    "parts of its own": (change_config(modules_to_save=["lm_head"]), "its file lacks .*lm_head.weight"),
+    "tokens of its own": (change_config(trainable_token_indices=[1]), "its file lacks .*trainable_tokens_delta"),
     "layers twice": (change_config(layer_replication=[[0, 1], [0, 1]]), "layer_replication"),
     "code by name": (change_config(megatron_config={"a": 1}, megatron_core="antigravity"), "megatron_config"),
+    "a base cut down": (change_config(kasa_config={"beta": 1}), "kasa_config"),
+    "after certain tokens only": (change_config(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
+    "a setting of the future": (change_config(use_wonders=True), "use_wonders True"),
     "another kind": (change_config(peft_type="IA3"), "peft_type 'IA3'"),
 }
 

@@ -79,7 +79,7 @@ def test_merged_weights_answer_as_base_and_adapter(trained, tmp_path, capsys, mo
     assert names["model"].generate(**names["tokenizer"]("the cat", return_tensors="pt"), max_new_tokens=2).shape[1] > 2
 
 
-def test_a_merge_that_answers_otherwise_is_an_error_that_leaves_it(trained, tmp_path, monkeypatch):
+def test_a_merge_that_answers_otherwise_is_an_error_that_leaves_nothing(trained, tmp_path, monkeypatch):
     from tune.evaluation import merging
 
     logits, calls = merging._logits, []
@@ -89,9 +89,38 @@ def test_a_merge_that_answers_otherwise_is_an_error_that_leaves_it(trained, tmp_
         return logits(model, blocks) + 0.1 * len(calls)
 
     monkeypatch.setattr(merging, "_logits", worse)
-    with pytest.raises(BenchmarkError, match="left there for inspection"):
+    with pytest.raises(BenchmarkError, match="do not answer as base and adapter do.*\n.*Nothing was written"):
         export(trained, tmp_path / "whole", merged=True, push=None, private=False)
-    assert (tmp_path / "whole/model.safetensors").is_file()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"]])
+def test_tied_embeddings_are_parted_where_an_adapter_covers_one_of_them(tmp_path, targets):
+    """Read back by plain transformers, the merged weights answer as base and adapter do."""
+    import torch
+    from helpers import tiny
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tune.evaluation.merging import write_merged
+
+    base = tiny.build("llama")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    spec = TrainSpec(model_name_or_path=str(tmp_path / "base"), lora_target=targets)
+    assert write_merged(spec, tmp_path / "adapter", tmp_path / "whole").ok
+    ids = torch.arange(3, 20)[None]
+    tied = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(tied, tmp_path / "adapter").eval()(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()(input_ids=ids).logits
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert json.loads((tmp_path / "whole/config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_the_limits_of_the_check_are_by_precision():

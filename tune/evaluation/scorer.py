@@ -18,8 +18,8 @@ from macdrop.hooks import MacDrop
 from macdrop.masking import attacked
 from macdrop.weights import MassiveWeights
 from tune.config.eval_spec import NO_ATTACK, EvalJob, EvalSpec, jobs
-from tune.evaluation.adapters import merged_weights
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
+from tune.evaluation.merging import merged_weights
 from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
 from tune.storage.atomic import atomic_write_text
 from tune.training.quiet import quiet_while_scoring

