@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from macdrop.errors import ConfigError, UnsupportedModel, nearest
 
@@ -45,7 +46,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {dtype!r}.{nearest(dtype, DTYPES)} Allowed: {', '.join(DTYPES)}.")
-    name = _require_folder(name_or_path, ("config.json",))
+    name = _require_model(name_or_path, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _load_config(name, options)
     _require_causal_text(name, config)
@@ -63,7 +64,7 @@ def load_model(
     except SafetensorError as error:
         raise ConfigError(f"The weights of {name} are damaged: {error}.\nCopy or download the model again.") from None
     except ImportError as error:
-        raise ConfigError(f"{name} needs a package that is missing: {_first_line(error)}") from None
+        raise ConfigError(f"{name} needs a package that is missing: {_first_line(error)}{_quantised(config)}") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(_weights_message(name, error)) from None
     model, info = loaded
@@ -108,7 +109,7 @@ def check_model(
 
     Raises what `load_model` raises for the path, the config and the kind of model.
     """
-    name = _require_folder(name_or_path, ("config.json",))
+    name = _require_model(name_or_path, revision)
     config = _load_config(name, {"revision": revision, "trust_remote_code": trust_remote_code})
     _require_causal_text(name, config)
     return config
@@ -159,6 +160,26 @@ def require_fit(
             f"The tokenizer of {name} does not fit the model: it has {len(tokenizer)} tokens, the model embeddings for "
             f"{rows}.\nUse the tokenizer that came with the model."
         )
+
+
+def _require_model(name_or_path: str | os.PathLike, revision: str | None) -> str:
+    """The name to load a model from. Refuses one with an adapter beside it, which transformers would put into it."""
+    name = _require_folder(name_or_path, ())
+    try:
+        adapter = find_adapter_config_file(name, revision=revision)
+    except OSError:  # no such repository: reading the config says so
+        adapter = None
+    if adapter is not None:
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            raise ConfigError(
+                f"{name} is a PEFT adapter, not a model: it holds adapter_config.json and no config.json.\n"
+                "Give the model that it was made for, and the adapter with --adapter."
+            )
+        raise ConfigError(
+            f"{name} holds a PEFT adapter beside the model (adapter_config.json): transformers would put it into it.\n"
+            "Move the adapter to a folder of its own and give it with --adapter, or merge it into the weights."
+        )
+    return _require_folder(name_or_path, ("config.json",))
 
 
 def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) -> str:
@@ -234,6 +255,16 @@ def _weights_message(name: str, error: Exception) -> str:
     if "ignore_mismatched_sizes" in text or "size mismatch" in text:
         return f"The weights of {name} do not have the shapes that its config.json says. Are they of one model?"
     return f"{name} cannot be loaded: {_first_line(error)}"
+
+
+def _quantised(config: PretrainedConfig) -> str:
+    """A hint for weights that are stored quantised; empty for others."""
+    if getattr(config, "quantization_config", None) is None:
+        return ""
+    return (
+        "\nIts weights are quantised, and attacks, proofs and merges refuse such weights with that package, too: give\n"
+        "the checkpoint in 16 or 32 bits."
+    )
 
 
 def _hub_message(name: str, revision: str | None) -> str:

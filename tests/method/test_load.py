@@ -187,3 +187,22 @@ def test_a_tokenizer_of_another_model_is_refused_when_a_model_is_opened(folder):
     tokenizer.save_pretrained(folder)
     with refused("does not fit the model"):
         open_model(folder)
+
+
+def test_an_adapter_beside_the_model_is_refused(folder):
+    """transformers would put it into the model without a word."""
+    from macdrop.load import check_model
+
+    tiny.lora(build_family("llama")).save_pretrained(folder)
+    for read in (load_model, check_model, open_model):
+        with refused("holds a PEFT adapter beside the model.*--adapter, or merge it"):
+            read(folder)
+    (folder / "config.json").unlink()
+    with refused("is a PEFT adapter, not a model"):
+        load_model(folder)
+
+
+def test_quantised_weights_are_named_where_their_package_is_missing(folder):
+    rewrite_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with refused("quantised.*give\nthe checkpoint in 16 or 32 bits"):
+        load_model(folder)
