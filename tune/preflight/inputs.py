@@ -139,7 +139,7 @@ def check_study(
         trust_remote_code=spec.trust_remote_code,
         model=outline,
     )
-    ks = _values(spec, parameters, "macdrop.k")
+    ks = _values(spec, parameters, "macdrop.k") if may_drop(spec, parameters) else []
     check_rows(outline, spec, ks=ks, attacks=attacks)
     check_scopes(outline, spec, ks=ks, scopes=scopes)
     notes = check_adapter(
@@ -163,6 +163,10 @@ def check_rows(
 
     name: how the user wrote k, for the message; by default as a key of a run file.
     """
+    ks = list(ks)
+    attacked = {attack: block for attack, block in (attacks or {}).items() if attack != NO_ATTACK}
+    if not ks and not attacked:  # such a model may have no FFN
+        return
     rows = max(ffn.intermediate_size for ffn in find_ffns(outline))
     for k in ks:
         if k > rows:
@@ -170,8 +174,8 @@ def check_rows(
                 f"{name or 'macdrop.k'} is {k}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
                 f"Give a whole number from 0 to {rows}; the paper uses 5."
             )
-    for attack, block in (attacks or {}).items():
-        if attack != NO_ATTACK and Attack.parse(attack).k > rows:
+    for attack, block in attacked.items():
+        if Attack.parse(attack).k > rows:
             raise ConfigError(
                 f"{block}.attacks has {attack!r}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
                 f"Attack from 0 to {rows} of them."
@@ -183,6 +187,8 @@ def check_scopes(outline: PreTrainedModel, spec: TrainSpec, *, ks: list[int], sc
 
     Where only some layers are fused experts the scan decides; MacDrop itself refuses there.
     """
+    if not scopes:
+        return
     ffns = find_ffns(outline)
     rows = max(ffn.intermediate_size for ffn in ffns)
     for scope, k in ((scope, k) for scope in scopes for k in ks):
