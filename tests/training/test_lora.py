@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -10,7 +12,7 @@ from torch import nn
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import TrainSpec
-from tune.training.lora import add_adapter, left_alone, start
+from tune.training.lora import add_adapter, left_alone, start, write_config
 
 HYBRID = {
     "vocab_size": 64,
@@ -130,3 +132,18 @@ def test_of_two_factors_one_is_drawn_and_the_other_zero_as_by_peft():
         assert float(tensor.std()) == pytest.approx(float(theirs.std()), rel=0.2), name
     with pytest.raises(NotImplementedError):
         start("lora_C.default.weight", (4, 4), torch.Generator())
+
+
+def test_the_configuration_has_no_newer_key_that_says_nothing(tmp_path):
+    """What it leaves out is what PEFT has by default, so that it reads the same."""
+    from peft import LoraConfig
+
+    config = add_adapter(outline("mixtral"), spec(lora_rank=3)).peft_config["default"]
+    write_config(config, tmp_path)
+    keys = set(json.loads((tmp_path / "adapter_config.json").read_text()))
+    assert {"r", "use_dora", "target_modules", "target_parameters"} <= keys
+    assert not keys & {"alora_invocation_tokens", "qalora_group_size", "peft_version", "exclude_modules"}
+    read, wanted = LoraConfig.from_pretrained(str(tmp_path)).to_dict(), config.to_dict()
+    assert read["inference_mode"] is True
+    for key in set(wanted) - {"inference_mode"}:
+        assert read[key] == wanted[key] or set(read[key]) == set(wanted[key]), key

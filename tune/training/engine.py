@@ -22,7 +22,7 @@ from tune.training.checkpoint import MOMENTS, AdapterState, write_tensors
 from tune.training.collectives import all_do
 from tune.training.deepspeed_config import deepspeed_config
 from tune.training.loading import open_base
-from tune.training.lora import ADAPTER, add_adapter, is_drawn, start
+from tune.training.lora import ADAPTER, add_adapter, is_drawn, start, write_config
 from tune.training.quiet import no_output
 
 
@@ -146,7 +146,7 @@ class Engine:
     def write_checkpoint(self, state: AdapterState, folder: Path) -> None:
         """Write a checkpoint, itself a loadable adapter, into an existing folder; rank 0 only."""
         state.save(folder, self._names(state))
-        self._write_config(folder)
+        write_config(self.model.peft_config[ADAPTER], folder)
 
     def write_adapter(self, state: AdapterState, folder: Path) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does, in the working precision."""
@@ -154,7 +154,7 @@ class Engine:
         names = self._names(state)
         tensors = {names[name]: tensor.to(dtype) for name, tensor in state.weights.items()}
         write_tensors(tensors, folder / ADAPTER_FILE)
-        self._write_config(folder)
+        write_config(self.model.peft_config[ADAPTER], folder)
 
     def _names(self, state: AdapterState) -> dict[str, str]:
         """Map parameter names to names in an adapter file, by PEFT's own translation."""
@@ -165,14 +165,6 @@ class Engine:
         )
         by_tensor = {id(tensor): name for name, tensor in translated.items()}
         return {name: by_tensor[id(tensor)] for name, tensor in state.weights.items()}
-
-    def _write_config(self, folder: Path) -> None:
-        config = self.model.peft_config[ADAPTER]
-        training, config.inference_mode = config.inference_mode, True
-        try:
-            config.save_pretrained(str(folder))
-        finally:
-            config.inference_mode = training
 
     # --- invariants ---
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +26,28 @@ ADAPTER = "default"
 ROUTERS = ("router", "gate", "gating", "wg")
 #: Keys of a model's config that count its experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+#: Keys of adapter_config.json that every release reads that knows DoRA (0.9).
+LONG_KNOWN = (
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+)
 #: Part of PEFT's refusal -> what it means to the user.
 REFUSALS = {
     "ParamWrapper does not work with use_dora": (
@@ -91,6 +116,18 @@ def start(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
 def is_drawn(name: str) -> bool:
     """Return whether a tensor is the factor that is drawn: it has no gradient as long as the other one is zero."""
     return "lora_A" in name or "lora_embedding_B" in name
+
+
+def write_config(config: LoraConfig, folder: Path) -> None:
+    """Write adapter_config.json as PEFT does, without newer keys that say nothing: older releases refuse what they do
+    not know, and mean the same without it."""
+    from peft import LoraConfig
+
+    settings = dataclasses.replace(config, inference_mode=True).to_dict()
+    default = LoraConfig().to_dict()
+    said = {key: value for key, value in settings.items() if key in LONG_KNOWN or value != default.get(key)}
+    said = {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
+    (folder / "adapter_config.json").write_text(json.dumps(said, indent=2, sort_keys=True), encoding="utf-8")
 
 
 # --- targets ---
