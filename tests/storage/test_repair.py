@@ -193,3 +193,12 @@ def test_a_score_that_readers_refuse_is_taken_out(folder, damage):
     (note,) = repair_run(folder)
     assert "scored again" in note
     assert RunFolder(folder).score_rows() == whole[1:]
+
+
+def test_what_killed_writers_left_is_deleted(folder):
+    left = [folder / ".run.json.4711-0123abcd.tmp", next(folder.glob("trials/*")) / ".trial.json.9-ffffffff.tmp"]
+    mine = folder / ".notes.tmp"
+    for file in (*left, mine):
+        file.write_text("{")
+    assert repair_run(folder) == []
+    assert not any(file.exists() for file in left) and mine.exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ from tune.storage.states import RunStatus, TaskState
 
 #: What went wrong with a file that cannot be believed.
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+#: The temporary file of a write that a killed process did not end, see `atomic_write_text`.
+UNFINISHED = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 
 
 def check_run(run_dir: Path) -> None:
@@ -65,6 +68,9 @@ def repair_run(run_dir: Path) -> list[str]:
         ConfigError: neither run.json nor config.yaml is whole.
         ResourceError: the folder cannot be written.
     """
+    for file in run_dir.rglob(".*.tmp"):
+        if UNFINISHED.fullmatch(file.name):
+            file.unlink(missing_ok=True)
     notes = _run_files(run_dir)
     redone = [note for folder in sorted((run_dir / "trials").glob("*/")) for note in _trial(folder)]
     notes += redone
