@@ -32,7 +32,7 @@ from tune.cli.verbs import (
     zoo,
 )
 from tune.cli.verbs import eval as evaluate
-from tune.storage.places import direct_loopback
+from tune.storage.places import check_current_folder, direct_loopback
 
 #: Exit code of typer after Ctrl-C; the errors hold the others.
 INTERRUPTED = 130
@@ -60,6 +60,7 @@ def main() -> None:
     protect()
     direct_loopback()
     try:
+        check_current_folder()
         app(prog_name="macdrop")  # also under `python -m`
     except (MacDropError, LaunchError) as error:
         warn(f"macdrop: {error}")

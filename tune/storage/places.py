@@ -24,6 +24,18 @@ PYTHON_SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+def check_current_folder() -> None:
+    """Refuse to work in a folder that has been deleted, where not even libraries can be loaded.
+
+    Raises:
+        ResourceError: the current folder is gone.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ResourceError("The current folder is gone: it was deleted.\nChange to another: cd ~") from None
+
+
 def home() -> Path:
     """The home folder of this user.
 
