@@ -39,5 +39,5 @@ class TrainingInvariantError(MacDropError):
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of `allowed`, or an empty string."""
-    matches = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(f"{name!s:.100}", list(allowed), n=1, cutoff=0.6)  # its time is quadratic
     return f" Did you mean {matches[0]!r}?" if matches else ""

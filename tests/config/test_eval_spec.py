@@ -184,7 +184,7 @@ def test_good_files_pass(tmp_path):
 def test_the_same_rows_are_read_from_every_format(tmp_path):
     import pandas as pd
 
-    from tune.data.readers import read_rows
+    from tune.data.local_rows import read_rows
 
     rows = [{"prompt": "a, b\nc", "reference": "x"}, {"prompt": "d", "reference": "ü"}]
     jsonl = write(tmp_path / "r.jsonl", *rows)

@@ -8,6 +8,7 @@ from macdrop.errors import ConfigError
 from tune.config.messages import build
 from tune.config.parse import ALIASES, normalise, override
 from tune.config.run_spec import RunSpec, load
+from tune.config.train_spec import DatasetEntry
 
 MODEL = "model_name_or_path=zoo:planted-llama"
 
@@ -58,7 +59,7 @@ def test_a_run_folder_has_no_control_characters():
         (
             "dataset=[{path: a.json, max_samples: 5}, b.json]",
             "dataset",
-            [{"path": "a.json", "max_samples": 5}, "b.json"],
+            [DatasetEntry(path="a.json", max_samples=5), "b.json"],
         ),
         ("output_dir=2024-01-01", "output_dir", "2024-01-01"),
         ("output_dir=runs/a=b", "output_dir", "runs/a=b"),

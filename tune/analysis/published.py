@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tune.analysis.display_names import adapter_name
+from tune.config.parse import read_yaml
 from tune.config.run_spec import slug
 from tune.config.sections import Arm
 from tune.evaluation.score_names import Cell
@@ -21,9 +22,7 @@ SUITE = re.compile(r"\bsuite=([\w-]+)@")
 @cache
 def paper() -> dict[str, Any]:
     """The content of paper.yaml."""
-    import yaml
-
-    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return read_yaml(FILE)
 
 
 @dataclass(frozen=True)

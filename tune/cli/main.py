@@ -5,13 +5,14 @@ Modules of verbs import what they need inside functions, so that `--help` answer
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
 
 from cluster.cli import app as cluster
 from cluster.errors import LaunchError
-from macdrop.errors import MacDropError
+from macdrop.errors import ConfigError, MacDropError
 from tune.cli.console import warn
 from tune.cli.streams import protect
 from tune.cli.verbs import (
@@ -32,6 +33,7 @@ from tune.cli.verbs import (
     zoo,
 )
 from tune.cli.verbs import eval as evaluate
+from tune.config.syntax.user_paths import expand_arguments
 from tune.storage.places import check_current_folder, direct_loopback
 
 #: Exit code of typer after Ctrl-C; the errors hold the others.
@@ -61,10 +63,15 @@ def main() -> None:
     direct_loopback()
     try:
         check_current_folder()
-        app(prog_name="macdrop")  # also under `python -m`
+        app(expand_arguments(sys.argv[1:]), prog_name="macdrop")  # also under `python -m`
     except (MacDropError, LaunchError) as error:
         warn(f"macdrop: {error}")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        warn(f"macdrop: no file can have a name as long as {str(error.filename)[-60:]!r}")
+        sys.exit(ConfigError.exit_code)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # typer turns Ctrl-C into this exit, without a word
             warn("macdrop: interrupted")

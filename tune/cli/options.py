@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,6 @@ Format = Annotated[str, typer.Option(help="What to print: terminal, markdown, cs
 def split_config(arguments: list[str] | None) -> tuple[str | None, list[str]]:
     """Split arguments into an optional leading file or recipe name and key=value overrides."""
     given = list(arguments or [])
-    if given and ("=" not in given[0] or Path(given[0]).is_file()):
+    if given and ("=" not in given[0] or os.path.isfile(given[0])):
         return given[0], given[1:]
     return None, given

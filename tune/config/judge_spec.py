@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from tune.config.sections import Strict, Text
+from tune.config.sections import Location, Strict
 
 #: Keys that apply to a local model only, or to an endpoint only.
 LOCAL_KEYS = ("batch_size", "bf16", "trust_remote_code", "long_prompts")
@@ -18,7 +18,9 @@ ENDPOINT_KEYS = ("api_key_env", "request_retries", "timeout_s", "max_concurrent"
 class JudgeSpec(Strict):
     """A local causal language model, or with `base_url` a model behind an OpenAI-compatible endpoint."""
 
-    model: Text = Field(description="Hub id or folder of a local model, or the endpoint's name for its model.")
+    model: Location = Field(
+        description="Hub id or folder of a local model, or the endpoint's name for its model."
+    )
     base_url: str | None = Field(
         default=None, description="Address of an OpenAI-compatible endpoint; `null` loads the model locally."
     )
@@ -26,7 +28,7 @@ class JudgeSpec(Strict):
         default="OPENAI_API_KEY", description="Name of the environment variable that holds the endpoint's key."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub model.")
-    rubric: Text = Field(
+    rubric: Location = Field(
         default="spec_bench",
         description="Scoring rubric: `spec_bench`, `helpfulness`, `correctness`, or the path of a YAML file.",
     )

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from macdrop.errors import ConfigError, nearest
 from tune.config.parse import ALIASES
+from tune.config.syntax.yaml_core import brief
 
 #: Names of other tools for what is done in another way here: the way.
 ELSEWHERE = {
@@ -39,6 +40,9 @@ ELSEWHERE = {
     "parameters": "Write it under sweep.",
     "models": "Write it under sweep.",
 }
+
+#: Words for true and false of YAML 1.1, which are texts here.
+YES_NO = {word: answer for answer, words in (("true", "yes on y"), ("false", "no off n")) for word in words.split()}
 
 _WANTED = {
     "int_type": "a whole number",
@@ -134,7 +138,9 @@ def _explain(kind: type[BaseModel], where: str, items: list[ErrorDetails]) -> st
     hint = nearest(item["input"], allowed) if isinstance(item["input"], str) else ""
     if isinstance(item["input"], str) and item["input"].lower() in ("none", "nil"):
         hint = hint or " Nothing is written null."
-    return f"{where} must be {' or '.join(dict.fromkeys(wanted))}, not {item['input']!r}.{hint}"
+    if any(other["type"] == "bool_type" for other in items) and item["input"] in YES_NO:
+        hint = f" Write {YES_NO[item['input']]}."
+    return f"{where} must be {' or '.join(dict.fromkeys(wanted))}, not {brief(item['input'])}.{hint}"
 
 
 def _unknown(kind: type[BaseModel], where: str, item: ErrorDetails) -> str:

@@ -5,14 +5,13 @@ Which keys exist is defined by `tune.config.run_spec`; messages about wrong keys
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from macdrop.errors import ConfigError
+from tune.config.syntax.yaml_core import brief, parse_yaml
 
 #: Other tools' names for our keys, accepted and translated (Axolotl, PEFT, TRL, LLaMA-Factory, Ray).
 ALIASES = {
@@ -42,53 +41,22 @@ SECTIONS = ["zero_shot", "perplexity", "generation"]
 # --- text -> plain data ---
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader that reads 3e-4 as a number and dates as texts, and refuses duplicate and non-text keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is not a text; put it in quotes", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is written twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] not in ("float", "timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-        r"|\.inf|\.Inf|\.INF)$|\.nan$|\.NaN$|\.NAN$"
-    ),
-    list("-+0123456789."),
-)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file.
 
     Raises:
         ConfigError: the file is missing, is not valid YAML (with the line), or does not hold a mapping.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(
             f"{path} is not a file. Give the path of a run's YAML file; `macdrop sweep --recipes` lists shipped ones."
         )
     try:
-        raw = _parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_where(error)}.") from None
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values, for example\n  model_name_or_path: zoo:planted-llama")
     return raw
@@ -102,23 +70,14 @@ def read_override(text: str) -> tuple[str, Any]:
     """
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
-        raise ConfigError(f"{text!r} is not an override. Write key=value, for example learning_rate=1e-4.")
+        raise ConfigError(f"{brief(text)} is not an override. Write key=value, for example learning_rate=1e-4.")
     try:
-        return key.strip(), _parse(value)
-    except (yaml.YAMLError, RecursionError) as error:
+        return key.strip(), parse_yaml(value)
+    except ConfigError as error:
         raise ConfigError(
-            f"The value of {key} is not valid YAML: {_where(error)}.\n"
+            f"The value of {key} is not valid YAML: {error}.\n"
             f"Quote a text with special characters, twice because of the shell: {key}='\"...\"'"
         ) from None
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-
-
-def _where(error: Exception) -> str:
-    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if problem and mark else str(error)
 
 
 # --- one spelling of every key ---

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 from macdrop.errors import ConfigError, nearest
+from tune.config.syntax.user_paths import expand_path
+from tune.config.syntax.yaml_core import brief
 
 RECIPES = Path(__file__).with_name("recipes")
 DEMO = "demo"
@@ -15,14 +18,15 @@ def recipe(name: str | None) -> Path | None:
     """Return the path of a file, or of the shipped recipe of that name; `ConfigError` if there is neither."""
     if name is None:
         return None
-    path = Path(name)
+    path = Path(expand_path(name))
     shipped = {shown.stem: shown for shown in sorted(RECIPES.glob("*.yaml"))}
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in (".yaml", ".yml") or os.path.isfile(path):
         return path
     if name in shipped:
         return shipped[name]
     raise ConfigError(
-        f"{name!r} is neither a YAML file nor a shipped recipe.{nearest(name, shipped)} Recipes: {', '.join(shipped)}."
+        f"{brief(name)} is neither a YAML file nor a shipped recipe.{nearest(name, shipped)}\n"
+        f"Recipes: {', '.join(shipped)}."
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,8 +64,8 @@ def load(name: str) -> Rubric:
         ConfigError: there is no such rubric, or the file does not hold one.
     """
     shipped = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    path = FOLDER / f"{name}.yaml" if name in shipped else Path(name).expanduser()
-    if not path.is_file():
+    path = FOLDER / f"{name}.yaml" if name in shipped else Path(name)
+    if not os.path.isfile(path):
         raise ConfigError(
             f"eval.judge.rubric {name!r} is neither a shipped rubric nor a YAML file.{nearest(name, shipped)} "
             f"Rubrics: {', '.join(shipped)}."

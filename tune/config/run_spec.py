@@ -17,7 +17,7 @@ from tune.config.eval_spec import EvalSpec
 from tune.config.messages import ELSEWHERE, build
 from tune.config.objectives import check_apart, check_early_stops, check_metrics
 from tune.config.parse import merge, normalise, override, read_override, read_yaml, undot
-from tune.config.sections import Location, MacDropSpec, RaySpec
+from tune.config.sections import Location, MacDropSpec, RaySpec, UserPath
 from tune.config.sweep_spec import Metric, Space, SweepSpec
 from tune.config.train_spec import CELL_KEYS, ENGINE_KEYS, TrainSpec, points, slug, with_values
 
@@ -47,7 +47,7 @@ COUPLED_KEYS = ("zero_stage", "offload")
 class RunSpec(TrainSpec):
     """A whole run; its flat keys are the defaults of every trial."""
 
-    model_name_or_path: str = Field(
+    model_name_or_path: UserPath = Field(
         default="",
         description="Base model: a Hub id, a local folder, or `zoo:NAME`. In a sweep, set `sweep.models` instead.",
     )
@@ -119,7 +119,7 @@ class RunSpec(TrainSpec):
 
 def searchable() -> list[str]:
     """List the dotted keys that `sweep.parameters` may have."""
-    fixed = {*MODEL_KEYS, "finetuning_type", "macdrop", "seed"}
+    fixed = {*MODEL_KEYS, "finetuning_type", "macdrop", "seed", "max_dropped_share"}
     flat = [name for name in TrainSpec.model_fields if name not in fixed]
     return flat + [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
 

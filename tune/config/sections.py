@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from macdrop.config import SCOPES, MacDropConfig
+from tune.config.syntax.user_paths import expand_path
 
 #: The validation loss with masks off, the metric that every trial has.
 EVAL_LOSS = "eval_loss"
@@ -30,8 +31,10 @@ def shown(value: str) -> str:
     return value
 
 
-#: The name of a file or folder, local or on the Hub.
-Location = Annotated[Text, AfterValidator(shown)]
+#: A path, or a name that may be one (of a model, a data set); ``~`` is expanded here, and nowhere else.
+UserPath = Annotated[str, AfterValidator(shown), AfterValidator(expand_path)]
+#: The same, and never empty.
+Location = Annotated[UserPath, Field(min_length=1)]
 
 
 class Strict(BaseModel):

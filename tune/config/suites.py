@@ -7,6 +7,7 @@ to get these files.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any
 
 from macdrop.errors import ConfigError, DataError, nearest
 from tune.config.parse import SECTIONS, merge, named_block, read_yaml
+from tune.config.syntax.user_paths import expand_path
 
 FOLDER = Path(__file__).with_name("suites")
 #: Keys of an entry that do not change what its score means: the copy of the data, how much of it, the attacks.
@@ -145,6 +147,7 @@ def _own_entries(section: str, value: Any, base: Mapping[str, Any]) -> Any:
         return value
     entries: dict[str, Any] = {}
     for name, entry in value.items():
+        entry = False if entry == "off" else entry  # YAML 1.1 reads the word so
         if entry is False and name not in base:
             raise ConfigError(f"{section}.{name} is off, but no suite given has it.{nearest(name, base)}")
         entry = {} if entry is None else {"data": entry} if isinstance(entry, str) else entry
@@ -162,8 +165,8 @@ def _with_local(base: Mapping[str, Any], own: dict[str, Any], files: Mapping[str
         mine = (own.get(section) or {}).get(name, {})
         if mine is False or "data" in mine or f"{section}/{name}" not in files:
             continue
-        file = Path(folder).expanduser() / files[f"{section}/{name}"]
-        if not file.is_file():
+        file = Path(expand_path(folder)) / files[f"{section}/{name}"]
+        if not os.path.isfile(file):
             missing.append((section, name, file))
         own = merge(own, {section: {name: {"data": [str(file)]}}})
     if missing:

@@ -8,6 +8,8 @@ from pydantic import AfterValidator, Field, field_serializer, field_validator, m
 
 from macdrop.errors import nearest
 from tune.config.sections import ARMS, EVAL_LOSS, Arm, Strict, placebos
+from tune.config.syntax.user_paths import expand_path
+from tune.config.syntax.yaml_core import brief
 
 
 class Space(Strict):
@@ -26,7 +28,7 @@ class Space(Strict):
         if isinstance(value, list):
             return {"values": value}
         if not isinstance(value, (dict, Space)):
-            raise ValueError(f"must be a list of values, or a block with min and max, not {value!r}")
+            raise ValueError(f"must be a list of values, or a block with min and max, not {brief(value)}")
         return value
 
     @model_validator(mode="after")
@@ -165,7 +167,10 @@ class SweepSpec(Strict):
     @classmethod
     def _names(cls, value: Any) -> Any:
         entries = value if isinstance(value, list) else [value]
-        return [{"model_name_or_path": entry} if isinstance(entry, str) else entry for entry in entries]
+        entries = [{"model_name_or_path": entry} if isinstance(entry, str) else entry for entry in entries]
+        named = [entry.get("model_name_or_path") if isinstance(entry, dict) else None for entry in entries]
+        pairs = zip(entries, named, strict=True)
+        return [e | {"model_name_or_path": expand_path(n)} if isinstance(n, str) else e for e, n in pairs]
 
     @field_validator("metric", mode="before")
     @classmethod

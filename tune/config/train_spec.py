@@ -9,12 +9,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from macdrop.errors import ConfigError
 from macdrop.schedules import SCHEDULES
 from tune.config.messages import build
 from tune.config.parse import merge, undot
-from tune.config.sections import MacDropSpec, Strict, shown
+from tune.config.sections import MacDropSpec, Strict, Text, UserPath
+from tune.config.syntax.yaml_core import brief
 
 #: Keys that decide how an engine is built; tasks that agree on them can share one engine.
 ENGINE_KEYS = (
@@ -38,16 +40,37 @@ ENGINE_KEYS = (
 )
 
 #: Keys that no bit of an adapter depends on.
-WITHOUT_EFFECT = ("logging_steps", "save_steps")
+WITHOUT_EFFECT = ("logging_steps", "save_steps", "max_dropped_share")
 
 #: Keys that say what kind of adapter is trained; arms are compared where these are equal.
 CELL_KEYS = ("use_dora", "use_rslora")
 
 
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "text"]
+
+
+class DatasetEntry(Strict):
+    """One data set of a list; `format` and `max_samples` are the run's where they are left out."""
+
+    path: UserPath = Field(description="A Hub id, a local file, a folder, a pattern, or `zoo:train`.")
+    format: Format | None = Field(default=None, description="Row format; `null` is the run's `format`.")
+    split: Text = Field(default="train", description="Split of a Hub data set or a folder.")
+    name: Text | None = Field(default=None, description="Configuration of a Hub data set or a folder that has several.")
+    max_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum number of its examples; `null` is the run's `max_samples`.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key in self.model_fields_set}
+
+
 class TrainSpec(Strict):
     """One fine-tuning. Every key can be searched by its dotted name, except the model (see `sweep.models`)."""
 
-    model_name_or_path: str = Field(
+    model_name_or_path: UserPath = Field(
         description="Base model: a Hub id, a local folder, or `zoo:NAME`. In a sweep, set `sweep.models` instead."
     )
     model_revision: str | None = Field(
@@ -85,14 +108,14 @@ class TrainSpec(Strict):
     use_dora: bool = Field(default=False, description="Train DoRA instead of plain LoRA.")
     use_rslora: bool = Field(default=False, description="Scale the adapter as rsLoRA does.")
 
-    dataset: str | list[str | dict[str, Any]] = Field(
+    dataset: UserPath | list[UserPath | DatasetEntry] = Field(
         default="zoo:train",
         description=(
-            "A Hub id, a local file or `zoo:train`; or a list of these or of `{path, format, split, name, "
-            "max_samples}`."
+            "A Hub id, a local file, a folder, a pattern such as `data/*.jsonl`, or `zoo:train`; or a list of these "
+            "or of `{path, format, split, name, max_samples}`."
         ),
     )
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "text"] = Field(
+    format: Format = Field(
         default="auto",
         description="Row format: `alpaca`, `sharegpt`, `messages` or `text`; `auto` detects it from the columns.",
     )
@@ -104,6 +127,15 @@ class TrainSpec(Strict):
         ),
     )
     cutoff_len: int = Field(default=1024, ge=2, description="Maximum number of tokens per example.")
+    max_dropped_share: float | None = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description=(
+            "Refuse data of which a larger share is dropped, because no answer token is within `cutoff_len`; `null` "
+            "never refuses."
+        ),
+    )
     train_on_prompt: bool = Field(default=False, description="Compute the loss on the prompt as well as the answer.")
     bad_rows: Literal["refuse", "skip"] = Field(
         default="refuse",
@@ -191,12 +223,28 @@ class TrainSpec(Strict):
     @classmethod
     def _has_a_name(cls, value: str) -> str:
         """Folders of trials and findings are named after the model."""
-        if value and (not slug(shown(value)) or slug(value).startswith(".")):
+        if value and (not slug(value) or slug(value).startswith(".")):
             raise ValueError(
                 f"{value!r} gives no name to call the model by: its last part must not be empty or begin with a dot. "
                 f"Write the folder's own name, as in ../NAME, or rename it."
             )
         return value
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _entries(cls, value: Any) -> Any:
+        """Validate the entries one by one: messages of a union would name all of its branches."""
+        if not isinstance(value, list):
+            return value
+        entries = []
+        for number, item in enumerate(value, 1):
+            if not isinstance(item, (str, dict, DatasetEntry)):
+                raise ValueError(f"entry {number} must be a text or a block of keys, not {brief(item)}")
+            try:
+                entries.append(build(DatasetEntry, item) if isinstance(item, dict) else item)
+            except ConfigError as error:
+                raise ConfigError(f"entry {number}: {error}") from None
+        return entries
 
     @field_validator("lora_target")
     @classmethod

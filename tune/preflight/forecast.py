@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RaySpec
+from tune.config.syntax.yaml_core import parse_yaml
 from tune.data.batching import save_interval
 from tune.scheduling.study import Study
 from tune.storage.sealed_folder import KEPT
@@ -145,11 +144,11 @@ def read_prices(file: Path | None) -> dict[str, Any]:
     """
     path = file or PRICES
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
         devices = [(str(row["match"]), float(row["per_hour"])) for row in content["devices"]]
     except OSError as error:
         raise ConfigError(f"--prices {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"--prices {path} is not a price file ({error}). Write, for example\n  date: 2026-11\n  currency: USD\n"
             "  devices:\n    - {match: H100, per_hour: 3.00}"

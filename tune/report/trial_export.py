@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from macdrop.errors import ConfigError
 from tune.analysis.verdict import verdicts
 from tune.config.messages import build
@@ -24,7 +22,7 @@ from tune.config.sections import Arm
 from tune.errors import ResourceError
 from tune.evaluation.merging import LogitCheck, write_merged
 from tune.report.model_card import Exported, model_card
-from tune.storage.atomic import atomic_write_json, atomic_write_text, writing
+from tune.storage.atomic import atomic_write_json, atomic_write_text, read_mapping, writing
 from tune.storage.run_folder import BASE, RunFolder, TrialFolder
 from tune.storage.sealed_folder import verify
 from tune.storage.states import TaskState
@@ -46,8 +44,8 @@ def read_trial(folder: Path) -> Exported:
             raise ConfigError(f"{folder} is not a finished trial: it has no {name}.{ended}{hint}")
     try:
         info = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
-        spec = build(TrainSpec, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except (ValueError, yaml.YAMLError) as error:
+        spec = build(TrainSpec, read_mapping(folder / "config.yaml"))
+    except ValueError as error:
         raise ConfigError(f"{folder} is damaged: {error}") from error
     if info.get("status") not in FINISHED:
         reason = f" ({info['reason']})" if info.get("reason") else ""

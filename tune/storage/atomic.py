@@ -22,9 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
 
-import yaml
-
 from macdrop.errors import ConfigError
+from tune.config.syntax.yaml_core import parse_yaml, write_yaml
 from tune.errors import ResourceError
 from tune.storage.places import in_cache
 
@@ -171,7 +170,7 @@ def atomic_write_json(path: AnyPath, value: Any, within: AnyPath | None = None) 
 
 def atomic_write_yaml(path: AnyPath, value: Any, within: AnyPath | None = None) -> Path:
     """Write `value` as YAML in the order given; see `plain` for what is allowed in it."""
-    return atomic_write_text(path, yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True), within)
+    return atomic_write_text(path, write_yaml(plain(value)), within)
 
 
 def append_jsonl(path: AnyPath, rows: Iterable[Mapping[str, Any]], within: AnyPath | None = None) -> int:
@@ -282,9 +281,9 @@ def read_mapping(
         if path.suffix == ".json":
             found = json.loads(text)
         else:
-            found = yaml.safe_load(text)
+            found = parse_yaml(text)
         check_mapping(found, needs)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         report_damage(path, error, problems)
         return None
     return found

@@ -15,13 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from macdrop.errors import MacDropError
 from tune.config.eval_spec import NO_ATTACK
 from tune.config.parse import flatten
 from tune.config.run_spec import TrainSpec
-from tune.storage.atomic import atomic_write_json
+from tune.storage.atomic import atomic_write_json, read_mapping
 from tune.storage.run_folder import RunFolder, TrialFolder
 from tune.storage.states import TaskState
 from tune.trackers.backends import TRACKERS, RunInfo, Tracker, TrackerRun
@@ -162,7 +160,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _run_info(trial: SyncedTrial) -> RunInfo:
-    config = yaml.safe_load((trial.record.folder / "config.yaml").read_text(encoding="utf-8"))
+    config = read_mapping(trial.record.folder / "config.yaml")
     spec = TrainSpec.model_validate(config)
     return RunInfo(trial.name, spec.setting_id(), f"seed-{spec.seed}", flatten(config))
 

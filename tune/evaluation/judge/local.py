@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
@@ -31,7 +31,7 @@ def revision(spec: JudgeSpec) -> str:
     """
     source = resolve(spec.model)
     folder = checkpoint_folder(source, spec.revision)
-    if not Path(source).expanduser().is_dir() and folder.parent.name == "snapshots":
+    if not os.path.isdir(source) and folder.parent.name == "snapshots":
         return folder.name[:12]
     return fingerprint(spec.model, spec.revision)[:SHOWN]
 

@@ -1,0 +1,1 @@
+"""The syntax of values that a user writes: YAML, and paths."""
