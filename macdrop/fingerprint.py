@@ -30,6 +30,7 @@ _THREADS = 4
 _SETTLED_NS = 2 * 10**9
 _SAMPLES = 16  # per weight file
 _SAMPLE_BYTES = 4096
+_LFS = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # as in the safetensors format
 
 #: Path, size, times of contents and of metadata, inode. The last two change when a file is replaced by one of its age.
@@ -42,8 +43,8 @@ def checkpoint_folder(model_name_or_path: str | os.PathLike, revision: str | Non
 
     Raises `ConfigError` when it is neither; nothing is downloaded.
     """
-    path = Path(model_name_or_path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model_name_or_path))
+    if os.path.isdir(path):
         return path
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -211,3 +212,12 @@ def _add_samples(digest: hashlib._Hash, file: Path) -> None:
         for sample in range(_SAMPLES):
             data.seek(start + (max(size - start - _SAMPLE_BYTES, 0) * sample) // (_SAMPLES - 1))
             _add(digest, data.read(_SAMPLE_BYTES))
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Return whether a file is the few lines that Git LFS leaves in place of a file that was not fetched."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(_LFS)) == _LFS
+    except OSError:  # whoever reads the file reports why it cannot be read
+        return False

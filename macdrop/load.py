@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from macdrop.errors import ConfigError, UnsupportedModel, nearest
+from macdrop.fingerprint import is_lfs_pointer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 _OTHER_MODALITIES = ("vision_config", "audio_config", "video_config", "speech_config", "vision_tower")
@@ -134,7 +135,7 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(_remote_code_message(name)) from None
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             reason = _first_line(error).rstrip(": ")
             raise ConfigError(
                 f"{name} has no tokenizer that can be loaded ({type(error).__name__}: {reason}).\n"
@@ -185,8 +186,8 @@ def _require_model(name_or_path: str | os.PathLike, revision: str | None) -> str
 def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) -> str:
     """The name to load from. Something that looks like a path must be a folder with the `needed` files."""
     name = os.fspath(name_or_path)
-    path = Path(name).expanduser()
-    if name and path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):
         for file in needed:
             if not (path / file).is_file():
                 inside = sorted(entry.name for entry in path.iterdir())[:6]
@@ -194,11 +195,18 @@ def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) ->
                     f"{name} is not a model folder: it has no {file}.\n"
                     f"It holds: {', '.join(inside) or 'nothing'}. Give the folder that save_pretrained wrote."
                 )
+        if pointers := [file.name for file in sorted(path.iterdir()) if file.is_file() and is_lfs_pointer(file)]:
+            raise ConfigError(
+                f"{name} was cloned without its files: {pointers[0]} is a Git LFS pointer, not the file itself.\n"
+                "Run: git lfs pull   (in that folder)"
+            )
         return str(path)
     looks_like_id = name and not name.startswith((".", "~", "/")) and name.count("/") <= 1
-    if path.is_file() or not looks_like_id:
-        what = "is a file, not a model folder" if path.is_file() else "does not exist"
-        raise ConfigError(f"The model path {name!r} {what}.\nGive a folder with config.json and weights, or a hub id.")
+    if os.path.isfile(path) or not looks_like_id:
+        what = "is a file, not a model folder" if os.path.isfile(path) else "does not exist"
+        raise ConfigError(
+            f"The model path {name!r:.200} {what}.\nGive a folder with config.json and weights, or a hub id."
+        )
     return name
 
 
@@ -208,7 +216,7 @@ def _load_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(_remote_code_message(name)) from None
-        if Path(name).is_dir() or isinstance(error, ValueError | KeyError | TypeError):
+        if os.path.isdir(name) or isinstance(error, ValueError | KeyError | TypeError):
             raise ConfigError(
                 f"The config of {name} cannot be used: {_first_line(error)}\n"
                 "Is it a transformers model, and this transformers release new enough for it?"

@@ -132,10 +132,10 @@ def write_task(benchmark: Benchmark, folder: Path) -> None:
     """Write the task file for lm-eval's --include_path: local rows as the test split, all else as the task has it."""
     import yaml
 
-    from tune.data.readers import locate
+    from tune.data.locations import locate
     from tune.evaluation.catalogue import find_task
 
-    rows = str(locate(benchmark.data).resolve())
+    rows = str(locate(benchmark.data)[0].resolve())
     kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(rows).suffix, "json")
     config: dict[str, Any] = {
         "task": benchmark.name,

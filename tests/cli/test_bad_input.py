@@ -92,7 +92,7 @@ ROW = {"instruction": "what does umar eat ?", "input": "", "output": "pasta ."}
 BROKEN = {**{key: value for key, value in ROW.items() if key != "output"}}
 DATA = {
     "missing": (None, ("data.jsonl",)),
-    "empty": ("", ("data.jsonl", "no rows")),
+    "empty": ("", ("data.jsonl", "is empty")),
     "a row without a field": ("\n".join(map(json.dumps, [ROW, ROW, BROKEN])), ("data.jsonl", "line 3", "output")),
     "a row that is not JSON": (json.dumps(ROW) + "\n{not json\n", ("data.jsonl", "line 2")),
 }

@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.benchmark_fixtures import byte_tokenizer
 
 from macdrop.errors import DataError
+from tune.config.eval_entries import Perplexity
 from tune.config.eval_spec import EvalSpec
 from tune.config.messages import build
 from tune.data.formats import detect_format
-from tune.data.readers import read_documents, read_file, read_rows
+from tune.data.local_rows import read_documents, read_rows
+from tune.data.readers import read_file
 from tune.data.sources import find_sources, open_source
 from tune.evaluation.benchmark import check_files
+from tune.evaluation.perplexity import load
 
 BOM = b"\xef\xbb\xbf"
 GOOD = {
@@ -123,6 +127,41 @@ def test_documents_that_are_not_text_are_refused(tmp_path):
     path = written(tmp_path, "t.jsonl", json.dumps({"text": ["the cat", "sat on"]}).encode())
     with pytest.raises(DataError, match=r"t.jsonl, line 1: 'text' must be text, not \['the cat', 'sat on'\]"):
         check("perplexity", path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "reference": True}, "'reference' must be a text, or a list of texts, not True"),
+        ({"prompt": "a", "reference": 5}, "'reference' must be a text, or a list of texts, not 5"),
+        ({"prompt": "a", "reference": [["b"], ["c"]]}, "'reference' must be a text, or a list of texts, not"),
+        ({"prompt": "a", "reference": []}, "'reference' must be a text, or a list of texts, not"),
+        ({"prompt": "a", "reference": None}, "'reference' is null, and needed for format reference"),
+        ({"instruction": "a", "output": "b", "input": 3}, "'input' must be a text, not 3"),
+        ({"prompt": "a", "reference": "b", "question_id": 1.5}, "'question_id' must be a text or a whole number"),
+        ({"question_id": 1, "category": 2, "turns": ["a"]}, "'category' must be a text, not 2"),
+        ({"prompts": "a", "reference": "b"}, "no 'instruction', 'output' for format reference"),
+    ],
+)
+def test_generation_takes_texts_alone(tmp_path, row, message):
+    path = written(tmp_path, "g.jsonl", json.dumps(row).encode())
+    with pytest.raises(DataError) as caught:
+        check("generation", path)
+    assert message in str(caught.value) and "g.jsonl, line 1" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, 12345678, True])
+def test_perplexity_takes_texts_alone_from_files_and_from_the_hub(tmp_path, monkeypatch, value):
+    import datasets
+
+    path = written(tmp_path, "t.jsonl", json.dumps({"text": value}).encode())
+    with pytest.raises(DataError, match="line 1: 'text' must be text"):
+        read_documents([path], "text")
+    hub = datasets.Dataset.from_list([{"text": value}, {"text": value}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    entry = build(Perplexity, {"data": ["someone/texts"]})
+    with pytest.raises(DataError, match=r"someone/texts \[test\], row 0: 'text' must be text"):
+        load(entry, byte_tokenizer(), 64)
 
 
 def test_real_files_read_as_json_reads_them(shared):

@@ -20,7 +20,7 @@ from tune.config.messages import build
 from tune.config.parse import SECTIONS
 from tune.config.run_spec import RunSpec, load
 from tune.config.schema import json_schema
-from tune.data.readers import read_rows
+from tune.data.local_rows import read_rows
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark, check_files, register_benchmark
 from tune.evaluation.score_names import Column
 from tune.evaluation.scorer import Scorer

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from macdrop.errors import DataError, nearest
-from tune.data.readers import Row
+from tune.data.readers import Row, rows_inside
 from tune.data.thoughts import joined
 
 
@@ -76,7 +76,8 @@ def detect_format(row: Row, following: Iterable[Row] = ()) -> str:
         return "text"
     needs = "\n".join(f"  {name}: {', '.join(required)}" for name, (required, _) in FORMATS.items())
     found = _columns(row)
-    raise DataError(f"{row.place}: no known format has the columns {found}.\nColumns needed, by format:\n{needs}")
+    hint = rows_inside(columns)
+    raise DataError(f"{row.place}: no known format has the columns {found}.{hint}\nColumns needed, by format:\n{needs}")
 
 
 def converter(format: str) -> Callable[[Row], Conversation]:
@@ -143,11 +144,11 @@ def _turns(row: Row, column: str, role_key: str, text_key: str, roles: dict[str,
     turns = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or role_key not in entry or text_key not in entry:
-            found = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)[:60]
+            found = ", ".join(map(str, entry))[:200] if isinstance(entry, dict) else repr(entry)[:60]
             raise DataError(f"{row.place}: turn {number} of {column} needs {role_key} and {text_key}; found {found}.")
         role = entry[role_key]
         if not isinstance(role, str) or role not in roles:
-            raise DataError(f"{row.place}: turn {number} has {role_key} {role!r}; allowed are {', '.join(roles)}.")
+            raise DataError(f"{row.place}: turn {number} has {role_key} {role!r:.60}; allowed are {', '.join(roles)}.")
         called = next((key for key in ("tool_calls", "function_call") if entry.get(key)), None)
         if called:
             raise DataError(f"{row.place}: turn {number} has {called}, and calls of tools cannot be trained on.")
@@ -158,7 +159,7 @@ def _turns(row: Row, column: str, role_key: str, text_key: str, roles: dict[str,
     if "assistant" not in spoken or spoken[0] != "user":
         raise DataError(
             f"{row.place}: {column} must start with a question of the user and hold an answer; "
-            f"found the roles {', '.join(turn.role for turn in turns) or '(none)'}."
+            f"found the roles {', '.join(turn.role for turn in turns[:12]) or '(none)'}."
         )
     if not any(turn.role == "assistant" and turn.trained for turn in turns):
         raise DataError(f"{row.place}: every answer of {column} has weight 0, so the row holds nothing to learn.")
@@ -213,4 +214,4 @@ def _text(row: Row, column: str, optional: bool = False) -> str:
 
 
 def _columns(row: Row) -> str:
-    return ", ".join(map(str, row.values)) or "(none)"
+    return ", ".join(f"{column:.60}" for column in list(row.values)[:20]) or "(none)"

@@ -1,25 +1,31 @@
-"""Reader of local data files: json, jsonl, csv, tsv, parquet and txt, for training and for every benchmark.
+"""Reader of local data files: json, jsonl, csv, tsv, parquet, arrow and txt, for training and for every benchmark.
 
 Reading is strict, and every row knows its place ("file, line 12"), so that an error can name it. A byte order mark is
-skipped. JSON is a list of objects or one object per line, whatever the suffix (hub files mix them).
+skipped, an ending may be in capitals, and texts may be compressed (gz, bz2, xz, zst). JSON is a list of objects or one
+object per line, whatever the ending (hub files mix them).
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from macdrop.errors import DataError, nearest
-from tune.zoo.catalog import resolve
+from macdrop.errors import DataError
+from tune.data.locations import compression_of, kind_of
 
-ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-TEXT_SUFFIXES = (".txt", ".md", ".text")
 _JSON_SHAPE = "Expected a list of objects, or one object per line."
+#: Characters of a file that are looked at to say what it holds, where its first line is not a row.
+_LOOK = 2**26
 
 
 @dataclass(frozen=True)
@@ -30,155 +36,105 @@ class Row:
     place: str
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of one or several files; `places[i]` is the file and line that row i came from."""
-
-    rows: list[dict[str, Any]]
-    places: list[str]
-
-    def require(self, columns: Iterable[str], purpose: str) -> None:
-        """Raise DataError, naming file, line and columns, at the first row that lacks one of `columns`."""
-        columns = list(columns)
-        for row, place in zip(self.rows, self.places, strict=True):
-            missing = [column for column in columns if row.get(column) is None]
-            if missing:
-                hints = "".join(nearest(column, row) for column in missing)
-                raise DataError(
-                    f"{place}: no {_quoted(missing)} for {purpose}.{hints}\n"
-                    f"The row has {_quoted(row)}; needed: {_quoted(columns)}."
-                )
+def quoted(names: Iterable[str]) -> str:
+    """List names for a message, the first 20 of them."""
+    return ", ".join(repr(f"{name:.60}") for name in list(names)[:20]) or "no column"
 
 
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(repr(str(name)) for name in names) or "no column"
+def rows_inside(values: Mapping[str, Any]) -> str:
+    """Return a hint if the columns of a row look like an object around the rows, such as ``{"data": [...]}``."""
+    lists = [key for key, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) != 1:
+        return ""
+    return f" If the rows are the list under {lists[0]!r:.60}, save that list as the file."
 
 
-# --- where a file is ---
-
-
-def locate(path: str) -> Path:
-    """Resolve ``zoo:`` names and ``~``, and check that the file exists and is not empty.
+def read_text(file: Path) -> str:
+    """Return the whole text of a file.
 
     Raises:
-        DataError: the file is missing, a folder, or empty.
-        ConfigError: the ``zoo:`` name is unknown.
+        DataError: it is not text, or cannot be read.
     """
-    file = Path(resolve(path)).expanduser()
-    if not file.is_file():
-        kind = "is a folder, not a file" if file.is_dir() else "does not exist"
-        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        where = "" if file.is_absolute() else f"\nPaths are relative to the current directory, {Path.cwd()}."
-        raise DataError(f"Data file {path!r} {kind}.{nearest(file.name, siblings)}{where}")
-    if not file.stat().st_size:
-        raise DataError(f"Data file {path!r} is empty.")
-    return file
-
-
-def looks_like_a_path(given: str) -> bool:
-    """Return whether a name means a local file or folder, by its spelling alone."""
-    known = Path(given).suffix in ROW_SUFFIXES + TEXT_SUFFIXES
-    return known or given.startswith((".", "/", "~")) or given.count("/") > 1
-
-
-def is_local(path: str) -> bool:
-    """Return whether a name means local data, not a hub id: a path by its spelling, ``zoo:``, or an existing file."""
-    return looks_like_a_path(path) or path.startswith("zoo:") or Path(path).expanduser().exists()
-
-
-# --- whole data sets ---
-
-
-def read_rows(paths: Sequence[str]) -> Table:
-    """Read json, jsonl, csv, tsv or parquet files into one table.
-
-    Raises:
-        DataError: naming file and line where a row cannot be read.
-    """
-    rows: list[dict[str, Any]] = []
-    places: list[str] = []
-    for path in paths:
-        file = locate(path)
-        if file.suffix not in ROW_SUFFIXES:
-            raise DataError(f"{file}: rows are read from files that end in {', '.join(ROW_SUFFIXES)}.")
-        for row in read_file(file):
-            rows.append(dict(row.values))
-            places.append(row.place)
-    if not rows:
-        raise DataError(f"No row in {', '.join(map(repr, paths))}.")
-    return Table(rows, places)
-
-
-def read_documents(paths: Sequence[str], column: str) -> list[str]:
-    """Read texts: a text file is one document, a row file one document per row, its `column`.
-
-    Raises:
-        DataError: a file cannot be read, a row has no text in `column`, or all texts are blank.
-    """
-    documents: list[str] = []
-    for path in paths:
-        file = locate(path)
-        if file.suffix not in ROW_SUFFIXES:
-            documents.append(_read_text(file))
-            continue
-        table = read_rows([path])
-        table.require([column], "the text to measure perplexity on")
-        for row, place in zip(table.rows, table.places, strict=True):
-            if not isinstance(row[column], str):
-                raise DataError(f"{place}: {column!r} must be text, not {row[column]!r:.60}.")
-            documents.append(row[column])
-    if not any(document.strip() for document in documents):
-        raise DataError(f"No text in {', '.join(map(repr, paths))}.")
-    return documents
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}.") from None
-
-
-# --- one file ---
+    with _problems_of(file), _open(file) as opened:
+        return opened.read()
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Rows of one file, by its suffix; a txt file has one row per line, with the column `text`.
+    """Rows of one file, by its ending; a txt file has one row per line, with the column `text`.
 
     Raises:
         DataError: naming file and line where a row cannot be read.
     """
+    with _problems_of(path):
+        yield from _READERS.get(kind_of(path), _json_rows)(path)
+
+
+@contextmanager
+def _problems_of(path: Path) -> Iterator[None]:
+    """Turn what decoding and unpacking raise into a DataError."""
     try:
-        yield from _READERS.get(path.suffix, _json_rows)(path)
+        yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: not a whole {compression_of(path)} file ({error}).") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _open(path: Path, newline: str | None = None) -> TextIO:
+    """Open a text file, compressed or not; its byte order mark is skipped."""
+    ending = compression_of(path)
+    if ending == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(
+                f"{path} is compressed with zstandard, which is not installed.\nUnpack it, or: pip install zstandard"
+            ) from None
+        opener: Any = partial(zstandard.open, mode="r")
+    else:
+        opener = partial(_OPENERS[ending], mode="rt")
+    opened: TextIO = opener(path, encoding="utf-8-sig", newline=newline)
+    return opened
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        start = file.read(64).lstrip()
-        file.seek(0)
-        if start.startswith("["):
-            yield from _json_list(path, file.read().removeprefix("\ufeff"))
+    with _open(path, newline="\n") as file:
+        if file.read(64).lstrip().startswith("["):
+            with _open(path, newline="\n") as whole:
+                yield from _json_list(path, whole.read())
             return
+    with _open(path, newline="\n") as file:
+        first = True
         for number, line in enumerate(file, 1):
-            line = line.removeprefix("\ufeff")  # the codec lets it through after a seek
             if line.strip():
                 place = f"{path}, line {number}"
                 try:
-                    values = json.loads(line)
+                    values = _DECODER.decode(line)
                 except (ValueError, RecursionError) as error:
-                    raise _json_error(place, error) from None
+                    hint = _one_object(line + file.read(_LOOK)) if first else ""
+                    raise _json_error(place, error, hint) from None
                 yield _object_row(values, place, line)
+                first = False
+
+
+def _one_object(text: str) -> str:
+    """Say so if a text begins with one object on several lines."""
+    try:
+        values, end = _DECODER.raw_decode(text, _skip_space(text, 0))
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(values, dict):
+        return ""
+    if _skip_space(text, end) < len(text):
+        return "Its objects take several lines each. "
+    return f"It holds one object with the keys {quoted(values)}.{rows_inside(values)} "
 
 
 def _json_list(path: Path, text: str) -> Iterator[Row]:
     """Elements of one JSON list, each with the line it starts on."""
-    decode = json.JSONDecoder().raw_decode
+    decode = _DECODER.raw_decode
     lines = _Lines(path, text)
     position = _skip_space(text, text.index("[") + 1)
     more = text[position : position + 1] != "]"
@@ -221,11 +177,29 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _json_error(place: str, error: Exception) -> DataError:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{_twice(key for key, _ in pairs)!r:.60} is given twice in one object")
+    return found
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """Return the first name that occurs twice."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
+def _json_error(place: str, error: Exception, hint: str = "") -> DataError:
     if isinstance(error, RecursionError):
         return DataError(f"{place}: nested too deeply. {_JSON_SHAPE}")
     why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(f"{place}: not valid JSON ({why:.200}).\n{_JSON_SHAPE}")
+    if "integer string conversion" in why:  # Python's advice to raise its limit is for programs
+        why = "a number with thousands of digits"
+    return DataError(f"{place}: not valid JSON ({why:.200}).\n{hint}{_JSON_SHAPE}")
 
 
 def _object_row(values: Any, place: str, source: str) -> Row:
@@ -242,13 +216,14 @@ def _object_row(values: Any, place: str, source: str) -> Row:
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with _open(path, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         line = 1
         try:
             columns = next(reader, None)
             if columns == []:
                 raise DataError(f"{path}, line 1: no column names.")
+            _check_columns(path, columns or ())
             line = reader.line_num + 1
             for values in reader:
                 if values and columns is not None:
@@ -262,29 +237,63 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
             raise DataError(f"{path}, line {line}: not valid CSV ({error}).") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+def _check_columns(path: Path, columns: Iterable[str]) -> None:
+    if (name := _twice(columns)) is not None:
+        raise DataError(f"{path}: the column {name!r:.60} is there twice. Remove or rename one of them.")
 
+
+def _arrow_rows(path: Path, open_batches: Callable[[Path], tuple[Any, Iterable[Any]]]) -> Iterator[Row]:
+    """Rows of a columnar file; `open_batches` returns its schema and its record batches."""
+    import pyarrow  # type: ignore[import-untyped]
+
+    if compression_of(path):
+        raise DataError(f"{path} cannot be read compressed. Unpack it first.")
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        schema, batches = open_batches(path)
+        _check_columns(path, schema.names)
         for number, values in enumerate((values for batch in batches for values in batch.to_pylist()), 1):
             yield Row(values, f"{path}, row {number}")
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a parquet file ({error}).") from error
+    except UnicodeDecodeError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a valid {kind_of(path)[1:]} file ({error!s:.200}).") from error
+
+
+def _parquet_batches(path: Path) -> tuple[Any, Iterable[Any]]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    file = pyarrow.parquet.ParquetFile(path)
+    return file.schema_arrow, file.iter_batches()
+
+
+def _stream_batches(path: Path) -> tuple[Any, Iterable[Any]]:
+    """Arrow's stream format, which `datasets` writes, or its file format."""
+    import pyarrow.ipc  # type: ignore[import-untyped]
+
+    source = pyarrow.memory_map(str(path))
+    if source.read(6) == b"ARROW1":
+        file = pyarrow.ipc.open_file(source)
+        return file.schema, map(file.get_batch, range(file.num_record_batches))
+    source.seek(0)
+    stream = pyarrow.ipc.open_stream(source)
+    return stream.schema, stream
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
     """One row per line, as `datasets` reads text files; blank lines are skipped."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
+    with _open(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield Row({"text": line.rstrip("\r\n")}, f"{path}, line {number}")
 
 
+_OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": partial(_csv_rows, delimiter=","),
     ".tsv": partial(_csv_rows, delimiter="\t"),
-    ".parquet": _parquet_rows,
+    ".parquet": partial(_arrow_rows, open_batches=_parquet_batches),
+    ".arrow": partial(_arrow_rows, open_batches=_stream_batches),
     ".txt": _text_rows,
 }

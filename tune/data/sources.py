@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from macdrop.errors import DataError, nearest
-from tune.data.readers import Row, looks_like_a_path, read_file
+from tune.config.messages import build
+from tune.config.train_spec import DatasetEntry
+from tune.data.locations import locate_split, looks_like_a_path
+from tune.data.readers import Row, read_file
 from tune.storage.sealed_folder import sha256
 from tune.zoo.catalog import resolve
-
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
-_ENTRY_KEYS = ("path", "format", "split", "name", "max_samples")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of the spec: a local file, or a data set on the hub (`path` is then its id)."""
+    """One data set of the spec: local `files`, in the order they are read, or one on the hub with the id `path`."""
 
     path: str
-    local: bool
+    files: tuple[str, ...]
     format: str
     split: str
     name: str | None
@@ -31,83 +33,53 @@ class Source:
 # --- where the data is ---
 
 
-def find_sources(
-    dataset: str | Sequence[str | Mapping[str, Any]], *, format: str, max_samples: int | None
-) -> list[Source]:
+def find_sources(dataset: str | Sequence[str | DatasetEntry], *, format: str, max_samples: int | None) -> list[Source]:
     """Resolve the spec's `dataset` (a string, or a list of entries) to files and hub ids.
 
     Args:
-        dataset: hub id, local path or "zoo:..." name; or a list of those and of mappings with `path`, and optionally
-            `format`, `split`, `name` (the hub configuration) and `max_samples`.
+        dataset: hub id, local path, pattern or "zoo:..." name; or a list of those and of entries.
         format: the format of entries that do not name one.
         max_samples: limit, in rows from the start, of entries that do not name one.
 
     Raises:
         DataError: nothing given, a file that does not exist, or an unsupported kind of file.
     """
-    entries: Sequence[Any] = dataset if isinstance(dataset, (list, tuple)) else [dataset]
-    if not entries:
+    given = [dataset] if isinstance(dataset, str) else list(dataset)
+    if not given:
         raise DataError("dataset is an empty list. Give a hub id, a local file, or a list of them.")
     sources = []
-    for given in entries:
-        entry: Mapping[str, Any] = {"path": given} if isinstance(given, str) else given
-        unknown = [key for key in entry if key not in _ENTRY_KEYS]
-        if unknown:
-            hint = nearest(unknown[0], _ENTRY_KEYS)
-            raise DataError(
-                f"dataset entry {dict(entry)}: unknown key {unknown[0]!r}.{hint} Allowed: {', '.join(_ENTRY_KEYS)}."
-            )
-        get = entry.get
-        split = get("split") or "train"
-        path, local = _locate(str(get("path") or ""), split)
-        limit = get("max_samples")
-        wanted = get("format") or "auto"
+    for item in given:
+        entry = build(DatasetEntry, {"path": item}) if isinstance(item, str) else item
+        path, files = _locate(entry)
         sources.append(
             Source(
                 path=path,
-                local=local,
-                format=format if wanted == "auto" else wanted,
-                split=split,
-                name=get("name"),
-                max_samples=max_samples if limit is None else limit,
+                files=files,
+                format=entry.format or format,
+                split=entry.split,
+                name=entry.name,
+                max_samples=max_samples if entry.max_samples is None else entry.max_samples,
             )
         )
     return sources
 
 
-def _locate(given: str, split: str) -> tuple[str, bool]:
-    """Return the path or hub id, and whether it is local."""
-    if not given.strip():
+def _locate(entry: DatasetEntry) -> tuple[str, tuple[str, ...]]:
+    """Return the path or hub id of a data set, and its files if it is local."""
+    if not entry.path.strip():
         raise DataError("dataset is empty. Give a hub id, a local json/jsonl/csv/tsv/parquet/txt file, or zoo:train.")
-    if given.startswith("zoo:"):
-        return str(resolve(given)), True
-    path = Path(given).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        named = [p for p in found if p.stem == split]
-        if len(named) != 1:
-            listed = ", ".join(p.name for p in found) or "none"
-            raise DataError(
-                f"dataset {given!r} is a folder without exactly one file named {split}.* ({'/'.join(SUFFIXES)}).\n"
-                f"Data files in it: {listed}. Name one of them."
-            )
-        path = named[0]
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(
-                f"dataset {given!r}: files of kind {path.suffix or '(no suffix)'!r} are not supported.\n"
-                f"Allowed: {', '.join(SUFFIXES)}."
-            )
-        return str(path), True
-    if looks_like_a_path(given):
-        parent = path.parent
-        names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        hint = nearest(path.name, names) if parent.is_dir() else f" The folder {str(parent)!r} does not exist either."
+    path = resolve(entry.path)
+    if os.path.exists(path) or glob.has_magic(path):
+        return path, tuple(map(str, locate_split(path, entry.split, entry.name)))
+    if looks_like_a_path(path):
+        parent, name = os.path.split(path)
+        names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else None
+        hint = f" The folder {parent!r:.200} does not exist either." if names is None else nearest(name, names)
         raise DataError(
-            f"dataset {given!r}: no such file (looked in {Path.cwd()}).{hint}\n"
+            f"dataset {entry.path!r:.200}: no such file (looked in {Path.cwd()}).{hint}\n"
             "Give a file that exists, or a hub id such as 'yahma/alpaca-cleaned'."
         )
-    return given, False
+    return path, ()
 
 
 # --- reading rows ---
@@ -119,12 +91,13 @@ def open_source(source: Source) -> tuple[str, Callable[[], Iterator[Row]]]:
     Raises:
         DataError: the file cannot be read, or the hub data set cannot be reached.
     """
-    if source.local:
-        path = Path(source.path)
+    if source.files:
+        files = [Path(file) for file in source.files]
         try:
-            return sha256(path), lambda: read_file(path)
+            digests = [sha256(file) for file in files]
         except OSError as error:
             raise DataError(f"dataset {source.path!r} cannot be read: {error.strerror}.") from error
+        return "+".join(digests), lambda: chain.from_iterable(map(read_file, files))
     import datasets
 
     try:

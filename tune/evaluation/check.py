@@ -10,7 +10,10 @@ from typing import Any
 from macdrop.errors import ConfigError, DataError, nearest
 from tune.config.eval_entries import Generation, Perplexity, ZeroShot
 from tune.config.eval_spec import EvalSpec
-from tune.data.readers import Table, is_local, locate, read_documents, read_rows
+from tune.config.syntax.yaml_core import brief
+from tune.data.local_rows import Table, read_documents, read_rows
+from tune.data.locations import is_local, locate
+from tune.data.readers import quoted, rows_inside
 from tune.evaluation import catalogue
 
 CHOICE_COLUMNS = ("context", "choices", "label")
@@ -175,7 +178,7 @@ def delimiter_of(name: str, entry: ZeroShot, table: Table) -> str:
 
 
 def _bad(place: str, column: str, wanted: str, value: object) -> DataError:
-    return DataError(f"{place}: {column!r} must be {wanted}, not {value!r}.")
+    return DataError(f"{place}: {column!r} must be {wanted}, not {brief(value)}.")
 
 
 def check_perplexity(entry: Perplexity) -> None:
@@ -207,6 +210,9 @@ def read_generation(entry: Generation) -> tuple[str, Table]:
             turns = row["turns"]
             if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
                 raise _bad(place, "turns", "a list of one or more texts", turns)
+            if not isinstance(row["category"], str):
+                raise _bad(place, "category", "a text", row["category"])
+            _check_id(row, place)
     else:
         _check_references(table)
     return kind, table
@@ -219,17 +225,27 @@ def _check_references(table: Table) -> None:
         if not isinstance(row[question], str) or not row[question]:
             raise _bad(place, question, "a text", row[question])
         wanted = row[answer]
-        if isinstance(wanted, dict) or wanted == [] or (isinstance(wanted, list) and not all(map(str, wanted))):
+        if not all(isinstance(text, str) for text in (wanted if isinstance(wanted, list) and wanted else [wanted])):
             raise _bad(place, answer, "a text, or a list of texts", wanted)
+        if not isinstance(row.get("input") or "", str):
+            raise _bad(place, "input", "a text", row["input"])
+        _check_id(row, place)
+
+
+def _check_id(row: Mapping[str, Any], place: str) -> None:
+    """Refuse an identity of a question that a file of answers could not hold."""
+    given = row.get("question_id", 0)
+    if isinstance(given, bool) or not isinstance(given, (str, int)):
+        raise _bad(place, "question_id", "a text or a whole number", given)
 
 
 def _format_of(table: Table) -> str:
-    columns = set(table.rows[0])
+    columns = table.rows[0].keys()
     if "turns" in columns:
         return "spec_bench"
     if columns & {"prompt", "reference", "instruction", "output"}:
         return "reference"
     raise DataError(
-        f"{table.places[0]}: these columns fit no generation format: {', '.join(map(repr, columns))}.\n"
+        f"{table.places[0]}: these columns fit no generation format: {quoted(columns)}.{rows_inside(table.rows[0])}\n"
         "spec_bench has question_id, category, turns; reference has prompt, reference, or instruction, input, output."
     )

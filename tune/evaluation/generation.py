@@ -88,14 +88,14 @@ def load(name: str, entry: Generation, tokenizer: PreTrainedTokenizerBase, max_p
 
 def _question(kind: str, row: dict[str, Any], number: int) -> Question:
     if kind == "spec_bench":
-        kept = {"question_id": row["question_id"], "category": str(row["category"]), "turns": row["turns"]}
+        kept = {"question_id": row["question_id"], "category": row["category"], "turns": row["turns"]}
         if "reference" in row:
             kept["reference"] = row["reference"]  # for a judge: one per turn, in the file's own shape
-        return Question(list(row["turns"]), [], str(row["category"]), kept)
+        return Question(list(row["turns"]), [], row["category"], kept)
     wanted = row["reference"] if "prompt" in row else row["output"]
-    references = [str(text) for text in wanted] if isinstance(wanted, list) else [str(wanted)]
-    turn = str(row["prompt"] if "prompt" in row else row["instruction"])
-    context = "" if "prompt" in row else str(row.get("input") or "")
+    references = wanted if isinstance(wanted, list) else [wanted]
+    turn = row["prompt"] if "prompt" in row else row["instruction"]
+    context = "" if "prompt" in row else row.get("input") or ""
     kept = {"question_id": row.get("question_id", number), "category": "", "turns": [turn], "reference": wanted}
     return Question([turn], references, "", kept | ({"input": context} if context else {}), context)
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from macdrop.errors import ConfigError, DataError
 from tune.config.eval_entries import Perplexity
 from tune.config.eval_spec import EvalSpec
-from tune.data.readers import is_local, read_documents
+from tune.data.local_rows import read_documents, text_column
+from tune.data.locations import is_local
 from tune.errors import BenchmarkError
 from tune.evaluation.check import check_perplexity
 from tune.evaluation.item_values import Values
@@ -124,7 +125,11 @@ def _from_hub(entry: Perplexity) -> list[str]:
         raise DataError(
             f"Data set {entry.data[0]!r} has no column {entry.column!r}; it has {', '.join(rows.column_names)}."
         )
-    return [text or "" for text in rows[entry.column]]
+    where = f"{entry.data[0]} [{entry.split}], row"
+    column = rows.select_columns([entry.column])
+    empty = {entry.column: ""}  # what a hub data set has in place of an empty text
+    placed = ((empty if row[entry.column] is None else row, f"{where} {i}") for i, row in enumerate(column))
+    return text_column(placed, entry.column)
 
 
 def score(

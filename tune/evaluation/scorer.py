@@ -254,12 +254,18 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> PreTr
 
 def max_positions(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the longest sequence of a model: from its config, else from its tokenizer, else 2048."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for key in _LENGTH_KEYS:
-        if isinstance(getattr(text, key, None), int):
-            return getattr(text, key)
+    positions = config_positions(config)
+    if positions is not None:
+        return positions
     length = tokenizer.model_max_length
     return length if isinstance(length, int) and length < 1_000_000 else 2048
+
+
+def config_positions(config: PreTrainedConfig) -> int | None:
+    """Return the longest sequence that a model's config names, None if it names none."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    lengths = (getattr(text, key, None) for key in _LENGTH_KEYS)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 @contextlib.contextmanager

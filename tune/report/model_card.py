@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from tune.config.eval_spec import NO_ATTACK
 from tune.config.run_spec import TrainSpec
 from tune.config.sections import Arm
-from tune.data.readers import looks_like_a_path
+from tune.data.locations import looks_like_a_path
 from tune.evaluation.merging import LogitCheck
 from tune.report.escaping import markdown_text, visible
 from tune.report.tables import Table
@@ -211,12 +212,12 @@ def _rows(trial: Exported, rows: Iterable[Mapping[str, Any]], *, attack: bool = 
 
 def _data(spec: TrainSpec) -> list[str]:
     entries = spec.dataset if isinstance(spec.dataset, list) else [spec.dataset]
-    return [entry if isinstance(entry, str) else str(entry["path"]) for entry in entries]
+    return [entry if isinstance(entry, str) else entry.path for entry in entries]
 
 
 def _on_hub(name: str) -> bool:
     """Return whether others can find the name: a hub id, not a file, a folder, or something built in."""
-    return not name.startswith("zoo:") and not looks_like_a_path(name) and not Path(name).exists()
+    return not name.startswith("zoo:") and not looks_like_a_path(name) and not os.path.exists(name)
 
 
 def _shown(name: str) -> str:

@@ -16,7 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from macdrop.errors import ConfigError, DataError, MacDropError
 from tune.config.eval_entries import ZeroShot
 from tune.config.eval_spec import EvalSpec
-from tune.data.readers import Table, read_rows
+from tune.data.local_rows import Table, read_rows
 from tune.errors import BenchmarkError
 from tune.evaluation import catalogue
 from tune.evaluation.check import (
