@@ -42,7 +42,8 @@ def make_tokenizer(chat_template: str | None = None, bos: bool = True) -> PreTra
 
 def spec(dataset, **changes) -> SimpleNamespace:
     base = dict(format="auto", template="auto", cutoff_len=512, train_on_prompt=False, bad_rows="refuse")
-    return SimpleNamespace(dataset=dataset, **{"val_size": 0, "max_samples": None, "data_seed": 0, **base, **changes})
+    unlimited = {"val_size": 0, "max_samples": None, "max_dropped_share": None, "data_seed": 0}
+    return SimpleNamespace(dataset=dataset, **{**unlimited, **base, **changes})
 
 
 def write(path: Path, rows: list) -> str:

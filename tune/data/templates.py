@@ -52,11 +52,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens and labels of one conversation, both of length T; `split`: pieces had to be tokenised one by one."""
+    """Tokens and labels of one conversation, both of length T, and the place that it came from.
+
+    split: pieces had to be tokenised one by one.
+    """
 
     input_ids: list[int]
     labels: list[int]
     split: bool
+    place: str
 
     @property
     def prompt_length(self) -> int:
@@ -160,7 +164,7 @@ class Encoder:
         for conversation, place in zip(conversations, places, strict=True):
             try:
                 runs.append(self._runs(conversation))
-                taken.append(conversation)
+                taken.append((conversation, place))
             except DataError as error:
                 refused = DataError(f"{place}: {error}")
                 if refuse is None:
@@ -168,7 +172,7 @@ class Encoder:
                 refuse(refused)
         ids = iter(self._ids([text for group in runs for run in group for text in _growing(run)]))
         grown = [[[next(ids) for _ in run] for run in group] for group in runs]
-        return [self._join(*each) for each in zip(runs, grown, taken, strict=True)]
+        return [self._join(*each, *source) for *each, source in zip(runs, grown, taken, strict=True)]
 
     def _runs(self, conversation: Conversation) -> list[list[Piece]]:
         """Pieces in runs that are tokenised as one text; an end-of-sequence id ends a run."""
@@ -183,7 +187,9 @@ class Encoder:
                 runs.append([])
         return [run for run in runs if run]
 
-    def _join(self, runs: list[list[Piece]], grown: list[list[list[int]]], conversation: Conversation) -> Encoded:
+    def _join(
+        self, runs: list[list[Piece]], grown: list[list[list[int]]], conversation: Conversation, place: str
+    ) -> Encoded:
         """Chain the runs; `grown[r][i]` are the ids of run r up to the end of its piece i."""
         # A chat template writes its own bos, so the tokenizer's is added to other texts only.
         lead = [] if self.template == "chat" and conversation[0].role != "document" else self.lead
@@ -200,7 +206,7 @@ class Encoder:
                 part = part + [self.tokenizer.eos_token_id] if piece.close else part
                 ids += part
                 labels += part if piece.kind in self._trained else [IGNORE] * len(part)
-        return Encoded(ids, labels, split)
+        return Encoded(ids, labels, split, place)
 
     def _continue(self, text: str, first: bool) -> list[int]:
         """Tokenise a text that follows another, without the blank that SentencePiece puts before a text."""

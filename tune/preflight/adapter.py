@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def model_outline(spec: TrainSpec) -> PreTrainedModel:
     """
     source = resolve(spec.model_name_or_path)
     config = check_model(source, revision=spec.model_revision, trust_remote_code=spec.trust_remote_code)
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not weight_files(folder):
+    folder = Path(source)
+    if os.path.isdir(folder) and not weight_files(folder):
         raise ConfigError(f"{folder} is not a model folder: it has a config.json but no weights (*.safetensors).")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)

@@ -13,16 +13,18 @@ from macdrop.attack import Attack
 from macdrop.config import SCOPES, MacDropConfig
 from macdrop.errors import ConfigError
 from macdrop.families import find_ffns
-from macdrop.load import load_tokenizer
+from macdrop.load import check_model, load_tokenizer
 from macdrop.schedules import SCHEDULES, probability
 from tune.config.eval_spec import NO_ATTACK, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
 from tune.config.sections import ARMS, EVAL_LOSS, Arm
 from tune.data import dataset as data
 from tune.data.batching import Batches, total_steps
+from tune.data.cutoff import describe_cutoff
 from tune.evaluation.benchmark import check_files
 from tune.evaluation.judge.session import check_judge
 from tune.preflight.adapter import check_adapter, model_outline
+from tune.preflight.positions import check_positions
 from tune.scheduling.early_stopping import Cuts, cuts
 from tune.scheduling.study import Study
 from tune.storage.places import cache_dir
@@ -46,12 +48,18 @@ DATA_KEYS = (
 
 @dataclass(frozen=True)
 class Checked:
-    """Findings on a study: optimizer steps per fine-tuning (0: none is trained), ASHA's cuts (None without ASHA), and
-    sentences that the user should read."""
+    """Findings on a study.
 
-    steps: int
-    cuts: Cuts | None
+    steps: optimizer steps per fine-tuning; 0 where none is trained.
+    cuts: ASHA's cuts; None without ASHA.
+    notes: sentences that the user should read.
+    data: what `cutoff_len` does to the rows, for each value that a search may draw.
+    """
+
+    steps: int = 0
+    cuts: Cuts | None = None
     notes: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
 
 
 def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
@@ -76,20 +84,21 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
     asha = spec.sweep.scheduler == "asha"
     needed = asha or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
     for study, (tokenizer, notes) in zip(planned, opened, strict=True):
-        checked[study.name] = Checked(0, None)
+        checked[study.name] = Checked()
         if study.count:
-            workers = spec.ray.num_workers
-            steps, epoch = _steps(study.spec, study.parameters, tokenizer, workers, needed and study.search)
-            cut = cuts(study, spec.sweep, steps, epoch) if asha else None
-            checked[study.name] = Checked(steps, cut, tuple(notes))
+            prepared = _data(study.spec, study.parameters, tokenizer, needed and study.search)
+            steps, epoch = _steps(study.spec, study.parameters, prepared[0], spec.ray.num_workers)
+            found = cuts(study, spec.sweep, steps, epoch) if asha else None
+            checked[study.name] = Checked(steps, found, tuple(notes), _words(prepared))
     return checked
 
 
 def check_training(spec: TrainSpec, workers: int) -> Checked:
     """Check the inputs of one fine-tuning on `workers` workers."""
     tokenizer, notes = check_study(spec, {}, {})
-    steps, _ = _steps(spec, {}, tokenizer, workers, needs_validation=False)
-    return Checked(steps, None, tuple(notes))
+    prepared = _data(spec, {}, tokenizer, needs_validation=False)
+    steps, _ = _steps(spec, {}, prepared[0], workers)
+    return Checked(steps, None, tuple(notes), _words(prepared))
 
 
 def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
@@ -221,24 +230,32 @@ def check_partitioned(outline: PreTrainedModel, spec: TrainSpec) -> None:
         )
 
 
-def _steps(
-    spec: TrainSpec,
-    parameters: dict[str, Space],
-    tokenizer: PreTrainedTokenizerBase,
-    workers: int,
-    needs_validation: bool,
-) -> tuple[int, int]:
-    """Tokenise the data, also for searched values; return the optimizer steps in all and per epoch."""
+def _data(
+    spec: TrainSpec, parameters: dict[str, Space], tokenizer: PreTrainedTokenizerBase, needs_validation: bool
+) -> list[data.Prepared]:
+    """Tokenise the data: those of the spec itself, then those of each searched value of a key they depend on."""
     if needs_validation and 0 in _values(spec, parameters, "val_size"):
         raise ConfigError(
             "val_size is 0, but the search optimises eval_loss, or stops trials by it. Set val_size (for example "
             "0.05), or sweep.metric to a score of the block validation, and sweep.scheduler to none."
         )
-    folder = cache_dir() / "data"
-    prepared = data.load(data.prepare(spec, tokenizer, folder))
-    for key in DATA_KEYS:
-        for value in parameters[key].bounds() if key in parameters else []:
-            data.prepare(with_values(spec, {key: value}, partial=True), tokenizer, folder)
+    searched = [(key, value) for key in DATA_KEYS if key in parameters for value in parameters[key].bounds()]
+    specs = [spec, *(with_values(spec, {key: value}, partial=True) for key, value in searched)]
+    prepared = [data.load(data.prepare(each, tokenizer, cache_dir() / "data")) for each in specs]
+    config = check_model(
+        resolve(spec.model_name_or_path), revision=spec.model_revision, trust_remote_code=spec.trust_remote_code
+    )
+    for each in prepared:
+        check_positions(config, each.info, spec.model_name_or_path)
+    return prepared
+
+
+def _words(prepared: list[data.Prepared]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(describe_cutoff(each.info) for each in prepared))
+
+
+def _steps(spec: TrainSpec, parameters: dict[str, Space], prepared: data.Prepared, workers: int) -> tuple[int, int]:
+    """Return the optimizer steps in all and per epoch."""
     batches = Batches(
         len(prepared.train),
         seed=spec.seed,

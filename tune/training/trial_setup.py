@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from macdrop.errors import ConfigError
 from tune.config.resume import changes, shell_command
 from tune.config.run_spec import TrainSpec, dump
 from tune.config.train_spec import WITHOUT_EFFECT
-from tune.storage.atomic import atomic_write_json
+from tune.data.cutoff import COUNTS
+from tune.storage.atomic import atomic_write_json, read_mapping
 from tune.storage.environment import version
 from tune.training.checkpoint import read_meta
 
@@ -49,7 +48,7 @@ def record_setup(folder: Path, data: Prepared, weights: MassiveWeights | None, s
         "workers": workers,
         "threads": torch.get_num_threads(),
         "directory": os.getcwd(),
-        "data": {key: data.info[key] for key in ("key", "examples", "tokens", "label_tokens")},
+        "data": {key: data.info[key] for key in ("key", "examples", "tokens", "label_tokens", *COUNTS)},
         "weights": os.path.relpath(scan, folder) if weights else None,
         "fingerprint": weights.fingerprint if weights else None,
         **surroundings(),
@@ -124,10 +123,9 @@ def check_continues(spec: TrainSpec, here: Mapping[str, Any], there: Mapping[str
 def _recorded_config(folder: Path) -> dict[str, Any]:
     """Return what config.yaml says; empty if there is none that can be read."""
     try:
-        recorded = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_mapping(folder / "config.yaml")
+    except ConfigError:
         return {}
-    return recorded if isinstance(recorded, dict) else {}
 
 
 def surroundings() -> dict[str, Any]:

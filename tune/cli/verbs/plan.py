@@ -48,6 +48,9 @@ def plan(
         with console.status(f"Probing {study.name}"):
             found = probe(spec, study)
         parts.append(forecast_study(study, checked[study.name].steps, found, spec.ray))
+    for name, each in checked.items():
+        for words in each.data:
+            line("data", f"{name}: {words}")
     device = device_name()
     whole = total(parts, _devices(spec, device), device, price_of(known, device))
     _show(parts, whole, known)

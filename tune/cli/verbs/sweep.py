@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,7 +55,7 @@ def sweep(
     if retry_failed and not resume:
         raise ConfigError("--retry-failed applies to the run in a folder: add --resume.")
     file, overrides = split_config(config)
-    if resume and file is not None and Path(file).is_dir():
+    if resume and file is not None and os.path.isdir(file):
         file, overrides = None, [f"output_dir={file}", *overrides]
     spec, folder = _resolve(file, overrides, resume)
     planned = studies(spec)
@@ -125,13 +126,14 @@ def _resolve(file: str | None, overrides: list[str], resume: bool) -> tuple[RunS
 def _recorded_config(overrides: list[str]) -> Path:
     """Return the effective config of the run to resume, after repairing what an interrupted write left."""
     from tune.config.parse import read_override
+    from tune.config.syntax.user_paths import expand_path
     from tune.storage.repair import check_run, repair_run
     from tune.storage.run_lock import locked
 
     named = dict(read_override(override) for override in overrides).get("output_dir")
     if named is None:
         raise ConfigError(NO_FOLDER)
-    folder = Path(str(named))
+    folder = Path(expand_path(str(named)))
     check_run(folder)
     with locked(folder):
         for note in repair_run(folder):
@@ -141,15 +143,13 @@ def _recorded_config(overrides: list[str]) -> Path:
 
 def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
     """Print the resolved spec, the trials and the sum of resources."""
-    import yaml
-
     from tune.config.run_spec import dump
+    from tune.config.syntax.yaml_core import write_yaml
     from tune.report.escaping import rich_text
     from tune.scheduling.resources import resources
     from tune.scheduling.study import benchmark_runs, outline
 
-    text = yaml.safe_dump(dump(spec), sort_keys=False, allow_unicode=True, width=10_000)
-    console.print(text, soft_wrap=True)
+    console.print(write_yaml(dump(spec), width=10_000), soft_wrap=True)
     for study in planned:
         console.print(rich_text((study.name, "bold"), f" ({study.spec.model_name_or_path})"), soft_wrap=True)
         for name, content in outline(spec, study):
@@ -173,6 +173,8 @@ def _check(spec: RunSpec, planned: list[Study]) -> None:
     for name, checked in found.items():
         what = f"{name}: model, tokenizer, data and benchmark files; {checked.steps} optimizer steps per trial"
         line("checked", what)
+        for words in checked.data:
+            line("data", f"{name}: {words}")
         for note in checked.notes:
             line("note", f"{name}: {note}")
         if checked.cuts:

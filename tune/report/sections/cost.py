@@ -11,6 +11,7 @@ from typing import Any
 from tune.analysis.display_names import arm_name
 from tune.analysis.results import Line, ModelResults
 from tune.config.resume import shell_command
+from tune.data.cutoff import COUNTS, describe_cutoff
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import count, hours, number
@@ -75,7 +76,9 @@ def reproduce(subject: Subject) -> Part:
     lines += _versions(run_folder.environments())
     folders = [folder for line in final if ((folder := run_folder.trial(line.trial).folder) / SETUP).is_file()]
     if folders:
-        workers = (run_folder.finding(folders[0] / SETUP) or {}).get("workers") or 1
+        setup = run_folder.finding(folders[0] / SETUP) or {}
+        workers, data = setup.get("workers") or 1, setup.get("data") or {}
+        lines += [f"Training data: {describe_cutoff(data)}."] if data.keys() >= set(COUNTS) else []
         share = f"{len(folders)} of {len(final)} trials have what it needs"
         lines.append(f"One trial without Ray: {reproduce_command(folders[0], workers)} ({share}).")
     return Part("Reproduce", lines)
