@@ -33,7 +33,7 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize("name", [".", "..", "x/..", "x/../", "/", "x/.hidden", "a\x1bb"])
 def test_a_model_must_have_a_name_that_folders_can_have(name):
     for raw in ({"model_name_or_path": name}, {"sweep": {"models": [name]}}):
-        with pytest.raises(ConfigError, match="model_name_or_path: ") as error:
+        with pytest.raises(ConfigError, match="model_name_or_path: "):
             build(RunSpec, raw)
 
 

@@ -18,6 +18,8 @@ from macdrop.hooks import MacDrop
 from macdrop.masking import attacked
 from macdrop.weights import MassiveWeights
 from tune.config.eval_spec import NO_ATTACK, EvalJob, EvalSpec, jobs
+from tune.config.parse import SECTIONS
+from tune.data.locations import is_local
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
 from tune.evaluation.merging import merged_weights
 from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
@@ -75,13 +77,7 @@ class Scorer:
         weights: MassiveWeights | None = None,
     ) -> None:
         self.model, self.spec, self.weights = model, spec, weights
-        self.tokenizer = _with_bos(copy.deepcopy(tokenizer), spec.add_bos_token)
-        positions = max_positions(model.config, tokenizer)
-        if spec.max_length and spec.max_length > positions:
-            raise ConfigError(
-                f"eval.max_length {spec.max_length} is more than the {positions} positions of this model."
-            )
-        self.max_length = spec.max_length or positions
+        self.tokenizer, self.max_length = _reading(spec, model.config, tokenizer)
         #: Notes for the user on what `prepare` and `score` met in the data, each once.
         self.notes: list[str] = []
         for job in jobs(spec):
@@ -233,6 +229,33 @@ class Scorer:
         if suite:
             merged["settings"] = f"{merged['settings']} suite={suite}"
         return {key: merged[key] for key in Row.__annotations__}  # type: ignore[return-value]
+
+
+def check_readable(spec: EvalSpec, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read the local benchmarks of a block as a scorer of this model does; nothing is downloaded.
+
+    Raises:
+        ConfigError, DataError: an entry cannot be scored with this model as written.
+    """
+    tokenizer, max_length = _reading(spec, config, tokenizer)
+    for section in SECTIONS:
+        sources = {name: getattr(entry, "data", None) for name, entry in spec.entries(section).items()}
+        local = [name for name, data in sources.items() if data and all(map(is_local, data))]
+        if local:
+            with quiet_while_scoring():
+                benchmark = BENCHMARKS[section](spec, tokenizer, max_length)
+                for name in local:
+                    benchmark.load(name, spec.entries(section)[name])
+
+
+def _reading(
+    spec: EvalSpec, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """Return a tokenizer that follows the block, and the tokens that prompt and answer may take."""
+    positions = max_positions(config, tokenizer)
+    if spec.max_length and spec.max_length > positions:
+        raise ConfigError(f"eval.max_length {spec.max_length} is more than the {positions} positions of this model.")
+    return _with_bos(copy.deepcopy(tokenizer), spec.add_bos_token), spec.max_length or positions
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> PreTrainedTokenizerBase:

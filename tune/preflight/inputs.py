@@ -23,6 +23,7 @@ from tune.data.batching import Batches, total_steps
 from tune.data.cutoff import describe_cutoff
 from tune.evaluation.benchmark import check_files
 from tune.evaluation.judge.session import check_judge
+from tune.evaluation.scorer import check_readable
 from tune.preflight.adapter import check_adapter, model_outline
 from tune.preflight.positions import check_positions
 from tune.scheduling.early_stopping import Cuts, cuts
@@ -84,6 +85,8 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
     asha = spec.sweep.scheduler == "asha"
     needed = asha or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
     for study, (tokenizer, notes) in zip(planned, opened, strict=True):
+        for block in (spec.eval, spec.validation):
+            check_readable(block, model_outline(study.spec).config, tokenizer)
         checked[study.name] = Checked()
         if study.count:
             prepared = _data(study.spec, study.parameters, tokenizer, needed and study.search)

@@ -149,7 +149,8 @@ class Harness(HFLM):
 
     def _loglikelihood_tokens(self, requests: list, *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
         """Cut contexts that are too long before lm-eval does: it would cut their bos away with them."""
-        return super()._loglikelihood_tokens([self._fit(*request) for request in requests], *arguments, **options)
+        fitted = [self._fit(*request) for request in requests]
+        return super()._loglikelihood_tokens(fitted, *arguments, **options | {"disable_tqdm": True})
 
     def _fit(self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> tuple[Any, ...]:
         """Return a request as it fits; the last token of the continuation is never fed to the model."""
