@@ -1,12 +1,12 @@
-"""Damaged recipes, data, run folders, adapters and launch files, and conversations through chat templates.
+"""Damaged recipes, data, benchmarks, run folders, adapters and launch files, and conversations through templates.
 
     python tests/fuzz/run.py [--inputs 10000] [--seed 0] [--target NAME ...] [--output FOLDER]
 
 Good files are damaged as hypothesis draws it (`mutations.py`) and read the way the software reads them, in this
 process. An input passes when it works or raises one of our own errors with a message; any other exception is a finding,
 and so is a file that a refused call has changed or left behind, or an adapter that loads though its bytes are not those
-that were saved. What is checked of conversations stands in `conversations.py`. Findings are shrunk, printed and stored
-in FOLDER; exit code 1 with any.
+that were saved. What is checked of conversations and benchmarks stands in `conversations.py` and `benchmark_files.py`.
+Findings are shrunk, printed and stored in FOLDER; exit code 1 with any.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from cluster.errors import LaunchError  # noqa: E402
-from fuzz import conversations  # noqa: E402
+from fuzz import benchmark_files, conversations  # noqa: E402
 from fuzz.mutations import ODD, Damage, damaged_file, damages  # noqa: E402
 from macdrop.errors import MacDropError  # noqa: E402
 
@@ -367,6 +367,7 @@ TARGETS = {
     "adapters": Target(adapters, of_files, 0.15),
     "launches": Target(launches, launch_inputs, 0.15),
     "conversations": Target(conversations.setup, conversations.conversations, 0.3),
+    "benchmarks": Target(benchmark_files.setup, benchmark_files.definitions, 0.1),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from fuzz import run
 
-INPUTS = {"recipes": 60, "data": 60, "runs": 40, "adapters": 20, "launches": 60, "conversations": 300}
+INPUTS = {"recipes": 60, "data": 60, "runs": 40, "adapters": 20, "launches": 60, "conversations": 300, "benchmarks": 60}
 
 
 @pytest.mark.parametrize("target", INPUTS)

@@ -18,9 +18,7 @@ ENDPOINT_KEYS = ("api_key_env", "request_retries", "timeout_s", "max_concurrent"
 class JudgeSpec(Strict):
     """A local causal language model, or with `base_url` a model behind an OpenAI-compatible endpoint."""
 
-    model: Location = Field(
-        description="Hub id or folder of a local model, or the endpoint's name for its model."
-    )
+    model: Location = Field(description="Hub id or folder of a local model, or the endpoint's name for its model.")
     base_url: str | None = Field(
         default=None, description="Address of an OpenAI-compatible endpoint; `null` loads the model locally."
     )
