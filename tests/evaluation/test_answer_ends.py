@@ -121,7 +121,7 @@ def test_metrics_judges_and_later_turns_see_clean_answers(tmp_path, monkeypatch)
         return greedy(model, tokenizer, ids, **options, logits=lambda rows: [says])
 
     monkeypatch.setattr(generation, "greedy", scripted)
-    rows = [{"instruction": "say cat", "output": "cat"}]
+    rows = [{"instruction": "say cat", "output": output} for output in ("cat", "<think>\noh\n</think>\n\ncat")]
     entry = {"data": fix.write_jsonl(tmp_path / "a.jsonl", rows)}
     found = fix.values(fix.score(model, tokenizer, {"generation": {"g": entry}}))
     assert found["g", "exact_match"] == 1 and found["g", "chrf"] == 100 and found["g", "rouge_l"] == 1
@@ -132,7 +132,7 @@ def test_metrics_judges_and_later_turns_see_clean_answers(tmp_path, monkeypatch)
     item = json.loads(path.read_text())
     assert item["answers"] == ["cat", "cat"] and item["thoughts"] == ["<think>\nhm\n</think>\n\n"] * 2
     user, header = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n"
-    assert prompts[0] == user.format("say cat") + header + "<think>\n\n</think>\n\n"
+    assert prompts.pop(0) == user.format("say cat") + header + "<think>\n\n</think>\n\n"
     assert prompts[1] == user.format("say cat") + header
     assert prompts[2] == user.format("say cat") + header + "cat<|im_end|>\n" + user.format("again") + header
 

@@ -73,14 +73,14 @@ class Prompt:
     """The `text` that inference sends for an answer; it ends inside a thought if it is `opened`.
 
     places: characters [start, end) of each turn's text. lead: what the answer begins with in this template: a blank, or
-    the end of an empty thought. after: what the template writes after the last answer.
+    the end of an empty thought. around: what the template writes before and after a last answer.
     """
 
     text: str
     opened: bool
     places: dict[int, tuple[int, int]]
     lead: str
-    after: str
+    around: tuple[str, str]
 
 
 class ChatTemplate:
@@ -138,12 +138,12 @@ class ChatTemplate:
                 f"{header[-40:]!r}, so training would not see what inference sends. Use template: alpaca."
             )
         if opened:
-            return Prompt(text, True, places, "" if thinking else gap, after)
+            return Prompt(text, True, places, "" if thinking else gap, (header, after))
         if thinking and thoughts.has_thought(gap):
             gap = gap[: gap.find(thoughts.OPEN)]
         blank = "" if gap.strip() else gap  # a blank belongs to the word that follows
         blank = blank or gap[len(gap.rstrip(" ")) :]
-        return Prompt(text + gap.removesuffix(blank), False, places, blank, after)
+        return Prompt(text + gap.removesuffix(blank), False, places, blank, (header, after))
 
     def render(self, messages: Sequence[Message], trained: Sequence[bool]) -> Rendered:
         """Render a conversation for training.
@@ -177,19 +177,24 @@ class ChatTemplate:
 
     def _answer(self, prompt: Prompt, messages: Sequence[Message], thinking: bool) -> str:
         """Return the last of `messages` as the template writes it after its prompt, without the end mark."""
-        content = messages[-1]["content"]
+        content, (header, after) = messages[-1]["content"], prompt.around
         whole = self._rendering(messages, thinking=thinking)
         if thinking:
-            body = whole.removeprefix(prompt.text).removesuffix(prompt.after)
+            body = whole.removeprefix(prompt.text).removesuffix(after)
             same = _squeezed(body).removeprefix(thoughts.OPEN) == _squeezed(content).removeprefix(thoughts.OPEN)
             if whole.startswith(prompt.text) and same:
                 return body
             if prompt.opened:
                 return content.lstrip().removeprefix(thoughts.OPEN).lstrip("\n")
-        written = next((form for form in _forms(content) if whole.endswith(form + prompt.after)), None)
-        if written is None and not thinking:
-            raise _lost(messages[-1], whole)
-        return prompt.lead + (content if written is None else written)
+        for form in _forms(content):
+            if whole.endswith(header + form + after):
+                return prompt.lead + form
+        body = whole.removesuffix(after).rpartition(header)[2]
+        if _squeezed(body) == _squeezed(content):
+            return prompt.lead + body
+        if thinking:  # the template leaves thoughts out; inference lets the model write them
+            return prompt.lead + content
+        raise _lost(messages[-1], whole)
 
     def _span(self, text: str, start: int, end: int, lead: str, trained: bool) -> Span:
         """Return an answer at [start, end) with the blank before it and the end mark behind it."""
@@ -210,7 +215,7 @@ class ChatTemplate:
 
     def _check_whole(self, message: Message, found: str, trained: bool) -> None:
         """Refuse an earlier answer whose thought the template has stripped, unless it is context only."""
-        if trained and found not in _forms(message["content"]):
+        if trained and _squeezed(found) != _squeezed(message["content"]):
             raise DataError(
                 "the chat template leaves the thoughts of earlier answers out, so they cannot be trained on in one "
                 "row.\nWrite one row per answer, with weight: 0 on the answers before it, or use template: alpaca."
@@ -229,12 +234,14 @@ class ChatTemplate:
                 raise _lost(message, text)
         at, places = len(skeleton.literals[0]), {}
         for index, literal in zip(skeleton.order, skeleton.literals[1:], strict=True):
-            forms = _forms(messages[index]["content"], context=messages[index]["role"] == "assistant")
-            form = next((form for form in forms if text.startswith(form + literal, at)), None)
-            if form is None:
+            contents = [messages[index]["content"]]
+            if messages[index]["role"] == "assistant":
+                contents.append(contents[0].rpartition(thoughts.CLOSE)[2])
+            written = _written(text, at, literal, contents)
+            if written is None:
                 raise _lost(messages[index], text)
-            places[index] = (at, at + len(form))
-            at += len(form) + len(literal)
+            places[index] = (at, at + len(written))
+            at += len(written) + len(literal)
         if at != len(text) or not text.startswith(skeleton.literals[0]):
             raise DataError("the chat template writes these turns otherwise than others. Use template: alpaca.")
         return text, places
@@ -269,11 +276,21 @@ def end_of_answers(tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
 
 
-def _forms(content: str, context: bool = False) -> Iterable[str]:
-    """Yield a text as templates write it: trimmed or not; as `context` also without its thought."""
-    texts = [content, content.rpartition(thoughts.CLOSE)[2]] if context else [content]
+def _forms(content: str) -> Iterable[str]:
+    """Yield a text as templates write it: whole, and trimmed in all ways."""
     trims = [(trim, what) for what in (None, "\n") for trim in (str.strip, str.lstrip, str.rstrip)]
-    return dict.fromkeys(form for text in texts for form in (text, *(trim(text, what) for trim, what in trims)))
+    return dict.fromkeys((content, *(trim(content, what) for trim, what in trims)))
+
+
+def _written(text: str, at: int, literal: str, contents: Sequence[str]) -> str | None:
+    """Return which of `contents` stands in `text` between `at` and `literal`, as it is written there."""
+    for content in contents:
+        for form in _forms(content):
+            if text.startswith(form + literal, at):
+                return form
+    end = text.find(literal, at) if literal else len(text)
+    found = text[at : max(end, at)]
+    return found if any(_squeezed(found) == _squeezed(content) for content in contents) else None
 
 
 def _squeezed(text: str) -> str:

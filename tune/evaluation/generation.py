@@ -20,6 +20,7 @@ from tune.config.eval_spec import EvalSpec
 from tune.data.chat_template import ChatTemplate
 from tune.data.formats import Turn
 from tune.data.templates import Encoder
+from tune.data.thoughts import without_thought
 from tune.evaluation.check import read_generation
 from tune.evaluation.decode import Answer, cut_at, fit_prompt, greedy
 from tune.evaluation.item_values import MULTI_TURN, Value, Values, part_of
@@ -208,7 +209,8 @@ def _measured(
 ) -> list[dict[str, list[float]]]:
     """Return per question and metric a value per answer (Spec-Bench), or one for the last answer (references).
 
-    Spec-Bench's metrics are descriptive: they do not measure quality. References are cut at a stop text as answers are.
+    Spec-Bench's metrics are descriptive: they do not measure quality. Thoughts and what follows a stop text are cut off
+    references as they are off answers.
     """
     if resident.kind == "spec_bench":
         return [
@@ -222,7 +224,7 @@ def _measured(
         ]
     entry = resident.entry
     texts = [given[-1].text for given in answers]
-    references = [[cut_at(text, entry.stop) for text in question.references] for question in questions]
+    references = [[cut_at(without_thought(text), entry.stop) for text in question.references] for question in questions]
     metrics = entry.metrics or TEXT_METRICS
     columns = [text_metric(metric, texts, references) for metric in metrics]
     return [dict(zip(metrics, ([value] for value in values), strict=True)) for values in zip(*columns, strict=True)]

@@ -136,15 +136,15 @@ def conversation(row: dict[str, Any], turn: int) -> str:
 
 
 def reference_of(row: dict[str, Any], turn: int) -> str | None:
-    """Return the reference of a turn: a text, or a list with one per turn; several correct ones are all shown."""
+    """Return the reference of a turn without thoughts: a text, or one of a list; several correct ones are all shown."""
     given = row.get("reference")
     if isinstance(given, list) and row.get("category"):
         given = given[turn] if turn < len(given) else None
     elif turn:
         given = None
     if isinstance(given, list):
-        given = "\n".join(map(str, given))
-    return str(given) if given not in (None, "") else None
+        given = "\n".join(without_thought(str(each)) for each in given)
+    return without_thought(str(given)) if given not in (None, "") else None
 
 
 # --- judgements ---
