@@ -73,6 +73,11 @@ def regular(
     return account
 
 
+def ends_with_a_muted_thought(turns: list[Said]) -> bool:
+    """The template writes the last answer, which no loss falls on, otherwise than answers without a thought."""
+    return turns[-1].role == "assistant" and bool(turns[-1].thought) and not turns[-1].trained
+
+
 def thoughts_of_history_left_out(turns: list[Said], at: int) -> bool:
     """An answer before the last is to be trained on, and its thought is not in the rendering."""
     return any(turn.role == "assistant" and turn.trained and turn.thought for turn in turns[:at])
@@ -115,7 +120,7 @@ def mistral3(turns: list[Said]) -> str | None:
 def qwen3(turns: list[Said]) -> str | None:
     """Thoughts of the last answer only; without one, the template's empty thought belongs to the prompt."""
     last = last_trained(turns)
-    if thoughts_of_history_left_out(turns, last):
+    if thoughts_of_history_left_out(turns, last) or ends_with_a_muted_thought(turns):
         return None
     text = ""
     for i, turn in enumerate(turns):
@@ -165,8 +170,22 @@ def smollm3(turns: list[Said]) -> str | None:
 
 def thought_at_the_end(turns: list[Said]) -> str | None:
     """The template's empty thought belongs to the prompt of the last answer."""
+    if ends_with_a_muted_thought(turns):
+        return None
     last, text = last_trained(turns), ""
     for i, turn in enumerate(turns):
         text += f"<|im_start|>{turn.role}\n" + ("<think>\n\n</think>\n\n" if i == last and not turn.thought else "")
         text += loss(turn.content + "<|im_end|>", turn.role == "assistant" and turn.trained) + "\n"
     return text
+
+
+def qwen3_thinking_only(turns: list[Said]) -> str | None:
+    """A thought is always asked for."""
+    if ends_with_a_muted_thought(turns):
+        return None
+    turn = "<|im_start|>{role}\n{}<|im_end|>\n"
+    user, system = (turn.replace("{role}", role) for role in ("user", "system"))
+    account = opened_thought(
+        user=user, header="<|im_start|>assistant\n", end="<|im_end|>", sep="\n", begin="", system=system
+    )
+    return account(turns)

@@ -123,13 +123,7 @@ DIALECTS = {
         each(CHATML_TURN, "<|im_start|>assistant\n", DEFAULT_SYSTEM), regular(**CHATML, default=DEFAULT), "<|im_end|>"
     ),
     "qwen3": Dialect(QWEN3, accounts.qwen3, "<|im_end|>"),
-    "qwen3_thinking_only": Dialect(
-        QWEN3_THINKING_ONLY,
-        opened_thought(
-            user=CHATML["user"], header=CHATML["header"], end="<|im_end|>", sep="\n", begin="", system=CHATML["system"]
-        ),
-        "<|im_end|>",
-    ),
+    "qwen3_thinking_only": Dialect(QWEN3_THINKING_ONLY, accounts.qwen3_thinking_only, "<|im_end|>"),
     "r1_distill": Dialect(
         R1,
         opened_thought(
