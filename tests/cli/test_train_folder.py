@@ -14,6 +14,7 @@ from helpers.small import SMALL
 
 from macdrop.errors import ConfigError
 from tune.cli.verbs.train import train
+from tune.errors import ResourceError
 from tune.storage import run_lock
 
 pytestmark = pytest.mark.zero
@@ -85,3 +86,12 @@ def test_a_folder_in_use_is_refused_and_one_that_was_taken_over_is_left(killed):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_worker_starts(tmp_path, monkeypatch):
+    from tune.cli.verbs import train as verb
+
+    monkeypatch.setenv("MACDROP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(verb, "_train", lambda *args: pytest.fail("workers were started"))
+    with pytest.raises(ResourceError, match="/proc/run"):
+        train([*OPTIONS, "ray.num_workers=2", "output_dir=/proc/run"], resume=False)

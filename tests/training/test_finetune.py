@@ -157,20 +157,40 @@ def test_every_tensor_of_an_embedding_s_adapter_moves(tmp_path, stage, bf16):
     assert all(tensor.any() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("stage, bf16", [(0, False), (2, True), (3, False)])
-def test_layers_without_a_gradient_are_named_and_the_adapter_is_kept(tmp_path, monkeypatch, stage, bf16):
-    """The output of one layer's q_proj is cut off from the loss; weight decay moves its drawn factor all the same."""
+def cut_off(monkeypatch, layers: range) -> None:
+    """Cut the outputs of these layers' q_proj off from the loss."""
     from tune.training import engine
 
-    def cut_off(base, spec):
+    def built(base, spec):
         model = add_adapter(base, spec)
-        model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").register_forward_hook(
-            lambda module, args, output: output.detach()
-        )
+        for number in layers:
+            layer = model.get_submodule(f"base_model.model.model.layers.{number}.self_attn.q_proj")
+            layer.register_forward_hook(lambda module, args, output: output.detach())
         return model
 
     add_adapter = engine.add_adapter
-    monkeypatch.setattr(engine, "add_adapter", cut_off)
+    monkeypatch.setattr(engine, "add_adapter", built)
+
+
+@pytest.mark.parametrize("checkpointing, seen", [(True, 9), (False, 0)])
+def test_an_adapter_that_no_gradient_reaches_ends_at_once(tmp_path, monkeypatch, checkpointing, seen):
+    cut_off(monkeypatch, range(4))
+    rows: list[dict] = []
+    with pytest.raises(TrainingInvariantError, match="lora_target"):
+        train(
+            tmp_path,
+            lambda row: rows.append(row) or "go_on",
+            lora_target=["q_proj"],
+            max_steps=30,
+            gradient_checkpointing=checkpointing,
+        )
+    assert len(losses(rows)) == seen and not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("stage, bf16", [(0, False), (2, True), (3, False)])
+def test_layers_without_a_gradient_are_named_and_the_adapter_is_kept(tmp_path, monkeypatch, stage, bf16):
+    """The output of one layer's q_proj is cut off from the loss; weight decay moves its drawn factor all the same."""
+    cut_off(monkeypatch, range(1, 2))
     _, outcome = train(tmp_path, zero_stage=stage, bf16=bf16, weight_decay=0.1)
     layer = "base_model.model.model.layers.1.self_attn.q_proj"
     assert sorted(outcome.unmoved) == [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]

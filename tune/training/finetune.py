@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from macdrop.errors import ConfigError
+from macdrop.errors import ConfigError, TrainingInvariantError
 from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec
 from tune.data.batching import save_interval
@@ -32,6 +32,8 @@ from tune.training.trial_setup import check_continues, identity
 #: How words travel between the ranks: by their index. Only rank 0 has one, so the sum over ranks is that word; None
 #: stands for an observer that raised.
 WORDS: tuple[Word | None, ...] = (Word.GO_ON, Word.STOP, Word.LEAVE, None)
+#: Steps without any gradient after which training ends.
+SILENT_STEPS = 10
 #: Names of tensors that a message lists, at most.
 LISTED = 4
 #: In the adapter's folder: how its fine-tuning ended.
@@ -113,7 +115,7 @@ class _Run:
         self.step = self.resumed_from = 0
         self.eval_loss: float | None = None
         self.train_loss: float | None = None
-        self.rows = 0
+        self.rows = self.silent = 0
         #: The observer's error on rank 0, until all ranks raise it.
         self.error: Exception | None = None
 
@@ -177,6 +179,12 @@ class _Run:
                     f"({self.spec.max_grad_norm})."
                 )
             self.step, self.train_loss = step, metrics["loss"]
+            self.silent = self.silent + 1 if metrics["grad_norm"] == 0 else 0
+            if self.silent == SILENT_STEPS:
+                raise TrainingInvariantError(
+                    f"No gradient reached the adapter in {SILENT_STEPS} steps: it does not learn anything. Does the "
+                    f"model call the layers of lora_target ({self.spec.lora_target})?"
+                )
             if said is None:
                 rank0_does(self._raise)
             left = said == Word.LEAVE and step < self.steps

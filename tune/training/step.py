@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from macdrop.config import MacDropConfig
-from macdrop.errors import ConfigError, MacDropError
+from macdrop.errors import ConfigError, MacDropError, TrainingInvariantError
 from macdrop.hooks import MacDrop
 from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec
@@ -91,6 +91,11 @@ class Training:
             torch.manual_seed((self.spec.seed * 1_000_003 + number) * self.engine.world + rank)
             with self.drop.micro_step(p, number) if self.drop else nullcontext():
                 nats = self._nats(self.data.train, picked[micro, rank])
+                if not nats.requires_grad:
+                    raise TrainingInvariantError(
+                        f"The loss does not depend on the adapter: the model calls no layer of lora_target "
+                        f"({self.spec.lora_target})."
+                    )
                 # DeepSpeed averages over micro-steps and ranks; the loss is the mean over the step's answer tokens.
                 engine.backward(nats * (self.batches.accumulation * self.engine.world / label_tokens))
             loss_sum += nats.detach().double()
