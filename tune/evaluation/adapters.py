@@ -127,7 +127,8 @@ class AdapterSlot:
             if hasattr(self.base, "peft_config"):
                 del self.base.peft_config
             for (module, name, parameter), trainable in zip(places, frozen, strict=True):
-                module._parameters[name] = parameter.requires_grad_(trainable)
+                parameter.requires_grad_(trainable)
+                module._parameters[name] = parameter
             self.base.train(training)
 
     def _load(self, folder: Path, places: Places) -> PeftModel:

@@ -25,6 +25,7 @@ from tune.training.massive_weights import proof_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
 
 #: Positions of the short probe, and of real text that a logit check looks at, at most.
@@ -108,7 +109,8 @@ def merged_weights(model: PreTrainedModel | PeftModel) -> Iterator[int]:
             module._parameters[name] = parameter
 
 
-def _adapted(model: nn.Module) -> list[nn.Module]:
+def _adapted(model: nn.Module) -> list[BaseTunerLayer]:
+    """List the layers with an active adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and getattr(m, "active_adapters", None)]

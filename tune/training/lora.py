@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from macdrop.errors import ConfigError, nearest
 from tune.config.run_spec import TrainSpec
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
 
 ADAPTER = "default"
 #: What a router is called, or a module that holds one.
@@ -118,7 +118,7 @@ def is_drawn(name: str) -> bool:
     return "lora_A" in name or "lora_embedding_B" in name
 
 
-def write_config(config: LoraConfig, folder: Path) -> None:
+def write_config(config: PeftConfig, folder: Path) -> None:
     """Write adapter_config.json as PEFT does, without newer keys that say nothing: older releases refuse what they do
     not know, and mean the same without it."""
     from peft import LoraConfig
@@ -208,12 +208,13 @@ def _closed(base: PreTrainedModel) -> list[str]:
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
+    # A method that reads its arguments alone.
+    check: Any = LoraModel._check_target_module_compatiblity
     config, closed = LoraConfig(), []
     for name, module in base.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             try:
-                # The method reads its arguments alone.
-                LoraModel._check_target_module_compatiblity(None, config, base, name.rsplit(".", 1)[-1])
+                check(None, config, base, name.rsplit(".", 1)[-1])
             except ValueError:
                 closed.append(name)
     return closed
