@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tune.storage.capacity import cpus
+
 RUN = """
 dataset: {dataset}
 cutoff_len: 64
@@ -59,7 +61,7 @@ WRITTEN = {
     "offload without ZeRO": ("zero_stage=0 offload=cpu", "zero_stage 1, 2 or 3, not 0", "Set zero_stage"),
     "unknown ZeRO stage": ("zero_stage=5", "zero_stage must be 0, 1, 2 or 3, not 5", ""),
     "no override": ("macdrop.k", "'macdrop.k'", "Write key=value"),
-    "too many workers": (f"ray.num_workers={os.cpu_count() + 1}", "more CPUs", "Lower ray.num_workers"),
+    "too many workers": (f"ray.num_workers={cpus() + 1}", "more CPUs", "Lower ray.num_workers"),
 }
 
 

@@ -25,6 +25,7 @@ from tune.config.run_spec import RaySpec, TrainSpec
 from tune.distributed.cluster import ray_internals
 from tune.distributed.cluster.placement_groups import Trainer, actors, groups, orphaned_groups, reap
 from tune.errors import ResourceError
+from tune.storage.capacity import cpus
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 
@@ -35,7 +36,7 @@ RAY = RaySpec(
     dashboard=False,
     lanes=2,
     num_workers=WIDTH,
-    cpus_per_worker=round(0.6 * (os.cpu_count() or 1) / WIDTH, 2),
+    cpus_per_worker=round(0.6 * cpus() / WIDTH, 2),
     step_timeout_s=STEP_TIMEOUT_S,
 )
 SETTINGS = {**SMALL, "val_size": 0, "eval_steps": None, "zero_stage": 2, "max_steps": 300, "save_steps": 20}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from macdrop.errors import ConfigError
@@ -147,8 +145,9 @@ def test_gpu_shares(asked, cluster, shares):
     assert gpu_shares(spec, cluster) == shares
 
 
-def test_more_cpus_than_the_machine_has_are_refused_with_the_arithmetic():
-    cpus = os.cpu_count()
+def test_more_cpus_than_there_are_are_refused_with_the_arithmetic(monkeypatch):
+    cpus = 3  # of a machine that may have more: by affinity or a cgroup
+    monkeypatch.setattr("tune.scheduling.resources.cpus", lambda: cpus)
     check_local(RaySpec(num_workers=cpus))
     with pytest.raises(ConfigError) as caught:
         check_local(RaySpec(num_workers=cpus + 1))
