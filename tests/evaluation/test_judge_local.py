@@ -155,9 +155,10 @@ def test_judge_of_the_run_is_the_default_and_another_model_drops_its_settings(tm
     with Endpoint(lambda number, body: "[RESULT] 5") as server:
         own["base_url"] = server.url
         run = answered_run(tmp_path / "run", {"eval": {"generation": generation, "judge": own}})
-        assert judge_run(run.run_dir, []) == 0
+        named = f"base_url={server.url}"
+        assert judge_run(run.run_dir, [named]) == 0
         assert whole(run)["value"] == 5.0 and "rubric=correctness@1#" in whole(run)["settings"]
-        assert judge_run(run.run_dir, ["rubric=helpfulness"]) == 0
+        assert judge_run(run.run_dir, ["rubric=helpfulness", named]) == 0
         assert "rubric=helpfulness@1#" in whole(run)["settings"]
         asked = len(server.requests)
         assert judge_run(run.run_dir, [f"model={sure}", "max_new_tokens=12"]) == 0

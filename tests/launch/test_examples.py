@@ -128,9 +128,9 @@ def test_kubernetes_job_resumes_an_existing_run(tmp_path):
     first = subprocess.run(run, env=env, capture_output=True, text=True).stdout
     (tmp_path / "runs/llama").mkdir(parents=True)
     second = subprocess.run(run, env=env, capture_output=True, text=True).stdout
-    ending = f"ray.address=auto output_dir={tmp_path}/runs/llama\n"
-    assert first == f"sweep llama-3.2-1b sweep.num_samples=40 {ending}"
-    assert second == f"sweep --resume {ending}"
+    command = f"sweep llama-3.2-1b sweep.num_samples=40 ray.address=auto output_dir={tmp_path}/runs/llama"
+    assert first == f"{command}\n"
+    assert second == f"{command} --resume\n", "with its recipe: settings of a folder alone may run no code"
 
 
 def test_command_in_an_example_reproduces_it():

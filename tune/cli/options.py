@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from tune.config.run_spec import RunSpec
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, or zoo:NAME.")]
 Config = Annotated[list[str] | None, typer.Argument(help="A YAML file or a recipe's name, then key=value overrides.")]
@@ -18,6 +22,29 @@ Bf16 = Annotated[bool, typer.Option("--bf16", help="Load the model in bfloat16."
 Text = Annotated[Path | None, typer.Option(help="Text to measure perplexity on (default: a built-in story).")]
 Bos = Annotated[int | None, typer.Option(help="Token id to use as bos (default: chosen as `macdrop scan` reports).")]
 Format = Annotated[str, typer.Option(help="What to print: terminal, markdown, csv or latex.")]
+
+
+def load_run_file(file: str | Path | None, overrides: list[str], *, trust: bool | None = None) -> RunSpec:
+    """Load a run file with overrides. One that lies in a run folder is data: see `tune.config.recorded.check_orders`.
+
+    trust: `--trust-remote-code` was given; None: the verb has no such option.
+    """
+    from tune.config.run_spec import dump, load
+
+    spec = load(file, overrides)
+    check_recorded(file, dump(spec), overrides, trust=trust)
+    return spec
+
+
+def check_recorded(
+    file: str | Path | None, config: Mapping[str, Any], overrides: list[str], *, trust: bool | None = None
+) -> None:
+    """Check what the settings of a file ask for if it lies in a run folder."""
+    from tune.config.recorded import check_orders
+
+    folder = Path(file or "").parent
+    if file is not None and any((folder / name).is_file() for name in ("run.json", "trial.json")):
+        check_orders(folder, config, overrides, trust=trust)
 
 
 def split_config(arguments: list[str] | None) -> tuple[str | None, list[str]]:

@@ -40,8 +40,10 @@ MAX_ROWS = 24
 class Progress:
     """The `Observer` of a sweep (`tune.distributed.sweep.events`) that prints."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, again: str | None = None) -> None:
+        """again: the command that resumes the run, if it needs more words than the folder's."""
         self.console = console or PlainConsole()
+        self._again = again
         self._live: Live | None = None
         self._begun = time.monotonic()
         self._tasks: dict[str, dict[str, Any]] = {}
@@ -54,7 +56,7 @@ class Progress:
 
     def started(self, run_dir: Path, dashboard: str, resources: str) -> None:
         # To resume: printed now, as a process that is killed later, by Ray's own end too, can print nothing.
-        again = resume_command(run_dir)
+        again = self._again or resume_command(run_dir)
         facts = {"Run folder": run_dir, "Resources": resources, "Dashboard": dashboard or "off", "To resume": again}
         for name, fact in facts.items():
             self._print(f"{name:<12} {fact}")

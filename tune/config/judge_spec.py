@@ -79,6 +79,8 @@ class JudgeSpec(Strict):
         parts = urlsplit(value)
         if parts.username or parts.password:
             raise ValueError("has a password in it, and would be kept with every judgement; use api_key_env")
+        if "?" in value or "#" in value:  # never shows the value: it may hold a key
+            raise ValueError("has a query in it, which would be kept with every judgement; for a key use api_key_env")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"must be an address such as http://127.0.0.1:8000/v1, not {value!r}")
         return value.rstrip("/").removesuffix("/chat/completions")

@@ -1,11 +1,19 @@
-"""Lenient reading of recorded run files: the models and benchmarks of a run."""
+"""Lenient reading of recorded run files: the models and benchmarks of a run, and what it asks of a machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from tune.config.parse import SECTIONS
+from macdrop.errors import ConfigError
+from tune.config.judge_spec import JudgeSpec
+from tune.config.parse import SECTIONS, read_override
+from tune.config.resume import shell_command
+
+TRUST = "--trust-remote-code"
+#: Values of `ray.address` that name no machine: those that the environment of the command chooses.
+OWN_CLUSTERS = (None, "auto", "local")
 
 
 def models_of(config: Mapping[str, Any]) -> list[str]:
@@ -30,3 +38,48 @@ def block_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return a block of a run file; empty if it is missing or is not a block."""
     found = config.get(key)
     return found if isinstance(found, Mapping) else {}
+
+
+def orders_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Map words of a command line to what a recorded run file asks for that only such words may allow.
+
+    That is code of models, endpoints, keys of other variables than the default, and machines; `config` may be the file
+    of a run or of one trial.
+    """
+    judge, found = block_of(block_of(config, "eval"), "judge"), {}
+    entries = block_of(config, "sweep").get("models")
+    models = [config, *(entry for entry in entries or () if isinstance(entry, Mapping))]
+    trusted = [each.get("model_name_or_path") for each in models if each.get("trust_remote_code")]
+    trusted += [judge.get("model")] if judge.get("trust_remote_code") else []
+    if trusted:
+        found[TRUST] = f"runs the code that comes with {' and '.join(str(name or 'its models') for name in trusted)}"
+    if url := judge.get("base_url"):
+        found[f"eval.judge.base_url={url}"] = f"sends answers to {url}"
+    key = judge.get("api_key_env")
+    if key not in (None, JudgeSpec.model_fields["api_key_env"].default):
+        found[f"eval.judge.api_key_env={key}"] = f"sends the key in ${key}"
+    address = block_of(config, "ray").get("address")
+    if address not in OWN_CLUSTERS:
+        found[f"ray.address={address}"] = f"joins the Ray cluster at {address}"
+    return found
+
+
+def check_orders(folder: Path, config: Mapping[str, Any], overrides: Iterable[str], *, trust: bool | None) -> None:
+    """Refuse to do what a run folder asks for and this command line does not: the folder may come from elsewhere.
+
+    trust: `--trust-remote-code` was given, which `trust_remote_code=true` stands for as well; None: there is no such
+        option.
+
+    Raises:
+        ConfigError: names what it asks for, and the words that allow it.
+    """
+    given = {f"{key}={value}" for key, value in map(read_override, overrides)}
+    given |= {TRUST} if trust or "trust_remote_code=True" in given else set()
+    missing = {word: what for word, what in orders_of(config).items() if word not in given}
+    if missing:
+        raise ConfigError(
+            f"The settings in {folder} ask for more than this command allows. The command then:\n"
+            + "".join(f"  {what}\n" for what in missing.values())
+            + "A run folder may come from elsewhere, so these are up to you. To allow them, add:\n  "
+            + shell_command(*("trust_remote_code=true" if (word, trust) == (TRUST, None) else word for word in missing))
+        )

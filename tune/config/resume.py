@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,17 +35,24 @@ def _quoted(word: str) -> str:
 
 
 def _escape(sign: str) -> str:
-    return f"\\{sign}" if sign.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(sign))
+    if sign.isprintable():
+        return f"\\{sign}"
+    # Bytes of a path that are not UTF-8 are themselves; other halves of pairs are no bytes of any path.
+    kind = "surrogateescape" if "\udc80" <= sign <= "\udcff" else "surrogatepass"
+    return "".join(f"\\x{byte:02x}" for byte in sign.encode("utf-8", kind))
 
 
-def resume_command(folder: str | Path, overrides: Iterable[str] = ()) -> str:
-    """Return the command that resumes the run in a folder, with those of `overrides` that have no effect on results."""
+def resume_command(folder: str | Path, overrides: Iterable[str] = (), allowed: Iterable[str] = ()) -> str:
+    """Return the command that resumes the run in a folder, with those of `overrides` that have no effect on results.
+
+    allowed: words that let the run do what it needs (`tune.config.recorded.orders_of`).
+    """
     words = ["macdrop", "sweep", "--resume", f"output_dir={folder}"]
     for text in overrides:
         key = text.partition("=")[0].strip()
         if key in MACHINERY - {"output_dir"}:
             words.append(text)
-    return shell_command(*words)
+    return shell_command(*dict.fromkeys((*words, *allowed)))
 
 
 def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -227,7 +227,8 @@ def _shown(name: str) -> str:
 
 def _literal(text: str) -> str:
     """Return the text as a string of Python that ends neither itself nor the block of code that it stands in."""
-    return json.dumps(text).replace("`", "\\x60")
+    literal = json.dumps(text) if text.isascii() else ascii(text)
+    return literal.replace("`", "\\x60")
 
 
 def _code(text: str) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, warn
-from tune.cli.options import Adapter, Bf16, Model, Revision, Trust, split_config
+from tune.cli.options import Adapter, Bf16, Model, Revision, Trust, check_recorded, split_config
 from tune.cli.source import Source, check_adapter
 from tune.errors import BenchmarkError
 
@@ -42,6 +42,8 @@ def evaluate(
         file = DEMO
     overrides = [f"eval.suite={suite}", *overrides] if suite else overrides
     spec = load(recipe(file), overrides, replace={"sweep.models": [], "model_name_or_path": source.model})
+    if file is not None:
+        check_recorded(recipe(file), {"eval": dump(spec)["eval"]}, overrides, trust=trust_remote_code)
     wanted = _jobs_of_one(spec.eval, adapter)
     if not wanted:
         raise ConfigError(

@@ -9,6 +9,7 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line
+from tune.cli.options import Trust
 
 app = typer.Typer()
 
@@ -19,13 +20,18 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder to write; must be empty or missing.")],
     merged: Annotated[bool, typer.Option("--merged", help="Merge into the base; prints a logit check.")] = False,
     push: Annotated[str | None, typer.Option(help="Also push to this hub repository (USER/NAME).")] = None,
+    trust_remote_code: Trust = False,
     private: Annotated[bool, typer.Option("--private", help="Make the pushed repository private.")] = False,
 ) -> None:
     """Export a trial as a PEFT adapter or merged weights, with a model card of its setting, data and scores."""
+    from tune.config.recorded import check_orders
+    from tune.config.run_spec import dump
     from tune.report.trial_export import check_hub, check_output_folder, push_folder, read_trial, write_export
     from tune.training.quiet import quiet_libraries
 
     content = read_trial(trial)
+    if merged:  # loads the base model
+        check_orders(trial, dump(content.spec), [], trust=trust_remote_code)
     check_output_folder(output)
     if push is None and private:
         raise ConfigError("--private is for a pushed repository. Add --push USER/NAME, or leave it out.")

@@ -11,6 +11,7 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, table
+from tune.cli.options import Trust
 
 if TYPE_CHECKING:
     from tune.config.judge_spec import JudgeSpec
@@ -30,17 +31,20 @@ def judge(
         list[str] | None, typer.Argument(help="Keys of eval.judge as key=value (default: the run's own).")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Judge again what this judge has already judged.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Judge a run's generated answers from 1 to 5, by a local model or an endpoint; nothing is generated again."""
-    raise typer.Exit(1 if judge_run(run, config or [], fresh=fresh) else 0)
+    raise typer.Exit(1 if judge_run(run, config or [], fresh=fresh, trust=trust_remote_code) else 0)
 
 
-def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False) -> int:
+def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False, trust: bool = False) -> int:
     """Judge the answers of a run, or of `macdrop eval --output`; return the number of files with failures.
 
     Raises:
-        ConfigError: there is no judge, or no answer, and the like; see `tune.evaluation.judge.session.judge_files`.
+        ConfigError: there is no judge, or no answer, and the like (see `tune.evaluation.judge.session.judge_files`), or
+            the run's own judge names an endpoint, a key or code that the overrides do not.
     """
+    from tune.config.recorded import check_orders
     from tune.evaluation.judge.answers import answers_of_run
     from tune.storage.run_folder import RunFolder
 
@@ -49,6 +53,8 @@ def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False)
         return judge_evaluation(folder, judge_spec({}, overrides), fresh=fresh)
     run_folder = RunFolder.open(run)
     spec = judge_spec(run_folder.config(), overrides)
+    named = (f"{key}={value}" for key, value in _given(overrides).items())
+    check_orders(folder, {"eval": {"judge": spec.model_dump()}}, named, trust=trust)
     return _judge(answers_of_run(run_folder), spec, run_folder.add_scores, folder, fresh=fresh)
 
 
@@ -72,16 +78,22 @@ def judge_spec(config: dict[str, Any], overrides: Sequence[str]) -> JudgeSpec:
     """
     from tune.config.judge_spec import JudgeSpec
     from tune.config.messages import build
-    from tune.config.parse import read_override
 
-    given = dict(read_override(text) for text in overrides)
-    given = {key.removeprefix("eval.").removeprefix("judge."): value for key, value in given.items()}
+    given = {key.removeprefix("eval.judge."): value for key, value in _given(overrides).items()}
     own = (config.get("eval") or {}).get("judge") or {}
     if "model" in given or isinstance(own, str):
         own = {} if "model" in given else {"model": own}
     if not own and "model" not in given:
         raise ConfigError(f"There is no judge: no eval.judge block to take it from. Give one, such as\n{EXAMPLE}")
     return build(JudgeSpec, {**own, **given})
+
+
+def _given(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the overrides by their full keys; trust in code is one for the judge and for models."""
+    from tune.config.parse import read_override
+
+    keys = ((key.removeprefix("eval.").removeprefix("judge."), value) for key, value in map(read_override, overrides))
+    return {key if key == "trust_remote_code" else f"eval.judge.{key}": value for key, value in keys}
 
 
 def _judge(
@@ -97,7 +109,7 @@ def _judge(
     from tune.training.quiet import quiet_libraries
 
     quiet_libraries()
-    where = f" at {spec.base_url}" if spec.base_url else ""
+    where = f" at {spec.base_url} with the key in ${spec.api_key_env}" if spec.base_url else ""
     line("judge", f"{spec.model}{where}, rubric {spec.rubric}; {len(files)} file(s) of answers")
     with _progress_bar() as show:
         outcome = judge_files(files, spec, make=make_judge, add_scores=add_scores, show=show, fresh=fresh)

@@ -9,7 +9,7 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import asked_by, console, line, table
-from tune.cli.options import Config, split_config
+from tune.cli.options import Config, load_run_file, split_config
 
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec
@@ -27,7 +27,6 @@ def plan(
 ) -> None:
     """Forecast a sweep from a short probe of each model: hours, memory, disk and cost."""
     from tune.config.recipes import DEMO, recipe
-    from tune.config.run_spec import load
     from tune.preflight.forecast import forecast_study, price_of, read_prices, total
     from tune.preflight.inputs import check_inputs
     from tune.preflight.probe import device_name, probe
@@ -37,7 +36,7 @@ def plan(
 
     file, overrides = split_config(config)
     known = read_prices(prices)
-    spec = load(recipe(file or DEMO), overrides)
+    spec = load_run_file(recipe(file or DEMO), overrides)
     planned = studies(spec)
     check_local(spec.ray)
     quiet_libraries()

@@ -10,6 +10,7 @@ import typer
 
 from macdrop.errors import MacDropError
 from tune.cli.console import console, line
+from tune.cli.options import Trust
 
 app = typer.Typer()
 
@@ -20,11 +21,14 @@ def reproduce(
     config: Annotated[
         list[str] | None, typer.Argument(help="Where data or model are now: dataset=PATH model_name_or_path=PATH.")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a trial again without Ray and compare the bytes of the adapters; exits with 1 if they differ.
 
     As many workers are needed as the trial had. Start several with: torchrun --nproc_per_node N -m tune.cli reproduce
     """
+    from tune.config.recorded import check_orders
+    from tune.config.run_spec import TrainSpec, dump, load
     from tune.training.quiet import quiet_libraries
     from tune.training.reproduce import train_again
     from tune.training.trial_setup import differences, read_setup
@@ -33,7 +37,10 @@ def reproduce(
     trial = trial.absolute()
     quiet_libraries()
     try:
-        for text in differences(read_setup(trial)) if first else ():
+        setup = read_setup(trial)
+        spec = load(trial / "config.yaml", config or [], kind=TrainSpec)
+        check_orders(trial, dump(spec), config or [], trust=trust_remote_code)
+        for text in differences(setup) if first else ():
             line("differs", text)
         outcome = train_again(trial, config or [], observe=_show)
     except MacDropError as error:

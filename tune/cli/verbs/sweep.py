@@ -11,7 +11,7 @@ import typer
 
 from macdrop.errors import ConfigError, MacDropError
 from tune.cli.console import asked_by, console, line, lines, report_console
-from tune.cli.options import Config, split_config
+from tune.cli.options import Config, Trust, check_recorded, load_run_file, split_config
 
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec
@@ -34,16 +34,15 @@ def sweep(
     ] = False,
     clear_orphans: Annotated[
         bool,
-        typer.Option(
-            "--clear-orphans",
-            "--clear-leftovers",
-            help="Remove resources held by dead runs without asking. (Also spelled --clear-leftovers.)",
-        ),
+        typer.Option("--clear-orphans", "--clear-leftovers", help="Remove resources held by dead runs, unasked."),
     ] = False,
+    trust_remote_code: Trust = False,
     recipes: Annotated[bool, typer.Option("--recipes", help="List the shipped recipes.")] = False,
 ) -> None:
     """Compare plain and MacDrop adapters on many models: search, train, score, report. No argument: the demo."""
+    from tune.config.recorded import orders_of
     from tune.config.resume import resume_command
+    from tune.config.run_spec import dump
     from tune.preflight.inputs import check_folder
     from tune.scheduling.resources import check_local
     from tune.scheduling.study import studies
@@ -57,11 +56,11 @@ def sweep(
     file, overrides = split_config(config)
     if resume and file is not None and os.path.isdir(file):
         file, overrides = None, [f"output_dir={file}", *overrides]
-    spec, folder = _resolve(file, overrides, resume)
+    spec, folder = _resolve(file, overrides, resume, trust_remote_code)
     planned = studies(spec)
     check_local(spec.ray)
     quiet_libraries()
-    again = resume_command(folder, overrides)
+    again = resume_command(folder, overrides, orders_of(dump(spec)))
     check_folder(folder, resume=resume, remedy=again)
     if dry_run:
         _show_plan(spec, planned)
@@ -106,16 +105,17 @@ def list_recipes() -> None:
     lines(found)
 
 
-def _resolve(file: str | None, overrides: list[str], resume: bool) -> tuple[RunSpec, Path]:
+def _resolve(file: str | None, overrides: list[str], resume: bool, trust: bool) -> tuple[RunSpec, Path]:
     """Return the spec with its output folder: that of the run to resume, or a new one.
 
     Raises:
         ConfigError: the spec cannot be used, or it is not clear which run to resume.
     """
     from tune.config.recipes import DEMO, fresh_folder, recipe
-    from tune.config.run_spec import load
 
-    spec = load(_recorded_config(overrides) if resume and file is None else recipe(file or DEMO), overrides)
+    recorded = resume and file is None
+    source = _recorded_config(overrides, trust=trust) if recorded else recipe(file or DEMO)
+    spec = load_run_file(source, overrides, trust=trust)
     if spec.output_dir is None:
         if resume:
             raise ConfigError(NO_FOLDER)
@@ -123,10 +123,14 @@ def _resolve(file: str | None, overrides: list[str], resume: bool) -> tuple[RunS
     return spec, Path(str(spec.output_dir))
 
 
-def _recorded_config(overrides: list[str]) -> Path:
-    """Return the effective config of the run to resume, after repairing what an interrupted write left."""
+def _recorded_config(overrides: list[str], *, trust: bool) -> Path:
+    """Return the effective config of the run to resume, after repairing what an interrupted write left.
+
+    What it asks for and the command line does not is refused before anything is touched.
+    """
     from tune.config.parse import read_override
     from tune.config.syntax.user_paths import expand_path
+    from tune.storage.atomic import read_mapping
     from tune.storage.repair import check_run, repair_run
     from tune.storage.run_lock import locked
 
@@ -135,10 +139,12 @@ def _recorded_config(overrides: list[str]) -> Path:
         raise ConfigError(NO_FOLDER)
     folder = Path(expand_path(str(named)))
     check_run(folder)
+    config = folder / "config.yaml"
+    check_recorded(config, read_mapping(config, []) or {}, overrides, trust=trust)
     with locked(folder):
         for note in repair_run(folder):
             line("repaired", note)
-    return folder / "config.yaml"
+    return config
 
 
 def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
@@ -190,7 +196,7 @@ def _run(start: Callable[[Observer, Stop], int], folder: Path, again: str) -> in
         from tune.cli.progress import Progress
         from tune.distributed.sweep.stop import stoppable
 
-    progress = Progress(console)
+    progress = Progress(console, again=again)
     with stoppable(lambda text: line("stopping", text)) as stop:
         try:
             return start(progress, stop)

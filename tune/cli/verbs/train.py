@@ -14,7 +14,7 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, warn
-from tune.cli.options import Config, split_config
+from tune.cli.options import Config, load_run_file, split_config
 
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec, TrainSpec
@@ -35,7 +35,6 @@ def train(
     """Fine-tune one adapter with MacDrop (macdrop.p0=0: without), in this process or on ray.num_workers workers."""
     from tune.config.recipes import fresh_folder, recipe
     from tune.config.resume import shell_command
-    from tune.config.run_spec import load
     from tune.preflight.inputs import check_folder, check_trackers, check_training
     from tune.scheduling.resources import check_local, one_lane
     from tune.storage.run_lock import check_free
@@ -43,7 +42,7 @@ def train(
     from tune.training.trial_setup import check_checkpoint
 
     file, overrides = split_config(config)
-    spec = load(recipe(file), overrides)
+    spec = load_run_file(recipe(file), overrides)
     folder = Path(spec.output_dir or fresh_folder(file or "train"))
     models = spec.studies()
     if len(models) != 1:
