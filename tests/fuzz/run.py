@@ -1,11 +1,12 @@
-"""Damaged recipes, data, benchmarks, run folders, adapters and launch files, and conversations through templates.
+"""Damaged recipes, data, benchmarks, run folders, adapters and launch files, conversations and names as they are shown.
 
     python tests/fuzz/run.py [--inputs 10000] [--seed 0] [--target NAME ...] [--output FOLDER]
 
 Good files are damaged as hypothesis draws it (`mutations.py`) and read the way the software reads them, in this
 process. An input passes when it works or raises one of our own errors with a message; any other exception is a finding,
 and so is a file that a refused call has changed or left behind, or an adapter that loads though its bytes are not those
-that were saved. What is checked of conversations and benchmarks stands in `conversations.py` and `benchmark_files.py`.
+that were saved. What is checked of conversations and benchmarks stands in `conversations.py` and `benchmark_files.py`,
+of names in `shown_names.py`.
 Findings are shrunk, printed and stored in FOLDER; exit code 1 with any.
 """
 
@@ -37,7 +38,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from cluster.errors import LaunchError  # noqa: E402
-from fuzz import benchmark_files, conversations  # noqa: E402
+from fuzz import benchmark_files, conversations, shown_names  # noqa: E402
 from fuzz.mutations import ODD, Damage, damaged_file, damages  # noqa: E402
 from macdrop.errors import MacDropError  # noqa: E402
 
@@ -368,6 +369,7 @@ TARGETS = {
     "launches": Target(launches, launch_inputs, 0.15),
     "conversations": Target(conversations.setup, conversations.conversations, 0.3),
     "benchmarks": Target(benchmark_files.setup, benchmark_files.definitions, 0.1),
+    "names": Target(shown_names.setup, shown_names.names, 0.1),
 }
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from fuzz import run
 
-INPUTS = {"recipes": 60, "data": 60, "runs": 40, "adapters": 20, "launches": 60, "conversations": 300, "benchmarks": 60}
+INPUTS = {"recipes": 60, "data": 60, "runs": 40, "adapters": 20, "launches": 60, "conversations": 300}
+INPUTS |= {"benchmarks": 60, "names": 60}
 
 
 @pytest.mark.parametrize("target", INPUTS)
