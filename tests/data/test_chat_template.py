@@ -25,6 +25,7 @@ CONVERSATIONS = {
     "question at the end": [USER, ONE, USER],
     "first answer muted": [USER, Said("assistant", "cat", trained=False), USER, TWO],
     "last answer muted": [USER, ONE, USER, Said("assistant", "dog", trained=False)],
+    "system and a muted answer": [SYSTEM, USER, ONE, USER, Said("assistant", "dog", trained=False)],
     "thought": [USER, THINKING[0]],
     "two thoughts": [USER, THINKING[0], USER, THINKING[1]],
     "muted thought": [USER, Said("assistant", "cat", thought="hm", trained=False), USER, THINKING[1]],
@@ -111,6 +112,26 @@ def test_prompt_of_a_thinking_mode():
     assert not template.prompt(asked).opened
     opened = ChatTemplate(byte_tokenizer(chat_template=DIALECTS["r1_distill"].jinja)).prompt(asked)
     assert opened.text == "<s><|User|>say cat<|Assistant|><think>\n" and opened.opened
+
+
+def test_a_thought_that_history_writes_closed_is_opened_by_its_prompt():
+    """The structure of DeepSeek-V3.1: `<think>` or `</think>` in the generation prompt, `</think>` in history."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|></think>"
+        "{{ m.content.split('</think>')[-1] }}<|eos|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|>"
+        "{% if enable_thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
+    )
+    chat = ChatTemplate(byte_tokenizer(chat_template=template))
+    for answer, wanted in (("cat", "</think>cat<|eos|>"), ("<think>hm</think>cat", "<think>hm</think>cat<|eos|>")):
+        asked, said = {"role": "user", "content": "u"}, {"role": "assistant", "content": answer}
+        assert chat.render([asked, said], [False, True]).text == "<|User|>u<|Assistant|>" + wanted
+
+
+def test_header_that_differs_in_white_space_alone_is_that_of_inference():
+    template = CHATML.replace("}}<|im_start|>assistant\n", "").replace("\n" + "{{ m.content", "  {{ m.content")
+    chat = ChatTemplate(byte_tokenizer(chat_template=template))
+    rendered = chat.render([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], [False, True])
+    assert rendered.text == "<|im_start|>user  u<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
 
 
 def test_answers_of_weight_0_never_carry_loss():

@@ -128,10 +128,8 @@ class ChatTemplate:
         opened = thoughts.opens_thought(prompted)
         if header.startswith(prompted):
             gap = header[len(prompted) :]
-        elif opened and header.rstrip() == prompted[: prompted.rfind(thoughts.OPEN)].rstrip():
-            gap = thoughts.CLOSING
-        elif header.rstrip() == prompted.rstrip():
-            gap = ""
+        elif _squeezed(header, thoughts.OPEN, thoughts.CLOSE) == _squeezed(prompted, thoughts.OPEN, thoughts.CLOSE):
+            gap = thoughts.CLOSING if opened else ""
         else:
             raise DataError(
                 f"the chat template's generation prompt ends with {prompted[-40:]!r}, but it writes answers after "
@@ -164,7 +162,7 @@ class ChatTemplate:
         spans.append(Span(len(text), len(text + answer + self.end), True))
         text += answer + self.end
         if last + 1 < len(messages):
-            whole, places = self._located(messages, thinking=thinking)
+            whole, places = self._located(messages, thinking=thinking, since=last)
             tail = self._span(whole, *places[last], "", True).end
             for index in range(last + 1, len(messages)):
                 if messages[index]["role"] == "assistant":
@@ -185,7 +183,8 @@ class ChatTemplate:
             if whole.startswith(prompt.text) and same:
                 return body
             if prompt.opened:
-                return content.lstrip().removeprefix(thoughts.OPEN).lstrip("\n")
+                thought = content.lstrip().removeprefix(thoughts.OPEN)
+                return thought.lstrip("\n") if prompt.text.endswith("\n") else thought
         for form in _forms(content):
             if whole.endswith(header + form + after):
                 return prompt.lead + form
@@ -224,13 +223,13 @@ class ChatTemplate:
     # --- renderings ---
 
     def _located(
-        self, messages: Sequence[Message], *, generate: bool = False, thinking: bool = False
+        self, messages: Sequence[Message], *, generate: bool = False, thinking: bool = False, since: int = 0
     ) -> tuple[str, dict[int, tuple[int, int]]]:
-        """Render, and find the characters [start, end) of each turn's text."""
+        """Render, and find the characters [start, end) of each turn's text; those before `since` may be left out."""
         text = self._rendering(messages, generate=generate, thinking=thinking)
         skeleton = self._skeleton(tuple(message["role"] for message in messages), generate, thinking)
         for index, message in enumerate(messages):
-            if index not in skeleton.order and message["content"].strip():
+            if index >= since and index not in skeleton.order and message["content"].strip():
                 raise _lost(message, text)
         at, places = len(skeleton.literals[0]), {}
         for index, literal in zip(skeleton.order, skeleton.literals[1:], strict=True):
@@ -293,7 +292,10 @@ def _written(text: str, at: int, literal: str, contents: Sequence[str]) -> str |
     return found if any(_squeezed(found) == _squeezed(content) for content in contents) else None
 
 
-def _squeezed(text: str) -> str:
+def _squeezed(text: str, *marks: str) -> str:
+    """Return a text without white space, and without `marks`."""
+    for mark in marks:
+        text = text.replace(mark, "")
     return "".join(text.split())
 
 
