@@ -95,3 +95,16 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_worker_starts(tmp_p
     monkeypatch.setattr(verb, "_train", lambda *args: pytest.fail("workers were started"))
     with pytest.raises(ResourceError, match="/proc/run"):
         train([*OPTIONS, "ray.num_workers=2", "output_dir=/proc/run"], resume=False)
+
+
+def test_other_processes_of_torchrun_leave_the_folder_to_the_first(tmp_path, monkeypatch):
+    from tune.cli.verbs import train as verb
+
+    monkeypatch.setenv("MACDROP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RANK", "1")
+    reached = []
+    monkeypatch.setattr(verb, "_train", lambda *args: reached.append(args) or sys.exit(7))
+    with run_lock.locked(tmp_path / "run"), pytest.raises(SystemExit):
+        (tmp_path / "run" / "logs").mkdir()
+        train([*OPTIONS, f"output_dir={tmp_path / 'run'}"], resume=False)
+    assert reached

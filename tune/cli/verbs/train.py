@@ -49,11 +49,13 @@ def train(
         raise ConfigError(f"train takes one model, and sweep.models lists {len(models)}. Use `macdrop sweep` for them.")
     (model,) = models
     check_local(one_lane(spec.ray))
-    check_free(folder)
+    if _is_first():
+        check_free(folder)
     checkpoint = _newest(folder) if resume else None
     quiet_libraries()
     remedy = shell_command("macdrop", *sys.argv[1:], "--resume")
-    check_folder(folder, resume=resume, remedy=remedy)
+    if _is_first():
+        check_folder(folder, resume=resume, remedy=remedy)
     check_trackers(spec.report_to, folder)
     workers = int(os.environ.get("WORLD_SIZE", "1")) if _in_this_process(spec) else spec.ray.num_workers
     with console.status("Reading model settings and data"):
@@ -66,7 +68,8 @@ def train(
         check_checkpoint(model, checkpoint, checked.steps, workers)
         line("resuming", f"from {checkpoint}")
     with _claimed(folder):
-        check_folder(folder, resume=resume, remedy=remedy)  # another process may have been there meanwhile
+        if _is_first():
+            check_folder(folder, resume=resume, remedy=remedy)  # another run may have been there meanwhile
         outcome = _train(spec, model, folder, _step_printer(checked.steps))
     _show_outcome(model, folder, outcome)
     line("next", _next_command(spec, model, file, folder))
@@ -74,6 +77,11 @@ def train(
 
 def _in_this_process(spec: RunSpec) -> bool:
     return spec.ray.num_workers == 1 and spec.ray.address is None
+
+
+def _is_first() -> bool:
+    """Return whether this is the only process, or the first of torchrun's: the one that looks after the folder."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -85,7 +93,7 @@ def _claimed(folder: Path) -> Iterator[None]:
     """
     from tune.storage.run_lock import locked
 
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first():
         yield
         return
     with locked(folder) as lock:
