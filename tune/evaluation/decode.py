@@ -124,7 +124,8 @@ def one_length_a_batch(model: PreTrainedModel | PeftModel) -> bool:
     Recurrent and hybrid models (Mamba, RecurrentGemma, Falcon-H1) carry a state from token to token, and not all of
     them keep padding out of it. transformers marks their classes as stateful.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holder: Any = model
+    base = holder.get_base_model() if hasattr(model, "get_base_model") else model
     return bool(getattr(base, "_is_stateful", False))
 
 
