@@ -136,7 +136,7 @@ def _add(digest: hashlib._Hash, data: bytes) -> None:
 
 
 def _stamp(file: Path) -> _Stamp:
-    """A file of the hub's cache is a link: the name of what it leads to is a hash, but the bytes may have been edited."""
+    """A file of the hub's cache is a link; what it leads to is named by a hash, but its bytes may have been edited."""
     path = file.resolve()
     info = path.stat()
     return str(path), info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino

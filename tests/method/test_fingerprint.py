@@ -46,7 +46,8 @@ def test_contents_count_and_not_the_location(folder, tmp_path):
     first = checkpoint_fingerprint(folder)
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "README.md").write_text("other files do not count")
-    assert checkpoint_fingerprint(copy) == checkpoint_fingerprint(str(folder)) == first and len(first) == len(SCHEME) + 64
+    assert checkpoint_fingerprint(copy) == checkpoint_fingerprint(str(folder)) == first
+    assert len(first) == len(SCHEME) + 64
 
 
 def test_fingerprint_covers_weights_config_and_names(folder):

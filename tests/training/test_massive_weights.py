@@ -75,7 +75,11 @@ def test_another_rule_is_scanned_again(base, monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(None, ""), (silence_top_rows, "are not those that this run began with"), (name_another_bos, "The first token of")],
+    [
+        (None, ""),
+        (silence_top_rows, "are not those that this run began with"),
+        (name_another_bos, "The first token of"),
+    ],
     ids=["nothing", "rows", "bos"],
 )
 def test_a_resumed_run_keeps_its_scan_or_is_refused(base, tmp_path, change, message):
