@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.benchmark_fixtures import byte_tokenizer
-from helpers.chat_accounts import END, EOS, LOSS, Said, last_trained
+from helpers.chat_accounts import END, EOS, LOSS, Said, ends_with_a_muted_thought, last_trained
 from helpers.chat_dialects import DIALECTS
 from hypothesis import strategies as st
 
@@ -73,6 +73,8 @@ def check_conversation(name: str, turns: list[Said], encoder: Encoder) -> str:
         assert wanted is None, f"{name}: refused with {error}"
         assert "Use template: alpaca" in str(error) or "use template: alpaca" in str(error), error
         return "refused"
+    if wanted is None and ends_with_a_muted_thought(turns):
+        return "works"  # behind all loss, and empty texts may leave room for the thought
     assert wanted is not None, f"{name}: should have been refused"
     decode = encoder.tokenizer.decode
     labelled = [token for token in encoded.labels if token != IGNORE]
