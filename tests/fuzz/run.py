@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from cluster.errors import LaunchError  # noqa: E402
-from fuzz import benchmark_files, conversations, shown_names  # noqa: E402
+from fuzz import benchmark_files, conversations, data_inputs, shown_names  # noqa: E402
 from fuzz.mutations import ODD, Damage, damaged_file, damages  # noqa: E402
 from macdrop.errors import MacDropError  # noqa: E402
 
@@ -166,9 +166,8 @@ def _flat(lists: list[list[Damage]]) -> list[Damage]:
 
 
 def data(folder: Path) -> Callable[[Any], str]:
-    from types import SimpleNamespace
-
     from macdrop import load_tokenizer
+    from tune.config.train_spec import TrainSpec
     from tune.data import dataset as training_data
     from tune.zoo.catalog import resolve
 
@@ -186,8 +185,7 @@ def data(folder: Path) -> Callable[[Any], str]:
 
         name = names[drawn[0] % len(names)]
         (folder / name).write_bytes(damaged_file(name, files[name], drawn[1]))
-        settings = dict(dataset=str(folder / name), format="auto", template="auto", cutoff_len=64, val_size=0)
-        spec = SimpleNamespace(**settings, train_on_prompt=False, bad_rows="refuse", max_samples=None, data_seed=0)
+        spec = TrainSpec(model_name_or_path="zoo:planted-llama", dataset=str(folder / name), cutoff_len=64, val_size=0)
 
         def prepared() -> None:
             examples = training_data.load(training_data.prepare(spec, tokenizer, cache)).train
@@ -370,6 +368,8 @@ TARGETS = {
     "conversations": Target(conversations.setup, conversations.conversations, 0.3),
     "benchmarks": Target(benchmark_files.setup, benchmark_files.definitions, 0.1),
     "names": Target(shown_names.setup, shown_names.names, 0.1),
+    "benchmark files": Target(data_inputs.benchmark_files, data_inputs.file_inputs, 0.2),
+    "data set entries": Target(data_inputs.entries, data_inputs.entry_inputs, 0.15),
 }
 
 

@@ -8,6 +8,7 @@ from fuzz import run
 
 INPUTS = {"recipes": 60, "data": 60, "runs": 40, "adapters": 20, "launches": 60, "conversations": 300}
 INPUTS |= {"benchmarks": 60, "names": 60}
+INPUTS |= {"benchmark files": 150, "data set entries": 100}
 
 
 @pytest.mark.parametrize("target", INPUTS)
