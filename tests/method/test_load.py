@@ -206,6 +206,8 @@ def test_quantised_weights_are_named_where_their_package_is_missing(folder):
     rewrite_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with refused("quantised.*give\nthe checkpoint in 16 or 32 bits"):
         load_model(folder)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_folder_cloned_without_git_lfs_is_named_for_what_it_is(tmp_path, name):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

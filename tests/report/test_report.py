@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import statistics
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from macdrop.errors import ConfigError
 from tune.analysis.results import collect, value_of
+from tune.data.cutoff import describe_cutoff
 from tune.evaluation.score_names import Column
 from tune.report.csv_rows import text as csv_text
 from tune.report.escaping import latex_text
@@ -164,6 +166,17 @@ def test_search_attacks_generations_cost(report, parts):
     assert any("(spec " in line for line in parts["reproduce"].lines)
     assert "Seeds of the compared trials: 1, 2, 3." in parts["reproduce"].lines
     assert any("diverged: Step 31" in line for line in parts["trials"].lines)
+
+
+def test_the_training_data_and_what_was_cut_are_reported(tmp_path):
+    run_folder = make_run(tmp_path / "run", tried=1, arms=("plain", "macdrop"), items=4, attacks=("none",))
+    counts = {"rows": 34, "dropped": 3, "truncated": 2, "skipped": 0, "cutoff_len": 64}
+    line = f"Training data: {describe_cutoff(counts)}."
+    files = [run_folder.trial(record.trial).folder / "reproduce.json" for record in run_folder.trials()]
+    for data, printed in ({"key": "k", **counts}, True), ({"key": "k"}, False):  # an earlier version kept no counts
+        for file in files:
+            file.write_text(json.dumps({"workers": 1, "data": data}))
+        assert (line in make_report(run_folder.run_dir).markdown()) == printed
 
 
 def test_several_objectives_have_a_front(tmp_path):

@@ -38,7 +38,7 @@ _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 160, 160, 60
 class _Loader(yaml.SafeLoader):
     """Loader of YAML 1.2's core schema that refuses duplicate keys, keys that are not texts, and alias bombs."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers: dict = {}
     yaml_constructors: ClassVar[dict] = {
         tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (f"{_TAG}null", f"{_TAG}seq", f"{_TAG}map", None)
     }
@@ -62,8 +62,8 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        text = super().construct_scalar(node)
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        text: str = super().construct_scalar(node)
         if any("\ud800" <= character <= "\udfff" for character in text):
             self._refuse("half of a surrogate pair is not a character", node)
         return text
