@@ -40,6 +40,7 @@ FIRST_WRITE = 0.5  # a write counts when it is at least this part of the largest
 MASSIVE = 100.0  # a massive activation is over this size (Sun et al., arXiv 2402.17762) ...
 MASSIVE_RATIO = 1000.0  # ... and over this many times the median
 CLEAR_RATIO = 100.0
+_ROUTED = 0.02  # an expert with less of the largest routing weight was called in vain
 _CHECKED_ROWS = 5
 _SEPARATOR = "<|endoftext|>"
 
@@ -140,8 +141,9 @@ def find_massive_weights(
 
     source names the model for people, fingerprint identifies its checkpoint (`checkpoint_fingerprint`). For tokenizers
     without bos see `choose_bos`. The layer is chosen by `massive_layer`. Of routed experts, the one with the largest
-    routing weight for bos is scanned; where there is also a shared expert, the spike is measured again without it, and
-    the shared expert is recorded when less than half of what the layer wrote is left.
+    routing weight for bos is scanned; the spike is measured again without each other part of the layer (a shared
+    expert, and in module lists every expert that was called), which is recorded instead when less than half of what the
+    layer wrote is left.
 
     The model comes back as it was: modes, gradients, weights. An adapter in place takes part in the scan. Before it
     returns, it zeroes the five top rows and checks that exactly their entries of the intermediate state fall silent.
@@ -155,9 +157,7 @@ def find_massive_weights(
         raise NoMassiveWeights(
             f"{source}: the hidden state at bos is not finite. Load the model in float32 or bfloat16."
         )
-    largest = [
-        max(parts, key=lambda part: float(part.state.abs().max()), default=None) for parts in states.intermediates
-    ]
+    largest = [_largest(parts) for parts in states.intermediates]
     layer, entry, _ = first_write(states.hidden, [part is not None for part in largest])
     largest[layer] = found = _writer(model, token, states, layer, entry)
     _, confidence = massive_layer(states.hidden, [part.state if part else None for part in largest])
@@ -184,21 +184,32 @@ def find_massive_weights(
     return weights
 
 
+def _largest(parts: Sequence[Intermediate]) -> Intermediate | None:
+    """Of a layer's first routed expert and its shared one: that with the largest entry; None without an FFN."""
+    shown = [part for place, part in enumerate(parts) if place == 0 or part.expert is None]
+    return max(shown, key=lambda part: float(part.state.abs().max()), default=None)
+
+
 def _writer(model: nn.Module, token: int, states: BosStates, layer: int, entry: int) -> Intermediate:
-    """Find the FFN of the massive layer that wrote the spike: the routed expert or the shared one."""
+    """Find the FFN of the massive layer that wrote the spike: the first routed expert, unless it is another part.
+
+    Another one it is when less than half of what the layer wrote is left without it.
+    """
     first, *beside = states.intermediates[layer]
-    if not beside:
-        return first
-    shared = beside[0]
-    assert shared.ffn.down is not None, "a shared expert is dense"
-    handle = shared.ffn.down.register_forward_pre_hook(lambda _module, args: (torch.zeros_like(args[0]), *args[1:]))
-    try:
-        without = bos_states(model, token).hidden
-    finally:
-        handle.remove()
     before = float(states.hidden[layer, entry].abs())
     written = float(states.hidden[layer + 1, entry].abs()) - before
-    return shared if float(without[layer + 1, entry].abs()) - before < written / 2 else first
+    for part in beside:
+        if part.expert is not None and part.weight < _ROUTED * first.weight:
+            continue
+        assert part.ffn.down is not None, "experts in a list, and shared ones, are dense"
+        handle = part.ffn.down.register_forward_pre_hook(lambda _module, args: (torch.zeros_like(args[0]), *args[1:]))
+        try:
+            without = bos_states(model, token).hidden
+        finally:
+            handle.remove()
+        if float(without[layer + 1, entry].abs()) - before < written / 2:
+            return part
+    return first
 
 
 def _check_rows(model: nn.Module, weights: MassiveWeights, found: Intermediate) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,17 +15,32 @@ from macdrop.errors import UnsupportedModel
 from macdrop.families import FFN, bare_model, decoder_layers, embedding_device, find_ffns
 from macdrop.probe import evaluating
 
-#: Path of an FFN -> its intermediate state at bos, read once the forward pass has ended, and the expert it is of.
-_Seen = dict[str, Callable[[], tuple[torch.Tensor, int | None]]]
+_MISFIT = 0.02  # of a block's output that the outputs of its experts do not add up to
+
+
+@dataclass
+class _Seen:
+    """What hooks saw at bos, by module path.
+
+    states: of an FFN, its intermediate state, read once the forward pass has ended, and the expert it is of. outputs:
+    (d,), of experts in a module list, of the shared one beside them, and of the block around them.
+    """
+
+    states: dict[str, Callable[[], tuple[torch.Tensor, int | None]]] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Intermediate:
-    """The intermediate state of one FFN at bos: (I,), float32, signed. `ffn` has its expert chosen."""
+    """The intermediate state of one FFN at bos: (I,), float32, signed. `ffn` has its expert chosen.
+
+    weight: how much of it counts, relative to the other routed experts of the layer.
+    """
 
     ffn: FFN
     state: torch.Tensor
     expert: int | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,8 +48,8 @@ class BosStates:
     """States in one forward pass of bos alone.
 
     hidden: (L + 1, d) float32 on the CPU, the residual stream before the first and after each of the L layers.
-    intermediates: per layer the states of its FFNs, none for a layer without one; of routed experts the one with the
-    largest routing weight, then the shared one if there is one.
+    intermediates: per layer the states of its FFNs, none for a layer without one; of routed experts first the one with
+    the largest routing weight, then (in module lists) the others that were called, then the shared one if there is one.
     """
 
     hidden: torch.Tensor
@@ -49,7 +65,7 @@ def bos_states(model: nn.Module, bos_token_id: int) -> BosStates:
     ffns = {ffn.layer: ffn for ffn in find_ffns(model)}
     _, layers = decoder_layers(model)
     hidden: list[torch.Tensor] = []
-    seen: _Seen = {}
+    seen = _Seen()
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
 
@@ -69,6 +85,8 @@ def bos_states(model: nn.Module, bos_token_id: int) -> BosStates:
         for ffn in ffns.values():
             for part in _parts(ffn):
                 watch(_record(part, seen))
+            for path, module in _summed(ffn, bare_model(model)):
+                watch(module.register_forward_hook(partial(_keep_output, seen, path, ffn.hidden_size)))
         device = embedding_device(model)
         bare_model(model)(input_ids=torch.tensor([[bos_token_id]], device=device), use_cache=False)
         states = tuple(tuple(_collect(ffns[i], seen)) if i in ffns else () for i in range(len(layers)))
@@ -101,12 +119,12 @@ def _record(ffn: FFN, seen: _Seen) -> torch.utils.hooks.RemovableHandle:
         def down_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
             state = args[0].detach().reshape(-1, ffn.intermediate_size)
             if len(state):  # an expert that bos is not routed to may be called with no token
-                seen[ffn.path] = lambda: (state[0].float().cpu(), None)
+                seen.states[ffn.path] = lambda: (state[0].float().cpu(), None)
 
         return ffn.down.register_forward_pre_hook(down_input)
 
     def experts_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[ffn.path] = lambda: _routed_state(ffn, *_routing(ffn, [*args, *kwargs.values()]))
+        seen.states[ffn.path] = lambda: _routed_state(ffn, *_routing(ffn, [*args, *kwargs.values()]))
 
     return ffn.module.register_forward_pre_hook(experts_input, with_kwargs=True)
 
@@ -157,12 +175,48 @@ def _routed_state(ffn: FFN, expert: int, tokens: torch.Tensor) -> tuple[torch.Te
 
 def _collect(ffn: FFN, seen: _Seen) -> Iterator[Intermediate]:
     if ffn.experts:
-        called = {number: seen[part.path]()[0] for number, part in enumerate(ffn.experts) if part.path in seen}
-        # Routing weights are out of sight here: of the called experts, take the one with the largest state.
-        number = max(called, key=lambda n: float(called[n].abs().max()))
-        yield Intermediate(ffn.experts[number], called[number], number)
+        called = {
+            number: seen.states[part.path]()[0] for number, part in enumerate(ffn.experts) if part.path in seen.states
+        }
+        weights = _routing_weights(ffn, called, seen.outputs)
+        for number in sorted(called, key=lambda n: -weights[n]):
+            yield Intermediate(ffn.experts[number], called[number], number, weights[number])
     else:
-        state, expert = seen[ffn.path]()
+        state, expert = seen.states[ffn.path]()
         yield Intermediate(ffn if expert is None else ffn.with_expert(expert), state, expert)
     if ffn.shared:
-        yield Intermediate(ffn.shared, seen[ffn.shared.path]()[0])
+        yield Intermediate(ffn.shared, seen.states[ffn.shared.path]()[0])
+
+
+# --- experts in a module list: the routing weights, which no module hands over ---
+
+
+def _summed(ffn: FFN, bare: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of the block around a list of experts, and of what it adds up."""
+    if ffn.experts:
+        block = ffn.path.rpartition(".")[0]
+        yield block, bare.get_submodule(block)
+        for part in _parts(ffn):
+            assert part.down is not None, "an expert in a list is dense"
+            yield part.path, part.down
+
+
+def _keep_output(seen: _Seen, path: str, size: int, _module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
+    output = (result if isinstance(result, torch.Tensor) else result[0]).detach().reshape(-1, size)
+    if len(output):
+        seen.outputs[path] = output[0].double().cpu()
+
+
+def _routing_weights(ffn: FFN, called: dict[int, torch.Tensor], outputs: dict[str, torch.Tensor]) -> dict[int, float]:
+    """The weights with which the outputs of the called experts (and of the shared one) add up to that of the block.
+
+    Where they do not add up, as when a norm follows, the sizes of the states stand for the weights.
+    """
+    block = outputs.get(ffn.path.rpartition(".")[0])
+    parts = [*(ffn.experts[number] for number in called), *([ffn.shared] if ffn.shared else [])]
+    if block is not None and all(part.path in outputs for part in parts):
+        matrix = torch.stack([outputs[part.path] for part in parts], dim=1)
+        weights = torch.linalg.lstsq(matrix, block[:, None], driver="gelsd").solution[:, 0]
+        if float((matrix @ weights - block).norm()) <= _MISFIT * float(block.norm()):
+            return dict(zip(called, weights.abs().tolist(), strict=False))
+    return {number: float(state.abs().max()) for number, state in called.items()}

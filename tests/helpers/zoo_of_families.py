@@ -149,3 +149,47 @@ def with_lora(name: str, model: torch.nn.Module) -> torch.nn.Module:
     else:
         target = {"target_modules": "all-linear"}
     return get_peft_model(model, LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **target)).eval()
+
+
+class ExpertList(torch.nn.Module):
+    """A Mixtral block whose experts are modules in a list, as code of a checkpoint's own often has them.
+
+    everywhere: every expert runs on every token, and those that are not chosen are added with weight 0.
+    """
+
+    def __init__(self, block: torch.nn.Module, everywhere: bool) -> None:
+        super().__init__()
+        self.gate, self.everywhere = block.gate, everywhere
+        fused = block.experts
+        self.experts = torch.nn.ModuleList(
+            _expert(gate_up.chunk(2), down, fused.act_fn)
+            for gate_up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        _, scores, chosen = self.gate(tokens)
+        weights = torch.zeros(len(tokens), len(self.experts)).scatter(1, chosen, scores)
+        total = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows = weights[:, number] > -1 if self.everywhere else weights[:, number] > 0
+            total[rows] += weights[rows, number, None] * expert(tokens[rows])
+        return total.view_as(x)
+
+
+def _expert(inputs, down: torch.Tensor, act: torch.nn.Module) -> torch.nn.Module:
+    linears = {"gate_proj": inputs[0], "up_proj": inputs[1], "down_proj": down}
+    expert = transformers.models.llama.modeling_llama.LlamaMLP(
+        transformers.LlamaConfig(hidden_size=HIDDEN, intermediate_size=len(inputs[0]))
+    )
+    expert.act_fn = act
+    for name, weight in linears.items():
+        getattr(expert, name).weight = torch.nn.Parameter(weight.detach().clone())
+    return expert
+
+
+def with_expert_lists(model: torch.nn.Module, *, everywhere: bool = False) -> torch.nn.Module:
+    """A Mixtral model with the same weights, its experts in module lists."""
+    for layer in model.model.layers:
+        layer.mlp = ExpertList(layer.mlp, everywhere)
+    return model

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import transformers
-from helpers.zoo_of_families import FAMILIES, HIDDEN, build_family, with_lora
+from helpers.zoo_of_families import FAMILIES, HIDDEN, build_family, with_expert_lists, with_lora
 from torch import nn
 
 from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
 from macdrop.families import FFN, find_ffn, find_ffns
-from macdrop.scan import choose_bos, find_massive_weights, massive_layer
+from macdrop.scan import choose_bos, find_massive_weights, massive_layer, prove
 from macdrop.states import bos_states
 
 ROWS = (9, 2, 13)
@@ -197,6 +197,48 @@ def test_expert_with_the_largest_routing_weight_is_chosen():
     part = bos_states(model, 1).intermediates[1][0]
     handle.remove()
     assert part.expert == int(seen["index"][0, seen["weight"][0].argmax()])
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["chosen", "everywhere"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_list_of_experts_is_scanned_as_the_same_experts_fused(seed, everywhere):
+    """Also where experts run that bos is not routed to, and where zeroing rows makes another state the largest."""
+    fused = build_family("mixtral", seed=seed)
+    plant(fused, bos_states(fused, 1).intermediates[1][0].ffn)
+    first, expected = bos_states(fused, 1).intermediates[1][0], find(fused)
+    model = with_expert_lists(fused, everywhere=everywhere)
+    parts = bos_states(model, 1).intermediates[1]
+    assert len(parts) == (4 if everywhere else 2)
+    assert parts[0].expert == first.expert and parts[0].weight > parts[1].weight > 0
+    assert sum(part.weight for part in parts) == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(parts[0].state, first.state, rtol=1e-4, atol=1e-5)
+    weights = find(model)
+    assert weights.path == f"{expected.path}.{expected.expert}"
+    assert (weights.layer, weights.expert, weights.top(3)) == (expected.layer, expected.expert, ROWS)
+    torch.testing.assert_close(weights.magnitudes, expected.magnitudes, rtol=1e-4, atol=1e-5)
+    ids = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+    proof = prove(model, ids, weights, k=2)
+    fused = build_family("mixtral", seed=seed)
+    plant(fused, bos_states(fused, 1).intermediates[1][0].ffn)
+    fused_proof = prove(fused, ids, expected, k=2)
+    for name in ("untouched", "zeroed", "retained", "random"):
+        assert getattr(proof, name) == pytest.approx(getattr(fused_proof, name), rel=1e-4)
+
+
+def test_the_called_expert_that_writes_the_spike_is_found_whatever_its_routing_weight():
+    model = with_expert_lists(build_family("mixtral"))
+    second = bos_states(model, 1).intermediates[1][1]
+    plant(model, second.ffn)
+    weights = find(model)
+    assert (weights.layer, weights.path, weights.expert, weights.top(3)) == (1, second.ffn.path, second.expert, ROWS)
+
+
+def test_every_list_of_experts_can_be_scanned():
+    for seed in range(8):
+        for everywhere in (False, True):
+            for top in (1, 2, 3):
+                model = build_family("mixtral", seed=seed, num_experts_per_tok=top)
+                find(with_expert_lists(model, everywhere=everywhere))
 
 
 def test_bfloat16_finds_the_same_rows():
