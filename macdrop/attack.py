@@ -61,13 +61,23 @@ class Attack:
         )
 
 
+def largest_k(kind: str, rows: int) -> int:
+    """Return the largest k of an attack on a layer of so many rows: random rows are drawn beside the top k."""
+    return rows // 2 if kind == "random" else rows
+
+
 def attacked_rows(weights: MassiveWeights, kind: str, k: int, *, seed: int = 0) -> tuple[int, ...]:
     """Return the rows that an attack sets to zero. Raises `ConfigError` for an unknown kind and for an impossible k."""
     if kind == NONE:
         return ()
     if kind not in ATTACKS:
         raise ConfigError(f"Unknown attack {kind!r}.{nearest(kind, ATTACKS)} Allowed: {', '.join(ATTACKS)}, {NONE}.")
-    weights.top(k)  # refuses an impossible k
+    limit = largest_k(kind, weights.intermediate_size)
+    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= limit:
+        raise ConfigError(
+            f"k = {k!r} is not possible for the attack {kind!r}: layer {weights.layer} of {weights.model} has "
+            f"{weights.intermediate_size} rows.\nGive a whole number from 0 to {limit}."
+        )
     return ATTACKS[kind](weights, k, seed)
 
 

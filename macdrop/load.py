@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from macdrop.errors import ConfigError, UnsupportedModel, nearest
+from macdrop.families import decoder_layers
 from macdrop.fingerprint import is_lfs_pointer
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+#: What was said of weights without a place, which is said once in a process.
+_said: set[str] = set()
 _OTHER_MODALITIES = ("vision_config", "audio_config", "video_config", "speech_config", "vision_tower")
 
 
@@ -43,7 +50,7 @@ def load_model(
     safetensors only. Code from the model's repository runs only with `trust_remote_code`, and nothing ever asks.
 
     Raises `ConfigError` for a path that is not a model folder, a hub id that cannot be reached, damaged or incomplete
-    weights, and `UnsupportedModel` for a model that is not a text-only decoder.
+    weights, files with more layers than the config, and `UnsupportedModel` for a model that is not a text-only decoder.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {dtype!r}.{nearest(dtype, DTYPES)} Allowed: {', '.join(DTYPES)}.")
@@ -74,6 +81,7 @@ def load_model(
             f"{name} is not a complete {type(model).__name__}: {len(missing)} weights are missing from its files, "
             f"{missing[0]} first.\nThey would start as random numbers. Copy or download the model again."
         )
+    _check_unexpected(name, model, sorted(info["unexpected_keys"]))
     return model.eval()
 
 
@@ -101,6 +109,28 @@ def open_model(
     )
     require_fit(tokenizer, model, name=os.fspath(source))
     return model, tokenizer
+
+
+def not_finite(model: torch.nn.Module, source: str) -> str:
+    """A sentence on why the states of a model are not finite: the first weight that holds inf or NaN, or the precision.
+
+    For models whose weights are whole; what is partitioned or quantised is passed over.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel() and not bool((finite := torch.isfinite(weight)).all()):
+            count = int((~finite).sum())
+            return (
+                f"{source}: the weight {name} holds inf or NaN in {count} of its {weight.numel()} entries. The "
+                "checkpoint is damaged.\nCopy or download the model again, or train it with a lower learning rate."
+            )
+    used = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    remedy = {
+        torch.float16: "Load the model in float32 or bfloat16.",
+        torch.bfloat16: "Load the model in float32. If that does not help, check that its config.json is its own.",
+    }.get(used, "Check that its config.json is its own: scales and norms are read from there.")
+    return (
+        f"{source}: all weights are finite, and yet its states overflow {str(used).removeprefix('torch.')}.\n{remedy}"
+    )
 
 
 def check_model(
@@ -208,6 +238,32 @@ def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) ->
             f"The model path {name!r:.200} {what}.\nGive a folder with config.json and weights, or a hub id."
         )
     return name
+
+
+def _check_unexpected(name: str, model: PreTrainedModel, keys: list[str]) -> None:
+    """Refuse layers in the files that the config does not count; report other keys without a place once."""
+    if not keys:
+        return
+    try:
+        path, layers = decoder_layers(model)
+    except UnsupportedModel:
+        path, layers = "", torch.nn.ModuleList()
+    numbered = re.compile(rf"(?:^|\.){re.escape(path.rpartition('.')[-1])}\.(\d+)\.")
+    numbers = [int(match[1]) for key in keys if path and (match := numbered.search(key))]
+    beyond = [number for number in numbers if number >= len(layers)]
+    if beyond:
+        raise ConfigError(
+            f"{name} has the weights of {max(beyond) + 1} layers, and its config.json counts {len(layers)} "
+            f"({min(beyond)} would be left out).\nSet the number of layers there as it was, or give the files of the "
+            "model that the config is of."
+        )
+    text = (
+        f"{name}: {type(model).__name__} has no place for {len(keys)} weights of its files, {keys[0]} first. "
+        "They are left out."
+    )
+    if text not in _said:
+        _said.add(text)
+        log.warning(text)
 
 
 def _load_config(name: str, options: dict[str, Any]) -> PretrainedConfig:

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from macdrop.attack import attacked_rows
 from macdrop.errors import ConfigError, DataError
-from macdrop.families import embedding_device
+from macdrop.families import bare_model, embedding_device
+from macdrop.load import not_finite
 from macdrop.masking import attacked
 from macdrop.probe import evaluating
 from macdrop.weights import MassiveWeights
@@ -115,10 +116,8 @@ def prove(
 
     untouched = perplexity(model, blocks, batch_size=batch_size)
     if not math.isfinite(untouched):
-        raise ConfigError(
-            f"The perplexity of {weights.model} is not finite on this text, before any attack.\n"
-            "Check that tokenizer and model belong together, and load the model in float32 or bfloat16."
-        )
+        reason = not_finite(bare_model(model), weights.model)
+        raise ConfigError(f"The perplexity is not finite on this text, before any attack. {reason}")
     zeroed, retained = measure("zeroing"), measure("retaining")
     random = tuple(measure("random", draw) for draw in range(draws))
     sensitive = is_sensitive(untouched, zeroed, random)

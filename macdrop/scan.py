@@ -16,6 +16,7 @@ from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
 from macdrop.families import bare_model, massive_ffn
 from macdrop.fingerprint import checkpoint_fingerprint
 from macdrop.gather import is_partitioned
+from macdrop.load import not_finite
 from macdrop.masking import attacked
 from macdrop.proof import Proof, prove, text_blocks
 from macdrop.states import BosStates, Intermediate, bos_states
@@ -154,9 +155,7 @@ def find_massive_weights(
     token, rule = choose_bos(tokenizer, getattr(bare_model(model), "config", None), bos_token_id)
     states = bos_states(model, token)
     if not bool(torch.isfinite(states.hidden).all()):
-        raise NoMassiveWeights(
-            f"{source}: the hidden state at bos is not finite. Load the model in float32 or bfloat16."
-        )
+        raise NoMassiveWeights(not_finite(bare_model(model), source))
     largest = [_largest(parts) for parts in states.intermediates]
     layer, entry, _ = first_write(states.hidden, [part is not None for part in largest])
     largest[layer] = found = _writer(model, token, states, layer, entry)

@@ -250,6 +250,19 @@ def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, m
         (["scan", "zoo:planted-llama", "--prove", "--text", "a.txt"], "a.txt is not a text file"),
         (["attack", "zoo:planted-llama", "--k", "1", "--k", "177"], ROWS),
         (["attack", "zoo:planted-llama", "--k", "-1"], "--k"),
+        (
+            ["attack", "zoo:planted-llama", "--k", "1", "--k", "89"],
+            "0 to 88, beside which as many random rows are drawn",
+        ),
+        (["scan", "zoo:planted-llama", "--prove", "--k", "89"], "Give a whole number from 0 to 88"),
+        (["scan", "zoo:planted-llama", "--prove", "--k", "0"], "Give at least 1"),
+        (["scan", "zoo:planted-llama", "--output", "."], "--output . is a folder. Give the name of a file in it"),
+        (["schema", "--output", "."], "--output . is a folder"),
+        (["compare", "nowhere", "--output", "a.md/b.md"], "no such folder"),
+        (
+            ["eval", "zoo:planted-llama", "eval.attacks=[random@89]", "eval.perplexity.t=zoo:text"],
+            "random@ with a whole",
+        ),
         (["attack", "zoo:planted-llama", "--merged"], "--merged needs --adapter"),
         (["attack", "zoo:planted-llama", "--adapter", "nowhere"], "--adapter nowhere is not a folder"),
         (["eval", "zoo:planted-llama", "eval.attacks=[zeroing@177]", "eval.perplexity.t=zoo:text"], ROWS),
@@ -270,6 +283,23 @@ def test_fused_experts_under_zero_2_or_without_macdrop_are_fine(shell, recipe, m
 )
 def test_other_verbs(arguments, expected, shell):
     assert expected in shell.refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["scan", "zoo:planted-llama"],
+        ["eval", "zoo:planted-llama", "eval.perplexity.t=zoo:text"],
+        ["schema"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_output_that_cannot_be_written_is_refused_first(arguments, shell, monkeypatch):
+    (shell.folder / "file").write_text("")
+    message = shell.refused(*arguments, "--output", "file/deep/name")
+    assert "--output file/deep/name cannot be created" in message and "file is a file" in message
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "is closed to this user" in shell.refused(*arguments, "--output", "new/name")
 
 
 def test_an_unusable_text(shell):

@@ -1,17 +1,20 @@
 """Loading: what works, and every refusal with its few helpful lines."""
 
 import json
+import math
 import pickle
+import re
 
 import pytest
 import torch
 import transformers
 from helpers import tiny
 from helpers.zoo_of_families import build_family
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 
-from macdrop.errors import ConfigError, UnsupportedModel
-from macdrop.load import load_model, load_tokenizer, open_model, require_fit
+from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
+from macdrop.load import load_model, load_tokenizer, not_finite, open_model, require_fit
+from macdrop.scan import find_massive_weights, prove
 
 
 @pytest.fixture
@@ -105,6 +108,43 @@ def test_missing_pickled_or_damaged_weights_are_refused(folder):
     torch.save(tensors, folder / "pytorch_model.bin")
     with refused("pickle only .pytorch_model.bin.*save_pretrained"):
         load_model(folder)
+
+
+def test_files_with_more_layers_than_the_config_are_refused(folder):
+    rewrite_config(folder, num_hidden_layers=2)
+    with refused(r"weights of 3 layers, and its config.json counts 2 \(2 would be left out\)"):
+        load_model(folder)
+
+
+def test_weights_without_a_place_are_told_once(folder, caplog):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.layers.1.mlp.extra": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+    for _ in range(2):
+        load_model(folder)
+    assert caplog.text.count("has no place for 1 weights of its files, model.layers.1.mlp.extra first") == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_weight_that_holds_no_number_is_named(folder, dtype, value):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, :5] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = load_model(folder, dtype=dtype)
+    expected = r"model\.layers\.1\.mlp\.up_proj\.weight holds inf or NaN in 5 of its \d+ entries"
+    with refused(expected, NoMassiveWeights):
+        find_massive_weights(model, source="x", fingerprint="f", bos_token_id=1)
+    weights = find_massive_weights(build_family("llama"), source="x", fingerprint="f", bos_token_id=1)
+    with refused(expected):
+        prove(model, tiny.batch(0)["input_ids"], weights, k=2)
+
+
+def test_states_that_overflow_are_told_from_damaged_weights(folder):
+    model = load_model(folder, dtype="bfloat16")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.fill_(1e38)
+    assert re.search("(?s)all weights are finite.*overflow bfloat16.*in float32", not_finite(model, "x"))
 
 
 def test_remote_code_needs_permission(folder, monkeypatch):

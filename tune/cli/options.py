@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from macdrop.errors import ConfigError
+
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec
 
@@ -53,3 +55,20 @@ def split_config(arguments: list[str] | None) -> tuple[str | None, list[str]]:
     if given and ("=" not in given[0] or os.path.isfile(given[0])):
         return given[0], given[1:]
     return None, given
+
+
+def check_output(output: Path | None, *, folder: bool = False) -> None:
+    """Refuse an --output that cannot be written, before anything is computed for it.
+
+    folder: whether it names a folder, else a file.
+    """
+    if output is None:
+        return
+    if output.is_dir() != folder and output.exists():
+        advice = "Give the name of a folder." if folder else f"Give the name of a file in it: {output / 'NAME'}."
+        raise ConfigError(f"--output {output} is a {'file' if folder else 'folder'}. {advice}")
+    above = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
+    if above != output.absolute() and not above.is_dir():
+        raise ConfigError(f"--output {output} cannot be created: {above} is a file. Choose another place.")
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"--output {output} cannot be written: {above} is closed to this user. Choose another place.")

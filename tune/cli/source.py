@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,15 +39,18 @@ class Source:
         }
         return build(TrainSpec, named)
 
-    def check(self, *, ks: list[int], name: str) -> None:
-        """Refuse an unusable model, or a k above its number of rows, before any weights are read."""
+    def check(self, *, ks: list[int], name: str, kinds: Iterable[str] = ()) -> None:
+        """Refuse an unusable model, or a k that its number of rows does not allow, before any weights are read.
+
+        kinds: attacks that are made with every one of `ks`.
+        """
         from tune.preflight.adapter import model_outline
         from tune.preflight.inputs import check_rows
         from tune.training.quiet import quiet_libraries
 
         quiet_libraries()
         spec = self.spec()
-        check_rows(model_outline(spec), spec, ks=ks, name=name)
+        check_rows(model_outline(spec), spec, ks=ks, name=name, kinds=kinds)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the tokenizer and the model, in evaluation mode and on the accelerator if there is one."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from macdrop.attack import Attack
+from macdrop.attack import Attack, largest_k
 from macdrop.config import SCOPES, MacDropConfig
 from macdrop.errors import ConfigError
 from macdrop.families import find_ffns
@@ -170,27 +170,33 @@ def check_rows(
     ks: Iterable[int] = (),
     attacks: Mapping[str, str] | None = None,
     name: str = "",
+    kinds: Iterable[str] = (),
 ) -> None:
     """Refuse k, searched or attacked, above the number of rows that an FFN of the model has.
 
-    name: how the user wrote k, for the message; by default as a key of a run file.
+    name: how the user wrote k, for the message; by default as a key of a run file. kinds: attacks that are made with
+    every one of `ks`.
     """
     ks = list(ks)
     attacked = {attack: block for attack, block in (attacks or {}).items() if attack != NO_ATTACK}
     if not ks and not attacked:  # such a model may have no FFN
         return
     rows = max(ffn.intermediate_size for ffn in find_ffns(outline))
+    most = min((largest_k(kind, rows) for kind in kinds), default=rows)
+    drawn = ", beside which as many random rows are drawn" if most < rows else ""
     for k in ks:
-        if k > rows:
+        if k > most:
             raise ConfigError(
                 f"{name or 'macdrop.k'} is {k}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
-                f"Give a whole number from 0 to {rows}; the paper uses 5."
+                f"Give a whole number from 0 to {most}{drawn}; the paper uses 5."
             )
     for attack, block in attacked.items():
-        if Attack.parse(attack).k > rows:
+        wanted = Attack.parse(attack)
+        most = largest_k(wanted.kind, rows)
+        if wanted.k > most:
             raise ConfigError(
                 f"{block}.attacks has {attack!r}, but an FFN of {spec.model_name_or_path} has {rows} rows. "
-                f"Attack from 0 to {rows} of them."
+                f"Write {wanted.kind}@ with a whole number from 0 to {most}."
             )
 
 

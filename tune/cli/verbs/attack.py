@@ -33,6 +33,7 @@ def attack(
 ) -> None:
     """Measure perplexity with the top-k massive weights zeroed or alone retained, and with random rows zeroed."""
     from macdrop import attacked
+    from macdrop.attack import attacked_rows
     from macdrop.proof import perplexity
     from tune.evaluation.adapters import AdapterSlot
     from tune.evaluation.merging import merged_weights
@@ -43,9 +44,12 @@ def attack(
         raise ConfigError("--merged needs --adapter: without an adapter there is nothing to merge.")
     check_adapter(adapter)
     proof_text(text, source.model)
-    source.check(ks=ks, name="--k")
+    source.check(ks=ks, name="--k", kinds=KINDS)
     loaded, tokenizer = source.load()
     weights = massive_weights(source.spec(), loaded, tokenizer, bos_token_id=bos_token_id)
+    for count in ks:
+        for kind in KINDS:
+            attacked_rows(weights, kind, count)  # the massive layer may have fewer rows than others
     blocks = proof_blocks(loaded, tokenizer, weights.bos_token_id, text=text, source=source.model)
     rows = table("k", "zeroing", "ratio", "retaining", "ratio", "random rows", "ratio")
     slot = AdapterSlot(loaded)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tune.cli.console import line, report_console
-from tune.cli.options import Format, Runs
+from tune.cli.options import Format, Runs, check_output
 
 app = typer.Typer()
 
@@ -27,6 +27,7 @@ def compare(
     from tune.storage.atomic import atomic_write_text
 
     check_format(format)
+    check_output(output)
     check_runs(runs)
     check_column(sort)
     written = output_format(output) if output else None

@@ -9,7 +9,7 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, warn
-from tune.cli.options import Adapter, Bf16, Model, Revision, Trust, check_recorded, split_config
+from tune.cli.options import Adapter, Bf16, Model, Revision, Trust, check_output, check_recorded, split_config
 from tune.cli.source import Source, check_adapter
 from tune.errors import BenchmarkError
 
@@ -52,6 +52,7 @@ def evaluate(
         )
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists and is not empty. Choose another folder.")
+    check_output(output, folder=True)
     if spec.eval.judge is not None and output is None:
         raise ConfigError("eval.judge needs --output FOLDER: every judgement is kept in it, with its feedback.")
     check_adapter(adapter)

@@ -9,7 +9,7 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line
-from tune.cli.options import Trust
+from tune.cli.options import Trust, check_output
 
 app = typer.Typer()
 
@@ -33,6 +33,7 @@ def export(
     if merged:  # loads the base model
         check_orders(trial, dump(content.spec), [], trust=trust_remote_code)
     check_output_folder(output)
+    check_output(output, folder=True)
     if push is None and private:
         raise ConfigError("--private is for a pushed repository. Add --push USER/NAME, or leave it out.")
     if push is not None:

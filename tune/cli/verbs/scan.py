@@ -9,12 +9,15 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, lines, table
-from tune.cli.options import Bf16, Bos, Model, Revision, Text, Trust
+from tune.cli.options import Bf16, Bos, Model, Revision, Text, Trust, check_output
 from tune.cli.source import Source
 
 if TYPE_CHECKING:
     from macdrop import MassiveWeights
     from macdrop.proof import Proof
+
+#: Attacks of a proof.
+PROVED = ("zeroing", "retaining", "random")
 
 app = typer.Typer()
 
@@ -33,14 +36,20 @@ def scan(
     trust_remote_code: Trust = False,
 ) -> None:
     """Find a model's massive weights: layer, rows, confidence; with --prove, whether the model depends on them."""
+    from tune.storage.atomic import writing
     from tune.training.massive_weights import massive_weights, proof, proof_text
 
+    check_output(output)
     source = Source(model, revision, bf16, trust_remote_code, bos_token_id)
     if text is not None and not prove:
         raise ConfigError("--text is for the proof. Add --prove, or leave --text out.")
     if prove:
         proof_text(text, source.model)
-    source.check(ks=[k], name="--k")
+        if k < 1:
+            raise ConfigError(
+                "--k is 0, and without rows there is nothing to prove. Give at least 1; the paper uses 5."
+            )
+    source.check(ks=[k], name="--k", kinds=PROVED if prove else ())
     loaded, tokenizer = source.load()
     weights = massive_weights(source.spec(), loaded, tokenizer, bos_token_id=bos_token_id, fresh=fresh)
     _show_weights(weights, k)
@@ -49,7 +58,8 @@ def scan(
             found = proof(loaded, tokenizer, weights, k=k, text=text, source=source.model)
         _show_proof(found, k)
     if output is not None:
-        weights.save(output)
+        with writing(output):
+            weights.save(output)
         line("written", str(output))
 
 

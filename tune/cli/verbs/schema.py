@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tune.cli.console import line
+from tune.cli.options import check_output
 
 app = typer.Typer()
 
@@ -21,6 +22,7 @@ def schema(
     from tune.config.schema import json_schema
     from tune.storage.atomic import atomic_write_text
 
+    check_output(output)
     text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
     if output is None:
         print(text, end="")
