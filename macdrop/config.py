@@ -13,6 +13,26 @@ from macdrop.schedules import check_schedule, probability
 #: Random rows are drawn beside the top k and at least this many, so that none of them is nearly massive.
 SPARED = 10
 
+#: Rows may lose all their entries in this share of the draws before DoRA users are warned.
+EMPTIED = 0.005
+
+
+def dora_warning(p0: float, entries: int) -> str | None:
+    """Warn of gradients that DoRA makes large: None where rows of `entries` non-zero entries keep some almost always.
+
+    DoRA gives a row its full magnitude whatever is left of it. Of a row that has lost all its entries that is the
+    adapter's part alone, which is small in the first steps and is scaled up as far.
+    """
+    emptied = p0**entries
+    if emptied <= EMPTIED:
+        return None
+    most = math.floor(1000 * EMPTIED ** (1 / entries)) / 1000
+    return (
+        f"p0 = {p0:g} with DoRA: a masked row of {entries} non-zero entries loses them all in {emptied:.1%} of "
+        "the draws. DoRA then scales the adapter's small part of it to the magnitude of the whole row, and gradients "
+        f"can grow a hundred- to thousandfold. Take p0 of at most {most:g} here, or LoRA."
+    )
+
 
 @dataclass(frozen=True)
 class Scope:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from macdrop.config import SCOPES, MacDropConfig
+from macdrop.config import SCOPES, MacDropConfig, dora_warning
 from macdrop.errors import ConfigError, NoMassiveWeights, TrainingInvariantError
 from macdrop.families import FFN, find_ffn
 from macdrop.masking import EditedRows, InputDropout, OutputMask
 
 if TYPE_CHECKING:
     from macdrop.weights import MassiveWeights
+
+log = logging.getLogger(__name__)
 
 
 def keep_mask(
@@ -112,6 +115,7 @@ class MacDrop:
                 self._remove_sites()
                 raise
             assert self._sites, "an FFN without projections"
+            self._warn_of_dora()
         self._attached = True
         return sum(site.rows for site in self._sites)
 
@@ -219,6 +223,13 @@ class MacDrop:
             group = [p for p in ffn.projections if p.module is module]
             site = EditedRows if group[0].expert_axis else OutputMask
             self._sites.append(site(group, self._rows, self._count))
+
+    def _warn_of_dora(self) -> None:
+        sparse = [site.fewest_entries for site in self._sites if isinstance(site, OutputMask)]
+        entries = min((number for number in sparse if number is not None), default=None)
+        warning = None if entries is None else dora_warning(self.config.p0, entries)
+        if warning:
+            log.warning(warning)
 
     def _remove_sites(self) -> None:
         while self._sites:

@@ -46,6 +46,12 @@ class OutputMask:
         self._handle = self.module.register_forward_hook(self._replace, prepend=True)
         self._dora = [_DoraPatch(layer, self) for layer in self._dora_layers()]
 
+    @property
+    def fewest_entries(self) -> int | None:
+        """The non-zero entries of the row that has the fewest of them; None where no DoRA divides by its norm."""
+        entries = (self._rows != 0).sum(dim=1)
+        return int(entries[entries > 0].min()) if self._dora and bool(entries.any()) else None
+
     def open(self, keep: torch.Tensor) -> None:
         """Mask by `keep` (k, d), boolean, from now on; the same mask for gate and up."""
         if [patch.layer for patch in self._dora] != self._dora_layers():

@@ -20,7 +20,7 @@ _MISFIT = 0.02  # of a block's output that the outputs of its experts do not add
 
 @dataclass
 class _Seen:
-    """What hooks saw at bos, by module path.
+    """Observations of hooks at bos, by module path.
 
     states: of an FFN, its intermediate state, read once the forward pass has ended, and the expert it is of. outputs:
     (d,), of experts in a module list, of the shared one beside them, and of the block around them.

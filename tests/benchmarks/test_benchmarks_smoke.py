@@ -7,6 +7,7 @@ import json
 import calibration
 import checkpoints
 import demo
+import dora
 import lanes
 import launch
 import measure
@@ -51,6 +52,15 @@ def test_compared_steps_compute_what_they_claim():
     timings = step.interleave(bench.variants(), 2)
     assert all(torch.equal(weight, old) for weight, old in zip(bench.edited, before, strict=True))
     assert "macdrop / plain" in step.report("tiny", timings)
+
+
+def test_dora_blows_up_rows_that_lose_all_their_entries():
+    """The planted rows have 8 entries; without a mask the first steps are calm."""
+    settings = {"dtype": "float32", "steps": 12, "lr": 1e-3}
+    calm, _ = dora.norms("zoo:planted-llama", 0.0, dora=True, **settings)
+    blown, _ = dora.norms("zoo:planted-llama", 0.8, dora=True, **settings)
+    lora, _ = dora.norms("zoo:planted-llama", 0.8, dora=False, **settings)
+    assert max(calm) < 1 and max(lora) < 30 < max(blown)
 
 
 def test_checkpoint_is_compared_with_the_adapter_and_a_step():

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from macdrop.config import MacDropConfig
+from macdrop.config import MacDropConfig, dora_warning
 from macdrop.errors import ConfigError
 
 
@@ -63,3 +63,15 @@ def test_wrong_values_are_refused(wrong, message):
 def test_positional_values_are_refused():
     with pytest.raises(TypeError):
         MacDropConfig(5, 0.8)
+
+
+@pytest.mark.parametrize(("p0", "entries", "most"), [(1.0, 4096, "0.998"), (0.8, 8, "0.515"), (0.995, 576, "0.99")])
+def test_dora_users_are_warned_where_rows_may_be_emptied(p0, entries, most):
+    warning = dora_warning(p0, entries)
+    assert f"{entries} non-zero entries" in warning and f"Take p0 of at most {most} here" in warning
+    assert dora_warning(float(most), entries) is None
+
+
+def test_no_warning_where_rows_keep_some_entries():
+    for p0, entries in ((0.0, 8), (0.5, 8), (0.8, 576), (0.98, 576), (0.99, 4096)):
+        assert dora_warning(p0, entries) is None

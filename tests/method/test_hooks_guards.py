@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import tiny
-from helpers.hook_cases import traces
+from helpers.hook_cases import adapted, traces
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -130,6 +130,20 @@ def test_unknown_expert_is_refused(expert):
 def test_all_rows_may_be_masked():
     model = tiny.lora(tiny.build())
     assert macdrop(model, k=tiny.FFN).attach() == 2 * tiny.FFN
+
+
+def test_dora_on_sparse_rows_is_warned_of(caplog):
+    """By the row that has the fewest entries, and only where DoRA divides by its norm."""
+    for dora, kept in ((False, 4), (True, None), (True, 4)):
+        caplog.clear()
+        model = adapted(use_dora=dora)
+        row = model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight
+        with torch.no_grad():
+            if kept:
+                row[tiny.ROWS[0], kept:] = 0
+        drop = macdrop(model, p0=0.8)
+        drop.attach()
+        assert ("4 non-zero entries loses them all in 41.0%" in caplog.text) == (dora and kept is not None)
 
 
 def test_trainable_rows_are_refused():

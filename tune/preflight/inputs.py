@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from macdrop.attack import Attack, largest_k
-from macdrop.config import SCOPES, MacDropConfig
+from macdrop.config import SCOPES, MacDropConfig, dora_warning
 from macdrop.errors import ConfigError
 from macdrop.families import find_ffns
 from macdrop.load import check_model, load_tokenizer
@@ -158,6 +158,10 @@ def check_study(
         spec, targets=_values(spec, parameters, "lora_target"), dora=_values(spec, parameters, "use_dora")
     )
     masked = may_drop(spec, parameters) and any(SCOPES[scope].rows for scope in scopes)
+    if masked and True in _values(spec, parameters, "use_dora"):
+        # Which rows are massive, and how many of their entries are zero, is known once the model has been scanned.
+        warning = dora_warning(max(_values(spec, parameters, "macdrop.p0")), find_ffns(outline)[0].hidden_size)
+        notes += [warning] if warning else []
     if masked and 3 in _values(spec, parameters, "zero_stage"):
         check_partitioned(outline, spec)
     return tokenizer, notes

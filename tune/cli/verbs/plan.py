@@ -42,6 +42,9 @@ def plan(
     quiet_libraries()
     with console.status("Reading model settings, data and benchmark files"):
         checked = check_inputs(spec, planned)
+    for name, inputs in checked.items():
+        for note in inputs.notes:
+            line("note", f"{name}: {note}")
     parts = []
     for study in planned:
         with console.status(f"Probing {study.name}"):
