@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from macdrop.errors import ConfigError
 from macdrop.structure import Projection
@@ -86,3 +87,25 @@ def _dequantised(projection: Projection, name: str) -> torch.Tensor:
             "Load the base model in float32, bfloat16 or float16, or quantise it by bitsandbytes."
         )
     return weight
+
+
+def not_finite(model: nn.Module, source: str) -> str:
+    """A sentence on why the states of a model are not finite: the first weight that holds inf or NaN, or the precision.
+
+    For models whose weights are whole; what is partitioned or quantised is passed over.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel() and not bool((finite := torch.isfinite(weight)).all()):
+            count = int((~finite).sum())
+            return (
+                f"{source}: the weight {name} holds inf or NaN in {count} of its {weight.numel()} entries. The "
+                "checkpoint is damaged.\nCopy or download the model again, or train it with a lower learning rate."
+            )
+    used = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    remedy = {
+        torch.float16: "Load the model in float32 or bfloat16.",
+        torch.bfloat16: "Load the model in float32. If that does not help, check that its config.json is its own.",
+    }.get(used, "Check that its config.json is its own: scales and norms are read from there.")
+    return (
+        f"{source}: all weights are finite, and yet its states overflow {str(used).removeprefix('torch.')}.\n{remedy}"
+    )

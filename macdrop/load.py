@@ -111,28 +111,6 @@ def open_model(
     return model, tokenizer
 
 
-def not_finite(model: torch.nn.Module, source: str) -> str:
-    """A sentence on why the states of a model are not finite: the first weight that holds inf or NaN, or the precision.
-
-    For models whose weights are whole; what is partitioned or quantised is passed over.
-    """
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and weight.numel() and not bool((finite := torch.isfinite(weight)).all()):
-            count = int((~finite).sum())
-            return (
-                f"{source}: the weight {name} holds inf or NaN in {count} of its {weight.numel()} entries. The "
-                "checkpoint is damaged.\nCopy or download the model again, or train it with a lower learning rate."
-            )
-    used = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
-    remedy = {
-        torch.float16: "Load the model in float32 or bfloat16.",
-        torch.bfloat16: "Load the model in float32. If that does not help, check that its config.json is its own.",
-    }.get(used, "Check that its config.json is its own: scales and norms are read from there.")
-    return (
-        f"{source}: all weights are finite, and yet its states overflow {str(used).removeprefix('torch.')}.\n{remedy}"
-    )
-
-
 def check_model(
     name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:

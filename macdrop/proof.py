@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from macdrop.attack import attacked_rows
 from macdrop.errors import ConfigError, DataError
 from macdrop.families import bare_model, embedding_device
-from macdrop.load import not_finite
+from macdrop.gather import not_finite
 from macdrop.masking import attacked
 from macdrop.probe import evaluating
 from macdrop.weights import MassiveWeights

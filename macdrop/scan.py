@@ -15,8 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
 from macdrop.families import bare_model, massive_ffn
 from macdrop.fingerprint import checkpoint_fingerprint
-from macdrop.gather import is_partitioned
-from macdrop.load import not_finite
+from macdrop.gather import is_partitioned, not_finite
 from macdrop.masking import attacked
 from macdrop.proof import Proof, prove, text_blocks
 from macdrop.states import BosStates, Intermediate, bos_states

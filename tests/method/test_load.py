@@ -13,7 +13,8 @@ from helpers.zoo_of_families import build_family
 from safetensors.torch import load, load_file, save_file
 
 from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
-from macdrop.load import load_model, load_tokenizer, not_finite, open_model, require_fit
+from macdrop.gather import not_finite
+from macdrop.load import load_model, load_tokenizer, open_model, require_fit
 from macdrop.scan import find_massive_weights, prove
 
 

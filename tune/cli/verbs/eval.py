@@ -9,7 +9,6 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, warn
-from tune.cli.console import console, line, warn
 from tune.cli.options import Adapter, Bf16, Model, Revision, Trust, check_output, check_recorded, split_config
 from tune.cli.source import Source, check_adapter
 from tune.errors import BenchmarkError
