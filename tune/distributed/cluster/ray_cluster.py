@@ -92,7 +92,7 @@ def _start(spec: RaySpec, tell: Callable[[str], None] | None) -> str:
     orphans.remove_old_sessions(ray_root())
     os.environ.update(own_token())
     ray_internals.read_environment()
-    options = {"num_cpus": cpus(), "include_dashboard": spec.dashboard, "_temp_dir": str(ray_root())}
+    options: dict[str, Any] = {"num_cpus": cpus(), "include_dashboard": spec.dashboard, "_temp_dir": str(ray_root())}
     try:
         with ray_internals.on_loopback():
             context = ray.init(address="local", **QUIET, **options)
