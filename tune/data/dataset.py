@@ -94,7 +94,7 @@ def prepare(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, cache_dir: str 
     template = choose_template(spec.template, tokenizer)
     sources = find_sources(spec.dataset, format=spec.format, max_samples=spec.max_samples)
     opened = [open_source(source) for source in sources]
-    settings = {
+    settings: dict[str, Any] = {
         "template": template,
         "cutoff_len": spec.cutoff_len,
         "train_on_prompt": bool(spec.train_on_prompt),

@@ -172,7 +172,10 @@ class Encoder:
                 refuse(refused)
         ids = iter(self._ids([text for group in runs for run in group for text in _growing(run)]))
         grown = [[[next(ids) for _ in run] for run in group] for group in runs]
-        return [self._join(*each, *source) for *each, source in zip(runs, grown, taken, strict=True)]
+        return [
+            self._join(group, lengths, conversation, place)
+            for group, lengths, (conversation, place) in zip(runs, grown, taken, strict=True)
+        ]
 
     def _runs(self, conversation: Conversation) -> list[list[Piece]]:
         """Pieces in runs that are tokenised as one text; an end-of-sequence id ends a run."""

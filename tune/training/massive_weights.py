@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,9 +82,10 @@ def recorded_weights(
 
 def scanned(spec: TrainSpec) -> MassiveWeights:
     """Return the model's massive weights, from the cache or by scanning a whole (not partitioned) copy of it."""
-    source, options = resolve(spec.model_name_or_path), {"revision": spec.model_revision}
-    tokenizer = load_tokenizer(source, trust_remote_code=spec.trust_remote_code, **options)
-    config = check_model(source, trust_remote_code=spec.trust_remote_code, **options)
+    source = resolve(spec.model_name_or_path)
+    options: dict[str, Any] = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
+    tokenizer = load_tokenizer(source, **options)
+    config = check_model(source, **options)
     token, rule = choose_bos(tokenizer, config)
     known = _known(*_cached(spec, token))
     if known is not None:
