@@ -171,6 +171,12 @@ def test_trial_id_depends_on_the_content_only():
     assert len(ids) == 1 and ids.pop().startswith("planted-llama-plain-")
 
 
+def test_trials_keep_their_names_from_version_to_version():
+    """Run folders hold them: under another name every trial would be trained again."""
+    assert spec().studies()[0].trial_id() == "planted-llama-macdrop-d287202c"
+    assert spec("bad_rows=skip").studies()[0].trial_id() != spec().studies()[0].trial_id()
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_scope_determines_the_arm_and_unused_settings_do_not_change_the_trial(arm):
     def trial(**block):

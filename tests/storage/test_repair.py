@@ -136,6 +136,20 @@ def test_a_run_file_cut_off_is_another_run_and_not_taken_for_it(folder):
         (folder / "run.json").write_text(about)
 
 
+def test_a_run_file_of_a_version_with_fewer_keys_is_whole(folder):
+    """The keys that it lacks have their defaults, in its copy and its trials as well; nothing is trained again."""
+
+    def without(content: dict) -> dict:
+        return {key: value for key, value in content.items() if key not in ("bad_rows", "max_dropped_share")}
+
+    for file in (folder / "config.yaml", *folder.glob("trials/*/config.yaml")):
+        file.write_text(yaml.safe_dump(without(yaml.safe_load(file.read_text()))))
+    about = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(about | {"spec": without(about["spec"])}))
+    before = RunFolder(folder).trials()
+    assert repair_run(folder) == [] and RunFolder(folder).trials() == before
+
+
 def test_rows_written_together_are_taken_out_together(folder):
     scores = folder / "scores.jsonl"
     rows = [

@@ -41,6 +41,8 @@ ENGINE_KEYS = (
 
 #: Keys that no bit of an adapter depends on.
 WITHOUT_EFFECT = ("logging_steps", "save_steps", "max_dropped_share")
+#: Keys that count for a trial's name only where they differ from their defaults: run files without them keep the names.
+UNNAMED_DEFAULTS = ("bad_rows",)
 
 #: Keys that say what kind of adapter is trained; arms are compared where these are equal.
 CELL_KEYS = ("use_dora", "use_rslora")
@@ -284,7 +286,8 @@ class TrainSpec(Strict):
         return self._identity("seed")
 
     def _identity(self, *without: str) -> str:
-        content = self.canonical().model_dump(mode="json", exclude={*WITHOUT_EFFECT, *without})
+        unnamed = {key for key in UNNAMED_DEFAULTS if getattr(self, key) == type(self).model_fields[key].default}
+        content = self.canonical().model_dump(mode="json", exclude={*WITHOUT_EFFECT, *unnamed, *without})
         return _digest(content)[:8]
 
 

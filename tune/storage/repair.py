@@ -94,7 +94,8 @@ def repair_run(run_dir: Path) -> list[str]:
 
 def _run_files(run_dir: Path) -> list[str]:
     about, spec = run_dir / "run.json", run_dir / "config.yaml"
-    run, config = _believed(about, _run), _believed(spec, _config)
+    run = _believed(about, _run)
+    config = _believed(spec, lambda file: _config(file, (run or {}).get("spec")))
     if run is None and config is None:
         raise ConfigError(
             f"The run in {run_dir} cannot be resumed: {about} and {spec} are damaged, and each can only be repaired "
@@ -108,6 +109,8 @@ def _run_files(run_dir: Path) -> list[str]:
         atomic_write_json(about, {**run, "macdrop": version("macdrop"), "layout": LAYOUT, "spec": config})
         return notes
     copy = run.get("spec")
+    if config is not None and config == copy:
+        return []
     if copy is not None and not _is_whole(copy) and config is not None:
         # A damaged copy repairs nothing.
         notes = [f"{_aside(about)}: its copy of the spec is rewritten from config.yaml"]
@@ -131,12 +134,15 @@ def _run(file: Path) -> dict[str, Any]:
     return run
 
 
-def _config(file: Path) -> dict[str, Any]:
-    """A run file with all its keys: one that was cut off may still be a run file, but of another run."""
+def _config(file: Path, copy: Any) -> dict[str, Any]:
+    """A run file with all its keys: one that was cut off may still be a run file, but of another run.
+
+    One that equals its copy in run.json was not cut off: keys that it lacks came with another version.
+    """
     config = read_mapping(file)
     whole = dump(load(file))
     missing = flatten(whole).keys() - flatten(config).keys()
-    if missing:
+    if missing and config != copy:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
     return config
 
