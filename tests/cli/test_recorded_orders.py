@@ -52,6 +52,12 @@ def test_another_value_than_the_recorded_one_allows_nothing(tmp_path):
         check_orders(tmp_path, {"eval": {"judge": JUDGE}}, ["eval.judge.api_key_env=OTHER"], trust=False)
 
 
+@pytest.mark.parametrize("spelled", ["http://h:1/v1/", "http://h:1/v1/chat/completions"])
+def test_an_endpoint_may_be_named_in_any_spelling(tmp_path, spelled):
+    config = {"eval": {"judge": {"model": "m", "base_url": "http://h:1/v1"}}}
+    check_orders(tmp_path, config, [f"eval.judge.base_url={spelled}"], trust=False)
+
+
 @pytest.fixture
 def run(shell):
     """A finished run whose settings trust code, in the folder of the shell; the code itself is missing."""

@@ -15,6 +15,11 @@ LOCAL_KEYS = ("batch_size", "bf16", "trust_remote_code", "long_prompts")
 ENDPOINT_KEYS = ("api_key_env", "request_retries", "timeout_s", "max_concurrent", "token_limit")
 
 
+def endpoint_address(given: str) -> str:
+    """Return the address of an endpoint as it is kept: without a slash at the end, and without the path of requests."""
+    return given.rstrip("/").removesuffix("/chat/completions")
+
+
 class JudgeSpec(Strict):
     """A local causal language model, or with `base_url` a model behind an OpenAI-compatible endpoint."""
 
@@ -83,7 +88,7 @@ class JudgeSpec(Strict):
             raise ValueError("has a query in it, which would be kept with every judgement; for a key use api_key_env")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"must be an address such as http://127.0.0.1:8000/v1, not {value!r}")
-        return value.rstrip("/").removesuffix("/chat/completions")
+        return endpoint_address(value)
 
     @field_validator("api_key_env")
     @classmethod

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.config.judge_spec import JudgeSpec
+from tune.config.judge_spec import JudgeSpec, endpoint_address
 from tune.config.parse import SECTIONS, read_override
 from tune.config.resume import shell_command
 
 TRUST = "--trust-remote-code"
+ENDPOINT = "eval.judge.base_url"
 #: Values of `ray.address` that name no machine: those that the environment of the command chooses.
 OWN_CLUSTERS = (None, "auto", "local")
 
@@ -54,7 +55,7 @@ def orders_of(config: Mapping[str, Any]) -> dict[str, str]:
     if trusted:
         found[TRUST] = f"runs the code that comes with {' and '.join(str(name or 'its models') for name in trusted)}"
     if url := judge.get("base_url"):
-        found[f"eval.judge.base_url={url}"] = f"sends answers to {url}"
+        found[f"{ENDPOINT}={url}"] = f"sends answers to {url}"
     key = judge.get("api_key_env")
     if key not in (None, JudgeSpec.model_fields["api_key_env"].default):
         found[f"eval.judge.api_key_env={key}"] = f"sends the key in ${key}"
@@ -73,7 +74,8 @@ def check_orders(folder: Path, config: Mapping[str, Any], overrides: Iterable[st
     Raises:
         ConfigError: names what it asks for, and the words that allow it.
     """
-    given = {f"{key}={value}" for key, value in map(read_override, overrides)}
+    pairs = map(read_override, overrides)
+    given = {f"{key}={endpoint_address(str(value)) if key == ENDPOINT else value}" for key, value in pairs}
     given |= {TRUST} if trust or "trust_remote_code=True" in given else set()
     missing = {word: what for word, what in orders_of(config).items() if word not in given}
     if missing:
