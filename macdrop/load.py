@@ -31,6 +31,8 @@ from macdrop.fingerprint import is_lfs_pointer
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+#: Files of a model folder that are read; weights for other frameworks may be absent.
+_READ = ("*.json", "*.jinja", "*.model", "*.py", "*.txt", "model*.safetensors")
 #: What was said of weights without a place, which is said once in a process.
 _said: set[str] = set()
 _OTHER_MODALITIES = ("vision_config", "audio_config", "video_config", "speech_config", "vision_tower")
@@ -203,7 +205,8 @@ def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) ->
                     f"{name} is not a model folder: it has no {file}.\n"
                     f"It holds: {', '.join(inside) or 'nothing'}. Give the folder that save_pretrained wrote."
                 )
-        if pointers := [file.name for file in sorted(path.iterdir()) if file.is_file() and is_lfs_pointer(file)]:
+        read = [file for file in sorted(path.iterdir()) if any(map(file.match, _READ)) and file.is_file()]
+        if pointers := [file.name for file in read if is_lfs_pointer(file)]:
             raise ConfigError(
                 f"{name} was cloned without its files: {pointers[0]} is a Git LFS pointer, not the file itself.\n"
                 "Run: git lfs pull   (in that folder)"

@@ -255,3 +255,9 @@ def test_a_folder_cloned_without_git_lfs_is_named_for_what_it_is(tmp_path, name)
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(ConfigError, match=f"{name} is a Git LFS pointer, not the file itself.\nRun: git lfs pull"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "flax_model.msgpack", "consolidated.safetensors", "figure.png"])
+def test_files_that_are_not_read_may_be_left_to_git_lfs(folder, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert load_model(folder).config.model_type == "llama"
