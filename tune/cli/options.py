@@ -64,11 +64,12 @@ def check_output(output: Path | None, *, folder: bool = False) -> None:
     """
     if output is None:
         return
-    if output.is_dir() != folder and output.exists():
+    # Not methods of Path, which raise where a folder above may not be entered.
+    if os.path.isdir(output) != folder and os.path.exists(output):
         advice = "Give the name of a folder." if folder else f"Give the name of a file in it: {output / 'NAME'}."
         raise ConfigError(f"--output {output} is a {'file' if folder else 'folder'}. {advice}")
-    above = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
-    if above != output.absolute() and not above.is_dir():
+    above = next(place for place in (output.absolute(), *output.absolute().parents) if os.path.exists(place))
+    if above != output.absolute() and not os.path.isdir(above):
         raise ConfigError(f"--output {output} cannot be created: {above} is a file. Choose another place.")
     if not os.access(above, os.W_OK):
         raise ConfigError(f"--output {output} cannot be written: {above} is closed to this user. Choose another place.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from macdrop.attack import Attack, largest_k
 from macdrop.config import SCOPES, MacDropConfig, dora_warning
@@ -86,7 +86,7 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
     needed = asha or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
     for study, (tokenizer, notes) in zip(planned, opened, strict=True):
         for block in (spec.eval, spec.validation):
-            check_readable(block, model_outline(study.spec).config, tokenizer)
+            check_readable(block, _config(study.spec), tokenizer)
         checked[study.name] = Checked()
         if study.count:
             prepared = _data(study.spec, study.parameters, tokenizer, needed and study.search)
@@ -255,12 +255,16 @@ def _data(
     searched = [(key, value) for key in DATA_KEYS if key in parameters for value in parameters[key].bounds()]
     specs = [spec, *(with_values(spec, {key: value}, partial=True) for key, value in searched)]
     prepared = [data.load(data.prepare(each, tokenizer, cache_dir() / "data")) for each in specs]
-    config = check_model(
-        resolve(spec.model_name_or_path), revision=spec.model_revision, trust_remote_code=spec.trust_remote_code
-    )
+    config = _config(spec)
     for each in prepared:
         check_positions(config, each.info, spec.model_name_or_path)
     return prepared
+
+
+def _config(spec: TrainSpec) -> PreTrainedConfig:
+    return check_model(
+        resolve(spec.model_name_or_path), revision=spec.model_revision, trust_remote_code=spec.trust_remote_code
+    )
 
 
 def _words(prepared: list[data.Prepared]) -> tuple[str, ...]:

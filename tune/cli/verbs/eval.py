@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,9 +51,9 @@ def evaluate(
             "There is nothing to score with. Give --suite NAME (`macdrop suites` lists them), a YAML file with an "
             "eval: block, or overrides such as\n  eval.zero_shot=[arc_easy,piqa] eval.limit=100"
         )
-    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output} exists and is not empty. Choose another folder.")
     check_output(output, folder=True)
+    if output is not None and os.path.isdir(output) and os.listdir(output):
+        raise ConfigError(f"--output {output} exists and is not empty. Choose another folder.")
     if spec.eval.judge is not None and output is None:
         raise ConfigError("eval.judge needs --output FOLDER: every judgement is kept in it, with its feedback.")
     check_adapter(adapter)
