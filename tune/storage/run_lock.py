@@ -163,7 +163,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     """Read the lock; None without one. A damaged one locks nothing, as locks are written whole."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         return {}
