@@ -222,7 +222,10 @@ def _require_folder(name_or_path: str | os.PathLike, needed: tuple[str, ...]) ->
 
 
 def _check_unexpected(name: str, model: PreTrainedModel, keys: list[str]) -> None:
-    """Refuse layers in the files that the config does not count; report other keys without a place once."""
+    """Refuse layers in the files that the config does not count; report other keys without a place once.
+
+    Layers that predict further tokens for drafts stand behind the decoder's and are counted apart (DeepSeek-V3).
+    """
     if not keys:
         return
     try:
@@ -231,12 +234,13 @@ def _check_unexpected(name: str, model: PreTrainedModel, keys: list[str]) -> Non
         path, layers = "", torch.nn.ModuleList()
     numbered = re.compile(rf"(?:^|\.){re.escape(path.rpartition('.')[-1])}\.(\d+)\.")
     numbers = [int(match[1]) for key in keys if path and (match := numbered.search(key))]
-    beyond = [number for number in numbers if number >= len(layers)]
+    drafting = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    beyond = [number for number in numbers if number >= len(layers) + drafting]
     if beyond:
         raise ConfigError(
             f"{name} has the weights of {max(beyond) + 1} layers, and its config.json counts {len(layers)} "
-            f"({min(beyond)} would be left out).\nSet the number of layers there as it was, or give the files of the "
-            "model that the config is of."
+            f"(number {min(beyond)} and those behind it would be left out).\n"
+            "Set the number of layers there as it was, or give the files of the model that the config is of."
         )
     text = (
         f"{name}: {type(model).__name__} has no place for {len(keys)} weights of its files, {keys[0]} first. "

@@ -113,8 +113,14 @@ def test_missing_pickled_or_damaged_weights_are_refused(folder):
 
 def test_files_with_more_layers_than_the_config_are_refused(folder):
     rewrite_config(folder, num_hidden_layers=2)
-    with refused(r"weights of 3 layers, and its config.json counts 2 \(2 would be left out\)"):
+    with refused(r"weights of 3 layers, and its config.json counts 2 \(number 2 and those"):
         load_model(folder)
+
+
+def test_layers_that_draft_are_left_out_by_the_number_of_them(folder, caplog):
+    rewrite_config(folder, num_hidden_layers=2, num_nextn_predict_layers=1)
+    assert load_model(folder).config.num_hidden_layers == 2
+    assert "model.layers.2" in caplog.text
 
 
 def test_weights_without_a_place_are_told_once(folder, caplog):
