@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.benchmark_fixtures import byte_tokenizer
@@ -172,3 +174,16 @@ def test_real_files_read_as_json_reads_them(shared):
         assert train_rows(str(path)) == read_rows([str(path)]).rows == rows
     first = next(iter(read_file(shared / "data/alpaca_en_demo/train.json")))
     assert detect_format(first) == "alpaca"
+
+
+def test_a_damaged_zst_file_is_named(tmp_path, monkeypatch):
+    class ZstdError(Exception):
+        """That of the package, which need not be installed."""
+
+    def damaged(*_, **__):
+        raise ZstdError("zstd decompress error: Data corruption detected")
+
+    monkeypatch.setitem(sys.modules, "zstandard", SimpleNamespace(open=damaged))
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"no frame")
+    with pytest.raises(DataError, match=r"rows.jsonl.zst: not a whole .zst file \(zstd decompress error"):
+        read_rows([str(tmp_path / "rows.jsonl.zst")])

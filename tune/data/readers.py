@@ -80,6 +80,10 @@ def _problems_of(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not a whole {compression_of(path)} file ({error}).") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":  # of a package that is imported only where it is used
+            raise
+        raise DataError(f"{path}: not a whole .zst file ({error}).") from error
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
