@@ -145,14 +145,22 @@ def test_a_lane_that_never_fits_raises_with_the_resume_command(tmp_path):
     with scene_of(tmp_path, spec) as scene:
         scene.lanes.open()
         until = time.monotonic() + 3 * spec.patience_s
-        while time.monotonic() < until:  # what is being scored may make room
+        while time.monotonic() < until or not scene.lanes.starving:  # what is being scored may make room
             scene.lanes.check(scene.call("snapshot"), working=True)
             time.sleep(0.05)
-        assert scene.lanes.starving
         with pytest.raises(ResourceError, match="of 1000 CPU.s. within ray.resource_timeout_s = 1 s") as error:
             scene.wait(lambda snapshot: False)
+    assert "start slowly" not in str(error.value)
     assert "In use" in str(error.value) and f"macdrop sweep --resume output_dir={tmp_path}" in str(error.value)
     assert groups() == [] and actors("TrainController") == []
+
+
+def test_a_lane_that_only_starts_slowly_is_not_said_to_lack_resources(tmp_path):
+    spec = RAY.model_copy(update={"resource_timeout_s": 0.01, "lanes": 1})
+    with scene_of(tmp_path, spec) as scene:
+        scene.lanes.open()
+        with pytest.raises(ResourceError, match=r"(?s)room for it.* start slowly.*raise ray.resource_timeout_s"):
+            scene.wait(lambda snapshot: False)
 
 
 def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_path, monkeypatch):

@@ -162,8 +162,8 @@ class RaySpec(Strict):
         default=None,
         gt=0,
         description=(
-            "Seconds to wait for resources before giving up with exit code 3; `null` is 120 on this machine, and "
-            "3600 on a cluster, which may need to replace machines."
+            "Seconds to wait for resources before giving up with exit code 3; `null` is 600 on this machine, "
+            "where processes may start slowly, and 3600 on a cluster, which may need to replace machines."
         ),
     )
     step_timeout_s: float = Field(
@@ -180,4 +180,4 @@ class RaySpec(Strict):
     @property
     def patience_s(self) -> float:
         """Seconds to wait for resources; by default longer on a cluster, which may have to replace a lost machine."""
-        return self.resource_timeout_s or (120.0 if self.address is None else 3600.0)
+        return self.resource_timeout_s or (600.0 if self.address is None else 3600.0)

@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
 
 from tune.config.resume import resume_command
 from tune.config.run_spec import RaySpec
 from tune.distributed.cluster import ray_internals
-from tune.distributed.cluster.placement_groups import Reaper, end_runs, without_resources
+from tune.distributed.cluster.placement_groups import Reaper, end_runs, groups, without_resources
 from tune.distributed.cluster.ray_cluster import holders
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane import report_loss, run_lane
@@ -165,8 +166,21 @@ class LanePool:
             gpus = f" and {self._gpus:g} GPU(s)" if self._gpus else ""
             raise ResourceError(
                 f"No lane got its {self._spec.num_workers} worker(s) of {self._spec.cpus_per_worker:g} CPU(s){gpus} "
-                f"within ray.resource_timeout_s = {self._spec.patience_s:g} s.\n{holders()}\n{self._resume()}"
+                f"within ray.resource_timeout_s = {self._spec.patience_s:g} s.\n{holders()}\n"
+                f"{self._slow_start()}{self._resume()}"
             )
+
+    def _slow_start(self) -> str:
+        """Return a line with the remedy if a lane lacks only time: it has room, or this machine has."""
+        free, workers = ray.available_resources(), self._spec.num_workers
+        needs = {"CPU": workers * self._spec.cpus_per_worker, "GPU": workers * self._gpus}
+        finds = self._spec.address is None and all(free.get(name, 0.0) >= need for name, need in needs.items())
+        if not finds and not any(group.placed and group.creator for group in groups()):
+            return ""
+        return (
+            "There is room for it, but its processes start slowly, as on a busy machine. End other programs, or raise "
+            "ray.resource_timeout_s.\n"
+        )
 
     def _resume(self) -> str:
         return f"Finished work is kept. To resume: {resume_command(self._storage.parent)}"
