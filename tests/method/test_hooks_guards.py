@@ -1,5 +1,6 @@
 """MacDrop leaves no trace when detached, refuses what it cannot mask, and never does nothing silently."""
 
+import logging
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from macdrop.config import MacDropConfig
 from macdrop.errors import ConfigError, NoMassiveWeights, TrainingInvariantError, UnsupportedModel
 from macdrop.hooks import MacDrop
+from tune.training.quiet import quiet_libraries
 
 K = len(tiny.ROWS)
 
@@ -132,8 +134,12 @@ def test_all_rows_may_be_masked():
     assert macdrop(model, k=tiny.FFN).attach() == 2 * tiny.FFN
 
 
-def test_dora_on_sparse_rows_is_warned_of(caplog):
-    """By the row that has the fewest entries, and only where DoRA divides by its norm."""
+@pytest.mark.parametrize("said", [False, True], ids=["in a library", "in a command that said it"])
+def test_dora_on_sparse_rows_is_warned_of(caplog, said):
+    """Once: by the row that has the fewest entries, and only where DoRA divides by its norm."""
+    caplog.set_level(logging.WARNING, logger="macdrop.hooks")
+    if said:
+        quiet_libraries()
     for dora, kept in ((False, 4), (True, None), (True, 4)):
         caplog.clear()
         model = adapted(use_dora=dora)
@@ -143,7 +149,7 @@ def test_dora_on_sparse_rows_is_warned_of(caplog):
                 row[tiny.ROWS[0], kept:] = 0
         drop = macdrop(model, p0=0.8)
         drop.attach()
-        assert ("4 non-zero entries loses them all in 41.0%" in caplog.text) == (dora and kept is not None)
+        assert ("4 non-zero entries loses them all in 41.0%" in caplog.text) == (dora and kept is not None and not said)
 
 
 def test_trainable_rows_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from macdrop.errors import ConfigError
 from tune.config.run_spec import TrainSpec
 from tune.training.lora import add_adapter, left_alone, start, write_config
+from tune.training.quiet import quiet_libraries
 
 HYBRID = {
     "vocab_size": 64,
@@ -147,3 +149,14 @@ def test_the_configuration_has_no_newer_key_that_says_nothing(tmp_path):
     assert read["inference_mode"] is True
     for key in set(wanted) - {"inference_mode"}:
         assert read[key] == wanted[key] or set(read[key]) == set(wanted[key]), key
+
+
+def test_an_adapter_on_a_tied_head_is_no_warning_of_a_command():
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(**FAMILIES["llama"].settings, tie_word_embeddings=True)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        add_adapter(model, spec(lora_target=["q_proj", "lm_head"]))
+    assert [str(warning.message) for warning in caught] == []

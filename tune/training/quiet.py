@@ -31,11 +31,14 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # Of merging by other means: here a tied head is untied before an adapter on it is merged.
+    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    _errors_only("deepspeed", "DeepSpeed", "huggingface_hub")
+    # What the hooks warn of is among the notes of the check before training.
+    _errors_only("deepspeed", "DeepSpeed", "huggingface_hub", "macdrop.hooks")
 
 
 def quiet_worker() -> None:
