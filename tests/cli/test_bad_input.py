@@ -325,3 +325,12 @@ def test_a_folder_with_files_is_left_untouched(verb, shell, recipe):
 def test_a_folder_below_a_file(verb, shell, recipe):
     (shell.folder / "file").write_text("")
     assert "is a file" in refused(shell, verb, recipe(), "output_dir=file/run")
+
+
+def test_an_output_never_takes_the_place_of_a_device_or_a_link(shell, tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "file")
+    for place, kind in ((pipe, "a device or pipe"), (link, f"a link to {tmp_path / 'file'}")):
+        assert f"is {kind}. Give the name of a file" in shell.refused("schema", "--output", str(place))
+    assert pipe.is_fifo() and link.is_symlink() and not link.exists()

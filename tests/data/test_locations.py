@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -188,3 +189,12 @@ def test_rows_inside_an_object_on_one_line_are_hinted_at(tmp_path):
     hint = "If the rows are the list under 'data', save that list as the file."
     with pytest.raises(DataError, match=hint):
         read_documents([str(file)], "text")
+
+
+def test_a_pipe_and_a_dead_link_are_named_for_what_they_are(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(DataError, match="is a pipe or device, and rows are read more than once. Save them to a file"):
+        benchmark_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"is a link to 'nowhere.jsonl', which leads nowhere"):
+        benchmark_rows(tmp_path / "gone.jsonl")

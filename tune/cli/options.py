@@ -68,6 +68,10 @@ def check_output(output: Path | None, *, folder: bool = False) -> None:
     if os.path.isdir(output) != folder and os.path.exists(output):
         advice = "Give the name of a folder." if folder else f"Give the name of a file in it: {output / 'NAME'}."
         raise ConfigError(f"--output {output} is a {'file' if folder else 'folder'}. {advice}")
+    # A file is written under another name and takes the place of what is there, of a device as well.
+    if not folder and (os.path.islink(output) or os.path.exists(output) and not os.path.isfile(output)):
+        kind = f"a link to {os.path.realpath(output)}" if os.path.islink(output) else "a device or pipe"
+        raise ConfigError(f"--output {output} is {kind}. Give the name of a file.")
     above = next(place for place in (output.absolute(), *output.absolute().parents) if os.path.exists(place))
     if above != output.absolute() and not os.path.isdir(above):
         raise ConfigError(f"--output {output} cannot be created: {above} is a file. Choose another place.")

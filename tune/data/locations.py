@@ -92,15 +92,25 @@ def locate_split(path: str, split: str, name: str | None) -> list[Path]:
 
 def _check_file(file: Path, given: str) -> None:
     if not os.path.isfile(file):
-        kind = f"is a folder, not a file.{_inside(file)}" if os.path.isdir(file) else "does not exist."
-        siblings = os.listdir(file.parent) if os.path.isdir(file.parent) else []
-        raise DataError(f"Data file {given!r:.200} {kind}{nearest(file.name, siblings)}{_relative(file)}")
+        siblings = [name for name in os.listdir(file.parent) if name != file.name] if os.path.isdir(file.parent) else []
+        raise DataError(f"Data file {given!r:.200} {_kind(file)}{nearest(file.name, siblings)}{_relative(file)}")
     if not file.stat().st_size:
         raise DataError(f"Data file {str(file)!r} is empty.")
     if is_lfs_pointer(file):
         raise DataError(
             f"Data file {str(file)!r} is a Git LFS pointer, not the data.\nRun: git lfs pull   (in its repository)"
         )
+
+
+def _kind(place: Path) -> str:
+    """Say what is there in place of a file."""
+    if os.path.isdir(place):
+        return f"is a folder, not a file.{_inside(place)}"
+    if os.path.exists(place):
+        return "is a pipe or device, and rows are read more than once. Save them to a file."
+    if os.path.islink(place):
+        return f"is a link to {os.readlink(place)!r:.200}, which leads nowhere."
+    return "does not exist."
 
 
 def _relative(path: str | Path) -> str:
