@@ -232,8 +232,10 @@ def _check_unexpected(name: str, model: PreTrainedModel, keys: list[str]) -> Non
         path, layers = decoder_layers(model)
     except UnsupportedModel:
         path, layers = "", torch.nn.ModuleList()
-    numbered = re.compile(rf"(?:^|\.){re.escape(path.rpartition('.')[-1])}\.(\d+)\.")
-    numbers = [int(match[1]) for key in keys if path and (match := numbered.search(key))]
+    # The files may call the decoder without the head's prefix, or below one of their own.
+    short = path.removeprefix(f"{model.base_model_prefix}.")
+    numbered = re.compile(rf"(?:(?:\w+\.)?{re.escape(path)}|{re.escape(short)})\.(\d+)\.")
+    numbers = [int(match[1]) for key in keys if path and (match := numbered.match(key))]
     drafting = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     beyond = [number for number in numbers if number >= len(layers) + drafting]
     if beyond:

@@ -52,7 +52,7 @@ class RayUp(Backend[RayFile]):
     def create(self) -> None:
         """Start the cluster; Ray copies token and secrets to hosts without looking at their keys, so do that first."""
         if hosts := self._hosts():
-            problems = ssh_hosts.strangers(self.shell, ssh_hosts.Ssh.of(self.file), hosts)
+            problems = ssh_hosts.changed_host_keys(self.shell, ssh_hosts.Ssh.of(self.file), hosts)
             if problems:
                 raise LaunchFailed("\n".join(problems))
         self.shell.run(["ray", "up", "-y", str(self.file.path)], failure="the cluster did not start")

@@ -91,7 +91,7 @@ def on_all(shell: Shell, ssh: Ssh, hosts: Iterable[str], script: str, inside: bo
 # --- before `up` ---
 
 
-def strangers(shell: Shell, ssh: Ssh, hosts: Iterable[str]) -> list[str]:
+def changed_host_keys(shell: Shell, ssh: Ssh, hosts: Iterable[str]) -> list[str]:
     """Contact hosts; the reasons of those whose key is not the known one. Ray itself checks no host key."""
     results = on_all(shell, ssh, hosts, "true", inside=False)
     return [ssh.explain(host, each) for host, each in results.items() if advice.HOST_KEY in each.text]

@@ -51,6 +51,19 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     assert benchmark_rows(tmp_path / "one/*.arrow") == ROWS
 
 
+def test_a_saved_part_is_no_other_one(tmp_path):
+    folder = tmp_path / "one"
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "_split": "test"}))
+    assert train_rows(folder, split="test") == ROWS
+    with pytest.raises(DataError, match="has no split 'train'. Splits: test"):
+        train_rows(folder)
+    (folder / "state.json").write_text(json.dumps({**state, "_data_files": []}))
+    with pytest.raises(DataError, match="holds no rows"):
+        train_rows(folder)
+
+
 def test_only_the_files_that_datasets_lists_are_read(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one", num_shards=2)
     (tmp_path / "one/data-00000-of-00001.arrow").write_bytes(b"left by an earlier save")

@@ -123,6 +123,14 @@ def test_layers_that_draft_are_left_out_by_the_number_of_them(folder, caplog):
     assert "model.layers.2" in caplog.text
 
 
+def test_layers_of_another_part_of_the_model_are_not_the_decoders(folder, caplog):
+    tensors = load_file(folder / "model.safetensors")
+    other = {"vision.encoder.layers.31.weight": torch.zeros(2)}
+    save_file({**tensors, **other}, folder / "model.safetensors", {"format": "pt"})
+    load_model(folder)
+    assert "has no place for 1 weights of its files, vision.encoder.layers.31.weight first" in caplog.text
+
+
 def test_weights_without_a_place_are_told_once(folder, caplog):
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "model.layers.1.mlp.extra": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})

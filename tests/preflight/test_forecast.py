@@ -101,7 +101,7 @@ def test_large_run_needs_confirmation_and_is_refused_without_a_terminal(monkeypa
         plan._agreed(whole)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     for answer, agreed in (("", False), ("y", True), ("n", False)):
-        monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
+        monkeypatch.setattr("builtins.input", lambda answer=answer: answer)
         assert plan._agreed(whole) is agreed
 
 

@@ -187,6 +187,23 @@ def test_an_adapter_that_no_gradient_reaches_ends_at_once(tmp_path, monkeypatch,
     assert len(losses(rows)) == seen and not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_micro_batch_that_reaches_no_layer_of_the_adapter_adds_nothing(tmp_path, monkeypatch, stage):
+    """Its rank goes on, as others may wait for it in the next collective."""
+    from tune.training.step import Training
+
+    taken = itertools.count()
+    nats = Training._nats
+
+    def every_other(self, examples, picked):
+        found = nats(self, examples, picked)
+        return found.detach() if examples is self.data.train and next(taken) % 2 else found
+
+    monkeypatch.setattr(Training, "_nats", every_other)
+    rows, outcome = train(tmp_path, zero_stage=stage, gradient_accumulation_steps=2)
+    assert outcome.status == "done" and outcome.unmoved == [] and all(map(math.isfinite, losses(rows)))
+
+
 @pytest.mark.parametrize("stage, bf16", [(0, False), (2, True), (3, False)])
 def test_layers_without_a_gradient_are_named_and_the_adapter_is_kept(tmp_path, monkeypatch, stage, bf16):
     """The output of one layer's q_proj is cut off from the loss; weight decay moves its drawn factor all the same."""

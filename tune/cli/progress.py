@@ -70,6 +70,9 @@ class Progress:
             self._live.stop()
             self._live = None
 
+    def found(self, study: str, sentence: str) -> None:
+        self._say((study, "bold"), f": {sentence}")
+
     def study(self, study: Study) -> None:
         self._say((study.name, "bold"), f": {study.count} fine-tunings at most")
 

@@ -140,7 +140,12 @@ def _of_folder(folder: Path, split: str, name: str | None) -> list[Path]:
         _require_split(folder, split, map(str, splits))
         folder = folder / split
     if (folder / "state.json").is_file():
-        return [folder / str(each["filename"]) for each in _content(folder / "state.json").get("_data_files") or []]
+        state = _content(folder / "state.json")
+        if (kept := state.get("_split")) not in (None, split):
+            _require_split(folder, split, [str(kept)])
+        if not state.get("_data_files"):
+            raise DataError(f"dataset {str(folder)!r} holds no rows: its state.json lists no file.")
+        return [folder / str(each["filename"]) for each in state["_data_files"]]
     return _by_layout(folder, split, name)
 
 

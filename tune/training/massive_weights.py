@@ -75,7 +75,8 @@ def recorded_weights(
         if there != here:
             raise ConfigError(
                 f"The {what} of {spec.model_name_or_path} was {there} when this run began, and is {here} now.\n"
-                "Its trials would not belong together. Put the model's files back as they were, or start a new run."
+                "Its trials would not belong together. Put the model's files back as they were, resume with the "
+                "version of macdrop that the run began with, or start a new run."
             )
     return recorded
 

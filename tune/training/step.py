@@ -73,7 +73,11 @@ class Training:
             group["weight_decay"] = self.spec.weight_decay
 
     def step(self, step: int, wish: int = 0) -> Stepped:
-        """Run optimizer step `step` (from 1). `wish` is this rank's, summed over ranks with the loss."""
+        """Run optimizer step `step` (from 1). `wish` is this rank's, summed over ranks with the loss.
+
+        Raises:
+            TrainingInvariantError: the loss of no rank depends on the adapter; raised on all of them.
+        """
         started = time.monotonic()
         engine, rank = self.engine.engine, self.engine.rank
         p = self._probability(step)
@@ -84,6 +88,7 @@ class Training:
         label_tokens = int(self.data.train.label_counts[picked].sum())
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         dropped = self.drop.entries_dropped if self.drop else 0
+        unreached = 0
         engine.train()
         for micro in range(self.batches.accumulation):
             number = (step - 1) * self.batches.accumulation + micro
@@ -92,10 +97,9 @@ class Training:
             with self.drop.micro_step(p, number) if self.drop else nullcontext():
                 nats = self._nats(self.data.train, picked[micro, rank])
                 if not nats.requires_grad:
-                    raise TrainingInvariantError(
-                        f"The loss does not depend on the adapter: the model calls no layer of lora_target "
-                        f"({self.spec.lora_target})."
-                    )
+                    # A rank whose tokens reach no layer of the adapter must not leave: the others would wait for it.
+                    unreached += 1
+                    nats = nats + 0.0 * sum(p.float().sum() for p in self.engine._adapter.values())
                 # DeepSpeed averages over micro-steps and ranks; the loss is the mean over the step's answer tokens.
                 engine.backward(nats * (self.batches.accumulation * self.engine.world / label_tokens))
             loss_sum += nats.detach().double()
@@ -104,9 +108,14 @@ class Training:
             self.beat()
         norm = norm if norm is not None else engine.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
-        ours = [float(not math.isfinite(norm)), float(wish)]
+        ours = [float(not math.isfinite(norm)), float(wish), float(unreached)]
         total = torch.cat([loss_sum.reshape(1), loss_sum.new_tensor(ours)])
         torch.distributed.all_reduce(total)
+        if int(total[3]) == self.batches.accumulation * self.engine.world:
+            raise TrainingInvariantError(
+                f"The loss does not depend on the adapter: the model calls no layer of lora_target "
+                f"({self.spec.lora_target})."
+            )
         loss = float(total[0]) / label_tokens
         metrics = {
             "step": step,

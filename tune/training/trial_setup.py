@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError
+from tune.config.messages import build
 from tune.config.resume import changes, shell_command
 from tune.config.run_spec import TrainSpec, dump
 from tune.config.train_spec import WITHOUT_EFFECT
@@ -121,9 +122,9 @@ def check_continues(spec: TrainSpec, here: Mapping[str, Any], there: Mapping[str
 
 
 def _recorded_config(folder: Path) -> dict[str, Any]:
-    """Return what config.yaml says; empty if there is none that can be read."""
+    """Return what config.yaml says, with today's defaults for what it leaves out; empty if it cannot be read."""
     try:
-        return read_mapping(folder / "config.yaml")
+        return dump(build(TrainSpec, read_mapping(folder / "config.yaml")))
     except ConfigError:
         return {}
 

@@ -60,10 +60,11 @@ def train(
     workers = int(os.environ.get("WORLD_SIZE", "1")) if _in_this_process(spec) else spec.ray.num_workers
     with console.status("Reading model settings and data"):
         checked = check_training(model, workers)
-    for words in checked.data:
-        line("data", words)
-    for note in checked.notes:
-        line("note", note)
+    if _is_first():
+        for words in checked.data:
+            line("data", words)
+        for note in checked.notes:
+            line("note", note)
     if checkpoint is not None:
         check_checkpoint(model, checkpoint, checked.steps, workers)
         line("resuming", f"from {checkpoint}")

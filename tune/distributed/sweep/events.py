@@ -23,6 +23,9 @@ class Observer(Protocol):
     def finished(self) -> None:
         """The sweep has ended, one way or another; may be called twice."""
 
+    def found(self, study: str, sentence: str) -> None:
+        """The checks of a study's model and data found something that the user should know."""
+
     def study(self, study: Study) -> None:
         """A study begins."""
 

@@ -118,6 +118,9 @@ class SweepRuntime:
             self._enter("lock", locked(self._run_dir))
         self._open_folder()
         self.progress.started(self._run_dir, address, resources(self.spec.ray, cluster_gpus=cluster_gpus).sum)
+        for name, checked in self.checked.items():
+            for sentence in (*checked.data, *checked.notes):
+                self.progress.found(name, sentence)
         self._start()
 
     def run_studies(self) -> int:
