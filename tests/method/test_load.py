@@ -91,6 +91,26 @@ def test_folders_without_a_model_are_refused(tmp_path, folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("config.json", {"hidden_size": None}, "config of .* cannot be used: .*'hidden_size' expected int"),
+        ("config.json", {"num_hidden_layers": "2"}, "'num_hidden_layers' expected int, got str"),
+        ("config.json", {"num_attention_heads": 0}, "cannot be used: ZeroDivisionError"),
+        ("config.json", "[" * 100_000, "cannot be used: RecursionError"),
+        ("tokenizer_config.json", {"model_max_length": "long"}, "model_max_length must be a number, not 'long'"),
+        ("tokenizer.json", "null", "has no tokenizer that can be loaded"),
+        ("generation_config.json", {"eos_token_id": [2, "</s>"]}, "eos_token_id must be a token's number, not '</s>'"),
+    ],
+)
+def test_files_with_values_of_wrong_kinds_are_refused(folder, file, changes, words):
+    path = folder / file
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(changes if isinstance(changes, str) else json.dumps({**before, **changes}))
+    with refused(words):
+        (load_model if file == "config.json" else open_model)(folder)
+
+
 def test_missing_pickled_or_damaged_weights_are_refused(folder):
     file = folder / "model.safetensors"
     tensors = load(file.read_bytes())
