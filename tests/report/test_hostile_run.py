@@ -22,14 +22,16 @@ from tune.report.model_card import Exported, model_card
 from tune.report.report import Report, make_report
 
 HOSTILE = "=1+1|x[/bold]y<script>z(1)</script>\x1b[2J\x1b]52;c;aGk=\x07\u202e$\\input{q} ![a](http://h)"
+#: What a run file lets pass as the name of a model.
+MODEL = "".join(filter(str.isprintable, HOSTILE))
 FOLDER = "a b'é $(touch pwned)[v2]"
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Report:
-    """A run whose model, task, reason, version, category and answers are `HOSTILE`."""
+    """A run whose task, reason, version, category and answers are `HOSTILE`, and whose model is nearly so."""
     folder = tmp_path_factory.mktemp("runs") / FOLDER
-    made = make_run(folder, model=HOSTILE, seeds=(1,), tried=1, items=6, attacks=("none", "zeroing@3"), judge=True)
+    made = make_run(folder, model=MODEL, seeds=(1,), tried=1, items=6, attacks=("none", "zeroing@3"), judge=True)
     for file in [made.scores_file, *folder.rglob("answers/*.jsonl"), *folder.rglob("judgements/*.jsonl")]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         for row in rows:
@@ -100,7 +102,7 @@ def test_commands_can_be_pasted_into_a_shell(report, files):
 @pytest.mark.parametrize("merged", [None, LogitCheck(0.0, 1.0, 1.0, 8, "float32")])
 def test_names_are_no_code_in_a_model_card(merged, tmp_path):
     name = 'x", trust_remote_code=True); import os; os.abort()\n```\n<script>`'
-    spec = TrainSpec(model_name_or_path=name, model_revision=name)
+    spec = TrainSpec(model_name_or_path="x").model_copy(update={"model_name_or_path": name, "model_revision": name})
     card = model_card(Exported(tmp_path, name, spec, {"status": "done"}, 1), merged=merged, place=name)
     code = card.partition("```python\n")[2].partition("```")[0]
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
