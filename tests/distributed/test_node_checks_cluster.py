@@ -23,7 +23,8 @@ from helpers.small import SMALL
 from tune.config.run_spec import RunSpec
 from tune.storage.sealed_folder import newest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+# Nodes of one machine take minutes to start, to be lost and to be given notice.
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SETTINGS = {
     **SMALL,
