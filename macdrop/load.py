@@ -87,9 +87,8 @@ def load_model(
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     for end in ends if isinstance(ends, list) else [ends]:
         if not isinstance(end, int | None):
-            raise ConfigError(
-                f"generation_config.json of {name}: eos_token_id must be a token's number, not {end!r:.60}."
-            )
+            where = f"generation_config.json of {name}"
+            raise ConfigError(f"{where}: eos_token_id must be a token's number, not {end!r:.60}.")
     return model.eval()
 
 
@@ -263,7 +262,10 @@ def _check_unexpected(name: str, model: PreTrainedModel, keys: list[str]) -> Non
 
 def _load_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **options)
+        if not getattr(config.get_text_config(), "num_hidden_layers", 1) > 0:  # of which an empty model would be built
+            raise ValueError("num_hidden_layers must be at least 1")
+        return config
     except Exception as error:  # the classes of configs check values in ways of their own, and divide by them
         if "trust_remote_code" in str(error):
             raise ConfigError(_remote_code_message(name)) from None

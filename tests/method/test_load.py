@@ -96,6 +96,7 @@ def test_folders_without_a_model_are_refused(tmp_path, folder):
     [
         ("config.json", {"hidden_size": None}, "config of .* cannot be used: .*'hidden_size' expected int"),
         ("config.json", {"num_hidden_layers": "2"}, "'num_hidden_layers' expected int, got str"),
+        ("config.json", {"num_hidden_layers": -1}, "cannot be used: ValueError: num_hidden_layers must be at least 1"),
         ("config.json", {"num_attention_heads": 0}, "cannot be used: ZeroDivisionError"),
         ("config.json", "[" * 100_000, "cannot be used: RecursionError"),
         ("tokenizer_config.json", {"model_max_length": "long"}, "model_max_length must be a number, not 'long'"),
