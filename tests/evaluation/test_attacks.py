@@ -19,16 +19,6 @@ from tune.errors import BenchmarkError
 from tune.evaluation.scorer import Scorer, masks_off
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return fix.byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return fix.tiny_llama()
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     fix.refuse_connections(monkeypatch)

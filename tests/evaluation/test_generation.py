@@ -17,16 +17,6 @@ from tune.evaluation.scorer import Scorer
 from tune.evaluation.text_metrics import mean_and_stderr, repetition, text_metric
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return fix.byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return fix.tiny_llama()
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     fix.refuse_connections(monkeypatch)

@@ -25,11 +25,6 @@ WORDS = "the mill and a river ran past stones where bread was made of old wheat"
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return fix.byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def model():
     return fix.tiny_llama(positions=768)
 

@@ -14,16 +14,6 @@ from macdrop.errors import ConfigError
 from tune.evaluation.perplexity import cut
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return fix.byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return fix.tiny_llama()
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     fix.refuse_connections(monkeypatch)

@@ -37,11 +37,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return fix.byte_tokenizer()
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     fix.refuse_connections(monkeypatch)

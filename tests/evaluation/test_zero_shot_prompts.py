@@ -17,16 +17,6 @@ from tune.evaluation.benchmark import check_files
 from tune.evaluation.scorer import Scorer
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return fix.byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return fix.tiny_llama()
-
-
 @torch.no_grad()
 def slow(model, ids: list[int], answer: int) -> float:
     """The log-likelihood of the last `answer` ids: one forward pass, no batch, no padding."""
