@@ -9,6 +9,7 @@ trackers      TensorBoard, Weights & Biases, MLflow
 scheduling    what to train, when to stop, how often to retry
 evaluation    one model, one benchmark, one attack -> score rows
 training      one fine-tuning in one process group
+forward       forward passes: packed rows, and logits only where they are read
 data          rows of text -> token ids
 storage       the run folder on disk
 config        YAML and key=value -> RunSpec

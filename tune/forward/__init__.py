@@ -1,0 +1,1 @@
+"""Forward passes of a language model, for training and scoring: which tokens see each other, where logits are read."""
