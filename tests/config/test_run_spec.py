@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from macdrop.errors import ConfigError
 from tune.config.messages import build
 from tune.config.parse import ALIASES, normalise, override
-from tune.config.run_spec import RunSpec, load
+from tune.config.run_spec import RunSpec, dump, load
+from tune.config.syntax.yaml_core import write_yaml
 from tune.config.train_spec import DatasetEntry
 
 MODEL = "model_name_or_path=zoo:planted-llama"
@@ -64,6 +66,9 @@ def test_a_run_folder_has_no_control_characters():
         ("output_dir=2024-01-01", "output_dir", "2024-01-01"),
         ("output_dir=runs/a=b", "output_dir", "runs/a=b"),
         ('model_revision="12e45"', "model_revision", "12e45"),
+        ("packing=on", "packing", "on"),
+        ("packing=off", "packing", "off"),
+        ("max_tokens_per_micro_batch=4096", "max_tokens_per_micro_batch", 4096),
     ],
 )
 def test_a_value_is_yaml(text, key, value):
@@ -91,6 +96,12 @@ def test_a_value_is_yaml(text, key, value):
         ("macdrop=0.5", "macdrop must be a block of keys, not 0.5"),
         ("macdrop=null", "macdrop must be a block of keys"),
         ("offload=cpu zero_stage=0", "offload: cpu needs zero_stage 1, 2 or 3"),
+        ("packing=true", "packing must be 'auto', 'on' or 'off', not True. Write on."),
+        ("packing=false", "packing must be 'auto', 'on' or 'off', not False. Write off."),
+        ("packing=yes", "packing must be 'auto', 'on' or 'off', not 'yes'. Write on."),
+        ("packing=of", "Did you mean 'off'?"),
+        ("max_tokens_per_micro_batch=1", "max_tokens_per_micro_batch must be at least 2, not 1"),
+        ("packing=off max_tokens_per_micro_batch=64", "has no effect with packing: off"),
         ("learning_rate", "not an override"),
         ("=3", "not an override"),
         ("dataset=[a", "not valid YAML"),
@@ -104,6 +115,15 @@ def test_a_wrong_value_is_refused_and_never_repaired(text, message):
 def test_every_wrong_value_is_reported_at_once():
     message = refusal("lora_rank=0", "learning_rate=fast", "lora_rnk=3")
     assert [line.split(" ")[0] for line in message.splitlines()] == ["lora_rank", "learning_rate", "lora_rnk"]
+
+
+def test_on_and_off_of_a_file_stay_the_words_that_they_are(tmp_path):
+    """YAML 1.1 reads them as true and false; what is written is quoted for such readers."""
+    found = spec(file="model: zoo:planted-llama\npacking: on\n", tmp_path=tmp_path)
+    assert found.packing == "on" and "packing: 'on'" in write_yaml(dump(found))
+    assert yaml.safe_load(write_yaml(dump(found)))["packing"] == "on"
+    with pytest.raises(ConfigError, match="packing must be 'auto', 'on' or 'off', not True"):
+        spec(file="model: zoo:planted-llama\npacking: true\n", tmp_path=tmp_path)
 
 
 # --- keys ---

@@ -174,7 +174,16 @@ def test_trial_id_depends_on_the_content_only():
 def test_trials_keep_their_names_from_version_to_version():
     """Run folders hold them: under another name every trial would be trained again."""
     assert spec().studies()[0].trial_id() == "planted-llama-macdrop-d287202c"
-    assert spec("bad_rows=skip").studies()[0].trial_id() != spec().studies()[0].trial_id()
+    for value in ("bad_rows=skip", "packing=off", "packing=on", "max_tokens_per_micro_batch=4096"):
+        assert spec(value).studies()[0].trial_id() != spec().studies()[0].trial_id(), value
+
+
+def test_packing_and_its_budget_are_searched_like_any_key():
+    found = spec("sweep.parameters={packing: [on, off], cutoff_len: [64]}")
+    assert found.sweep.parameters["packing"].values == ["on", "off"]
+    assert spec("sweep.parameters={max_tokens_per_micro_batch: [512, 1024]}")
+    message = refusal("sweep.parameters={packing: [on, off], max_tokens_per_micro_batch: [512]}")
+    assert "has no effect with packing: off" in message
 
 
 @pytest.mark.parametrize("arm", ARMS)

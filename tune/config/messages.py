@@ -43,6 +43,8 @@ ELSEWHERE = {
 
 #: Words for true and false of YAML 1.1, which are texts here.
 YES_NO = {word: answer for answer, words in (("true", "yes on y"), ("false", "no off n")) for word in words.split()}
+#: How `on` and `off` are written where they are names of settings.
+SWITCHES = {"true": "on", "yes": "on", "false": "off", "no": "off"}
 
 _WANTED = {
     "int_type": "a whole number",
@@ -138,6 +140,8 @@ def _explain(kind: type[BaseModel], where: str, items: list[ErrorDetails]) -> st
     hint = nearest(item["input"], allowed) if isinstance(item["input"], str) else ""
     if isinstance(item["input"], str) and item["input"].lower() in ("none", "nil"):
         hint = hint or " Nothing is written null."
+    if "on" in allowed and (switch := SWITCHES.get(str(item["input"]).lower())):
+        hint = f" Write {switch}."
     if any(other["type"] == "bool_type" for other in items) and item["input"] in YES_NO:
         hint = f" Write {YES_NO[item['input']]}."
     return f"{where} must be {' or '.join(dict.fromkeys(wanted))}, not {brief(item['input'])}.{hint}"

@@ -42,7 +42,7 @@ ENGINE_KEYS = (
 #: Keys that no bit of an adapter depends on.
 WITHOUT_EFFECT = ("logging_steps", "save_steps", "max_dropped_share")
 #: Keys that count for a trial's name only where they differ from their defaults: run files without them keep the names.
-UNNAMED_DEFAULTS = ("bad_rows",)
+UNNAMED_DEFAULTS = ("bad_rows", "packing", "max_tokens_per_micro_batch")
 
 #: Keys that say what kind of adapter is trained; arms are compared where these are equal.
 CELL_KEYS = ("use_dora", "use_rslora")
@@ -159,6 +159,18 @@ class TrainSpec(Strict):
         default=8, ge=1, description="Examples per worker and micro-batch during validation."
     )
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "Spread the examples of an optimizer step over micro-batches by tokens, each one row without padding in "
+            "which no example sees another: `auto` where the model can, `on` refuses a model that cannot, `off` pads."
+        ),
+    )
+    max_tokens_per_micro_batch: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens per packed micro-batch at most; `null`: `per_device_train_batch_size` x `cutoff_len`.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass to save memory."
     )
@@ -261,6 +273,11 @@ class TrainSpec(Strict):
             raise ValueError(
                 f"offload: cpu needs zero_stage 1, 2 or 3, not {self.zero_stage}. "
                 "Set zero_stage to 2, or offload to none."
+            )
+        if self.packing == "off" and self.max_tokens_per_micro_batch is not None:
+            raise ValueError(
+                f"max_tokens_per_micro_batch: {self.max_tokens_per_micro_batch} has no effect with packing: off. "
+                "Set it to null, or packing to auto or on."
             )
         return self
 
