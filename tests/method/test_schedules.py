@@ -11,9 +11,7 @@ AT = {"p0": 0.8, "step": 1, "total_steps": 10, "epoch": 1, "total_epochs": 5}
 def curve(schedule: str, alpha: float | None = None) -> list[float]:
     """Return p at every step of a training of 3 epochs with 4 steps each."""
     return [
-        probability(
-            schedule, p0=0.8, step=t, total_steps=12, epoch=(t - 1) // 4 + 1, total_epochs=3, alpha=alpha
-        )
+        probability(schedule, p0=0.8, step=t, total_steps=12, epoch=(t - 1) // 4 + 1, total_epochs=3, alpha=alpha)
         for t in range(1, 13)
     ]
 
