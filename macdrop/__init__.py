@@ -13,6 +13,7 @@ _HOME = {
     "MacDropCallback": "callback",
     "MacDropConfig": "config",
     "MassiveWeights": "weights",
+    "Span": "masking.layout",
     "attacked": "masking",
     "checkpoint_fingerprint": "fingerprint",
     "check_model": "load",

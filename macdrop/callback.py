@@ -73,6 +73,7 @@ class MacDropCallback(TrainerCallback):
         epoch = min(int(state.epoch or 0) + 1, epochs)
         self.p = self.config.probability(state.global_step + 1, state.max_steps, epoch, epochs)
         self._substep = 0
+        self._training.take_counts()  # nobody reads them here, and there would be more with every step
         self._begin(args, state)
 
     def on_substep_end(

@@ -21,6 +21,7 @@ class Case:
     scope: str = "massive"
     p: float = P
     untrained: bool = False  # B of the adapter is 0
+    by_rows: bool = False  # every row of a micro-batch has a mask of its own
 
 
 CASES = {
@@ -34,6 +35,9 @@ CASES = {
     "dora, whole rows dropped": Case(dora=True, p=0.97, untrained=True),
     "random rows, dora": Case(dora=True, scope="random"),
     "activations, checkpointing": Case(checkpointing=False, scope="activations"),
+    "a mask a row": Case("phi3", by_rows=True),
+    "a mask a row, dora, checkpointing": Case(dora=True, checkpointing=False, by_rows=True),
+    "a mask a row, conv1d, dora, dropout": Case("gpt2", dora=True, dropout=1e-9, by_rows=True),
     "experts": Case("mixtral"),
 }
 
@@ -46,6 +50,11 @@ def build(case: Case) -> torch.nn.Module:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case.checkpointing})
         model.enable_input_require_grads()
     return model
+
+
+def masks(case: Case, index: int) -> list[int]:
+    """The number of the mask of each row of a micro-batch."""
+    return [index, index + ACCUMULATION] if case.by_rows else [index, index]
 
 
 def micro_batch(rank: int, index: int) -> dict[str, torch.Tensor]:

@@ -18,10 +18,11 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
 from helpers import tiny  # noqa: E402
-from helpers.zero_cases import ACCUMULATION, CASES, SEED, build, micro_batch  # noqa: E402
+from helpers.zero_cases import ACCUMULATION, CASES, SEED, build, masks, micro_batch  # noqa: E402
 from macdrop.config import MacDropConfig  # noqa: E402
 from macdrop.errors import ConfigError  # noqa: E402
 from macdrop.hooks import MacDrop  # noqa: E402
+from macdrop.masking.layout import Span  # noqa: E402
 
 
 def engine_of(model: torch.nn.Module):
@@ -53,21 +54,23 @@ def run(case) -> dict:
         except ConfigError as error:
             return {"refused": str(error)}
     engine.train()
-    losses, masks = [], []
+    losses, drawn = [], []
     for index in range(ACCUMULATION):
         torch.manual_seed(1000 * RANK + index)
         batch = micro_batch(RANK, index)
-        with drop.micro_step(case.p, index):
+        length = batch["input_ids"].shape[1]
+        spans = [Span(row, 0, length, mask, row) for row, mask in enumerate(masks(case, index))]
+        with drop.micro_step(case.p, spans if case.by_rows else index):
             loss = engine(**batch).loss
             engine.backward(loss)
-            masks.append(None if drop._keep is None else drop._keep.clone())
+            drawn.append([keep.clone() for keep in drop._keeps.values()])
         losses.append(loss.item())
         if index < ACCUMULATION - 1:
             engine.step()
     gradients = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters() if p.requires_grad}
     partitioned = all(hasattr(p, "ds_id") and p.numel() == 0 for p in engine.module.parameters() if p.dim() == 1)
     everyone: list = [None] * WORLD
-    dist.all_gather_object(everyone, {"losses": losses, "masks": masks})
+    dist.all_gather_object(everyone, {"losses": losses, "masks": drawn})
     drop.detach()
     return {"rows": rows, "gradients": gradients, "ranks": everyone, "partitioned": partitioned}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import reference, tiny
-from helpers.zero_cases import ACCUMULATION, CASES, SEED, WORLD, P, build, micro_batch
+from helpers.zero_cases import ACCUMULATION, CASES, SEED, WORLD, P, build, masks, micro_batch
 
 from macdrop.attack import random_rows
 from macdrop.hooks import keep_mask
@@ -42,6 +42,18 @@ def results(tmp_path_factory):
     return torch.load(folder / "out.pt", weights_only=True)
 
 
+def by_listing(model, batch, case, rows, numbers, divide):
+    """One micro-batch as the listing makes it: whole under one mask, else each row alone under its own."""
+    keeps = [keep_mask(SEED, number, case.p, (K, tiny.HIDDEN)) for number in numbers]
+    if not case.by_rows:
+        return reference.training_step(model, batch, case.family, rows, keeps[0], divide=divide)
+    losses = []
+    for row, keep in enumerate(keeps):
+        alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        losses.append(reference.training_step(model, alone, case.family, rows, keep, divide=divide * len(keeps)))
+    return sum(losses) / len(losses)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "experts"])
 def test_equals_the_listing_on_whole_weights(results, name):
     case, found = CASES[name], results[name]
@@ -58,8 +70,7 @@ def test_equals_the_listing_on_whole_weights(results, name):
                 draw = functools.partial(keep_mask, SEED, index, P)
                 loss = reference.dropout_step(model, batch, case.family, draw, P, divide=divide)
             else:
-                mask = keep_mask(SEED, index, case.p, (K, tiny.HIDDEN))
-                loss = reference.training_step(model, batch, case.family, rows, mask, divide=divide)
+                loss = by_listing(model, batch, case, rows, masks(case, index), divide)
             assert found["ranks"][rank]["losses"][index] == pytest.approx(loss, rel=1e-6)
         for parameter_name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -73,10 +84,11 @@ def test_equals_the_listing_on_whole_weights(results, name):
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.scope == "massive" and n != "experts"])
 def test_all_ranks_draw_one_mask_and_each_micro_step_another(results, name):
-    masks = [rank["masks"] for rank in results[name]["ranks"]]
+    drawn = [rank["masks"] for rank in results[name]["ranks"]]
     for index in range(ACCUMULATION):
-        assert torch.equal(masks[0][index], masks[1][index])
-    assert not torch.equal(masks[0][0], masks[0][1])
+        assert all(torch.equal(first, second) for first, second in zip(*(rank[index] for rank in drawn), strict=True))
+        assert len(drawn[0][index]) == len(set(masks(CASES[name], index)))
+    assert not torch.equal(drawn[0][0][0], drawn[0][1][0])
 
 
 def test_partitioned_fused_experts_are_refused(results):
