@@ -1,15 +1,13 @@
-"""The examples of every micro-batch, padded, and the learning rate: pure functions of seed, step and rank."""
+"""The examples of every optimizer step, in slices, and the learning rate: pure functions of seed and step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from tune.config.run_spec import TrainSpec
-from tune.data.templates import IGNORE
 
 
 def steps_per_epoch(examples: int, global_batch: int) -> int:
@@ -35,11 +33,11 @@ def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Batches:
-    """The example numbers of every micro-batch of one fine-tuning.
+    """The example numbers of every optimizer step of one fine-tuning.
 
-    One optimizer step takes `world * accumulation * per_device` consecutive examples of the epoch's order. Micro-step m
-    of rank r takes the slice number `m * world + r`, so the content of a step does not depend on how it is spread over
-    ranks and micro-steps.
+    One optimizer step takes `world * accumulation * per_device` consecutive examples of the epoch's order, in slices of
+    `per_device`. Masks belong to slices; neither they nor the content of a step depend on how it is spread over ranks
+    and micro-steps. Padded micro-step m of rank r is slice m * world + r.
     """
 
     def __init__(self, examples: int, *, seed: int, per_device: int, accumulation: int, world: int) -> None:
@@ -48,18 +46,19 @@ class Batches:
         self.per_device = per_device
         self.accumulation = accumulation
         self.world = world
+        self.slices = accumulation * world
         self.global_batch = per_device * accumulation * world
         self.steps_per_epoch = steps_per_epoch(examples, self.global_batch)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def step(self, step: int) -> np.ndarray:
-        """Return the example numbers (accumulation, world, per_device) of optimizer step `step`, counted from 1."""
+        """Return the example numbers (slices, per_device) of optimizer step `step`, counted from 1."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, epoch_order(self.examples, self.seed, epoch))
         order = self._epoch[1]
         places = np.arange(position * self.global_batch, (position + 1) * self.global_batch) % self.examples
-        return order[places].reshape(self.accumulation, self.world, self.per_device)
+        return order[places].reshape(self.slices, self.per_device)
 
     def epoch(self, step: int) -> int:
         """Return the epoch of optimizer step `step`, both counted from 1."""
@@ -80,30 +79,3 @@ def learning_rates(spec: TrainSpec, steps: int) -> Callable[[int], float]:
     )
     factor = scheduler.lr_lambdas[0]
     return lambda step: spec.learning_rate * factor(step - 1)
-
-
-def collate(
-    examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int, pad_to: int | None = None
-) -> dict[str, Any]:
-    """Pad a batch on the right, to its longest example or to exactly `pad_to` tokens.
-
-    Returns:
-        torch tensors input_ids, attention_mask and labels, int64 (B, T); labels are -100 on the padding.
-    """
-    import torch
-
-    longest = max(len(ids) for ids, _ in examples)
-    width = longest if pad_to is None else pad_to
-    if width < longest:
-        raise ValueError(f"pad_to={pad_to} is shorter than the longest example of the batch ({longest} tokens)")
-    shape = (len(examples), width)  # (B, T)
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "labels": torch.full(shape, IGNORE, dtype=torch.int64),
-    }
-    for row, (ids, labels) in enumerate(examples):
-        batch["input_ids"][row, : len(ids)] = torch.from_numpy(ids)
-        batch["attention_mask"][row, : len(ids)] = 1
-        batch["labels"][row, : len(ids)] = torch.from_numpy(labels)
-    return batch

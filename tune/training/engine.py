@@ -12,11 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from macdrop.errors import ConfigError, TrainingInvariantError
+from macdrop.errors import ConfigError, MacDropError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
+from tune.data.dataset import Examples
+from tune.forward.packed_attention import PackedAttention
+from tune.forward.packing_check import check_packing
 from tune.training.checkpoint import ADAPTER as ADAPTER_FILE
 from tune.training.checkpoint import MOMENTS, AdapterState, write_tensors
 from tune.training.collectives import all_do
@@ -65,6 +69,30 @@ class Engine:
         assert set(self._adapter) == set(self.shapes), "DeepSpeed changed the set of trainable parameters"
         self._create_moments()
         self._base_digest = self.base_digest()
+        self._packed: dict[int, tuple[PackedAttention | None, str | None]] = {}
+
+    # --- packed rows ---
+
+    def packed_attention(self, examples: Examples) -> tuple[PackedAttention | None, str | None]:
+        """Return what runs packed rows of examples, or None and why the model cannot; a collective.
+
+        The model is checked with the weights it has now, once for each length of the longest example.
+        """
+        longest = int(examples.lengths.max())
+        if longest not in self._packed:
+            self._packed[longest] = self._check_packing(examples[0][0], longest)
+        return self._packed[longest]
+
+    def _check_packing(self, tokens: np.ndarray, longest: int) -> tuple[PackedAttention | None, str | None]:
+        attention, why = None, None
+        try:
+            attention = check_packing(self.engine, self.engine.device, tokens, longest)
+        except MacDropError as error:
+            why = str(error)
+        answers: list[str | None] = [None] * self.world
+        dist.all_gather_object(answers, why)
+        why = next((answer for answer in answers if answer is not None), None)
+        return (attention, None) if why is None else (None, why)
 
     # --- state ---
 

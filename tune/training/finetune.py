@@ -59,6 +59,8 @@ class Outcome:
     resumed_from: int
     #: Tensors of the adapter that are as they were at step 0, by their names in its file.
     unmoved: Sequence[str] = ()
+    #: The reason for padded micro-batches where packing is `auto`.
+    unpacked: str | None = None
 
 
 def unmoved_text(names: Sequence[str]) -> str:
@@ -68,6 +70,11 @@ def unmoved_text(names: Sequence[str]) -> str:
         f"{len(names)} of the adapter's tensors are as they were at step 0, as no gradient reached them (an expert "
         f"that no token went to, a layer that the model does not call): {', '.join(names[:LISTED])}{more}"
     )
+
+
+def unpacked_text(why: str) -> str:
+    """Say that micro-batches were padded although packing was `auto`, and why."""
+    return f"micro-batches were padded, as the model cannot run packed rows: {why}"
 
 
 def finetune(
@@ -127,6 +134,7 @@ class _Run:
         if finished is not None:
             return Outcome(**finished)
         self._start(rank0_does(self._newest) if resume else None)
+        self.training.choose_layout()
         rank0_does(self._tidy)
         rank0_does(begin)
         drop = self.training.drop
@@ -152,6 +160,7 @@ class _Run:
             rows_hooked=self.rows,
             seconds=self._seconds(),
             resumed_from=self.resumed_from,
+            unpacked=self.training.unpacked,
             unmoved=() if left else self.engine.check_moved(final, self.spec.seed, self._updates()),
         )
         if left:

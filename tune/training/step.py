@@ -1,28 +1,31 @@
 """One optimizer step and the validation loss of a fine-tuning; every rank makes the same calls.
 
 Batches, masks, learning rate and dropout are functions of (seed, step), so a step depends on earlier ones only through
-the engine's state.
+the engine's state. The examples of a step and their masks depend neither on packing nor on the number of ranks.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from macdrop.config import MacDropConfig
 from macdrop.errors import ConfigError, MacDropError, TrainingInvariantError
 from macdrop.hooks import MacDrop
 from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec
-from tune.data.batching import Batches, collate, learning_rates, total_steps
+from tune.data.batching import Batches, learning_rates, total_steps
 from tune.data.dataset import Examples, Prepared
+from tune.data.micro_batches import MicroBatch, packed_row, padded_batch
+from tune.data.packing import check_budget, plan_rows
+from tune.forward.forward_pass import ForwardPass
 from tune.training.engine import Engine
 
 
@@ -64,6 +67,31 @@ class Training:
         self.rate = learning_rates(spec, self.steps)
         self.config = spec.macdrop.config(seed=spec.seed)
         self.drop = _macdrop(engine, weights, self.config)
+        #: The reason for padded micro-batches where packing is `auto`; None where they are packed, or not asked for.
+        self.unpacked: str | None = None
+        self.forward = ForwardPass(engine.engine, engine.engine.device)
+
+    def choose_layout(self) -> None:
+        """Choose packed or padded micro-batches for the model with the weights it has now; a collective.
+
+        Raises:
+            ConfigError: an example is longer than the budget, or packing is `on` and the model cannot run packed rows.
+        """
+        if self.spec.packing == "off":
+            return
+        check_budget(self.data.train, self._budget)
+        self.forward.attention, self.unpacked = self.engine.packed_attention(self.data.train)
+        if self.unpacked is not None and self.spec.packing == "on":
+            raise ConfigError(
+                f"packing is on, but {self.spec.model_name_or_path} cannot run packed rows: {self.unpacked}.\n"
+                "Set packing to auto or off."
+            )
+
+    @property
+    def _budget(self) -> int:
+        """Tokens of a packed micro-batch at most."""
+        given = self.spec.max_tokens_per_micro_batch
+        return given or self.spec.per_device_train_batch_size * self.spec.cutoff_len
 
     def set_optimizer(self) -> None:
         """Apply the fine-tuning's AdamW settings; the learning rate is set in every step."""
@@ -79,31 +107,30 @@ class Training:
             TrainingInvariantError: the loss of no rank depends on the adapter; raised on all of them.
         """
         started = time.monotonic()
-        engine, rank = self.engine.engine, self.engine.rank
-        p = self._probability(step)
-        rate = self.rate(step)
+        engine = self.engine.engine
+        p, rate, picked = self._probability(step), self.rate(step), self.batches.step(step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        picked = self.batches.step(step)
         label_tokens = int(self.data.train.label_counts[picked].sum())
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         dropped = self.drop.entries_dropped if self.drop else 0
         unreached = 0
+        norm = None
         engine.train()
-        for micro in range(self.batches.accumulation):
-            number = (step - 1) * self.batches.accumulation + micro
-            # Dropout of the adapter or the base model: repeats in a resumed run, differs between ranks.
-            torch.manual_seed((self.spec.seed * 1_000_003 + number) * self.engine.world + rank)
-            with self.drop.micro_step(p, number) if self.drop else nullcontext():
-                nats = self._nats(self.data.train, picked[micro, rank])
+        batches = self._micro_batches(picked)
+        for micro, batch in enumerate(batches):
+            last = micro == len(batches) - 1
+            self._seed_dropout(step, micro)
+            engine.set_gradient_accumulation_boundary(last)
+            with self._masked(p, step, batch), self.forward.nats(batch) as nats:
                 if not nats.requires_grad:
                     # A rank whose tokens reach no layer of the adapter must not leave: the others would wait for it.
                     unreached += 1
                     nats = nats + 0.0 * sum(p.float().sum() for p in self.engine._adapter.values())
-                # DeepSpeed averages over micro-steps and ranks; the loss is the mean over the step's answer tokens.
-                engine.backward(nats * (self.batches.accumulation * self.engine.world / label_tokens))
+                # DeepSpeed averages over ranks; the loss is the mean over the step's answer tokens.
+                engine.backward(nats * (self.engine.world / label_tokens), scale_wrt_gas=False)
             loss_sum += nats.detach().double()
-            norm = self._gradient_norm() if micro == self.batches.accumulation - 1 else None
+            norm = self._gradient_norm() if last else None
             engine.step()
             self.beat()
         norm = norm if norm is not None else engine.get_global_grad_norm()
@@ -111,7 +138,7 @@ class Training:
         ours = [float(not math.isfinite(norm)), float(wish), float(unreached)]
         total = torch.cat([loss_sum.reshape(1), loss_sum.new_tensor(ours)])
         torch.distributed.all_reduce(total)
-        if int(total[3]) == self.batches.accumulation * self.engine.world:
+        if int(total[3]) == len(batches) * self.engine.world:
             raise TrainingInvariantError(
                 f"The loss does not depend on the adapter: the model calls no layer of lora_target "
                 f"({self.spec.lora_target})."
@@ -129,18 +156,34 @@ class Training:
         }
         return Stepped(metrics, math.isfinite(loss) and not total[1] > 0, int(total[2]))
 
-    def _nats(self, examples: Examples, picked: Iterable[int]) -> torch.Tensor:
-        """Return the sum of -log p over the answer tokens of a micro-batch, in fp32."""
-        batch = collate([examples[int(index)] for index in picked], self.engine.tokenizer.pad_token_id or 0)
-        batch = {name: tensor.to(self.engine.engine.device) for name, tensor in batch.items()}
-        logits = self.engine.engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        targets = batch["labels"][:, 1:]  # (B, T - 1)
-        return cross_entropy(
-            logits[:, :-1].float().reshape(-1, logits.shape[-1]),
-            targets.reshape(-1),
-            ignore_index=-100,
-            reduction="sum",
-        ).to(torch.float32)
+    # --- micro-batches ---
+
+    def _micro_batches(self, picked: np.ndarray) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the examples (slices, per_device); equally many on every rank."""
+        train, rank, world = self.data.train, self.engine.rank, self.engine.world
+        if self.forward.attention is None:
+            return [padded_batch(train, picked[s], s, self._pad) for s in range(rank, self.batches.slices, world)]
+        plan = plan_rows(train.lengths[picked], world, self._budget, apart=self.drop is not None)
+        return [packed_row(train, picked, rows[rank]) for rows in plan]
+
+    @property
+    def _pad(self) -> int:
+        return self.engine.tokenizer.pad_token_id or 0
+
+    def _seed_dropout(self, step: int, micro: int) -> None:
+        """Seed dropout of the adapter or the base model: it repeats in a resumed run, and differs between ranks."""
+        most = self.batches.accumulation if self.forward.attention is None else self.batches.global_batch
+        number = (step - 1) * most + micro
+        torch.manual_seed((self.spec.seed * 1_000_003 + number) * self.engine.world + self.engine.rank)
+
+    # --- masks ---
+
+    def _masked(self, p: float, step: int, batch: MicroBatch) -> AbstractContextManager[Any]:
+        """Put the mask of the slice that a micro-batch holds examples of in force: one mask, whoever computes it."""
+        if self.drop is None or not batch.counts:
+            return nullcontext()
+        (number,) = {each.slice for each in batch.examples}
+        return self.drop.micro_step(p, (step - 1) * self.batches.slices + number)
 
     def _gradient_norm(self) -> float | None:
         """Return the norm under stage 0 in fp32, where DeepSpeed clips with it but does not keep it; None elsewhere."""
@@ -162,22 +205,29 @@ class Training:
             return None
         dropped = self.drop.entries_dropped if self.drop else 0
         engine = self.engine.engine
-        size, world, rank = self.spec.per_device_eval_batch_size, self.engine.world, self.engine.rank
         total = torch.zeros(2, dtype=torch.float64, device=engine.device)
         engine.eval()
         with torch.no_grad():
-            # Every rank runs the same number of forwards, as ZeRO-3 gathers in each; one without examples repeats one.
-            for start in range(0, len(examples), size * world):
-                mine = range(start + rank * size, min(start + (rank + 1) * size, len(examples)))
-                nats = self._nats(examples, mine if len(mine) else [0])
-                if len(mine):
-                    total += total.new_tensor([float(nats), float(examples.label_counts[list(mine)].sum())])
+            for batch in self._validation_batches(examples):
+                with self.forward.nats(batch) as nats:
+                    total += total.new_tensor([float(nats), float(len(batch.targets) if batch.counts else 0)])
                 self.beat()
         engine.train()
         torch.distributed.all_reduce(total)
         if self.drop and self.drop.entries_dropped != dropped:
             raise MacDropError("Weights were dropped while the validation loss was measured.")
         return float(total[0] / total[1])
+
+    def _validation_batches(self, examples: Examples) -> Iterator[MicroBatch]:
+        """Yield this rank's micro-batches of a validation; equally many on every rank, as ZeRO-3 gathers in each."""
+        size, world, rank = self.spec.per_device_eval_batch_size, self.engine.world, self.engine.rank
+        picked = np.arange(len(examples))[None]
+        if self.forward.attention is not None:
+            for rows in plan_rows(examples.lengths[picked], world, size * self.spec.cutoff_len):
+                yield packed_row(examples, picked, rows[rank])
+            return
+        for start in range(rank * size, math.ceil(len(examples) / (size * world)) * size * world, size * world):
+            yield padded_batch(examples, picked[0, start : start + size], 0, self._pad)
 
 
 def _macdrop(engine: Engine, weights: MassiveWeights | None, config: MacDropConfig) -> MacDrop | None:

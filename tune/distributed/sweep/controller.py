@@ -27,7 +27,7 @@ from tune.storage.atomic import now
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
-from tune.training.finetune import Outcome, unmoved_text
+from tune.training.finetune import Outcome, unmoved_text, unpacked_text
 
 #: Short compared with a benchmark of a tiny model: an actor that is done waits for the next tick.
 TICK_S = 0.1
@@ -66,6 +66,8 @@ class SweepController:
         self._waits = False
         self._opening: float | None = None
         self._failed: set[str] = set()
+        #: Models that were not packed, with the reason: reported once.
+        self._padded: set[tuple[str, str]] = set()
         self._noted: set[tuple[str, str]] = set()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="controller", daemon=True)
@@ -261,6 +263,10 @@ class SweepController:
                 trial.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
                 if unmoved := entry.outcome.get("unmoved"):
                     self._progress.note(f"{task.id}: {unmoved_text(unmoved)}")
+                unpacked = entry.outcome.get("unpacked")
+                if unpacked and (model, unpacked) not in self._padded:
+                    self._padded.add((model, unpacked))
+                    self._progress.note(f"{model}: {unpacked_text(unpacked)}")
             tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
             self._score(task.id, tag, str(trial.adapter_dir), self._jobs[task.stage])
         elif entry.state.is_final:
