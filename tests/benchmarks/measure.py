@@ -9,13 +9,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 WALL, CPU = 0, 1
 
 
+class Spent(NamedTuple):
+    """Seconds that something took: wall, and CPU of the process that did it."""
+
+    wall: float
+    cpu: float
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A variant to time: `run` is timed, entering and leaving `around` is not."""
+    """A variant to time: `run` is timed, entering and leaving `around` is not.
+
+    A run that returns `Spent` has timed itself, as one in another process does.
+    """
 
     run: Callable[[], object]
     around: Callable[[], AbstractContextManager] = nullcontext
@@ -68,10 +79,10 @@ def interleave(variants: Mapping[str, Variant], rounds: int, *, warm_up: int = 1
         for name in shuffle.sample(list(variants), len(variants)):
             with variants[name].around():
                 wall, cpu = time.perf_counter(), time.process_time()
-                variants[name].run()
-                spent = time.perf_counter() - wall, time.process_time() - cpu
+                found = variants[name].run()
+                spent = Spent(time.perf_counter() - wall, time.process_time() - cpu)
             if number >= 0:
-                timings.seconds[name].append(spent)
+                timings.seconds[name].append(found if isinstance(found, Spent) else spent)
     return timings
 
 

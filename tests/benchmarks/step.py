@@ -28,14 +28,15 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from measure import CPU, WALL, Timings, Variant, interleave, machine, table, verdict
+from random_llama import LAYER, stand_in
 
 if TYPE_CHECKING:
     import torch
 
-    from macdrop import MacDrop, MassiveWeights
+    from macdrop import MacDrop
 
 TARGET = 1.02
-LAYER, K, P, RANK = 1, 5, 0.8, 8
+K, P, RANK = 5, 0.8, 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Bench:
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
         self.tokens = torch.randint(0, size.vocabulary, (size.batch, size.tokens))
         self.masks = count()
-        self.rows = torch.tensor(self.weights().top(K))
+        self.weights = stand_in(config, "random")
+        self.rows = torch.tensor(self.weights.top(K))
         ffn = self.model.get_base_model().model.layers[LAYER].mlp
         self.edited = [ffn.up_proj.base_layer.weight, ffn.gate_proj.base_layer.weight]
 
@@ -110,32 +112,10 @@ class Bench:
                 weight[rows] = old
         return loss
 
-    def weights(self) -> MassiveWeights:
-        """Rows to drop. Any will do, as a step takes the same time for all."""
-        from macdrop.weights import Confidence, MassiveWeights
-
-        size = self.size
-        return MassiveWeights(
-            model="random",
-            fingerprint="random",
-            layer=LAYER,
-            path=f"model.layers.{LAYER}.mlp",
-            kind="gated",
-            expert=None,
-            indices=tuple(range(size.intermediate)),
-            magnitudes=(1.0,) * size.intermediate,
-            intermediate_size=size.intermediate,
-            hidden_size=size.hidden,
-            bos_token_id=0,
-            bos_rule="none",
-            layers=(),
-            confidence=Confidence("weak", 1.0, 1.0, 1.0, 1.0, "rows of a random model"),
-        )
-
     def variants(self) -> dict[str, Variant]:
         from macdrop import MacDrop, MacDropConfig
 
-        drop = MacDrop(self.model, self.weights(), MacDropConfig(k=K, p0=P))
+        drop = MacDrop(self.model, self.weights, MacDropConfig(k=K, p0=P))
 
         @contextmanager
         def attached() -> Iterator[None]:
