@@ -1,364 +1,200 @@
-"""A suite on several adapters, plain and under attacks: resident evaluation actors against lm-eval's command line.
+"""A zero-shot suite with a resident model, plain and under attacks: lm-eval's own HFLM over ours.
 
-    python tests/benchmarks/scoring.py [--adapters 8] [--attacks zeroing@3 ...] [--limit 60] [--processes 6]
-    python tests/benchmarks/scoring.py --model PATH --benchmark arc_easy=FILE.jsonl --benchmark piqa=FILE.jsonl
+    python tests/benchmarks/scoring.py --model PATH --benchmark arc_easy=FILE --benchmark piqa=FILE ... [--limit 100]
+    python tests/benchmarks/scoring.py --model random-llama-1b --device cuda --dtype bf16 --benchmark ...
 
-The adapters are LoRA, r = 8, on all linear layers, with random lora_B. Each is scored without attack and under each of
---attacks, on base rows. Both ways score the same rows, limit, batch size and few-shot setting on the CPU with one
-thread a process, as many processes at a time as there are actors, without internet. A --benchmark is rows of our own
-multiple-choice format, or TASK=FILE for an lm-eval task with local rows.
+Two processes, warm in all rounds: one has lm-eval's unmodified HFLM around the model and calls lm-eval's `evaluate`,
+the other our Scorer. Both score the same rows with the same prompts, batch size and threads. A round scores the suite
+once without attack, and once without and under all of --attacks, in a new random order; ratios are of pairs from the
+same round. Prompts are built and tokenised in every run of both; loading model, rows and tasks is not timed. lm-eval
+knows no attacks: its `evaluate` runs once for each, with the rows set to zero; ours shares what the attacks leave
+unchanged.
 
-lm-eval's command line runs once for each adapter and attack, with the whole suite in one call, as a user would type it:
-
-    lm_eval run --model hf --model_args pretrained=...,peft=... --include_path FOLDER --tasks NAME,NAME ...
-
-It knows no attacks: `pretrained` is a copy of the model with the rows set to zero, and writing these copies is not
-counted. With --processes only that many of its runs are made, evenly spread, and the time of all is extrapolated.
-
-Printed are the ratio with and without what is paid once (the start of Ray; opening model, tasks and scan in the
-actors), how many scores agree, and how many calls of layers the attacks shared. The target is held against the time
-with opening and without Ray, as a sweep has a running Ray anyhow.
+Scores must be equal in every digit, and the chosen answer of every item too (in bf16 they are only counted). A
+--benchmark is TASK=FILE, an lm-eval task with local rows, or rows of our own multiple-choice format.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-import subprocess
-import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
-from measure import machine, table, verdict
+from measure import CPU, WALL, Spent, Timings, Variant, interleave, machine, table, verdict
+from random_llama import NAME as RANDOM
+from random_llama import write
+from scoring_ways import PLAIN, LmEval, Ours, Scored, Setting
+from task_files import Benchmark, write_task
+from worker import Worker
 
-TARGET = 6.0
-MODEL, SUITE = "zoo:planted-llama", ("zoo:qa", "zoo:fact", "zoo:agree")
-ATTACKS = ("zeroing@3", "zeroing@5", "retaining@3")
-PLAIN = "none"
-K = 3  # rows of the proof that opening an actor makes
-POLL_S = 0.02
-METRICS = ("acc", "acc_norm")
-PRINTED_DIGITS = 4  # of a score, in lm-eval's table
-Run = tuple[str, str]  # adapter, attack
-Scores = dict[tuple[str, str], float]  # (benchmark, metric) -> value
+TARGET, ATTACKED_TARGET = 3.0, 8.0
+SUITE = ("zoo:qa", "zoo:fact", "zoo:agree")
+ATTACKS = ("zeroing@5", "zeroing@1", "retaining@5")
+LM_EVAL, OURS = "lm-eval", "ours"
+#: Log-likelihoods in fp32 may differ by this.
+TOLERANCE = 1e-4
+
+
+@dataclass
+class Bench:
+    """The two processes, and what each scored last: way -> `Scored`, with and without attacks."""
+
+    workers: dict[str, Worker]
+    attacks: Sequence[str]
+    last: dict[tuple[str, bool], Scored] = field(default_factory=dict)
+
+    def variants(self) -> dict[str, Variant]:
+        return {
+            name(way, under): Variant(self._scoring(way, under))
+            for way in self.workers
+            for under in ((False, True) if self.attacks else (False,))
+        }
+
+    def _scoring(self, way: str, under: bool) -> Callable[[], Spent]:
+        def score() -> Spent:
+            scored = self.workers[way].call("run", [PLAIN, *(self.attacks if under else ())])
+            self.last[way, under] = scored
+            return Spent(scored.wall, scored.cpu)
+
+        return score
+
+
+def name(way: str, under: bool) -> str:
+    return f"{way}, attacks" if under else way
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """Rows to score: of an lm-eval task, or of our own format where `task` is None."""
+class Agreement:
+    """How two ways agree: scores, log-likelihoods and chosen answers that differ, and the largest difference."""
 
-    task: str | None
-    data: str
+    scores: int
+    unequal: int
+    items: int
+    other_choice: int
+    largest: float
 
     @classmethod
-    def parse(cls, text: str) -> Benchmark:
-        task, mark, data = text.partition("=")
-        return cls(task, data) if mark else cls(None, text)
-
-    @property
-    def name(self) -> str:
-        """The task's name in lm-eval and of the entry here: no name that lm-eval has itself."""
-        return f"macdrop_{self.task or Path(self.data.partition(':')[2] or self.data).stem}"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is scored; `limit` None for all rows."""
-
-    model: str
-    suite: tuple[Benchmark, ...]
-    attacks: tuple[str, ...]
-    limit: int | None
-    batch_size: int
-    actors: int
-
-
-def make_adapters(model: str, number: int, folder: Path) -> list[str]:
-    """Write `number` adapters whose lora_B is random, so that each moves the scores."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from macdrop import load_model
-    from tune.zoo.catalog import resolve
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    adapted = get_peft_model(
-        load_model(resolve(model)), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    made = []
-    for index in range(number):
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.05)
-        made.append(str(folder / f"adapter-{index}"))
-        adapted.save_pretrained(made[-1])
-    return made
-
-
-def make_bases(setting: Setting, folder: Path) -> dict[str, str]:
-    """For each attack a checkpoint with its rows set to zero; without attack the model itself."""
-    from macdrop import attacked, find_massive_weights, load_model, load_tokenizer
-    from macdrop.attack import Attack
-    from tune.zoo.catalog import resolve
-
-    source = str(resolve(setting.model))
-    bases = {PLAIN: source}
-    model, tokenizer = load_model(source), load_tokenizer(source)
-    weights = find_massive_weights(model, tokenizer, source=source, fingerprint="")
-    for text in setting.attacks:
-        attack = Attack.parse(text)
-        bases[text] = str(folder / "bases" / text)
-        with attacked(model, weights, attack.kind, attack.k):
-            model.save_pretrained(bases[text])
-        tokenizer.save_pretrained(bases[text])
-    return bases
-
-
-# ------------------------------------------------------------------------------------------- fresh lm_eval processes
-
-
-def write_task(benchmark: Benchmark, folder: Path) -> None:
-    """Write the task file for lm-eval's --include_path: local rows as the test split, all else as the task has it."""
-    import yaml
-
-    from tune.data.locations import locate
-    from tune.evaluation.catalogue import find_task
-
-    rows = str(locate(benchmark.data)[0].resolve())
-    kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(rows).suffix, "json")
-    config: dict[str, Any] = {
-        "task": benchmark.name,
-        "dataset_path": kind,
-        "dataset_kwargs": {"data_files": {"test": rows}},
-        "training_split": None,
-        "validation_split": None,
-        "test_split": "test",
-        "num_fewshot": 0,
-    }
-    if benchmark.task:
-        config |= {"include": str(find_task(benchmark.task)), "dataset_name": None, "tag": None}
-    else:
-        metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS]
-        config |= {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{context}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "label",
-            "target_delimiter": " ",
-            "metric_list": metrics,
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{benchmark.name}.yaml").write_text(yaml.safe_dump(config))
-
-
-def command(setting: Setting, base: str, adapter: str, tasks: Path, output: Path) -> list[str]:
-    model = f"pretrained={base},peft={adapter},dtype=float32"
-    names = ",".join(benchmark.name for benchmark in setting.suite)
-    line = [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf", "--model_args", model]
-    line += ["--include_path", str(tasks), "--tasks", names, "--num_fewshot", "0", "--device", "cpu"]
-    line += ["--batch_size", str(setting.batch_size), "--output_path", str(output)]
-    return line + (["--limit", str(setting.limit)] if setting.limit else [])
-
-
-def by_processes(setting: Setting, runs: list[Run], bases: dict[str, str], root: Path) -> dict[Run, tuple]:
-    """One `lm_eval` process a run; returns the seconds and the scores of each."""
-    for benchmark in setting.suite:
-        write_task(benchmark, root / "tasks")
-    environment = os.environ | {"HF_DATASETS_CACHE": str(root / "datasets"), "CUDA_VISIBLE_DEVICES": ""}
-
-    def score(run: Run) -> tuple[float, Scores]:
-        adapter, attack = run
-        output = root / "results" / f"{Path(adapter).name}-{attack}"
-        began = time.perf_counter()
-        done = subprocess.run(
-            command(setting, bases[attack], adapter, root / "tasks", output),
-            env=environment,
-            capture_output=True,
-            text=True,
+    def of(cls, theirs: Scored, mine: Scored) -> Agreement:
+        assert theirs.scores.keys() == mine.scores.keys() and theirs.answers.keys() == mine.answers.keys()
+        pairs = [pair for key in theirs.answers for pair in zip(theirs.answers[key], mine.answers[key], strict=True)]
+        return cls(
+            scores=len(theirs.scores),
+            unequal=sum(value != mine.scores[key] for key, value in theirs.scores.items()),
+            items=len(pairs),
+            other_choice=sum(a.index(max(a)) != b.index(max(b)) for a, b in pairs),
+            largest=max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True)),
         )
-        seconds = time.perf_counter() - began
-        if done.returncode:
-            raise RuntimeError(f"lm_eval failed:\n{done.stderr[-3000:]}")
-        print(f"  lm_eval, {Path(adapter).name}, {attack}: {seconds:.1f} s", flush=True)
-        (file,) = output.rglob("results_*.json")
-        found = json.loads(file.read_text())["results"]
-        pairs = [(b.name, metric) for b in setting.suite for metric in METRICS if f"{metric},none" in found[b.name]]
-        return seconds, {(name, metric): found[name][f"{metric},none"] for name, metric in pairs}
 
-    with ThreadPoolExecutor(setting.actors) as at_a_time:
-        return dict(zip(runs, at_a_time.map(score, runs), strict=True))
+    def show(self) -> str:
+        return (
+            f"{self.scores - self.unequal} of {self.scores} scores equal in every digit, the same answer chosen in "
+            f"{self.items - self.other_choice} of {self.items} items, log-likelihoods within {self.largest:.2g}"
+        )
 
+    def check(self) -> None:
+        """Require what fp32 promises.
 
-def spread(runs: list[Run], number: int | None) -> list[Run]:
-    """`number` of the runs, evenly spread over adapters and attacks; all without a number."""
-    if number is None or number >= len(runs):
-        return runs
-    # Steps of about the golden ratio of all, so that they do not fall in with the number of attacks.
-    step = next(step for step in range(round(0.618 * len(runs)), 2 * len(runs)) if math.gcd(step, len(runs)) == 1)
-    return [runs[i * step % len(runs)] for i in range(number)]
+        Raises:
+            AssertionError: a score, a choice, or a log-likelihood beyond the tolerance differs.
+        """
+        assert not self.unequal and not self.other_choice and self.largest <= TOLERANCE, self.show()
 
 
-# ------------------------------------------------------------------------------------------ resident evaluation actors
+def report(bench: Bench, timings: Timings, dtype: str) -> str:
+    mine = bench.last[OURS, bool(bench.attacks)]
+    theirs = bench.last[LM_EVAL, bool(bench.attacks)]
+    scores = [(*key, f"{value:.4f}", f"{mine.scores[key]:.4f}") for key, value in theirs.scores.items()]
+    ways = [(each, f"{timings.median(each, WALL):.2f}", f"{timings.median(each, CPU):.2f}") for each in timings.seconds]
+    lines = [
+        table(("benchmark", "metric", "attack", LM_EVAL, OURS), scores),
+        Agreement.of(theirs, mine).show(),
+        "",
+        table((f"{len(timings.seconds[OURS])} rounds, {dtype}", "wall s", "CPU s"), ways),
+    ]
+    for under, target in ((False, TARGET), (True, ATTACKED_TARGET)):
+        if name(OURS, under) in timings.seconds:
+            pair = name(LM_EVAL, under), name(OURS, under)
+            wall, cpu = timings.ratio(*pair, WALL), timings.ratio(*pair, CPU)
+            what = f"lm-eval over ours, suite{f' under {len(bench.attacks)} attacks and none' if under else ''},"
+            lines.append(f"{verdict(what, wall.median, target, at_least=True)}: {wall.show(2)} wall, {cpu.show(2)} CPU")
+    return "\n".join(lines)
 
 
-def opening(setting: Setting, root: Path) -> Any:
-    """What the actors make resident; the first of them finds and proves the massive weights."""
-    from tune.config.eval_spec import TEST, EvalSpec
-    from tune.config.messages import build
-    from tune.config.run_spec import TrainSpec
-    from tune.distributed.actors.evaluators import Opening
-
-    entries = {
-        each.name: {"data": each.data} | ({"task": each.task} if each.task else {"target_delimiter": " "})
-        for each in setting.suite
-    }
-    block = {"batch_size": setting.batch_size, "limit": setting.limit, "zero_shot": entries}
-    return Opening(
-        spec=TrainSpec(model_name_or_path=setting.model),
-        blocks={TEST: build(EvalSpec, block | {"attacks": [PLAIN, *setting.attacks]})},
-        weights=str(root / "massive_weights.json"),
-        scan=bool(setting.attacks),
-        k=K,
-        threads=1,
-    )
+def memory(bench: Bench, loaded: dict[str, int]) -> str:
+    """Say how much memory each process took at most beyond its loaded model."""
+    peaks = {way: worker.call("memory")["peak"] for way, worker in bench.workers.items()}
+    words = [f"{way} {(peak - loaded[way]) / 1e6:.0f} (in total {peak / 1e6:.0f})" for way, peak in peaks.items()]
+    return f"peak memory beyond the loaded model, MB: {', '.join(words)}"
 
 
-@dataclass(frozen=True)
-class ByActors:
-    """Seconds of opening the actors and of scoring all, scores, and calls of layers that attacks shared."""
-
-    opened: float
-    scored: float
-    scores: dict[Run, Scores]
-    calls_saved: int
+def started(setting: Setting, stack: ExitStack) -> dict[str, Worker]:
+    alone = {"CUDA_VISIBLE_DEVICES": ""} if setting.device == "cpu" else {}
+    alone["TQDM_DISABLE"] = "1"
+    alone["HF_DATASETS_CACHE"] = str(Path(setting.tasks) / "datasets")
+    made = {LM_EVAL: LmEval, OURS: Ours}
+    return {way: stack.enter_context(closing(Worker(kind, setting, environment=alone))) for way, kind in made.items()}
 
 
-def by_actors(setting: Setting, adapters: list[str], root: Path) -> ByActors:
-    """A pool under a running Ray."""
-    from tune.config.eval_spec import TEST, jobs
-    from tune.distributed.actors.eval_task import EvalTask
-    from tune.distributed.actors.evaluators import EvaluatorPool
-
-    opened = opening(setting, root)
-    began = time.perf_counter()
-    pool = EvaluatorPool(setting.actors, cpus=1, gpus=0)
-    try:
-        pool.open(opened)
-        ready = time.perf_counter()
-        for adapter in adapters:
-            for job in jobs(opened.blocks[TEST]):
-                answers = root / "answers" / f"{Path(adapter).name}-{job.key.replace('/', '-')}.jsonl"
-                pool.submit(EvalTask({"adapter": adapter}, job, adapter, str(answers)))
-        found: dict[Run, Scores] = {}
-        saved = 0
-        while pool.busy:
-            for result in pool.step():
-                if result.error:
-                    raise RuntimeError(result.error)
-                saved += result.calls_saved
-                scores = {(row["task"], row["metric"]): row["value"] for row in result.rows}
-                found.setdefault((result.task.adapter, result.task.job.attack), {}).update(scores)
-            time.sleep(POLL_S)
-        return ByActors(ready - began, time.perf_counter() - ready, found, saved)
-    finally:
-        pool.close()
+def prepared(given: argparse.Namespace, root: Path) -> Setting:
+    """Write the task files for lm-eval, and the random model if that is the one."""
+    suite = tuple(Benchmark.parse(text) for text in given.benchmark or SUITE)
+    for benchmark in suite:
+        write_task(benchmark, root / "tasks")
+    model = str(write(root / RANDOM, given.tokenizer)) if given.model == RANDOM else given.model
+    tasks, size = str(root / "tasks"), given.batch_size
+    return Setting(model, suite, tasks, given.limit, size, given.dtype, given.device, given.threads)
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+def measure(setting: Setting, attacks: Sequence[str], rounds: int) -> str:
+    """Run the rounds and return the report.
 
-
-def agreement(mine: dict[Run, Scores], theirs: dict[Run, Scores]) -> tuple[int, int, int]:
-    """Scores that both have: how many agree in all printed digits, how many as numbers, and how many there are."""
-    pairs = [(mine[run][key], value) for run, scores in theirs.items() for key, value in scores.items()]
-    printed = sum(f"{a:.{PRINTED_DIGITS}f}" == f"{b:.{PRINTED_DIGITS}f}" for a, b in pairs)
-    return printed, sum(abs(a - b) < 1e-9 for a, b in pairs), len(pairs)
-
-
-def report(
-    each: list[float], runs: int, actors: int, ray_start: float, ours: ByActors, agreed: tuple[int, int, int]
-) -> str:
-    """each: seconds of the lm_eval processes that were run, of `runs` in all, `actors` at a time."""
-    processes = sum(each) / actors * runs / len(each)
-    ways = {
-        "actors, scoring alone": ours.scored,
-        "actors, opening them as well": ours.opened + ours.scored,
-        "actors, Ray's start as well": ray_start + ours.opened + ours.scored,
-        "lm_eval's command line": processes,
-    }
-    rows = [(name, f"{s:.2f}", f"{s / runs:.2f}", f"{processes / s:.2f}") for name, s in ways.items()]
-    extrapolated = f"EXTRAPOLATED from {len(each)} of {runs} runs of lm_eval, evenly spread"
-    printed, exactly, number = agreed
-    return "\n".join(
-        [
-            table((f"{runs} runs of the suite", "seconds", "per run", "times faster"), rows),
-            f"lm_eval: {'all runs were made' if len(each) == runs else extrapolated}; "
-            f"{min(each):.1f} to {max(each):.1f} s each, {actors} at a time",
-            f"equal scores: {printed} of {number} in all {PRINTED_DIGITS} digits printed, {exactly} as numbers",
-            f"calls of layers that attacks shared: {ours.calls_saved}",
-            f"same scores: {'yes' if printed == number else 'NO'}",
-            verdict("lm_eval / (opening + scoring)", processes / (ours.opened + ours.scored), TARGET, at_least=True),
-        ]
-    )
+    Raises:
+        AssertionError: in fp32, scores, choices or log-likelihoods differ.
+    """
+    with ExitStack() as stack:
+        bench = Bench(started(setting, stack), attacks)
+        loaded = {}
+        for way, worker in bench.workers.items():
+            worker.call("reset_peak")
+            loaded[way] = worker.call("memory")["now"]
+        timings = interleave(bench.variants(), rounds)
+        text = f"{report(bench, timings, setting.dtype)}\n{memory(bench, loaded)}"
+        print(text, flush=True)
+        if setting.dtype == "fp32":
+            Agreement.of(bench.last[LM_EVAL, bool(attacks)], bench.last[OURS, bool(attacks)]).check()
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", default="zoo:planted-llama", help=f"a folder, zoo:NAME, or {RANDOM}")
     parser.add_argument("--benchmark", action="append", help="DATA or TASK=DATA; may be given several times")
     parser.add_argument("--attacks", nargs="*", default=list(ATTACKS))
-    parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--actors", type=int, default=2)
-    parser.add_argument("--processes", type=int, help="how many of lm_eval's runs to make; all by default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokenizer", default="zoo:planted-llama", help=f"tokenizer of {RANDOM}")
     given = parser.parse_args()
-    suite = tuple(Benchmark.parse(text) for text in given.benchmark or SUITE)
-    setting = Setting(given.model, suite, tuple(given.attacks), given.limit, given.batch_size, given.actors)
-    import ray
+    if given.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
 
-    from tune.config.run_spec import RaySpec
-    from tune.distributed.cluster.ray_cluster import connect
-    from tune.training.quiet import quiet_libraries
-
-    quiet_libraries()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here. Leave it out, or run this on a machine with one.")
     with tempfile.TemporaryDirectory(prefix="macdrop-scoring-") as temporary:
-        root = Path(temporary)
-        os.environ["MACDROP_CACHE"] = str(root / "cache")
-        print(machine(), flush=True)
-        adapters = make_adapters(setting.model, given.adapters, root)
-        bases = make_bases(setting, root)
-        runs = [(adapter, attack) for adapter in adapters for attack in (PLAIN, *setting.attacks)]
-        made = spread(runs, given.processes)
-        # Half of the processes before the actors and half behind them: a drift of the machine's load hits both.
-        half = len(made) // 2
-        theirs = by_processes(setting, made[:half], bases, root / "before")
-        began = time.perf_counter()
-        connect(RaySpec(dashboard=False))
-        ray_start = time.perf_counter() - began
-        try:
-            ours = by_actors(setting, adapters, root)
-        finally:
-            ray.shutdown()
-        theirs |= by_processes(setting, made[half:], bases, root / "behind")
-        for adapter, attack in made:
-            scores = theirs[adapter, attack][1]
-            mine = ours.scores[adapter, attack]
-            pairs = " ".join(f"{'/'.join(key)} {mine[key]:.4f}|{value:.4f}" for key, value in scores.items())
-            print(f"{Path(adapter).name} {attack}, actors|lm_eval: {pairs}")
-        agreed = agreement(ours.scores, {run: scores for run, (_, scores) in theirs.items()})
-        each = [seconds for seconds, _ in theirs.values()]
-        print(f"\n{report(each, len(runs), setting.actors, ray_start, ours, agreed)}\n\n{machine()}")
+        setting = prepared(given, Path(temporary))
+        print(f"{machine()}\n{setting.model}, limit {given.limit}, batch size {given.batch_size}\n", flush=True)
+        measure(setting, given.attacks, given.rounds)
+    print(f"\n{machine()}")
 
 
 if __name__ == "__main__":

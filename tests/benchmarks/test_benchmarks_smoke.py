@@ -8,12 +8,13 @@ import calibration
 import checkpoints
 import demo
 import dora
+import evaluators
 import lanes
 import launch
 import measure
 import pytest
-import scoring
 import step
+import task_files
 
 from tune.storage.records import TrialRecord
 
@@ -89,17 +90,17 @@ def test_lanes_are_compared_with_as_many_runs():
 def test_lm_eval_loads_the_task_file(tmp_path):
     from lm_eval.tasks import TaskManager
 
-    suite = (scoring.Benchmark.parse("zoo:qa"), scoring.Benchmark.parse(f"arc_easy={_arc(tmp_path)}"))
+    suite = (task_files.Benchmark.parse("zoo:qa"), task_files.Benchmark.parse(f"arc_easy={_arc(tmp_path)}"))
     assert [benchmark.name for benchmark in suite] == ["macdrop_qa", "macdrop_arc_easy"]
     for benchmark in suite:
-        scoring.write_task(benchmark, tmp_path / "tasks")
+        task_files.write_task(benchmark, tmp_path / "tasks")
     manager = TaskManager(include_defaults=False, include_path=str(tmp_path / "tasks"))
     for benchmark, rows in zip(suite, (60, 1), strict=True):
         loaded = manager.load([benchmark.name])["tasks"][benchmark.name]
         assert len(loaded.test_docs()) == rows
         assert loaded.get_config("output_type") == "multiple_choice"
-    setting = scoring.Setting("zoo:planted-llama", suite, ("zeroing@3",), 2, 16, 1)
-    line = scoring.command(setting, "BASE", "ADAPTER", tmp_path / "tasks", tmp_path / "out")
+    setting = evaluators.Setting("zoo:planted-llama", suite, ("zeroing@3",), 2, 16, 1)
+    line = evaluators.command(setting, "BASE", "ADAPTER", tmp_path / "tasks", tmp_path / "out")
     assert line[line.index("--limit") + 1] == "2"
     assert line[line.index("--tasks") + 1] == "macdrop_qa,macdrop_arc_easy"
     assert line[line.index("--model_args") + 1].startswith("pretrained=BASE,peft=ADAPTER,")
@@ -118,8 +119,8 @@ def test_rows_of_attacked_checkpoints_are_zero(tmp_path):
 
     from macdrop import load_model
 
-    setting = scoring.Setting("zoo:planted-llama", (), ("zeroing@3", "retaining@3"), 2, 16, 1)
-    bases = scoring.make_bases(setting, tmp_path)
+    setting = evaluators.Setting("zoo:planted-llama", (), ("zeroing@3", "retaining@3"), 2, 16, 1)
+    bases = evaluators.make_bases(setting, tmp_path)
     rows = {}
     for attack, base in bases.items():
         up = load_model(base).model.layers[1].mlp.up_proj.weight
@@ -130,15 +131,15 @@ def test_rows_of_attacked_checkpoints_are_zero(tmp_path):
 
 def test_scores_are_compared_run_by_run():
     runs = [(f"adapter-{i}", attack) for i in range(8) for attack in "abcd"]
-    assert scoring.spread(runs, None) == runs == scoring.spread(runs, 40)
-    picked = scoring.spread(runs, 6)
+    assert evaluators.spread(runs, None) == runs == evaluators.spread(runs, 40)
+    picked = evaluators.spread(runs, 6)
     assert len(set(picked)) == 6 and {attack for _, attack in picked} == set("abcd")
     theirs = {runs[0]: {("t", "acc"): 0.5, ("t", "acc_norm"): 0.25}}
-    assert scoring.agreement({runs[0]: {("t", "acc"): 0.5, ("t", "acc_norm"): 0.25001}}, theirs) == (2, 1, 2)
-    ours = scoring.ByActors(3.0, 1.0, {}, 12)
-    text = scoring.report([10.0, 10.0], 4, 2, 5.0, ours, (8, 8, 8))
+    assert evaluators.agreement({runs[0]: {("t", "acc"): 0.5, ("t", "acc_norm"): 0.25001}}, theirs) == (2, 1, 2)
+    ours = evaluators.ByActors(3.0, 1.0, {}, 12)
+    text = evaluators.report([10.0, 10.0], 4, 2, 5.0, ours, (8, 8, 8))
     assert "met (5.000)" in text and "EXTRAPOLATED from 2 of 4" in text and "same scores: yes" in text
-    assert "EXTRAPOLATED" not in scoring.report([10.0, 10.0], 2, 2, 5.0, ours, (8, 8, 8))
+    assert "EXTRAPOLATED" not in evaluators.report([10.0, 10.0], 2, 2, 5.0, ours, (8, 8, 8))
 
 
 @pytest.mark.parametrize("outside", [True, False])
