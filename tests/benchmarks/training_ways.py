@@ -195,7 +195,7 @@ class Transformers:
         self._timed = _timed(self._trainer)
 
     def run(self, first: int, steps: int) -> Ran:
-        """Train on; building the Trainer's loop anew for these steps is not timed."""
+        """Train on; setting up the Trainer's loop for these steps is not timed."""
         taken = picked(self._setting, len(self._rows), first, steps).ravel()
         self._trainer.train_dataset = _dataset(self._rows, taken)
         return self._timed(len(taken), int(self._rows.lengths[taken].sum()))
