@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tune.evaluation.prefix_cache import Logits
+    from tune.evaluation.logits import Logits
 
 
 class Benchmark(Protocol):

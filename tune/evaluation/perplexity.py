@@ -25,10 +25,11 @@ from tune.evaluation.check import check_perplexity
 from tune.evaluation.item_values import Values
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tune.evaluation.prefix_cache import Logits
+    from tune.evaluation.logits import Logits, Reader
 
 VERSION = "1"
 
@@ -169,26 +170,32 @@ def score(
     return [row], items
 
 
-def _window_sums(windows: Sequence[Window], model: PreTrainedModel | PeftModel, logits_of: Logits) -> list[float]:
-    """Sum the negative log-likelihood of the scored tokens of each window, in fp32, one window of logits at a time."""
+def _window_sums(windows: Sequence[Window], model: PreTrainedModel | PeftModel, logits: Logits) -> list[float]:
+    """Sum the negative log-likelihood of the scored tokens of each window, in fp32; of logits, a chunk at a time."""
     import torch
-    import torch.nn.functional as F
 
     longest = max(len(window.ids) for window in windows)
     ids = torch.zeros(len(windows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
+    at = torch.zeros_like(ids, dtype=torch.bool)
     for row, window in enumerate(windows):  # padding on the right: a causal model never looks at it
         ids[row, : len(window.ids)] = torch.tensor(window.ids)
         mask[row, : len(window.ids)] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    sums = []
-    with torch.no_grad():
-        logits = logits_of(model, ids, mask)
-        for row, window in enumerate(windows):
-            kept = logits[row, window.first - 1 : len(window.ids) - 1].float()
-            losses = F.cross_entropy(kept, ids[row, window.first : len(window.ids)], reduction="none")
-            sums.append(losses.double().sum().item())
-    return sums
+        at[row, window.first - 1 : len(window.ids) - 1] = True
+    targets = ids.roll(-1, dims=1)[at]
+    ids, mask, at, targets = (tensor.to(model.device) for tensor in (ids, mask, at, targets))
+    losses = logits(model, ids, mask, at=at, read=losses_of(targets)).double()
+    return [part.sum().item() for part in losses.split([len(window.ids) - window.first for window in windows])]
+
+
+def losses_of(targets: torch.Tensor) -> Reader:
+    """Return a reader of the negative log-likelihoods (N,), in nats and fp32, of one target token (N,) per position."""
+    import torch.nn.functional as F
+
+    def read(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        return F.cross_entropy(logits.float(), targets[rows], reduction="none")
+
+    return read
 
 
 class PerplexityBenchmark:

@@ -4,13 +4,14 @@ An attack zeroes rows of one FFN, in layer l. The embedding, the layers below l 
 FFN (its attention) are unaffected: their outputs for one batch are bit-identical under every attack on base rows. The
 first forward pass of a batch records them, later passes replay them in place of the calls.
 
-Nothing is assumed about a model: the first replayed batch is also computed in full, and if one bit of the logits
-differs, or the modules are not called as expected, nothing is shared. Only forward passes without a KV cache are shared
-(log-likelihoods, perplexity), not generation.
+Nothing is assumed about a model: the first replayed batch is also computed in full, and if one bit of its outputs (the
+hidden states of all positions, or the logits) differs, or the modules are not called as expected, nothing is shared.
+Only forward passes without a KV cache are shared (log-likelihoods, perplexity), not generation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 from macdrop.errors import MacDropError
 from macdrop.families import bare_model, decoder_layers, massive_ffn
 from macdrop.weights import MassiveWeights
+from tune.evaluation.logits import ModelInputs, Positions, Reader, Reading
 
 #: Bytes of outputs kept by default; on a GPU at most a quarter of the free memory. Batches beyond it are computed in
 #: full each time: evicting the oldest would not help, because every attack visits the batches in the same order.
@@ -28,8 +30,6 @@ BUDGET = 1 << 30
 _BELOW = -1  # the key of the output of the layers below l, among those of the parts of l
 
 Kept = dict[int, Any]
-#: Computes logits (B, T, vocabulary) from a model, token ids (B, T) and an optional mask (B, T).
-Logits = Callable[..., torch.Tensor]
 
 
 class PrefixCache:
@@ -72,57 +72,61 @@ class PrefixCache:
                 self._site = None
 
     @torch.no_grad()
-    def logits(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the logits of one batch (B, T, vocabulary), bit-identical to those of the model itself."""
-        site = self._site
+    def logits(
+        self,
+        model: nn.Module,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor | None = None,
+        at: Positions | None = None,
+        read: Reader | None = None,
+    ) -> torch.Tensor:
+        """Run the model as `Logits` says, bit-identical to `plain_logits`; what is kept does not depend on `at`."""
+        inputs, reading, site = ModelInputs(ids, mask, positions), Reading(model, at, read), self._site
         if site is None:
-            return plain_logits(model, ids, mask)
-        key = _key(ids, mask)
+            return reading.of(reading.states(inputs))
+        key = inputs.key()
         kept = self._batches.get(key)
         if kept is not None:
-            return self._replay(site, model, ids, mask, kept)
-        return plain_logits(model, ids, mask) if self._full else self._record(site, model, ids, mask, key)
+            states = self._replay(site, inputs, reading, kept)
+        elif self._full:
+            states = reading.states(inputs)
+        else:
+            states = self._record(site, inputs, reading, key)
+        return reading.of(states)
 
-    def _record(
-        self, site: _Site, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, key: Hashable
-    ) -> torch.Tensor:
+    def _record(self, site: _Site, inputs: ModelInputs, reading: Reading, key: Hashable) -> torch.Tensor:
         kept: Kept = {}
         with site.mode(record=kept):
-            logits = plain_logits(model, ids, mask)
+            states = reading.states(inputs)
         size = sum(_size(value) for value in kept.values())
         if not kept or self._bytes + size > self._room:
             self._full = True
         else:
             self._batches[key] = kept
             self._bytes += size
-        return logits
+        return states
 
-    def _replay(
-        self, site: _Site, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, kept: Kept
-    ) -> torch.Tensor:
+    def _replay(self, site: _Site, inputs: ModelInputs, reading: Reading, kept: Kept) -> torch.Tensor:
         if self._trusted.get(site.kind):
             with site.mode(replay=kept):
-                logits = plain_logits(model, ids, mask)
+                states = reading.states(inputs)
             self.calls_saved += site.calls
-            return logits
+            return states
         # Other tokens first, so that state which a model keeps from its last pass cannot hide a difference.
-        plain_logits(model, torch.where(ids > 0, ids - 1, ids + 1), mask)
+        reading.states(dataclasses.replace(inputs, ids=torch.where(inputs.ids > 0, inputs.ids - 1, inputs.ids + 1)))
         shared: torch.Tensor | None
         try:
             with site.mode(replay=kept):
-                shared = plain_logits(model, ids, mask)
+                shared = reading.states(inputs)
         except Exception:  # a model may do anything with outputs it did not expect
             shared = None
-        full = plain_logits(model, ids, mask)
-        self._trusted[site.kind] = shared is not None and torch.equal(full, shared)
+        full = reading.states(inputs)
+        self._trusted[site.kind] = shared is not None and _same_bits(full, shared)
         if not self._trusted[site.kind]:
             self._site = None
         return full
-
-
-def plain_logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute the logits of one batch (B, T, vocabulary) without a KV cache. ids, mask: (B, T); mask 0 at padding."""
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 class _Site:
@@ -218,9 +222,11 @@ def _room(model: nn.Module, budget: int) -> int:
     return min(budget, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else budget
 
 
-def _key(ids: torch.Tensor, mask: torch.Tensor | None) -> Hashable:
-    tensors = [ids] if mask is None else [ids, mask]
-    return tuple((tuple(t.shape), t.cpu().numpy().tobytes()) for t in tensors)
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare bits: padding that attends to nothing may be NaN, which equals nothing."""
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
 
 
 def _copyable(value: Any) -> bool:

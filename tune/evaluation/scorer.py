@@ -21,8 +21,9 @@ from tune.config.eval_spec import NO_ATTACK, EvalJob, EvalSpec, jobs
 from tune.config.parse import SECTIONS
 from tune.data.locations import is_local
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
+from tune.evaluation.logits import Logits, plain_logits
 from tune.evaluation.merging import merged_weights
-from tune.evaluation.prefix_cache import Logits, PrefixCache, plain_logits
+from tune.evaluation.prefix_cache import PrefixCache
 from tune.storage.atomic import atomic_write_text
 from tune.training.quiet import quiet_while_scoring
 

@@ -20,7 +20,7 @@ from tune.data.chat_template import end_of_answers
 from tune.data.thoughts import without_thought
 from tune.errors import BenchmarkError
 from tune.evaluation.decode import Ends, cut_at, fit_middle, fit_prompt, one_length_a_batch
-from tune.evaluation.prefix_cache import Logits, plain_logits
+from tune.evaluation.logits import Logits, plain_logits
 
 if TYPE_CHECKING:
     from peft import PeftModel
