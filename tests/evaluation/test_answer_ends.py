@@ -7,9 +7,10 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import benchmark_fixtures as fix
 from helpers.chat_dialects import DIALECTS
-from transformers import LogitsProcessor
+from transformers import AutoTokenizer, LogitsProcessor
 
 from tune.config.eval_entries import ZeroShot
 from tune.config.eval_spec import EvalSpec
@@ -18,9 +19,10 @@ from tune.data.formats import Turn
 from tune.data.templates import Encoder
 from tune.data.thoughts import without_thought
 from tune.evaluation import generation
-from tune.evaluation.decode import greedy
+from tune.evaluation.decode import Ends, _StopAtText, greedy
 from tune.evaluation.judge.prompt import parse
 from tune.evaluation.zero_shot.harness import Harness
+from tune.zoo.catalog import zoo_path
 
 CHATML = DIALECTS["chatml"].jinja
 
@@ -102,6 +104,37 @@ def test_an_opened_thought_ends_at_its_mark():
     found = answers(tokenizer, ["hm\n</think>\n\ncat<|end_of_sentence|>", "hm for ever"], opened=True)
     assert [answer.text for answer in found] == ["cat", ""]
     assert found[0].thought == "hm\n</think>\n\n" and found[1].thought.startswith("hm for ever")
+
+
+class Recorder:
+    """A tokenizer that records how many tokens it is given to decode."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.decoded = tokenizer, 0
+
+    def decode(self, tokens, **options):
+        self.decoded += len(tokens)
+        return self.tokenizer.decode(tokens, **options)
+
+
+SAID = ["cat dog", "cat\n\ndog", "<think>\n\nhm ✓ a</think>\n\ncat ✓ dog\n\n", "z" * 300 + "<|im_end|>", "é✓\n✓\n\n"]
+
+
+@pytest.mark.parametrize("stop", [[], ["\n\n"], ["✓", "g\n"]], ids=["mark", "blank line", "characters of many bytes"])
+@pytest.mark.parametrize("zoo", [False, True], ids=["bytes", "pieces"])
+def test_a_row_stops_where_decoding_all_of_it_at_each_token_would(zoo, stop):
+    tokenizer = AutoTokenizer.from_pretrained(zoo_path("planted-llama")) if zoo else chat_tokenizer(CHATML)
+    recorder = Recorder(tokenizer)
+    ends = Ends(recorder, frozenset(), "<|im_end|>", stop, False)
+    for text in SAID:
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        want = [ends.texts(tokens[:n]) for n in range(1, len(tokens) + 1)]
+        recorder.decoded, criterion = 0, _StopAtText(ends, 2)
+        found = [criterion(torch.tensor([[5, 6, *tokens[:n]]]), None).item() for n in range(1, len(tokens) + 1)]
+        upto = want.index(True) + 1 if True in want else len(want)
+        assert found[:upto] == want[:upto]
+        if text.startswith("zzz"):
+            assert recorder.decoded <= len(tokens) * (2 * ends.reach + 2 * (len(tokens) - upto + 1))
 
 
 def test_thoughts_are_cut_off_as_the_judge_does():

@@ -68,6 +68,21 @@ class Ends:
             ids, mark = ids | {added[mark]}, ""
         return cls(tokenizer, frozenset(ids), mark, stop, opened)
 
+    @property
+    def reach(self) -> int:
+        """Number of last tokens in which a text of these ends has appeared as soon as it is whole.
+
+        A token holds a byte of it at least; the few more begin the first one in the middle of a character or a word.
+        """
+        return max(len(text.encode()) for text in ("", self.mark, *self.stop)) + 4
+
+    def latest(self, tokens: Sequence[int]) -> bool:
+        """Return whether the last `reach` tokens of an answer hold a text that may end it: cheap to ask each time."""
+        if self.mark and self.mark in str(self.tokenizer.decode(list(tokens))):
+            return True
+        text = self._text(tokens) if self.stop else ""
+        return any(stop in text for stop in self.stop)
+
     def texts(self, tokens: Sequence[int]) -> bool:
         """Return whether these new tokens hold a text that ends an answer."""
         if self.mark and self.mark in str(self.tokenizer.decode(list(tokens))):
@@ -146,14 +161,20 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
 
 
 class _StopAtText:
-    """Stopping criterion: ends a row as soon as its new text holds one that ends an answer."""
+    """Stopping criterion: ends a row as soon as its new text holds one that ends an answer.
+
+    All of a row is decoded only where its last tokens hold such a text: to decode it for every token would take as many
+    steps as the square of its length. `Ends.answer` decides what an answer is; this, how long a batch runs.
+    """
 
     def __init__(self, ends: Ends, prompt_length: int) -> None:
         self.ends, self.prompt_length = ends, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        new = input_ids[:, self.prompt_length :].tolist()
-        return input_ids.new_tensor([self.ends.texts(row) for row in new]).bool()
+        new = input_ids[:, self.prompt_length :]
+        latest = new[:, -self.ends.reach :].tolist()
+        ended = [self.ends.latest(last) and self.ends.texts(new[row].tolist()) for row, last in enumerate(latest)]
+        return input_ids.new_tensor(ended).bool()
 
 
 @contextmanager
