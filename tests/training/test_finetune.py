@@ -131,7 +131,8 @@ def test_changed_base_is_detected(tmp_path):
 
     def tamper(metrics: dict) -> str:
         for thing in gc.get_objects():
-            if isinstance(thing, LlamaForCausalLM) and hasattr(thing, "peft_config"):
+            held = isinstance(thing, LlamaForCausalLM) and hasattr(thing, "peft_config")
+            if held and thing.lm_head.weight.dim() == 2:  # not one that a finished ZeRO-3 engine left partitioned
                 thing.lm_head.weight.data[0, 0] += 1
         return "go_on"
 

@@ -281,8 +281,7 @@ class _Run:
 
     def _entries(self) -> tuple[int, int]:
         """Return the entries dropped and masked since step 0."""
-        drop = self.training.drop
-        dropped, masked = (drop.entries_dropped, drop.entries_masked) if drop else (0, 0)
+        dropped, masked = self.training.entries
         return self.before[0] + dropped, self.before[1] + masked
 
     def _save(self) -> None:

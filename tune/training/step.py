@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from macdrop.config import MacDropConfig
+from macdrop.config import SCOPES, MacDropConfig
 from macdrop.errors import ConfigError, MacDropError, TrainingInvariantError
 from macdrop.hooks import MacDrop
+from macdrop.masking.layout import Span
 from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec
 from tune.data.batching import Batches, learning_rates, total_steps
@@ -40,6 +41,8 @@ class Stepped:
 
 class Training:
     """One fine-tuning's engine, data, and MacDrop on the frozen rows (`drop`; None for a plain adapter).
+
+    `entries` counts the weight entries (dropped, masked) of all steps so far: once per mask, on whichever ranks.
 
     Raises:
         ConfigError: MacDrop is on, but there are no massive weights.
@@ -67,6 +70,7 @@ class Training:
         self.rate = learning_rates(spec, self.steps)
         self.config = spec.macdrop.config(seed=spec.seed)
         self.drop = _macdrop(engine, weights, self.config)
+        self.entries = (0, 0)
         #: The reason for padded micro-batches where packing is `auto`; None where they are packed, or not asked for.
         self.unpacked: str | None = None
         self.forward = ForwardPass(engine.engine, engine.engine.device)
@@ -113,7 +117,6 @@ class Training:
             group["lr"] = rate
         label_tokens = int(self.data.train.label_counts[picked].sum())
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-        dropped = self.drop.entries_dropped if self.drop else 0
         unreached = 0
         norm = None
         engine.train()
@@ -151,7 +154,7 @@ class Training:
             "learning_rate": rate,
             "grad_norm": norm,
             "p": p,
-            "entries_dropped": (self.drop.entries_dropped if self.drop else 0) - dropped,
+            "entries_dropped": self._count_entries(step),
             "tokens_per_second": int(self.data.train.lengths[picked].sum()) / (time.monotonic() - started),
         }
         return Stepped(metrics, math.isfinite(loss) and not total[1] > 0, int(total[2]))
@@ -163,7 +166,8 @@ class Training:
         train, rank, world = self.data.train, self.engine.rank, self.engine.world
         if self.forward.attention is None:
             return [padded_batch(train, picked[s], s, self._pad) for s in range(rank, self.batches.slices, world)]
-        plan = plan_rows(train.lengths[picked], world, self._budget, apart=self.drop is not None)
+        apart = self.drop is not None and self.drop.one_mask_at_a_time
+        plan = plan_rows(train.lengths[picked], world, self._budget, apart=apart)
         return [packed_row(train, picked, rows[rank]) for rows in plan]
 
     @property
@@ -178,12 +182,34 @@ class Training:
 
     # --- masks ---
 
+    # --- masks ---
+
     def _masked(self, p: float, step: int, batch: MicroBatch) -> AbstractContextManager[Any]:
-        """Put the mask of the slice that a micro-batch holds examples of in force: one mask, whoever computes it."""
-        if self.drop is None or not batch.counts:
+        """Put the masks of the slices that a micro-batch holds examples of in force."""
+        if self.drop is None:
             return nullcontext()
-        (number,) = {each.slice for each in batch.examples}
-        return self.drop.micro_step(p, (step - 1) * self.batches.slices + number)
+        first = self._first_mask(step)
+        spans = [Span(each.row, each.start, each.stop, first + each.slice, each.place) for each in batch.examples]
+        return self.drop.micro_step(p, spans if batch.counts else ())
+
+    def _first_mask(self, step: int) -> int:
+        """Return the number of the mask of a step's first slice: a slice has one mask, whoever computes it."""
+        return (step - 1) * self.batches.slices
+
+    def _count_entries(self, step: int) -> int:
+        """Return the entries that the masks of a finished step dropped, each mask counted once; a collective."""
+        if self.drop is None:
+            return 0
+        counts = torch.zeros(self.batches.slices, 2, dtype=torch.int64, device=self.engine.engine.device)
+        for number, found in self.drop.take_counts().items():
+            counts[number - self._first_mask(step)] = counts.new_tensor(found)
+        # A mask of rows is the same on every rank that uses it; activations belong to one rank's examples.
+        of_rows = SCOPES[self.config.scope].rows is not None
+        operation = torch.distributed.ReduceOp.MAX if of_rows else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(counts, operation)
+        dropped, masked = counts.sum(0).tolist()
+        self.entries = (self.entries[0] + dropped, self.entries[1] + masked)
+        return dropped
 
     def _gradient_norm(self) -> float | None:
         """Return the norm under stage 0 in fp32, where DeepSpeed clips with it but does not keep it; None elsewhere."""
