@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "points",
     "slug",
+    "values_of",
     "with_values",
 ]
 
@@ -122,6 +123,16 @@ def searchable() -> list[str]:
     fixed = {*MODEL_KEYS, "finetuning_type", "macdrop", "seed", "max_dropped_share"}
     flat = [name for name in TrainSpec.model_fields if name not in fixed]
     return flat + [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
+
+
+def values_of(spec: TrainSpec, parameters: Mapping[str, Space], key: str) -> list[Any]:
+    """Return the values that a dotted key may take: those searched (of a range its ends), else the spec's own."""
+    if key in parameters:
+        return parameters[key].bounds()
+    value: Any = spec
+    for part in key.split("."):
+        value = getattr(value, part)
+    return [value]
 
 
 def _check_searchable(key: str) -> None:

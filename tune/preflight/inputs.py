@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,16 +15,19 @@ from macdrop.families import find_ffns
 from macdrop.load import check_model, load_tokenizer
 from macdrop.schedules import SCHEDULES, probability
 from tune.config.eval_spec import NO_ATTACK, EvalSpec, jobs
-from tune.config.run_spec import RunSpec, Space, TrainSpec, with_values
+from tune.config.run_spec import RunSpec, Space, TrainSpec, values_of, with_values
 from tune.config.sections import ARMS, EVAL_LOSS, Arm
 from tune.data import dataset as data
 from tune.data.batching import Batches, total_steps
 from tune.data.cutoff import describe_cutoff
+from tune.data.padding import describe_padding
 from tune.evaluation.benchmark import check_files
 from tune.evaluation.judge.session import check_judge
 from tune.evaluation.scorer import check_readable
 from tune.preflight.adapter import check_adapter, model_outline
+from tune.preflight.micro_batch import check_fits, check_longest, check_packable
 from tune.preflight.positions import check_positions
+from tune.preflight.step_memory import Room, worker_room
 from tune.scheduling.early_stopping import Cuts, cuts
 from tune.scheduling.study import Study
 from tune.storage.places import cache_dir
@@ -55,12 +57,14 @@ class Checked:
     cuts: ASHA's cuts; None without ASHA.
     notes: sentences that the user should read.
     data: what `cutoff_len` does to the rows, for each value that a search may draw.
+    packing: what packing does to the micro-batches, or what its absence costs; empty where nothing is trained.
     """
 
     steps: int = 0
     cuts: Cuts | None = None
     notes: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
+    packing: str = ""
 
 
 def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
@@ -70,8 +74,8 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
 
     Raises:
         ConfigError: a tracker, model or file cannot be used, k or an attack is above the size of the FFN, `lora_target`
-            names no layer, the ZeRO stage does not support it, the search lacks a validation set, or ASHA could stop
-            nothing.
+            names no layer, the ZeRO stage does not support it, the search lacks a validation set, ASHA could stop
+            nothing, or a packed micro-batch is impossible.
     """
     attacks = {job.attack: name for name in ("validation", "eval") for job in jobs(getattr(spec, name))}
     check_trackers(spec.report_to, Path(spec.output_dir or "."))
@@ -84,24 +88,27 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
     checked: dict[str, Checked] = {}
     asha = spec.sweep.scheduler == "asha"
     needed = asha or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
+    workers, room = spec.ray.num_workers, worker_room(spec.ray)
     for study, (tokenizer, notes) in zip(planned, opened, strict=True):
         for block in (spec.eval, spec.validation):
             check_readable(block, _config(study.spec), tokenizer)
         checked[study.name] = Checked()
         if study.count:
             prepared = _data(study.spec, study.parameters, tokenizer, needed and study.search)
-            steps, epoch = _steps(study.spec, study.parameters, prepared[0], spec.ray.num_workers)
+            steps, epoch = _steps(study.spec, study.parameters, prepared[0], workers)
             found = cuts(study, spec.sweep, steps, epoch) if asha else None
-            checked[study.name] = Checked(steps, found, tuple(notes), _words(prepared))
+            notes += _fits(study.spec, study.parameters, prepared, workers, room)
+            checked[study.name] = _checked(study.spec, prepared, workers, steps, found, notes)
     return checked
 
 
-def check_training(spec: TrainSpec, workers: int) -> Checked:
-    """Check the inputs of one fine-tuning on `workers` workers."""
+def check_training(spec: TrainSpec, workers: int, room: Room | None = None) -> Checked:
+    """Check the inputs of one fine-tuning on `workers` workers; `room` is the memory of each, None if unknown."""
     tokenizer, notes = check_study(spec, {}, {})
     prepared = _data(spec, {}, tokenizer, needs_validation=False)
     steps, _ = _steps(spec, {}, prepared[0], workers)
-    return Checked(steps, None, tuple(notes), _words(prepared))
+    notes += _fits(spec, {}, prepared, workers, room)
+    return _checked(spec, prepared, workers, steps, None, notes)
 
 
 def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
@@ -145,24 +152,25 @@ def check_study(
     """
     scopes = [ARMS[arm] for arm in (arms or [spec.arm]) if arm in ARMS]
     outline = model_outline(spec)
+    check_packable(outline, spec, parameters)
     tokenizer = load_tokenizer(
         resolve(spec.model_name_or_path),
         revision=spec.model_revision,
         trust_remote_code=spec.trust_remote_code,
         model=outline,
     )
-    ks = _values(spec, parameters, "macdrop.k") if may_drop(spec, parameters) else []
+    ks = values_of(spec, parameters, "macdrop.k") if may_drop(spec, parameters) else []
     check_rows(outline, spec, ks=ks, attacks=attacks)
     check_scopes(outline, spec, ks=ks, scopes=scopes)
     notes = check_adapter(
-        spec, targets=_values(spec, parameters, "lora_target"), dora=_values(spec, parameters, "use_dora")
+        spec, targets=values_of(spec, parameters, "lora_target"), dora=values_of(spec, parameters, "use_dora")
     )
     masked = may_drop(spec, parameters) and any(SCOPES[scope].rows for scope in scopes)
-    if masked and True in _values(spec, parameters, "use_dora"):
+    if masked and True in values_of(spec, parameters, "use_dora"):
         # Which rows are massive, and how many of their entries are zero, is known once the model has been scanned.
-        warning = dora_warning(max(_values(spec, parameters, "macdrop.p0")), find_ffns(outline)[0].hidden_size)
+        warning = dora_warning(max(values_of(spec, parameters, "macdrop.p0")), find_ffns(outline)[0].hidden_size)
         notes += [warning] if warning else []
-    if masked and 3 in _values(spec, parameters, "zero_stage"):
+    if masked and 3 in values_of(spec, parameters, "zero_stage"):
         check_partitioned(outline, spec)
     return tokenizer, notes
 
@@ -247,7 +255,7 @@ def _data(
     spec: TrainSpec, parameters: dict[str, Space], tokenizer: PreTrainedTokenizerBase, needs_validation: bool
 ) -> list[data.Prepared]:
     """Tokenise the data: those of the spec itself, then those of each searched value of a key they depend on."""
-    if needs_validation and 0 in _values(spec, parameters, "val_size"):
+    if needs_validation and 0 in values_of(spec, parameters, "val_size"):
         raise ConfigError(
             "val_size is 0, but the search optimises eval_loss, or stops trials by it. Set val_size (for example "
             "0.05), or sweep.metric to a score of the block validation, and sweep.scheduler to none."
@@ -258,6 +266,7 @@ def _data(
     config = _config(spec)
     for each in prepared:
         check_positions(config, each.info, spec.model_name_or_path)
+        check_longest(spec, parameters, each.info)
     return prepared
 
 
@@ -267,8 +276,18 @@ def _config(spec: TrainSpec) -> PreTrainedConfig:
     )
 
 
-def _words(prepared: list[data.Prepared]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(describe_cutoff(each.info) for each in prepared))
+def _fits(
+    spec: TrainSpec, parameters: dict[str, Space], prepared: list[data.Prepared], workers: int, room: Room | None
+) -> list[str]:
+    longest = max((each.train.lengths for each in prepared), key=lambda lengths: int(lengths.sum()))
+    return check_fits(spec, parameters, longest, workers, room)
+
+
+def _checked(
+    spec: TrainSpec, prepared: list[data.Prepared], workers: int, steps: int, found: Cuts | None, notes: list[str]
+) -> Checked:
+    words = dict.fromkeys(describe_cutoff(each.info) for each in prepared)
+    return Checked(steps, found, tuple(notes), tuple(words), describe_padding(prepared[0].train.lengths, spec, workers))
 
 
 def _steps(spec: TrainSpec, parameters: dict[str, Space], prepared: data.Prepared, workers: int) -> tuple[int, int]:
@@ -282,7 +301,7 @@ def _steps(spec: TrainSpec, parameters: dict[str, Space], prepared: data.Prepare
     )
     steps = total_steps(spec, len(prepared.train), batches.global_batch)
     if may_drop(spec, parameters):
-        for schedule in _values(spec, parameters, "macdrop.schedule"):
+        for schedule in values_of(spec, parameters, "macdrop.schedule"):
             _check_schedule(schedule, steps, batches.epoch(steps))
     return steps, batches.steps_per_epoch
 
@@ -301,13 +320,3 @@ def _check_schedule(schedule: str, steps: int, epochs: int) -> None:
             f"macdrop.schedule {schedule!r} never drops anything in a run of {steps} step(s), {epochs} epoch(s): its p "
             f"is 0 from the start. Train longer, or take another schedule: {', '.join(SCHEDULES)}."
         )
-
-
-def _values(spec: TrainSpec, parameters: dict[str, Space], key: str) -> list[Any]:
-    """Return the values that a dotted key may take: those searched, else the spec's own."""
-    if key in parameters:
-        return parameters[key].bounds()
-    value: Any = spec
-    for part in key.split("."):
-        value = getattr(value, part)
-    return [value]

@@ -181,6 +181,8 @@ def _check(spec: RunSpec, planned: list[Study]) -> None:
         line("checked", what)
         for words in checked.data:
             line("data", f"{name}: {words}")
+        if checked.packing:
+            line("packing", f"{name}: {checked.packing}")
         for note in checked.notes:
             line("note", f"{name}: {note}")
         if checked.cuts:

@@ -36,6 +36,7 @@ def train(
     from tune.config.recipes import fresh_folder, recipe
     from tune.config.resume import shell_command
     from tune.preflight.inputs import check_folder, check_trackers, check_training
+    from tune.preflight.step_memory import worker_room
     from tune.scheduling.resources import check_local, one_lane
     from tune.storage.run_lock import check_free
     from tune.training.quiet import quiet_libraries
@@ -59,10 +60,12 @@ def train(
     check_trackers(spec.report_to, folder)
     workers = int(os.environ.get("WORLD_SIZE", "1")) if _in_this_process(spec) else spec.ray.num_workers
     with console.status("Reading model settings and data"):
-        checked = check_training(model, workers)
+        room = worker_room(one_lane(spec.ray).model_copy(update={"num_workers": workers}))
+        checked = check_training(model, workers, room)
     if _is_first():
         for words in checked.data:
             line("data", words)
+        line("packing", checked.packing)
         for note in checked.notes:
             line("note", note)
     if checkpoint is not None:

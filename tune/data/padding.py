@@ -1,0 +1,68 @@
+"""Padding of a fine-tuning's micro-batches, and what packing makes of it, in words: pure functions of lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tune.config.train_spec import TrainSpec
+from tune.data.batching import Batches
+
+#: Optimizer steps that are looked at, from the first.
+LOOKED_AT = 200
+
+
+def token_budget(spec: TrainSpec) -> int:
+    """Return the tokens of a packed micro-batch at most."""
+    return spec.max_tokens_per_micro_batch or spec.per_device_train_batch_size * spec.cutoff_len
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Tokens of a fine-tuning's optimizer steps.
+
+    share: padding over all tokens where micro-batches are padded, 0 to 1.
+    micro_batches: packed micro-batches per worker and step, on average; at least as many.
+    largest: tokens of the largest step.
+    """
+
+    share: float
+    micro_batches: float
+    largest: int
+
+
+def padding_of(lengths: np.ndarray, spec: TrainSpec, workers: int) -> Padding:
+    """Compute the padding of the first epoch, of at most `LOOKED_AT` steps.
+
+    lengths: tokens of each training example, int64 (n,).
+    """
+    steps = [lengths[picked] for picked in _steps(len(lengths), spec, workers)]  # each (accumulation, workers, B)
+    real = sum(int(each.sum()) for each in steps)
+    padded = sum(int(each.max(axis=-1).sum()) * each.shape[-1] for each in steps)
+    rows = [-(-int(each.sum()) // (token_budget(spec) * workers)) for each in steps]
+    return Padding(1 - real / padded, float(np.mean(rows)), max(int(each.sum()) for each in steps))
+
+
+def describe_padding(lengths: np.ndarray, spec: TrainSpec, workers: int) -> str:
+    """Return what packing does to the micro-batches of a fine-tuning, or what its absence costs."""
+    found = padding_of(lengths, spec, workers)
+    if spec.packing == "off":
+        return f"off; {found.share:.0%} of the tokens in padded micro-batches are padding"
+    number = f"{found.micro_batches:.2g} micro-batch{'' if found.micro_batches == 1 else 'es'}"
+    saved = f"{found.share:.0%} of the padded tokens saved"
+    when = "" if spec.packing == "on" else ", where the model passes the check at the start"
+    return f"{number} of at most {token_budget(spec)} tokens per worker and step; {saved}{when}"
+
+
+def _steps(examples: int, spec: TrainSpec, workers: int) -> Iterator[np.ndarray]:
+    batches = Batches(
+        examples,
+        seed=spec.seed,
+        per_device=spec.per_device_train_batch_size,
+        accumulation=spec.gradient_accumulation_steps,
+        world=workers,
+    )
+    for step in range(1, min(batches.steps_per_epoch, LOOKED_AT, spec.max_steps or LOOKED_AT) + 1):
+        yield batches.step(step)
