@@ -1,4 +1,4 @@
-"""Padding of a fine-tuning's micro-batches, and what packing makes of it, in words: pure functions of lengths."""
+"""Padding of a fine-tuning's micro-batches, and what packing makes of it: pure functions of lengths."""
 
 from __future__ import annotations
 

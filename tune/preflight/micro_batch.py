@@ -13,8 +13,6 @@ from tune.config.run_spec import Space, TrainSpec, values_of
 from tune.data.padding import padding_of, token_budget
 from tune.preflight.step_memory import Room, StepMemory, step_memory
 
-#: An estimate above this multiple of the memory is refused; above the memory it is noted.
-CLEARLY = 1.3
 #: What a search may draw that takes the most memory: the largest of these, the smallest of those.
 _LARGEST = (
     "use_dora",
@@ -61,7 +59,7 @@ def check_longest(spec: TrainSpec, parameters: Mapping[str, Space], info: Mappin
 def check_fits(
     spec: TrainSpec, parameters: Mapping[str, Space], lengths: np.ndarray, workers: int, room: Room | None
 ) -> list[str]:
-    """Refuse a budget of tokens that a worker clearly has too little memory for; return a note where it is doubtful.
+    """Refuse a budget of tokens that a worker surely has too little memory for; return a note where it is doubtful.
 
     lengths: tokens of each training example, int64 (n,). room: None where it is unknown: nothing is refused.
 
@@ -79,7 +77,7 @@ def check_fits(
     if memory is None or memory.of(tokens) <= room.size:
         return []
     words = _too_large(most, tokens, memory, room, int(lengths.max()))
-    if memory.of(tokens) > CLEARLY * room.size:
+    if memory.least(tokens) > room.size:
         raise ConfigError(words)
     return [words.replace("\n", " ")]
 

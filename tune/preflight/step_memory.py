@@ -21,10 +21,12 @@ from tune.training.lora import add_adapter
 
 #: Numbers of tokens that are counted; what more tokens take is proportional.
 COUNTED = (64, 192)
-#: Allocated over kept bytes: glibc's heap is left with holes between blocks of megabytes, CUDA's caching allocator is
-#: not. On SmolLM2-135M (2 threads, LoRA on all linear layers, rows of 512 to 2048 tokens) the peak of the resident
-#: memory above that of the idle worker was 1.5 to 2.2 times the counted bytes in fp32, and 1.8 to 2.1 times in bf16.
+#: Peak over kept bytes: glibc's heap is left with holes between blocks of megabytes, CUDA's allocator hardly is.
+#: On SmolLM2-135M and Gemma-3-270M (2 threads, LoRA on all linear layers, packed rows of 512 to 3072 tokens) each token
+#: took 1.2 to 2.2 times the kept bytes in fp32 and 1.7 times in bf16.
 HOLES_CPU, HOLES_GPU = 1.6, 1.1
+#: With gradient checkpointing the heap still grew by this share of what would be kept without it.
+RECOMPUTED_CPU = 0.8
 #: Bytes of a worker's libraries, and of one chunk of logits with what their loss takes.
 LIBRARIES, HEAD = 600 * 2**20, 256 * 2**20
 #: Bytes per trained parameter besides the parameter and its gradient: fp32 master and two moments.
@@ -34,16 +36,22 @@ _NAME = "macdrop_shapes_only"
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Peak memory of one worker: `fixed` + `per_token` bytes for each token of its largest micro-batch.
+    """Peak memory of one worker: `fixed` bytes, and bytes for each token of its largest micro-batch.
 
-    Measured peaks on CPUs were 0.9 to 1.4 times the estimate: a check should leave that much room for error.
+    kept: what autograd keeps of a token: counted, so that less will not do.
+    per_token: with what the allocator loses. Measured peaks on CPUs were 0.7 to 1.2 times `of`.
     """
 
     fixed: int
+    kept: int
     per_token: int
 
+    def least(self, tokens: int) -> int:
+        """Return the bytes that a micro-batch of so many tokens takes without any loss."""
+        return self.fixed + tokens * self.kept
+
     def of(self, tokens: int) -> int:
-        """Return the bytes that a micro-batch of so many tokens takes."""
+        """Return the bytes that a micro-batch of so many tokens is estimated to take."""
         return self.fixed + tokens * self.per_token
 
     def tokens(self, room: int) -> int:
@@ -66,16 +74,17 @@ def step_memory(spec: TrainSpec, *, gpu: bool) -> StepMemory | None:
         few, many = (_kept(model, base.base_model, tokens) for tokens in COUNTED)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
-    per_token = (many - few) // (COUNTED[1] - COUNTED[0])
-    constant = few - per_token * COUNTED[0]  # such as DoRA's norms
+    kept = max(1, (many - few) // (COUNTED[1] - COUNTED[0]))
+    constant = few - kept * COUNTED[0]  # such as DoRA's norms
+    per_token = int(kept * (HOLES_GPU if gpu else HOLES_CPU))
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
     if spec.gradient_checkpointing and layers:
         # Each layer keeps its input, and one layer at a time what it computes.
-        per_token = layers * base.config.get_text_config().hidden_size * size + per_token // layers
+        whole, kept = kept, layers * base.config.get_text_config().hidden_size * size + kept // layers
+        per_token = int(kept * HOLES_GPU if gpu else max(kept, whole * RECOMPUTED_CPU))
         constant //= layers
-    holes = HOLES_GPU if gpu else HOLES_CPU
     fixed = weights + constant + trained * (2 * size + OPTIMIZER) + HEAD + (0 if gpu else LIBRARIES)
-    return StepMemory(fixed, max(1, int(per_token * holes)))
+    return StepMemory(fixed, kept, per_token)
 
 
 @dataclass(frozen=True)
