@@ -1,11 +1,15 @@
 """The demo sweep from typed command to table, by phase.
 
-    python tests/benchmarks/demo.py [--run RUN] [key=value ...]
+    python tests/benchmarks/demo.py [--run RUN] [--against CHECKOUT] [--rounds 3] [key=value ...]
 
 Runs `macdrop sweep output_dir=TEMPORARY [key=value ...]` with an empty cache and times it from outside; the phases come
 from the times in the run folder. The target is for two idle CPUs and at least 2 models, ZeRO-2 with 2 workers and 10
 trials; what the run had is printed beside it. With --run nothing is run: it shows the phases of a run folder that is
 there, from its creation on.
+
+With --against a folder with an earlier version (a `git worktree`), both versions run the same sweep once a round, in
+random order, and the ratio of their times is printed as well: the target is not to be slower. Paths among the overrides
+must be absolute: a run's working directory is its temporary folder.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measure import machine, table, verdict
+from measure import WALL, Spent, Variant, interleave, machine, table, verdict
 
 from tune.storage.records import TrialRecord
 
@@ -97,23 +103,62 @@ def report(run_dir: Path, began: float | None, ended: float | None) -> str:
     return "\n".join([*lines, verdict(what, total, TARGET_S, unit=" s")])
 
 
+def sweep(code: Path, root: Path, overrides: Sequence[str]) -> tuple[int, float, float]:
+    """Run the demo of a checkout into `root`/run, with an empty cache; return exit code, start and end."""
+    line = [sys.executable, "-m", "tune.cli", "sweep", f"output_dir={root / 'run'}", *overrides]
+    print(f"\n$ macdrop {' '.join(line[3:])}", flush=True)
+    settings = {"MACDROP_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(code)}
+    began = time.time()
+    done = subprocess.run(line, env=os.environ | settings, cwd=root)
+    return done.returncode, began, time.time()
+
+
+def compare(versions: Mapping[str, Path], rounds: int, overrides: Sequence[str]) -> int:
+    """Run the versions `rounds` times each and print the phases of every run; the first is compared with the last.
+
+    Returns:
+        the first exit code that is not 0, without a comparison; else 0.
+    """
+    codes: list[int] = []
+
+    def run(code: Path) -> Spent:
+        with tempfile.TemporaryDirectory(prefix="macdrop-demo-") as temporary:
+            exit_code, began, ended = sweep(code, Path(temporary), overrides)
+            codes.append(exit_code)
+            print(
+                f"\nexit code {exit_code}\n\n{report(Path(temporary) / 'run', began, ended)}\n\n{machine()}", flush=True
+            )
+        return Spent(ended - began, ended - began)
+
+    variants = {name: Variant(partial(run, code.resolve())) for name, code in versions.items()}
+    timings = interleave(variants, rounds, warm_up=0)
+    if any(codes):
+        return next(code for code in codes if code)
+    first, *_, last = versions
+    if first != last:
+        ratio = timings.ratio(first, last, WALL)
+        seconds = ", ".join(f"{name} {timings.median(name, WALL):.1f} s" for name in versions)
+        print(f"\n{seconds}\n{verdict(f'{first} / {last}', ratio.median, 1.0)}: {ratio.show()}")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run folder that is there, instead of a run")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="a folder with an earlier version")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each version")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_args()
     if given.run:
         print(report(given.run, None, None))
         return 0
-    with tempfile.TemporaryDirectory(prefix="macdrop-demo-") as temporary:
-        root = Path(temporary)
-        line = [str(Path(sys.executable).with_name("macdrop")), "sweep", f"output_dir={root / 'run'}", *given.overrides]
-        print(f"{machine()}\n$ macdrop {' '.join(line[1:])}\n", flush=True)
-        began = time.time()
-        done = subprocess.run(line, env=os.environ | {"MACDROP_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1"})
-        ended = time.time()
-        print(f"\nexit code {done.returncode}\n\n{report(root / 'run', began, ended)}\n\n{machine()}")
-    return done.returncode
+    versions = {"this version": Path(__file__).parents[2]}
+    if given.against:
+        if not (given.against / "tune").is_dir():
+            parser.error(f"{given.against} holds no macdrop: give the folder of a checkout, with tune/ in it")
+        versions["the earlier one"] = given.against
+    print(machine(), flush=True)
+    return compare(versions, given.rounds, given.overrides)
 
 
 if __name__ == "__main__":

@@ -190,3 +190,10 @@ def test_launch_reports_the_cost_of_a_lost_host():
     assert "target up to 3 nodes <= 90 s: met (33.700 s)" in text
     assert "target time lost, host cut <= 60 s: not met (61.000 s)" in text
     assert "target steps repeated, host cut <= 25: not met (26.000)" in text
+
+
+def test_demo_is_compared_with_a_checkout_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo.py", "--against", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        demo.main()
+    assert f"{tmp_path} holds no macdrop" in capsys.readouterr().err

@@ -36,7 +36,8 @@ def rows(tmp_path):
 
 def given(rows, **changes) -> argparse.Namespace:
     settings = {"model": "zoo:planted-llama", "dataset": str(rows), "dtype": "fp32", "device": "cpu", "batch": 4}
-    return argparse.Namespace(**settings | {"cutoff": 64, "threads": 1, "tokenizer": "zoo:planted-llama"} | changes)
+    settings |= {"cutoff": 64, "threads": 1, "attention": None, "tokenizer": "zoo:planted-llama"}
+    return argparse.Namespace(**settings | changes)
 
 
 def test_training_is_compared_with_the_trainer(rows, tmp_path, monkeypatch):

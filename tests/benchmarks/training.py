@@ -33,6 +33,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -247,9 +248,10 @@ def prepared(given: argparse.Namespace, root: Path) -> Setting:
     from tune.zoo.catalog import resolve
 
     model = str(write(root / RANDOM, given.tokenizer)) if given.model == RANDOM else given.model
-    drafted = Setting(model, given.dataset, "", given.dtype, given.device, given.batch, given.cutoff, given.threads)
+    keys = ("dataset", "dtype", "device", "batch", "cutoff", "threads", "attention")
+    drafted = Setting(model=model, data="", **{key: getattr(given, key) for key in keys})
     folder = dataset.prepare(specification(drafted), load_tokenizer(resolve(model)), root / "data")
-    return Setting(**vars(drafted) | {"data": str(folder)})
+    return replace(drafted, data=str(folder))
 
 
 def parse() -> argparse.Namespace:
@@ -265,6 +267,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--cutoff", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--attention", help="attention of all ways, as transformers names it: flash_attention_2, ...")
     parser.add_argument("--tokenizer", default="zoo:planted-llama", help=f"tokenizer of {RANDOM}")
     given = parser.parse_args()
     if "trl" in given.rows and importlib.util.find_spec("trl") is None:

@@ -27,7 +27,11 @@ RANK, K, P, LEARNING_RATE = 16, 5, 0.8, 1e-4
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained. `data`: a folder of `tune.data.dataset.prepare`; `dtype`: fp32, bf16; `device`: cpu, cuda."""
+    """What is trained.
+
+    `data`: a folder of `tune.data.dataset.prepare`; `dtype`: fp32, bf16; `device`: cpu, cuda; `attention`: an
+    implementation of transformers for all ways, None for the default.
+    """
 
     model: str
     dataset: str
@@ -37,6 +41,7 @@ class Setting:
     batch: int
     cutoff: int
     threads: int
+    attention: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def specification(setting: Setting, *, dora: bool = False, macdrop: bool = False
         "lora_rank": RANK,
         "lora_alpha": RANK,
         "bf16": setting.dtype == "bf16",
+        "attn_implementation": setting.attention,
         "use_dora": dora,
         "packing": packing,
         "macdrop": {"k": K, "p0": P if macdrop else 0.0},
@@ -288,7 +294,8 @@ def _open(setting: Setting) -> tuple[Any, Any]:
     dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=setting.attention)
+    return model, tokenizer
 
 
 def _lora(dora: bool) -> Any:
