@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from tune.data.micro_batches import MicroBatch
+from tune.forward.answer_loss import AnswerLoss
 from tune.forward.packed_attention import PackedAttention
 
 
 class ForwardPass:
     """Runs micro-batches through a model.
 
-    model: a causal language model, with an adapter or without, or the DeepSpeed engine around it.
+    loss: of answer tokens, with the model that it runs.
     attention: runs packed rows, once a model is known to (`tune.forward.packing_check`).
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device | str) -> None:
-        self.model, self.device = model, device
+    def __init__(self, loss: AnswerLoss, device: torch.device | str) -> None:
+        self.loss, self.device = loss, device
         self.attention: PackedAttention | None = None
 
     @contextmanager
@@ -39,8 +39,7 @@ class ForwardPass:
             inputs["position_ids"] = self._tensor(batch.position_ids)
             context = self.attention.segments(segments, self.device)
         with context as arguments:
-            logits = self.model(**inputs, **arguments).logits.flatten(0, 1)[self._tensor(batch.positions)]
-            nats = cross_entropy(logits.float(), self._tensor(batch.targets), reduction="sum")
+            nats = self.loss(self._tensor(batch.positions), self._tensor(batch.targets), **inputs, **arguments)
             yield nats if batch.counts else 0.0 * nats
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from macdrop.families import bare_model, embedding_device
+from tune.forward.gathered_head import forget_order, forward_once, gathered, is_partitioned
 
 #: Largest difference of a logit by parts from that of the whole model, relative to the largest logit: the order of
 #: sums in fp32 (TF32 included), four roundings in half precision.
@@ -36,6 +37,9 @@ class SplitModel:
         parent, _, self._name = path.rpartition(".")
         self._parent = self.bare.get_submodule(parent)
         self._output: Callable[..., Any] | None = None  # the class of what the decoder returns
+        #: The modules that are called after the decoder, in the order of their calls.
+        self.head: list[nn.Module] = []
+        self.vocabulary = 0  # logits per position
 
     @classmethod
     def of(cls, model: nn.Module) -> SplitModel | None:
@@ -47,9 +51,12 @@ class SplitModel:
         inputs = _few_tokens(_bare(model))
         with _evaluating(model), torch.no_grad():
             whole = model(**inputs).logits
+            forget_order(model)
             for decoder in _decoders(_bare(model)):
                 split = cls(model, decoder)
-                if split._agrees(whole, inputs):
+                agrees = split._agrees(whole, inputs)
+                forget_order(model)
+                if agrees:
                     return split
         return None
 
@@ -66,7 +73,7 @@ class SplitModel:
             self._output = type(output)
             return then(output.last_hidden_state)
 
-        with _forward_once(self.bare, parts):
+        with forward_once(self.bare, parts):
             return self.model(**inputs)
 
     def hidden(self, **inputs: Any) -> torch.Tensor:
@@ -87,13 +94,28 @@ class SplitModel:
             raise TypeError(f"{type(self.bare).__name__} does not call {self._name} for its hidden states")
         return logits[0]
 
+    def with_head(self, function: Callable[[torch.Tensor], Any], hidden: torch.Tensor) -> Any:
+        """Return ``function(hidden)``, in which `logits` may be called any number of times; to be called inside `run`.
+
+        Under ZeRO-3 the head is gathered once for all of them, so ranks may differ in how many there are.
+        """
+        return gathered(self.head, function, hidden) if is_partitioned(self.head) else function(hidden)
+
     def _agrees(self, whole: torch.Tensor, inputs: dict[str, torch.Tensor]) -> bool:
-        """Return whether the logits by parts are those of the whole model, (B, T, V)."""
+        """Return whether the logits by parts are those of the whole, (B, T, V); note what the head consists of."""
+        called: dict[nn.Module, None] = {}
+
+        def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+            with _noting_calls(self.bare, called):
+                return self.logits(hidden.flatten(0, 1))
+
         try:
-            hidden = self.hidden(**inputs)
-            logits = self.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+            logits = self.run(logits_of, **inputs)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # another protocol than transformers'
             return False
+        self.head = list(called)
+        self.vocabulary = logits.shape[-1]
+        whole = whole.flatten(0, 1)
         if logits.shape != whole.shape:
             return False
         bound = max(TOLERANCE, ROUNDINGS * torch.finfo(whole.dtype).eps) * whole.abs().max()
@@ -157,22 +179,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _forward_once(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let the next call of a module run `forward`; its own is back as soon as that has begun."""
-    before = module.__dict__.get("forward")
-
-    def restore() -> None:
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = before
-
-    def once(*args: Any, **kwargs: Any) -> Any:
-        restore()
-        return forward(*args, **kwargs)
-
-    module.__dict__["forward"] = once
+def _noting_calls(model: nn.Module, called: dict[nn.Module, None]) -> Iterator[None]:
+    """Add the modules that are called inside the block, in order."""
+    hooks = [m.register_forward_pre_hook(lambda module, _: called.update({module: None})) for m in model.modules()]
     try:
         yield
     finally:
-        restore()
+        for hook in hooks:
+            hook.remove()

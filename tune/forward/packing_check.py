@@ -11,6 +11,7 @@ import torch
 
 from macdrop.errors import MacDropError
 from macdrop.families import bare_model
+from tune.forward.gathered_head import forget_order
 from tune.forward.packed_attention import PackedAttention
 
 #: Tokens of the two examples, at least; the longer one goes beyond a sliding window where an example of the run does.
@@ -47,8 +48,11 @@ def check_packing(
     with _evaluating(model), torch.no_grad():
         try:
             padded = _padded(model, first, second)
+            forget_order(model)
             packed = _packed(model, attention, first, second)
+            forget_order(model)
             beside_another = _packed(model, attention, first, second.flip(0).roll(1))
+            forget_order(model)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise MacDropError(f"its forward pass of a packed row ends with {type(error).__name__}: {error}") from error
     allowed = TOLERANCE[bare.dtype]  # type: ignore[index]

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from macdrop.errors import ConfigError, MacDropError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
 from tune.data.dataset import Examples
+from tune.forward.answer_loss import AnswerLoss
 from tune.forward.packed_attention import PackedAttention
 from tune.forward.packing_check import check_packing
 from tune.training.checkpoint import ADAPTER as ADAPTER_FILE
@@ -68,6 +69,7 @@ class Engine:
         self._adapter = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
         assert set(self._adapter) == set(self.shapes), "DeepSpeed changed the set of trainable parameters"
         self._create_moments()
+        self.loss = AnswerLoss(self.engine)
         self._base_digest = self.base_digest()
         self._packed: dict[int, tuple[PackedAttention | None, str | None]] = {}
 

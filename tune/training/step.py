@@ -73,7 +73,7 @@ class Training:
         self.entries = (0, 0)
         #: The reason for padded micro-batches where packing is `auto`; None where they are packed, or not asked for.
         self.unpacked: str | None = None
-        self.forward = ForwardPass(engine.engine, engine.engine.device)
+        self.forward = ForwardPass(engine.loss, engine.engine.device)
 
     def choose_layout(self) -> None:
         """Choose packed or padded micro-batches for the model with the weights it has now; a collective.
