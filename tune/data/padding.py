@@ -9,6 +9,7 @@ import numpy as np
 
 from tune.config.train_spec import TrainSpec
 from tune.data.batching import Batches
+from tune.data.packing import plan_rows
 
 #: Optimizer steps that are looked at, from the first.
 LOOKED_AT = 200
@@ -24,7 +25,7 @@ class Padding:
     """Tokens of a fine-tuning's optimizer steps.
 
     share: padding over all tokens where micro-batches are padded, 0 to 1.
-    micro_batches: packed micro-batches per worker and step, on average; at least as many.
+    micro_batches: packed micro-batches per worker and step, on average.
     largest: tokens of the largest step.
     """
 
@@ -41,7 +42,8 @@ def padding_of(lengths: np.ndarray, spec: TrainSpec, workers: int) -> Padding:
     steps = [lengths[picked] for picked in _steps(len(lengths), spec, workers)]  # each (accumulation, workers, B)
     real = sum(int(each.sum()) for each in steps)
     padded = sum(int(each.max(axis=-1).sum()) * each.shape[-1] for each in steps)
-    rows = [-(-int(each.sum()) // (token_budget(spec) * workers)) for each in steps]
+    budget = max(token_budget(spec), int(lengths.max()))  # smaller ones are refused elsewhere
+    rows = [len(plan_rows(each.reshape(-1, each.shape[-1]), workers, budget)) for each in steps]
     return Padding(1 - real / padded, float(np.mean(rows)), max(int(each.sum()) for each in steps))
 
 

@@ -27,6 +27,7 @@ from tune.evaluation.scorer import check_readable
 from tune.preflight.adapter import check_adapter, model_outline
 from tune.preflight.micro_batch import check_fits, check_longest, check_packable
 from tune.preflight.positions import check_positions
+from tune.preflight.precision import native_bf16
 from tune.preflight.step_memory import Room, worker_room
 from tune.scheduling.early_stopping import Cuts, cuts
 from tune.scheduling.study import Study
@@ -98,6 +99,8 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
             steps, epoch = _steps(study.spec, study.parameters, prepared[0], workers)
             found = cuts(study, spec.sweep, steps, epoch) if asha else None
             notes += _fits(study.spec, study.parameters, prepared, workers, room)
+            known = {note for each in checked.values() for note in each.notes}
+            notes += [note for note in precision_note(study.spec, study.parameters, room) if note not in known]
             checked[study.name] = _checked(study.spec, prepared, workers, steps, found, notes)
     return checked
 
@@ -107,7 +110,7 @@ def check_training(spec: TrainSpec, workers: int, room: Room | None = None) -> C
     tokenizer, notes = check_study(spec, {}, {})
     prepared = _data(spec, {}, tokenizer, needs_validation=False)
     steps, _ = _steps(spec, {}, prepared[0], workers)
-    notes += _fits(spec, {}, prepared, workers, room)
+    notes += [*_fits(spec, {}, prepared, workers, room), *precision_note(spec, {}, room)]
     return _checked(spec, prepared, workers, steps, None, notes)
 
 
@@ -281,6 +284,13 @@ def _fits(
 ) -> list[str]:
     longest = max((each.train.lengths for each in prepared), key=lambda lengths: int(lengths.sum()))
     return check_fits(spec, parameters, longest, workers, room)
+
+
+def precision_note(spec: TrainSpec, parameters: dict[str, Space], room: Room | None) -> list[str]:
+    """Return a note on `bf16: true` for a machine that has to emulate it; `room` is None where others train."""
+    if room is None or True not in values_of(spec, parameters, "bf16") or native_bf16():
+        return []
+    return ["bf16: true, but this machine has no native bf16: fp32 is faster here, and takes twice the memory"]
 
 
 def _checked(

@@ -27,6 +27,7 @@ from macdrop.errors import MacDropError
 from macdrop.load import open_model
 from tune.errors import ResourceError
 from tune.preflight.host import Check, start_checks
+from tune.preflight.precision import bf16_sentence
 from tune.storage.capacity import cpus, memory
 from tune.storage.environment import gpu_names
 from tune.storage.places import cache_dir
@@ -58,6 +59,7 @@ def iter_checks(*, output_dir: str | os.PathLike = "runs", ray: bool = False) ->
     yield _cache()
     yield from start_checks()
     yield _zoo()
+    yield bf16_check()
     yield _hub()
     if ray:
         yield _ray(*_probe(_RAY_PROBE, RAY_USAGE_STATS_ENABLED="0"))
@@ -250,6 +252,11 @@ def _zoo() -> Check:
         except (MacDropError, OSError, ValueError, RuntimeError) as error:
             return Check("built-in models", False, f"{name}: {str(error).splitlines()[0][:200]}", fix)
     return Check("built-in models", True, f"{len(ZOO)} load and run: {', '.join(ZOO)}")
+
+
+def bf16_check() -> Check:
+    """Report what `bf16: true` brings here; measuring it takes a second."""
+    return Check("bf16", True, bf16_sentence(), needed=False)
 
 
 def _hub() -> Check:

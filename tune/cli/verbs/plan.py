@@ -29,6 +29,7 @@ def plan(
     from tune.config.recipes import DEMO, recipe
     from tune.preflight.forecast import forecast_study, price_of, read_prices, total
     from tune.preflight.inputs import check_inputs
+    from tune.preflight.precision import bf16_sentence
     from tune.preflight.probe import device_name, probe
     from tune.scheduling.resources import check_local
     from tune.scheduling.study import studies
@@ -53,6 +54,9 @@ def plan(
     for name, each in checked.items():
         for words in each.data:
             line("data", f"{name}: {words}")
+        if each.packing:
+            line("packing", f"{name}: {each.packing}")
+    line("bf16", bf16_sentence())
     device = device_name()
     whole = total(parts, _devices(spec, device), device, price_of(known, device))
     _show(parts, whole, known)
