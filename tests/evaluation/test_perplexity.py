@@ -11,6 +11,7 @@ from helpers import benchmark_fixtures as fix
 from helpers.benchmark_fixtures import TEXT, score
 
 from macdrop.errors import ConfigError
+from tune.evaluation import logits
 from tune.evaluation.perplexity import cut
 
 
@@ -74,3 +75,18 @@ def test_windows_that_do_not_fit_are_refused(tmp_path, model, tokenizer, entry):
     (tmp_path / "t.txt").write_text(TEXT)
     with pytest.raises(ConfigError, match="256"):
         score(model, tokenizer, {"perplexity": {"t": {"data": str(tmp_path / "t.txt"), **entry}}})
+
+
+@pytest.mark.parametrize("stride", [None, 10])
+def test_a_score_depends_on_neither_batch_size_nor_chunk(tmp_path, model, tokenizer, monkeypatch, stride):
+    (tmp_path / "t.txt").write_text(TEXT[:200])
+    entry = {"data": str(tmp_path / "t.txt"), "window": 24, "stride": stride}
+    found = []
+    for batch_size, positions in ((1, 1000), (1, 3), (3, 7), (16, 1000), (16, 7)):
+        monkeypatch.setattr(logits, "CHUNK_BYTES", positions * 4 * 258)
+        path = tmp_path / "items.jsonl"
+        [row] = score(model, tokenizer, {"batch_size": batch_size, "perplexity": {"t": entry}}, answers_path=path)
+        found.append([row["value"], *(json.loads(line)["nll"] for line in path.read_text().splitlines())])
+        [again] = score(model, tokenizer, {"batch_size": batch_size, "perplexity": {"t": entry}})
+        assert again == row
+    assert all(values == pytest.approx(found[0], rel=1e-6) for values in found)
