@@ -125,9 +125,10 @@ def compare(versions: Mapping[str, Path], rounds: int, overrides: Sequence[str])
         with tempfile.TemporaryDirectory(prefix="macdrop-demo-") as temporary:
             exit_code, began, ended = sweep(code, Path(temporary), overrides)
             codes.append(exit_code)
-            print(
-                f"\nexit code {exit_code}\n\n{report(Path(temporary) / 'run', began, ended)}\n\n{machine()}", flush=True
-            )
+            print(f"\nexit code {exit_code}")
+            if exit_code == 0:
+                print(f"\n{report(Path(temporary) / 'run', began, ended)}")
+            print(f"\n{machine()}", flush=True)
         return Spent(ended - began, ended - began)
 
     variants = {name: Variant(partial(run, code.resolve())) for name, code in versions.items()}
