@@ -21,6 +21,7 @@ class Case:
     scope: str = "massive"
     p: float = P
     untrained: bool = False  # B of the adapter is 0
+    norms: bool = False  # of DoRA, kept for the step
     by_rows: bool = False  # every row of a micro-batch has a mask of its own
 
 
@@ -35,6 +36,9 @@ CASES = {
     "dora, whole rows dropped": Case(dora=True, p=0.97, untrained=True),
     "random rows, dora": Case(dora=True, scope="random"),
     "activations, checkpointing": Case(checkpointing=False, scope="activations"),
+    "dora, kept norms": Case(dora=True, norms=True),
+    "dora, kept norms, dropout": Case(dora=True, norms=True, dropout=0.3),
+    "conv1d, dora, kept norms, checkpointing": Case("gpt2", dora=True, norms=True, checkpointing=False),
     "a mask a row": Case("phi3", by_rows=True),
     "a mask a row, dora, checkpointing": Case(dora=True, checkpointing=False, by_rows=True),
     "a mask a row, conv1d, dora, dropout": Case("gpt2", dora=True, dropout=1e-9, by_rows=True),

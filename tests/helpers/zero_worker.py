@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 
 RANK, WORLD, PORT, OUT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
@@ -23,6 +24,7 @@ from macdrop.config import MacDropConfig  # noqa: E402
 from macdrop.errors import ConfigError  # noqa: E402
 from macdrop.hooks import MacDrop  # noqa: E402
 from macdrop.masking.layout import Span  # noqa: E402
+from tune.training.dora_norms import DoraNorms  # noqa: E402
 
 
 def engine_of(model: torch.nn.Module):
@@ -37,6 +39,19 @@ def engine_of(model: torch.nn.Module):
     engine = deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
     assert engine.zero_optimization_stage() == 3
     return engine
+
+
+def micro_step(engine, drop: MacDrop, case, index: int, drawn: list) -> float:
+    """Loss of one micro-batch; the masks that were in force are added to `drawn`."""
+    torch.manual_seed(1000 * RANK + index)
+    batch = micro_batch(RANK, index)
+    length = batch["input_ids"].shape[1]
+    spans = [Span(row, 0, length, mask, row) for row, mask in enumerate(masks(case, index))]
+    with drop.micro_step(case.p, spans if case.by_rows else index):
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        drawn.append([keep.clone() for keep in drop._keeps.values()])
+    return loss.item()
 
 
 def run(case) -> dict:
@@ -55,18 +70,12 @@ def run(case) -> dict:
             return {"refused": str(error)}
     engine.train()
     losses, drawn = [], []
-    for index in range(ACCUMULATION):
-        torch.manual_seed(1000 * RANK + index)
-        batch = micro_batch(RANK, index)
-        length = batch["input_ids"].shape[1]
-        spans = [Span(row, 0, length, mask, row) for row, mask in enumerate(masks(case, index))]
-        with drop.micro_step(case.p, spans if case.by_rows else index):
-            loss = engine(**batch).loss
-            engine.backward(loss)
-            drawn.append([keep.clone() for keep in drop._keeps.values()])
-        losses.append(loss.item())
-        if index < ACCUMULATION - 1:
-            engine.step()
+    norms = DoraNorms(engine.module).for_step() if case.norms else nullcontext()
+    with norms:
+        for index in range(ACCUMULATION):
+            losses.append(micro_step(engine, drop, case, index, drawn))
+            if index < ACCUMULATION - 1:
+                engine.step()
     gradients = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters() if p.requires_grad}
     partitioned = all(hasattr(p, "ds_id") and p.numel() == 0 for p in engine.module.parameters() if p.dim() == 1)
     everyone: list = [None] * WORLD

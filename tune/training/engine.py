@@ -26,6 +26,7 @@ from tune.training.checkpoint import ADAPTER as ADAPTER_FILE
 from tune.training.checkpoint import MOMENTS, AdapterState, write_tensors
 from tune.training.collectives import all_do
 from tune.training.deepspeed_config import deepspeed_config
+from tune.training.dora_norms import DoraNorms
 from tune.training.loading import open_base
 from tune.training.lora import ADAPTER, add_adapter, is_drawn, start, write_config
 from tune.training.quiet import no_output
@@ -68,6 +69,8 @@ class Engine:
         assert self.engine.zero_optimization_stage() == spec.zero_stage, "DeepSpeed did not take the ZeRO stage"
         self._adapter = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
         assert set(self._adapter) == set(self.shapes), "DeepSpeed changed the set of trainable parameters"
+        #: The weight norms of DoRA, for the micro-steps of one optimizer step.
+        self.norms = DoraNorms(self.engine.module)
         self._create_moments()
         self.loss = AnswerLoss(self.engine)
         self._base_digest = self.base_digest()

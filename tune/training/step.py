@@ -110,6 +110,10 @@ class Training:
         Raises:
             TrainingInvariantError: the loss of no rank depends on the adapter; raised on all of them.
         """
+        with self.engine.norms.for_step():
+            return self._step(step, wish)
+
+    def _step(self, step: int, wish: int) -> Stepped:
         started = time.monotonic()
         engine = self.engine.engine
         p, rate, picked = self._probability(step), self.rate(step), self.batches.step(step)
