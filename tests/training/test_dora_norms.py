@@ -1,12 +1,17 @@
 """DoRA with kept norms is PEFT's: loss, gradients, masks, steps; and a norm is never older than the adapter."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import tiny
 from helpers.hook_cases import DENSE, P, accumulate, adapted, by_macdrop, dropping, gradients, worst
+from helpers.small import SMALL
 from helpers.span_cases import by_spans, lay
 
+from tune.config.run_spec import TrainSpec
 from tune.training.dora_norms import DoraNorms
+from tune.training.single import train_here
 
 
 def trained(model, steps=3, norms=None, drop=None):
@@ -141,3 +146,16 @@ def test_an_adapter_without_dora_is_left_alone():
         model(**tiny.batch(0)).loss.backward()
     plain(**tiny.batch(0)).loss.backward()
     assert all(torch.equal(gradient, gradients(plain)[name]) for name, gradient in gradients(model).items())
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_fine_tuning_has_the_losses_of_peft_s_own_norms(tmp_path, stage, monkeypatch):
+    def losses(folder):
+        rows = []
+        settings = {**SMALL, "use_dora": True, "zero_stage": stage, "max_steps": 4, "macdrop": {"k": 5, "p0": 0.8}}
+        train_here(TrainSpec(**settings), tmp_path / folder, observe=lambda row: rows.append(row) or "go_on", threads=1)
+        return [row["loss"] for row in rows if "loss" in row]
+
+    found = losses("ours")
+    monkeypatch.setattr(DoraNorms, "for_step", lambda norms: nullcontext())
+    assert found == pytest.approx(losses("peft"), rel=1e-5)
