@@ -136,7 +136,7 @@ class _FactoredDora(DoraLinearLayer):
         return _Scaled.apply(x, kwargs["lora"], scale, kwargs["bias"])
 
     def _current_versions(self) -> tuple[int, ...]:
-        """Count the changes in place of the factors; what ZeRO-3 gathers anew has no such count."""
+        """Count the changes in place of the factors; what ZeRO-3 gathers has no such count."""
         return tuple(part.weight._version for part in self._parts[1:] if not is_partitioned(part.weight))
 
 
