@@ -39,7 +39,7 @@ COLUMNS: dict[str, tuple[str, bool]] = {
     "hours": ("hours", False),
 }
 ENDINGS = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
-VOLATILE = ("windows", "prompts_cut_left", "lm_eval", "data", "date", "mean_of")
+VOLATILE = ("windows", "prompts_cut_left", "lm_eval", "data", "date", "mean_of", "contexts")
 """Words of a score's settings that do not change what is measured, or follow from the model's tokenizer."""
 NAMING = ("model", "run", "adapter")
 """Columns that together name a row; tables have them in one."""

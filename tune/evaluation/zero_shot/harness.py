@@ -21,15 +21,14 @@ from tune.data.thoughts import without_thought
 from tune.errors import BenchmarkError
 from tune.evaluation.decode import Ends, cut_at, fit_middle, fit_prompt, one_length_a_batch
 from tune.evaluation.logits import Logits, plain_logits
+from tune.evaluation.zero_shot.request_scorer import RequestScorer
+from tune.evaluation.zero_shot.shared_context import Pair
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Model = PreTrainedModel | PeftModel
-
-#: Token ids of a request's context and of its continuation.
-Pair = tuple[list[int], list[int]]
 
 
 def longest(entry: ZeroShot, max_length: int) -> int:
@@ -54,6 +53,7 @@ class Harness(HFLM):
         )
         self._positions = max_length
         self._logits: Logits = plain_logits
+        self._requests = RequestScorer()
         self._encoded: dict[tuple[str, str], Pair] = {}
         self._asked: dict[tuple[str, ...], set[tuple[str, int]]] = {}
         self._rolling = False
@@ -63,9 +63,15 @@ class Harness(HFLM):
     def use(self, model: Model, batch_size: int, entry: ZeroShot, logits: Logits = plain_logits) -> None:
         """Score `entry` with `model` from now on, `batch_size` requests at a time; `logits` runs the model."""
         self._logits = logits
+        self._requests.begin()
         self._model, self._device, self.batch_size_per_gpu = model, model.device, batch_size
         self._max_length = longest(entry, self._positions)
         self.middle, self.cut = entry.truncation == "middle", defaultdict(set)
+
+    @property
+    def apart(self) -> bool:
+        """Return whether the model did not let requests share their contexts since the last `use`."""
+        return self._requests.apart
 
     # --- text to tokens ---
 
@@ -147,12 +153,12 @@ class Harness(HFLM):
         stop = [*stop, ends.mark] if ends.mark else stop
         return super()._model_generate(context, max_length, stop, eos_token_id=sorted(ends.ids) or None, **settings)
 
-    def _loglikelihood_tokens(self, requests: list, *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
-        """Cut contexts that are too long before lm-eval does: it would cut their bos away with them."""
-        fitted = [self._fit(*request) for request in requests]
-        return super()._loglikelihood_tokens(fitted, *arguments, **options | {"disable_tqdm": True})
+    def _loglikelihood_tokens(self, requests: list, *_: Any, **__: Any) -> list[tuple[float, bool]]:
+        """Cut contexts that are too long, as lm-eval would not: it cuts their bos away with them."""
+        pairs = [self._fit(*request) for request in requests]
+        return self._requests.score(self._model, pairs, self.batch_size_per_gpu, self._logits)
 
-    def _fit(self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> tuple[Any, ...]:
+    def _fit(self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Pair:
         """Return a request as it fits; the last token of the continuation is never fed to the model."""
         room = self._max_length + 1 - len(continuation)
         if not continuation or room < 1:
@@ -160,7 +166,7 @@ class Harness(HFLM):
         if len(context) > room:
             self._count_cut(texts)
             context = self._fitted(context, room)
-        return texts, context, continuation
+        return context, continuation
 
     @contextmanager
     def _asking(self, requests: list) -> Iterator[None]:
@@ -177,12 +183,6 @@ class Harness(HFLM):
     def _count_cut(self, texts: tuple[str, ...] | None) -> None:
         for task, document in self._asked.get(texts or (), ()):
             self.cut[task].add(document)
-
-    # --- the model ---
-
-    def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Call the model without a KV cache, which only generation needs."""
-        return self._logits(self._model, inps)
 
 
 def _does_not_fit(texts: tuple[str, str] | None, tokens: int, max_length: int) -> str:

@@ -45,7 +45,9 @@ def score(
         raise BenchmarkError(f"lm-eval could not score {task.name!r}: {type(error).__name__}: {why}") from error
     rows = rows_of(task, result, {name: len(documents) for name, documents in harness.cut.items()}, harness.middle)
     check_metric(task.name, metric, list(dict.fromkeys(row["metric"].partition(",")[0] for row in rows)))
-    return [{**row, "max_length": harness.max_length} for row in rows], items_of(result["samples"])
+    words = " contexts=apart" if harness.apart else ""
+    rows = [{**row, "max_length": harness.max_length, "settings": row["settings"] + words} for row in rows]
+    return rows, items_of(result["samples"])
 
 
 def build_requests_once(task: Any) -> None:
