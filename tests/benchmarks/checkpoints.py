@@ -68,6 +68,7 @@ class Bench:
         self.run = _Run(Training(self.engine, spec, prepared, None), root / "trial", None)
         self.run._tidy()
         self.run._start(None)
+        self.run.training.choose_layout()
         self.run.training.set_optimizer()
 
     def step(self) -> None:

@@ -41,6 +41,7 @@ class Case:
     budget: int | None = TIGHT
     masks: bool = True
     apart: bool = False
+    scope: str = "massive"
 
 
 def examples(lengths=LENGTHS, prompt: int = 2) -> Examples:
@@ -82,7 +83,7 @@ def spec(case: Case, models: Path, world: int, **others) -> TrainSpec:
         "max_grad_norm": 0,
         "adam_beta1": 0,
         "seed": SEED,
-        "macdrop": {"k": len(tiny.ROWS), "p0": P if case.masks else 0.0, "schedule": "constant"},
+        "macdrop": {"k": len(tiny.ROWS), "p0": P if case.masks else 0.0, "schedule": "constant", "scope": case.scope},
     }
     return TrainSpec(**{**settings, **others})
 

@@ -147,6 +147,17 @@ def test_the_number_of_ranks_changes_no_loss(out, ranks, name, case):
     assert four["dropped"] == alone["dropped"]
 
 
+@pytest.mark.parametrize("scope", ["random", "all", "activations"])
+def test_what_a_placebo_drops_does_not_depend_on_packing(out, scope):
+    padded, tight, wide = (
+        by_product(Case(budget=budget, scope=scope), out / "models", 1) for budget in (None, TIGHT, WIDE)
+    )
+    for packed in (tight, wide):
+        assert packed["dropped"] == padded["dropped"] and padded["dropped"][0] > 0
+        assert packed["losses"] == pytest.approx(padded["losses"], rel=CLOSE)
+        assert worst(padded["gradients"], packed["gradients"]) <= CLOSE
+
+
 def test_a_step_repeats_to_the_bit(out):
     one, other = (by_product(Case(dora=True), out / "models", 1, steps=2) for _ in range(2))
     assert one["losses"] == other["losses"] and one["eval_loss"] == other["eval_loss"]
