@@ -14,6 +14,8 @@ from tune.forward.packed_attention import PackedAttention, SegmentMasks
 from tune.forward.packing_check import check_packing
 
 TOKENS = np.arange(3, 30)
+#: Tokens of a chunk of attention: fewer than the longer example of the check has, more than the other.
+CHUNK = 8
 PACKED = sorted(set(FAMILIES) - {"falcon", "bloom"})
 
 
@@ -83,6 +85,23 @@ def test_a_window_that_is_not_kept_fails_where_an_example_is_longer_than_it(monk
 
 def _causal(masks: SegmentMasks) -> list[torch.Tensor]:
     return [torch.full((n, n), torch.finfo(torch.float32).min).triu(1)[None, None] for n in masks._lengths]
+
+
+def test_chunks_that_are_counted_from_the_start_of_the_row_fail(monkeypatch):
+    """Of the examples that are longer than a chunk, only one that begins later in the row tells them apart."""
+    chunked = {"attention_chunk_size": CHUNK, "layer_types": ["chunked_attention"] * 3}
+    model = build_family("llama4", attn_implementation="eager", **chunked)
+    check_packing(model, "cpu", TOKENS, 40)
+    monkeypatch.setattr(SegmentMasks, "each", property(_chunked_by_row))
+    with pytest.raises(MacDropError, match="differ from those of a padded batch"):
+        check_packing(model, "cpu", TOKENS, 40)
+
+
+def _chunked_by_row(masks: SegmentMasks) -> list[torch.Tensor]:
+    chunks = [part // CHUNK for part in torch.arange(sum(masks._lengths)).split(list(masks._lengths))]
+    apart = [(each[:, None] != each[None, :]) & (len(each) > CHUNK) for each in chunks]
+    lowest = torch.finfo(torch.float32).min
+    return [mask.masked_fill(other, lowest) for mask, other in zip(_causal(masks), apart, strict=True)]
 
 
 def test_positions_that_a_model_does_not_take_are_the_reason():

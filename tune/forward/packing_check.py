@@ -14,8 +14,9 @@ from macdrop.families import bare_model
 from tune.forward.gathered_head import forget_order
 from tune.forward.packed_attention import PackedAttention
 
-#: Tokens of the two examples, at least; the longer one goes beyond a sliding window where an example of the run does.
-LENGTHS = (12, 7)
+#: Tokens of the two examples, at least; the second one goes beyond a sliding window where an example of the run does.
+#: It is the one that stands apart from the row's start, and that could see another.
+LENGTHS = (7, 12)
 #: Places at the end of each example whose logits are compared.
 COMPARED = 4
 #: Largest relative difference of the logits, as vectors: the order of sums in fp32, some roundings in half precision.
@@ -51,7 +52,7 @@ def check_packing(
             forget_order(model)
             packed = _packed(model, attention, first, second)
             forget_order(model)
-            beside_another = _packed(model, attention, first, second.flip(0).roll(1))
+            beside_another = _packed(model, attention, first.flip(0).roll(1), second)
             forget_order(model)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise MacDropError(f"its forward pass of a packed row ends with {type(error).__name__}: {error}") from error
@@ -59,10 +60,9 @@ def check_packing(
     found = _difference(padded, packed)
     if not found <= allowed:
         raise MacDropError(f"its logits of a packed row differ from those of a padded batch by {found:.2g} (relative)")
-    kept = packed[: len(packed) // 2]
-    found = _difference(kept, beside_another[: len(kept)])
+    found = _difference(packed[-COMPARED:], beside_another[-COMPARED:])
     if not found <= allowed:
-        raise MacDropError("its logits of an example change with the example beside it in a packed row")
+        raise MacDropError("its logits of an example change with the example before it in a packed row")
     return attention
 
 
@@ -71,7 +71,7 @@ def _lengths(bare: torch.nn.Module, longest: int) -> tuple[int, int]:
     config: Any = bare.config
     text = config.get_text_config()
     windows = [size for name in WINDOWS if isinstance(size := getattr(text, name, None), int) and size < longest]
-    return max(LENGTHS[0], *(size + COMPARED for size in windows), 0), LENGTHS[1]
+    return LENGTHS[0], max([LENGTHS[1], *(size + COMPARED for size in windows)])
 
 
 def _two_examples(tokens: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
