@@ -87,9 +87,9 @@ def test_a_rank_may_get_nothing():
 
 
 def test_an_example_longer_than_the_budget_is_refused_with_the_budget_that_would_do():
-    check_budget(make(3, 9, 4), 9)
+    check_budget(9, 9)
     with pytest.raises(ConfigError, match=r"is 8, but the longest example has 9 tokens.*(?s:.)Set it to 9 or more"):
-        check_budget(make(3, 9, 4), 8)
+        check_budget(9, 8)
 
 
 def test_a_packed_row_restarts_positions_and_predicts_no_first_token():

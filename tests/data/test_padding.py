@@ -7,7 +7,8 @@ import pytest
 
 from tune.config.run_spec import TrainSpec
 from tune.data.batching import Batches
-from tune.data.padding import describe_padding, padding_of, token_budget
+from tune.data.packing import token_budget
+from tune.data.padding import describe_padding, padding_of
 
 LENGTHS = np.array([3, 10, 5, 2, 8, 8, 1, 4, 6, 9, 7, 3])
 

@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 
 from macdrop.errors import ConfigError
-from tune.data.dataset import Examples
+from tune.config.train_spec import TrainSpec
 
 #: An example of a step: the number of its slice, and its place in the slice.
 Spot = tuple[int, int]
@@ -21,17 +21,22 @@ Spot = tuple[int, int]
 Row = tuple[Spot, ...]
 
 
-def check_budget(examples: Examples, budget: int) -> None:
-    """Refuse a budget of tokens into which the longest example does not fit.
+def token_budget(spec: TrainSpec) -> int:
+    """Return the tokens of a packed micro-batch at most."""
+    return spec.max_tokens_per_micro_batch or spec.per_device_train_batch_size * spec.cutoff_len
+
+
+def check_budget(longest: int, budget: int, where: str = "") -> None:
+    """Refuse a budget of tokens into which the longest example, of `longest` tokens, does not fit.
 
     Raises:
-        ConfigError: an example has more than `budget` tokens.
+        ConfigError: names the example, by its tokens and `where` it is, and the values that would do.
     """
-    longest = int(examples.lengths.max())
     if longest > budget:
+        place = f" ({where})" if where else ""
         raise ConfigError(
-            f"max_tokens_per_micro_batch is {budget}, but the longest example has {longest} tokens, and an example is "
-            f"never split.\nSet it to {longest} or more, or cutoff_len to {budget} or less."
+            f"max_tokens_per_micro_batch is {budget}, but the longest example has {longest} tokens{place}, and an "
+            f"example is never split.\nSet it to {longest} or more, or cutoff_len to {budget} or less."
         )
 
 

@@ -9,15 +9,10 @@ import numpy as np
 
 from tune.config.train_spec import TrainSpec
 from tune.data.batching import Batches
-from tune.data.packing import plan_rows
+from tune.data.packing import plan_rows, token_budget
 
 #: Optimizer steps that are looked at, from the first.
 LOOKED_AT = 200
-
-
-def token_budget(spec: TrainSpec) -> int:
-    """Return the tokens of a packed micro-batch at most."""
-    return spec.max_tokens_per_micro_batch or spec.per_device_train_batch_size * spec.cutoff_len
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from macdrop.families import bare_model, embedding_device
+from macdrop.probe import evaluating
 from tune.forward.gathered_head import forget_order, forward_once, gathered, is_partitioned
 
 #: Largest difference of a logit by parts from that of the whole model, relative to the largest logit: the order of
@@ -49,7 +50,7 @@ class SplitModel:
         such a model whole. Runs it forward on a few tokens, so every rank under ZeRO-3 must call this.
         """
         inputs = _few_tokens(_bare(model))
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model):
             whole = model(**inputs).logits
             forget_order(model)
             for decoder in _decoders(_bare(model)):
@@ -164,18 +165,6 @@ def _few_tokens(bare: nn.Module) -> dict[str, torch.Tensor]:
     ids = torch.arange(1, rows * length + 1).view(rows, length) % bare.config.get_text_config().vocab_size  # type: ignore
     ids = ids.to(embedding_device(bare))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and every module back to its mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

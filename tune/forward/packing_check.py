@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from macdrop.errors import MacDropError
 from macdrop.families import bare_model
+from macdrop.probe import evaluating
 from tune.forward.gathered_head import forget_order
 from tune.forward.packed_attention import PackedAttention
 
@@ -46,7 +46,7 @@ def check_packing(
         raise MacDropError("it carries a state from token to token, which examples of a row would share")
     attention = PackedAttention(model)
     first, second = (torch.from_numpy(ids).to(device) for ids in _two_examples(tokens, _lengths(bare, longest)))
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model):
         try:
             padded = _padded(model, first, second)
             forget_order(model)
@@ -98,15 +98,3 @@ def _packed(model: torch.nn.Module, attention: PackedAttention, *examples: torch
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).norm() / one.float().norm())
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off, and every module back to its mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import Space, TrainSpec, values_of
-from tune.data.padding import padding_of, token_budget
+from tune.data.packing import check_budget, token_budget
+from tune.data.padding import padding_of
 from tune.preflight.step_memory import Room, StepMemory, step_memory
 
 #: What a search may draw that takes the most memory: the largest of these, the smallest of those.
@@ -47,13 +48,8 @@ def check_longest(spec: TrainSpec, parameters: Mapping[str, Space], info: Mappin
         ConfigError: names the example, its tokens and the values that would do.
     """
     for budget in values_of(spec, parameters, "max_tokens_per_micro_batch"):
-        if budget is not None and info["longest_example"] > budget:
-            longest = info["longest_example"]
-            raise ConfigError(
-                f"max_tokens_per_micro_batch is {budget}, but the longest example has {longest} tokens "
-                f"({info['longest_at']}), and an example is never split.\nSet max_tokens_per_micro_batch to {longest} "
-                f"or more, or cutoff_len to {budget} or less."
-            )
+        if budget is not None:
+            check_budget(info["longest_example"], budget, info["longest_at"])
 
 
 def check_fits(

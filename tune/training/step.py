@@ -25,7 +25,7 @@ from tune.config.run_spec import TrainSpec
 from tune.data.batching import Batches, learning_rates, total_steps
 from tune.data.dataset import Examples, Prepared
 from tune.data.micro_batches import MicroBatch, packed_row, padded_batch
-from tune.data.packing import check_budget, plan_rows
+from tune.data.packing import check_budget, plan_rows, token_budget
 from tune.forward.forward_pass import ForwardPass
 from tune.training.engine import Engine
 
@@ -83,19 +83,13 @@ class Training:
         """
         if self.spec.packing == "off":
             return
-        check_budget(self.data.train, self._budget)
+        check_budget(int(self.data.train.lengths.max()), token_budget(self.spec))
         self.forward.attention, self.unpacked = self.engine.packed_attention(self.data.train)
         if self.unpacked is not None and self.spec.packing == "on":
             raise ConfigError(
                 f"packing is on, but {self.spec.model_name_or_path} cannot run packed rows: {self.unpacked}.\n"
                 "Set packing to auto or off."
             )
-
-    @property
-    def _budget(self) -> int:
-        """Tokens of a packed micro-batch at most."""
-        given = self.spec.max_tokens_per_micro_batch
-        return given or self.spec.per_device_train_batch_size * self.spec.cutoff_len
 
     def set_optimizer(self) -> None:
         """Apply the fine-tuning's AdamW settings; the learning rate is set in every step."""
@@ -171,7 +165,7 @@ class Training:
         if self.forward.attention is None:
             return [padded_batch(train, picked[s], s, self._pad) for s in range(rank, self.batches.slices, world)]
         apart = self.drop is not None and self.drop.one_mask_at_a_time
-        plan = plan_rows(train.lengths[picked], world, self._budget, apart=apart)
+        plan = plan_rows(train.lengths[picked], world, token_budget(self.spec), apart=apart)
         return [packed_row(train, picked, rows[rank]) for rows in plan]
 
     @property
@@ -183,8 +177,6 @@ class Training:
         most = self.batches.accumulation if self.forward.attention is None else self.batches.global_batch
         number = (step - 1) * most + micro
         torch.manual_seed((self.spec.seed * 1_000_003 + number) * self.engine.world + self.engine.rank)
-
-    # --- masks ---
 
     # --- masks ---
 
