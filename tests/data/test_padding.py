@@ -23,16 +23,23 @@ def spec(**keys) -> TrainSpec:
 def test_the_share_of_padding_is_that_of_every_micro_batch_of_an_epoch(workers, accumulation):
     found = padding_of(LENGTHS, spec(gradient_accumulation_steps=accumulation), workers)
     batches = Batches(len(LENGTHS), seed=0, per_device=2, accumulation=accumulation, world=workers)
-    real = padded = largest = 0
+    real = padded = 0
     for step in range(1, batches.steps_per_epoch + 1):
         rows = batches.step(step).reshape(-1, 2)
-        tokens = sum(int(LENGTHS[row].sum()) for row in rows)
-        real, padded, largest = (
-            real + tokens,
-            padded + sum(2 * LENGTHS[row].max() for row in rows),
-            max(largest, tokens),
-        )
-    assert found.share == pytest.approx(1 - real / padded) and found.largest == largest
+        real += sum(int(LENGTHS[row].sum()) for row in rows)
+        padded += sum(2 * LENGTHS[row].max() for row in rows)
+    assert found.share == pytest.approx(1 - real / padded)
+
+
+def test_the_largest_micro_batch_is_that_of_the_packed_rows():
+    def largest(budget: int, workers: int) -> int:
+        """A step takes all examples."""
+        keys = {"max_tokens_per_micro_batch": budget, "gradient_accumulation_steps": 6 // workers}
+        return padding_of(LENGTHS, spec(**keys), workers).largest
+
+    tokens = int(LENGTHS.sum())
+    assert largest(1000, 1) == tokens and largest(1000, 2) == tokens // 2
+    assert largest(tokens - 1, 1) == tokens // 2 and largest(10, 1) == 10
 
 
 def test_only_the_steps_of_a_fine_tuning_count():

@@ -108,12 +108,22 @@ def test_a_budget_beyond_what_a_step_has_is_judged_by_the_step(takes):
     assert check_fits(endless, {}, LENGTHS, 1, Room(takes.of(100_000), gpu=False)) == []
 
 
+def test_the_rows_of_several_workers_are_what_is_judged(takes):
+    """400,000 tokens of a step in 4 rows, and 100,000 in 2 where one would go beyond the budget."""
+    endless = large(max_tokens_per_micro_batch=2**40)
+    assert check_fits(endless, {}, LENGTHS, 4, Room(takes.of(100_000), gpu=False)) == []
+    assert check_fits(large(max_tokens_per_micro_batch=99_000), {}, LENGTHS, 1, Room(takes.of(50_000), gpu=False)) == []
+
+
 def test_the_most_that_a_search_may_draw_is_judged(takes):
     room = Room(takes.of(30_000), gpu=False)
     sparing = large(max_tokens_per_micro_batch=1000)
     assert check_fits(sparing, {}, LENGTHS, 1, room) == []
     drawn = {"max_tokens_per_micro_batch": Space(values=[1000, 100_000])}
     with pytest.raises(ConfigError, match="max_tokens_per_micro_batch is 100000"):
+        check_fits(sparing, drawn, LENGTHS, 1, room)
+    drawn = {"max_tokens_per_micro_batch": Space(values=[1000, None])}
+    with pytest.raises(ConfigError, match="batch_size 100 x cutoff_len 1000 allows"):
         check_fits(sparing, drawn, LENGTHS, 1, room)
 
 

@@ -21,7 +21,7 @@ class Padding:
 
     share: padding over all tokens where micro-batches are padded, 0 to 1.
     micro_batches: packed micro-batches per worker and step, on average.
-    largest: tokens of the largest step.
+    largest: tokens of the largest packed micro-batch.
     """
 
     share: float
@@ -38,8 +38,15 @@ def padding_of(lengths: np.ndarray, spec: TrainSpec, workers: int) -> Padding:
     real = sum(int(each.sum()) for each in steps)
     padded = sum(int(each.max(axis=-1).sum()) * each.shape[-1] for each in steps)
     budget = max(token_budget(spec), int(lengths.max()))  # smaller ones are refused elsewhere
-    rows = [len(plan_rows(each.reshape(-1, each.shape[-1]), workers, budget)) for each in steps]
-    return Padding(1 - real / padded, float(np.mean(rows)), max(int(each.sum()) for each in steps))
+    slices = [each.reshape(-1, each.shape[-1]) for each in steps]
+    plans = [plan_rows(each, workers, budget) for each in slices]
+    largest = max(
+        sum(int(each[spot]) for spot in row)
+        for each, plan in zip(slices, plans, strict=True)
+        for rows in plan
+        for row in rows
+    )
+    return Padding(1 - real / padded, float(np.mean([len(plan) for plan in plans])), largest)
 
 
 def describe_padding(lengths: np.ndarray, spec: TrainSpec, workers: int) -> str:

@@ -66,9 +66,10 @@ def check_fits(
         return []
     drawn = {key: max(values_of(spec, parameters, key)) for key in _LARGEST}
     drawn |= {key: min(values_of(spec, parameters, key)) for key in _SMALLEST}
-    budgets = [each for each in values_of(spec, parameters, "max_tokens_per_micro_batch") if each is not None]
-    most = spec.model_copy(update={**drawn, "max_tokens_per_micro_batch": max(budgets, default=None)})
-    tokens = min(token_budget(most), padding_of(lengths, most, workers).largest)
+    budgets = values_of(spec, parameters, "max_tokens_per_micro_batch")
+    drawn_with = [spec.model_copy(update={**drawn, "max_tokens_per_micro_batch": budget}) for budget in budgets]
+    most = max(drawn_with, key=token_budget)
+    tokens = padding_of(lengths, most, workers).largest
     memory = step_memory(most, gpu=room.gpu)
     if memory is None or memory.of(tokens) <= room.size:
         return []
