@@ -22,8 +22,8 @@ from tune.training.lora import add_adapter
 #: Numbers of tokens that are counted; what more tokens take is proportional.
 COUNTED = (64, 192)
 #: Peak over kept bytes: glibc's heap is left with holes between blocks of megabytes, CUDA's allocator hardly is.
-#: On SmolLM2-135M and Gemma-3-270M (2 threads, LoRA on all linear layers, packed rows of 512 to 3072 tokens) each token
-#: took 1.2 to 2.2 times the kept bytes in fp32 and 1.7 times in bf16.
+#: On SmolLM2-135M and Gemma-3-270M (one thread, LoRA on all linear layers, packed rows of 512 to 3072 tokens) each
+#: token took 1.2 to 2.2 times the kept bytes in fp32 and 1.7 times in bf16.
 HOLES_CPU, HOLES_GPU = 1.6, 1.1
 #: With gradient checkpointing the heap still grew by this share of what would be kept without it.
 RECOMPUTED_CPU = 0.8
@@ -62,7 +62,8 @@ class StepMemory:
 def step_memory(spec: TrainSpec, *, gpu: bool) -> StepMemory | None:
     """Estimate the peak memory of a worker; None where a model cannot be run without values (kernels of its own)."""
     size = 2 if spec.bf16 else 4
-    base = model_outline(spec).to(torch.bfloat16 if spec.bf16 else torch.float32)
+    base: Any = model_outline(spec)
+    base.to(torch.bfloat16 if spec.bf16 else torch.float32)
     weights = sum(p.numel() for p in base.parameters()) * size
     for module in base.modules():
         if isinstance(module, PreTrainedModel):
