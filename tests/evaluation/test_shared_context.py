@@ -245,8 +245,10 @@ def test_attacks_share_layers_on_top(family):
 def test_a_row_says_where_contexts_are_not_shared(tmp_path, tokenizer):
     path = fix.write_jsonl(tmp_path / "t.jsonl", fix.hub_rows("arc_easy"))
     for model, word in ((fix.tiny_llama(), False), (tiny("RecurrentGemma"), True)):
-        (row, *_) = fix.score(model, tokenizer, {"max_length": 128, "zero_shot": {"arc_easy": path}})
+        scorer = Scorer(model, tokenizer, build(EvalSpec, {"max_length": 128, "zero_shot": {"arc_easy": path}}))
+        (row, *_) = scorer.score(scorer.jobs()[0])
         assert ("contexts=apart" in row["settings"].split()) == word
+        assert ["share their contexts" in note for note in scorer.notes] == [True] * word
 
 
 def theirs(model, tokenizer, scorer, job) -> dict:

@@ -132,6 +132,23 @@ def test_models_that_cannot_be_parted_are_left_whole():
     assert SplitModel.of(Flat(config)) is None
 
 
+def test_a_longer_list_of_layers_that_is_no_decoder_is_passed_over():
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
+
+        def forward(self, input_ids, **kwargs):
+            return self.layers[0](input_ids.float()[:, :1])
+
+    model = tiny.build()
+    model.tower = Tower()
+    with pytest.raises(RuntimeError):
+        model.tower(torch.zeros(2, 3))
+    split = SplitModel.of(model)
+    assert split is not None and split.decoder is model.model
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parts_on_a_gpu(dtype):

@@ -117,6 +117,11 @@ def _split(model: nn.Module) -> SplitModel | None:
     return None if decoder is None else SplitModel(model, decoder)
 
 
+def is_unparted(model: nn.Module) -> bool:
+    """Return whether a model has been found to compute logits at all positions, whichever are read."""
+    return model in _DECODERS and _DECODERS[model] is None
+
+
 def _unchanged(logits: torch.Tensor) -> torch.Tensor:
     return logits
 

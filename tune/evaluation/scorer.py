@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -21,9 +21,10 @@ from tune.config.eval_spec import NO_ATTACK, EvalJob, EvalSpec, jobs
 from tune.config.parse import SECTIONS
 from tune.data.locations import is_local
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
-from tune.evaluation.logits import Logits, plain_logits
+from tune.evaluation.logits import Logits, is_unparted, plain_logits
 from tune.evaluation.merging import merged_weights
 from tune.evaluation.prefix_cache import PrefixCache
+from tune.forward.head import UNPARTED
 from tune.storage.atomic import atomic_write_text
 from tune.training.quiet import quiet_while_scoring
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 #: The word of a row's settings that counts prompts which did not fit, as benchmarks write it.
 _CUT = re.compile(r"\b(prompts_cut_left|shortened)=(\d+)")
+#: The word of a row's settings that says that requests were computed one by one.
+_APART = "contexts=apart"
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length", "max_seq_len")
 
 
@@ -158,16 +161,22 @@ class Scorer:
         scored = [self._row(job, row, batch_size, limit) for row in rows]
         assert any(row["task"] == job.task for row in scored), "every job has a row of its own name"
         self._note(job, heard, next(row for row in scored if row["task"] == job.task))
+        self._add_notes([UNPARTED] if is_unparted(model) else [])
         return scored
 
     def _note(self, job: EvalJob, heard: Mapping[str, int], row: Row | None = None) -> None:
-        """Note what lm-eval warned of, and how many prompts were cut for a score."""
+        """Note what lm-eval warned of, how many prompts were cut for a score, and contexts that were not shared."""
         name = f"{job.benchmark}/{job.task}"
         found = [f"{name}: lm-eval warns {count} time(s): {said:.300}" for said, count in heard.items()]
         if row is not None and (cut := _CUT.search(row["settings"])) and int(cut[2]):
             share = f"{cut[2]} of {row['n']} prompts ({int(cut[2]) / row['n']:.0%})"
             where = "in the middle" if cut[1] == "shortened" else "on the left"
             found.append(f"{name}: {share} are too long for max_length {row['max_length']} and were cut {where}")
+        if row is not None and _APART in row["settings"].split():
+            found.append("it does not let requests share their contexts: each was computed alone, which is slower")
+        self._add_notes(found)
+
+    def _add_notes(self, found: Iterable[str]) -> None:
         self.notes += [note for note in dict.fromkeys(found) if note not in self.notes]
 
     def items(self, job: EvalJob, limit: int | None = None) -> int:

@@ -22,6 +22,10 @@ from tune.forward.gathered_head import forget_order, forward_once, gathered, is_
 #: Largest difference of a logit by parts from that of the whole model, relative to the largest logit: the order of
 #: sums in fp32 (TF32 included), four roundings in half precision.
 TOLERANCE, ROUNDINGS = 5e-4, 4
+#: What is said of a model of which `SplitModel.of` returns None.
+UNPARTED = (
+    "it cannot be parted into decoder and head, so that logits are computed at all positions: slower, in more memory"
+)
 #: Shape of the batch that a model is checked with.
 CHECKED = (2, 3)
 
@@ -112,7 +116,7 @@ class SplitModel:
 
         try:
             logits = self.run(logits_of, **inputs)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # another protocol than transformers'
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # not called like a decoder
             return False
         self.head = list(called)
         self.vocabulary = logits.shape[-1]

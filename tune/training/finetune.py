@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tune.config.run_spec import TrainSpec
 from tune.data.batching import save_interval
 from tune.data.dataset import Prepared
 from tune.errors import CheckpointError, TrainingDiverged
+from tune.forward.head import UNPARTED
 from tune.storage import sealed_folder
 from tune.storage.atomic import lasting, writing
 from tune.training.checkpoint import AdapterState
@@ -61,6 +62,8 @@ class Outcome:
     unmoved: Sequence[str] = ()
     #: The reason for padded micro-batches where packing is `auto`.
     unpacked: str | None = None
+    #: Logits were computed at all positions, as the model cannot be parted into decoder and head.
+    unparted: bool = False
 
 
 def unmoved_text(names: Sequence[str]) -> str:
@@ -72,9 +75,14 @@ def unmoved_text(names: Sequence[str]) -> str:
     )
 
 
-def unpacked_text(why: str) -> str:
-    """Say that micro-batches were padded although packing was `auto`, and why."""
-    return f"micro-batches were padded, as the model cannot run packed rows: {why}"
+def slow_parts(outcome: Mapping[str, Any]) -> list[str]:
+    """Say what a fine-tuning, an `Outcome` as a mapping, did the slow way for its model, and why; a sentence each."""
+    found = []
+    if why := outcome.get("unpacked"):
+        found.append(f"micro-batches were padded, as the model cannot run packed rows: {why}")
+    if outcome.get("unparted"):
+        found.append(UNPARTED)
+    return found
 
 
 def finetune(
@@ -161,6 +169,7 @@ class _Run:
             seconds=self._seconds(),
             resumed_from=self.resumed_from,
             unpacked=self.training.unpacked,
+            unparted=self.engine.loss.split is None,
             unmoved=() if left else self.engine.check_moved(final, self.spec.seed, self._updates()),
         )
         if left:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,7 +164,7 @@ def _step_printer(steps: int) -> Observer:
 
 def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
     from tune.config.sections import Arm
-    from tune.training.finetune import unmoved_text, unpacked_text
+    from tune.training.finetune import slow_parts, unmoved_text
 
     line("adapter", str(folder / "adapter"))
     line("trained", f"{outcome.step} of {outcome.total_steps} steps in {outcome.seconds:.1f} s")
@@ -180,8 +181,8 @@ def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
         line("dropped", "nothing: plain fine-tuning, MacDrop is off (macdrop.p0 or macdrop.k is 0)")
     if outcome.unmoved:
         line("unmoved", unmoved_text(outcome.unmoved))
-    if outcome.unpacked:
-        line("packing", unpacked_text(outcome.unpacked))
+    for text in slow_parts(asdict(outcome)):
+        line("slower", text)
 
 
 def _next_command(spec: RunSpec, model: TrainSpec, file: str | None, folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from tune.storage.atomic import now
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
-from tune.training.finetune import Outcome, unmoved_text, unpacked_text
+from tune.training.finetune import Outcome, slow_parts, unmoved_text
 
 #: Short compared with a benchmark of a tiny model: an actor that is done waits for the next tick.
 TICK_S = 0.1
@@ -66,8 +66,7 @@ class SweepController:
         self._waits = False
         self._opening: float | None = None
         self._failed: set[str] = set()
-        #: Models that were not packed, with the reason: reported once.
-        self._padded: set[tuple[str, str]] = set()
+        #: Models, with a note that is shown once for each.
         self._noted: set[tuple[str, str]] = set()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="controller", daemon=True)
@@ -263,10 +262,7 @@ class SweepController:
                 trial.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
                 if unmoved := entry.outcome.get("unmoved"):
                     self._progress.note(f"{task.id}: {unmoved_text(unmoved)}")
-                unpacked = entry.outcome.get("unpacked")
-                if unpacked and (model, unpacked) not in self._padded:
-                    self._padded.add((model, unpacked))
-                    self._progress.note(f"{model}: {unpacked_text(unpacked)}")
+                self._note_once(model, slow_parts(entry.outcome))
             tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
             self._score(task.id, tag, str(trial.adapter_dir), self._jobs[task.stage])
         elif entry.state.is_final:
@@ -279,6 +275,11 @@ class SweepController:
                 outcome["kind"] = entry.kind
             trial.finish(entry.state, entry.reason, **about, **outcome)
             self._progress.ended(entry)
+
+    def _note_once(self, model: str, notes: Iterable[str]) -> None:
+        for note in (note for note in notes if (model, note) not in self._noted):
+            self._noted.add((model, note))
+            self._progress.note(f"{model}: {note}")
 
     # --- scores ---
 
@@ -314,9 +315,7 @@ class SweepController:
             job = result.task.job
             extra = {"entry": job.task, "split": job.split, "seconds": round(result.seconds, 3)}
             self._run_folder.add_scores([{**tag, **row, **extra} for row in result.rows])
-            for note in (note for note in result.notes if (tag["model"], note) not in self._noted):
-                self._noted.add((tag["model"], note))
-                self._progress.note(f"{tag['model']}: {note}")
+            self._note_once(tag["model"], result.notes)
         self._progress.scored(name, result)
         self._pending[name]["left"] -= 1
         if not self._pending[name]["left"]:
