@@ -143,7 +143,7 @@ def _attend(
     assert _in_force is not None, "the model's configs name this function only while a row is in force"
     if not isinstance(attention_mask, SegmentMasks):
         raise MacDropError("its attention does not use the mask that transformers makes")
-    if original == "sdpa" and _has_varlen_kernel(query, attention_mask, arguments):
+    if original == "sdpa" and _has_varlen_kernel(query, value, attention_mask, arguments):
         return _varlen(query, key, value, arguments), None
     function = _own_function(original, module)
     lengths = list(_in_force.lengths)
@@ -176,15 +176,18 @@ def _varlen_attn() -> Callable[..., Any] | None:
     return varlen_attn
 
 
-def _has_varlen_kernel(query: torch.Tensor, masks: SegmentMasks, arguments: dict[str, Any]) -> bool:
+def _has_varlen_kernel(
+    query: torch.Tensor, value: torch.Tensor, masks: SegmentMasks, arguments: dict[str, Any]
+) -> bool:
     """Return whether one call of the varlen kernel computes what the model's sdpa would."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or _varlen_attn() is None:
         return False
     plain = not arguments.get("dropout") and all(
         arguments.get(name) is None for name in ("softcap", "s_aux", "position_bias")
     )
-    windowed = masks.local_size is None or masks.local_size == arguments.get("sliding_window")
-    return plain and windowed and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    same_window = masks.local_size == arguments.get("sliding_window")  # sdpa follows the mask, the kernel the argument
+    size = query.shape[-1]
+    return plain and same_window and size == value.shape[-1] and size % 8 == 0 and size <= 256
 
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
