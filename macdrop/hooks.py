@@ -127,7 +127,7 @@ class MacDrop:
             ffn = self._target()
             try:
                 if SCOPES[self.config.scope].rows is None:
-                    self._sites.append(InputDropout(ffn, self._count))
+                    self._sites.append(InputDropout(ffn, self._count, routed=self.weights.expert is not None))
                 else:
                     self._mask_rows(ffn)
                 layer = decoder_layers(self.model)[1][ffn.layer]

@@ -26,13 +26,16 @@ class InputDropout:
 
     Entries are zeroed with probability p and the others scaled by 1 / (1 - p). With one mask for the micro-batch that
     is every token of it alike, padding too. With spans every example has a mask of its own (length, features), which
-    does not depend on what lies around it, and tokens outside of them keep their state.
+    does not depend on what lies around it, and tokens outside of them keep their state. A routed expert has one mask
+    for all tokens that it is given, whose places nobody knows.
     """
 
     matrices = 1
     one_mask_at_a_time = False
 
-    def __init__(self, ffn: FFN, on_use: Callable[[list[tuple[int, torch.Tensor]]], None]) -> None:
+    def __init__(
+        self, ffn: FFN, on_use: Callable[[list[tuple[int, torch.Tensor]]], None], *, routed: bool = False
+    ) -> None:
         """on_use: called at the first use in a micro-step, with what was drawn as pairs of its number and the mask."""
         if ffn.down is None:
             raise ConfigError(
@@ -43,7 +46,7 @@ class InputDropout:
         self.rows = ffn.intermediate_size
         self.used = False
         self._name = f"{ffn.path} ({type(ffn.down).__name__} down)"
-        self._on_use = on_use
+        self._on_use, self._routed = on_use, routed
         self._draw: Draw | None = None
         self._layout: Layout | None = None
         self._p = 0.0
@@ -71,7 +74,7 @@ class InputDropout:
             return None
         state = args[0]
         scale = 1 / (1 - self._p) if self._p < 1 else 0.0
-        if self._layout.spans is None:
+        if self._routed or self._layout.spans is None:
             (number,) = self._layout.masks
             drawn = [(number, self._draw(number, state.shape, device=state.device))]
             factors = drawn[0][1].to(state.dtype) * scale

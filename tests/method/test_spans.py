@@ -5,11 +5,14 @@ import torch
 from helpers import reference, tiny
 from helpers.hook_cases import DENSE, SEED, K, P, adapted, dropping, gradients, worst
 from helpers.span_cases import EXAMPLES, LAYOUTS, by_spans, lay, one_by_one, tokens
+from helpers.zoo_of_families import build_family, with_expert_lists
 
+from macdrop.config import MacDropConfig
 from macdrop.errors import ConfigError
 from macdrop.families import find_ffn
-from macdrop.hooks import keep_mask
+from macdrop.hooks import MacDrop, keep_mask
 from macdrop.masking.layout import Layout, Span
+from macdrop.scan import find_massive_weights
 
 SETTINGS = [{}, {"use_dora": True}]
 CASES = [
@@ -127,6 +130,24 @@ def test_layers_that_flatten_their_input(settings, scope):
         results.append(by_spans(model, dropping(model, scope=scope), lay("two rows")))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
     assert worst(results[0][1], results[1][1]) < 1e-6
+
+
+def test_activations_of_a_routed_expert_have_one_mask():
+    """Which tokens it sees is the router's choice, so that they have no places."""
+    found = []
+    for masks in (7, [Span(0, 0, 9, 7, 0), Span(1, 2, 9, 7, 1)]):
+        model = with_expert_lists(build_family("mixtral")).train()
+        model.requires_grad_(False).get_input_embeddings().requires_grad_()
+        ids = torch.arange(1, 19).view(2, 9)
+        weights = find_massive_weights(model, source="test", fingerprint="f", bos_token_id=1)
+        drop = MacDrop(model, weights, MacDropConfig(k=2, scope="activations"))
+        drop.attach()
+        with drop.micro_step(0.5, masks):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        found.append((loss.item(), drop.take_counts()))
+    assert found[0] == found[1]
+    assert list(found[0][1]) == [7] and found[0][1][7][0] > 0
 
 
 def test_a_layer_that_sees_other_tokens_is_refused():
