@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from macdrop.masking import attacked
 from tune.evaluation import logits as module
-from tune.evaluation.logits import is_unparted, plain_logits
+from tune.evaluation.logits import is_unsplit, plain_logits
 from tune.evaluation.perplexity import losses_of
 from tune.evaluation.prefix_cache import PrefixCache
 from tune.forward.head import SplitModel
@@ -59,10 +59,10 @@ def test_model_that_cannot_be_split_is_run_whole(model):
     ids, at = batch()
     assert SplitModel.of(entangled) is None and SplitModel.of(model) is not None
     want = entangled(ids).logits[at]
-    assert not is_unparted(entangled)  # not known before
+    assert not is_unsplit(entangled)  # not known before
     assert torch.equal(plain_logits(entangled, ids, at=at), want)
     assert torch.equal(plain_logits(entangled, ids, at=at, read=lambda logits, _: logits), want)
-    assert is_unparted(entangled) and not is_unparted(model)
+    assert is_unsplit(entangled) and not is_unsplit(model)
 
 
 @torch.no_grad()

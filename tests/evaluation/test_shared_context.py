@@ -248,7 +248,7 @@ def test_a_row_says_where_contexts_are_not_shared(tmp_path, tokenizer):
         scorer = Scorer(model, tokenizer, build(EvalSpec, {"max_length": 128, "zero_shot": {"arc_easy": path}}))
         (row, *_) = scorer.score(scorer.jobs()[0])
         assert ("contexts=apart" in row["settings"].split()) == word
-        assert ["share their contexts" in note for note in scorer.notes] == [True] * word
+        assert ["not share their contexts" in note for note in scorer.notes] == [True] * word
 
 
 def theirs(model, tokenizer, scorer, job) -> dict:

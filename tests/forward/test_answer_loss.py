@@ -178,7 +178,7 @@ def test_no_tensor_of_all_positions_by_the_vocabulary_exists(head, learning):
     assert parts <= max(20 * 512, 512 * 32, 2 * 4 * 60 * 60)
 
 
-def test_a_model_that_cannot_be_parted_is_run_whole():
+def test_a_model_that_cannot_be_split_is_run_whole():
     class Skipping(type(tiny.build())):
         def forward(self, input_ids=None, **kwargs):
             output = super().forward(input_ids=input_ids, **kwargs)

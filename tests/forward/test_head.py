@@ -42,7 +42,7 @@ def assert_parts_are_the_whole(model: nn.Module, tolerance: float = 1e-5) -> Non
     assert logits.dtype == whole.dtype
     torch.testing.assert_close(logits, whole[chosen], atol=tolerance * whole.abs().max().item(), rtol=0)
     again = model(**inputs).logits
-    assert torch.equal(again, whole), "parting a model must leave it as it was"
+    assert torch.equal(again, whole), "splitting a model must leave it as it was"
 
 
 @pytest.mark.parametrize("case", EVERY)
@@ -109,7 +109,7 @@ def test_an_error_inside_leaves_the_model_as_it_was():
     assert_parts_are_the_whole(model)
 
 
-def test_models_that_cannot_be_parted_are_left_whole():
+def test_models_that_cannot_be_split_are_left_whole():
     """Logits that depend on more than the last hidden state, and a model that never calls its decoder."""
 
     class Skipping(transformers.LlamaForCausalLM):

@@ -192,8 +192,8 @@ def test_packing_that_a_model_cannot_do_is_refused_or_reported(tmp_path):
     from helpers.small import SMALL
     from helpers.zoo_of_families import build_family
 
-    from tune.forward.head import UNPARTED
-    from tune.training.finetune import slow_parts
+    from tune.forward.head import UNSPLIT
+    from tune.training.finetune import slow_paths
     from tune.training.single import train_here
 
     build_family("bloom").save_pretrained(tmp_path / "bloom")
@@ -206,9 +206,9 @@ def test_packing_that_a_model_cannot_do_is_refused_or_reported(tmp_path):
         train_here(TrainSpec(**settings, packing="on"), tmp_path / "on", observe=None, threads=1)
     assert list((tmp_path / "on").iterdir()) == []
     done = train_here(TrainSpec(**settings, packing="auto"), tmp_path / "auto", observe=None, threads=1)
-    assert done.unpacked == "its attention cannot be replaced" and not done.unparted
-    (said,) = slow_parts(asdict(done))
+    assert done.unpacked == "its attention cannot be replaced" and not done.unsplit
+    (said,) = slow_paths(asdict(done))
     assert said == "micro-batches were padded, as the model cannot run packed rows: its attention cannot be replaced"
-    assert slow_parts({"unparted": True}) == [UNPARTED]
+    assert slow_paths({"unsplit": True}) == [UNSPLIT]
     padded = train_here(TrainSpec(**settings, packing="off"), tmp_path / "off", observe=None, threads=1)
     assert padded.unpacked is None and padded.train_loss == done.train_loss

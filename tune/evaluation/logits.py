@@ -16,10 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from tune.forward.answer_loss import CHUNK_BYTES
 from tune.forward.head import SplitModel
-
-#: Bytes of the logits of one chunk, in fp32. Smaller ones slow the head's matrix product down, larger ones only cost.
-CHUNK_BYTES = 1 << 26
 
 #: Positions of a batch: bool (B, T), or N row and N column numbers.
 Positions = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -117,7 +115,7 @@ def _split(model: nn.Module) -> SplitModel | None:
     return None if decoder is None else SplitModel(model, decoder)
 
 
-def is_unparted(model: nn.Module) -> bool:
+def is_unsplit(model: nn.Module) -> bool:
     """Return whether a model has been found to compute logits at all positions, whichever are read."""
     return model in _DECODERS and _DECODERS[model] is None
 

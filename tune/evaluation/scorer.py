@@ -21,10 +21,10 @@ from tune.config.eval_spec import NO_ATTACK, EvalJob, EvalSpec, jobs
 from tune.config.parse import SECTIONS
 from tune.data.locations import is_local
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
-from tune.evaluation.logits import Logits, is_unparted, plain_logits
+from tune.evaluation.logits import Logits, is_unsplit, plain_logits
 from tune.evaluation.merging import merged_weights
 from tune.evaluation.prefix_cache import PrefixCache
-from tune.forward.head import UNPARTED
+from tune.forward.head import UNSPLIT
 from tune.storage.atomic import atomic_write_text
 from tune.training.quiet import quiet_while_scoring
 
@@ -161,7 +161,7 @@ class Scorer:
         scored = [self._row(job, row, batch_size, limit) for row in rows]
         assert any(row["task"] == job.task for row in scored), "every job has a row of its own name"
         self._note(job, heard, next(row for row in scored if row["task"] == job.task))
-        self._add_notes([UNPARTED] if is_unparted(model) else [])
+        self._add_notes([UNSPLIT] if is_unsplit(model) else [])
         return scored
 
     def _note(self, job: EvalJob, heard: Mapping[str, int], row: Row | None = None) -> None:
@@ -173,7 +173,7 @@ class Scorer:
             where = "in the middle" if cut[1] == "shortened" else "on the left"
             found.append(f"{name}: {share} are too long for max_length {row['max_length']} and were cut {where}")
         if row is not None and _APART in row["settings"].split():
-            found.append("it does not let requests share their contexts: each was computed alone, which is slower")
+            found.append("requests did not share their contexts, as the model computes them differently then: slower")
         self._add_notes(found)
 
     def _add_notes(self, found: Iterable[str]) -> None:

@@ -17,14 +17,14 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from tune.forward.head import SplitModel
 
-#: Bytes of the fp32 logits of one chunk.
+#: Bytes of the fp32 logits of one chunk: smaller ones slow the head's matrix product, larger ones only take memory.
 CHUNK_BYTES = 64 * 2**20
 
 
 class AnswerLoss:
     """The sum of -log p over answer tokens, in fp32 whatever the model's precision.
 
-    Models that cannot be parted (`SplitModel.of` returns None, and `split` is None) are run whole, with all logits.
+    Models that cannot be split (`SplitModel.of` returns None, and `split` is None) are run whole, with all logits.
     """
 
     def __init__(self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> None:

@@ -3,7 +3,7 @@
 `SplitModel` lets a caller read logits at chosen positions, in chunks, without a rule per model family. The decoder is
 the submodule around the layers that makes the last hidden states. Everything after it (head, bias, adapter of the head,
 soft cap, logit scale) is the model's own forward pass, run with a stand-in that hands it given hidden states in the
-decoder's place. One check with a few tokens says which submodule that is, and whether the model can be parted so.
+decoder's place. One check with a few tokens says which submodule that is, and whether the model can be split so.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from tune.forward.gathered_head import forget_order, forward_once, gathered, is_
 #: sums in fp32 (TF32 included), four roundings in half precision.
 TOLERANCE, ROUNDINGS = 5e-4, 4
 #: What is said of a model of which `SplitModel.of` returns None.
-UNPARTED = (
-    "it cannot be parted into decoder and head, so that logits are computed at all positions: slower, in more memory"
+UNSPLIT = (
+    "logits were computed at all positions, as the model cannot be split into decoder and head: slower, and with more "
+    "memory"
 )
 #: Shape of the batch that a model is checked with.
 CHECKED = (2, 3)
@@ -48,7 +49,7 @@ class SplitModel:
 
     @classmethod
     def of(cls, model: nn.Module) -> SplitModel | None:
-        """Part a transformers model, bare, with a PEFT adapter, or in a DeepSpeed engine, and check the parts.
+        """Split a transformers model, bare, with a PEFT adapter, or in a DeepSpeed engine, and check the parts.
 
         Returns None where the model has no separate decoder, or its logits by parts are not those of the whole: run
         such a model whole. Runs it forward on a few tokens, so every rank under ZeRO-3 must call this.

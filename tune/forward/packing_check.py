@@ -21,14 +21,14 @@ LENGTHS = (7, 12)
 COMPARED = 4
 #: Largest relative difference of the logits, as vectors: the order of sums in fp32, some roundings in half precision.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-#: Entries of a config that limit how far a token sees.
-WINDOWS = ("sliding_window", "attention_chunk_size")
+#: Entries of a config that limit how far a token sees, in tokens.
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 
 
 def check_packing(
     model: torch.nn.Module, device: torch.device | str, tokens: np.ndarray, longest: int
 ) -> PackedAttention:
-    """Return what runs packed rows of a model, once it is proven to compute what padded batches do.
+    """Return the attention that runs packed rows of a model, proven to compute what padded batches do.
 
     Every rank must call it under ZeRO-3. Dropout is off meanwhile.
 

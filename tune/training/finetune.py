@@ -20,7 +20,7 @@ from tune.config.run_spec import TrainSpec
 from tune.data.batching import save_interval
 from tune.data.dataset import Prepared
 from tune.errors import CheckpointError, TrainingDiverged
-from tune.forward.head import UNPARTED
+from tune.forward.head import UNSPLIT
 from tune.storage import sealed_folder
 from tune.storage.atomic import lasting, writing
 from tune.training.checkpoint import AdapterState
@@ -62,8 +62,8 @@ class Outcome:
     unmoved: Sequence[str] = ()
     #: The reason for padded micro-batches where packing is `auto`.
     unpacked: str | None = None
-    #: Logits were computed at all positions, as the model cannot be parted into decoder and head.
-    unparted: bool = False
+    #: Logits were computed at all positions, as the model cannot be split into decoder and head.
+    unsplit: bool = False
 
 
 def unmoved_text(names: Sequence[str]) -> str:
@@ -75,13 +75,13 @@ def unmoved_text(names: Sequence[str]) -> str:
     )
 
 
-def slow_parts(outcome: Mapping[str, Any]) -> list[str]:
+def slow_paths(outcome: Mapping[str, Any]) -> list[str]:
     """Say what a fine-tuning, an `Outcome` as a mapping, did the slow way for its model, and why; a sentence each."""
     found = []
     if why := outcome.get("unpacked"):
         found.append(f"micro-batches were padded, as the model cannot run packed rows: {why}")
-    if outcome.get("unparted"):
-        found.append(UNPARTED)
+    if outcome.get("unsplit"):
+        found.append(UNSPLIT)
     return found
 
 
@@ -169,7 +169,7 @@ class _Run:
             seconds=self._seconds(),
             resumed_from=self.resumed_from,
             unpacked=self.training.unpacked,
-            unparted=self.engine.loss.split is None,
+            unsplit=self.engine.loss.split is None,
             unmoved=() if left else self.engine.check_moved(final, self.spec.seed, self._updates()),
         )
         if left:

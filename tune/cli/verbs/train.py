@@ -164,7 +164,7 @@ def _step_printer(steps: int) -> Observer:
 
 def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
     from tune.config.sections import Arm
-    from tune.training.finetune import slow_parts, unmoved_text
+    from tune.training.finetune import slow_paths, unmoved_text
 
     line("adapter", str(folder / "adapter"))
     line("trained", f"{outcome.step} of {outcome.total_steps} steps in {outcome.seconds:.1f} s")
@@ -181,7 +181,7 @@ def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
         line("dropped", "nothing: plain fine-tuning, MacDrop is off (macdrop.p0 or macdrop.k is 0)")
     if outcome.unmoved:
         line("unmoved", unmoved_text(outcome.unmoved))
-    for text in slow_parts(asdict(outcome)):
+    for text in slow_paths(asdict(outcome)):
         line("slower", text)
 
 

@@ -27,7 +27,7 @@ from tune.storage.atomic import now
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
-from tune.training.finetune import Outcome, slow_parts, unmoved_text
+from tune.training.finetune import Outcome, slow_paths, unmoved_text
 
 #: Short compared with a benchmark of a tiny model: an actor that is done waits for the next tick.
 TICK_S = 0.1
@@ -262,7 +262,7 @@ class SweepController:
                 trial.note(trained=now(), **{k: v for k, v in entry.outcome.items() if k != "status"})
                 if unmoved := entry.outcome.get("unmoved"):
                     self._progress.note(f"{task.id}: {unmoved_text(unmoved)}")
-                self._note_once(model, slow_parts(entry.outcome))
+                self._note_once(model, slow_paths(entry.outcome))
             tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
             self._score(task.id, tag, str(trial.adapter_dir), self._jobs[task.stage])
         elif entry.state.is_final:

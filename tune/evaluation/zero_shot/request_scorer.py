@@ -16,6 +16,7 @@ from macdrop.families import bare_model
 from tune.evaluation.decode import one_length_a_batch
 from tune.evaluation.logits import Logits, plain_logits
 from tune.evaluation.zero_shot.shared_context import Batch, Pair, Tree, batches_of, input_of, trees_of
+from tune.forward.packing_check import WINDOWS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 Answer = tuple[float, bool]
 #: Largest mean difference of a token's log-probability by which a shared row counts as equal: rounding, in each dtype.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-#: Keys of a config that say how many tokens a layer looks back.
-_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 _COMPARED = 2  # requests at either end of the row that is computed both ways
 
 
@@ -88,7 +87,7 @@ class RequestScorer:
 def _look_back(model: Model) -> float:
     """Return the tokens up to which all layers see all: a mask of ours would let some see more."""
     config = model.config.get_text_config()
-    return min((w for w in (getattr(config, key, None) for key in _WINDOWS) if isinstance(w, int)), default=math.inf)
+    return min((w for w in (getattr(config, key, None) for key in WINDOWS) if isinstance(w, int)), default=math.inf)
 
 
 def _agree(model: Model, tree: Tree, pairs: Sequence[Pair]) -> bool:
