@@ -89,15 +89,10 @@ class Engine:
         return self._packed[longest]
 
     def _check_packing(self, tokens: np.ndarray, longest: int) -> tuple[PackedAttention | None, str | None]:
-        attention, why = None, None
         try:
-            attention = check_packing(self.engine, self.engine.device, tokens, longest)
+            return all_do(lambda: check_packing(self.engine, self.engine.device, tokens, longest)), None
         except MacDropError as error:
-            why = str(error)
-        answers: list[str | None] = [None] * self.world
-        dist.all_gather_object(answers, why)
-        why = next((answer for answer in answers if answer is not None), None)
-        return (attention, None) if why is None else (None, why)
+            return None, str(error)
 
     # --- state ---
 
