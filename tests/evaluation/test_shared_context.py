@@ -189,6 +189,18 @@ def test_a_layer_that_looks_back_less_far_than_an_input_sees_no_more(family):
     assert not scorer.apart
 
 
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_an_input_beyond_the_window_is_in_no_batch_with_a_mask(family):
+    """A mask takes the place of the model's own in all rows: the long input would see all of itself."""
+    layers = {"layer_types": ["sliding_attention"] * 3} if family == "gemma3" else {}
+    question = list(range(3, 12))
+    pairs = [(question, [token, token + 1, token + 2]) for token in (20, 30, 40)] + [(list(range(5, 20)), [7, 8])]
+    assert len(input_of(pairs[0])) < 12 < len(input_of(pairs[3]))
+    scorer = RequestScorer()
+    check(build_family(family, sliding_window=12, **layers), pairs, scorer)
+    assert not scorer.apart
+
+
 def deaf(dtype=torch.float32):
     """A model whose decoder looks at no mask."""
     model = small.build(dtype=dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +54,8 @@ class RequestScorer:
         """
         longest = max((len(input_of(pair)) for pair in pairs), default=0)
         budget, answers = batch_size * longest, {}
-        for trees in batches_of(self._trees(model, pairs, budget), budget, overhead=longest):
+        groups = self._trees(model, pairs, budget)
+        for trees in chain.from_iterable(batches_of(group, budget, overhead=longest) for group in groups):
             batch = Batch.of(trees, pairs)
             read = _read(model, batch, logits)
             for number, places in batch.answers.items():
@@ -62,7 +64,11 @@ class RequestScorer:
                 answers[number] = math.fsum(read[n][k] for n, k in places), greedy
         return [answers[number] for number in range(len(pairs))]
 
-    def _trees(self, model: Model, pairs: Sequence[Pair], budget: int) -> list[Tree]:
+    def _trees(self, model: Model, pairs: Sequence[Pair], budget: int) -> tuple[list[Tree], list[Tree]]:
+        """Return rows of requests within the model's windows, and of those beyond, which no batch may mix.
+
+        The mask of a row with branches is that of the whole batch, in all layers: it would lift the windows.
+        """
         window = _look_back(model)
         near = [number for number, pair in enumerate(pairs) if len(input_of(pair)) <= window]
         far = [number for number in range(len(pairs)) if len(input_of(pairs[number])) > window]
@@ -71,7 +77,7 @@ class RequestScorer:
         if shared and not self._proves(model, max(shared, key=lambda tree: len(tree.tokens)), pairs):
             self.apart = True
             trees = trees_of(pairs, near, budget, share=False)
-        return trees + trees_of(pairs, far, budget, share=False)
+        return trees, trees_of(pairs, far, budget, share=False)
 
     def _proves(self, model: Model, tree: Tree, pairs: Sequence[Pair]) -> bool:
         """Return whether a row gives what its requests give alone; each kind of model is tried with its longest row."""
