@@ -65,6 +65,19 @@ def test_a_model_that_sees_across_examples_fails(monkeypatch):
         check_packing(model, "cpu", TOKENS, 40)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_that_reaches_into_the_next_example_alone_is_seen(dtype):
+    """As a short convolution would do, of which little is left at the end of the example."""
+    model = build_family("llama").to(dtype)
+
+    def shift(module, args, output):
+        return output + torch.cat([torch.zeros_like(output[:, :1]), output[:, :-1]], 1)
+
+    model.model.embed_tokens.register_forward_hook(shift)
+    with pytest.raises(MacDropError, match="of an example change with the example before|differ from"):
+        check_packing(model, "cpu", TOKENS, 40)
+
+
 class _OneSegment:
     """Takes a whole row for one example."""
 

@@ -17,7 +17,7 @@ from tune.forward.packed_attention import PackedAttention
 #: Tokens of the two examples, at least; the second one goes beyond a sliding window where an example of the run does.
 #: It is the one that stands apart from the row's start, and that could see another.
 LENGTHS = (7, 12)
-#: Places at the end of each example whose logits are compared.
+#: Positions at the end of each example whose logits are compared with padded ones: where a window has an effect.
 COMPARED = 4
 #: Largest relative difference of the logits, as vectors: the order of sums in fp32, some roundings in half precision.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -57,10 +57,10 @@ def check_packing(
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise MacDropError(f"its forward pass of a packed row ends with {type(error).__name__}: {error}") from error
     allowed = TOLERANCE[bare.dtype]  # type: ignore[index]
-    found = _difference(padded, packed)
+    found = _difference(padded, torch.cat([part[-COMPARED:] for part in packed]))
     if not found <= allowed:
         raise MacDropError(f"its logits of a packed row differ from those of a padded batch by {found:.2g} (relative)")
-    found = _difference(packed[-COMPARED:], beside_another[-COMPARED:])
+    found = _difference(packed[1], beside_another[1])
     if not found <= allowed:
         raise MacDropError("its logits of an example change with the example before it in a packed row")
     return attention
@@ -87,13 +87,13 @@ def _padded(model: torch.nn.Module, *examples: torch.Tensor) -> torch.Tensor:
     return torch.cat([row[len(each) - COMPARED : len(each)] for row, each in zip(logits, examples, strict=True)])
 
 
-def _packed(model: torch.nn.Module, attention: PackedAttention, *examples: torch.Tensor) -> torch.Tensor:
-    """Return the last logits of each example (2 * COMPARED, V), in a packed row."""
+def _packed(model: torch.nn.Module, attention: PackedAttention, *examples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the logits (n, V) of each example in a packed row."""
     lengths = [len(each) for each in examples]
     positions = torch.cat([torch.arange(length, device=examples[0].device) for length in lengths])
     with attention.segments(lengths, examples[0].device) as arguments:
         (logits,) = model(input_ids=torch.cat(examples)[None], position_ids=positions[None], **arguments).logits
-    return torch.cat([part[-COMPARED:] for part in logits.split(lengths)])
+    return logits.split(lengths)
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
