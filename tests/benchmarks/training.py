@@ -46,7 +46,7 @@ from training_ways import Ours, Ran, Setting, Transformers, Trl, examples, picke
 from worker import Worker
 
 ROWS = ("trainer", "trl", "dora", "share", "memory")
-#: Ours over the Trainer's, by dtype; see issue 12.
+#: Ours over the Trainer's, by dtype.
 TARGETS = {"fp32": 3.0, "bf16": 2.5}
 TRL_TARGET, DORA_TARGET, SHARE_TARGET, MEMORY_TARGET = 1.2, 1.12, 60.0, 0.5
 #: The first losses of two ways may differ by this, relatively.

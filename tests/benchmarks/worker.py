@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+PROCESS_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -67,6 +68,8 @@ class Worker:
 
 
 def _serve(there: Connection, kind: Callable[..., Any], arguments: tuple, environment: dict[str, str]) -> None:
+    for name in PROCESS_GROUP:  # of a group that the caller may be in
+        os.environ.pop(name, None)
     os.environ.update(environment)  # before any heavy import
     try:
         made = kind(*arguments)
