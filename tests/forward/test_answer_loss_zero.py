@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers.answer_loss_cases import CASES, STEPS, WORLD, build, micro_batch
+from helpers.ranks import run_ranks
 from torch.nn.functional import cross_entropy
 
 pytestmark = pytest.mark.zero
-TESTS = Path(__file__).parents[1]
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -22,24 +16,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 def found(tmp_path_factory) -> dict:
     """What two processes computed, all cases in one start."""
     out = tmp_path_factory.mktemp("answer-loss")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    processes = []
-    for rank in range(WORLD):
-        command = [sys.executable, "-m", "helpers.answer_loss_worker", *map(str, (rank, WORLD, port, out / "found.pt"))]
-        with open(out / f"rank{rank}.log", "w") as log:
-            environment = {**os.environ, "PYTHONPATH": path}
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        for process in processes:
-            process.wait(timeout=400)
-    finally:
-        for process in processes:
-            process.kill()
-    logs = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(WORLD))
-    assert all(process.returncode == 0 for process in processes), logs
+    run_ranks("answer_loss_worker", WORLD, out, out / "found.pt", timeout=400)
     return torch.load(out / "found.pt", weights_only=False)
 
 

@@ -1,25 +1,25 @@
 """One rank of the proof that the loss of answer tokens is the same under every ZeRO stage.
 
-Run as ``answer_loss_worker.py RANK WORLD PORT OUT``; `test_answer_loss_zero.py` compares what rank 0 saves with all
-logits in one process.
+Run as ``answer_loss_worker.py OUT``; `test_answer_loss_zero.py` compares what rank 0 saves with all logits in
+one process.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
-RANK, WORLD, PORT, OUT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
-os.environ.update(MASTER_PORT=PORT, DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from deepspeed.utils import safe_get_full_grad  # noqa: E402
+from helpers.answer_loss_cases import CASES, CHUNK, STEPS, Case, build, micro_batch
+from helpers.ranks import run_cases
+from tune.forward.answer_loss import AnswerLoss
 
-from helpers.answer_loss_cases import CASES, CHUNK, STEPS, Case, build, micro_batch  # noqa: E402
-from tune.forward.answer_loss import AnswerLoss  # noqa: E402
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def engine_of(case: Case, model: torch.nn.Module):
@@ -62,17 +62,5 @@ def run(case: Case) -> dict:
     return {**found, "ranks": everyone}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    # Plain gloo: DeepSpeed would else compile a C++ extension for its own collectives, for minutes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
-    results = {name: run(case) for name, case in CASES.items()}
-    if RANK == 0:
-        torch.save(results, OUT)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run, CASES, Path(sys.argv[1]))

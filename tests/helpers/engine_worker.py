@@ -1,30 +1,27 @@
 """One rank of the engine proofs; `test_engine.py` starts two and reads what rank 0 writes.
 
-Run as ``engine_worker.py RANK WORLD PORT OUT CASE...``. For each case: engine 1 trains A, then B (engine reused), then
-B interrupted and resumed; engine 2, fresh, trains B. Losses and the digest of the final state are written for each.
+Run as ``engine_worker.py OUT CASE...``. For each case: engine 1 trains A, then B (engine reused), then B
+interrupted and resumed; engine 2, fresh, trains B. Losses and the digest of the final state are written for each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-RANK, WORLD, PORT, OUT, CASES = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5:]
-os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
-os.environ.update(MASTER_PORT=PORT, DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+import torch.distributed as dist
 
-import torch.distributed as dist  # noqa: E402
+from helpers.engine_cases import INTERRUPTED_AFTER, spec
+from tune.data import dataset as data
+from tune.training.engine import Engine
+from tune.training.finetune import finetune
+from tune.training.massive_weights import scanned
+from tune.training.process_group import prepare_process
 
-from helpers.engine_cases import INTERRUPTED_AFTER, spec  # noqa: E402
-from tune.data import dataset as data  # noqa: E402
-from tune.training.engine import Engine  # noqa: E402
-from tune.training.finetune import finetune  # noqa: E402
-from tune.training.massive_weights import scanned  # noqa: E402
-from tune.training.process_group import prepare_process  # noqa: E402
+OUT, CASES = Path(sys.argv[1]), sys.argv[2:]
 
 
 def digest(engine: Engine) -> str:
@@ -69,7 +66,7 @@ def run(case: str) -> dict:
 if __name__ == "__main__":
     prepare_process()
     results = {case: run(case) for case in CASES}
-    if RANK == 0:
+    if dist.get_rank() == 0:
         (OUT / "results.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """One rank of the packing proofs; `test_packing.py` starts 2 or 4 and reads what rank 0 writes.
 
-Run as ``packing_worker.py RANK WORLD PORT OUT``: every case of `SUITES` for this number of ranks, each one step.
+Run as ``packing_worker.py OUT``: every case of `SUITES` for this number of ranks, each one step.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import sys
 from itertools import product
 from pathlib import Path
 
-RANK, WORLD, PORT, OUT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
-os.environ.update(MASTER_PORT=PORT, DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+import torch
+import torch.distributed as dist
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+from helpers.packing_cases import TIGHT, WIDE, Case, by_product
+from tune.training.process_group import prepare_process
 
-from helpers.packing_cases import TIGHT, WIDE, Case, by_product  # noqa: E402
-from tune.training.process_group import prepare_process  # noqa: E402
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+OUT = Path(sys.argv[1])
 
 SUITES = {
     2: {

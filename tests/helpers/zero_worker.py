@@ -1,6 +1,6 @@
 """One rank of the ZeRO-3 proof: trains tiny models in a DeepSpeed engine with MacDrop and writes losses and gradients.
 
-Run as ``zero_worker.py RANK WORLD PORT OUT``; `test_hooks_zero.py` compares what rank 0 saves with the slow reference.
+Run as ``zero_worker.py OUT``; `test_hooks_zero.py` compares what rank 0 saves with the slow reference.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
-RANK, WORLD, PORT, OUT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
-os.environ.update(MASTER_PORT=PORT, DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from deepspeed.utils import safe_get_full_grad  # noqa: E402
+from helpers import tiny
+from helpers.ranks import run_cases
+from helpers.zero_cases import ACCUMULATION, CASES, SEED, build, masks, micro_batch
+from macdrop.config import MacDropConfig
+from macdrop.errors import ConfigError
+from macdrop.hooks import MacDrop
+from macdrop.masking.layout import Span
+from tune.training.dora_norms import DoraNorms
 
-from helpers import tiny  # noqa: E402
-from helpers.zero_cases import ACCUMULATION, CASES, SEED, build, masks, micro_batch  # noqa: E402
-from macdrop.config import MacDropConfig  # noqa: E402
-from macdrop.errors import ConfigError  # noqa: E402
-from macdrop.hooks import MacDrop  # noqa: E402
-from macdrop.masking.layout import Span  # noqa: E402
-from tune.training.dora_norms import DoraNorms  # noqa: E402
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def engine_of(model: torch.nn.Module):
@@ -84,17 +84,5 @@ def run(case) -> dict:
     return {"rows": rows, "gradients": gradients, "ranks": everyone, "partitioned": partitioned}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    # Plain gloo: DeepSpeed would else compile a C++ extension for its own collectives, for minutes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
-    results = {name: run(case) for name, case in CASES.items()}
-    if RANK == 0:
-        torch.save(results, OUT)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run, CASES, Path(sys.argv[1]))

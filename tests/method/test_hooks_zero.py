@@ -1,15 +1,11 @@
 """MacDrop under DeepSpeed ZeRO-3 on two gloo processes equals the paper's listing on one."""
 
 import functools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import reference, tiny
+from helpers.ranks import run_ranks
 from helpers.zero_cases import ACCUMULATION, CASES, SEED, WORLD, P, build, masks, micro_batch
 
 from macdrop.attack import random_rows
@@ -17,28 +13,12 @@ from macdrop.hooks import keep_mask
 
 pytestmark = pytest.mark.zero
 K = len(tiny.ROWS)
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
-    ranks = []
-    for rank in range(WORLD):
-        command = [sys.executable, "-m", "helpers.zero_worker", str(rank), str(WORLD), port, str(folder / "out.pt")]
-        log = open(folder / f"{rank}.log", "w")  # noqa: SIM115
-        ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [rank.wait(timeout=480) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * WORLD, "\n".join((folder / f"{i}.log").read_text()[-2000:] for i in range(WORLD))
+    run_ranks("zero_worker", WORLD, folder, folder / "out.pt", timeout=480, OMP_NUM_THREADS="1")
     return torch.load(folder / "out.pt", weights_only=True)
 
 

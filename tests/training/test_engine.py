@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from helpers.engine_cases import CASES, INTERRUPTED_AFTER, QUICK, REST, STEPS, WORLD
+from helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.zero
 
-TESTS = Path(__file__).parents[1]
 every_case = pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)])
 
 
@@ -33,24 +28,7 @@ def results(found, case) -> dict:
 
 def _run(cases: tuple[str, ...], tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("engine")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "MACDROP_CACHE": str(out / "cache"), "PYTHONPATH": path}
-    processes = []
-    for rank in range(WORLD):
-        command = [sys.executable, "-m", "helpers.engine_worker", str(rank), str(WORLD), str(port), str(out), *cases]
-        with open(out / f"rank{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        for process in processes:
-            process.wait(timeout=500)
-    finally:
-        for process in processes:
-            process.kill()
-    logs = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(WORLD))
-    assert all(process.returncode == 0 for process in processes), logs
+    run_ranks("engine_worker", WORLD, out, out, *cases, timeout=500, MACDROP_CACHE=str(out / "cache"))
     return json.loads((out / "results.json").read_text())
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +11,12 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.packing_cases import TIGHT, WIDE, Case, by_listing, by_product, examples, spec, worst, write_model
+from helpers.ranks import run_ranks
 
 from macdrop.errors import ConfigError
 
 pytestmark = pytest.mark.zero
 
-TESTS = Path(__file__).parents[1]
 #: Of the loss, and every gradient, relative to the largest entry of its tensor.
 CLOSE = 1e-5
 
@@ -72,21 +68,7 @@ def ranks(out) -> Callable[[int], dict]:
 
 
 def _run(world: int, out: Path) -> dict:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-    processes, logs = [], [out / f"{world}-{rank}.log" for rank in range(world)]
-    for rank, log in enumerate(logs):
-        command = [sys.executable, "-m", "helpers.packing_worker", str(rank), str(world), port, str(out)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=550) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * world, "\n".join(log.read_text()[-2000:] for log in logs)
+    run_ranks("packing_worker", world, out, out, timeout=550)
     return torch.load(out / f"results-{world}.pt")
 
 
