@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from macdrop.gather import is_partitioned
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
-def is_partitioned(modules: Sequence[nn.Module]) -> bool:
-    """Return whether ZeRO-3 holds parameters of these modules in parts."""
-    return any(hasattr(parameter, "ds_id") for module in modules for parameter in module.parameters(recurse=False))
+def any_partitioned(modules: Sequence[nn.Module]) -> bool:
+    """Return whether ZeRO-3 holds parameters of these modules themselves in parts."""
+    return any(is_partitioned(parameter) for module in modules for parameter in module.parameters(recurse=False))
 
 
-def gathered(modules: Sequence[nn.Module], function: Callable[[torch.Tensor], Any], hidden: torch.Tensor) -> Any:
+def inside_hooks(modules: Sequence[nn.Module], function: Callable[[torch.Tensor], Any], hidden: torch.Tensor) -> Any:
     """Return ``function(hidden)``, run inside the hooks of all modules; in it, they are called without their hooks.
 
     Where gradients reach `hidden` or the result, DeepSpeed gathers the modules again in the backward pass.

@@ -17,7 +17,7 @@ from torch import nn
 
 from macdrop.families import bare_model, embedding_device
 from macdrop.probe import evaluating
-from tune.forward.gathered_head import forget_order, forward_once, gathered, is_partitioned
+from tune.forward.gathered_head import any_partitioned, forget_order, forward_once, inside_hooks
 
 #: Largest difference of a logit by parts from that of the whole model, relative to the largest logit: the order of
 #: sums in fp32 (TF32 included), four roundings in half precision.
@@ -105,7 +105,7 @@ class SplitModel:
 
         Under ZeRO-3 the head is gathered once for all of them, so ranks may differ in how many there are.
         """
-        return gathered(self.head, function, hidden) if is_partitioned(self.head) else function(hidden)
+        return inside_hooks(self.head, function, hidden) if any_partitioned(self.head) else function(hidden)
 
     def _agrees(self, whole: torch.Tensor, inputs: dict[str, torch.Tensor]) -> bool:
         """Return whether the logits by parts are those of the whole, (B, T, V); note what the head consists of."""
