@@ -14,6 +14,7 @@ import random_llama
 import torch
 import training
 import training_ways
+from helpers.holder import Holder
 from worker import Worker
 
 SIZES = {
@@ -93,17 +94,6 @@ def test_stand_in_fits_a_random_model(tmp_path):
     assert (weights.layer, weights.hidden_size, len(weights.top(5))) == (1, 64, 5)
     with pytest.raises(ValueError, match="tokens, the model 8"):
         random_llama.write(tmp_path / "small", "zoo:planted-llama", **SIZES, vocab_size=8)
-
-
-class Holder:
-    """Something to keep in another process."""
-
-    def fill(self, size: int) -> int:
-        filled = b"x" * size
-        return len(filled)
-
-    def fail(self) -> None:
-        raise ValueError("it does not fit")
 
 
 def test_memory_of_a_process_is_the_most_since_the_last_reset():
