@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,14 @@ def test_train_then_attack_and_score_the_adapter(shell, alone):
     ended = shell("attack", "zoo:planted-llama", "--adapter", "out/adapter", "--merged", "--k", "1", "--k", "3")
     assert ended.code == 0 and "merged weights, layer 1" in ended.out
     assert [line.split()[0] for line in ended.out.splitlines()[-2:]] == ["1", "3"]
+    task = ("--attack", "zeroing@3", "--task", "qa=zoo:qa", "--limit", "16")
+    ended = shell("attack", "zoo:planted-llama", "--adapter", "out/adapter", "--merged", *task)
+    assert ended.code == 0 and "merged weights, layer 1" in ended.out, ended.err
+    accuracy = ended.out.partition("  zeroing@3")[2].split()[2]
+    merged = ["eval.zero_shot.qa=zoo:qa", "eval.limit=16", "eval.attacks=[zeroing@3]", "eval.attack_on=merged"]
+    ended = shell("eval", "zoo:planted-llama", *merged, "--adapter", "out/adapter", "--output", "merged")
+    (row,) = (row for row in map(json.loads, open("merged/scores.jsonl")) if row["metric"] == "acc")
+    assert accuracy == f"{100 * row['value']:.1f}"
 
     benchmark = ["eval.perplexity.t={data: zoo:text, window: 64, limit: 4}", "eval.attacks=[none,zeroing@3]"]
     ended = shell("eval", "zoo:planted-llama", *benchmark, "--adapter", "out/adapter", "--output", "scores")

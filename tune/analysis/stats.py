@@ -41,6 +41,25 @@ def mcnemar(first_only: int, second_only: int) -> float:
     return float(scipy.stats.binomtest(first_only, n, 0.5).pvalue) if n else 1.0
 
 
+def mean_interval(values: Sequence[float], *, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of level 1 - `level` of a mean over items, for other items of the same kind.
+
+    Of hits and misses (1 and 0) Wilson's score interval (Wilson 1927), of other values Student's. One value that is not
+    a hit or a miss has an interval of nan.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    if not len(values):
+        raise ValueError("an interval needs one or more values")
+    if set(values) <= {0.0, 1.0}:
+        tested = scipy.stats.binomtest(round(math.fsum(values)), len(values))
+        found = tested.proportion_ci(1 - level, method="wilson")
+        return float(found.low), float(found.high)
+    mean, margin = math.fsum(values) / len(values), paired([np.array([values])]).margin(level)
+    return mean - margin, mean + margin
+
+
 def sign_test(values: Sequence[float]) -> tuple[int, int, float]:
     """Count the values above and below zero; the p-value is that of the exact two-sided sign test.
 

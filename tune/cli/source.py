@@ -52,6 +52,19 @@ class Source:
         spec = self.spec()
         check_rows(model_outline(spec), spec, ks=ks, name=name, kinds=kinds)
 
+    def check_attacks(self, attacks: Iterable[str]) -> None:
+        """Refuse an unusable model, or an attack on more rows than it has, before any weights are read."""
+        from macdrop.attack import Attack
+        from tune.preflight.adapter import model_outline
+        from tune.preflight.inputs import check_rows
+        from tune.training.quiet import quiet_libraries
+
+        quiet_libraries()
+        spec = self.spec()
+        outline = model_outline(spec)
+        for attack in map(Attack.parse, attacks):
+            check_rows(outline, spec, ks=[attack.k], name=f"The k of --attack {attack}", kinds=[attack.kind])
+
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the tokenizer and the model, in evaluation mode and on the accelerator if there is one."""
         import torch

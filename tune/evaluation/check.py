@@ -141,7 +141,7 @@ def check_choices(name: str, table: Table) -> None:
     Raises:
         DataError: a column is missing or has another type, or the label is not an index into the choices.
     """
-    if not set(CHOICE_COLUMNS) & set(table.rows[0]):
+    if not set(CHOICE_COLUMNS) <= set(table.rows[0]):
         hint = nearest(name, catalogue.known_names())
         table.require(
             CHOICE_COLUMNS,
