@@ -101,6 +101,14 @@ def is_checkpoint(
     return recorded == _sampled(folder, _model_files(folder))
 
 
+def file_digest(file: str | os.PathLike, *, memory: Path | None = None) -> str:
+    """The SHA-256 (hex) of a file; memory: as in `checkpoint_fingerprint`.
+
+    Raises `ConfigError` when it changes while it is read, and `OSError` when it cannot be read.
+    """
+    return _read(_stamp(Path(file)), memory)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder by name, safetensors if it has any. `ConfigError` when some are missing."""
     index = folder / "model.safetensors.index.json"

@@ -11,8 +11,8 @@ evaluation    one model, one benchmark, one attack -> score rows
 training      one fine-tuning in one process group
 forward       forward passes: packed rows, and logits only where they are read
 data          rows of text -> token ids
-storage       the run folder on disk
+zoo           models and data by name: built in, fetched, or converted from a GGUF file
+storage       the run folder and the cache on disk
 config        YAML and key=value -> RunSpec
-zoo           the built-in models and data
 errors        errors raised on purpose
 """

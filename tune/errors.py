@@ -6,7 +6,7 @@ crosses process borders (Ray pickles exceptions) unchanged.
 
 from __future__ import annotations
 
-from macdrop.errors import MacDropError
+from macdrop.errors import ConfigError, MacDropError
 
 
 class CheckpointError(MacDropError, ValueError):
@@ -19,6 +19,10 @@ class BenchmarkError(MacDropError):
 
 class TrainingDiverged(MacDropError):
     """A loss or gradient norm is not finite."""
+
+
+class PackageUnavailable(ConfigError):
+    """The package index does not provide a package that was asked for, or cannot be reached."""
 
 
 class ResourceError(MacDropError):

@@ -32,6 +32,7 @@ VERBS = (
     "schema",
     "docs",
     "zoo list",
+    "zoo fetch",
     *(f"cluster {verb}" for verb in ("render", "check", "up", "submit", "status", "logs", "fetch", "down")),
     "cluster spot-watch",
     "cluster on-head",

@@ -23,6 +23,7 @@ from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, plac
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import Stage, TaskState
+from tune.zoo.catalog import is_planted
 
 MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
 NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
@@ -197,7 +198,7 @@ def _model(
     return ModelResults(
         name=name,
         display=display,
-        planted=display.startswith("zoo:") or (Path(display) / "zoo.json").is_file(),
+        planted=is_planted(display) or (Path(display) / "zoo.json").is_file(),
         weights=weights,
         proof=proof,
         finalists=finalists or {},

@@ -15,7 +15,7 @@ from macdrop.fingerprint import weight_files
 from macdrop.load import check_model
 from tune.config.run_spec import TrainSpec
 from tune.training.lora import add_adapter, left_alone
-from tune.zoo.catalog import resolve
+from tune.zoo.model_source import model_source
 
 
 def model_outline(spec: TrainSpec) -> PreTrainedModel:
@@ -24,7 +24,7 @@ def model_outline(spec: TrainSpec) -> PreTrainedModel:
     Raises:
         ConfigError: there is no such model, it has no weight files, or it is not a causal language model.
     """
-    source = resolve(spec.model_name_or_path)
+    source = model_source(spec.model_name_or_path)
     config = check_model(source, revision=spec.model_revision, trust_remote_code=spec.trust_remote_code)
     folder = Path(source)
     if os.path.isdir(folder) and not weight_files(folder):

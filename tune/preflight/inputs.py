@@ -34,7 +34,7 @@ from tune.scheduling.study import Study
 from tune.storage.places import cache_dir
 from tune.storage.run_folder import check_new
 from tune.trackers.backends import check as check_trackers
-from tune.zoo.catalog import resolve
+from tune.zoo.model_source import model_source
 
 #: Keys that the tokenised data depend on.
 DATA_KEYS = (
@@ -157,7 +157,7 @@ def check_study(
     outline = model_outline(spec)
     check_packable(outline, spec, parameters)
     tokenizer = load_tokenizer(
-        resolve(spec.model_name_or_path),
+        model_source(spec.model_name_or_path),
         revision=spec.model_revision,
         trust_remote_code=spec.trust_remote_code,
         model=outline,
@@ -275,7 +275,7 @@ def _data(
 
 def _config(spec: TrainSpec) -> PreTrainedConfig:
     return check_model(
-        resolve(spec.model_name_or_path), revision=spec.model_revision, trust_remote_code=spec.trust_remote_code
+        model_source(spec.model_name_or_path), revision=spec.model_revision, trust_remote_code=spec.trust_remote_code
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from macdrop.gguf.header import is_gguf
 from tune.config.eval_spec import NO_ATTACK
 from tune.config.run_spec import TrainSpec
 from tune.config.sections import Arm
@@ -20,6 +21,8 @@ from tune.report.escaping import markdown_text, visible
 from tune.report.tables import Table
 from tune.report.text import one_line
 from tune.storage.states import TaskState
+from tune.zoo.catalog import is_planted
+from tune.zoo.real_models import PREFIX, REAL
 
 PLANTED = (
     "**PLANTED.** The base is a tiny model built into macdrop whose massive weights were inserted on purpose. "
@@ -52,7 +55,7 @@ class Exported:
 
     @property
     def planted(self) -> bool:
-        return self.spec.model_name_or_path.startswith("zoo:")
+        return is_planted(self.spec.model_name_or_path)
 
 
 def model_card(trial: Exported, *, merged: LogitCheck | None, place: str) -> str:
@@ -76,8 +79,9 @@ def _head(trial: Exported, merged: bool) -> str:
     spec = trial.spec
     adapter = "dora" if spec.use_dora else "lora"
     head: dict[str, Any] = {"library_name": "transformers" if merged else "peft"}
-    if _on_hub(spec.model_name_or_path):
-        head["base_model"] = spec.model_name_or_path
+    real = REAL.get(spec.model_name_or_path.removeprefix(PREFIX))
+    if real is not None or _on_hub(spec.model_name_or_path):
+        head["base_model"] = spec.model_name_or_path if real is None else real.hub
     head["tags"] = ["macdrop", adapter, "massive-weights", *(["planted"] if trial.planted else [])]
     head["pipeline_tag"] = "text-generation"
     datasets = [name for name in _data(spec) if _on_hub(name)]
@@ -110,9 +114,9 @@ def _loading(trial: Exported, merged: bool, place: str) -> str:
         ]
         return "\n".join(lines)
     name = _literal(spec.model_name_or_path)
-    if trial.planted:
-        lines.append("from tune.zoo.catalog import resolve")
-        name = f"resolve({name})"
+    if spec.model_name_or_path.startswith(PREFIX) or is_gguf(spec.model_name_or_path):
+        lines.append("from tune.zoo.model_source import model_source")
+        name = f"model_source({name})"
     revision = f", revision={_literal(spec.model_revision)}" if spec.model_revision else ""
     trust = ", trust_remote_code=True" if spec.trust_remote_code else ""
     return "\n".join(
@@ -217,12 +221,12 @@ def _data(spec: TrainSpec) -> list[str]:
 
 def _on_hub(name: str) -> bool:
     """Return whether others can find the name: a hub id, not a file, a folder, or something built in."""
-    return not name.startswith("zoo:") and not looks_like_a_path(name) and not os.path.exists(name)
+    return not (name.startswith(PREFIX) or looks_like_a_path(name) or is_gguf(name) or os.path.exists(name))
 
 
 def _shown(name: str) -> str:
     """The name to publish: only the last part of a local path."""
-    return name if name.startswith("zoo:") or _on_hub(name) else f"{Path(name).name} (a local file)"
+    return name if name.startswith(PREFIX) or _on_hub(name) else f"{Path(name).name} (a local file)"
 
 
 def _literal(text: str) -> str:

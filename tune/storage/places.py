@@ -13,6 +13,8 @@ from tune.errors import ResourceError
 
 #: Names the folder of scans and tokenised data; by default ~/.cache/macdrop.
 CACHE_VARIABLE = "MACDROP_CACHE"
+#: Version of what `macdrop.gguf.convert` writes: a new one converts files again.
+CONVERTER = 1
 #: Names the folder below which Ray keeps its sessions; by default the system's temporary folder.
 RAY_TEMP_VARIABLE = "RAY_TMPDIR"
 #: A Unix socket's path has at most this many bytes (sys/un.h: 108 with the final zero).
@@ -67,6 +69,14 @@ def in_cache(path: str | os.PathLike[str]) -> bool:
         return Path(path).absolute().is_relative_to(cache_dir())
     except ResourceError:
         return False
+
+
+def converted_folder(sha256: str) -> Path:
+    """Return where the cache keeps the model converted from a GGUF file; it is there once it is whole.
+
+    sha256: of the GGUF file, in hex.
+    """
+    return cache_dir() / "models" / f"gguf-{sha256[:16]}-v{CONVERTER}"
 
 
 # --- Ray ---

@@ -8,11 +8,9 @@ from macdrop.errors import ConfigError
 from macdrop.fingerprint import checkpoint_fingerprint, is_checkpoint
 from macdrop.load import open_model
 from tune.config.run_spec import TrainSpec
+from tune.storage.converted import DIGESTS
 from tune.storage.places import cache_dir
-from tune.zoo.catalog import resolve
-
-#: Folder of the cache with the digests of weight files, each of which is read whole only once.
-DIGESTS = "digests"
+from tune.zoo.model_source import model_source
 
 
 def open_base(spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -22,7 +20,7 @@ def open_base(spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         ConfigError: there is no such model, or it cannot be used.
     """
     return open_model(
-        resolve(spec.model_name_or_path),
+        model_source(spec.model_name_or_path),
         revision=spec.model_revision,
         dtype="bfloat16" if spec.bf16 else "float32",
         attn_implementation=spec.attn_implementation,
@@ -32,7 +30,7 @@ def open_base(spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 def fingerprint(model: str, revision: str | None = None) -> str:
     """Return the fingerprint of a model as a spec names it (`macdrop.fingerprint.checkpoint_fingerprint`)."""
-    return checkpoint_fingerprint(resolve(model), revision, memory=cache_dir() / DIGESTS)
+    return checkpoint_fingerprint(model_source(model), revision, memory=cache_dir() / DIGESTS)
 
 
 def require_base(spec: TrainSpec, recorded: str) -> None:
@@ -41,7 +39,9 @@ def require_base(spec: TrainSpec, recorded: str) -> None:
     Raises:
         ConfigError: they have changed, or are those of another model.
     """
-    if not is_checkpoint(recorded, resolve(spec.model_name_or_path), spec.model_revision, memory=cache_dir() / DIGESTS):
+    if not is_checkpoint(
+        recorded, model_source(spec.model_name_or_path), spec.model_revision, memory=cache_dir() / DIGESTS
+    ):
         raise ConfigError(
             f"The files of {spec.model_name_or_path} are not those that this run began with: weights, config.json or "
             "code have changed.\nPut the files back as they were, or start a new run."

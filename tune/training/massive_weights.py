@@ -19,7 +19,8 @@ from tune.config.run_spec import TrainSpec, slug
 from tune.storage.atomic import writing
 from tune.storage.places import cache_dir
 from tune.training.loading import fingerprint, open_base, require_base
-from tune.zoo.catalog import PREFIX, resolve
+from tune.zoo.catalog import is_planted, resolve
+from tune.zoo.model_source import model_source
 
 #: A short story of our own: the text of a proof when none is given.
 STORY = Path(__file__).with_name("prose.txt")
@@ -83,7 +84,7 @@ def recorded_weights(
 
 def scanned(spec: TrainSpec) -> MassiveWeights:
     """Return the model's massive weights, from the cache or by scanning a whole (not partitioned) copy of it."""
-    source = resolve(spec.model_name_or_path)
+    source = model_source(spec.model_name_or_path)
     options: dict[str, Any] = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
     tokenizer = load_tokenizer(source, **options)
     config = check_model(source, **options)
@@ -127,7 +128,7 @@ def proof(
     text: Path | None = None,
     source: str = "",
 ) -> Proof:
-    """Prove massive weights on a text file; by default on our story, or on the zoo's text for a zoo model.
+    """Prove massive weights on a text file; by default on our story, or on the zoo's text for a built-in model.
 
     Raises:
         DataError: the text is missing or too short.
@@ -147,18 +148,18 @@ def proof_blocks(
     """Return token ids (n, T) of the text of a proof, bos first in every block; see `proof_text`."""
     content = proof_text(text, source)
     positions = getattr(model.config, "max_position_embeddings", None) or BLOCK_TOKENS
-    # The zoo's models were trained on blocks of 64 tokens and cannot handle longer ones.
-    length = min(64 if source.startswith(PREFIX) else BLOCK_TOKENS, positions)
+    # The built-in models were trained on blocks of 64 tokens and cannot handle longer ones.
+    length = min(64 if is_planted(source) else BLOCK_TOKENS, positions)
     return text_blocks(tokenizer, content, length, bos_token_id)[:MAX_BLOCKS]
 
 
 def proof_text(text: Path | None, source: str) -> str:
-    """Read the text of a proof: the given file, else our story, or the zoo's text for a zoo model.
+    """Read the text of a proof: the given file, else our story, or the zoo's text for a built-in model.
 
     Raises:
         DataError: the file is missing, empty, or not text.
     """
-    file = text or (Path(resolve("zoo:text")) if source.startswith(PREFIX) else STORY)
+    file = text or (Path(resolve("zoo:text")) if is_planted(source) else STORY)
     if not file.is_file():
         raise DataError(f"{file} is not a text file. Give a text with --text, or omit it for a built-in one.")
     try:

@@ -1,8 +1,8 @@
-"""The built-in tiny models, the data of their synthetic world, and a toy judge.
+"""The built-in tiny models, the data of their synthetic world, a toy judge, and the names of two real models.
 
 Everything here is reachable by a name that starts with ``zoo:``, wherever a model or a data file is asked for. The
-massive weights of these models are *planted*, and the judge is a toy: fixtures for tests and a demonstration, never
-evidence.
+massive weights of the built-in models are *planted*, and the judge is a toy: fixtures for tests and a demonstration,
+never evidence. Those of the real models (`tune.zoo.real_models`) are natural.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from macdrop.errors import ConfigError, nearest
+from tune.zoo.real_models import PREFIX, REAL, find
 
-PREFIX = "zoo:"
 _HOME = Path(__file__).parent
 
 
@@ -90,22 +90,32 @@ def zoo_path(name: str) -> Path:
     return _HOME / "models" / get_model(name).name
 
 
+def is_planted(name: str) -> bool:
+    """Return whether a name is one of a built-in model, whose massive weights are planted."""
+    return name.startswith(PREFIX) and name.removeprefix(PREFIX) not in REAL
+
+
 def resolve(name_or_path: str) -> str:
     """Turn ``zoo:NAME`` into the path of the shipped model or data file; return anything else unchanged.
 
-    `ConfigError`: NAME is unknown.
+    For a real model it is the folder of the fetched one, or the hub id of one that is in the Hugging Face cache or on
+    the hub.
+
+    `ConfigError`: NAME is unknown, or a real model that has to be fetched first.
     """
     if not name_or_path.startswith(PREFIX):
         return name_or_path
     name = name_or_path.removeprefix(PREFIX)
     if name in ZOO:
         return str(zoo_path(name))
+    if name in REAL:
+        return find(REAL[name]).place
     data = ZOO_DATA.get(_DATA_ALIASES.get(name, name))
     if data is not None:
         return str(_HOME / "data" / data.file)
-    known = [*ZOO, *ZOO_DATA, *_DATA_ALIASES]
+    known = [*ZOO, *REAL, *ZOO_DATA, *_DATA_ALIASES]
     raise ConfigError(
         f"There is nothing called {name_or_path!r}.{nearest(name, known)}\n"
-        f"Models: {', '.join(PREFIX + model for model in ZOO)}.\n"
+        f"Models: {', '.join(PREFIX + model for model in [*ZOO, *REAL])}.\n"
         f"Data: {', '.join(PREFIX + data for data in ZOO_DATA)}."
     )

@@ -37,9 +37,10 @@ def evaluate(
     from tune.preflight.inputs import check_scoring
     from tune.report.score_table import score_table
     from tune.storage.records import SCORES_FILE
+    from tune.zoo.catalog import is_planted
 
     (file, overrides), source = split_config(config), Source(model, revision, bf16, trust_remote_code)
-    if file is None and not overrides and not suite and source.model.startswith("zoo:"):
+    if file is None and not overrides and not suite and is_planted(source.model):
         file = DEMO
     overrides = [f"eval.suite={suite}", *overrides] if suite else overrides
     spec = load(recipe(file), overrides, replace={"sweep.models": [], "model_name_or_path": source.model})

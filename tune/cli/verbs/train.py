@@ -189,9 +189,10 @@ def _next_command(spec: RunSpec, model: TrainSpec, file: str | None, folder: Pat
     """Return the command that scores the adapter."""
     from tune.config.eval_spec import jobs
     from tune.config.resume import shell_command
+    from tune.zoo.catalog import is_planted
 
     benchmarks = [file] if file and jobs(spec.eval) else []
-    if not benchmarks and not model.model_name_or_path.startswith("zoo:"):
+    if not benchmarks and not is_planted(model.model_name_or_path):
         benchmarks = ["eval.zero_shot=[arc_easy,piqa]"]
     words = ["macdrop", "eval", model.model_name_or_path, *benchmarks, "--adapter", folder / "adapter"]
     return shell_command(*words)

@@ -28,7 +28,7 @@ from tune.preflight.probe import HEADROOM
 from tune.scheduling.study import Study
 from tune.storage.atomic import atomic_write_text, writing
 from tune.storage.environment import version
-from tune.zoo.catalog import PREFIX
+from tune.zoo.real_models import PREFIX
 
 #: How long a file may take to show up through the caches of a network file system, in seconds.
 LAG_S = 30.0

@@ -20,7 +20,7 @@ from tune.evaluation.scorer import masks_off, max_positions
 from tune.training.loading import fingerprint
 from tune.training.process_group import device
 from tune.training.quiet import quiet_while_scoring
-from tune.zoo.catalog import resolve
+from tune.zoo.model_source import model_source
 
 
 def revision(spec: JudgeSpec) -> str:
@@ -29,7 +29,7 @@ def revision(spec: JudgeSpec) -> str:
     Raises:
         ConfigError: the model is neither a folder nor in the cache.
     """
-    source = resolve(spec.model)
+    source = model_source(spec.model)
     folder = checkpoint_folder(source, spec.revision)
     if not os.path.isdir(source) and folder.parent.name == "snapshots":
         return folder.name[:12]
@@ -47,7 +47,7 @@ class LocalJudge:
         self.spec = spec
         with quiet_while_scoring():
             model, self.tokenizer = open_model(
-                resolve(spec.model),
+                model_source(spec.model),
                 revision=spec.revision,
                 dtype="bfloat16" if spec.bf16 else "float32",
                 trust_remote_code=spec.trust_remote_code,

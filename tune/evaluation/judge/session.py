@@ -18,7 +18,7 @@ from tune.evaluation.judge.endpoint import EndpointJudge
 from tune.evaluation.judge.judgements import Answers, JudgeIdentity
 from tune.evaluation.judge.local import LocalJudge, revision
 from tune.evaluation.judge.prompt import Judgement, Question
-from tune.zoo.catalog import resolve
+from tune.zoo.model_source import model_source
 
 
 class Judge(Protocol):
@@ -136,8 +136,8 @@ def check_judge(spec: JudgeSpec) -> None:
     if not spec.base_url:
         loading: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         try:
-            check_model(resolve(spec.model), **loading)
-            load_tokenizer(resolve(spec.model), **loading)
+            check_model(model_source(spec.model), **loading)
+            load_tokenizer(model_source(spec.model), **loading)
         except ConfigError as error:
             hint = "For a model behind an endpoint, give base_url as well."
             raise ConfigError(f"eval.judge.model: {error}\n{hint}") from None
