@@ -235,3 +235,14 @@ def test_train_then_attack_and_score_the_adapter(shell, alone):
     assert "zeroing@3" in ended.out and "on base" in ended.out and "scores/scores.jsonl" in ended.new
     refused = shell("eval", "zoo:planted-llama", *benchmark, "--output", "scores")
     assert refused.code == 2 and "is not empty" in refused.err
+
+
+def test_a_dry_run_shows_the_keys_for_local_files(shell):
+    ended = shell("sweep", "demo", "eval.zero_shot.piqa={}", "--dry-run")
+    assert ended.code == 0 and "from the Hub  1 name: " in ended.out, ended.err
+    shown = [line.split() for line in ended.out.splitlines() if line.startswith("  eval.zero_shot.piqa")]
+    assert shown == [
+        ["eval.zero_shot.piqa.data=PATH", "baber/piqa", "(split", "validation)"],
+        ["eval.zero_shot.piqa=off", "leaves", "this", "benchmark", "out"],
+    ]
+    assert "from the Hub" not in shell("sweep", "demo", "--dry-run").out

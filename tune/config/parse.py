@@ -34,6 +34,9 @@ ALIASES = {
     "ray_num_workers": "ray.num_workers",
 }
 
+#: In place of a benchmark that an override has switched off: there was one, so it need not be a suite's.
+LEFT_OUT = ...
+
 #: Sections of benchmarks in the blocks `eval` and `validation`; `register_benchmark` adds one.
 SECTIONS = ["zero_shot", "perplexity", "generation"]
 
@@ -194,7 +197,9 @@ def _searched(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def _set(raw: dict[str, Any], path: list[str], value: Any, above: tuple[str, ...]) -> dict[str, Any]:
     if len(path) == 1:
-        return {**raw, path[0]: value}
+        benchmark = above[:1] in (("eval",), ("validation",)) and above[1:] in [(section,) for section in SECTIONS]
+        off = benchmark and path[0] in raw and (value is False or value == "off")
+        return {**raw, path[0]: LEFT_OUT if off else value}
     here = (*above, path[0])
     inner = raw.get(path[0])
     # A section may be written as a list of names; an override of one entry needs it as a block.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError, DataError, nearest
-from tune.config.parse import SECTIONS, merge, named_block, read_yaml
+from tune.config.parse import LEFT_OUT, SECTIONS, merge, named_block, read_yaml
 from tune.config.syntax.user_paths import expand_path
 
 FOLDER = Path(__file__).with_name("suites")
@@ -70,7 +70,8 @@ def load(name: str) -> Suite:
 def expand(block: Mapping[str, Any]) -> dict[str, Any]:
     """Write out the entries of an `eval:` block's `suite` and the files of its `local` folder.
 
-    Suites are merged in their order; the block's own keys override theirs. An entry set to `off` (false) is left out.
+    Suites are merged in their order; the block's own keys override theirs. An entry set to `off` (false) is left out:
+    one of a suite, or by an override any that was there.
     Idempotent.
 
     Raises:
@@ -82,7 +83,7 @@ def expand(block: Mapping[str, Any]) -> dict[str, Any]:
     if wanted is None:
         if local is not None:
             raise ConfigError("local is the folder of a suite's files, but no suite is given: add suite: NAME.")
-        return own
+        return _switched_off(own)
     chosen = [load(name) for name in _list(wanted)]
     base = _merged(chosen)
     files = {entry: file for suite in chosen for entry, file in suite.files.items()}
@@ -140,6 +141,21 @@ def _without_off(block: dict[str, Any]) -> dict[str, Any]:
     return block
 
 
+def _switched_off(own: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what overrides have switched off, in a block without a suite; refuse `off` where there was nothing."""
+    for section in SECTIONS:
+        if not isinstance(own.get(section), Mapping):
+            continue
+        own[section] = {name: entry for name, entry in own[section].items() if entry is not LEFT_OUT}
+        for name, entry in own[section].items():
+            if entry is False or entry == "off":
+                others = [other for other in own[section] if other != name]
+                raise ConfigError(
+                    f"{section}.{name} is off, but there is no such benchmark to leave out.{nearest(name, others)}"
+                )
+    return own
+
+
 def _own_entries(section: str, value: Any, base: Mapping[str, Any]) -> Any:
     """Return a section's own keys by entry; the `suite` of an entry records which keys of its definition changed."""
     value = named_block(value)
@@ -148,7 +164,9 @@ def _own_entries(section: str, value: Any, base: Mapping[str, Any]) -> Any:
     entries: dict[str, Any] = {}
     for name, entry in value.items():
         entry = False if entry == "off" else entry  # YAML 1.1 reads the word so
-        if entry is False and name not in base:
+        if entry is LEFT_OUT:
+            entry = False
+        elif entry is False and name not in base:
             raise ConfigError(f"{section}.{name} is off, but no suite given has it.{nearest(name, base)}")
         entry = {} if entry is None else {"data": entry} if isinstance(entry, str) else entry
         if isinstance(entry, Mapping) and name in base:

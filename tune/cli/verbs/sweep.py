@@ -64,6 +64,7 @@ def sweep(
     check_folder(folder, resume=resume, remedy=again)
     if dry_run:
         _show_plan(spec, planned)
+        _show_overrides(spec)
         _check(spec, planned)
         return
     run = _runner(spec)
@@ -164,6 +165,24 @@ def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
     line("trials", f"{trained} fine-tunings, {benchmark_runs(spec, planned)} benchmark runs")
     gpus = spec.ray.gpus_per_worker or spec.ray.gpus_per_evaluator
     line("resources", resources(spec.ray, cluster_gpus=0).sum + ("" if gpus else " (one GPU each where there are any)"))
+
+
+def _show_overrides(spec: RunSpec) -> None:
+    """Print how to run from local files: an override for each model and data set of the Hub."""
+    from tune.preflight.local_files import PATH, local_overrides
+
+    found = local_overrides(spec)
+    if not found:
+        return
+    width = max(len(override) for override, _ in found)
+    line(
+        "from the Hub",
+        f"{len(found)} name{'s' * (len(found) > 1)}: to read local files, add any of these, each with its own {PATH}",
+    )
+    for override, name in found:
+        console.print(f"  {override:<{width}}  {name}", soft_wrap=True)
+    if benchmark := next((text.partition(".data=")[0] for text, _ in found if ".data=" in text), None):
+        console.print(f"  {f'{benchmark}=off':<{width}}  leaves this benchmark out", soft_wrap=True)
 
 
 def _check(spec: RunSpec, planned: list[Study]) -> None:

@@ -1,0 +1,91 @@
+"""Overrides by which a run reads local files in place of the models and data of the Hub that it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tune.config.eval_entries import ZeroShot
+from tune.config.eval_spec import EvalSpec
+from tune.config.parse import SECTIONS
+from tune.config.run_spec import RunSpec
+from tune.data.locations import is_local
+from tune.evaluation import catalogue
+from tune.zoo.real_models import PREFIX, REAL
+
+#: In place of a file or folder of the user's.
+PATH = "PATH"
+
+
+def local_overrides(spec: RunSpec) -> list[tuple[str, str]]:
+    """List one override `key=PATH` for each model and data set of the Hub, with the Hub's name for it.
+
+    A benchmark's rows have the schema of its Hub data set. Downloads nothing.
+    """
+    found = _models(spec) + _datasets(spec)
+    for block in ("validation", "eval"):
+        found += _benchmarks(block, getattr(spec, block))
+    return found
+
+
+def _models(spec: RunSpec) -> list[tuple[str, str]]:
+    if not spec.sweep.models:
+        name = spec.model_name_or_path
+        return [(f"model_name_or_path={PATH}", _hub_name(name))] if name and _hub_name(name) else []
+    return _listed("sweep.models", "model_name_or_path", spec.sweep.models)
+
+
+def _datasets(spec: RunSpec) -> list[tuple[str, str]]:
+    if isinstance(spec.dataset, str):
+        return [] if is_local(spec.dataset) else [(f"dataset={PATH}", spec.dataset)]
+    entries = [
+        {"path": item} if isinstance(item, str) else item.model_dump(exclude_unset=True) for item in spec.dataset
+    ]
+    return _listed("dataset", "path", entries)
+
+
+def _listed(key: str, name: str, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return the override of a list, in which the names of the Hub are replaced; empty if there are none."""
+    remote = [found for entry in entries if (found := _hub_name(entry[name]))]
+    if not remote:
+        return []
+    replaced = [{**entry, name: PATH} if _hub_name(entry[name]) else entry for entry in entries]
+    short = [entry[name] if len(entry) == 1 else entry for entry in replaced]
+    texts = [item if isinstance(item, str) else json.dumps(item) for item in short]
+    return [(f"{key}=[{','.join(texts)}]", ", ".join(remote))]
+
+
+def _hub_name(name: str) -> str | None:
+    """Return the Hub's name for a model or data set, also of a real model of the zoo; None if it is local."""
+    real = REAL.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if real is not None:
+        return f"{real.hub}, or {real.fetch_command}"
+    return None if is_local(name) else name
+
+
+def _benchmarks(block: str, spec: EvalSpec) -> list[tuple[str, str]]:
+    found = []
+    for section in SECTIONS:
+        for name, entry in spec.entries(section).items():
+            data, key = getattr(entry, "data", None), f"{block}.{section}.{name}"
+            if isinstance(entry, ZeroShot) and not data:
+                # A suite takes its own split out where there is data; one of the run file has to be taken out.
+                own = entry.split and (not entry.suite or "+split" in entry.suite)
+                found.append((f"{key}.data={PATH}" + (f" {key}.split=null" if own else ""), _of_task(name, entry)))
+            elif data and not all(map(is_local, data)):
+                found.append((f"{key}.data={PATH}", _of_hub(data[0], getattr(entry, "name", None), entry.split)))
+    return found
+
+
+def _of_task(name: str, entry: ZeroShot) -> str:
+    """Name the Hub data set that a task of lm-eval reads; of a group, the group."""
+    file = catalogue.find_task(entry.task or name)
+    definition: dict[str, Any] = catalogue.read_definition(file) if file else {}
+    split = entry.split or definition.get("test_split") or definition.get("validation_split")
+    return _of_hub(definition.get("dataset_path") or entry.task or name, definition.get("dataset_name"), split)
+
+
+def _of_hub(path: str, name: str | None, split: str | None) -> str:
+    about = ", ".join(filter(None, [name, f"split {split}" if split else ""]))
+    return f"{path} ({about})" if about else path
