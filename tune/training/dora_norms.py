@@ -2,8 +2,8 @@
 
 PEFT adds up W + s B A densely in every forward pass to find the norms of its rows. They change with the optimizer's
 steps only, and |W + s B A|^2 = |W|^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B for each row, of which |W|^2 never changes.
-The output is computed in one go as well. Loss and gradients are PEFT's, and so is what is saved; in eval mode PEFT's
-own functions run.
+The output is computed in one go as well (`tune.forward.fused_linear`). Loss and gradients are PEFT's, and so is what is
+saved; in eval mode PEFT's own functions run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from macdrop.gather import gathered, is_partitioned
+from tune.forward.fused_linear import FusedLinear
 
 
 class DoraNorms:
@@ -37,6 +39,8 @@ class DoraNorms:
             for adapter, variant in getattr(module, "lora_variant", {}).items():
                 if type(variant) is DoraLinearVariant:
                     module.lora_variant[adapter] = _OnePass()
+                    if type(module) is Linear:
+                        module.__class__ = _FusedDora
                     layer = module.lora_magnitude_vector[adapter]
                     # The class is changed, not the object: DeepSpeed and the optimizer hold its parameter.
                     layer.__class__ = _FactoredDora
@@ -58,8 +62,20 @@ class DoraNorms:
                 layer.norm = None
 
 
+class _FusedDora(FusedLinear):
+    """PEFT's DoRA on a linear layer, in one go while norms are there."""
+
+    def is_ready(self, adapter: str) -> bool:
+        return bool(self.lora_magnitude_vector[adapter].has_norm)
+
+    def run_fused(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """Return DoRA's output (..., out) of `x` (..., in)."""
+        layer: Any = self.lora_magnitude_vector[adapter]
+        return layer(super().run_fused(x, adapter), bias=self.get_base_layer().bias)
+
+
 class _OnePass(DoraLinearVariant):
-    """PEFT's DoRA on a linear layer, but for the forward pass while norms are there."""
+    """PEFT's DoRA beside the base layer's result, but for the forward pass while norms are there: under ZeRO-3."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -69,7 +85,7 @@ class _OnePass(DoraLinearVariant):
         bias = getattr(module.get_base_layer(), "bias", None)
         bias = None if bias is None else bias.detach().clone()  # ZeRO-3 takes a partitioned one away again
         lora = module.lora_B[active_adapter](module.lora_A[active_adapter](x) * module.scaling[active_adapter])
-        return layer(result, lora=lora, bias=bias)
+        return layer(result + lora, bias=bias)
 
 
 class _FactoredDora(DoraLinearLayer):
@@ -126,14 +142,14 @@ class _FactoredDora(DoraLinearLayer):
         return self.norm
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """PEFT's; or, given `lora` and `bias`, the output of the whole layer for the base layer's output `x`.
+        """PEFT's; or, given `bias`, the output of the whole layer for that of base and LoRA, `x`, which it overwrites.
 
         A call of the layer as any: DeepSpeed gathers its parameter for it.
         """
-        if "lora" not in kwargs:
+        if "bias" not in kwargs:
             return super().forward(x, **kwargs)
         scale = (self.weight / self._current_norm()).to(x.dtype)
-        return _Scaled.apply(x, kwargs["lora"], scale, kwargs["bias"])
+        return _Scaled.apply(x, scale, kwargs["bias"])
 
     def _current_versions(self) -> tuple[int, ...]:
         """Count the changes in place of the factors; what ZeRO-3 gathers has no such count."""
@@ -141,26 +157,25 @@ class _FactoredDora(DoraLinearLayer):
 
 
 class _Scaled(torch.autograd.Function):
-    """``scale * (base - bias + lora) + bias`` for base and lora (..., out); the bias is frozen.
+    """``scale * (x - bias) + bias`` for x (..., out), in its place; the bias is frozen.
 
     Only the output is kept for the backward pass, which most layers that follow keep as well.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, base: torch.Tensor, lora: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        out = torch.add(base, lora)
-        out = out.mul_(scale) if bias is None else torch.addcmul((bias * (1 - scale)).to(out.dtype), out, scale)
-        ctx.save_for_backward(out, scale, bias)
-        ctx.dtypes = base.dtype, lora.dtype
-        return out
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if bias is None:
+            x.mul_(scale)
+        else:
+            torch.addcmul((bias * (1 - scale)).to(x.dtype), x, scale, out=x)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x, scale, bias)
+        return x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         out, scale, bias = ctx.saved_tensors
-        inner = gradient * scale
         whole = out if bias is None else out - bias
         of_scale = (gradient * whole).flatten(0, -2).sum(0) / scale
-        return inner.to(ctx.dtypes[0]), inner.to(ctx.dtypes[1]), of_scale.to(scale.dtype), None
+        return gradient * scale, of_scale.to(scale.dtype), None

@@ -20,6 +20,7 @@ from macdrop.errors import ConfigError, MacDropError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
 from tune.data.dataset import Examples
 from tune.forward.answer_loss import AnswerLoss
+from tune.forward.fused_linear import fuse_linears
 from tune.forward.packed_attention import PackedAttention
 from tune.forward.packing_check import check_packing
 from tune.training.checkpoint import ADAPTER as ADAPTER_FILE
@@ -69,6 +70,7 @@ class Engine:
         assert self.engine.zero_optimization_stage() == spec.zero_stage, "DeepSpeed did not take the ZeRO stage"
         self._adapter = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
         assert set(self._adapter) == set(self.shapes), "DeepSpeed changed the set of trainable parameters"
+        fuse_linears(self.engine.module)
         #: The weight norms of DoRA, for the micro-steps of one optimizer step.
         self.norms = DoraNorms(self.engine.module)
         self._create_moments()
