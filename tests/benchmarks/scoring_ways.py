@@ -132,30 +132,44 @@ class LmEval(Resident):
 
 
 class Ours(Resident):
-    """Our Scorer with the resident model: as an evaluation actor, but for Ray."""
+    """Our Scorers with the resident model, one for each list of attacks: as in an evaluation actor, but for Ray."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._scorers: dict[tuple[str, ...], Any] = {}
 
     def run(self, attacks: Iterable[str]) -> Scored:
-        """Score the suite under each attack with a new Scorer and prefix cache; loading its tasks is not timed."""
-        from tune.config.eval_spec import EvalSpec
-        from tune.config.messages import build
+        """Score the suite under each attack as that of a new adapter: nothing is kept that depends on weights."""
         from tune.evaluation.prefix_cache import PrefixCache
-        from tune.evaluation.scorer import Scorer
 
-        setting, attacks = self.setting, list(attacks)
-        entries = {benchmark.name: benchmark.entry for benchmark in setting.suite}
-        block = {"batch_size": setting.batch_size, "limit": setting.limit, "zero_shot": entries, "attacks": attacks}
-        weights = None if attacks == [PLAIN] else self.weights()
-        scorer = Scorer(self.model, self.tokenizer, build(EvalSpec, block), weights)
-        scorer.prepare()
-        prefix, clock, rows = PrefixCache(), Clock(), []
+        scorer = self._scorer(tuple(attacks))
+        self._prefix = getattr(self, "_prefix", None) or PrefixCache()
+        self._prefix.clear()
+        clock, rows = Clock(), []
         with tempfile.TemporaryDirectory(prefix="macdrop-answers-") as folder:
             clock.start()
             for job in scorer.jobs():
-                rows += scorer.score(job, answers_path=Path(folder) / job.file_name, prefix=prefix)
+                rows += scorer.score(job, answers_path=Path(folder) / job.file_name, prefix=self._prefix)
             clock.stop()
             answers = {(job.task, job.attack): _kept(Path(folder) / job.file_name) for job in scorer.jobs()}
         scores = {(row["task"], row["metric"], row["attack"]): row["value"] for row in rows}
         return Scored(clock.wall, clock.cpu, scores, answers)
+
+    def _scorer(self, attacks: tuple[str, ...]) -> Any:
+        """Return the Scorer of these attacks, made and prepared on first use."""
+        from tune.config.eval_spec import EvalSpec
+        from tune.config.messages import build
+        from tune.evaluation.scorer import Scorer
+
+        if attacks not in self._scorers:
+            setting = self.setting
+            entries = {benchmark.name: benchmark.entry for benchmark in setting.suite}
+            sizes = {"batch_size": setting.batch_size, "limit": setting.limit}
+            block = {**sizes, "zero_shot": entries, "attacks": list(attacks)}
+            weights = None if attacks == (PLAIN,) else self.weights()
+            self._scorers[attacks] = Scorer(self.model, self.tokenizer, build(EvalSpec, block), weights)
+            self._scorers[attacks].prepare()
+        return self._scorers[attacks]
 
 
 def _kept(file: Path) -> list[list[float]]:

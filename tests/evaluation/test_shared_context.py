@@ -19,6 +19,7 @@ from tune.evaluation.prefix_cache import PrefixCache
 from tune.evaluation.scorer import Scorer
 from tune.evaluation.zero_shot.request_scorer import RequestScorer
 from tune.evaluation.zero_shot.shared_context import Batch, batches_of, input_of, trees_of
+from tune.forward.row_attention import Rows
 
 #: Whose attention takes no mask of ours: ALiBi is made from the mask.
 APART = {"bloom"}
@@ -66,21 +67,25 @@ def check(model, pairs, scorer, batch_size=4, logits=plain_logits, within=1e-4):
 def path_of(batch: Batch, row: int, place: int) -> list[int]:
     """The tokens that a place of a row attends to, by the mask."""
     mask = batch.mask(torch.float32, torch.device("cpu"))
-    seen = range(place + 1) if mask is None else (mask[row, 0, place] == 0).nonzero().flatten().tolist()
-    assert batch.depths is None or batch.depths[row, list(seen)].tolist() == list(range(len(seen)))
-    return batch.ids[row, list(seen)].tolist()
+    if isinstance(mask, Rows):
+        in_rows, at = divmod(mask.places[place].item(), mask.tokens.shape[1])
+        seen = mask.tokens[in_rows, mask.mask[in_rows, 0, at] == 0].tolist()
+    else:
+        seen = list(range(place + 1)) if mask is None else (mask[row, 0, place] == 0).nonzero().flatten().tolist()
+    assert batch.depths is None or batch.depths[row, seen].tolist() == list(range(len(seen)))
+    return batch.ids[row, seen].tolist()
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share, packed", [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("seed", range(5))
-def test_each_position_that_is_read_attends_to_its_own_input_alone(seed, share):
+def test_each_position_that_is_read_attends_to_its_own_input_alone(seed, share, packed):
     pairs = items(seed, vocabulary=6)
     trees = trees_of(pairs, range(len(pairs)), 64, share)
     assert sorted(number for tree in trees for number in tree.paths) == list(range(len(pairs)))
     tokens = sum(len(tree.tokens) for tree in trees)
     assert tokens < sum(len(input_of(pair)) for pair in pairs)
     assert share or not any(tree.branches for tree in trees)
-    batch = Batch.of(trees, pairs)
+    batch = Batch.of(trees, pairs, packed)
     assert (batch.mask(torch.float32, torch.device("cpu")) is None) == (not share)
     rows, columns = (each.tolist() for each in batch.at)
     assert len(set(zip(rows, columns, strict=True))) == len(rows)  # no position is read twice
@@ -89,6 +94,15 @@ def test_each_position_that_is_read_attends_to_its_own_input_alone(seed, share):
         for upto, ((n, k), token) in enumerate(zip(answer, continuation, strict=True)):
             assert batch.targets[n, k] == token
             assert path_of(batch, rows[n], columns[n]) == context + continuation[:upto]
+
+
+def test_a_packed_batch_holds_each_distinct_beginning_once():
+    pairs = items(vocabulary=6)
+    trees = trees_of(pairs, range(len(pairs)), 64, True)
+    batch = Batch.of(trees, pairs, packed=True)
+    inputs = [input_of(pair) for pair in pairs]
+    assert batch.ids.shape == (1, len({tuple(each[: n + 1]) for each in inputs for n in range(len(each))}))
+    assert batch.ids.shape[1] < sum(len(tree.tokens) for tree in trees) < Batch.of(trees, pairs).ids.numel()
 
 
 def test_what_is_shared_is_computed_once():
@@ -202,10 +216,15 @@ def test_an_input_beyond_the_window_is_in_no_batch_with_a_mask(family):
 
 
 def deaf(dtype=torch.float32):
-    """A model whose decoder looks at no mask."""
+    """A model whose decoder looks at no mask, and whose attention stays its own."""
     model = small.build(dtype=dtype)
-    own = model.model.forward
-    model.model.forward = lambda *inputs, attention_mask=None, **named: own(*inputs, **named)
+    own, attention = model.model.forward, model.config._attn_implementation
+
+    def forward(*inputs, attention_mask=None, **named):
+        model.config._attn_implementation_internal = attention
+        return own(*inputs, **named)
+
+    model.model.forward = forward
     return model
 
 
@@ -312,7 +331,7 @@ def test_proof_is_made_again_for_longer_rows(monkeypatch):
     monkeypatch.setattr(
         request_scorer,
         "_agree",
-        lambda model, tree, pairs: proven.append(len(tree.tokens)) or agree(model, tree, pairs),
+        lambda model, trees, *rest: proven.append(len(trees[-1].tokens)) or agree(model, trees, *rest),
     )
     model, scorer, pairs = small.build(), RequestScorer(), items()
     short = [pair for pair in pairs if len(input_of(pair)) < 9]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from torch import nn
 
 from tune.forward.answer_loss import CHUNK_BYTES
 from tune.forward.head import SplitModel
+from tune.forward.row_attention import Rows, in_rows
 
 #: Positions of a batch: bool (B, T), or N row and N column numbers.
 Positions = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -32,7 +34,7 @@ class Logits(Protocol):
         self,
         model: nn.Module,
         ids: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Rows | None = None,
         *,
         positions: torch.Tensor | None = None,
         at: Positions | None = None,
@@ -42,7 +44,8 @@ class Logits(Protocol):
 
         Args:
             ids: token ids (B, T).
-            mask: (B, T), 0 at padding; or (B, 1, T, T), handed to the model's attention as it is.
+            mask: (B, T), 0 at padding; (B, 1, T, T), handed to the model's attention as it is; or the rows that the
+                attention of a packed batch runs in, whose B is 1.
             positions: position ids (B, T); None for those that the model counts itself.
             at: the N positions whose logits are wanted, in order: of a bool (B, T) those that are true, row by row.
             read: called on one chunk of positions after the other, so that logits of all N never exist together. Needs
@@ -55,21 +58,23 @@ class Logits(Protocol):
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One batch: token ids (B, T), attention mask (B, T) or (B, 1, T, T), position ids (B, T)."""
+    """One batch: token ids (B, T), attention mask (B, T) or (B, 1, T, T) or rows, position ids (B, T)."""
 
     ids: torch.Tensor
-    mask: torch.Tensor | None = None
+    mask: torch.Tensor | Rows | None = None
     positions: torch.Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return arguments of the model's forward; without `positions` none of them: not every model takes them."""
-        given = {"input_ids": self.ids, "attention_mask": self.mask, "use_cache": False}
+        mask = None if isinstance(self.mask, Rows) else self.mask
+        given = {"input_ids": self.ids, "attention_mask": mask, "use_cache": False}
         return given if self.positions is None else given | {"position_ids": self.positions}
 
     def key(self) -> Hashable:
         """Return what tells this batch from others: a digest, as a mask (B, 1, T, T) may be larger than the outputs."""
         digest = hashlib.sha256()
-        for tensor in (self.ids, self.mask, self.positions):
+        mask = (self.mask.tokens, self.mask.mask) if isinstance(self.mask, Rows) else (self.mask,)
+        for tensor in (self.ids, *mask, self.positions):
             digest.update(b"none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}".encode())
             if tensor is not None:
                 digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
@@ -86,9 +91,11 @@ class Reading:
 
     def states(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the model as far as all positions go: to hidden states (B, T, d), or to logits (B, T, vocabulary)."""
-        if self._split is not None:
-            return self._split.hidden(**inputs.arguments())
-        return self._model(**inputs.arguments()).logits
+        rows = in_rows(self._model, inputs.mask) if isinstance(inputs.mask, Rows) else nullcontext()
+        with rows:
+            if self._split is not None:
+                return self._split.hidden(**inputs.arguments())
+            return self._model(**inputs.arguments()).logits
 
     def of(self, states: torch.Tensor) -> torch.Tensor:
         """Return what is read, from the `states` that have just been computed."""
@@ -133,7 +140,7 @@ def _vocabulary(model: nn.Module) -> int:
 def plain_logits(
     model: nn.Module,
     ids: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | Rows | None = None,
     *,
     positions: torch.Tensor | None = None,
     at: Positions | None = None,

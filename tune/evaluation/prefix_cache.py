@@ -23,6 +23,7 @@ from macdrop.errors import MacDropError
 from macdrop.families import bare_model, decoder_layers, massive_ffn
 from macdrop.weights import MassiveWeights
 from tune.evaluation.logits import ModelInputs, Positions, Reader, Reading
+from tune.forward.row_attention import Rows
 
 #: Bytes of outputs kept by default; on a GPU at most a quarter of the free memory. Batches beyond it are computed in
 #: full each time: evicting the oldest would not help, because every attack visits the batches in the same order.
@@ -76,7 +77,7 @@ class PrefixCache:
         self,
         model: nn.Module,
         ids: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Rows | None = None,
         *,
         positions: torch.Tensor | None = None,
         at: Positions | None = None,

@@ -8,7 +8,6 @@ takes bounds of segments (FlashAttention, torch's varlen attention on CUDA), tha
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +16,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from macdrop.errors import MacDropError
+from tune.forward.attention_functions import SPLIT, AttentionNames, own_function
 
-#: Implementations that are run segment by segment.
-SPLIT = ("sdpa", "eager")
 #: Implementations that transformers itself gives the bounds of segments.
 BOUNDED = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _PREFIX = "segments_of_"
@@ -47,14 +44,8 @@ class PackedAttention:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        configs = {id(config): config for config in _configs(model)}
-        self._configs = [(config, config._attn_implementation) for config in configs.values()]
-        unknown = {name for _, name in self._configs} - {*SPLIT, *BOUNDED}
-        if unknown or not self._configs:
-            raise MacDropError(f"its attention is {', '.join(sorted(map(str, unknown))) or 'of its own'}")
-        if not all(_takes_functions(module) for module in model.modules()):
-            raise MacDropError("its attention cannot be replaced")
-        self._bounded = any(name in BOUNDED for _, name in self._configs)
+        self._named = AttentionNames(model, (*SPLIT, *BOUNDED))
+        self._bounded = not self._named.names.isdisjoint(BOUNDED)
 
     @contextmanager
     def segments(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
@@ -72,28 +63,10 @@ class PackedAttention:
             arguments |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
             arguments |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
         try:
-            for config, name in self._configs:
-                if name in SPLIT:
-                    config._attn_implementation_internal = _PREFIX + name
-            yield arguments
+            with self._named.replaced(_PREFIX):
+                yield arguments
         finally:
-            for config, name in self._configs:
-                config._attn_implementation_internal = name
             _in_force = None
-
-
-def _configs(model: torch.nn.Module) -> Iterator[Any]:
-    """Yield the configs that modules of the model choose their attention by."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation_internal", None) is not None:
-            yield config
-
-
-def _takes_functions(module: torch.nn.Module) -> bool:
-    """Return whether a transformers model takes its attention from the table of functions."""
-    ask = getattr(type(module), "_can_set_attn_implementation", None)
-    return ask is None or bool(ask())
 
 
 class SegmentMasks:
@@ -145,22 +118,11 @@ def _attend(
         raise MacDropError("its attention does not use the mask that transformers makes")
     if original == "sdpa" and _has_varlen_kernel(query, value, attention_mask, arguments):
         return _varlen(query, key, value, arguments), None
-    function = _own_function(original, module)
+    function = own_function(original, module)
     lengths = list(_in_force.lengths)
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), attention_mask.each, strict=True)
     outputs = [function(module, q, k, v, mask, **arguments)[0] for q, k, v, mask in parts]
     return torch.cat(outputs, dim=1), None
-
-
-def _own_function(original: str, module: torch.nn.Module) -> Callable[..., Any]:
-    """Return the function that the model would have called; eager attention stands beside the layer's class."""
-    if original in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[original]
-    for kind in type(module).__mro__:
-        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise MacDropError(f"its attention {type(module).__name__} is of its own")
 
 
 # --- torch's varlen attention ---

@@ -5,15 +5,19 @@ is laid out depth-first as one row of a batch: each token attends to its ancesto
 so that each path gets the logits of the input that it spells. Logits are computed at the positions that are read: one
 for several choices of one token each.
 
-What is not shared is a row of its own without a mask, padded on the right.
+A packed batch is without padding, and without the beginnings that its rows have in common but once: only attention
+runs in rows. Where a model's attention cannot be replaced, the whole model does, padded on the right. What is not
+shared is a row of its own without a mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from tune.forward.row_attention import Rows
 
 #: Token ids of a request's context and of its continuation.
 Pair = tuple[list[int], list[int]]
@@ -114,49 +118,88 @@ def batches_of(trees: Sequence[Tree], budget: int, overhead: int) -> Iterator[li
 class Batch:
     """Rows as tensors: B of T tokens, with N positions that are read, for up to K continuation tokens each.
 
-    ids: (B, T). ends, depths: (B, T), of rows with branches; None where no row has any. at: rows and columns, each
-    (N,). targets: (N, K). answers: request number -> for each token of its continuation, (position n, target k).
+    ids: (B, T); of a packed batch (1, M), its M distinct tokens. ends, depths: for each token of rows with branches,
+    as `Tree` has them; None where no row has any. tokens: (B, T), which of the M tokens of a packed batch stands where.
+    at: rows and columns of `ids`, each (N,). targets: (N, K). answers: request number -> for each token of its
+    continuation, (position n, target k).
     """
 
     ids: torch.Tensor
     ends: torch.Tensor | None
     depths: torch.Tensor | None
+    tokens: torch.Tensor | None
     at: tuple[torch.Tensor, torch.Tensor]
     targets: torch.Tensor
     answers: dict[int, list[tuple[int, int]]]
 
     @classmethod
-    def of(cls, trees: Sequence[Tree], pairs: Sequence[Pair]) -> Batch:
+    def of(cls, trees: Sequence[Tree], pairs: Sequence[Pair], packed: bool = False) -> Batch:
         """Make tensors of rows, padded on the right; padding is its own only ancestor."""
         width = max(len(tree.tokens) for tree in trees)
-        ids = torch.tensor([tree.tokens + [0] * (width - len(tree.tokens)) for tree in trees])
-        ends = depths = None
-        if any(tree.branches for tree in trees):
-            ends = torch.tensor([tree.ends + list(range(len(tree.ends) + 1, width + 1)) for tree in trees])
-            depths = torch.tensor([tree.depths + [0] * (width - len(tree.depths)) for tree in trees])
-        read: dict[tuple[int, int], dict[int, int]] = {}  # row and column -> target token -> its k
-        answers: dict[int, list[tuple[int, int]]] = {}
-        for row, tree in enumerate(trees):
-            for number, places in tree.paths.items():
-                for place, token in zip(places, pairs[number][1], strict=True):
-                    tokens = read.setdefault((row, place), {})
-                    tokens.setdefault(token, len(tokens))
-        order = {where: n for n, where in enumerate(read)}
-        for row, tree in enumerate(trees):
-            for number, places in tree.paths.items():
-                continuation = zip(places, pairs[number][1], strict=True)
-                answers[number] = [(order[row, place], read[row, place][token]) for place, token in continuation]
-        most = max(map(len, read.values()))
-        targets = torch.tensor([[*tokens, *[next(iter(tokens))] * (most - len(tokens))] for tokens in read.values()])
-        rows, columns = torch.tensor(list(read)).unbind(1)
-        return cls(ids, ends, depths, (rows, columns), targets, answers)
 
-    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-        """Return what is added to attention scores, (B, 1, T, T): 0 from a token to its ancestors and itself."""
+        def padded(rows: Iterable[list[int]]) -> torch.Tensor:
+            return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+        ids, depths = padded(tree.tokens for tree in trees), padded(tree.depths for tree in trees)
+        ends = torch.tensor([tree.ends + list(range(len(tree.ends) + 1, width + 1)) for tree in trees])
+        places = [[(row, place) for place in range(len(tree.tokens))] for row, tree in enumerate(trees)]
+        tokens = None
+        if packed:
+            distinct, numbers = _distinct(trees)
+            ids, depths = (torch.tensor([each]) for each in zip(*distinct, strict=True))
+            tokens, places = padded(numbers), [[(0, number) for number in row] for row in numbers]
+        read: dict[tuple[int, int], dict[int, int]] = {}  # row and column of `ids` -> target token -> its k
+        answers: dict[int, list[tuple[int, int]]] = {}
+        for tree, where in zip(trees, places, strict=True):
+            for number, path in tree.paths.items():
+                for place, token in zip(path, pairs[number][1], strict=True):
+                    targets = read.setdefault(where[place], {})
+                    targets.setdefault(token, len(targets))
+        order = {where: n for n, where in enumerate(read)}
+        for tree, where in zip(trees, places, strict=True):
+            for number, path in tree.paths.items():
+                reads = [(where[place], token) for place, token in zip(path, pairs[number][1], strict=True)]
+                answers[number] = [(order[place], read[place][token]) for place, token in reads]
+        most = max(map(len, read.values()))
+        targets = torch.tensor([[*found, *[next(iter(found))] * (most - len(found))] for found in read.values()])
+        rows, columns = torch.tensor(list(read)).unbind(1)
+        if not (packed or any(tree.branches for tree in trees)):
+            ends = depths = None
+        return cls(ids, ends, depths, tokens, (rows, columns), targets, answers)
+
+    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | Rows | None:
+        """Return what is added to attention scores, (B, 1, T, T): 0 from a token to its ancestors and itself.
+
+        Of a packed batch, the rows that have this mask.
+        """
         if self.ends is None:
             return None
-        place = torch.arange(self.ids.shape[1], device=device)
+        ends = self.ends.to(device)
+        place = torch.arange(ends.shape[1], device=device)
         query, key = place[:, None], place[None, :]
-        seen = (key <= query) & (query < self.ends.to(device)[:, None, :])
+        seen = (key <= query) & (query < ends[:, None, :])
         hidden = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
-        return hidden[:, None]
+        if self.tokens is None:
+            return hidden[:, None]
+        return Rows(self.tokens.to(device), hidden[:, None])
+
+
+def _distinct(trees: Sequence[Tree]) -> tuple[list[tuple[int, int]], list[list[int]]]:
+    """Return the distinct tokens of rows as (id, depth), and for each row which of them it consists of.
+
+    Tokens are the same if all their ancestors are.
+    """
+    numbers: dict[tuple[int, int], int] = {}  # the number of the parent, and the token's id
+    distinct: list[tuple[int, int]] = []
+    rows = []
+    for tree in trees:
+        path, row = [-1], []
+        for token, depth in zip(tree.tokens, tree.depths, strict=True):
+            del path[depth + 1 :]
+            number = numbers.setdefault((path[-1], token), len(numbers))
+            if number == len(distinct):
+                distinct.append((token, depth))
+            path.append(number)
+            row.append(number)
+        rows.append(row)
+    return distinct, rows
