@@ -1,6 +1,6 @@
 """Ways to score a suite under attacks with a resident model, each to be made in a process of its own.
 
-Both build their prompts in every run, as a fresh evaluation does; model, tasks and rows are loaded before.
+Model, tasks and rows are loaded before; each way keeps from run to run what it keeps in its own use.
 """
 
 from __future__ import annotations
@@ -76,6 +76,18 @@ class Resident:
                 self._weights = stand_in(self.model.config, "random")
         return self._weights
 
+    @contextmanager
+    def _attacked(self, text: str, model: Any) -> Iterator[None]:
+        from macdrop import attacked
+        from macdrop.attack import Attack
+
+        if text == PLAIN:
+            yield
+            return
+        attack = Attack.parse(text)
+        with attacked(model, self.weights(), attack.kind, attack.k):
+            yield
+
 
 class LmEval(Resident):
     """lm-eval's own HFLM around the model, and its `evaluate` once for each attack, whose rows are set to zero."""
@@ -97,7 +109,7 @@ class LmEval(Resident):
         clock, found = Clock(), {}
         with quiet_while_scoring():
             tasks = {attack: self._tasks() for attack in attacks}
-            places = {attack: self._attacked(attack) for attack in tasks}
+            places = {attack: self._attacked(attack, self.model) for attack in tasks}
             clock.start()
             for attack, loaded in tasks.items():
                 with places[attack]:
@@ -118,32 +130,20 @@ class LmEval(Resident):
         names = [benchmark.name for benchmark in self.setting.suite]
         return TaskManager(include_defaults=False, include_path=self.setting.tasks).load(names)
 
-    @contextmanager
-    def _attacked(self, text: str) -> Iterator[None]:
-        from macdrop import attacked
-        from macdrop.attack import Attack
-
-        if text == PLAIN:
-            yield
-            return
-        attack = Attack.parse(text)
-        with attacked(self.model, self.weights(), attack.kind, attack.k):
-            yield
-
 
 class Ours(Resident):
     """Our Scorers with the resident model, one for each list of attacks: as in an evaluation actor, but for Ray."""
 
     def __init__(self, setting: Setting) -> None:
+        from tune.evaluation.prefix_cache import PrefixCache
+
         super().__init__(setting)
         self._scorers: dict[tuple[str, ...], Any] = {}
+        self._prefix = PrefixCache()
 
     def run(self, attacks: Iterable[str]) -> Scored:
         """Score the suite under each attack as that of a new adapter: nothing is kept that depends on weights."""
-        from tune.evaluation.prefix_cache import PrefixCache
-
         scorer = self._scorer(tuple(attacks))
-        self._prefix = getattr(self, "_prefix", None) or PrefixCache()
         self._prefix.clear()
         clock, rows = Clock(), []
         with tempfile.TemporaryDirectory(prefix="macdrop-answers-") as folder:
@@ -154,6 +154,23 @@ class Ours(Resident):
             answers = {(job.task, job.attack): _kept(Path(folder) / job.file_name) for job in scorer.jobs()}
         scores = {(row["task"], row["metric"], row["attack"]): row["value"] for row in rows}
         return Scored(clock.wall, clock.cpu, scores, answers)
+
+    def reference(self, items: Iterable[tuple[str, str, int]]) -> list[list[float]]:
+        """Return the log-likelihoods of items (benchmark, attack, document) in float64, each request alone."""
+        import copy
+
+        import torch
+
+        exact = copy.deepcopy(self.model).double()
+        found = []
+        for benchmark, attack, document in items:
+            scorer = next(scorer for attacks, scorer in self._scorers.items() if attack in attacks)
+            job = next(job for job in scorer.jobs() if (job.task, job.attack) == (benchmark, attack))
+            harness, (task,) = scorer._benchmark(job)._harness, scorer._data(job).loaded["tasks"].values()
+            pairs = [harness._encode_pair(*each.args) for each in task.instances if each.doc_id == document]
+            with self._attacked(attack, exact), torch.no_grad():
+                found.append([_alone(exact, *pair) for pair in pairs])
+        return found
 
     def _scorer(self, attacks: tuple[str, ...]) -> Any:
         """Return the Scorer of these attacks, made and prepared on first use."""
@@ -170,6 +187,15 @@ class Ours(Resident):
             self._scorers[attacks] = Scorer(self.model, self.tokenizer, build(EvalSpec, block), weights)
             self._scorers[attacks].prepare()
         return self._scorers[attacks]
+
+
+def _alone(model: Any, context: list[int], continuation: list[int]) -> float:
+    """Return the log-likelihood of a continuation by a pass of its own."""
+    import torch
+
+    ids = torch.tensor([context + continuation[:-1]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 :].double()
+    return float(logits.log_softmax(-1).cpu().gather(1, torch.tensor(continuation)[:, None]).sum())
 
 
 def _kept(file: Path) -> list[list[float]]:
