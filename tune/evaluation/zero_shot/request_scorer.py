@@ -92,8 +92,7 @@ class RequestScorer:
 
     def _sharing(self, model: Model, trees: Sequence[Tree], pairs: Sequence[Pair]) -> Sharing:
         """Return how rows give what their requests give alone; each kind of model is tried with its longest row."""
-        bare = bare_model(model)
-        kind = (type(model).__name__, type(bare).__name__, model.dtype, bare.config._attn_implementation)
+        kind = (type(model).__name__, type(bare_model(model)).__name__, model.dtype, model.config._attn_implementation)
         ways = [Sharing.PACKED, Sharing.PADDED] if runs_in_rows(model) else [Sharing.PADDED]
         if kind not in self._proven:
             self._proven[kind] = (Sharing.APART if one_length_a_batch(model) else ways[0], 0)

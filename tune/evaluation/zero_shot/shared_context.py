@@ -153,8 +153,8 @@ class Batch:
         for tree, where in zip(trees, places, strict=True):
             for number, path in tree.paths.items():
                 for place, token in zip(path, pairs[number][1], strict=True):
-                    targets = read.setdefault(where[place], {})
-                    targets.setdefault(token, len(targets))
+                    wanted = read.setdefault(where[place], {})
+                    wanted.setdefault(token, len(wanted))
         order = {where: n for n, where in enumerate(read)}
         for tree, where in zip(trees, places, strict=True):
             for number, path in tree.paths.items():
@@ -163,9 +163,10 @@ class Batch:
         most = max(map(len, read.values()))
         targets = torch.tensor([[*found, *[next(iter(found))] * (most - len(found))] for found in read.values()])
         rows, columns = torch.tensor(list(read)).unbind(1)
+        at = (rows, columns)
         if not (packed or any(tree.branches for tree in trees)):
-            ends = depths = None
-        return cls(ids, ends, depths, tokens, (rows, columns), targets, answers)
+            return cls(ids, None, None, None, at, targets, answers)
+        return cls(ids, ends, depths, tokens, at, targets, answers)
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | Rows | None:
         """Return what is added to attention scores, (B, 1, T, T): 0 from a token to its ancestors and itself.
