@@ -11,7 +11,7 @@ from torch import nn
 
 from macdrop.errors import UnsupportedModel
 from macdrop.families import FFN, find_ffn, find_ffns, peel
-from macdrop.states import bos_states
+from macdrop.scan.states import bos_states
 
 DENSE = [name for name, family in FAMILIES.items() if family.kind != "experts"]
 ROUTED = [name for name, family in FAMILIES.items() if family.kind == "experts"]

@@ -12,7 +12,7 @@ from torch import nn
 from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
 from macdrop.families import FFN, find_ffn, find_ffns
 from macdrop.scan import choose_bos, find_massive_weights, massive_layer, prove
-from macdrop.states import bos_states
+from macdrop.scan.states import bos_states
 
 ROWS = (9, 2, 13)
 SIZES = (6.0, 5.0, 4.0)  # pre-activations of the planted rows; GPT-OSS clamps at 7

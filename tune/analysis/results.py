@@ -94,9 +94,9 @@ class ModelResults:
     """The results of one model.
 
     `lines` come in the order base, plain, MacDrop (best first), placebos; `groups` are those of the final stage. Of all
-    `columns` those in `shown` belong in tables; `keys` are the settings that vary; `objectives` are (name, goal);
-    `finalists` is finalists.json, empty if missing; `best` is the best MacDrop line by the objective; `trouble` says
-    which damage prevents statistics.
+    `columns` those in `shown` belong in tables; `keys` are the settings that vary; `layers` is layers.json, a
+    proof of every layer, if one was made; `objectives` are (name, goal); `finalists` is finalists.json, empty if
+    missing; `best` is the best MacDrop line by the objective; `trouble` says which damage prevents statistics.
     """
 
     name: str
@@ -104,6 +104,7 @@ class ModelResults:
     planted: bool
     weights: dict[str, Any] | None
     proof: dict[str, Any] | None
+    layers: dict[str, Any] | None
     finalists: dict[str, Any]
     lines: list[Line]
     groups: list[Group]
@@ -189,9 +190,9 @@ def _model(
     means = add_means([line.scores for line in lines], primary_columns(columns, asked))
     tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
     eval_loss = [EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []
-    weights, proof, finalists = (
+    weights, proof, layers, finalists = (
         run_folder.finding(run_folder.model_dir(name) / f"{file}.json")
-        for file in ("massive_weights", "proof", "finalists")
+        for file in ("massive_weights", "proof", "layers", "finalists")
     )
     objectives = _objectives(config)
     best = _order(lines, objectives)
@@ -201,6 +202,7 @@ def _model(
         planted=is_planted(display) or (Path(display) / "zoo.json").is_file(),
         weights=weights,
         proof=proof,
+        layers=layers,
         finalists=finalists or {},
         lines=lines,
         groups=_groups(lines, finalists or {}),

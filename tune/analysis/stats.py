@@ -16,12 +16,11 @@ import numpy as np
 import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
 from scipy.special import gammaincinv, ndtr, ndtri, poch, stdtrit  # type: ignore[import-untyped]
 
+from macdrop.bootstrap import LEVEL, no_spread, resample
+
 Numbers = float | np.ndarray
-LEVEL = 0.05
 POWER = 0.8
 SMALLEST_P = 1e-16
-BATCH = 2_000_000
-"""Values that a bootstrap holds in memory at once."""
 SEED_NODES = (np.arange(128) + 0.5) / 128
 _Z, _W = np.polynomial.hermite_e.hermegauss(5)
 ITEM_NODES, ITEM_WEIGHTS = ndtr(_Z), np.outer(_W, _W) / _W.sum() ** 2
@@ -110,15 +109,12 @@ def bootstrap(
     if d.ndim != 1 or d.size < 2 or not np.isfinite(d).all():
         raise ValueError(f"a bootstrap needs two or more finite differences; got shape {d.shape}")
     estimate, smallest = float(d.mean()), 2 / (resamples + 1)
-    if np.allclose(d, estimate, rtol=1e-12, atol=0):  # BCa is not defined without any spread
+    if no_spread(d):
         return Resampled(estimate, estimate, estimate, 1.0 if estimate == 0 else smallest)
-    settings = {"method": "BCa", "batch": max(1, BATCH // d.size), "rng": np.random.default_rng(seed)}
-    drawn = scipy.stats.bootstrap((d,), np.mean, n_resamples=resamples, confidence_level=1 - level, **settings)
+    drawn = resample(d, seed=seed, resamples=resamples, level=level)
 
     def excludes_zero(at: float) -> bool:
-        again = scipy.stats.bootstrap(
-            (d,), np.mean, n_resamples=0, bootstrap_result=drawn, confidence_level=1 - at, **settings
-        )
+        again = resample(d, seed=seed, level=at, drawn=drawn)
         return not again.confidence_interval.low <= 0 <= again.confidence_interval.high
 
     low, high = smallest, 1.0

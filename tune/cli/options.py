@@ -21,7 +21,9 @@ Adapter = Annotated[Path | None, typer.Option(help="PEFT adapter folder (default
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Load the model in bfloat16.")]
-Text = Annotated[Path | None, typer.Option(help="Text to measure perplexity on (default: a built-in story).")]
+Text = Annotated[
+    Path | None, typer.Option(help="Text to measure perplexity on (default: built-in texts of five kinds).")
+]
 Bos = Annotated[int | None, typer.Option(help="Token id to use as bos (default: chosen as `macdrop scan` reports).")]
 Format = Annotated[str, typer.Option(help="What to print: terminal, markdown, csv or latex.")]
 
@@ -57,23 +59,23 @@ def split_config(arguments: list[str] | None) -> tuple[str | None, list[str]]:
     return None, given
 
 
-def check_output(output: Path | None, *, folder: bool = False) -> None:
-    """Refuse an --output that cannot be written, before anything is computed for it.
+def check_output(output: Path | None, *, folder: bool = False, name: str = "--output") -> None:
+    """Refuse an output that cannot be written, before anything is computed for it.
 
-    folder: whether it names a folder, else a file.
+    folder: whether it names a folder, else a file. name: the option.
     """
     if output is None:
         return
     # Not methods of Path, which raise where a folder above may not be entered.
     if os.path.isdir(output) != folder and os.path.exists(output):
         advice = "Give the name of a folder." if folder else f"Give the name of a file in it: {output / 'NAME'}."
-        raise ConfigError(f"--output {output} is a {'file' if folder else 'folder'}. {advice}")
+        raise ConfigError(f"{name} {output} is a {'file' if folder else 'folder'}. {advice}")
     # A file is written under another name and takes the place of what is there, of a device as well.
     if not folder and (os.path.islink(output) or os.path.exists(output) and not os.path.isfile(output)):
         kind = f"a link to {os.path.realpath(output)}" if os.path.islink(output) else "a device or pipe"
-        raise ConfigError(f"--output {output} is {kind}. Give the name of a file.")
+        raise ConfigError(f"{name} {output} is {kind}. Give the name of a file.")
     above = next(place for place in (output.absolute(), *output.absolute().parents) if os.path.exists(place))
     if above != output.absolute() and not os.path.isdir(above):
-        raise ConfigError(f"--output {output} cannot be created: {above} is a file. Choose another place.")
+        raise ConfigError(f"{name} {output} cannot be created: {above} is a file. Choose another place.")
     if not os.access(above, os.W_OK):
-        raise ConfigError(f"--output {output} cannot be written: {above} is closed to this user. Choose another place.")
+        raise ConfigError(f"{name} {output} cannot be written: {above} is closed to this user. Choose another place.")

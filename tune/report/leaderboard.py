@@ -44,6 +44,7 @@ VOLATILE = ("windows", "prompts_cut_left", "lm_eval", "data", "date", "mean_of",
 NAMING = ("model", "run", "adapter")
 """Columns that together name a row; tables have them in one."""
 TITLE = "Leaderboard"
+BORDERLINE = "borderline"
 READING = (
     "headline: MacDrop minus plain over the final stage's seeds, on what the verdict stands on; attacked: the same "
     "under attack; perplexity: MacDrop's over plain's, below 1 is better; tried: MacDrop settings of the search; "
@@ -101,6 +102,7 @@ def ordered(rows: list[Row], column: str) -> list[Row]:
 
     def place(row: Row) -> tuple:
         value = row.values.get(column)
+        value = 0.5 if value == BORDERLINE else value  # between no and yes
         if value is None or value == "":
             return row.values["measured"] or "~", True, 0
         return row.values["measured"] or "~", False, -value if descending else value
@@ -147,13 +149,13 @@ def _row(report: Report, model: ModelResults, verdict: Verdict | None) -> Row:
         "perplexity": ratio,
         "seeds": len(verdict.seeds) if verdict else None,
         "tried": verdict.tried if verdict else model.tried or None,
-        "sensitive": None if proof is None else proof == "sensitive",
+        "sensitive": None if proof is None else BORDERLINE if proof == BORDERLINE else proof == "sensitive",
         "hours": hours or None,
     }
     cells = {key: "" if value is None else str(value) for key, value in values.items()}
     cells |= {"headline": main.amount if main else "", "attacked": attacked.amount if attacked else ""}
     cells |= {"perplexity": "" if ratio is None else f"{ratio:.3f}", "hours": number(hours) if hours else ""}
-    cells["sensitive"] = "?" if proof is None else "yes" if proof == "sensitive" else "no"
+    cells["sensitive"] = {None: "?", True: "yes", False: "no"}.get(values["sensitive"], BORDERLINE)
     cells["model"] = " ".join(filter(None, [model.display, adapter, f"({report.name})"]))
     note = "" if verdict else f"{report.name}, {model.display}: {no_verdict(model)[0]}"
     note = note or (f"{model.display}: {PLANTED}" if model.planted else "")

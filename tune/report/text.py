@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tune.config.eval_spec import NO_ATTACK
@@ -18,6 +18,12 @@ def number(value: float | str | None) -> str:
     if value is None or value != value:
         return ""
     return value if isinstance(value, str) else format(value, "#.4g").removesuffix(".")
+
+
+def factor_words(factor: Sequence[float | str | None]) -> str:
+    """Format a factor with its interval, [value, low, high] as a proof stores it: "2.16 [1.9, 2.5]"."""
+    value, low, high = (each if isinstance(each, str) or each is None else f"{each:.3g}" for each in factor)
+    return f"{value}" if low is None else f"{value} [{low}, {high}]"
 
 
 def probability(value: float | None) -> str:

@@ -4,7 +4,8 @@
     config.yaml          the effective spec
     environment.json     versions, host, CPUs, GPUs; `resumed`: the same of later environments
     scores.jsonl         one line per score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
-    models/<slug>/       massive_weights.json, proof.json, draws.jsonl (of Optuna), search_time.json, finalists.json
+    models/<slug>/       massive_weights.json, proof.json, layers.json (a proof of every layer, if made), draws.jsonl
+                         (of Optuna), search_time.json, finalists.json
     trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, stage, setting, cell, status, reason,
                          times, summary), metrics.jsonl (one line per logged step), adapter/, answers/*.jsonl
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from macdrop.errors import ConfigError, DataError, NoMassiveWeights
 from macdrop.fingerprint import SHOWN
 from macdrop.load import check_model, load_tokenizer
-from macdrop.proof import Proof, prove, text_blocks
+from macdrop.proof import Proof, prove, require_blocks, text_blocks
 from macdrop.scan import RULE, choose_bos, find_massive_weights
 from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec, slug
@@ -22,10 +22,12 @@ from tune.training.loading import fingerprint, open_base, require_base
 from tune.zoo.catalog import is_planted, resolve
 from tune.zoo.model_source import model_source
 
-#: A short story of our own: the text of a proof when none is given.
-STORY = Path(__file__).with_name("prose.txt")
-#: Text blocks of a proof: tokens in each, bos included, and how many at most.
-BLOCK_TOKENS, MAX_BLOCKS = 256, 16
+#: Short texts of our own, one of each kind: what a proof is made on when no text is given.
+TEXTS, KINDS = Path(__file__).with_name("texts"), ("story", "encyclopaedia", "dialogue", "code", "news")
+#: Tokens of a text block, bos included, and how many blocks are taken: of each built-in text, and of a file.
+BLOCK_TOKENS, OF_EACH_KIND, OF_A_FILE = 128, 4, 32
+#: The same for the zoo's text: its models were trained on blocks of 64 tokens and cannot handle longer ones.
+ZOO_TOKENS, OF_ZOO = 64, 16
 
 
 def massive_weights(
@@ -119,6 +121,27 @@ def _cached(spec: TrainSpec, bos_token_id: int) -> tuple[Path, str]:
     return cache_dir() / "scans" / name, identity
 
 
+def scan_file(spec: TrainSpec, bos_token_id: int) -> Path:
+    """Return the file in the cache that holds the scan of a model with this first token."""
+    return _cached(spec, bos_token_id)[0]
+
+
+def check_text(spec: TrainSpec, text: Path | None, bos_token_id: int | None = None) -> None:
+    """Refuse the text of a proof that is missing or too short, before any weights are read.
+
+    Raises:
+        DataError: the text is missing, shorter than a block, or fills too few blocks for an interval.
+        ConfigError: the model has no usable bos.
+    """
+    proof_text(text, spec.model_name_or_path)
+    source = model_source(spec.model_name_or_path)
+    options: dict[str, Any] = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
+    tokenizer, config = load_tokenizer(source, **options), check_model(source, **options)
+    token, _ = choose_bos(tokenizer, config, bos_token_id)
+    blocks, _ = labelled_blocks(tokenizer, config, token, text=text, source=spec.model_name_or_path)
+    require_blocks(blocks)
+
+
 def proof(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,13 +151,13 @@ def proof(
     text: Path | None = None,
     source: str = "",
 ) -> Proof:
-    """Prove massive weights on a text file; by default on our story, or on the zoo's text for a built-in model.
+    """Prove massive weights on a text file; by default on our short texts, or on the zoo's text for a built-in model.
 
     Raises:
         DataError: the text is missing or too short.
     """
-    blocks = proof_blocks(model, tokenizer, weights.bos_token_id, text=text, source=source)
-    return prove(model, blocks, weights, k=k)
+    blocks, kinds = labelled_blocks(tokenizer, model.config, weights.bos_token_id, text=text, source=source)
+    return prove(model, blocks, weights, k=k, kinds=kinds)
 
 
 def proof_blocks(
@@ -145,21 +168,45 @@ def proof_blocks(
     text: Path | None,
     source: str,
 ) -> torch.Tensor:
-    """Return token ids (n, T) of the text of a proof, bos first in every block; see `proof_text`."""
-    content = proof_text(text, source)
-    positions = getattr(model.config, "max_position_embeddings", None) or BLOCK_TOKENS
-    # The built-in models were trained on blocks of 64 tokens and cannot handle longer ones.
-    length = min(64 if is_planted(source) else BLOCK_TOKENS, positions)
-    return text_blocks(tokenizer, content, length, bos_token_id)[:MAX_BLOCKS]
+    """Return token ids (n, T) of the texts of a proof, bos first in every block; see `proof_text`."""
+    return labelled_blocks(tokenizer, model.config, bos_token_id, text=text, source=source)[0]
 
 
-def proof_text(text: Path | None, source: str) -> str:
-    """Read the text of a proof: the given file, else our story, or the zoo's text for a built-in model.
+def labelled_blocks(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    bos_token_id: int,
+    *,
+    text: Path | None,
+    source: str,
+) -> tuple[torch.Tensor, list[str]]:
+    """Return the blocks of `proof_blocks`, and the kind of text that each of them is of.
+
+    Raises:
+        DataError: a text is missing, or shorter than a block.
+    """
+    texts, zoo = proof_text(text, source), is_planted(source)
+    tokens = ZOO_TOKENS if zoo else BLOCK_TOKENS
+    length = min(tokens, getattr(config, "max_position_embeddings", None) or tokens)
+    most = OF_EACH_KIND if len(texts) > 1 else OF_ZOO if zoo else OF_A_FILE
+    blocks = {kind: text_blocks(tokenizer, content, length, bos_token_id)[:most] for kind, content in texts.items()}
+    return torch.cat(list(blocks.values())), [kind for kind, found in blocks.items() for _ in found]
+
+
+def proof_text(text: Path | None, source: str) -> dict[str, str]:
+    """Read the texts of a proof by kind: the given file, else our short texts, or the zoo's text for a built-in model.
 
     Raises:
         DataError: the file is missing, empty, or not text.
     """
-    file = text or (Path(resolve("zoo:text")) if is_planted(source) else STORY)
+    if text is not None:
+        return {text.name: _content(text)}
+    if is_planted(source):
+        return {"zoo:text": _content(Path(resolve("zoo:text")))}
+    return {kind: _content(TEXTS / f"{kind}.txt") for kind in KINDS}
+
+
+def _content(file: Path) -> str:
     if not file.is_file():
         raise DataError(f"{file} is not a text file. Give a text with --text, or omit it for a built-in one.")
     try:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tune.report.html.palette import DARK
+from tune.report.html.palette import DARK, LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +32,12 @@ _FIRST = 0xA1B200
 _SENTINELS = {name: f"#{_FIRST + number:06x}" for number, name in enumerate(NAMES)}
 
 
+_PAINT: ContextVar[Mapping[str, str]] = ContextVar("paint", default=_SENTINELS)
+
+
 def colour(name: str) -> str:
-    """The sentinel of one of `NAMES`."""
-    return _SENTINELS[name]
+    """The sentinel of one of `NAMES`; while a file is saved, its colour on white."""
+    return _PAINT.get()[name]
 
 
 def draw(name: str, height: float, paint: Callable[[Canvas], None], *, says: str = "") -> str:
@@ -56,6 +61,23 @@ def draw(name: str, height: float, paint: Callable[[Canvas], None], *, says: str
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return _inline(out.getvalue(), name, says)
+
+
+def save(file: Path, height: float, paint: Callable[[Canvas], None]) -> None:
+    """Call `paint` as `draw` does, and write the figure on white to a file; its ending says whether PNG, SVG or PDF."""
+    import matplotlib.style
+    from matplotlib.figure import Figure as Canvas
+
+    token = _PAINT.set(LIGHT)
+    try:
+        with matplotlib.style.context(["default", _settings(file.stem)]):
+            canvas = Canvas(figsize=(2 * WIDTH / 72, height / 72), dpi=150)
+            canvas.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD)
+            paint(canvas)
+            metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix.lower(), {})
+            canvas.savefig(file, facecolor="white", metadata=metadata)
+    finally:
+        _PAINT.reset(token)
 
 
 def tidy(axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: Grid = "y") -> None:

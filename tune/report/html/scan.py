@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
 from tune.report.html.drawing import colour, draw, plain_log, tidy
+from tune.report.html.every_layer import HEAD, HEIGHT, layers_caption, layers_painter, layers_rows
 from tune.report.html.figure import Figure
+from tune.report.text import factor_words
 from tune.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -25,6 +27,11 @@ def scan_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verd
     yield _layers(model, model.weights)
     yield _rows(model, model.weights)
     yield _proof(model)
+    if model.layers:
+        caption, painter = layers_caption(model.layers), layers_painter(model.layers)
+        svg = draw(_id(model, "every-layer"), HEIGHT, painter, says=caption)
+        title = "Is it this layer that matters?"
+        yield Figure("scan-every-layer", "weights", title, caption, svg, HEAD, layers_rows(model.layers))
 
 
 def _layers(model: ModelResults, found: dict[str, Any]) -> Figure:
@@ -144,6 +151,8 @@ def _proof(model: ModelResults) -> Figure:
         axes.spines["left"].set_visible(False)
 
     caption = f"Perplexity of the base model on {found['tokens']} tokens. {found['verdict'].capitalize()}"
+    if found.get("factor"):
+        caption += f", factor {factor_words(found['factor'])}"
     caption += f"; {len(drawn)} draws of random rows." if drawn else "."
     return Figure(
         "scan-proof",

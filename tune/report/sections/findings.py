@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tune.analysis.comparison import unit_of
 from tune.analysis.display_names import arm_name
+from tune.analysis.known_scans import agreements
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Comparison, Verdict
 from tune.config.sections import ARMS, Arm
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
-from tune.report.text import head, number, one_line, probability, setting, short
+from tune.report.text import factor_words, head, number, one_line, probability, setting, short
 
 PLANTED = "PLANTED: the massive weights of this built-in model were inserted on purpose. A demonstration, not evidence."
 ONE_SEED = "One seed per setting: differences hold for this seed only and support no claim about the method."
@@ -67,15 +69,55 @@ def weights(subject: Subject) -> Part:
     size = f"; the largest intermediate activation at BOS is {ratio:.4g} times the median." if ratio else "."
     lines = [f"Layer {found['layer']} (counted from 0){expert}, top rows {rows}{size}"]
     if not proof:
-        return Part("Massive weights", [*lines, "Sensitivity to these rows was not measured."])
-    others = ", ".join(number(value) for value in proof.get("random") or [])
-    more = f"; {others} with {proof['k']} random rows zeroed." if others else "."
-    lines.append(
-        f"The model is {proof['verdict']} to these rows: perplexity {number(proof['untouched'])} untouched, "
-        f"{number(proof['zeroed'])} with the top {proof['k']} zeroed, "
-        f"{number(proof['retained'])} with only these kept{more}"
+        lines += ["Sensitivity to these rows was not measured.", *_published(found, None)]
+        return Part("Massive weights", lines, _every_layer(subject.model))
+    return Part(
+        "Massive weights", [*lines, *_sensitivity(proof), *_published(found, proof)], _every_layer(subject.model)
     )
-    return Part("Massive weights", lines)
+
+
+def _sensitivity(proof: dict[str, Any]) -> list[str]:
+    """The verdict of a proof with its numbers; proofs of earlier versions have no intervals."""
+    k, others = proof["k"], ", ".join(number(value) for value in proof.get("random") or [])
+    more = f"; {others} with {k} random rows zeroed." if others else "."
+    factor = f", {factor_words(proof['factor'])}" if proof.get("factor") else ""
+    lines = [
+        f"The model is {proof['verdict']} to these rows: perplexity {number(proof['untouched'])} untouched, "
+        f"{number(proof['zeroed'])} with the top {k} zeroed{factor}, "
+        f"{number(proof['retained'])} with only these kept{more}"
+    ]
+    if proof.get("by_k"):
+        steps = ", ".join(f"{rows}: {factor_words(factor)}" for rows, *factor in proof["by_k"])
+        key = proof.get("key_k")
+        best = "no number of rows matters beyond doubt" if key is None else f"the k that matters most is {key}"
+        lines.append(f"Factor by number of rows zeroed: {steps}; {best} (asked for: {k}).")
+    if len(proof.get("by_text") or []) > 1:
+        lines.append(
+            "Factor by text: " + ", ".join(f"{name} {factor_words(found)}" for name, *found in proof["by_text"]) + "."
+        )
+    return lines
+
+
+def _published(found: dict[str, Any], proof: dict[str, Any] | None) -> list[str]:
+    """Published findings on the same model, and whether ours agree."""
+    return [f"Published, {each.text}." for each in agreements(found, (proof or {}).get("verdict"))]
+
+
+def _every_layer(model: ModelResults) -> list[Table]:
+    """A proof of every layer, if one was made."""
+    found = model.layers
+    if not found:
+        return []
+    rows = [
+        [
+            str(row["layer"]) + (" (rule)" if row["layer"] == found["layer"] else ""),
+            " ".join(map(str, row["rows"])),
+            *(factor_words(row[what]) for what in ("zeroed", "retained")),
+        ]
+        for row in found["rows"]
+    ]
+    head = ["layer", "its top rows", f"top {found['k']} zeroed", f"only top {found['k']} kept"]
+    return [Table(f"Every layer: {found['text']}", head, rows)]
 
 
 def comparisons(subject: Subject) -> Part:

@@ -1,4 +1,4 @@
-"""Find the massive weights of a model (arXiv 2410.01866, section 2) and prove whether it depends on them.
+"""Find the massive weights of a model (arXiv 2410.01866, section 2).
 
 Bos alone is the input. The massive layer is the one whose FFN first writes the spike of the hidden state at bos; the
 massive weights are its rows of W_up and W_gate, by descending |intermediate state|.
@@ -14,25 +14,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
 from macdrop.families import bare_model, massive_ffn
-from macdrop.fingerprint import checkpoint_fingerprint
 from macdrop.gather import is_partitioned, not_finite
 from macdrop.masking import attacked
-from macdrop.proof import Proof, prove, text_blocks
-from macdrop.states import BosStates, Intermediate, bos_states
+from macdrop.scan.states import BosStates, Intermediate, bos_states
 from macdrop.weights import Confidence, LayerStats, MassiveWeights
-
-__all__ = [
-    "Confidence",
-    "LayerStats",
-    "MassiveWeights",
-    "Proof",
-    "checkpoint_fingerprint",
-    "choose_bos",
-    "find_massive_weights",
-    "massive_layer",
-    "prove",
-    "text_blocks",
-]
 
 #: Moves whenever a scan of the same model may find something else: a scan that was kept is of one rule.
 RULE = 2
@@ -155,7 +140,7 @@ def find_massive_weights(
     states = bos_states(model, token)
     if not bool(torch.isfinite(states.hidden).all()):
         raise NoMassiveWeights(not_finite(bare_model(model), source))
-    largest = [_largest(parts) for parts in states.intermediates]
+    largest = [largest_state(parts) for parts in states.intermediates]
     layer, entry, _ = first_write(states.hidden, [part is not None for part in largest])
     largest[layer] = found = _writer(model, token, states, layer, entry)
     _, confidence = massive_layer(states.hidden, [part.state if part else None for part in largest])
@@ -182,7 +167,7 @@ def find_massive_weights(
     return weights
 
 
-def _largest(parts: Sequence[Intermediate]) -> Intermediate | None:
+def largest_state(parts: Sequence[Intermediate]) -> Intermediate | None:
     """Of a layer's first routed expert and its shared one: that with the largest entry; None without an FFN."""
     shown = [part for place, part in enumerate(parts) if place == 0 or part.expert is None]
     return max(shown, key=lambda part: float(part.state.abs().max()), default=None)
