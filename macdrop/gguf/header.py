@@ -59,7 +59,7 @@ def read_header(file: Path) -> Header:
             gguf is missing.
         UnsupportedModel: transformers cannot read this architecture from GGUF.
     """
-    _require_file(file)
+    require_file(file)
     require_package(file)
     import gguf
 
@@ -83,7 +83,8 @@ def read_header(file: Path) -> Header:
     return Header(names, dict(Counter(tensor.tensor_type.name for tensor in matrices)))
 
 
-def _require_file(file: Path) -> None:
+def require_file(file: Path) -> None:
+    """Raise `ConfigError` unless this is a file that begins as GGUF files do."""
     if not file.is_file():
         what = "is a folder, not a file" if file.is_dir() else "does not exist"
         raise ConfigError(f"The GGUF file {str(file)!r:.200} {what}.\nGive the path of a .gguf file.")

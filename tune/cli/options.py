@@ -14,7 +14,7 @@ from macdrop.errors import ConfigError
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec
 
-Model = Annotated[str, typer.Argument(help="Hub id, folder, or zoo:NAME.")]
+Model = Annotated[str, typer.Argument(help="Hub id, folder, FILE.gguf, or zoo:NAME.")]
 Config = Annotated[list[str] | None, typer.Argument(help="A YAML file or a recipe's name, then key=value overrides.")]
 Runs = Annotated[list[Path], typer.Argument(help="Run folders.")]
 Adapter = Annotated[Path | None, typer.Option(help="PEFT adapter folder (default: the base model alone).")]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from macdrop.errors import ConfigError
-from tune.cli.console import console
+from tune.cli.console import console, line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,8 +71,11 @@ class Source:
 
         from tune.training.loading import open_base
         from tune.training.quiet import quiet_libraries
+        from tune.zoo.model_source import source_note
 
         quiet_libraries()
+        if note := source_note(self.model):
+            line("source", note)
         with console.status(f"Loading {self.model}"):
             model, tokenizer = open_base(self.spec())
         if torch.cuda.is_available():

@@ -50,7 +50,7 @@ class RunSpec(TrainSpec):
 
     model_name_or_path: UserPath = Field(
         default="",
-        description="Base model: a Hub id, a local folder, or `zoo:NAME`. In a sweep, set `sweep.models` instead.",
+        description="Base model: a Hub id, folder, GGUF file, or `zoo:NAME`. In a sweep, set `sweep.models` instead.",
     )
     output_dir: Location | None = Field(default=None, description="The run folder; `null` is `runs/NAME-TIME`.")
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(

@@ -73,7 +73,7 @@ class TrainSpec(Strict):
     """One fine-tuning. Every key can be searched by its dotted name, except the model (see `sweep.models`)."""
 
     model_name_or_path: UserPath = Field(
-        description="Base model: a Hub id, a local folder, or `zoo:NAME`. In a sweep, set `sweep.models` instead."
+        description="Base model: a Hub id, folder, GGUF file, or `zoo:NAME`. In a sweep, set `sweep.models` instead."
     )
     model_revision: str | None = Field(
         default=None, description="Branch, tag or commit of a Hub model; `null` is its default branch."

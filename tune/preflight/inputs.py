@@ -34,7 +34,7 @@ from tune.scheduling.study import Study
 from tune.storage.places import cache_dir
 from tune.storage.run_folder import check_new
 from tune.trackers.backends import check as check_trackers
-from tune.zoo.model_source import model_source
+from tune.zoo.model_source import model_source, source_note
 
 #: Keys that the tokenised data depend on.
 DATA_KEYS = (
@@ -175,7 +175,8 @@ def check_study(
         notes += [warning] if warning else []
     if masked and 3 in values_of(spec, parameters, "zero_stage"):
         check_partitioned(outline, spec)
-    return tokenizer, notes
+    source = source_note(spec.model_name_or_path)
+    return tokenizer, [source, *notes] if source else notes
 
 
 def check_rows(

@@ -13,10 +13,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from macdrop.errors import ConfigError
 from macdrop.fingerprint import file_digest
 from macdrop.gguf.convert import convert_gguf
-from macdrop.gguf.header import read_header
+from macdrop.gguf.header import read_header, require_file
 from tune.storage.atomic import writing
 from tune.storage.places import cache_dir, converted_folder
 from tune.storage.sealed_folder import MANIFEST, write_folder
@@ -39,12 +38,8 @@ def converted(file: Path) -> Path:
         ConfigError: the file cannot be used (`macdrop.gguf.convert.convert_gguf`).
         ResourceError: the cache cannot be written.
     """
-    if not file.is_file():
-        read_header(file)  # says what is wrong with it
-    try:
-        digest = file_digest(file, memory=cache_dir() / DIGESTS)
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
+    require_file(file)
+    digest = file_digest(file, memory=cache_dir() / DIGESTS)
     folder = converted_folder(digest)
     if not is_whole(folder):
         read_header(file)  # refuses most of what cannot be converted before anything is made

@@ -10,7 +10,7 @@ from macdrop.load import open_model
 from tune.config.run_spec import TrainSpec
 from tune.storage.converted import DIGESTS
 from tune.storage.places import cache_dir
-from tune.zoo.model_source import model_source
+from tune.zoo.model_source import model_source, source_note
 
 
 def open_base(spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -39,10 +39,10 @@ def require_base(spec: TrainSpec, recorded: str) -> None:
     Raises:
         ConfigError: they have changed, or are those of another model.
     """
-    if not is_checkpoint(
-        recorded, model_source(spec.model_name_or_path), spec.model_revision, memory=cache_dir() / DIGESTS
-    ):
+    source = model_source(spec.model_name_or_path)
+    if not is_checkpoint(recorded, source, spec.model_revision, memory=cache_dir() / DIGESTS):
+        note = source_note(spec.model_name_or_path)
         raise ConfigError(
             f"The files of {spec.model_name_or_path} are not those that this run began with: weights, config.json or "
-            "code have changed.\nPut the files back as they were, or start a new run."
+            f"code have changed{f' ({note})' if note else ''}.\nPut the files back as they were, or start a new run."
         )

@@ -23,15 +23,19 @@ def model_source(name: str) -> str:
     return resolve(name)
 
 
+def is_local_copy(name: str) -> bool:
+    """Return whether each machine has a copy of its own of a model: a real one by name, or a converted GGUF file."""
+    return is_gguf(os.path.expanduser(name)) or (name.startswith(PREFIX) and name.removeprefix(PREFIX) in REAL)
+
+
 def source_note(name: str) -> str | None:
     """Return what a user should know of where a model comes from; None where its name says it.
 
     Raises:
         ConfigError: as `model_source`.
     """
-    model = REAL.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
-    if model is not None:
-        return f"{name} is {find(model).source}"
-    if is_gguf(os.path.expanduser(name)):
-        return f"{name} is read as {model_source(name)}, its values dequantised to float32"
-    return None
+    if not is_local_copy(name):
+        return None
+    if name.startswith(PREFIX):
+        return f"{name} is {find(REAL[name.removeprefix(PREFIX)]).source}"
+    return f"{name} is read as {model_source(name)}, its values dequantised to float32"

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from macdrop.errors import MacDropError
+from macdrop.fingerprint import SHOWN
 from tune.config.run_spec import RunSpec, dump
 from tune.distributed.cluster import ray_internals
 from tune.distributed.cluster.ray_internals import HEAD
@@ -28,6 +30,9 @@ from tune.preflight.probe import HEADROOM
 from tune.scheduling.study import Study
 from tune.storage.atomic import atomic_write_text, writing
 from tune.storage.environment import version
+from tune.storage.places import CACHE_VARIABLE
+from tune.training.loading import fingerprint
+from tune.zoo.model_source import is_local_copy, model_source, source_note
 from tune.zoo.real_models import PREFIX
 
 #: How long a file may take to show up through the caches of a network file system, in seconds.
@@ -54,8 +59,10 @@ class Hub:
 class Needs:
     """The requirements of a run on every node.
 
-    `token` is a file in the run folder, or in its nearest existing parent, and `word` its content; `paths` are local
-    models and data as the run file has them; `weights` is the size in bytes of the largest model's weights on one GPU.
+    `copies` are models of which each node has a copy of its own (`tune.zoo.model_source.is_local_copy`), with their
+    fingerprints. `token` is a file in the run folder, or in its nearest existing parent, and `word` its content;
+    `paths` are local models and data as the run file has them; `weights` is the size in bytes of the largest model's
+    weights on one GPU.
     """
 
     token: str
@@ -66,6 +73,7 @@ class Needs:
     weights: int
     macdrop: str | None
     lag: float = LAG_S
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 def check_nodes(spec: RunSpec, planned: Sequence[Study], run_dir: Path, tell: Callable[[str], None]) -> None:
@@ -119,7 +127,15 @@ def needs_of(spec: RunSpec, planned: Sequence[Study], token: str, word: str) -> 
         bf16=any(study.spec.bf16 for study in planned),
         weights=max((_weights_on_a_gpu(spec, study) for study in planned), default=0) if gpus else 0,
         macdrop=version("macdrop"),
+        copies=tuple((name, fingerprint(name)) for name in _models(spec, planned) if is_local_copy(name)),
     )
+
+
+def _models(spec: RunSpec, planned: Iterable[Study]) -> list[str]:
+    """Return the models of a run by name, each once, a local judge's among them."""
+    names = [study.spec.model_name_or_path for study in planned]
+    judge = spec.eval.judge
+    return list(dict.fromkeys([*names, judge.model] if judge is not None and not judge.base_url else names))
 
 
 def places(value: object, key: str | None = None) -> Iterator[str]:
@@ -140,7 +156,13 @@ def hub_models(spec: RunSpec, planned: Iterable[Study]) -> list[Hub]:
     judge = spec.eval.judge
     if judge is not None and not judge.base_url:
         found.append(Hub(judge.model, judge.revision, False))
+    # The name of a real model may stand for one that the head has from the hub.
+    found = [replace(hub, name=model_source(hub.name)) if _is_real(hub.name) else hub for hub in found]
     return [hub for hub in dict.fromkeys(found) if not hub.name.startswith(PREFIX) and not os.path.exists(hub.name)]
+
+
+def _is_real(name: str) -> bool:
+    return name.startswith(PREFIX) and is_local_copy(name)
 
 
 # --- on the node ---
@@ -160,7 +182,28 @@ def look(needs: Needs) -> list[str]:
     ]
     for hub in needs.hub:
         problems += _fetch(hub)
+    for name, identity in needs.copies:
+        problems += _compare(name, identity)
     return problems
+
+
+def _compare(name: str, identity: str) -> list[str]:
+    """Find or convert this node's copy of a model, and compare it with the head's."""
+    if not name.startswith(PREFIX) and not os.path.exists(name):
+        return []  # reported among the paths
+    shared = f"set {CACHE_VARIABLE} to a folder on storage that all nodes mount"
+    try:
+        found = fingerprint(name)
+    except MacDropError as error:
+        told = str(error).replace("\n", "\n  ")
+        return [f"cannot use {name}: {told}\n  Do that on the node, or {shared}."]
+    if found != identity:
+        there = source_note(name)
+        return [
+            f"has other files of {name} than the head: {there}, fingerprint {found[:SHOWN]}, not {identity[:SHOWN]}.\n"
+            f"  Let both have the same source (`macdrop zoo list` shows it), or {shared}."
+        ]
+    return []
 
 
 def _storage(needs: Needs) -> list[str]:
