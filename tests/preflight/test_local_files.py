@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from macdrop.errors import ConfigError
@@ -18,14 +20,14 @@ def test_with_every_line_a_recipe_is_local(name):
     found = local_overrides(load(recipe))
     assert [about for _, about in found if about]
     lines = [
-        line.replace(PATH, f"./mine-{number}") for number, (given, _) in enumerate(found) for line in given.split()
+        line.replace(PATH, f"./mine-{number}") for number, (given, _) in enumerate(found) for line in shlex.split(given)
     ]
     assert local_overrides(load(recipe, lines)) == []
 
 
 def test_lines_name_the_data_of_the_hub():
     found = dict(local_overrides(load(RECIPES / "smollm2-quick.yaml")))
-    assert found["sweep.models=[PATH]"] == "HuggingFaceTB/SmolLM2-135M-Instruct, or macdrop zoo fetch smollm2-135m"
+    assert found["'sweep.models=[PATH]'"] == "HuggingFaceTB/SmolLM2-135M-Instruct, or macdrop zoo fetch smollm2-135m"
     assert found["dataset=PATH"] == "yahma/alpaca-cleaned"
     assert found["eval.zero_shot.arc_easy.data=PATH"] == "allenai/ai2_arc (ARC-Easy, split test)"
     assert found["validation.zero_shot.arc_easy.data=PATH"] == "allenai/ai2_arc (ARC-Easy, split validation)"
@@ -38,8 +40,8 @@ def test_what_a_list_holds_besides_is_kept():
     task = "eval.zero_shot.arc_easy={split: validation}"
     found = local_overrides(load(None, [models, data, task]))
     assert found == [
-        ('sweep.models=[zoo:planted-llama,{"model_name_or_path": "PATH", "bf16": true}]', "org/model"),
-        ('dataset=[zoo:train,{"path": "PATH", "split": "train"}]', "org/data"),
+        ("""'sweep.models=[zoo:planted-llama,{"model_name_or_path": "PATH", "bf16": true}]'""", "org/model"),
+        ("""'dataset=[zoo:train,{"path": "PATH", "split": "train"}]'""", "org/data"),
         (
             "eval.zero_shot.arc_easy.data=PATH eval.zero_shot.arc_easy.split=null",
             "allenai/ai2_arc (ARC-Easy, split validation)",

@@ -9,6 +9,7 @@ from typing import Any
 from tune.config.eval_entries import ZeroShot
 from tune.config.eval_spec import EvalSpec
 from tune.config.parse import SECTIONS
+from tune.config.resume import shell_command
 from tune.config.run_spec import RunSpec
 from tune.data.locations import is_local
 from tune.evaluation import catalogue
@@ -21,7 +22,7 @@ PATH = "PATH"
 def local_overrides(spec: RunSpec) -> list[tuple[str, str]]:
     """List one override `key=PATH` for each model and data set of the Hub, with the Hub's name for it.
 
-    A benchmark's rows have the schema of its Hub data set. Downloads nothing.
+    Overrides are quoted for a shell. A benchmark's rows have the schema of its Hub data set. Downloads nothing.
     """
     found = _models(spec) + _datasets(spec)
     for block in ("validation", "eval"):
@@ -31,8 +32,8 @@ def local_overrides(spec: RunSpec) -> list[tuple[str, str]]:
 
 def _models(spec: RunSpec) -> list[tuple[str, str]]:
     if not spec.sweep.models:
-        name = spec.model_name_or_path
-        return [(f"model_name_or_path={PATH}", _hub_name(name))] if name and _hub_name(name) else []
+        name = _hub_name(spec.model_name_or_path) if spec.model_name_or_path else None
+        return [(f"model_name_or_path={PATH}", name)] if name else []
     return _listed("sweep.models", "model_name_or_path", spec.sweep.models)
 
 
@@ -53,7 +54,7 @@ def _listed(key: str, name: str, entries: Sequence[Mapping[str, Any]]) -> list[t
     replaced = [{**entry, name: PATH} if _hub_name(entry[name]) else entry for entry in entries]
     short = [entry[name] if len(entry) == 1 else entry for entry in replaced]
     texts = [item if isinstance(item, str) else json.dumps(item) for item in short]
-    return [(f"{key}=[{','.join(texts)}]", ", ".join(remote))]
+    return [(shell_command(f"{key}=[{','.join(texts)}]"), ", ".join(remote))]
 
 
 def _hub_name(name: str) -> str | None:
@@ -72,9 +73,11 @@ def _benchmarks(block: str, spec: EvalSpec) -> list[tuple[str, str]]:
             if isinstance(entry, ZeroShot) and not data:
                 # A suite takes its own split out where there is data; one of the run file has to be taken out.
                 own = entry.split and (not entry.suite or "+split" in entry.suite)
-                found.append((f"{key}.data={PATH}" + (f" {key}.split=null" if own else ""), _of_task(name, entry)))
+                words = [f"{key}.data={PATH}", *([f"{key}.split=null"] if own else [])]
+                found.append((shell_command(*words), _of_task(name, entry)))
             elif data and not all(map(is_local, data)):
-                found.append((f"{key}.data={PATH}", _of_hub(data[0], getattr(entry, "name", None), entry.split)))
+                about = _of_hub(data[0], getattr(entry, "name", None), getattr(entry, "split", None))
+                found.append((shell_command(f"{key}.data={PATH}"), about))
     return found
 
 
