@@ -15,6 +15,7 @@ from tune.distributed.cluster.node_checks import (
     check_nodes,
     hub_models,
     look,
+    needs_of,
     places,
     token_file,
 )
@@ -108,3 +109,22 @@ def test_a_single_machine_skips_the_check_and_a_node_is_named(tmp_path):
     finally:
         ray.shutdown()
         os.environ.pop("HF_HUB_OFFLINE", None)
+
+
+def test_a_node_compares_its_copy_of_a_model_with_the_heads(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from helpers.gguf_files import tiny_llama, write_gguf
+
+    monkeypatch.setenv("MACDROP_CACHE", str(tmp_path / "head"))
+    file = str(write_gguf(tmp_path / "tiny.gguf", tiny_llama()))
+    spec = RunSpec(model_name_or_path=file)
+    with token_file(tmp_path) as (token, word):
+        needs = replace(needs_of(spec, studies(spec), token, word), lag=0.0)
+        assert [name for name, _ in needs.copies] == [file] and not needs.hub
+        monkeypatch.setenv("MACDROP_CACHE", str(tmp_path / "node"))
+        assert look(needs) == [] and list((tmp_path / "node" / "models").iterdir())
+        write_gguf(tmp_path / "tiny.gguf", tiny_llama(seed=1))
+        (problem,) = look(needs)
+        assert problem.startswith(f"has other files of {file} than the head") and "MACDROP_CACHE" in problem
+        (problem,) = look(replace(needs, paths=(), copies=(("zoo:smollm2-135m", "2-0"),)))
+        assert problem.startswith("cannot use zoo:smollm2-135m") and "macdrop zoo fetch smollm2-135m" in problem
