@@ -25,7 +25,8 @@ def test_with_every_line_a_recipe_is_local(name):
     assert local_overrides(load(recipe, lines)) == []
 
 
-def test_lines_name_the_data_of_the_hub():
+def test_lines_name_the_data_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("MACDROP_CACHE", str(tmp_path))  # in which no model has been fetched
     found = dict(local_overrides(load(RECIPES / "smollm2-quick.yaml")))
     assert found["'sweep.models=[PATH]'"] == "HuggingFaceTB/SmolLM2-135M-Instruct, or macdrop zoo fetch smollm2-135m"
     assert found["dataset=PATH"] == "yahma/alpaca-cleaned"

@@ -159,5 +159,5 @@ def test_smollm2_holds_the_rows_that_are_known_of_it():
     from macdrop.load import open_model
     from macdrop.scan import find_massive_weights
 
-    weights = find_massive_weights(*open_model(smollm2()))
+    weights = find_massive_weights(*open_model(smollm2()), source="smollm2", fingerprint="-")
     assert weights.layer == 11 and set(weights.top(2)) == {1229, 1487}
