@@ -24,13 +24,16 @@ def layer_weights(model: nn.Module, weights: MassiveWeights) -> list[MassiveWeig
             found.append(weights)
         elif part is not None and float(part.state.abs().max()) > 0:
             magnitudes, order = part.state.abs().sort(descending=True, stable=True)
-            own = {
-                "path": part.ffn.path,
-                "kind": part.ffn.kind,
-                "expert": part.expert,
-                "intermediate_size": part.ffn.intermediate_size,
-                "hidden_size": part.ffn.hidden_size,
-            }
-            rows = {"indices": tuple(order.tolist()), "magnitudes": tuple(magnitudes.tolist())}
-            found.append(replace(weights, layer=layer, **own, **rows))
+            own = replace(
+                weights,
+                layer=layer,
+                path=part.ffn.path,
+                kind=part.ffn.kind,
+                expert=part.expert,
+                intermediate_size=part.ffn.intermediate_size,
+                hidden_size=part.ffn.hidden_size,
+                indices=tuple(order.tolist()),
+                magnitudes=tuple(magnitudes.tolist()),
+            )
+            found.append(own)
     return found

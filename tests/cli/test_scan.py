@@ -27,14 +27,15 @@ def test_every_layer_is_proved_drawn_and_kept_beside_the_scan(shell):
 def test_the_first_tokens_of_data_are_counted_and_scanned(shell):
     ended = shell("scan", PLANTED, "--k", "3", "--data", "zoo:train", "--template", "alpaca")
     assert ended.code == 0, ended.err
-    assert "180 examples, template alpaca: each begins with token 1, the scanned one" in ended.out
+    assert "100 % of 180 examples (template alpaca) begin with token 1, the scanned one" in ended.out
     assert "100.0 %" in ended.out and "3 of 3" in ended.out and "the scan's first 3 row(s)" in ended.out
 
 
 def test_another_bos_is_not_what_the_data_begin_with(shell):
     ended = shell("scan", PLANTED, "--k", "3", "--data", "zoo:train", "--bos-token-id", "20")
     assert ended.code == 0, ended.err
-    assert "each does not begin with token 20" in ended.out and "do not all call the scan's first row" in ended.out
+    assert "0 % of 180 examples" in ended.out and "begin with token 20, the scanned one" in ended.out
+    assert "do not all call the scan's first row" in ended.out
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_a_weight_that_holds_no_number_is_named(folder, dtype, value):
         find_massive_weights(model, source="x", fingerprint="f", bos_token_id=1)
     weights = find_massive_weights(build_family("llama"), source="x", fingerprint="f", bos_token_id=1)
     with refused(expected):
-        prove(model, tiny.batch(0)["input_ids"], weights, k=2)
+        prove(model, tiny.batch(0, 5)["input_ids"], weights, k=2)
 
 
 def test_states_that_overflow_are_told_from_damaged_weights(folder):

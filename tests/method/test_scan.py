@@ -216,7 +216,7 @@ def test_a_list_of_experts_is_scanned_as_the_same_experts_fused(seed, everywhere
     assert weights.path == f"{expected.path}.{expected.expert}"
     assert (weights.layer, weights.expert, weights.top(3)) == (expected.layer, expected.expert, ROWS)
     torch.testing.assert_close(weights.magnitudes, expected.magnitudes, rtol=1e-4, atol=1e-5)
-    ids = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 64, (5, 9), generator=torch.Generator().manual_seed(0))
     proof = prove(model, ids, weights, k=2)
     fused = build_family("mixtral", seed=seed)
     plant(fused, bos_states(fused, 1).intermediates[1][0].ffn)

@@ -95,14 +95,14 @@ def first_tokens(
     for each in measured:
         text = repr(tokenizer.decode([each.token]))
         share = f"{100 * counted.share(each.token):.1f} %"
-        same = f"{each.shared(found, k)} of {k}"
-        rows.add_row(str(each.token), text, share, str(each.layer), _sized(each.rows, each.sizes), same)
+        shared = f"{each.shared(found, k)} of {k}"
+        rows.add_row(str(each.token), text, share, str(each.layer), _sized(each.rows, each.sizes), shared)
     console.print(rows)
     bos, begins = found.bos_token_id, counted.share(found.bos_token_id)
-    how = "begins" if begins == 1 else "does not begin" if begins == 0 else f"begins in {100 * begins:.1f} % of cases"
     line(
         "data",
-        f"{counted.examples} examples, template {counted.template}: each {how} with token {bos}, the scanned one",
+        f"{100 * begins:.3g} % of {counted.examples} examples (template {counted.template}) begin with token {bos}, "
+        "the scanned one",
     )
     lead = "nothing" if counted.lead is None else f"token {counted.lead}"
     line("plain text", f"the tokenizer puts {lead} before it; in zero-shot tasks eval.add_bos_token decides")

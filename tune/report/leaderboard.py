@@ -155,7 +155,7 @@ def _row(report: Report, model: ModelResults, verdict: Verdict | None) -> Row:
     cells = {key: "" if value is None else str(value) for key, value in values.items()}
     cells |= {"headline": main.amount if main else "", "attacked": attacked.amount if attacked else ""}
     cells |= {"perplexity": "" if ratio is None else f"{ratio:.3f}", "hours": number(hours) if hours else ""}
-    cells["sensitive"] = {None: "?", True: "yes", False: "no"}.get(values["sensitive"], BORDERLINE)
+    cells["sensitive"] = {None: "?", "sensitive": "yes", BORDERLINE: BORDERLINE}.get(proof, "no")
     cells["model"] = " ".join(filter(None, [model.display, adapter, f"({report.name})"]))
     note = "" if verdict else f"{report.name}, {model.display}: {no_verdict(model)[0]}"
     note = note or (f"{model.display}: {PLANTED}" if model.planted else "")
