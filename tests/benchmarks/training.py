@@ -62,6 +62,8 @@ OURS = {
     PADDED_PLAIN: {"packing": "off"},
     DORA: {"dora": True},
 }
+#: Row -> ways of ours that it shows beside plain training; each is an engine that takes memory all the time.
+WAYS = {"trainer": (MACDROP, PADDED, PADDED_PLAIN), "trl": (MACDROP,), "dora": (DORA,), "share": ()}
 Run = Callable[[int, int], Ran]
 
 
@@ -70,9 +72,10 @@ class Bench:
 
     def __init__(self, setting: Setting, rows: Sequence[str], steps: int, stack: ExitStack) -> None:
         self.setting, self.steps = setting, steps
-        names = [name for name in OURS if name != DORA or "dora" in rows]
+        shown = {PLAIN, *(name for row in rows for name in WAYS.get(row, ()))}
+        names = [name for name in OURS if name in shown]
         ours = self._worker(stack, Ours, setting, {name: OURS[name] for name in names})
-        others = {TRAINER: self._worker(stack, Transformers, setting)} if "trainer" in rows or "dora" in rows else {}
+        others = {TRAINER: self._worker(stack, Transformers, setting)} if {"trainer", "dora"} & {*rows} else {}
         if "dora" in rows:
             others[TRAINER_DORA] = self._worker(stack, Transformers, setting, True)
         trls = {TRL_FREE: False, TRL_PACKED: True} if "trl" in rows else {}
@@ -164,7 +167,7 @@ def report(bench: Bench, timings: Timings) -> str:
 def _lines(bench: Bench, timings: Timings) -> list[str]:
     there, target = timings.seconds, TARGETS[bench.setting.dtype]
     lines = []
-    if TRAINER in there:
+    if TRAINER in there and MACDROP in there:
         lines += _ratio(timings, "examples/s, macdrop over Trainer", TRAINER, MACDROP, target)
         lines += _ratio(timings, "examples/s, ours plain over Trainer", TRAINER, PLAIN, target)
     trls = [name for name in (TRL_FREE, TRL_PACKED) if name in there]
