@@ -87,8 +87,9 @@ def load_model(
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     for end in ends if isinstance(ends, list) else [ends]:
         if not isinstance(end, int | None):
-            where = f"generation_config.json of {name}"
-            raise ConfigError(f"{where}: eos_token_id must be a token's number, not {end!r:.60}.")
+            raise ConfigError(
+                f"generation_config.json of {name}: eos_token_id must be a token's number, not {end!r:.60}."
+            )
     return model.eval()
 
 
@@ -153,9 +154,8 @@ def load_tokenizer(
         if "trust_remote_code" in str(error):
             raise ConfigError(_remote_code_message(name)) from None
         if os.path.isdir(name) or not isinstance(error, OSError):
-            reason = _first_line(error).rstrip(": ")
             raise ConfigError(
-                f"{name} has no tokenizer that can be loaded ({type(error).__name__}: {reason}).\n"
+                f"{name} has no tokenizer that can be loaded ({type(error).__name__}: {_first_line(error)}).\n"
                 "The folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json beside the weights."
             ) from None
         raise ConfigError(_hub_message(name, revision)) from None
@@ -183,6 +183,8 @@ def require_fit(
 def _require_model(name_or_path: str | os.PathLike, revision: str | None) -> str:
     """The name to load a model from. Refuses one with an adapter beside it, which transformers would put into it."""
     name = _require_folder(name_or_path, ())
+    if revision is not None and os.path.isdir(name):
+        raise ConfigError(f"{name} is a folder, which has no revisions: leave the revision {revision!r} out.")
     try:
         adapter = find_adapter_config_file(name, revision=revision)
     except OSError:  # no such repository: reading the config says so
@@ -307,8 +309,7 @@ def _weights_message(name: str, error: Exception) -> str:
         return _remote_code_message(name)
     path = Path(name)
     if path.is_dir() and not list(path.glob("*.safetensors*")):
-        pickles = sorted(file.name for file in path.glob("*.bin"))
-        if pickles:
+        if pickles := sorted(file.name for file in path.glob("*.bin")):
             return (
                 f"{name} has its weights as pickle only ({pickles[0]}), which macdrop does not load: it can run code.\n"
                 "Convert them: load the model with transformers and call save_pretrained: it writes safetensors."
@@ -346,5 +347,4 @@ def _remote_code_message(name: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip(": \n").splitlines()), type(error).__name__)

@@ -21,6 +21,7 @@ from macdrop.errors import ConfigError, MacDropError
 from macdrop.gguf.header import Header, read_header
 from macdrop.load import open_model
 from macdrop.proof import perplexity, text_blocks
+from macdrop.scan import choose_bos
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def convert_gguf(file: Path, folder: Path) -> float:
     header = read_header(file)
     size = file.stat().st_size
     log.warning(
-        "Converting %s (%s, %s, %.0f MB) once: 15 s or more for each 100 MB.",
+        "Converting %s (%s, %s, %.0f MB) once: 15 s or more per 100 MB.",
         file.name,
         header.architecture,
         header.kind,
@@ -118,7 +119,7 @@ def _check(file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     except MacDropError as error:
         text = str(error).replace(str(folder), str(file))
         raise type(error)(text) from None
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    first, _ = choose_bos(words, again.config)
     blocks = text_blocks(words, TEXT, _BLOCK_TOKENS, first)
     found = perplexity(again, blocks)
     if not math.isfinite(found):

@@ -65,7 +65,7 @@ def read_header(file: Path) -> Header:
 
     try:
         reader = gguf.GGUFReader(file)
-        names = _text(reader, "general.architecture")
+        architecture = _text(reader, "general.architecture")
         parts = reader.get_field("split.count")
         count = int(parts.contents()) if parts is not None else 1
     except Exception as error:  # an index or a shape beyond the end, a number that is no type, text that is not UTF-8
@@ -78,9 +78,9 @@ def read_header(file: Path) -> Header:
         raise ConfigError(
             f"{file} is one of {count} parts of a model.\nJoin them: llama-gguf-split --merge {file.name} joined.gguf"
         )
-    _require_architecture(file, names)
+    _require_architecture(file, architecture)
     matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1]
-    return Header(names, dict(Counter(tensor.tensor_type.name for tensor in matrices)))
+    return Header(architecture, dict(Counter(tensor.tensor_type.name for tensor in matrices)))
 
 
 def require_file(file: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_task_of_lm_eval_on_a_really_trained_model(shell, shared):
         (["--attack", "zeroin@3"], "Did you mean 'zeroing'?"),
         (["--attack", "zeroing@177"], "The k of --attack zeroing@177 is 177, but an FFN of zoo:planted-llama has 176"),
         (["--attack", "random@89"], "0 to 88, beside which as many random rows are drawn"),
-        (["--attack", "zeroing@3", "--attack", "zeroing@3"], "zeroing@3 is given twice"),
+        (["--attack", "zeroing@3", "--attack", "zeroing@3"], "Given twice: zeroing@3"),
         (["--attack", "zeroing@3", "--k", "1"], "Give one of them"),
         (["--task", "arc_easy"], "--task 'arc_easy' is not NAME=FILE"),
         (["--task", "arc_easy="], "--task 'arc_easy=' is not NAME=FILE"),

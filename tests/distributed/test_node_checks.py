@@ -22,6 +22,7 @@ from tune.distributed.cluster.node_checks import (
 from tune.errors import ResourceError
 from tune.scheduling.study import studies
 from tune.storage.environment import version
+from tune.zoo import real_models
 
 pytestmark = pytest.mark.ray
 
@@ -116,6 +117,7 @@ def test_a_node_compares_its_copy_of_a_model_with_the_heads(tmp_path, monkeypatc
     from helpers.gguf_files import tiny_llama, write_gguf
 
     monkeypatch.setenv("MACDROP_CACHE", str(tmp_path / "head"))
+    monkeypatch.setattr(real_models, "_cached", lambda *place: False)
     file = str(write_gguf(tmp_path / "tiny.gguf", tiny_llama()))
     spec = RunSpec(model_name_or_path=file)
     with token_file(tmp_path) as (token, word):

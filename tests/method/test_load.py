@@ -76,6 +76,11 @@ def test_unreachable_hub_id_is_refused(load):
         load("someone/some-model", revision="v2")
 
 
+def test_a_folder_has_no_revisions(folder):
+    with refused("is a folder, which has no revisions: leave the revision 'v2' out"):
+        load_model(folder, revision="v2")
+
+
 def test_folders_without_a_model_are_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with refused("no config.json.*nothing"):

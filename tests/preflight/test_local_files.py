@@ -10,6 +10,7 @@ from macdrop.errors import ConfigError
 from tune.config.recipes import RECIPES
 from tune.config.run_spec import load
 from tune.preflight.local_files import PATH, local_overrides
+from tune.zoo import real_models
 
 HUB = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in ("demo", "real"))
 
@@ -27,6 +28,7 @@ def test_with_every_line_a_recipe_is_local(name):
 
 def test_lines_name_the_data_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("MACDROP_CACHE", str(tmp_path))  # in which no model has been fetched
+    monkeypatch.setattr(real_models, "_cached", lambda *place: False)
     found = dict(local_overrides(load(RECIPES / "smollm2-quick.yaml")))
     assert found["'sweep.models=[PATH]'"] == "HuggingFaceTB/SmolLM2-135M-Instruct, or macdrop zoo fetch smollm2-135m"
     assert found["dataset=PATH"] == "yahma/alpaca-cleaned"

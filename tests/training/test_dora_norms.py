@@ -8,8 +8,10 @@ from helpers import tiny
 from helpers.hook_cases import DENSE, P, accumulate, adapted, by_macdrop, dropping, gradients, worst
 from helpers.small import SMALL
 from helpers.span_cases import by_spans, lay
+from peft.tuners.lora.layer import Linear
 
 from tune.config.run_spec import TrainSpec
+from tune.training import dora_norms
 from tune.training.dora_norms import DoraNorms
 from tune.training.single import train_here
 
@@ -129,6 +131,17 @@ def test_a_norm_older_than_the_adapter_is_an_error(dropout, factor):
         next(p for name, p in model.named_parameters() if factor in name).add_(1)
         with pytest.raises(AssertionError, match="changed since its norms"):
             model(**tiny.batch(0))
+
+
+def test_every_layer_runs_in_one_go_while_there_are_norms(monkeypatch):
+    model = adapted("llama", use_dora=True)
+    norms, ran, run = DoraNorms(model), [], dora_norms._FusedDora.run_fused
+    monkeypatch.setattr(dora_norms._FusedDora, "run_fused", lambda self, *given: ran.append(self) or run(self, *given))
+    with norms.for_step():
+        model(**tiny.batch(0))
+    assert len(ran) == sum(isinstance(module, Linear) for module in model.modules()) > 0
+    model(**tiny.batch(0))
+    assert len(ran) == len(norms._layers)
 
 
 def test_steps_repeat_to_the_bit():

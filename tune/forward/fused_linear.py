@@ -69,9 +69,9 @@ def _is_plain(x: torch.Tensor, parts: tuple[Any, Any, Any]) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Return whether a call of a module runs more than its class's forward, as with hooks of torch or accelerate."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def _is_whole(weight: torch.Tensor, x: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from tune.config.resume import shell_command
 from tune.config.run_spec import RunSpec
 from tune.data.locations import is_local
 from tune.evaluation import catalogue
-from tune.zoo.real_models import PREFIX, REAL, find_here
+from tune.zoo.real_models import find_here, real_model
 
 #: In place of a file or folder of the user's.
 PATH = "PATH"
@@ -59,7 +59,7 @@ def _listed(key: str, name: str, entries: Sequence[Mapping[str, Any]]) -> list[t
 
 def _hub_name(name: str) -> str | None:
     """Return the Hub's name for a model or data set, also of a real model of the zoo; None if it is here."""
-    real = REAL.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    real = real_model(name)
     if real is not None:
         return None if find_here(real) else f"{real.hub}, or {real.fetch_command}"
     return None if is_local(name) else name

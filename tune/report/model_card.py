@@ -22,7 +22,7 @@ from tune.report.tables import Table
 from tune.report.text import one_line
 from tune.storage.states import TaskState
 from tune.zoo.catalog import is_planted
-from tune.zoo.real_models import PREFIX, REAL
+from tune.zoo.real_models import PREFIX, real_model
 
 PLANTED = (
     "**PLANTED.** The base is a tiny model built into macdrop whose massive weights were inserted on purpose. "
@@ -79,7 +79,7 @@ def _head(trial: Exported, merged: bool) -> str:
     spec = trial.spec
     adapter = "dora" if spec.use_dora else "lora"
     head: dict[str, Any] = {"library_name": "transformers" if merged else "peft"}
-    real = REAL.get(spec.model_name_or_path.removeprefix(PREFIX))
+    real = real_model(spec.model_name_or_path)
     if real is not None or _on_hub(spec.model_name_or_path):
         head["base_model"] = spec.model_name_or_path if real is None else real.hub
     head["tags"] = ["macdrop", adapter, "massive-weights", *(["planted"] if trial.planted else [])]

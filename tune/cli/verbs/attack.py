@@ -110,7 +110,7 @@ def _block(attacks: list[str], tasks: list[str], options: Mapping[str, int | Non
 
     made = Counter(str(Attack.parse(each)) for each in attacks)
     if twice := [each for each, count in made.items() if count > 1]:
-        raise ConfigError(f"{', '.join(twice)} is given twice. Give each attack, or each number of rows, once.")
+        raise ConfigError(f"Given twice: {', '.join(twice)}. Give each attack, or each number of rows, once.")
     given = {key: value for key, value in options.items() if value is not None}
     if given and not tasks:
         names = ", ".join(TASK_OPTIONS[key] for key in given)

