@@ -20,7 +20,7 @@ _NOT_DECODERS = {"general", "tokenizer", "t5", "umt5"}
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself. `kinds` counts its tensors by storage type, such as Q4_1."""
+    """Metadata of a GGUF file. `kinds` counts its tensors by storage type, such as Q4_1."""
 
     architecture: str
     kinds: dict[str, int]

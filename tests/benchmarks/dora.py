@@ -27,7 +27,8 @@ def norms(source: str, p: float, *, dora: bool, dtype: str, steps: int, lr: floa
     """Gradient norms before clipping to 1, and losses, of the first steps."""
     model, tokenizer = open_model(resolve(source), dtype=dtype)
     weights = find_massive_weights(model, tokenizer, source=source, fingerprint="")
-    blocks = text_blocks(tokenizer, proof_text(None, source), LENGTH, weights.bos_token_id)
+    text = "\n".join(proof_text(None, source).values())
+    blocks = text_blocks(tokenizer, text, LENGTH, weights.bos_token_id)
     torch.manual_seed(0)
     config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()

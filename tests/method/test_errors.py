@@ -37,6 +37,7 @@ def test_every_error_that_a_user_can_fix_is_a_value_error():
         "NoMassiveWeights",
         "DataError",
         "CheckpointError",
+        "PackageUnavailable",
     }
 
 

@@ -121,6 +121,8 @@ def test_a_trial_stopped_before_it_began_was_not_tried():
     assert candidate(record.model_copy(update={"eval_loss": 0.5}), {UP.name: 0.25}, [UP, DOWN]).values == (0.25, 0.5)
     content, _ = select(of, [*found(of, (0.1,)), candidate(record, {}, [DOWN])], [DOWN])
     assert content["tried"] == 1
+    content, (note,) = select(of, [candidate(record, {}, [DOWN])], [DOWN])
+    assert content["cells"] == [] and "no macdrop trial was finished" in note
 
 
 def test_each_cell_has_its_own_best_and_one_without_is_told():

@@ -24,7 +24,7 @@ _PREFIX = "rows_of_"
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the N tokens of a packed batch stand in rows.
+    """Layout in rows of the N tokens of a packed batch.
 
     tokens: (B, T), the token at each place of a row, from 0 to N - 1; padding repeats one that stands before it.
     mask: what is added to attention scores, (B, 1, T, T).

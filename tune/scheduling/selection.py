@@ -67,7 +67,7 @@ def select(study: Study, found: Iterable[Candidate], objectives: Sequence[Metric
     macdrop = [candidate for candidate in found if candidate.spec.arm == Arm.MACDROP]
     cells, notes, pareto = [], [], []
     settings: dict[str, TrainSpec] = {}
-    for cell in _cells(study, found):
+    for cell in _cells(study, found) or [{}]:
         mine = [candidate for candidate in found if study.cell(candidate.spec) == cell]
         ranked = {arm: ranking([c for c in mine if c.spec.arm == arm], objectives) for arm in ("plain", "macdrop")}
         pareto += [candidate.trial for front, candidate in ranked["macdrop"] if front == 0]

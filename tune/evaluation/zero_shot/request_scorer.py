@@ -34,7 +34,7 @@ _COMPARED = 2  # requests at either end of the row that is computed both ways
 
 
 class Sharing(Enum):
-    """How requests are put together."""
+    """Layout of a batch of requests."""
 
     PACKED = "rows of attention over distinct tokens"
     PADDED = "rows of the whole model under a mask"
