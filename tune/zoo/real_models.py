@@ -54,7 +54,7 @@ class RealModel:
 
 @dataclass(frozen=True)
 class Found:
-    """Location of a real model. `place`: a folder or a hub id, to load it from; `source`: the same in words."""
+    """Location of a real model. `place`: a folder or a hub id, to load it from; `source`: a name of it for people."""
 
     place: str
     source: str
