@@ -22,8 +22,10 @@ def scan(model: str = LLAMA, rows=(2427, 198, 591), layer: int = 1, shape=(32, 4
 def test_every_entry_has_sources_shapes_and_possible_rows():
     for entry in published()["models"]:
         layers, _, size = entry["shape"]
-        assert entry["ids"] and (entry.get("rows") or entry.get("sensitive"))
-        assert {*entry.get("rows", {}), *entry.get("sensitive", {})} <= set(published()["sources"])
+        named = [*entry.get("rows", {}), *entry.get("sensitive", {}), *entry.get("none", [])]
+        assert entry["ids"] and named and set(named) <= set(published()["sources"])
+        assert {*entry.get("expert", {})} <= {*entry.get("rows", {})}
+        assert not {*entry.get("none", [])} & {*entry.get("sensitive", {})}
         for found in entry.get("rows", {}).values():
             assert all(0 <= int(layer) < layers for layer in found)
             assert all(0 <= row < size for rows in found.values() for row in rows)
@@ -41,9 +43,16 @@ def test_a_scan_that_finds_the_published_rows_agrees_with_each_source():
     assert len(agreements(scan())) == 2, "without a proof there is no verdict to compare"
 
 
-@pytest.mark.parametrize("model", ["models/Meta-Llama-3-8B", "models/meta-llama-3-8b/"])
-def test_a_folder_of_that_name_is_that_model(model):
+@pytest.mark.parametrize("model", ["models/Meta-Llama-3-8B", "models/meta-llama-3-8b/", "a/b/Meta-Llama-3-8B"])
+def test_a_folder_of_that_name_is_that_model(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / model).mkdir(parents=True)
     assert [each.agrees for each in agreements(scan(model))] == [True, True]
+
+
+def test_a_model_of_another_owner_is_another_one():
+    assert agreements(scan("someone/Meta-Llama-3-8B"), "sensitive") == []
+    assert agreements(scan("Meta-Llama/meta-llama-3-8b")), "a hub id counts in any case of letters"
 
 
 @pytest.mark.parametrize(
@@ -56,12 +65,23 @@ def test_a_folder_of_that_name_is_that_model(model):
 )
 def test_a_scan_that_finds_something_else_differs(change, words):
     found = agreements(scan(**change))
-    assert not any(each.agrees for each in found) and all(words in each.text for each in found)
+    assert found and all(each.agrees is False and words in each.text for each in found)
 
 
 def test_a_borderline_verdict_settles_nothing_and_an_opposite_one_differs():
     assert [each.agrees for each in agreements(scan(), "borderline")][-1] is None
     assert [each.agrees for each in agreements(scan(), "not sensitive")][-1] is False
+
+
+def test_the_expert_of_a_source_is_shown_and_not_compared():
+    mixtral = scan("mistralai/Mixtral-8x7B-v0.1", (7310, 7530, 11981, 7492, 3178))
+    (found,) = agreements({**mixtral, "expert": 3})
+    assert found.agrees and "7492, 3178, of its expert 4; 5 of 5" in found.text
+
+
+def test_a_source_that_found_no_massive_activations_settles_nothing():
+    (found,) = agreements(scan("allenai/OLMo-2-1124-7B", shape=(32, 4096, 11008)), "not sensitive")
+    assert found.agrees is None and "no massive activations found (source: refine" in found.text
 
 
 def test_nothing_is_said_of_a_model_that_nobody_has_published():

@@ -66,7 +66,9 @@ def test_tables_say_what_they_are_of():
 # --- the same setting ---
 
 
-def test_the_same_setting_has_no_difference():
+def test_the_same_setting_has_no_difference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "Meta-Llama-3-8B").mkdir(parents=True)
     assert setting_differences(SAME, "macdrop", workers=8) == []
     assert figure("zero_shot", MODEL, SAME, "macdrop").value == 76.5
     assert figure("zero_shot", "models/Meta-Llama-3-8B", {**SAME, "use_dora": True}, "plain").value == 76.1
@@ -89,7 +91,8 @@ def test_a_different_setting_is_reported(key, value, words):
 
 
 def test_other_checkpoints_and_adapters_have_no_figure():
-    assert row_name("meta-llama/Meta-Llama-3-8B-Instruct") is None and row_name("zoo:planted-llama") is None
+    for other in ("meta-llama/Meta-Llama-3-8B-Instruct", "someone/Meta-Llama-3-8B", "zoo:planted-llama"):
+        assert row_name(other) is None
     assert figure("zero_shot", MODEL, {**SAME, "use_rslora": True}, "plain") is None
     assert figure("zero_shot", MODEL, SAME, "random_rows") is None
 

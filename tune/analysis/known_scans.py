@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from macdrop.sensitivity import NOT_SENSITIVE, SENSITIVE
+from tune.analysis.published import is_one_of
 from tune.config.parse import read_yaml
-from tune.config.run_spec import slug
 
 FILE = Path(__file__).with_name("published.yaml")
-SENSITIVE, NOT_SENSITIVE = "sensitive", "not sensitive"
 
 
 @cache
@@ -23,7 +23,7 @@ def published() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """One published finding beside ours. `agrees` is None where ours settles nothing (borderline)."""
+    """One published finding beside ours. `agrees` is None where nothing is settled (a borderline verdict)."""
 
     agrees: bool | None
     text: str
@@ -34,9 +34,10 @@ def agreements(weights: Mapping[str, Any], verdict: str | None = None) -> list[A
 
     weights: the content of massive_weights.json. verdict: that of its proof, None if there is none.
 
-    A model is known by its hub id, or as a folder of that name, and only if layers, hidden size and rows are the
-    published model's. A scan agrees with a source that names its layer, and lists its first row there. A verdict agrees
-    with one of the same sign; published sizes depend on the text and are not compared.
+    A model is known by its hub id, or as a folder of that name (`is_one_of`), and only if layers, hidden size and rows
+    are the published model's. A scan agrees with a source that names its layer, and lists its first row there; the
+    expert is shown, and not compared. A verdict agrees with one of the same sign; published sizes depend on the text
+    and are not compared.
     """
     found: list[Agreement] = []
     for entry in _entries(str(weights["model"])):
@@ -47,15 +48,16 @@ def agreements(weights: Mapping[str, Any], verdict: str | None = None) -> list[A
                 f"model has {', '.join(map(str, _shape(weights)))}. It is another model of that name"
             )
             return [Agreement(False, text)]
-        found += [_rows(weights, source, _by_layer(rows)) for source, rows in entry.get("rows", {}).items()]
+        for source, rows in entry.get("rows", {}).items():
+            found.append(_rows(weights, source, _by_layer(rows), entry.get("expert", {}).get(source)))
+        found += [_none(source) for source in entry.get("none", [])]
         if verdict is not None:
             found += [_verdict(verdict, source, theirs) for source, theirs in entry.get("sensitive", {}).items()]
     return found
 
 
 def _entries(model: str) -> list[dict[str, Any]]:
-    wanted = slug(model).lower()
-    return [entry for entry in published()["models"] if wanted in (slug(each).lower() for each in entry["ids"])]
+    return [entry for entry in published()["models"] if is_one_of(model, entry["ids"])]
 
 
 def _by_layer(rows: Mapping[str, list[int]]) -> dict[int, list[int]]:
@@ -66,9 +68,10 @@ def _shape(weights: Mapping[str, Any]) -> list[int]:
     return [len(weights["layers"]), weights["hidden_size"], weights["intermediate_size"]]
 
 
-def _rows(weights: Mapping[str, Any], source: str, layers: Mapping[int, list[int]]) -> Agreement:
+def _rows(weights: Mapping[str, Any], source: str, layers: Mapping[int, list[int]], expert: int | None) -> Agreement:
     about, layer, first = published()["sources"][source], weights["layer"], weights["indices"][0]
     theirs = "; ".join(f"layer {at}, rows {', '.join(map(str, rows))}" for at, rows in layers.items())
+    theirs += "" if expert is None else f", of its expert {expert}"
     if layer not in layers:
         return Agreement(False, f"differs: {theirs}, not layer {layer} (source: {about})")
     if first not in layers[layer]:
@@ -76,6 +79,11 @@ def _rows(weights: Mapping[str, Any], source: str, layers: Mapping[int, list[int
     listed = layers[layer]
     shared = len(set(listed) & set(weights["indices"][: len(listed)]))
     return Agreement(True, f"agrees: {theirs}; {shared} of {len(listed)} are the first ones here (source: {about})")
+
+
+def _none(source: str) -> Agreement:
+    about = published()["sources"][source]
+    return Agreement(None, f"cannot be compared: no massive activations found (source: {about})")
 
 
 def _verdict(verdict: str, source: str, theirs: Mapping[str, Any]) -> Agreement:

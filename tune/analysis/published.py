@@ -33,13 +33,19 @@ class Figure:
     source: str
 
 
+def is_one_of(model: str, ids: Iterable[str]) -> bool:
+    """Return whether a model, as a spec names it, is one of these hub ids: by the whole id, or a folder of that name.
+
+    `owner/name` is a hub id unless there is a folder of this path: another owner's model is another one.
+    """
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not Path(model).is_dir()
+    wanted = model.lower() if hub_id else slug(model).lower()
+    return wanted in (each.lower() if hub_id else slug(each).lower() for each in ids)
+
+
 def row_name(model: str) -> str | None:
     """The paper's name of a checkpoint, given as a hub id or as a folder of that name; None if it has none."""
-    wanted = slug(model).lower()
-    for name, ids in paper()["checkpoints"].items():
-        if wanted in (slug(each).lower() for each in ids):
-            return name
-    return None
+    return next((name for name, ids in paper()["checkpoints"].items() if is_one_of(model, ids)), None)
 
 
 def figure(table: str, model: str, settings: Mapping[str, Any], arm: str) -> Figure | None:

@@ -8,6 +8,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from macdrop.errors import ConfigError, nearest
+from macdrop.sensitivity import BORDERLINE, SENSITIVE
 from tune.analysis.comparison import Comparison
 from tune.analysis.display_names import adapter_name
 from tune.analysis.results import ModelResults
@@ -44,7 +45,6 @@ VOLATILE = ("windows", "prompts_cut_left", "lm_eval", "data", "date", "mean_of",
 NAMING = ("model", "run", "adapter")
 """Columns that together name a row; tables have them in one."""
 TITLE = "Leaderboard"
-BORDERLINE = "borderline"
 READING = (
     "headline: MacDrop minus plain over the final stage's seeds, on what the verdict stands on; attacked: the same "
     "under attack; perplexity: MacDrop's over plain's, below 1 is better; tried: MacDrop settings of the search; "
@@ -149,13 +149,13 @@ def _row(report: Report, model: ModelResults, verdict: Verdict | None) -> Row:
         "perplexity": ratio,
         "seeds": len(verdict.seeds) if verdict else None,
         "tried": verdict.tried if verdict else model.tried or None,
-        "sensitive": None if proof is None else BORDERLINE if proof == BORDERLINE else proof == "sensitive",
+        "sensitive": None if proof is None else BORDERLINE if proof == BORDERLINE else proof == SENSITIVE,
         "hours": hours or None,
     }
     cells = {key: "" if value is None else str(value) for key, value in values.items()}
     cells |= {"headline": main.amount if main else "", "attacked": attacked.amount if attacked else ""}
     cells |= {"perplexity": "" if ratio is None else f"{ratio:.3f}", "hours": number(hours) if hours else ""}
-    cells["sensitive"] = {None: "?", "sensitive": "yes", BORDERLINE: BORDERLINE}.get(proof, "no")
+    cells["sensitive"] = {None: "?", SENSITIVE: "yes", BORDERLINE: BORDERLINE}.get(proof, "no")
     cells["model"] = " ".join(filter(None, [model.display, adapter, f"({report.name})"]))
     note = "" if verdict else f"{report.name}, {model.display}: {no_verdict(model)[0]}"
     note = note or (f"{model.display}: {PLANTED}" if model.planted else "")
