@@ -1,4 +1,4 @@
-"""Intervals of a mean by resampling: the settings that proofs of scans and verdicts of runs share."""
+"""Intervals of a mean, by resampling where that is sound: the settings that proofs and verdicts of runs share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
 
 LEVEL = 0.05
 RESAMPLES = 10_000
+ENOUGH = 10
+"""Values from which BCa is used: of 5 to 8 normal ones its 95 % intervals hold the mean in 86 to 90 % of cases."""
 BATCH = 2_000_000
 """Values that a bootstrap holds in memory at once."""
 
@@ -38,9 +40,16 @@ def resample(
     )
 
 
-def bca_interval(values: np.ndarray, *, seed: int = 0, level: float = LEVEL) -> tuple[float, float]:
-    """Return the BCa interval of the mean of `values` (n,), n >= 2 and all finite; a point where all are equal."""
+def mean_interval(values: np.ndarray, *, seed: int = 0, level: float = LEVEL) -> tuple[float, float]:
+    """Return an interval of the mean of `values` (n,), n >= 2 and all finite; a point where all are equal.
+
+    BCa where there are at least ENOUGH values, else Student's t.
+    """
+    mean = float(values.mean())
     if no_spread(values):
-        return float(values.mean()), float(values.mean())
+        return mean, mean
+    if values.size < ENOUGH:
+        margin = float(scipy.stats.t.ppf(1 - level / 2, values.size - 1) * scipy.stats.sem(values))
+        return mean - margin, mean + margin
     found = resample(values, seed=seed, level=level).confidence_interval
     return float(found.low), float(found.high)

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from macdrop.bootstrap import bca_interval
+from macdrop.bootstrap import mean_interval
+
+MIN_BLOCKS = 5  # fewer give no interval to stand on
 
 
 @dataclass(frozen=True)
 class Factor:
     """A ratio of perplexities and its 95 % interval: exp of the mean, over blocks, of the paired difference in loss.
 
-    inf stands for overflow and NaN. With a single block there is no interval: `low` and `high` are nan.
+    inf stands for overflow and NaN. With fewer than MIN_BLOCKS blocks there is no interval: `low` and `high` are nan.
     """
 
     value: float
@@ -25,19 +27,20 @@ class Factor:
     def of(cls, losses: np.ndarray, untouched: np.ndarray, *, seed: int = 0) -> Factor:
         """Factor of `losses` over `untouched`, both (n,): mean loss a token of the same blocks, all of one length.
 
-        The interval is the BCa interval of a paired bootstrap over blocks (Efron 1987), the same for the same seed.
+        The interval is the BCa interval of a paired bootstrap over blocks (Efron 1987), the same for the same seed;
+        Student's t of the differences where there are few (`macdrop.bootstrap.mean_interval`).
         """
         differences = losses - untouched
         if not np.isfinite(differences).all():
             return cls(math.inf, math.inf, math.inf)
         value = _exp(float(differences.mean()))
-        if differences.size < 2:
+        if differences.size < MIN_BLOCKS:
             return cls(value, math.nan, math.nan)
-        low, high = bca_interval(differences, seed=seed)
+        low, high = mean_interval(differences, seed=seed)
         return cls(value, _exp(low), _exp(high))
 
     def __str__(self) -> str:
-        """For example "x2.16 (1.7 to 2.8)"."""
+        """For example "x2.16 (1.7 to 2.8)"; "x2.16" without an interval."""
         if math.isnan(self.low):
             return f"x{self.value:.3g}"
         return f"x{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from macdrop.attack import attacked_rows
-from macdrop.bootstrap import bca_interval
+from macdrop.bootstrap import mean_interval
 from macdrop.masking import attacked
 from macdrop.probe import evaluating
 from macdrop.proof.factors import Factor
@@ -42,6 +42,7 @@ class LayerRow:
 class LayerProof:
     """The proof of every layer that has an FFN. `best` is the layer whose zeroing factor is the largest.
 
+    measured_on: the text, for people; empty in files of earlier versions.
     finding: one of "the rule's layer", "cannot tell", "another layer", "no layer"; see `prove_layers`.
     """
 
@@ -54,6 +55,7 @@ class LayerProof:
     finding: str
     text: str
     rows: tuple[LayerRow, ...]
+    measured_on: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; an infinite number is the string "inf"."""
@@ -105,17 +107,19 @@ def prove_layers(
     k: int = 5,
     seed: int = 0,
     batch_size: int = 8,
+    measured_on: str = "",
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> LayerProof:
     """In each layer zero, then retain, that layer's own top k rows; the other layers are untouched.
 
     blocks: (n, T) token ids, bos first, n >= 5. scans: the rows of each layer (`macdrop.scan.layer_weights`). layer:
-    the one that the scan's rule chose. progress: called with (passes made, passes in all).
+    the one that the scan's rule chose. measured_on: what the blocks are of, for people. progress: called with (passes
+    made, passes in all).
 
     The finding compares the layer with the largest factor of zeroing, `best`, and the rule's: *no layer* when the
-    interval of the largest factor lies below 2; *the rule's layer* when it is the best one, and the paired difference
-    to the second best has an interval above 0; *another layer* when the best one is another and its difference to the
-    rule's layer has an interval above 0; else *cannot tell*.
+    interval of the largest factor lies below 2; *cannot tell* when it does not lie above 1; *the rule's layer* when it
+    is the best one, and the paired difference to the second best has an interval above 0; *another layer* when the best
+    one is another and its difference to the rule's layer has an interval above 0; else *cannot tell*.
 
     Raises `ConfigError` for bad arguments or an untouched perplexity that is not finite; `DataError` for too few
     blocks.
@@ -142,6 +146,7 @@ def prove_layers(
         finding=finding,
         text=_text(finding, rows, order, own),
         rows=tuple(rows),
+        measured_on=measured_on,
     )
 
 
@@ -175,6 +180,8 @@ def _finding(rows: list[LayerRow], order: list[int], own: int, zeroed: list[np.n
     best = order[0]
     if rows[best].zeroed.high < SENSITIVE_FACTOR:
         return NONE
+    if not rows[best].zeroed.low > 1:
+        return UNCLEAR
     other = (order[1] if len(order) > 1 else None) if best == own else own
     clear = other is None or _exceeds(zeroed[best], zeroed[other], seed)
     if best == own:
@@ -186,7 +193,7 @@ def _exceeds(first: np.ndarray, second: np.ndarray, seed: int) -> bool:
     """Return whether the first losses are above the second beyond doubt, paired by block."""
     if not np.isfinite(first).all():
         return bool(np.isfinite(second).all())
-    return bca_interval(first - second, seed=seed)[0] > 0
+    return mean_interval(first - second, seed=seed)[0] > 0
 
 
 def _text(finding: str, rows: list[LayerRow], order: list[int], own: int) -> str:

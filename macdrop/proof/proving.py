@@ -1,4 +1,4 @@
-"""Does a model depend on its massive weights? Perplexity on text, under each attack (arXiv 2410.01866, section 3)."""
+"""Proof of dependence on massive weights: perplexity on text, under each attack (arXiv 2410.01866, section 3)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import torch
 from torch import nn
 
 from macdrop.attack import attacked_rows
-from macdrop.bootstrap import bca_interval
+from macdrop.bootstrap import mean_interval
 from macdrop.errors import ConfigError, DataError
 from macdrop.families import bare_model
 from macdrop.gather import not_finite
 from macdrop.masking import attacked
 from macdrop.probe import evaluating
-from macdrop.proof.factors import Factor, json_number
+from macdrop.proof.factors import MIN_BLOCKS, Factor, json_number
 from macdrop.proof.losses import Replay, as_perplexity
+from macdrop.sensitivity import BORDERLINE, NOT_SENSITIVE, SENSITIVE
 from macdrop.weights import MassiveWeights
 
-SENSITIVE, BORDERLINE, NOT_SENSITIVE = "sensitive", "borderline", "not sensitive"
 SENSITIVE_FACTOR = 2.0  # zeroing must multiply perplexity by this at least ...
 RANDOM_MARGIN = 10.0  # ... and raise the loss by this many times what the worst random draw raises it by
-MIN_BLOCKS = 5  # fewer give no interval to stand on
 KEY_SHARE = 0.9  # of the largest log-factor, which the fewest rows that matter have to reach
 _LADDER = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500)
 _ADVICE = {
@@ -50,7 +49,7 @@ class Proof:
     zeroed: float  # top-k rows zeroed
     retained: float  # all but the top-k rows zeroed
     random: tuple[float, ...]  # k random other rows zeroed, one a draw
-    verdict: str  # "sensitive", "borderline" or "not sensitive"
+    verdict: str  # see `macdrop.sensitivity`
     text: str
     factor: Factor  # of zeroing
     retained_factor: Factor
@@ -92,9 +91,9 @@ def prove(
     ... kinds: what kind of text each block is of, for factors by text. Layers below the massive one run once for all
     attacks.
 
-    The verdict (`judge`) rests on paired differences of blocks and their intervals, so that it names what other text of
-    these kinds would say. Retaining is reported and takes no part in the verdict: how much of the model lives in the
-    other rows of that layer differs (arXiv 2410.01866, section 3).
+    The verdict (`judge`) rests on paired differences of blocks and their intervals, so that it names what other
+    passages of these texts would say. Retaining is reported and takes no part in the verdict: how much of the model
+    lives in the other rows of that layer differs (arXiv 2410.01866, section 3).
 
     Raises `ConfigError` for bad arguments, an impossible k, or an untouched perplexity that is not finite, and
     `DataError` for too few blocks.
@@ -172,7 +171,7 @@ def judge(untouched: np.ndarray, zeroed: np.ndarray, random: Sequence[np.ndarray
         return SENSITIVE
     scale = RANDOM_MARGIN if _mean_rise(worst, untouched) > 0 else 0.0
     needed = [rise - math.log(SENSITIVE_FACTOR), rise - scale * (worst - untouched)]
-    intervals = [bca_interval(excess, seed=seed) for excess in needed]
+    intervals = [mean_interval(excess, seed=seed) for excess in needed]
     if any(high < 0 for _, high in intervals):
         return NOT_SENSITIVE
     return SENSITIVE if all(low >= 0 for low, _ in intervals) else BORDERLINE

@@ -144,7 +144,7 @@ def find_massive_weights(
     layer, entry, _ = first_write(states.hidden, [part is not None for part in largest])
     largest[layer] = found = _writer(model, token, states, layer, entry)
     _, confidence = massive_layer(states.hidden, [part.state if part else None for part in largest])
-    magnitudes, order = found.state.abs().sort(descending=True, stable=True)
+    magnitudes, order = ranked(found)
     if float(magnitudes[0]) == 0:
         raise NoMassiveWeights(f"{source}: the intermediate state of layer {layer} is zero at bos; no row is massive.")
     weights = MassiveWeights(
@@ -171,6 +171,12 @@ def largest_state(parts: Sequence[Intermediate]) -> Intermediate | None:
     """Of a layer's first routed expert and its shared one: that with the largest entry; None without an FFN."""
     shown = [part for place, part in enumerate(parts) if place == 0 or part.expert is None]
     return max(shown, key=lambda part: float(part.state.abs().max()), default=None)
+
+
+def ranked(part: Intermediate) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sizes (I,) of an FFN's intermediate state, largest first, and the rows (I,) that they are of."""
+    sizes, rows = part.state.abs().sort(descending=True, stable=True)
+    return sizes, rows
 
 
 def _writer(model: nn.Module, token: int, states: BosStates, layer: int, entry: int) -> Intermediate:

@@ -9,7 +9,7 @@ from torch import nn
 
 from macdrop.errors import ConfigError
 from macdrop.families import bare_model
-from macdrop.scan.find import first_write, largest_state
+from macdrop.scan.find import first_write, largest_state, ranked
 from macdrop.scan.states import bos_states
 from macdrop.weights import MassiveWeights
 
@@ -47,7 +47,7 @@ def first_token_rows(model: nn.Module, weights: MassiveWeights, tokens: Sequence
         layer, _, _ = first_write(states.hidden, [part is not None for part in parts])
         part = parts[weights.layer]
         assert part is not None, "the massive layer has an FFN"
-        sizes, order = part.state.abs().sort(descending=True, stable=True)
+        sizes, order = ranked(part)
         hidden = float(states.hidden[weights.layer + 1].abs().max())
         found.append(FirstToken(token, layer, tuple(order[:k].tolist()), tuple(sizes[:k].tolist()), hidden))
     return found

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from macdrop.scan.find import largest_state
+from macdrop.scan.find import largest_state, ranked
 from macdrop.scan.states import bos_states
 from macdrop.weights import MassiveWeights
 
@@ -23,7 +23,7 @@ def layer_weights(model: nn.Module, weights: MassiveWeights) -> list[MassiveWeig
         if layer == weights.layer:
             found.append(weights)
         elif part is not None and float(part.state.abs().max()) > 0:
-            magnitudes, order = part.state.abs().sort(descending=True, stable=True)
+            magnitudes, order = ranked(part)
             own = replace(
                 weights,
                 layer=layer,

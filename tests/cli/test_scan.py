@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from macdrop.proof import LayerProof
+from tune.config.run_spec import TrainSpec
 from tune.training.proving import layer_proofs
 from tune.zoo.catalog import resolve
 
@@ -14,14 +17,19 @@ PLANTED = "zoo:planted-llama"
 
 
 def test_every_layer_is_proved_drawn_and_kept_beside_the_scan(shell):
-    ended = shell("scan", PLANTED, "--prove", "--k", "3", "--every-layer", "--figure", "layers.svg")
+    ended = shell("scan", PLANTED, "--prove", "--k", "3", "--every-layer", "--figure", "new/layers.svg")
     assert ended.code == 0, ended.err
     assert "the rule's layer is the one that matters: layer 1" in ended.out and "<- by the rule" in ended.out
-    assert (shell.folder / "layers.svg").read_text().count("<svg") == 1
+    assert (shell.folder / "new" / "layers.svg").read_text().count("<svg") == 1
+    assert [file.name for file in (shell.folder / "new").iterdir()] == ["layers.svg"]
     (kept,) = (shell.folder / name for name in ended.new if name.endswith("-layers.json"))
     found = LayerProof.from_dict(json.loads(kept.read_text()))
     assert (found.layer, found.best, found.k, len(found.rows)) == (1, 1, 3, 4)
-    assert kept.with_name(kept.name.replace("-layers", "")).is_file(), "the scan that it belongs to"
+    assert found.measured_on == "zoo:text" and "16 blocks, 1008 tokens: zoo:text" in ended.out
+    scanned = kept.with_name(kept.name.replace("-layers", ""))
+    weights = shutil.copy(scanned, shell.folder / "massive_weights.json")
+    layer_proofs.copy_layers(TrainSpec(model_name_or_path=PLANTED), Path(weights))
+    assert json.loads((shell.folder / "layers.json").read_text()) == found.to_dict(), "as a sweep copies it"
 
 
 def test_the_first_tokens_of_data_are_counted_and_scanned(shell):
@@ -35,7 +43,7 @@ def test_another_bos_is_not_what_the_data_begin_with(shell):
     ended = shell("scan", PLANTED, "--k", "3", "--data", "zoo:train", "--bos-token-id", "20")
     assert ended.code == 0, ended.err
     assert "0 % of 180 examples" in ended.out and "begin with token 20, the scanned one" in ended.out
-    assert "do not all call the scan's first row" in ended.out
+    assert "do not all have the scan's top rows on top" in ended.out
 
 
 @pytest.mark.parametrize(

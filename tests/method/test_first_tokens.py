@@ -27,9 +27,8 @@ def test_rows_of_a_token_are_those_of_a_scan_that_takes_it_for_bos():
     assert found[0].rows == weights.top(4) and found[0].sizes == weights.magnitudes[:4]
     assert found[0].layer == weights.layer and found[0].shared(weights, 4) == 4
     again = find_massive_weights(model, source="test", fingerprint="f", bos_token_id=7)
-    assert found[1].layer == again.layer
-    if again.layer == weights.layer:
-        assert found[1].rows == again.top(4)
+    assert found[1].layer == again.layer == weights.layer and again.top(4) != weights.top(4)
+    assert found[1].rows == again.top(4) and found[1].sizes == again.magnitudes[:4]
     assert first_token_rows(model, weights, [1, 7], k=4) == found
 
 
@@ -37,7 +36,7 @@ def test_only_bos_calls_the_planted_rows():
     model = load_model(PLANTED)
     weights = scan(model)
     bos, other = first_token_rows(model, weights, [1, 20], k=3)
-    assert bos.shared(weights, 3) == 3 and bos.hidden > 20 * other.hidden
+    assert bos.shared(weights, 3) == 3 and other.shared(weights, 3) == 0 and bos.hidden > 20 * other.hidden
     assert common_rows(weights, [bos], 3) == 3
 
 

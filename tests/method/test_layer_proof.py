@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 
@@ -77,6 +76,10 @@ def test_a_layer_proof_is_repeatable_leaves_the_model_and_is_kept_as_json():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert steps[-1] == (1 + 2 * len(scans),) * 2
     assert LayerProof.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+    named = prove_layers(model, ids, scans, weights.layer, k=2, measured_on="a story").to_dict()
+    assert named == {**first.to_dict(), "measured_on": "a story"}
+    named.pop("measured_on")
+    assert LayerProof.from_dict(named) == first, "files of earlier versions do not name their text"
     with pytest.raises(ValueError, match="format 9"):
         LayerProof.from_dict({**first.to_dict(), "format": 9})
     assert layer_seconds(model, ids, len(scans)) > 0
@@ -98,6 +101,8 @@ NOISY = np.array([0.0, 4.0] * 3)
         ([(3, 4, 5), (1, 3.9, 5)], [ABOVE, NOISY], 0, "cannot tell"),
         ([(3, 4, 5), (1, 3.9, 5)], [ABOVE, NOISY], 1, "cannot tell"),
         ([(1.2, 1.4, 1.9), (1, 1.1, 1.2)], [ABOVE, BELOW], 0, "no layer"),
+        ([(0.9, 1.4, 2.1), (1, 1.1, 1.2)], [ABOVE, BELOW], 0, "cannot tell"),
+        ([(0.9, 1.4, 2.1), (1, 1.1, 1.2)], [ABOVE, BELOW], 1, "cannot tell"),
         ([(math.inf,) * 3, (3, 4, 5)], [ABOVE * math.inf, BELOW], 0, "the rule's layer"),
         ([(math.inf,) * 3, (math.inf,) * 3], [ABOVE * math.inf] * 2, 0, "cannot tell"),
     ],
@@ -125,5 +130,10 @@ def test_other_layers_keep_the_scan_of_the_massive_one():
     weights = scan(model)
     scans = layer_weights(model, weights)
     assert scans[weights.layer] is weights
-    other = next(each for each in scans if each is not weights)
-    assert other.path != weights.path and dataclasses.replace(other, layer=weights.layer).bos_token_id == 1
+    others = [each for each in scans if each is not weights]
+    assert len({each.path for each in scans}) == len(scans) == 1 + len(others)
+    for each in others:
+        sizes = states_at_bos(copy.deepcopy(model))[each.layer]
+        assert list(each.magnitudes) == sizes.sort(descending=True).values.tolist()
+        assert sizes[list(each.indices)].tolist() == list(each.magnitudes)
+        assert sorted(each.indices) == list(range(each.intermediate_size)) and each.bos_token_id == 1

@@ -16,6 +16,7 @@ from macdrop.load import load_model, load_tokenizer
 from macdrop.masking import attacked
 from macdrop.probe import evaluating
 from macdrop.proof import Factor, block_losses, perplexity
+from macdrop.proof.factors import MIN_BLOCKS
 from macdrop.proof.losses import Replay
 from macdrop.proof.proving import judge, key_rows, rungs
 from macdrop.scan import checkpoint_fingerprint, find_massive_weights, prove, text_blocks
@@ -88,10 +89,21 @@ def test_a_factor_is_the_mean_paired_difference_and_its_interval_is_scipys():
     assert unpaired, "the same blocks are compared, or the interval would be much wider"
 
 
+def test_the_interval_of_few_blocks_is_students():
+    draw = np.random.default_rng(5)
+    untouched = draw.normal(3, 0.5, 9)
+    zeroed = untouched + draw.exponential(0.7, 9)
+    low, high = scipy.stats.ttest_rel(zeroed, untouched).confidence_interval(0.95)
+    found = Factor.of(zeroed, untouched)
+    assert (found.low, found.high) == pytest.approx((math.exp(low), math.exp(high)))
+
+
 def test_a_factor_without_spread_blocks_or_end():
     ones = np.ones(6)
     assert Factor.of(ones + math.log(2), ones) == Factor(*[pytest.approx(2.0)] * 3)
-    assert math.isnan(Factor.of(ones[:1], ones[:1]).low)
+    for few in (1, MIN_BLOCKS - 1):
+        alone = Factor.of(ones[:few] + math.log(2), ones[:few])
+        assert math.isnan(alone.low) and math.isnan(alone.high) and str(alone) == "x2"
     broken = Factor.of(np.array([1.0, math.nan]), ones[:2])
     assert broken.value == broken.low == math.inf and broken.to_list() == ["inf"] * 3
     for factor in (broken, Factor(2.0, 1.5, 2.5)):

@@ -27,6 +27,7 @@ LAYERS = LayerProof(
         LayerRow(layer, None, (98, 107, 10), 9.0, zeroed, Factor(1.24, 1.18, 1.32))
         for layer, zeroed in enumerate([Factor(1.0, 1.0, 1.0), Factor(23.1, 19.3, float("inf"))])
     ),
+    measured_on="zoo:text",
 )
 NEW = {
     "verdict": "borderline",
@@ -72,10 +73,11 @@ def test_intervals_texts_and_the_k_that_matters_are_shown(run):
 
 def test_a_proof_of_every_layer_is_a_table_and_a_figure(run):
     atomic_write_json(proof_file(run).with_name("layers.json"), LAYERS.to_dict())
-    assert f"Every layer: {LAYERS.text}" in lines(run)
+    assert f"Every layer: {LAYERS.text}; measured on zoo:text" in lines(run)
     model = make_report(run.run_dir).models[0]
     (drawn,) = (each for each in figures(run, model, []) if each.name == "scan-every-layer")
     assert drawn.svg.startswith("<svg") and "The rule's layer is the one that matters" in drawn.caption
+    assert "95 % over 16 blocks of text (zoo:text)" in drawn.caption
     assert drawn.rows[1] == [1, "98 107 10", 9.0, 23.1, 19.3, "inf", 1.24, 1.18, 1.32]
 
 

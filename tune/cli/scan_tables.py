@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from typing import TYPE_CHECKING
 
 from tune.cli.console import console, line, lines, table
@@ -55,7 +56,8 @@ def proof(found: Proof) -> None:
         if found.key_k is None
         else f"{found.key_k} matters most (the fewest rows with 90 % of the largest log-factor), asked for: {k}"
     )
-    named = [("by text", ", ".join(f"{name} {factor}" for name, factor in found.by_text))]
+    few = " (too few blocks of each for intervals)" if any(isnan(factor.low) for _, factor in found.by_text) else ""
+    named = [("by text", ", ".join(f"{name} {factor}" for name, factor in found.by_text) + few)]
     named = named if len(found.by_text) > 1 else []
     lines([("blocks", f"{found.blocks}, {found.tokens} tokens"), *named, ("by k", steps), ("k", key)])
     line("verdict", found.text)
@@ -70,7 +72,12 @@ def every_layer(found: LayerProof) -> None:
         own = ", ".join(map(str, row.rows))
         rows.add_row(str(row.layer), own, f"{row.top:.4g}", str(row.zeroed), str(row.retained), ", ".join(marks))
     console.print(rows)
-    line("every layer", found.text)
+    lines(
+        [
+            ("measured on", f"{found.blocks} blocks, {found.tokens} tokens: {found.measured_on}"),
+            ("every layer", found.text),
+        ]
+    )
 
 
 def published(found: MassiveWeights, proved: Proof | None) -> None:
@@ -112,7 +119,7 @@ def first_tokens(
         "rows",
         f"all {len(measured)} tokens call the scan's first {same} row(s) first: {top}"
         if same
-        else "these tokens do not all call the scan's first row: see the table; scan one by --bos-token-id",
+        else "these tokens do not all have the scan's top rows on top: see the table; scan one by --bos-token-id",
     )
 
 

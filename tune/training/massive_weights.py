@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,14 @@ def _cached(spec: TrainSpec, bos_token_id: int) -> tuple[Path, str]:
     of the scan, and the precision, since a bf16 forward may order nearly equal rows differently than an fp32 one.
     """
     identity = fingerprint(spec.model_name_or_path, spec.model_revision)
+    return scan_file(spec, identity, bos_token_id), identity
+
+
+def scan_file(spec: TrainSpec, identity: str, bos_token_id: int) -> Path:
+    """Return the file in the cache that holds the scan of a checkpoint with this fingerprint and first token."""
     precision = "bf16" if spec.bf16 else "fp32"
     name = f"{slug(spec.model_name_or_path)}-{identity[:SHOWN]}-{precision}-bos{bos_token_id}-rule{RULE}.json"
-    return cache_dir() / "scans" / name, identity
-
-
-def scan_file(spec: TrainSpec, bos_token_id: int) -> Path:
-    """Return the file in the cache that holds the scan of a model with this first token."""
-    return _cached(spec, bos_token_id)[0]
+    return cache_dir() / "scans" / name
 
 
 def check_text(spec: TrainSpec, text: Path | None, bos_token_id: int | None = None) -> None:
@@ -204,6 +205,13 @@ def proof_text(text: Path | None, source: str) -> dict[str, str]:
     if is_planted(source):
         return {"zoo:text": _content(Path(resolve("zoo:text")))}
     return {kind: _content(TEXTS / f"{kind}.txt") for kind in KINDS}
+
+
+def text_name(text: Path | None, source: str) -> str:
+    """Name the text of a proof for people: a file by its name and the start of its SHA-256, else the built-in texts."""
+    if text is not None:
+        return f"{text.name}, SHA-256 {hashlib.sha256(text.read_bytes()).hexdigest()[:SHOWN]}"
+    return "zoo:text" if is_planted(source) else f"built-in texts ({', '.join(KINDS)})"
 
 
 def _content(file: Path) -> str:

@@ -91,7 +91,7 @@ def attack(
         scores = attacked.scores(scored)
     where = "merged weights" if merged else "base rows, adapter in place" if adapter else "base rows"
     line("attack on", f"{where}, layer {weights.layer} of {source.model}")
-    line("untouched", f"perplexity {found[block.attacks[0]]:.4g} on {blocks.numel()} tokens")
+    line("untouched", f"perplexity {found[block.attacks[0]]:.4g} on {blocks[:, 1:].numel()} tokens")
     if attack or task:
         _show(found, scores, source.model)
     else:

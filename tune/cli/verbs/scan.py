@@ -42,7 +42,9 @@ def scan(
     every_layer: Annotated[
         bool, typer.Option("--every-layer", help="With --prove: zero and retain the top rows of every layer, too.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do so even if it takes more than ten minutes.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --every-layer: run even if it takes more than ten minutes.")
+    ] = False,
     figure: Annotated[
         Path | None, typer.Option(help="With --every-layer: draw its factors to this .png, .svg or .pdf.")
     ] = None,
@@ -147,28 +149,34 @@ def _prove(
     show.proof(found)
     show.published(weights, found)
     if layers is not None:
-        _every_layer(spec, model, blocks, weights, k, layers.figure)
+        _every_layer(spec, model, blocks, weights, k, text, layers.figure)
 
 
 def _every_layer(
-    spec: TrainSpec, model: PreTrainedModel, blocks: Tensor, weights: MassiveWeights, k: int, figure: Path | None
+    spec: TrainSpec,
+    model: PreTrainedModel,
+    blocks: Tensor,
+    weights: MassiveWeights,
+    k: int,
+    text: Path | None,
+    figure: Path | None,
 ) -> None:
     from tune.report.html.drawing import save
     from tune.report.html.every_layer import HEIGHT, layers_painter
-    from tune.storage.atomic import writing
+    from tune.training.massive_weights import text_name
     from tune.training.proving.layer_proofs import every_layer, layers_file
 
+    on = text_name(text, spec.model_name_or_path)
     with console.status("Proving every layer") as status:
 
         def progress(done: int, of: int) -> None:
             status.update(f"Proving every layer: {done} of {of} passes")
 
-        found = every_layer(spec, model, blocks, weights, k=k, progress=progress)
+        found = every_layer(spec, model, blocks, weights, k=k, measured_on=on, progress=progress)
     show.every_layer(found)
     line("kept", f"{layers_file(spec, weights)}; reports of new sweeps of this checkpoint show it")
     if figure is not None:
-        with writing(figure):
-            save(figure, HEIGHT, layers_painter(found.to_dict()))
+        save(figure, HEIGHT, layers_painter(found.to_dict()))
         line("drawn", str(figure))
 
 

@@ -26,7 +26,6 @@ from tune.storage.atomic import atomic_write_json
 from tune.training.loading import open_base
 from tune.training.massive_weights import proof, recorded_weights
 from tune.training.process_group import device
-from tune.training.proving.layer_proofs import kept_layers
 from tune.training.watchdog import passes_watched, why_it_died
 
 if TYPE_CHECKING:
@@ -80,9 +79,6 @@ class Evaluator(PoolActor):
             weights = recorded_weights(spec, model, tokenizer, Path(opening.weights))
             proved = proof(model, tokenizer, weights, k=opening.k, source=spec.model_name_or_path)
             atomic_write_json(Path(opening.weights).with_name("proof.json"), proved.to_dict())
-            layers = kept_layers(spec, weights)
-            if layers is not None:
-                atomic_write_json(Path(opening.weights).with_name("layers.json"), layers.to_dict())
         elif Path(opening.weights).is_file():
             weights = MassiveWeights.load(opening.weights)
         self.slot = AdapterSlot(model, sealed=True)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -28,6 +29,7 @@ from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
 from tune.training.finetune import Outcome, slow_paths, unmoved_text
+from tune.training.proving.layer_proofs import copy_layers
 
 #: Short compared with a benchmark of a tiny model: an actor that is done waits for the next tick.
 TICK_S = 0.1
@@ -84,6 +86,9 @@ class SweepController:
             weights = self._evaluators.open(opening)
         finally:
             self._opening = None
+        if weights is not None and opening.scan:
+            # Here: a proof of every layer is kept in the cache of the machine that it was made on.
+            copy_layers(opening.spec, Path(weights))
         with self._lock:
             if study.base:
                 tag = {"model": study.spec.model_name_or_path, "arm": BASE, "trial": BASE, "seed": None}

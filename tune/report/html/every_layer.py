@@ -17,10 +17,11 @@ _MOST = 1e12  # drawn for "inf"
 
 def layers_caption(found: dict[str, Any]) -> str:
     """Caption of the figure, with the finding."""
+    on = f" ({found['measured_on']})" if found.get("measured_on") else ""
     return (
         f"Perplexity relative to the untouched model, log scale, with each layer's own top {found['k']} rows at bos "
-        f"zeroed, and with only these retained; bars: 95 % over blocks of text. Dotted: layer {found['layer']}, by the "
-        f"scan's rule; dashed: the line at 2. {found['text'][:1].upper()}{found['text'][1:]}."
+        f"zeroed, and with only these retained; bars: 95 % over {found['blocks']} blocks of text{on}. Dotted: layer "
+        f"{found['layer']}, by the scan's rule; dashed: the line at 2. {found['text'][:1].upper()}{found['text'][1:]}."
     )
 
 

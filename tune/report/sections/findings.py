@@ -117,7 +117,8 @@ def _every_layer(model: ModelResults) -> list[Table]:
         for row in found["rows"]
     ]
     head = ["layer", "its top rows", f"top {found['k']} zeroed", f"only top {found['k']} kept"]
-    return [Table(f"Every layer: {found['text']}", head, rows)]
+    on = f"; measured on {found['measured_on']}" if found.get("measured_on") else ""
+    return [Table(f"Every layer: {found['text']}{on}", head, rows)]
 
 
 def comparisons(subject: Subject) -> Part:

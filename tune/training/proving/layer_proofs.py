@@ -31,7 +31,7 @@ def check_duration(model: PreTrainedModel, blocks: torch.Tensor, layers: int) ->
     if seconds > LONG_S:
         raise ConfigError(
             f"Zeroing and retaining the rows of each of the {layers} layers takes up to {duration(seconds)} here, by "
-            "one timed pass.\nAdd --yes to do it all the same, or use a GPU, --bf16 or a shorter --text."
+            "one timed pass.\nAdd --yes to run it anyway, or use a GPU, --bf16 or a shorter --text."
         )
 
 
@@ -42,14 +42,18 @@ def every_layer(
     weights: MassiveWeights,
     *,
     k: int,
+    measured_on: str,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> LayerProof:
     """Prove every layer of a loaded base model on blocks (n, T), and keep the result beside the scan of `weights`.
 
+    measured_on: the text of the blocks, for people.
+
     Raises:
         ResourceError: the cache cannot be written.
     """
-    found = prove_layers(model, blocks, layer_weights(model, weights), weights.layer, k=k, progress=progress)
+    scans = layer_weights(model, weights)
+    found = prove_layers(model, blocks, scans, weights.layer, k=k, measured_on=measured_on, progress=progress)
     file = layers_file(spec, weights)
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,9 +73,21 @@ def kept_layers(spec: TrainSpec, weights: MassiveWeights) -> LayerProof | None:
     return found if found.layer == weights.layer else None
 
 
+def copy_layers(spec: TrainSpec, weights: Path) -> None:
+    """Copy the kept proof of every layer, if there is one, to layers.json next to a run's massive_weights.json.
+
+    Raises:
+        NoMassiveWeights: `weights` does not hold a scan.
+        ResourceError: the file cannot be written.
+    """
+    found = kept_layers(spec, MassiveWeights.load(weights))
+    if found is not None:
+        atomic_write_json(weights.with_name("layers.json"), found.to_dict())
+
+
 def layers_file(spec: TrainSpec, weights: MassiveWeights) -> Path:
     """Return the file in the cache that holds the proof of every layer of a scan."""
-    scan = scan_file(spec, weights.bos_token_id)
+    scan = scan_file(spec, weights.fingerprint, weights.bos_token_id)
     return scan.with_name(f"{scan.stem}-layers.json")
 
 
