@@ -139,16 +139,16 @@ def sync_folder(folder: AnyPath) -> None:
         os.close(handle)
 
 
-def atomic_write_text(path: AnyPath, text: str, within: AnyPath | None = None) -> Path:
-    """Write `text` (UTF-8) so that readers see the old file or the new one, whole. Folders are made as needed."""
+def atomic_write_bytes(path: AnyPath, content: bytes, within: AnyPath | None = None) -> Path:
+    """Write `content` so that readers see the old file or the new one, whole. Folders are made as needed."""
     path = Path(path)
 
     def write() -> None:
         make_folder(path.parent, within)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
+            with open(temporary, "xb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -161,6 +161,11 @@ def atomic_write_text(path: AnyPath, text: str, within: AnyPath | None = None) -
     with writing(path):
         lasting(write, within)
     return path
+
+
+def atomic_write_text(path: AnyPath, text: str, within: AnyPath | None = None) -> Path:
+    """Write `text` (UTF-8) as `atomic_write_bytes` does."""
+    return atomic_write_bytes(path, text.encode("utf-8"), within)
 
 
 def atomic_write_json(path: AnyPath, value: Any, within: AnyPath | None = None) -> Path:
@@ -278,10 +283,7 @@ def read_mapping(
     path = Path(path)
     try:
         text = lasting(lambda: path.read_text(encoding="utf-8"), within)
-        if path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            found = parse_yaml(text)
+        found = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
         check_mapping(found, needs)
     except (OSError, ValueError, RecursionError) as error:
         report_damage(path, error, problems)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tune.report.html.palette import DARK, LIGHT
+from tune.storage.atomic import atomic_write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +65,13 @@ def draw(name: str, height: float, paint: Callable[[Canvas], None], *, says: str
 
 
 def save(file: Path, height: float, paint: Callable[[Canvas], None]) -> None:
-    """Call `paint` as `draw` does, and write the figure on white to a file; its ending says whether PNG, SVG or PDF."""
+    """Call `paint` as `draw` does, and write the figure on white to a file; its ending says whether PNG, SVG or PDF.
+
+    The file is written whole or not at all, its folder made as needed.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
     import matplotlib.style
     from matplotlib.figure import Figure as Canvas
 
@@ -74,10 +81,12 @@ def save(file: Path, height: float, paint: Callable[[Canvas], None]) -> None:
             canvas = Canvas(figsize=(2 * WIDTH / 72, height / 72), dpi=150)
             canvas.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD)
             paint(canvas)
-            metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix.lower(), {})
-            canvas.savefig(file, facecolor="white", metadata=metadata)
+            ending, out = file.suffix.lower(), io.BytesIO()
+            metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(ending, {})
+            canvas.savefig(out, format=ending.removeprefix("."), facecolor="white", metadata=metadata)
     finally:
         _PAINT.reset(token)
+    atomic_write_bytes(file, out.getvalue())
 
 
 def tidy(axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: Grid = "y") -> None:
