@@ -26,7 +26,7 @@ from tune.config.parse import ALIASES, read_override
 from tune.config.run_spec import Metric, RunSpec, Space, load
 
 RECIPES = ROOT / "tune/config/recipes"
-README_BYTES, DOCSTRING_WIDTH = 14_500, 120
+README_BYTES, DOCSTRING_WIDTH = 14_000, 120
 
 
 def parsed(command: str) -> tuple[str, dict]:

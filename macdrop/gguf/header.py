@@ -55,8 +55,8 @@ def read_header(file: Path) -> Header:
     """Read the head of a GGUF file, and check that all the tensors that it lists lie within the file.
 
     Raises:
-        ConfigError: there is no such file, it is not GGUF, is damaged, cut off or one of several parts, or the package
-            gguf is missing.
+        ConfigError: the file is missing, not GGUF, damaged, cut off or one of several parts, or the package gguf is not
+            installed.
         UnsupportedModel: transformers cannot read this architecture from GGUF.
     """
     require_file(file)
