@@ -75,15 +75,16 @@ def second_ray() -> Iterator[subprocess.Popen]:
         yield process
 
 
+class OfAnyName:
+    """Holds what a lane held."""
+
+
+# One fixture a disturbance, and a test at each: every one has the time limit of a test to itself.
+
+
 @pytest.fixture(scope="module")
-def storm(second_ray, tmp_path_factory) -> Scene:
-    import ray
-
-    from tune.distributed.lanes import lane_pool
-
-    class OfAnyName:
-        """Holds what a lane held."""
-
+def calm(second_ray, tmp_path_factory) -> Iterator[Scene]:
+    """One task trained undisturbed, and the same fine-tuning placed after it."""
     with scene_of(tmp_path_factory.mktemp("storm"), RAY, OfAnyName) as scene:
         scene.place("calm", SPEC, WIDTH)
         started = time.monotonic()
@@ -92,17 +93,44 @@ def storm(second_ray, tmp_path_factory) -> Scene:
         scene.recovered["start"] = time.monotonic() - started
         scene.reach("calm", "trained")
         scene.place("storm", SPEC, WIDTH)
-        scene.disturb("worker killed", 60, lambda: os.kill(worker(), signal.SIGKILL))
-        scene.disturb("worker stopped", 120, lambda: os.kill(worker(), signal.SIGSTOP))
-        scene.disturb("controller killed", 180, lambda: os.kill(leader(), signal.SIGKILL))
-        scene.reach("storm", "trained")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lane_pool, "ROOM_AFTER_S", 0.0)
-            evaluator = ray.remote(num_cpus=WIDTH * RAY.cpus_per_worker)(OfAnyName).remote()
-            name = ray_internals.table_name(OfAnyName)
-            scene.wait(lambda snapshot: any(actor.pid for actor in actors(name)), scoring=True)
-            scene.evaluator_lived = True
-            del evaluator
+        yield scene
+
+
+@pytest.fixture(scope="module")
+def killed(calm) -> Scene:
+    calm.disturb("worker killed", 60, lambda: os.kill(worker(), signal.SIGKILL))
+    return calm
+
+
+@pytest.fixture(scope="module")
+def stopped(killed) -> Scene:
+    killed.disturb("worker stopped", 120, lambda: os.kill(worker(), signal.SIGSTOP))
+    return killed
+
+
+@pytest.fixture(scope="module")
+def headless(stopped) -> Scene:
+    stopped.disturb("controller killed", 180, lambda: os.kill(leader(), signal.SIGKILL))
+    return stopped
+
+
+@pytest.fixture(scope="module")
+def storm(headless, second_ray) -> Scene:
+    """All of it, an evaluator that gets the room of the idle lane, and the end of the lanes."""
+    import ray
+
+    from tune.distributed.lanes import lane_pool
+
+    scene = headless
+    scene.reach("storm", "trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lane_pool, "ROOM_AFTER_S", 0.0)
+        evaluator = ray.remote(num_cpus=WIDTH * RAY.cpus_per_worker)(OfAnyName).remote()
+        name = ray_internals.table_name(OfAnyName)
+        scene.wait(lambda snapshot: any(actor.pid for actor in actors(name)), scoring=True)
+        scene.evaluator_lived = True
+        del evaluator
+    scene.lanes.close()
     assert second_ray.poll() is None
     scene.left = groups() + actors("TrainController") + actors("RayTrainWorker")
     print({name: f"{seconds:.1f} s" for name, seconds in scene.recovered.items()})
@@ -110,22 +138,30 @@ def storm(second_ray, tmp_path_factory) -> Scene:
     return scene
 
 
-def test_the_adapter_is_that_of_an_undisturbed_run(storm):
-    assert digest(storm.folder / "trials" / "calm") == digest(storm.folder / "trials" / "storm")
+def test_an_undisturbed_lane_leaves_no_stacks(calm):
+    assert calm.reasons == [] and not (calm.folder / "trials" / "calm" / "stacks").exists()
 
 
-def test_every_lost_lane_has_its_reason(storm):
-    killed, hung, headless = storm.reasons
-    assert killed.startswith("Worker") and killed.endswith("was killed, or crashed.")
-    assert "ray.step_timeout_s = 5 s" in hung and "trials/storm/stacks/rank-" in hung
-    assert headless.startswith("The process that leads the lane's workers (process")
+def test_a_killed_worker_is_the_reason_of_its_lane(killed):
+    (reason,) = killed.reasons
+    assert reason.startswith("Worker") and reason.endswith("was killed, or crashed.")
 
 
-def test_a_hang_leaves_the_stack_of_the_waiting_rank(storm):
-    (file,) = (storm.folder / "trials" / "storm" / "stacks").iterdir()
+def test_a_hang_leaves_the_stack_of_the_waiting_rank(stopped):
+    _, reason = stopped.reasons
+    assert "ray.step_timeout_s = 5 s" in reason and "trials/storm/stacks/rank-" in reason
+    (file,) = (stopped.folder / "trials" / "storm" / "stacks").iterdir()
     dumped = file.read_text()
     assert "Timeout" in dumped and "finetune.py" in dumped
-    assert not (storm.folder / "trials" / "calm" / "stacks").exists()
+
+
+def test_a_killed_controller_is_the_reason_of_its_lane(headless):
+    *_, reason = headless.reasons
+    assert len(headless.reasons) == 3 and reason.startswith("The process that leads the lane's workers (process")
+
+
+def test_the_adapter_is_that_of_an_undisturbed_run(storm):
+    assert digest(storm.folder / "trials" / "calm") == digest(storm.folder / "trials" / "storm")
 
 
 def test_a_lane_waiting_for_resources_has_not_failed(storm):
