@@ -1,32 +1,25 @@
-"""Packed rows of real models: loss and every adapter gradient are those of the examples one at a time.
-
-`MACDROP_REAL_MODELS` is the folder that `tools/real_models.py`, beside the real data, writes its models into.
-"""
+"""Packed rows of real models: loss and every adapter gradient are those of the examples one at a time."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import packed_rows, tiny
+from helpers.real_models import gemma3, smollm2
 
 from tune.forward.packing_check import check_packing
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.real
 
 LENGTHS, WINDOW = (90, 23, 48), 32
 
 
-@pytest.fixture(params=["smollm2-135m", "gemma3-270m"])
+@pytest.fixture(params=[smollm2, pytest.param(gemma3, marks=pytest.mark.slow)], ids=["smollm2", "gemma3"])
 def base(request) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    folder = Path(os.environ.get("MACDROP_REAL_MODELS", "")) / request.param
-    if "MACDROP_REAL_MODELS" not in os.environ or not folder.is_dir():
-        pytest.skip(f"no {request.param} in MACDROP_REAL_MODELS")
+    folder = request.param()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if getattr(model.config, "sliding_window", None):
         for part in model.modules():  # shorter than the examples

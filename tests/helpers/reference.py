@@ -18,7 +18,7 @@ _ALL = slice(None)
 
 
 def stored_rows(family: str, rows: torch.Tensor, expert: int | None) -> list[tuple[str, tuple, bool]]:
-    """(parameter name in layer 1, index of the rows, whether they are stored as columns) of W_gate and W_up."""
+    """(parameter name in its layer, index of the rows, whether they are stored as columns) of W_gate and W_up."""
     return {
         "llama": [("mlp.gate_proj.weight", (rows,), False), ("mlp.up_proj.weight", (rows,), False)],
         "phi3": [("mlp.gate_up_proj.weight", (rows,), False), ("mlp.gate_up_proj.weight", (rows + FFN,), False)],
@@ -35,12 +35,12 @@ def stored_rows(family: str, rows: torch.Tensor, expert: int | None) -> list[tup
     }[family]
 
 
-def find_parameter(model: torch.nn.Module, name: str) -> torch.nn.Parameter:
-    """The base parameter `name` of layer 1, PEFT-wrapped or not."""
+def find_parameter(model: torch.nn.Module, name: str, layer: int = 1) -> torch.nn.Parameter:
+    """The base parameter `name` of a layer, PEFT-wrapped or not."""
     found = []
     for full, parameter in model.named_parameters():
         plain = full.replace("base_layer.", "")
-        if any(plain.endswith(f"{layers}.1.{name}") for layers in ("layers", "h")):
+        if any(plain.endswith(f"{layers}.{layer}.{name}") for layers in ("layers", "h")):
             found.append(parameter)
     assert len(found) == 1, (name, len(found))
     return found[0]
@@ -53,6 +53,7 @@ def training_step(
     rows: Iterable[int],
     mask: torch.Tensor,
     *,
+    layer: int = 1,
     expert: int | None = None,
     divide: int = 1,
 ) -> float:
@@ -60,7 +61,7 @@ def training_step(
     saved = []
     with torch.no_grad():
         for name, index, columns in stored_rows(family, torch.tensor(list(rows)), expert):
-            parameter = find_parameter(model, name)
+            parameter = find_parameter(model, name, layer)
             saved.append((parameter, index, parameter[index].clone()))
             parameter[index] = parameter[index] * (mask.T if columns else mask).to(parameter.dtype)
     loss = model(**batch).loss
