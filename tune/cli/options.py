@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, FILE.gguf, or zoo:NAME.")]
 Config = Annotated[list[str] | None, typer.Argument(help="A YAML file or a recipe's name, then key=value overrides.")]
-Runs = Annotated[list[Path], typer.Argument(help="Run folders.")]
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, or archives of them.")]
 Adapter = Annotated[Path | None, typer.Option(help="PEFT adapter folder (default: the base model alone).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]

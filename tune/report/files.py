@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from tune.report.csv_rows import text as csv_text
 from tune.report.html.page import write_page
 from tune.report.report import Report, make_report
 from tune.storage.atomic import atomic_write_text
+from tune.storage.run_archive import unpacked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,15 +24,23 @@ BRIEF = ("verdict", "weights", "paper", "comparisons")
 """Parts of a report that are printed at the end of a sweep."""
 
 
-def read(runs: Sequence[Path]) -> list[Report]:
-    """Read the reports of runs; runs that share a name are named by their folders.
+@contextmanager
+def read(runs: Sequence[Path]) -> Iterator[list[Report]]:
+    """Yield the reports of runs; those that share a name are named by their folders or archives.
+
+    Archives lie unpacked in temporary folders meanwhile: a report reads some files only when they are shown.
 
     Raises:
-        ConfigError: not a run folder.
+        ConfigError: neither a run folder nor the archive of one.
     """
-    made = [make_report(run) for run in runs]
-    names = [each.name for each in made]
-    return [replace(each, name=str(each.run_dir)) if names.count(each.name) > 1 else each for each in made]
+    with unpacked(runs) as folders:
+        pairs = list(zip(folders, runs, strict=True))
+        made = [make_report(folder, archive=run if run != folder else None) for folder, run in pairs]
+        names = [each.name for each in made]
+        yield [
+            replace(each, name=str(run)) if names.count(each.name) > 1 else each
+            for each, run in zip(made, runs, strict=True)
+        ]
 
 
 def show(reports: Sequence[Report], format: str, console: Console, keys: Sequence[str] | None = None) -> None:

@@ -137,13 +137,13 @@ def latex_part(part: Part, command: str) -> str:
     return "\n\n".join(filter(None, blocks))
 
 
-def make_report(run_dir: str | os.PathLike) -> Report:
-    """Read a run folder, finished or not; damaged files are skipped and listed.
+def make_report(run_dir: str | os.PathLike, archive: Path | None = None) -> Report:
+    """Read a run folder, finished or not; damaged files are skipped and listed. archive: it was unpacked from this one.
 
     Raises:
         ConfigError: not a run folder.
     """
-    run_folder = RunFolder.open(run_dir, lenient=True)
+    run_folder = RunFolder.open(run_dir, lenient=True, archive=archive)
     models = collect(run_folder)
     verdicts = {model.name: _verdicts(run_folder, model) for model in models}
     name = str(run_folder.run().get("name") or run_folder.run_dir.resolve().name)

@@ -70,6 +70,7 @@ class RunFolder:
     def __init__(self, run_dir: str | os.PathLike, problems: list[str] | None = None) -> None:
         self.run_dir = Path(run_dir)
         self.problems = problems
+        self.archive: Path | None = None
         self._read: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
 
     @classmethod
@@ -96,16 +97,18 @@ class RunFolder:
         return run_folder
 
     @classmethod
-    def open(cls, run_dir: str | os.PathLike, *, lenient: bool = False) -> RunFolder:
+    def open(cls, run_dir: str | os.PathLike, *, lenient: bool = False, archive: Path | None = None) -> RunFolder:
         """Open an existing run folder.
 
         Args:
             lenient: leave out damaged trials and lines and note them in `problems`, for read-only callers.
+            archive: the file that the folder was unpacked from for a while (`run_archive.unpacked`).
 
         Raises:
             ConfigError: not a run folder, or its run.json or config.yaml is damaged.
         """
         run_folder = cls(run_dir, [] if lenient else None)
+        run_folder.archive = archive
         refusal = f"{str(run_folder.run_dir)!r} is not a run folder:"
         if not run_folder.run_dir.is_dir():
             raise ConfigError(f"{refusal} no such folder.")
@@ -118,6 +121,11 @@ class RunFolder:
         return run_folder
 
     # --- the run ---
+
+    @property
+    def shown(self) -> Path:
+        """The folder as commands show it; RUN is wherever a user unpacks an archive."""
+        return Path("RUN") if self.archive else self.run_dir
 
     def run(self) -> dict[str, Any]:
         """Read run.json: name, created, status, command, macdrop, layout; finished once it is."""

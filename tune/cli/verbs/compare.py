@@ -31,7 +31,8 @@ def compare(
     check_runs(runs)
     check_column(sort)
     written = output_format(output) if output else None
-    rows = ordered([row for report in read(runs) for row in rows_of(report)], sort or "headline")
+    with read(runs) as made:
+        rows = ordered([row for report in made for row in rows_of(report)], sort or "headline")
     if format == "terminal":
         print_part(report_console(), board(rows))
     else:

@@ -9,6 +9,7 @@ import typer
 
 from tune.cli.console import line, report_console, warn
 from tune.cli.options import Format, Runs
+from tune.cli.options import check_output as check_file
 from tune.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -22,22 +23,40 @@ def report(
     runs: Runs,
     format: Format = "terminal",
     output: Annotated[Path | None, typer.Option(help="Folder for the files (default: the run's own).")] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="Also write the run's records, without adapters, to this .zip: a run to report.")
+    ] = None,
 ) -> None:
     """Report runs, unfinished ones too: verdict, tables, figures; write report.html, .md, .csv, .tex, figures/."""
-    from tune.report.files import check_format, check_output, check_runs, read, show, write
+    from tune.report.files import check_format, check_output, check_runs, read, show
+    from tune.storage.run_archive import check_archive, write_archive
 
     check_format(format)
     check_runs(runs)
     check_output(runs, output)
-    made = read(runs)
-    written = "nothing: several runs go into files by --output FOLDER"
-    if output:
-        written = ", ".join(map(str, write(made, output)))
-    elif len(made) == 1:
-        written = write_report(made, made[0].run_dir)
-    show(made, format, report_console())
+    check_file(archive, name="--archive")
+    if archive:
+        check_archive(archive, runs)
+    with read(runs) as made:
+        written = _write(made, output)
+        if archive:
+            written += f", {write_archive(made[0].run_dir, archive)}"
+        show(made, format, report_console())
     if format == "terminal":
         line("written", written)
+
+
+def _write(made: list[Report], output: Path | None) -> str:
+    """Write reports where they belong; return the paths, or why there are none."""
+    from tune.report.files import write
+
+    if output:
+        return ", ".join(map(str, write(made, output)))
+    if len(made) > 1:
+        return "nothing: several runs go into files by --output FOLDER"
+    if made[0].run_folder.archive:
+        return "nothing: the report of an archive goes into files by --output FOLDER"
+    return write_report(made, made[0].run_dir)
 
 
 def write_report(made: list[Report], folder: Path) -> str:

@@ -20,6 +20,7 @@ from tune.report.html.generations import QUESTIONS, Question, generations
 from tune.report.html.palette import stylesheet
 from tune.report.html.select import attack_words, cells
 from tune.report.report import Report
+from tune.report.sections.cost import unpacking
 from tune.report.sections.findings import PLANTED
 from tune.report.tables import Part
 from tune.storage.atomic import atomic_write_text
@@ -142,7 +143,7 @@ def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) 
     top = parts.pop("verdict", Part("Verdict"))
     keys = [key for key in ORDER if key in parts or any(one.figure.part == key for one in shown)]
     keys += [key for key in parts if key not in ORDER]
-    run_dir, kinds = report.run_dir, len(cells(model))
+    folder, kinds = report.run_folder.shown, len(cells(model))
     elsewhere = [PLANTED, *(line for one in report.verdicts.get(model.name, []) for line in (one.sentence, *one.more))]
     return ModelView(
         id=f"r{number}-{model.name}",
@@ -154,8 +155,9 @@ def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) 
         sections=list(filter(None, (_section(key, parts.get(key), shown, questions, kinds) for key in keys))),
         questions=questions,
         commands=[
-            shell_command("macdrop", "sweep", run_dir / "config.yaml", "output_dir=NEW_FOLDER"),
-            shell_command("macdrop", "report", run_dir),
+            *unpacking(report.run_folder),
+            shell_command("macdrop", "sweep", folder / "config.yaml", "output_dir=NEW_FOLDER"),
+            shell_command("macdrop", "report", folder),
         ],
     )
 

@@ -63,6 +63,12 @@ def spent(run_folder: RunFolder, model: ModelResults) -> tuple[float, float]:
     return training, sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in model.lines)
 
 
+def unpacking(run_folder: RunFolder) -> list[str]:
+    """Return the command that unpacks a run's archive into the folder that other commands show; none for a folder."""
+    archive = run_folder.archive
+    return [shell_command("python", "-m", "zipfile", "-e", archive, run_folder.shown)] if archive else []
+
+
 def reproduce(subject: Subject) -> Part:
     """Return command, versions, seeds, and how to train one of the compared trials again."""
     run_folder, model = subject.run_folder, subject.model
@@ -70,7 +76,8 @@ def reproduce(subject: Subject) -> Part:
     final = [line for line in model.lines if line.arm != BASE and line.stage != Stage.SEARCH]
     seeds = sorted({line.seed for line in final if line.seed is not None})
     lines = [f"Started with: {run.get('command', 'unknown')}"]
-    rerun = shell_command("macdrop", "sweep", run_folder.run_dir / "config.yaml", "output_dir=FOLDER")
+    lines += [f"Unpack the archive first: {command}" for command in unpacking(run_folder)]
+    rerun = shell_command("macdrop", "sweep", run_folder.shown / "config.yaml", "output_dir=FOLDER")
     lines += [f"Rerun: {rerun} (spec {spec_digest(config)})."]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
     lines += _versions(run_folder.environments())
@@ -80,7 +87,8 @@ def reproduce(subject: Subject) -> Part:
         workers, data = setup.get("workers") or 1, setup.get("data") or {}
         lines += [f"Training data: {describe_cutoff(data)}."] if data.keys() >= set(COUNTS) else []
         share = f"{len(folders)} of {len(final)} trials have what it needs"
-        lines.append(f"One trial without Ray: {reproduce_command(folders[0], workers)} ({share}).")
+        if not run_folder.archive:  # which has no adapter to compare with
+            lines.append(f"One trial without Ray: {reproduce_command(folders[0], workers)} ({share}).")
     return Part("Reproduce", lines)
 
 
