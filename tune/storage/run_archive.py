@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from macdrop.errors import ConfigError
 from tune.storage.atomic import atomic_write_bytes
 from tune.storage.environment import ENVIRONMENT_FILE
-from tune.storage.run_folder import SCORES_FILE, RunFolder
+from tune.storage.records import SCORES_FILE
+from tune.storage.run_folder import RunFolder
 
 ENDING = ".zip"
 #: Files of a run folder that an archive holds, and none besides.
