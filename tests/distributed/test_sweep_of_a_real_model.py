@@ -10,7 +10,7 @@ import pytest
 from helpers.benchmark_fixtures import hub_rows, write_jsonl
 from helpers.real_models import smollm2
 
-pytestmark = [pytest.mark.ray, pytest.mark.real, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.real, pytest.mark.usefixtures("local_ray")]
 
 ROWS = [
     {"instruction": f"Name a thing that is like {thing}.", "input": "", "output": f"A {thing} is like a stone."}
@@ -20,6 +20,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:
+    from tune.cli.progress import Progress
     from tune.config.run_spec import RunSpec
     from tune.distributed.sweep.runtime import run
 
@@ -50,7 +51,7 @@ def swept(tmp_path_factory) -> Path:
             "ray": {"dashboard": False, "lanes": 1},
         }
     )
-    assert run(spec, resume=False) == 0
+    assert run(spec, resume=False, progress=Progress()) == 0
     return folder / "run"
 
 
