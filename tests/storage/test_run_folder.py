@@ -40,6 +40,15 @@ def run_folder(tmp_path) -> RunFolder:
 # --- the run ---
 
 
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [("/opt/venv/bin/macdrop", "macdrop"), ("/opt/tune/cli/__main__.py", "macdrop"), ("own.py", "own.py")],
+)
+def test_a_run_keeps_the_command_that_started_it_without_where_it_is_installed(program, shown, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "sweep", "demo", "sweep.seeds=[1, 2]"])
+    assert RunFolder.create(tmp_path / "run", SPEC).run()["command"] == f"{shown} sweep demo 'sweep.seeds=[1, 2]'"
+
+
 def test_a_run_folder_comes_back_as_it_was_made(run_folder):
     again = RunFolder.open(run_folder.run_dir)
     assert again.config() == SPEC

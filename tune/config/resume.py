@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ MACHINERY = frozenset({f"ray.{key}" for key in RaySpec.model_fields}) - RESULTS 
 def shell_command(*words: object) -> str:
     """Return a command of these words that can be pasted into a shell, whatever characters are in them."""
     return " ".join(map(_quoted, map(str, words)))
+
+
+def own_command() -> str:
+    """Return the command of this process; an entry point of ours by its name, wherever it is installed."""
+    program, *words = sys.argv
+    return shell_command("macdrop" if Path(program).name in ("macdrop", "__main__.py") else program, *words)
 
 
 def _quoted(word: str) -> str:

@@ -18,7 +18,7 @@ from tune.storage.records import SCORES_FILE
 from tune.storage.run_folder import RunFolder
 
 ENDING = ".zip"
-#: Files of a run folder that an archive holds, and none besides.
+#: Files of a run folder that an archive holds, and none besides: what repeats a trial names folders of its machine.
 RECORDS = (
     "run.json",
     "config.yaml",
@@ -28,7 +28,7 @@ RECORDS = (
     "models/*/*.jsonl",
     "models/*/answers/*.jsonl",
     "models/*/judgements/*.jsonl",
-    "trials/*/*.json",
+    "trials/*/trial.json",
     "trials/*/config.yaml",
     "trials/*/metrics.jsonl",
     "trials/*/answers/*.jsonl",

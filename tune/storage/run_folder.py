@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from macdrop.errors import ConfigError
 from tune.config.eval_spec import TEST, EvalJob
 from tune.config.messages import believable
-from tune.config.resume import resume_command, shell_command
+from tune.config.resume import own_command, resume_command
 from tune.config.run_spec import RunSpec, slug
 from tune.config.sections import BASE
 from tune.storage.atomic import (
@@ -89,7 +88,7 @@ class RunFolder:
             name=path.resolve().name,
             created=now(),
             status=RunStatus.RUNNING,
-            command=shell_command(*sys.argv) if command is None else command,
+            command=own_command() if command is None else command,
             macdrop=version("macdrop"),
             layout=LAYOUT,
             spec=plain(spec),  # the copy from which config.yaml is repaired
