@@ -64,7 +64,10 @@ def test_a_proof_of_an_earlier_version_is_read(run):
 def test_intervals_texts_and_the_k_that_matters_are_shown(run):
     atomic_write_json(proof_file(run), {**json.loads(proof_file(run).read_text()), **NEW})
     shown = lines(run)
-    assert "The model is borderline to these rows" in shown and "86.10 with the top 3 zeroed, 2.16 [1.8, 2.6]," in shown
+    assert (
+        "The model is borderline to these rows" in shown
+        and "86.10 with the top 3 zeroed (factor 2.16 [1.8, 2.6])," in shown
+    )
     assert "3: 2.16 [1.8, 2.6]; the k that matters most is 3 (asked for: 3)" in shown
     assert "Factor by text: story 1.9 [1.5, 2.2], code 2.4 [2.1, 2.9]." in shown
     report = make_report(run.run_dir)

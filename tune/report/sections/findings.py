@@ -80,7 +80,7 @@ def _sensitivity(proof: dict[str, Any]) -> list[str]:
     """The verdict of a proof with its numbers; proofs of earlier versions have no intervals."""
     k, others = proof["k"], ", ".join(number(value) for value in proof.get("random") or [])
     more = f"; {others} with {k} random rows zeroed." if others else "."
-    factor = f", {factor_words(proof['factor'])}" if proof.get("factor") else ""
+    factor = f" (factor {factor_words(proof['factor'])})" if proof.get("factor") else ""
     lines = [
         f"The model is {proof['verdict']} to these rows: perplexity {number(proof['untouched'])} untouched, "
         f"{number(proof['zeroed'])} with the top {k} zeroed{factor}, "
