@@ -83,4 +83,4 @@ def test_the_report_compares_the_arms(swept):
     from tune.report.report import make_report
 
     text = make_report(swept).markdown()
-    assert "layer 11" in text and "arc_easy" in text and "zeroing@2" in text
+    assert "Layer 11" in text and "arc_easy" in text and "zeroing@2" in text
