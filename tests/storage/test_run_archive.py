@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 import zipfile
 from pathlib import Path
@@ -75,6 +77,31 @@ def test_damaged_archives_are_refused(run, shell, monkeypatch):
         assert "is not an archive of a run, or is damaged" in shell.refused("report", "bad.zip")
     monkeypatch.setattr("tune.storage.run_archive.LARGEST", 10)
     assert "an archive of a run may hold 10" in shell.refused("report", "run.zip")
+
+
+def test_no_room_to_unpack_is_said_and_nothing_is_left(run, shell, monkeypatch):
+    write_archive(run, shell.folder / "...zip")  # no name of a file leads out of the temporary folder
+    monkeypatch.setattr(tempfile, "tempdir", str(shell.folder))
+    with unpacked([shell.folder / "...zip"]) as (folder,):
+        assert folder.parents[1] == shell.folder and (folder / "run.json").is_file()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
+    ended = shell("report", "...zip")
+    assert ended.code == 3 and "Cannot write a temporary folder: No space left on device" in ended.err
+    assert ended.new == [] and "Traceback" not in ended.err
+
+
+def test_a_record_that_cannot_be_read_is_named(run, tmp_path, monkeypatch):
+    def closed(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", closed)
+    with pytest.raises(ConfigError, match="cannot be read: Permission denied"):
+        write_archive(run, tmp_path / "run.zip")
+    assert not (tmp_path / "run.zip").exists()
 
 
 def test_wrong_orders_are_refused(run, shell):

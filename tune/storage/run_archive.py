@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from macdrop.errors import ConfigError
-from tune.storage.atomic import atomic_write_bytes
+from tune.storage.atomic import atomic_write_bytes, writing
 from tune.storage.environment import ENVIRONMENT_FILE
 from tune.storage.records import SCORES_FILE
 from tune.storage.run_folder import RunFolder
@@ -52,7 +52,7 @@ def write_archive(run_dir: Path, file: Path) -> Path:
     """Write the records of a run into one file, whole or not at all; return its path.
 
     Raises:
-        ConfigError: `run_dir` is not a run folder.
+        ConfigError: `run_dir` is not a run folder, or a record of it cannot be read.
         ResourceError: the file cannot be written.
     """
     RunFolder.open(run_dir, lenient=True)
@@ -61,7 +61,7 @@ def write_archive(run_dir: Path, file: Path) -> Path:
         for found in sorted({path for pattern in RECORDS for path in run_dir.glob(pattern) if path.is_file()}):
             entry = zipfile.ZipInfo(found.relative_to(run_dir).as_posix(), ALWAYS)
             entry.compress_type = zipfile.ZIP_LZMA
-            archive.writestr(entry, found.read_bytes())
+            archive.writestr(entry, _content(found))
     return atomic_write_bytes(file, content.getvalue())
 
 
@@ -70,17 +70,19 @@ def unpacked(runs: Sequence[Path]) -> Iterator[list[Path]]:
     """Yield the folders of runs, those of archives unpacked into temporary ones that are gone at the end.
 
     Raises:
-        ConfigError: a file is not an archive of a run, is damaged, or holds what no archive of a run has.
+        ConfigError: a file is not an archive of a run, is damaged or unreadable, or holds what no archive of a run has.
+        ResourceError: there is no room for the temporary folders.
     """
     with ExitStack() as stack:
         yield [_unpack(run, stack) if run.is_file() else run for run in runs]
 
 
 def _unpack(file: Path, stack: ExitStack) -> Path:
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macdrop-"))) / file.stem
+    content = io.BytesIO(_content(file))
     try:
-        with zipfile.ZipFile(file) as archive:
+        with writing("a temporary folder"), zipfile.ZipFile(content) as archive:
             _check(file, archive.infolist())
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macdrop-"))) / "run"
             archive.extractall(folder)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(
@@ -88,6 +90,13 @@ def _unpack(file: Path, stack: ExitStack) -> Path:
             "Give a run folder, or a file of `macdrop report RUN --archive FILE.zip`."
         ) from error
     return folder
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
 
 
 def _check(file: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
