@@ -36,12 +36,3 @@ def test_the_readme_s_figures_are_those_of_a_report(shell):
     told = " ".join(shell("report", *map(str, ARCHIVES), "--format", "markdown").out.split())
     figures = re.findall(r"[-+][\d.]+\s+points\s+\[[^\]]+\]", TEXTS["README.md"].partition("## Install")[0])
     assert len(figures) >= 2 and all(" ".join(figure.split()) in told for figure in figures)
-
-
-@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda archive: archive.stem)
-def test_an_archive_names_no_place_of_the_machine(archive):
-    import zipfile
-
-    with zipfile.ZipFile(archive) as opened:
-        for name in opened.namelist():
-            assert not re.search(rb'["\' =](/root|/home|/work|/tmp|/opt)/', opened.read(name)), name
