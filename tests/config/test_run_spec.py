@@ -10,7 +10,7 @@ from tune.config.messages import build
 from tune.config.parse import ALIASES, normalise, override
 from tune.config.run_spec import RunSpec, dump, load
 from tune.config.syntax.yaml_core import write_yaml
-from tune.config.train_spec import DatasetEntry
+from tune.config.train.data_keys import DatasetEntry
 
 MODEL = "model_name_or_path=zoo:planted-llama"
 

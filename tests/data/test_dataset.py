@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from macdrop.errors import ConfigError, DataError
-from tune.config.train_spec import DatasetEntry
+from tune.config.train.data_keys import DatasetEntry
 from tune.data import dataset as data
 from tune.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, IGNORE, Encoder
 from tune.errors import ResourceError

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from macdrop.errors import ConfigError, DataError
-from tune.config.train_spec import DatasetEntry
+from tune.config.train.data_keys import DatasetEntry
 from tune.data.local_rows import read_documents, read_rows
 from tune.data.readers import read_file
 from tune.data.sources import find_sources, open_source

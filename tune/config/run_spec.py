@@ -19,7 +19,8 @@ from tune.config.objectives import check_apart, check_early_stops, check_metrics
 from tune.config.parse import merge, normalise, override, read_override, read_yaml, undot
 from tune.config.sections import Location, MacDropSpec, RaySpec, UserPath
 from tune.config.sweep_spec import Metric, Space, SweepSpec
-from tune.config.train_spec import CELL_KEYS, ENGINE_KEYS, TrainSpec, points, slug, with_values
+from tune.config.train.model_keys import slug
+from tune.config.train_spec import CELL_KEYS, ENGINE_KEYS, TrainSpec, points, with_values
 
 __all__ = [
     "CELL_KEYS",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from macdrop.errors import DataError, nearest
 from tune.config.messages import build
-from tune.config.train_spec import DatasetEntry
+from tune.config.train.data_keys import DatasetEntry
 from tune.data.locations import locate_split, looks_like_a_path
 from tune.data.readers import Row, read_file
 from tune.storage.sealed_folder import sha256

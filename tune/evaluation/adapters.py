@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from macdrop.errors import ConfigError
-from tune.config.train_spec import slug
+from tune.config.train.model_keys import slug
 from tune.errors import CheckpointError
 from tune.evaluation.merging import probe_logits
 from tune.storage.sealed_folder import MANIFEST, verify
