@@ -12,8 +12,10 @@ from rich.console import Console
 
 from tune.cli.progress import Progress
 from tune.config.eval_spec import EvalJob
+from tune.config.sweep_spec import Metric
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.scheduling.queue import TaskQueue, TrainTask
+from tune.scheduling.time_left import StageWork, StudyWork, Work
 
 
 def task(name: str) -> TrainTask:
@@ -78,3 +80,35 @@ def test_the_stage_and_its_progress_are_shown():
     progress.stage(SimpleNamespace(name="model"), "final", 1)
     progress.show(queue.snapshot(), scoring=0)
     assert "final 0/1" in progress._line
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_has_a_line_a_minute_and_a_terminal_the_time_left_in_its_table(terminal):
+    out, now = io.StringIO(), [0.0]
+    progress = Progress(Console(file=out, width=300, force_terminal=terminal), clock=lambda: now[0])
+    queue = TaskQueue()
+    queue.lane_up("lane", 1, "host")
+    stages = (StageWork("search", 2, 0), StageWork("final", 3, 1))
+    studies = (StudyWork("other", 40, stages), StudyWork("model", 40, stages))
+    progress.started(Path("runs/x"), "", "1 lane")
+    progress.planned(Work(studies, 1, 1, 4, None, Metric()))
+    progress.stage(SimpleNamespace(name="model"), "search", 2)
+    for name in ("one", "two"):
+        queue.place(replace(task(name), stage="search"), "trial")
+    for tick in range(1, 131):
+        now[0] = float(tick)
+        queue.take("lane", None)
+        queue.progress("one" if tick <= 40 else "two", {"step": (tick - 1) % 40 + 1})
+        if tick == 40:
+            queue.trained("one", {"status": "done", "step": 40, "total_steps": 40, "eval_loss": 1.5})
+            queue.scored("one", {}, None)
+            progress.ended(queue.entries["one"])
+        progress.show(queue.snapshot(), scoring=0)
+    progress.finished()
+    lines = [line for line in out.getvalue().splitlines() if "; all trials" in line]
+    if terminal:
+        assert not lines and "without benchmarks about" in progress._line
+        return
+    assert len(lines) == 2
+    wanted = "study 2 of 2, model: search 1/2; best eval_loss 1.5 (one); all trials 1/5, steps 60/200; "
+    assert wanted + "without benchmarks about 2.3 min left (1 s per step, 1 lane, 1 evaluator)" in lines[0]

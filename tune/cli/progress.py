@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,8 +13,11 @@ from rich.table import Table
 from tune.cli.console import PlainConsole
 from tune.config.eval_spec import NO_ATTACK
 from tune.config.resume import resume_command
+from tune.config.sections import EVAL_LOSS
 from tune.report.escaping import rich_text
-from tune.storage.states import TaskState
+from tune.report.text import hours
+from tune.scheduling.time_left import Meter
+from tune.storage.states import Stage, TaskState
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from tune.distributed.actors.eval_task import Result
     from tune.scheduling.queue import QueuedTask
     from tune.scheduling.study import Study
+    from tune.scheduling.time_left import Estimate, Work
 
 STYLES = {
     TaskState.RUNNING: "cyan",
@@ -35,17 +40,25 @@ WIDTHS = {"state": 8, "step": 5, "loss": 7, "eval loss": 9, "p": 7, "tokens/s": 
 WORDS = {TaskState.TRAINED: "scoring"}
 #: Rows of the live table; finished trials are left out first, as the report has all of them.
 MAX_ROWS = 24
+#: Seconds between two lines of a log on the state of the whole run, and between two estimates of the time left.
+LINE_EVERY_S, ESTIMATE_EVERY_S = 60.0, 1.0
 
 
 class Progress:
     """The `Observer` of a sweep (`tune.distributed.sweep.events`) that prints."""
 
-    def __init__(self, console: Console | None = None, again: str | None = None) -> None:
+    def __init__(
+        self,
+        console: Console | None = None,
+        again: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """again: the command that resumes the run, if it needs more words than the folder's."""
         self.console = console or PlainConsole()
         self._again = again
         self._live: Live | None = None
-        self._begun = time.monotonic()
+        self._clock = clock
+        self._begun = self._said = clock()
         self._tasks: dict[str, dict[str, Any]] = {}
         #: Trial or base model -> its scores, in the order of arrival.
         self._scores: dict[str, list[str]] = {}
@@ -53,6 +66,10 @@ class Progress:
         #: Study, stage and number of trials in progress.
         self._stage: tuple[str, str, int] | None = None
         self._line = ""
+        self._meter: Meter | None = None
+        self._estimate: tuple[float, Estimate] | None = None
+        #: Study -> the best value of the first objective so far, and its trial.
+        self._best: dict[str, tuple[float, str]] = {}
 
     def started(self, run_dir: Path, dashboard: str, resources: str) -> None:
         # To resume: printed now, as a process that is killed later, by Ray's own end too, can print nothing.
@@ -64,6 +81,10 @@ class Progress:
             self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
+    def planned(self, work: Work) -> None:
+        """Begin to measure; without it the time left is not shown."""
+        self._meter = Meter(work)
+
     def finished(self) -> None:
         """Remove the live table; safe to call twice."""
         if self._live:
@@ -74,24 +95,33 @@ class Progress:
         self._say((study, "bold"), f": {sentence}")
 
     def study(self, study: Study) -> None:
+        if self._meter:
+            self._meter.open(study.name)
         self._say((study.name, "bold"), f": {study.count} fine-tunings at most")
 
     def stage(self, study: Study, stage: str, trials: int) -> None:
         """Announce a stage; `trials` is an upper bound, as a searcher may draw one twice."""
         self._stage = (study.name, stage, trials)
+        if self._meter:
+            self._meter.begin(study.name, stage, trials, self._clock())
         self._say((study.name, "bold"), f": {stage}, {trials} trial(s)")
 
     def note(self, text: str) -> None:
         self._say((text, "red"))
 
     def show(self, snapshot: dict[str, Any], scoring: int) -> None:
-        """Redraw the table from the queue's snapshot; in a log, print which tasks have started."""
+        """Redraw the table from the queue's snapshot; in a log, print which tasks have started, and a line a minute."""
         self._tasks = {row["id"]: row for row in snapshot["tasks"]}
         lanes = snapshot["lanes"].values()
         busy = sum(1 for lane in lanes if lane["task"])
         self._line = f"lanes {busy} of {len(lanes)} busy   benchmarks waiting or running {scoring}"
         if self._stage:
             self._line = f"{self._stage[0]}   {self._remaining()}   {self._line}"
+        if estimate := self._measured(scoring):
+            self._line += f"   {_time_left(estimate)}"
+            if not self._live and self._clock() - self._said >= LINE_EVERY_S:
+                self._said = self._clock()
+                self._say(self._whole(estimate))
         for name, row in self._tasks.items():
             if row["state"] != self._states.get(name) and row["state"] in (TaskState.RUNNING, TaskState.TRAINED):
                 if not self._live:
@@ -107,10 +137,13 @@ class Progress:
         style = STYLES.get(entry.state, "white")
         if entry.task.id in self._tasks:
             self._tasks[entry.task.id] = {**self._tasks[entry.task.id], "state": entry.state}
+        self._keep_best(entry)
         stage = f" ({self._remaining()})" if self._stage else ""
         self._say(f"{entry.task.id} ", (str(entry.state), style), f"{details}{reason}{stage}")
 
     def scored(self, name: str, result: Result) -> None:
+        if self._meter and not result.error:
+            self._meter.scored(result.seconds)
         if result.rows:
             # The first row is the task's own metric; the report has all of them.
             row = result.rows[0]
@@ -132,8 +165,51 @@ class Progress:
         rows = [row for row in self._tasks.values() if (row["study"], row["stage"]) == (name, stage)]
         return f"{stage} {sum(row['state'].is_final for row in rows)}/{max(trials, len(rows))}"
 
+    def _measured(self, scoring: int) -> Estimate | None:
+        """Return the newest estimate, at most `ESTIMATE_EVERY_S` old."""
+        if self._meter is None:
+            return None
+        now = self._clock()
+        self._meter.see(list(self._tasks.values()), now)
+        if self._estimate is None or now - self._estimate[0] >= ESTIMATE_EVERY_S:
+            self._estimate = now, self._meter.estimate(scoring, now)
+        return self._estimate[1]
+
+    def _whole(self, estimate: Estimate) -> str:
+        """Return the state of the whole run: study, trials, steps, best so far, time left and its basis."""
+        assert self._meter is not None
+        names = [study.name for study in self._meter.work.studies]
+        parts = []
+        if self._stage:
+            name = self._stage[0]
+            number = f"study {names.index(name) + 1} of {len(names)}, " if name in names else ""
+            parts = [f"{number}{name}: {self._remaining()}"]
+            if name in self._best:
+                value, trial = self._best[name]
+                parts.append(f"best {self._meter.work.metric.name} {_number(value)} ({trial})")
+        trials, steps = ("/".join(map(str, pair)) for pair in (estimate.trials, estimate.steps))
+        return "; ".join([*parts, f"all trials {trials}, steps {steps}", f"{_time_left(estimate)} ({estimate.basis})"])
+
+    def _keep_best(self, entry: QueuedTask) -> None:
+        """Keep the best value of the first objective; of a study that searches, among the trials of its search."""
+        if self._meter is None or entry.state != TaskState.DONE:
+            return
+        metric, study = self._meter.work.metric, entry.task.study
+        searches = any(
+            part.stage == Stage.SEARCH
+            for each in self._meter.work.studies
+            if each.name == study
+            for part in each.stages
+        )
+        if searches and entry.task.stage != Stage.SEARCH:
+            return
+        values = {EVAL_LOSS: entry.outcome.get("eval_loss"), **(entry.scores or {})}
+        value, sign = values.get(metric.name), 1 if metric.goal == "minimize" else -1
+        if value is not None and (study not in self._best or sign * value < sign * self._best[study][0]):
+            self._best[study] = value, entry.task.id
+
     def _say(self, *parts: str | tuple[str, str]) -> None:
-        self._print((f"{time.monotonic() - self._begun:6.1f}s", "dim"), " ", *parts)
+        self._print((f"{self._clock() - self._begun:6.1f}s", "dim"), " ", *parts)
 
     def _print(self, *parts: str | tuple[str, str]) -> None:
         self.console.print(rich_text(*parts), soft_wrap=True, highlight=False)
@@ -171,3 +247,10 @@ class Progress:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def _time_left(estimate: Estimate) -> str:
+    if estimate.seconds is None:
+        return "time left not known yet"
+    about = "about" if estimate.whole else "without benchmarks about"
+    return f"{about} {hours(estimate.seconds)} left"

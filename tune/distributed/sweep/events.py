@@ -10,15 +10,19 @@ from typing import Any, Protocol, cast
 from tune.distributed.actors.eval_task import Result
 from tune.scheduling.queue import QueuedTask
 from tune.scheduling.study import Study
+from tune.scheduling.time_left import Work
 
 log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Follows a sweep. Only `started` and `finished` are called outside the control loop's thread."""
+    """Follows a sweep. Only `started`, `planned` and `finished` are called outside the control loop's thread."""
 
     def started(self, run_dir: Path, dashboard: str, resources: str) -> None:
         """The run folder exists and Ray is connected; `resources` is the written-out sum of what the run needs."""
+
+    def planned(self, work: Work) -> None:
+        """The work of the whole run, at most; called once, after `started`."""
 
     def finished(self) -> None:
         """The sweep has ended, one way or another; may be called twice."""

@@ -31,6 +31,7 @@ from tune.errors import ResourceError
 from tune.preflight.inputs import Checked, check_inputs
 from tune.scheduling.resources import GpuShares, gpu_shares, resources
 from tune.scheduling.study import Study, studies
+from tune.scheduling.time_left import work_of
 from tune.storage.environment import record_environment
 from tune.storage.repair import check_run, repair_run
 from tune.storage.run_folder import RunFolder
@@ -118,6 +119,8 @@ class SweepRuntime:
             self._enter("lock", locked(self._run_dir))
         self._open_folder()
         self.progress.started(self._run_dir, address, resources(self.spec.ray, cluster_gpus=cluster_gpus).sum)
+        steps = {name: checked.steps for name, checked in self.checked.items()}
+        self.progress.planned(work_of(self.spec, self.planned, steps))
         for name, checked in self.checked.items():
             for sentence in (*checked.data, *checked.notes):
                 self.progress.found(name, sentence)
