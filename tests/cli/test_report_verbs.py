@@ -14,6 +14,8 @@ import pytest
 from helpers.run_folders import make_run
 
 from tune.storage.run_folder import RunFolder
+from tune.storage.run_lock import locked
+from tune.storage.states import RunStatus
 
 FILES = ("report.csv", "report.html", "report.md", "report.tex")
 ATTACKS = ("none", "zeroing@3")
@@ -230,3 +232,48 @@ def test_the_leaderboard_sorts_and_is_written(shell, runs):
     for file, sign in signs.items():
         ended = shell("compare", "one", "three", "--output", file)
         assert ended.code == 0 and ended.new == [file] and sign in (runs / file).read_text()
+
+
+# --- watch ---
+
+
+def test_watching_rewrites_the_page_until_the_run_has_ended(shell, runs, monkeypatch):
+    folder = RunFolder.open(runs / "one")
+    folder.set_status(RunStatus.RUNNING)
+    pages = []
+
+    def sleep(seconds):
+        pages.append((runs / "one" / "report.csv").read_text())
+        assert seconds == 2.5
+        if len(pages) == 1:
+            folder.add_scores([{**folder.score_rows()[-1], "trial": "base", "task": "late_task", "arm": "base"}])
+        else:
+            folder.set_status(RunStatus.DONE)
+
+    monkeypatch.setattr("tune.cli.verbs.report.time.sleep", sleep)
+    with locked(runs / "one"):
+        ended = shell("report", "one", "--watch", "2.5")
+    assert ended.code == 0 and ended.out.count("; running: one") == 2 and "Verdict" in ended.out
+    assert ["late_task" in page for page in pages] == [False, True]
+
+
+def test_watching_a_run_that_nobody_works_in_ends_at_once(shell, runs, monkeypatch):
+    monkeypatch.setattr("tune.cli.verbs.report.time.sleep", lambda seconds: pytest.fail("nothing to wait for"))
+    assert shell("report", "one", "--watch", "1").code == 0
+    RunFolder.open(runs / "one").set_status(RunStatus.RUNNING)  # and its process was killed
+    assert shell("report", "one", "--watch", "1").code == 0
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["one", "--watch", "0"], "seconds above 0"),
+        (["one", "--watch", "nan"], "seconds above 0"),
+        (["one", "--watch", "1", "--format", "csv"], "--format csv prints one"),
+        (["one", "two", "--watch", "1"], "--output FOLDER"),
+        (["one.zip", "--watch", "1"], "is not a folder"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(shell, runs, words, said):
+    ended = shell("report", *words)
+    assert ended.code == 2 and said in ended.err and ended.new == []

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,18 @@ def check_free(folder: Path) -> None:
     holder = _read(file)
     if holder is not None and (why := alive(holder, _age(file))):
         raise ConfigError(_refusal(folder, holder, why))
+
+
+def in_use(folder: Path) -> bool:
+    """Return whether a process that lives, or may live, works in a folder, which may be read-only."""
+    file = folder / FILE
+    holder = _read(file)
+    try:
+        return holder is not None and alive(holder, _age(file)) is not None
+    except FileNotFoundError:  # released meanwhile
+        return False
+    except OSError:
+        return holder is not None and alive(holder, time.time() - os.stat(file).st_mtime) is not None
 
 
 def alive(holder: dict[str, Any], age_s: float) -> str | None:
