@@ -75,7 +75,7 @@ def work_of(run: RunSpec, planned: Sequence[Study], steps: Mapping[str, int]) ->
 
 @dataclass(frozen=True)
 class StageLeft:
-    """What is left of a stage.
+    """The rest of a stage.
 
     running: seconds left of each trial in a lane. waiting: trials of `trial_s` seconds each. benchmarks: all that are
     yet to be scored, `per_trial` of them for each trial yet to be trained, of `benchmark_s` seconds each.
