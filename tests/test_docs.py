@@ -20,6 +20,7 @@ from helpers.documents import ROOT, TEXTS, TOPICS, Block, blocks, commands, fits
 from pydantic import BaseModel
 
 from tune.cli.main import app
+from tune.cli.options import split_config
 from tune.config import suites
 from tune.config.judge_spec import JudgeSpec
 from tune.config.parse import ALIASES, read_override
@@ -215,6 +216,25 @@ def test_what_the_readme_cuts_is_whole_elsewhere(block):
     (whole,) = (each for each in others if each.content.split()[2] == verb)
     for line in block.content.splitlines()[1:]:
         assert line == "..." or f"\n{line.removesuffix(' ...').rstrip()}" in whole.content, line
+
+
+def test_the_sweep_of_wandb_starts_fine_tunings_that_train_accepts(tmp_path):
+    """The command that W&B's own agent makes of the YAML of the docs, for values such as its searchers draw."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    (block,) = (each for each in blocks("yaml", of="tune/docs/integrations.md") if "${args_no_hyphens}" in each.content)
+    sweep = yaml.safe_load(block.content)
+    drawn = {key: each["values"][-1] if "values" in each else each["min"] for key, each in sweep["parameters"].items()}
+    made = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in drawn.items()}})
+    words: list[str] = []
+    for word in sweep["command"]:
+        found = {"${program}": [sweep["program"]], "${args_no_hyphens}": made["args_no_hyphens"]}
+        words += found.get(word, [word])
+    assert words[:3] == ["macdrop", "train", "my.yaml"]
+    (tmp_path / "my.yaml").write_text("model_name_or_path: zoo:planted-llama\n")
+    file, overrides = split_config([str(tmp_path / "my.yaml"), *words[3:]])
+    spec = load(file, overrides)
+    (model,) = spec.studies()
+    assert (model.macdrop.p0, model.macdrop.k, model.learning_rate, spec.report_to) == (0.2, 5, 1e-5, ["wandb"])
 
 
 # --- tables of the README ---

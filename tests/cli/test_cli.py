@@ -213,7 +213,10 @@ def test_train_then_attack_and_score_the_adapter(shell, alone):
     train = ["train", "model=zoo:planted-llama", "cutoff_len=64", "max_steps=3", "val_size=0.1", "save_steps=2"]
     printed = alone("-m", "tune.cli", *train, "lora_rank=2", "output_dir=out", cwd=shell.folder)
     lines = printed.splitlines()
-    assert lines[-1].split() == ["next", "macdrop", "eval", "zoo:planted-llama", "--adapter", "out/adapter"]
+    assert lines[-2].split() == ["next", "macdrop", "eval", "zoo:planted-llama", "--adapter", "out/adapter"]
+    result = json.loads(lines[-1].removeprefix("macdrop-result "))
+    assert (result["adapter"], result["status"], result["step"]) == ("out/adapter", "done", 3)
+    assert f"eval loss     {result['eval_loss']:.4f} nats" in printed and result["trial"].startswith("planted-llama-")
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/3", "step 2/3", "step 3/3"]
     assert "hooked rows" in printed and (shell.folder / "out" / "adapter" / "adapter_config.json").is_file()
 

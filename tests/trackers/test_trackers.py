@@ -12,6 +12,7 @@ import yaml
 from macdrop.errors import ConfigError
 from tune.config.messages import build
 from tune.config.run_spec import RunSpec, TrainSpec, dump
+from tune.storage.atomic import atomic_write_yaml
 from tune.storage.run_folder import RunFolder, TrialFolder
 from tune.storage.states import TaskState
 from tune.trackers import backends as trackers
@@ -148,6 +149,23 @@ def test_wandb_offline_has_group_job_type_steps_summary_and_exit_code(run_folder
     summary = {i.key or i.nested_key[0]: i.value_json for r in records for i in r.summary.update}
     assert summary["zero_shot/qa/acc"] == "0.75" and summary["zero_shot/qa/acc@zeroing@3"] == "0.5"
     assert sorted(r.exit.exit_code for r in records if r.HasField("exit")) == [0, 1]
+
+
+def test_an_agent_of_wandb_finds_the_run_of_train_by_its_id_and_a_sweep_of_ours_has_others(run_folder, monkeypatch):
+    need("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_RUN_ID", "agents0id")
+    trial = begin(run_folder)
+    atomic_write_yaml(trial.folder / "config.yaml", dump(SPEC))
+    for names, alone in ((run_folder.run_dir, False), (trial.folder, True)):
+        if alone:
+            (trial.folder / "trackers.json").unlink()
+            with OneTrial(["wandb"], SPEC, trial.folder, warn=pytest.fail) as one:
+                one.status = TaskState.DONE
+        else:
+            assert sync(run_folder, "wandb") == []
+        ids = {record.run.run_id for record in wandb_records(names) if record.HasField("run")}
+        assert len(ids) == 1 and (ids == {"agents0id"}) == alone
 
 
 def test_wandb_online_without_a_login_is_refused(tmp_path, monkeypatch):

@@ -30,12 +30,16 @@ from macdrop.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Facts about a trial with which a tracker opens its run. `config` has dotted keys and never holds a secret."""
+    """Facts about a trial with which a tracker opens its run. `config` has dotted keys and never holds a secret.
+
+    alone: it is the only trial of its process, so that an id of the environment is meant for it.
+    """
 
     name: str
     group: str
     job: str
     config: dict[str, Any]
+    alone: bool = False
 
 
 class TrackerRun(Protocol):
@@ -116,7 +120,10 @@ class _TensorBoardRun:
 
 
 class Wandb:
-    """Project WANDB_PROJECT, else the run folder's name; files in RUN/wandb. WANDB_MODE=offline is respected."""
+    """Project WANDB_PROJECT, else the run folder's name; files in RUN/wandb. WANDB_MODE=offline is respected.
+
+    The run of `macdrop train` has the id WANDB_RUN_ID, which an agent of a W&B sweep sets and waits for.
+    """
 
     package, install = "wandb", "macdrop[wandb]"
 
@@ -137,7 +144,8 @@ class Wandb:
 
     def open(self, info: RunInfo, run: str | None) -> TrackerRun:
         """Open a new run, or resume the one with the id `run`."""
-        return _WandbRun(self._run_dir, info, run or uuid.uuid4().hex[:16])
+        given = os.environ.get("WANDB_RUN_ID") if info.alone else None
+        return _WandbRun(self._run_dir, info, run or given or uuid.uuid4().hex[:16])
 
 
 class _WandbRun:

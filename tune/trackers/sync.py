@@ -39,12 +39,13 @@ ENDS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class SyncedTrial:
-    """A trial that is copied. `end` is empty while it trains or waits for scores."""
+    """A trial that is copied. `end` is empty while it trains or waits for scores; `alone`: its run has no other."""
 
     name: str
     record: TrialFolder
     end: str
     scores: Callable[[], dict[str, float]] = dict
+    alone: bool = False
 
 
 @dataclass
@@ -162,7 +163,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 def _run_info(trial: SyncedTrial) -> RunInfo:
     config = read_mapping(trial.record.folder / "config.yaml")
     spec = TrainSpec.model_validate(config)
-    return RunInfo(trial.name, spec.setting_id(), f"seed-{spec.seed}", flatten(config))
+    return RunInfo(trial.name, spec.setting_id(), f"seed-{spec.seed}", flatten(config), trial.alone)
 
 
 def _recorded(record: TrialFolder, name: str) -> _Copy:
@@ -226,4 +227,4 @@ class OneTrial:
     def _trials(self) -> list[SyncedTrial]:
         """Return the trial once config.yaml is written."""
         started = (self._record.folder / "config.yaml").exists()
-        return [SyncedTrial(self._name, self._record, ENDS.get(self.status, ""))] if started else []
+        return [SyncedTrial(self._name, self._record, ENDS.get(self.status, ""), alone=True)] if started else []

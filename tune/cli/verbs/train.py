@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 #: Metrics shown of each logged step.
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "p", "entries_dropped", "tokens_per_second")
+
+#: The first word of the last line, before the outcome as JSON: for the programs that start this one.
+RESULT = "macdrop-result"
 
 app = typer.Typer()
 
@@ -78,6 +82,8 @@ def train(
         outcome = _train(spec, model, folder, _step_printer(checked.steps))
     _show_outcome(model, folder, outcome)
     line("next", _next_command(spec, model, file, folder))
+    if _is_first():
+        console.print(f"{RESULT} {result_json(model, folder, outcome)}", soft_wrap=True)
 
 
 def _in_this_process(spec: RunSpec) -> bool:
@@ -183,6 +189,12 @@ def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
         line("unmoved", unmoved_text(outcome.unmoved))
     for text in slow_paths(asdict(outcome)):
         line("slower", text)
+
+
+def result_json(model: TrainSpec, folder: Path, outcome: Outcome) -> str:
+    """Return the outcome of a fine-tuning as one line of ASCII: its folder, name, losses, steps and seconds."""
+    about = {"output_dir": str(folder), "trial": model.trial_id(), "adapter": str(folder / "adapter")}
+    return json.dumps({**about, **asdict(outcome)})
 
 
 def _next_command(spec: RunSpec, model: TrainSpec, file: str | None, folder: Path) -> str:
