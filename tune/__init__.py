@@ -15,4 +15,24 @@ zoo           models and data by name: built in, fetched, or converted from a GG
 storage       the run folder and the cache on disk
 config        YAML and key=value -> RunSpec
 errors        errors raised on purpose
+
+For notebooks and scripts, `sweep` and `Run` are loaded on first use, so that `import tune` costs nothing.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {"Run": "cli.python_sweep", "sweep": "cli.python_sweep"}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tune' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tune.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

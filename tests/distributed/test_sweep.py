@@ -17,7 +17,7 @@ import yaml
 from helpers.small import SMALL
 
 from macdrop.errors import ConfigError
-from tune.config.run_spec import RunSpec, load
+from tune.config.run_spec import RunSpec, dump, load
 from tune.errors import ResourceError
 from tune.storage.search_state import search_time
 
@@ -71,7 +71,23 @@ def grid(tmp_path_factory) -> tuple[Path, int, str]:
             "generation": {"answers": {"data": "zoo:generate-qa", "max_new_tokens": 2}},
         },
     )
-    return folder, *run(spec)
+    return folder, *in_a_thread(spec)
+
+
+def in_a_thread(spec: RunSpec) -> tuple[int, str]:
+    """Run as a notebook may, by the function of Python; no handler of a signal may be left, or installed."""
+    import io
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tune import Run, sweep
+
+    out, numbers = io.StringIO(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with ThreadPoolExecutor(1) as pool:
+        made: Run = pool.submit(sweep, dump(spec), file=out).result()
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert made.failures is not None and made.folder == Path(str(spec.output_dir))
+    return made.failures, out.getvalue()
 
 
 def trials(folder: Path, stage: str | None = None) -> list[dict]:
@@ -92,6 +108,20 @@ def test_failing_trials_are_recorded_and_do_not_stop_the_others(grid):
     assert failures == 4
     assert all("diverged" in trial["reason"] and "learning_rate" in trial["reason"] for trial in by_status["diverged"])
     assert "diverged" in log
+
+
+def test_a_run_has_its_verdict_its_scores_and_its_report_in_python(grid):
+    from tune import Run
+
+    made = Run(grid[0])
+    assert "planted-llama" in made.verdict and made.verdict.splitlines() == made.report().headlines()
+    scores = made.scores
+    assert {"qa", "answers"} <= set(scores["task"].dropna()) and set(scores["arm"]) > {"plain", "macdrop"}
+    written = pandas.read_csv(grid[0] / "report.csv")
+    assert list(scores.columns) == list(written.columns) and len(scores) == len(written)
+    assert scores["value"].dropna().tolist() == pytest.approx(written["value"].dropna().tolist())
+    assert made.report()._repr_markdown_() == (grid[0] / "report.md").read_text()
+    assert f"sweep({str(grid[0])!r}, resume=True)" in grid[2], "the way to resume is Python's, too"
 
 
 def test_plain_is_trained_once_per_other_setting(grid):

@@ -28,15 +28,18 @@ Bos = Annotated[int | None, typer.Option(help="Token id to use as bos (default: 
 Format = Annotated[str, typer.Option(help="What to print: terminal, markdown, csv or latex.")]
 
 
-def load_run_file(file: str | Path | None, overrides: list[str], *, trust: bool | None = None) -> RunSpec:
+def load_run_file(
+    file: str | Path | Mapping[str, Any] | None, overrides: list[str], *, trust: bool | None = None
+) -> RunSpec:
     """Load a run file with overrides. One that lies in a run folder is data: see `tune.config.recorded.check_orders`.
 
-    trust: `--trust-remote-code` was given; None: the verb has no such option.
+    file: or what it would hold. trust: `--trust-remote-code` was given; None: the verb has no such option.
     """
     from tune.config.run_spec import dump, load
 
     spec = load(file, overrides)
-    check_recorded(file, dump(spec), overrides, trust=trust)
+    if not isinstance(file, Mapping):
+        check_recorded(file, dump(spec), overrides, trust=trust)
     return spec
 
 

@@ -181,19 +181,21 @@ def _check_space(study: TrainSpec, parameters: dict[str, Space]) -> None:
 
 
 def load(
-    path: str | Path | None,
+    path: str | Path | Mapping[str, Any] | None,
     overrides: Iterable[str] = (),
     kind: type[TrainSpec] = RunSpec,
     replace: dict[str, Any] | None = None,
 ) -> Any:
     """Read a YAML file, apply `key=value` overrides in their order, then the dotted keys of `replace`, and validate.
 
-    Keys may be dotted, and have other tools' names (`tune.config.parse.ALIASES`). An override replaces what was there.
+    path: or what a file would hold. Keys may be dotted, and have other tools' names (`tune.config.parse.ALIASES`). An
+    override replaces what was there.
 
     Raises:
         ConfigError: the file is missing or not a YAML mapping, a key is unknown or given twice, a value is not allowed.
     """
-    raw: dict[str, Any] = {} if path is None else normalise(read_yaml(Path(path)))
+    content = {} if path is None else dict(path) if isinstance(path, Mapping) else read_yaml(Path(path))
+    raw: dict[str, Any] = normalise(content)
     given = [read_override(text) for text in overrides]
     for key, value in [*given, *(replace or {}).items()]:
         raw = override(raw, key, value)

@@ -18,6 +18,12 @@ COMPARED = ("plain", "delta", "low", "high", "p", "p_holm", "mde")
 
 def text(reports: Iterable[Report]) -> str:
     """Render CSV with a header; trials without scores have one line, with the reason."""
+    names, rows = score_rows(reports)
+    return csv_text(names, ([row.get(name) for name in names] for row in rows))
+
+
+def score_rows(reports: Iterable[Report]) -> tuple[list[str], Iterable[dict[str, Any]]]:
+    """Return the names of the columns, and the lines, in which a column may be missing."""
     reports = list(reports)
     keys = dict.fromkeys(key for report in reports for model in report.models for key in model.keys)
     names = ["run", "model", "label", "trial", "arm", "stage", "setting", "cell", "seed", "status", "reason", "best"]
@@ -30,7 +36,7 @@ def text(reports: Iterable[Report]) -> str:
         for line in model.lines
         for row in _rows(model, line, report.verdicts[model.name])
     )
-    return csv_text(names, ([row.get(name) for name in names] for row in rows))
+    return names, rows
 
 
 def _rows(model: ModelResults, line: Line, verdicts: list[Verdict]) -> Iterable[dict[str, Any]]:

@@ -100,6 +100,10 @@ class Report:
                 blocks.append(markdown_part(part, "###"))
         return "\n\n".join(block for block in blocks if block) + "\n"
 
+    def _repr_markdown_(self) -> str:
+        """The report in a notebook's cell."""
+        return self.markdown()
+
     def latex(self) -> str:
         """The report as LaTeX to be \\input: one section per model, tables with booktabs."""
         blocks = [LATEX_HEAD.format(title=visible(one_line(self.title))), _items([*self.headlines(), *self.about])]

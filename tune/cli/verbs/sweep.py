@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,9 +54,7 @@ def sweep(
     if retry_failed and not resume:
         raise ConfigError("--retry-failed applies to the run in a folder: add --resume.")
     file, overrides = split_config(config)
-    if resume and file is not None and os.path.isdir(file):
-        file, overrides = None, [f"output_dir={file}", *overrides]
-    spec, folder = _resolve(file, overrides, resume, trust_remote_code)
+    spec, folder = resolve(file, overrides, resume, trust_remote_code)
     planned = studies(spec)
     check_local(spec.ray)
     quiet_libraries()
@@ -67,7 +65,8 @@ def sweep(
         _show_overrides(spec)
         _check(spec, planned)
         return
-    run = _runner(spec)
+    with console.status("Loading"):
+        run = runner(spec)
 
     def start(progress: Observer, stop: Stop) -> int:
         return run(
@@ -85,14 +84,14 @@ def sweep(
     raise typer.Exit(1 if failures else 0)
 
 
-def _runner(spec: RunSpec) -> Callable[..., int]:
+def runner(spec: RunSpec) -> Callable[..., int]:
     """Load and return the function that runs a sweep; a machine that cannot start Ray may not even load it."""
     from tune.preflight.host import check_start
 
     if spec.ray.address is None:
         check_start()
-    with console.status("Loading"):
-        from tune.distributed.sweep.runtime import run
+    from tune.distributed.sweep.runtime import run
+
     return run
 
 
@@ -106,21 +105,32 @@ def list_recipes() -> None:
     lines(found)
 
 
-def _resolve(file: str | None, overrides: list[str], resume: bool, trust: bool) -> tuple[RunSpec, Path]:
+def resolve(
+    file: str | Mapping[str, Any] | None, overrides: list[str], resume: bool, trust: bool
+) -> tuple[RunSpec, Path]:
     """Return the spec with its output folder: that of the run to resume, or a new one.
+
+    file: a run file, a recipe's name, what a run file would hold, or with `resume` a run folder; None: the demo, or
+        the run file of the run to resume.
 
     Raises:
         ConfigError: the spec cannot be used, or it is not clear which run to resume.
     """
     from tune.config.recipes import DEMO, fresh_folder, recipe
 
-    recorded = resume and file is None
-    source = _recorded_config(overrides, trust=trust) if recorded else recipe(file or DEMO)
+    if resume and isinstance(file, str) and os.path.isdir(file):
+        file, overrides = None, [f"output_dir={file}", *overrides]
+    source: Path | Mapping[str, Any] | None
+    if resume and file is None:
+        source = _recorded_config(overrides, trust=trust)
+    else:
+        source = file if isinstance(file, Mapping) else recipe(file or DEMO)
     spec = load_run_file(source, overrides, trust=trust)
     if spec.output_dir is None:
         if resume:
             raise ConfigError(NO_FOLDER)
-        spec = spec.model_copy(update={"output_dir": fresh_folder(file or DEMO)})
+        name = "sweep" if isinstance(file, Mapping) else file or DEMO
+        spec = spec.model_copy(update={"output_dir": fresh_folder(name)})
     return spec, Path(str(spec.output_dir))
 
 
