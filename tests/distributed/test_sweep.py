@@ -14,10 +14,11 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
+from helpers.python_sweep import in_a_thread
 from helpers.small import SMALL
 
 from macdrop.errors import ConfigError
-from tune.config.run_spec import RunSpec, dump, load
+from tune.config.run_spec import RunSpec, load
 from tune.errors import ResourceError
 from tune.storage.search_state import search_time
 
@@ -72,22 +73,6 @@ def grid(tmp_path_factory) -> tuple[Path, int, str]:
         },
     )
     return folder, *in_a_thread(spec)
-
-
-def in_a_thread(spec: RunSpec) -> tuple[int, str]:
-    """Run as a notebook may, by the function of Python; no handler of a signal may be left, or installed."""
-    import io
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tune import Run, sweep
-
-    out, numbers = io.StringIO(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    with ThreadPoolExecutor(1) as pool:
-        made: Run = pool.submit(sweep, dump(spec), file=out).result()
-    assert [signal.getsignal(number) for number in numbers] == before
-    assert made.failures is not None and made.folder == Path(str(spec.output_dir))
-    return made.failures, out.getvalue()
 
 
 def trials(folder: Path, stage: str | None = None) -> list[dict]:
