@@ -6,10 +6,16 @@ epoch.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 
 from macdrop.errors import ConfigError, nearest
+
+#: The share of p0 that p has to fall to before a curriculum counts as decayed, unless another is given.
+DECAYED = 0.1
+#: Keeps a step whose p is the limit itself but for rounding.
+SLACK = 1e-9
 
 
 def _step(p0: float, t: int, total: int, e: int, epochs: int, alpha: float | None) -> float:
@@ -81,3 +87,19 @@ def probability(
         if not 1 <= at <= end:
             raise ConfigError(f"{name} {at} of {end}: {name}s count from 1 up to their total.")
     return SCHEDULES[schedule](p0, step, total_steps, epoch, total_epochs, alpha)
+
+
+def decayed_step(
+    schedule: str, alpha: float | None, limit: float, total_steps: int, steps_per_epoch: int
+) -> int | None:
+    """Return the first optimizer step t (from 1) with p(t) <= limit * p0, None without one up to `total_steps`."""
+    epochs = (total_steps - 1) // steps_per_epoch + 1
+
+    def reached(step: int) -> bool:
+        epoch = (step - 1) // steps_per_epoch + 1
+        at = {"step": step, "total_steps": total_steps, "epoch": epoch, "total_epochs": epochs}
+        return probability(schedule, p0=1.0, alpha=alpha, **at) <= limit + SLACK
+
+    # p never rises, so that the steps where it is low enough are the last ones.
+    step = bisect.bisect_left(range(1, total_steps + 1), True, key=reached) + 1
+    return step if step <= total_steps else None

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from macdrop.errors import ConfigError
-from macdrop.schedules import SCHEDULES
+from macdrop.schedules import SCHEDULES, decayed_step
 from tune.config.run_spec import MacDropSpec, RunSpec, load
-from tune.scheduling.early_stopping import LENGTH_KEYS, Cuts, cuts, decayed_step
+from tune.scheduling.early_stopping import LENGTH_KEYS, Cuts, cuts
 from tune.scheduling.study import Study, studies
 
 SEARCH = [

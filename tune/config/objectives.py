@@ -77,14 +77,14 @@ def _rows(block: EvalSpec) -> list[tuple[str, set[Rows]]]:
 
 
 def check_early_stops(sweep: SweepSpec, eval_steps: Sequence[int | None]) -> None:
-    """Refuse ASHA without validations to cut at; `eval_steps` are those of the models.
+    """Refuse a scheduler without validations to cut at; `eval_steps` are those of the models.
 
     Raises:
         ValueError: a model has no eval_steps.
     """
-    if sweep.scheduler == "asha" and None in eval_steps:
+    if sweep.scheduler != "none" and None in eval_steps:
         raise ValueError(
-            "sweep.scheduler asha compares eval_loss while trials train, and eval_steps is not set.\n"
+            f"sweep.scheduler {sweep.scheduler} compares eval_loss while trials train, and eval_steps is not set.\n"
             "Set eval_steps (optimizer steps between two validations), or sweep.scheduler to none."
         )
 

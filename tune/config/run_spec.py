@@ -43,7 +43,15 @@ __all__ = [
 #: Keys that say what the base model is; another value is another model, to be listed under sweep.models.
 MODEL_KEYS = ("model_name_or_path", "model_revision", "trust_remote_code")
 #: Keys whose values may be valid alone and invalid together.
-COUPLED_KEYS = ("zero_stage", "offload", "packing", "max_tokens_per_micro_batch")
+COUPLED_KEYS = (
+    "zero_stage",
+    "offload",
+    "packing",
+    "max_tokens_per_micro_batch",
+    "early_stopping_patience",
+    "eval_steps",
+    "val_size",
+)
 
 
 class RunSpec(TrainSpec):

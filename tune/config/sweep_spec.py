@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_serializer, field_validator, model_serializer, model_validator
 
 from macdrop.errors import nearest
+from macdrop.schedules import DECAYED
 from tune.config.sections import ARMS, EVAL_LOSS, Arm, Strict, placebos
 from tune.config.syntax.user_paths import expand_path
 from tune.config.syntax.yaml_core import brief
@@ -95,7 +96,7 @@ class SweepSpec(Strict):
     objective, or several (then the settings of the non-dominated front that are best by the first). These settings and
     the placebo arms are trained again on `seeds` fresh seeds and scored on the test benchmarks; with `seeds: 0` the
     search's own trials are scored. `time_budget_s` limits the searches of all models together; the final stage always
-    runs. ASHA compares validation losses, and never before p has fallen to `decayed` times p0.
+    runs. A scheduler compares validation losses, and never before p has fallen to `decayed` times p0.
     """
 
     models: list[dict[str, Any]] = Field(
@@ -136,15 +137,25 @@ class SweepSpec(Strict):
         default="grid", description="Search algorithm: `grid`, `random` or `optuna` (TPE)."
     )
     search_seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the search algorithm.")
-    scheduler: Literal["none", "asha"] = Field(
-        default="none", description="`asha` stops poor trials early; `none` runs every trial to the end."
+    scheduler: Literal["none", "asha", "hyperband", "median"] = Field(
+        default="none",
+        description=(
+            "Stops poor trials early by their validation loss: `asha`, `hyperband` (ASHA in several brackets, which "
+            "begin to stop trials at different steps) or `median` (worse than the median of the others' means); "
+            "`none` runs every trial to the end."
+        ),
     )
     grace_period: int = Field(
-        default=1, ge=1, description="Minimum number of optimizer steps before ASHA may stop a trial."
+        default=1, ge=1, description="Minimum number of optimizer steps before a scheduler may stop a trial."
     )
-    reduction_factor: int = Field(default=4, ge=2, description="ASHA keeps one in this many trials at each rung.")
+    reduction_factor: int = Field(
+        default=4, ge=2, description="`asha` and `hyperband` keep one in this many trials at each rung."
+    )
     decayed: float = Field(
-        default=0.1, gt=0, lt=1, description="ASHA never stops a trial before its p has fallen to this fraction of p0."
+        default=DECAYED,
+        gt=0,
+        lt=1,
+        description="A scheduler never stops a trial before its p has fallen to this fraction of p0.",
     )
     num_samples: int = Field(
         default=8,
@@ -186,6 +197,12 @@ class SweepSpec(Strict):
     def _check(self) -> SweepSpec:
         self._check_arms()
         self._check_metrics()
+        factor = type(self).model_fields["reduction_factor"].default
+        if self.scheduler == "median" and self.reduction_factor != factor:
+            raise ValueError(
+                f"reduction_factor {self.reduction_factor} has no effect with scheduler median, which has no rungs. "
+                "Leave it out, or set scheduler to asha or hyperband."
+            )
         if self.search_alg == "grid":
             ranges = [key for key, space in self.parameters.items() if space.values is None]
             if ranges:

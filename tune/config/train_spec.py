@@ -43,7 +43,7 @@ ENGINE_KEYS = (
 #: Keys that no bit of an adapter depends on.
 WITHOUT_EFFECT = ("logging_steps", "save_steps", "max_dropped_share")
 #: Keys that count for a trial's name only where they differ from their defaults: run files without them keep the names.
-UNNAMED_DEFAULTS = ("bad_rows", "packing", "max_tokens_per_micro_batch")
+UNNAMED_DEFAULTS = ("bad_rows", "early_stopping_patience", "packing", "max_tokens_per_micro_batch")
 
 #: Keys that say what kind of adapter is trained; arms are compared where these are equal.
 CELL_KEYS = ("use_dora", "use_rslora")
@@ -80,6 +80,15 @@ class TrainSpec(OptimizerKeys, DataKeys, AdapterKeys, ModelKeys):
         ),
     )
 
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "End a fine-tuning once so many validations in a row have not improved on the best, with the adapter of "
+            "the last step taken. Validations count once p is at most a tenth of p0; `null` trains to the end."
+        ),
+    )
+
     macdrop: MacDropSpec = Field(default=MacDropSpec(), description="Settings of MacDrop itself.")
 
     @model_validator(mode="after")
@@ -93,6 +102,13 @@ class TrainSpec(OptimizerKeys, DataKeys, AdapterKeys, ModelKeys):
             raise ValueError(
                 f"max_tokens_per_micro_batch: {self.max_tokens_per_micro_batch} has no effect with packing: off. "
                 "Set it to null, or packing to auto or on."
+            )
+        if self.early_stopping_patience is not None and (self.eval_steps is None or self.val_size == 0):
+            missing = "eval_steps is not set" if self.eval_steps is None else "val_size is 0"
+            raise ValueError(
+                f"early_stopping_patience: {self.early_stopping_patience} counts validations while training, and "
+                f"{missing}. Set eval_steps (optimizer steps between two validations) and val_size, or "
+                "early_stopping_patience to null."
             )
         return self
 

@@ -29,7 +29,7 @@ from tune.preflight.micro_batch import check_fits, check_longest, check_packable
 from tune.preflight.positions import check_positions
 from tune.preflight.precision import native_bf16
 from tune.preflight.step_memory import Room, worker_room
-from tune.scheduling.early_stopping import Cuts, cuts
+from tune.scheduling.early_stopping import Cuts, check_patience, cuts
 from tune.scheduling.study import Study
 from tune.storage.places import cache_dir
 from tune.storage.run_folder import check_new
@@ -55,7 +55,7 @@ class Checked:
     """Findings on a study.
 
     steps: optimizer steps per fine-tuning; 0 where none is trained.
-    cuts: ASHA's cuts; None without ASHA.
+    cuts: the scheduler's cuts; None without one.
     notes: sentences that the user should read.
     data: what `cutoff_len` does to the rows, for each value that a search may draw.
     packing: what packing does to the micro-batches, or what its absence costs; empty where nothing is trained.
@@ -75,8 +75,8 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
 
     Raises:
         ConfigError: a tracker, model or file cannot be used, k or an attack is above the size of the FFN, `lora_target`
-            names no layer, the ZeRO stage does not support it, the search lacks a validation set, ASHA could stop
-            nothing, or a packed micro-batch is impossible.
+            names no layer, the ZeRO stage does not support it, the search lacks a validation set, nothing could be
+            stopped early, or a packed micro-batch is impossible.
     """
     attacks = {job.attack: name for name in ("validation", "eval") for job in jobs(getattr(spec, name))}
     check_trackers(spec.report_to, Path(spec.output_dir or "."))
@@ -87,8 +87,8 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
         raise ConfigError("validation.judge: searched trials are not judged. Write the judge under eval.")
     check_judging(spec.eval)
     checked: dict[str, Checked] = {}
-    asha = spec.sweep.scheduler == "asha"
-    needed = asha or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
+    stops = spec.sweep.scheduler != "none"
+    needed = stops or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
     workers, room = spec.ray.num_workers, worker_room(spec.ray)
     for study, (tokenizer, notes) in zip(planned, opened, strict=True):
         for block in (spec.eval, spec.validation):
@@ -97,7 +97,8 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
         if study.count:
             prepared = _data(study.spec, study.parameters, tokenizer, needed and study.search)
             steps, epoch = _steps(study.spec, study.parameters, prepared[0], workers)
-            found = cuts(study, spec.sweep, steps, epoch) if asha else None
+            found = cuts(study, spec.sweep, steps, epoch) if stops else None
+            notes += check_patience(study.spec, study.parameters, steps, epoch)
             notes += _fits(study.spec, study.parameters, prepared, workers, room)
             known = {note for each in checked.values() for note in each.notes}
             notes += [note for note in precision_note(study.spec, study.parameters, room) if note not in known]
@@ -109,7 +110,8 @@ def check_training(spec: TrainSpec, workers: int, room: Room | None = None) -> C
     """Check the inputs of one fine-tuning on `workers` workers; `room` is the memory of each, None if unknown."""
     tokenizer, notes = check_study(spec, {}, {})
     prepared = _data(spec, {}, tokenizer, needs_validation=False)
-    steps, _ = _steps(spec, {}, prepared[0], workers)
+    steps, epoch = _steps(spec, {}, prepared[0], workers)
+    notes += check_patience(spec, {}, steps, epoch)
     notes += [*_fits(spec, {}, prepared, workers, room), *precision_note(spec, {}, room)]
     return _checked(spec, prepared, workers, steps, None, notes)
 

@@ -283,9 +283,8 @@ def _step_seconds(marks: Sequence[_Mark]) -> float | None:
 
 def _steps(row: dict[str, Any]) -> int:
     """Return the steps that a trial has taken."""
-    if row["state"] in (TaskState.TRAINED, TaskState.DONE) and row["total_steps"]:
-        return int(row["total_steps"])
-    return int(row["last"].get("step", 0))
+    whole = row["total_steps"] if row["state"] in (TaskState.TRAINED, TaskState.DONE) else None
+    return int(row["last"].get("step", whole or 0))  # without reports it was trained by an earlier run
 
 
 def _trial_left(mark: _Mark | None, steps: int, pace: Pace, now: float) -> float:

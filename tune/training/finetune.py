@@ -27,6 +27,7 @@ from tune.training.checkpoint import AdapterState
 from tune.training.collectives import all_do, rank0_does
 from tune.training.engine import Engine
 from tune.training.observer import Ending, Observer, Word
+from tune.training.patience import Patience
 from tune.training.step import Training
 from tune.training.trial_setup import check_continues, identity
 
@@ -131,6 +132,7 @@ class _Run:
         self.eval_loss: float | None = None
         self.train_loss: float | None = None
         self.rows = self.silent = 0
+        self.patience = Patience.of(self.spec, self.steps, training.batches.steps_per_epoch)
         #: The observer's error on rank 0, until all ranks raise it.
         self.error: Exception | None = None
 
@@ -181,11 +183,13 @@ class _Run:
 
     def _train(self) -> Ending:
         """Train from step `self.step` + 1; return how it ended."""
-        every, logged = self.spec.eval_steps, self.spec.logging_steps
+        every, logged, ended = self.spec.eval_steps, self.spec.logging_steps, False
         word: Word | None = Word.GO_ON
-        if self.step == 0 and every:
+        if every and (self.step == 0 or self.patience.missed(self.step, every)):
             self.eval_loss = self.training.validate()
-            word = self._report({"step": 0, "eval_loss": self.eval_loss})
+            word = self._report({"step": self.step, "eval_loss": self.eval_loss})
+            if self.patience.ends(self.step, self.eval_loss):
+                return Ending.DONE
         for step in range(self.step + 1, self.steps + 1):
             done = self.training.step(step, WORDS.index(word))
             metrics, said = done.metrics, WORDS[done.wish]
@@ -209,6 +213,8 @@ class _Run:
             last = not left and (step == self.steps or said == Word.STOP)
             if last or (every and step % every == 0 and not left):
                 self.eval_loss = metrics["eval_loss"] = self.training.validate()
+                ended = self.patience.ends(step, self.eval_loss)
+                last = last or ended
             if last or step % logged == 0 or "eval_loss" in metrics:
                 word = self._report(metrics)
             if left:
@@ -217,7 +223,7 @@ class _Run:
                 break
             if self.interval and step % self.interval == 0:
                 self._save()
-        return Ending.DONE if self.step == self.steps else Ending.STOPPED
+        return Ending.DONE if self.step == self.steps or ended else Ending.STOPPED
 
     def _report(self, metrics: dict[str, Any]) -> Word | None:
         """Pass metrics to rank 0's observer; return its word, None if it raised."""
@@ -271,6 +277,7 @@ class _Run:
             rank0_does(lambda: check_continues(self.spec, self._meta(), state.meta, checkpoint))
         self.engine.load_state(state)
         self.before, self.spent = tuple(state.meta.get("entries", (0, 0))), state.meta.get("seconds", 0.0)
+        self.patience.resume(state.meta)
         self.step = self.resumed_from = state.step
 
     def _meta(self) -> dict[str, Any]:
@@ -281,7 +288,7 @@ class _Run:
         return sum(self.training.rate(step) > 0 for step in range(1, self.step + 1))
 
     def _state(self) -> AdapterState:
-        spent = {"entries": list(self._entries()), "seconds": self._seconds()}
+        spent = {"entries": list(self._entries()), "seconds": self._seconds(), **self.patience.state()}
         return self.engine.read_state(self.step, {**self._meta(), **spent})
 
     def _seconds(self) -> float:

@@ -22,7 +22,7 @@ class Ending(StrEnum):
     """The ending of a fine-tuning that raised no error."""
 
     DONE = "done"
-    """All steps were taken."""
+    """All steps were taken, or validations did not improve for as long as `early_stopping_patience` allows."""
     STOPPED = "stopped"
     """`Word.STOP` came first; the adapter is that of the last step taken."""
     LEFT = "left"

@@ -215,7 +215,7 @@ def _check(spec: RunSpec, planned: list[Study]) -> None:
         for note in checked.notes:
             line("note", f"{name}: {note}")
         if checked.cuts:
-            line("asha", f"{name}: {checked.cuts.describe()}")
+            line(spec.sweep.scheduler, f"{name}: {checked.cuts.describe()}")
 
 
 def _run(start: Callable[[Observer, Stop], int], folder: Path, again: str) -> int:

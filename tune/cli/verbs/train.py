@@ -171,9 +171,12 @@ def _step_printer(steps: int) -> Observer:
 def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
     from tune.config.sections import Arm
     from tune.training.finetune import slow_paths, unmoved_text
+    from tune.training.observer import Ending
 
     line("adapter", str(folder / "adapter"))
     line("trained", f"{outcome.step} of {outcome.total_steps} steps in {outcome.seconds:.1f} s")
+    if outcome.status == Ending.DONE and outcome.step < outcome.total_steps:
+        line("early end", f"{model.early_stopping_patience} validations in a row did not improve on the best")
     if outcome.eval_loss is not None:
         line("eval loss", f"{outcome.eval_loss:.4f} nats per answer token, masks off")
     hooked = "features of the intermediate state" if model.arm == Arm.ACTIVATIONS else "rows"

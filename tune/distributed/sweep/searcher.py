@@ -1,26 +1,27 @@
 """Ray Tune's space, searcher and scheduler, made from the spec's search block.
 
-The subclasses here use protected attributes of `OptunaSearch`, as Ray 2.60 has them.
+The subclasses here use protected attributes of `OptunaSearch` and of the schedulers, as Ray 2.60 has them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 from ray.tune import choice as one_of
 from ray.tune import grid_search, loguniform, randint, uniform
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from tune.config.run_spec import Space, SweepSpec
 from tune.config.sections import EVAL_LOSS
-from tune.scheduling.early_stopping import Cuts
+from tune.scheduling.early_stopping import MEDIAN_OF, Cuts
 from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, PastTrial
 from tune.scheduling.study import Study
 
@@ -174,47 +175,50 @@ class _Optuna(OptunaSearch):
 def scheduler(
     study: Study, sweep: SweepSpec, cuts: Cuts | None, known: Mapping[str, Sequence[tuple[int, float]]] | None = None
 ) -> TrialScheduler | None:
-    """Return ASHA on our own `step` and `eval_loss`, or None without `cuts`; a finished trial is not cut.
+    """Return the scheduler on our own `step` and `eval_loss`, or None without `cuts`; a finished trial is not cut.
 
     known: trials of an earlier run by name, with the steps and losses on which they were judged.
     """
-    return None if cuts is None else _AfterDecay(study, sweep, cuts, known or {})
+    if cuts is None:
+        return None
+    made: _Halving | _Median = (_Median if sweep.scheduler == "median" else _Halving)(study, sweep, cuts)
+    for name, reports in (known or {}).items():
+        made.know(name, reports)
+    return made
 
 
-class _AfterDecay(AsyncHyperBandScheduler):
-    """ASHA among the trials whose curriculum has decayed by the first rung (`early_stopping`); others take no part.
+@dataclass(frozen=True)
+class _StandIn:
+    """A trial with nothing but a name, which is all that the schedulers look at."""
 
-    On its rungs a trial has the name of its fine-tuning: one that is drawn twice, or again in a resumed run, counts
+    trial_id: str
+
+
+class _Guard:
+    """What the schedulers share: trials take part whose curriculum has decayed by the first cut, others do not.
+
+    To a scheduler a trial has the name of its fine-tuning: one that is drawn twice, or again in a resumed run, counts
     once, and is not judged again where it passed.
     """
 
-    def __init__(
-        self, study: Study, sweep: SweepSpec, cuts: Cuts, known: Mapping[str, Sequence[tuple[int, float]]]
-    ) -> None:
-        super().__init__(
-            time_attr="step",
-            metric=EVAL_LOSS,
-            mode="min",
-            grace_period=cuts.first,
-            reduction_factor=sweep.reduction_factor,
-            max_t=cuts.total,
-            stop_last_trials=False,
-        )
-        self._study, self._cuts = study, cuts
-        for name, reports in known.items():
-            trial, no_controller = _stand_in(name), cast(Any, None)
-            super().on_trial_add(no_controller, trial)
-            for step, loss in reports:
-                super().on_trial_result(no_controller, trial, {"step": step, EVAL_LOSS: loss})
+    _study: Study
+    _cuts: Cuts
+
+    def know(self, name: str, reports: Sequence[tuple[int, float]]) -> None:
+        """Enter a trial of an earlier run."""
+        trial, no_controller = _StandIn(name), cast(Any, None)
+        self._enter(no_controller, trial)
+        for step, loss in reports:
+            self._decide(no_controller, trial, {"step": step, EVAL_LOSS: loss})
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
-        """Put a trial on the lowest rung, if it takes part."""
+        """Enter a trial that takes part."""
         if (named := self._named(trial)) is not None:
-            super().on_trial_add(controller, named)
+            self._enter(controller, named)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide whether a trial continues; one at its last step always does."""
-        if result.get("step", self._cuts.total) >= self._cuts.total:
+        """Decide whether a trial continues; a finished one, and one at its last step, always does."""
+        if result.get("step", self._cuts.total) >= self._cuts.total or result.get(FINISHED):
             return TrialScheduler.CONTINUE
         return self._judge(controller, trial, result)
 
@@ -223,23 +227,84 @@ class _AfterDecay(AsyncHyperBandScheduler):
         self._judge(controller, trial, result)
 
     def on_trial_remove(self, controller: Any, trial: Any) -> None:
-        """Keep the reports of a removed trial on the rungs."""
+        """Keep the reports of a removed trial."""
 
     def _judge(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         named = self._named(trial)
         if named is None or not _finite(result.get(EVAL_LOSS)):
             return TrialScheduler.CONTINUE
-        return super().on_trial_result(controller, named, result)
+        return self._decide(controller, named, result)
 
-    def _named(self, trial: Any) -> Any:
+    def _named(self, trial: Any) -> _StandIn | None:
         """Return the trial under the name of its fine-tuning; None if it takes no part."""
         spec = self._study.searched(values(trial.config))
-        return _stand_in(spec.trial_id()) if self._cuts.comparable(spec.macdrop) else None
+        return _StandIn(spec.trial_id()) if self._cuts.comparable(spec.macdrop) else None
+
+    def _enter(self, controller: Any, named: _StandIn) -> None:
+        raise NotImplementedError
+
+    def _decide(self, controller: Any, named: _StandIn, result: dict[str, Any]) -> str:
+        raise NotImplementedError
 
 
-def _stand_in(name: str) -> Any:
-    """Return a trial with nothing but a name, which is all that ASHA looks at."""
-    return SimpleNamespace(trial_id=name)
+class _Halving(_Guard, AsyncHyperBandScheduler):
+    """ASHA, or asynchronous HyperBand with several brackets. No trial is ever paused, which a lane could not do."""
+
+    def __init__(self, study: Study, sweep: SweepSpec, cuts: Cuts) -> None:
+        super().__init__(
+            time_attr="step",
+            metric=EVAL_LOSS,
+            mode="min",
+            grace_period=cuts.first,
+            reduction_factor=sweep.reduction_factor,
+            max_t=cuts.total,
+            brackets=cuts.brackets,
+            stop_last_trials=False,
+        )
+        self._study, self._cuts, self._seed = study, cuts, sweep.search_seed
+
+    def _enter(self, controller: Any, named: _StandIn) -> None:
+        """Put a trial into the bracket that follows from its name, and not from the order in which trials come."""
+        sizes = np.array([len(bracket._rungs) for bracket in self._brackets], dtype=float)
+        shares = np.exp(sizes - sizes.max())  # as Ray draws them
+        draws = np.random.default_rng([self._seed, zlib.crc32(named.trial_id.encode())])
+        number = int(draws.choice(len(self._brackets), p=shares / shares.sum()))
+        self._trial_info[named.trial_id] = self._brackets[number]
+
+    def _decide(self, controller: Any, named: _StandIn, result: dict[str, Any]) -> str:
+        return AsyncHyperBandScheduler.on_trial_result(self, controller, cast(Any, named), result)
+
+
+class _Median(_Guard, MedianStoppingRule):
+    """Stops a trial whose best loss is above the median of the other trials' means, each from the first cut on."""
+
+    def __init__(self, study: Study, sweep: SweepSpec, cuts: Cuts) -> None:
+        super().__init__(
+            time_attr="step",
+            metric=EVAL_LOSS,
+            mode="min",
+            grace_period=cuts.first,
+            min_samples_required=MEDIAN_OF,
+            hard_stop=True,
+        )
+        self._study, self._cuts = study, cuts
+        self._taken: set[tuple[str, int]] = set()
+
+    def _enter(self, controller: Any, named: _StandIn) -> None:
+        """Do nothing: a trial counts from its first report on."""
+
+    def _decide(self, controller: Any, named: _StandIn, result: dict[str, Any]) -> str:
+        if named in self._stopped_trials:
+            return TrialScheduler.STOP
+        # Losses from before the first cut must not count, as the best of a trial or otherwise.
+        if result["step"] < self._cuts.first or (named.trial_id, result["step"]) in self._taken:
+            return TrialScheduler.CONTINUE
+        self._taken.add((named.trial_id, result["step"]))
+        return MedianStoppingRule.on_trial_result(self, controller, cast(Any, named), result)
+
+    def _on_insufficient_samples(self, controller: Any, trial: Any, time: float) -> str:
+        """Continue: the original would pause the trial, and a lane trains what it has begun."""
+        return TrialScheduler.CONTINUE
 
 
 def _finite(value: Any) -> bool:
