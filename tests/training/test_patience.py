@@ -15,7 +15,7 @@ from macdrop.schedules import decayed_step
 from tune.config.messages import build
 from tune.config.run_spec import TrainSpec
 from tune.scheduling.early_stopping import check_patience
-from tune.training.patience import Patience
+from tune.training.observer import Patience
 
 SETTINGS = {**SMALL, "zero_stage": 0, "max_steps": 10, "eval_steps": 1, "macdrop": {"p0": 0.0, "k": 0}}
 

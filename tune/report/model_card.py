@@ -150,6 +150,8 @@ def _training(trial: Exported) -> list[tuple[str, str]]:
     batch = f"{spec.per_device_train_batch_size} x {spec.gradient_accumulation_steps} micro-batches"
     workers = f" x {trial.workers} worker(s)" if trial.workers else ""
     early = ", stopped early by the search" if info["status"] == TaskState.STOPPED else ""
+    if info["status"] == TaskState.DONE and (info.get("step") or 0) < (info.get("total_steps") or 0):
+        early = f": {spec.early_stopping_patience} validations in a row did not improve on the best"
     dropped, masked = info.get("entries_dropped"), info.get("entries_masked")
     rows = [
         ("data", ", ".join(_shown(name) for name in _data(spec))),

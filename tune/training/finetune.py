@@ -26,8 +26,7 @@ from tune.storage.atomic import lasting, writing
 from tune.training.checkpoint import AdapterState
 from tune.training.collectives import all_do, rank0_does
 from tune.training.engine import Engine
-from tune.training.observer import Ending, Observer, Word
-from tune.training.patience import Patience
+from tune.training.observer import Ending, Observer, Patience, Word
 from tune.training.step import Training
 from tune.training.trial_setup import check_continues, identity
 
