@@ -195,7 +195,7 @@ class _StandIn:
 
 
 class _Guard:
-    """What the schedulers share: trials take part whose curriculum has decayed by the first cut, others do not.
+    """The part that the schedulers share: only trials whose curriculum has decayed by the first cut are judged.
 
     To a scheduler a trial has the name of its fine-tuning: one that is drawn twice, or again in a resumed run, counts
     once, and is not judged again where it passed.
