@@ -95,7 +95,7 @@ class Inputs:
     def in_steps(self, spec: TrainSpec, folder: Path) -> float:
         """Seconds in optimizer steps, from the tokens per second that each step has logged."""
         from tune.data.batching import Batches
-        from tune.storage.atomic import read_jsonl
+        from tune.storage.json_lines import read_jsonl
 
         batches = Batches(
             len(self.lengths),

@@ -18,6 +18,7 @@ from macdrop.errors import ConfigError
 from tune.errors import ResourceError
 from tune.report.report import make_report
 from tune.storage import atomic as files
+from tune.storage import json_lines
 from tune.storage.environment import record_environment
 from tune.storage.records import SCORE_COLUMNS, check_score
 from tune.storage.run_folder import RunFolder
@@ -259,17 +260,17 @@ def test_a_torn_last_line_is_left_out_and_healed(run_folder):
 
 def test_a_torn_tail_longer_than_a_block(tmp_path):
     file = tmp_path / "x.jsonl"
-    files.append_jsonl(file, [{"a": 1}])
+    json_lines.append_jsonl(file, [{"a": 1}])
     with open(file, "a") as handle:
         handle.write("x" * 200_000)
-    files.append_jsonl(file, [{"a": 2}])
-    assert files.read_jsonl(file) == [{"a": 1}, {"a": 2}]
+    json_lines.append_jsonl(file, [{"a": 2}])
+    assert json_lines.read_jsonl(file) == [{"a": 1}, {"a": 2}]
 
 
 def test_a_line_changed_by_hand_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
     with pytest.raises(ValueError, match="line 2"):
-        files.read_jsonl(tmp_path / "x.jsonl")
+        json_lines.read_jsonl(tmp_path / "x.jsonl")
 
 
 def _write_many(path, number):
@@ -284,7 +285,7 @@ def test_many_writers_lose_and_mix_nothing(run_folder):
         writer.start()
     for writer in writers:
         writer.join(60)
-    assert len(files.read_jsonl(run_folder.scores_file)) == len(run_folder.score_rows()) == 4 * 20 * 5
+    assert len(json_lines.read_jsonl(run_folder.scores_file)) == len(run_folder.score_rows()) == 4 * 20 * 5
 
 
 # --- files ---
@@ -305,11 +306,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_an_append_that_fills_the_disk_takes_its_part_back(tmp_path, monkeypatch):
     file = tmp_path / "x.jsonl"
-    files.append_jsonl(file, [{"a": 1}])
+    json_lines.append_jsonl(file, [{"a": 1}])
     write = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))
     with pytest.raises(ResourceError, match="disk is full"):
-        files.append_jsonl(file, [{"a": 2}, {"a": 3}])
+        json_lines.append_jsonl(file, [{"a": 2}, {"a": 3}])
     monkeypatch.undo()
     assert file.read_text() == '{"a": 1}\n'
 

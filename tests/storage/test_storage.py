@@ -16,7 +16,8 @@ import pytest
 
 from tune.errors import ResourceError
 from tune.storage import atomic as files
-from tune.storage.atomic import append_jsonl, atomic_write_json, lasting, read_jsonl
+from tune.storage.atomic import atomic_write_json, lasting
+from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.run_folder import RunFolder
 from tune.storage.states import RunStatus, TaskState
 

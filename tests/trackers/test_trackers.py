@@ -13,8 +13,9 @@ from macdrop.errors import ConfigError
 from tune.config.messages import build
 from tune.config.run_spec import RunSpec, TrainSpec, dump
 from tune.storage.atomic import atomic_write_yaml
-from tune.storage.run_folder import RunFolder, TrialFolder
+from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
+from tune.storage.trial_folder import TrialFolder
 from tune.trackers import backends as trackers
 from tune.trackers.sync import OneTrial, TrackerSync, trials_of_run
 

@@ -12,7 +12,7 @@ from tune.config.eval_spec import EvalJob
 from tune.evaluation.benchmark import BENCHMARKS
 from tune.evaluation.item_values import MULTI_TURN, Value, Values, entry_of, part_of, same_score
 from tune.evaluation.score_names import Column
-from tune.storage.atomic import read_jsonl
+from tune.storage.json_lines import read_jsonl
 from tune.storage.run_folder import SCORE_KEY, RunFolder
 
 JUDGE_METRICS = ("judge_score", "judge_unparsed")

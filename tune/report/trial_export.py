@@ -23,9 +23,10 @@ from tune.errors import ResourceError
 from tune.evaluation.merging import LogitCheck, write_merged
 from tune.report.model_card import Exported, model_card
 from tune.storage.atomic import atomic_write_json, atomic_write_text, read_mapping, writing
-from tune.storage.run_folder import BASE, RunFolder, TrialFolder
+from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.sealed_folder import verify
 from tune.storage.states import TaskState
+from tune.storage.trial_folder import TrialFolder
 from tune.training.trial_setup import SETUP, read_setup
 
 FINISHED = (TaskState.DONE, TaskState.STOPPED)

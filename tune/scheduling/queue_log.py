@@ -15,7 +15,8 @@ from typing import Any
 
 from tune.errors import ResourceError
 from tune.scheduling.queue import TaskQueue, TrainTask
-from tune.storage.atomic import append_jsonl, lasting, plain, read_jsonl
+from tune.storage.atomic import lasting, plain
+from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.states import Stage
 
 #: Read-only methods.

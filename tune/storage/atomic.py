@@ -1,4 +1,4 @@
-"""Writing files so that a crash never leaves half of one: temporary file + fsync + rename, and whole-line appends.
+"""Writing files so that a crash never leaves half of one: temporary file + fsync + rename.
 
 Every failure to write (disk full, no permission) is a `ResourceError` that names the path and the remedy. Storage that
 is gone for a moment is waited for, where the caller names a folder (`within`) that was there before: see `lasting`.
@@ -7,16 +7,13 @@ is gone for a moment is waited for, where the caller names a folder (`within`) t
 from __future__ import annotations
 
 import errno
-import fcntl
-import itertools
 import json
 import logging
 import math
 import os
-import re
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +26,6 @@ from tune.storage.places import in_cache
 
 T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
-Check = Callable[[dict[str, Any]], object]
 log = logging.getLogger(__name__)
 
 
@@ -53,9 +49,6 @@ ELSE = Trouble("Choose an output_dir that this user can write to.", False)
 CACHE = "Set MACDROP_CACHE to a folder that this user can write to, with some space."
 #: For how long storage is waited for, and the longest pause between two tries; seconds.
 PATIENCE_S, PAUSE_S = 120.0, 5.0
-#: At the end of a line that is not the last of its `append_jsonl`; and all of a text up to the last that is.
-MORE = " "
-_WHOLE = re.compile(rb".*[^ ]\n", re.DOTALL)
 
 
 @contextmanager
@@ -178,84 +171,6 @@ def atomic_write_yaml(path: AnyPath, value: Any, within: AnyPath | None = None) 
     return atomic_write_text(path, write_yaml(plain(value)), within)
 
 
-def append_jsonl(path: AnyPath, rows: Iterable[Mapping[str, Any]], within: AnyPath | None = None) -> int:
-    """Append rows as JSON lines, all of them or none, and return their number.
-
-    They go out in one `os.write` under an exclusive lock, so that processes writing at once never mix their lines. All
-    lines of a call but the last end in a space, which JSON does not mind: it says that more belongs to them, so that
-    what a crash has torn in the middle is passed over by readers and cut off by the next call.
-    """
-    path = Path(path)
-    lines = [json.dumps(plain(row), allow_nan=False) for row in rows]
-    if not lines:
-        return 0
-    data = (f"{MORE}\n".join(lines) + "\n").encode()
-    tries = itertools.count()
-
-    def append() -> None:
-        again = next(tries) > 0
-        make_folder(path.parent, within)
-        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            end = _cut_torn(handle)
-            if again and os.pread(handle, len(data), max(0, end - len(data))) == data:
-                return  # an error came, and yet it was written
-            try:
-                if os.write(handle, data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:  # a part may be there: take it back, so that a second try doubles nothing
-                with suppress(OSError):
-                    os.ftruncate(handle, end)
-                raise
-        finally:
-            os.close(handle)
-
-    with writing(path):
-        lasting(append, within)
-    return len(lines)
-
-
-def read_jsonl(
-    path: AnyPath,
-    problems: list[str] | None = None,
-    needs: Collection[str] = (),
-    within: AnyPath | None = None,
-    check: Check | None = None,
-) -> list[dict[str, Any]]:
-    """Rows of a file written by `append_jsonl`; a missing file is an empty list, what a crash tore is left out.
-
-    Args:
-        problems: where damaged lines are described, each once, instead of raised.
-        needs: keys that each row must have.
-        check: raises a ValueError for content that is not valid.
-
-    Raises:
-        ConfigError: a complete line is no JSON object, or lacks a key; the message has file and line.
-    """
-    if stat(path, within) is None:
-        return []
-    text = lasting(lambda: Path(path).read_text(encoding="utf-8", errors="replace"), within)
-    rows = []
-    lines = text.split("\n")[:-1]  # what follows the last newline is torn, or empty
-    while lines and lines[-1].endswith(MORE):
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            check_mapping(row, needs)
-            if check is not None:
-                check(row)
-            rows.append(row)
-        except (ValueError, RecursionError) as error:
-            kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
-            problem = f"{path}, line {number}: {kind}({error}). The file was changed by hand?"
-            if problems is None:
-                raise ConfigError(problem) from error
-            problems += [problem] if problem not in problems else []
-    return rows
-
-
 @overload
 def read_mapping(
     path: AnyPath, problems: None = None, needs: Collection[str] = (), within: AnyPath | None = None
@@ -329,19 +244,6 @@ def check_mapping(found: Any, needs: Collection[str] = ()) -> None:
     missing = [key for key in needs if key not in found]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
-
-
-def _cut_torn(handle: int) -> int:
-    """Truncate the open file after the last whole call of `append_jsonl`; return the size that is left, in bytes."""
-    size = end = os.lseek(handle, 0, os.SEEK_END)
-    whole = None
-    while end > 0 and whole is None:
-        end = max(0, end - 65536)
-        whole = _WHOLE.match(os.pread(handle, size - end, end))
-    left = end + whole.end() if whole else 0
-    if left != size:
-        os.ftruncate(handle, left)
-    return left
 
 
 def now() -> str:

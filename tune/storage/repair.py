@@ -19,15 +19,9 @@ from macdrop.weights import MassiveWeights
 from tune.config.parse import flatten
 from tune.config.run_spec import RunSpec, TrainSpec, dump, load
 from tune.errors import CheckpointError
-from tune.storage.atomic import (
-    MORE,
-    atomic_write_json,
-    atomic_write_text,
-    atomic_write_yaml,
-    now,
-    read_mapping,
-)
+from tune.storage.atomic import atomic_write_json, atomic_write_text, atomic_write_yaml, now, read_mapping
 from tune.storage.environment import ENVIRONMENT_FILE, version
+from tune.storage.json_lines import MORE
 from tune.storage.records import (
     FINALISTS_FILE,
     SCORES_FILE,

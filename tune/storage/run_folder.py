@@ -16,7 +16,6 @@ Files are written whole or not at all (`tune.storage.atomic`). A trial's files h
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,18 +27,9 @@ from tune.config.messages import believable
 from tune.config.resume import own_command, resume_command
 from tune.config.run_spec import RunSpec, slug
 from tune.config.sections import BASE
-from tune.storage.atomic import (
-    append_jsonl,
-    atomic_write_json,
-    atomic_write_text,
-    atomic_write_yaml,
-    now,
-    plain,
-    read_jsonl,
-    read_mapping,
-    stat,
-)
+from tune.storage.atomic import atomic_write_json, atomic_write_yaml, now, plain, read_mapping
 from tune.storage.environment import environments, version
+from tune.storage.json_lines import append_jsonl
 from tune.storage.records import (
     FINALISTS_FILE,
     SCORE_COLUMNS,
@@ -47,12 +37,12 @@ from tune.storage.records import (
     SCORES_FILE,
     TrialRecord,
     check_name,
-    check_score,
-    read_record,
     read_trial,
 )
 from tune.storage.run_lock import NAMES
-from tune.storage.states import RunStatus, Stage, TaskState
+from tune.storage.score_table import ScoreTable
+from tune.storage.states import RunStatus
+from tune.storage.trial_folder import TrialFolder
 
 if TYPE_CHECKING:
     import pandas
@@ -70,7 +60,7 @@ class RunFolder:
         self.run_dir = Path(run_dir)
         self.problems = problems
         self.archive: Path | None = None
-        self._read: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
+        self._scores: ScoreTable | None = None
 
     @classmethod
     def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> RunFolder:
@@ -216,16 +206,20 @@ class RunFolder:
 
     def score_rows(self) -> list[dict[str, Any]]:
         """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""
-        state = stat(self.scores_file, within=self.run_dir)
-        if state is None:
-            return []
-        stamp = (state.st_size, state.st_mtime_ns)
-        if self._read is None or self._read[0] != stamp:  # asked once per benchmark and trial, changed more rarely
-            kept = read_jsonl(self.scores_file, self.problems, within=self.run_dir, check=check_score)
-            rows = [{"split": TEST, **row} for row in kept]
-            latest = {tuple(row.get(key) for key in SCORE_KEY): row for row in rows}
-            self._read = (stamp, list(latest.values()))
-        return [dict(row) for row in self._read[1]]
+        return self._table().rows()
+
+    def trial_scores(self, trial: str) -> list[dict[str, Any]]:
+        """`score_rows` of one trial; those of `BASE` are of all models."""
+        return self._table().rows(trial)
+
+    def _table(self) -> ScoreTable:
+        # Kept: asked once per benchmark and trial, by which the file grows.
+        if self._scores is None:
+            self._scores = ScoreTable(self.scores_file, self.problems, within=self.run_dir)
+        return self._scores
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_scores": None}
 
     def scores(self) -> pandas.DataFrame:
         """`score_rows` as a table that has all of `SCORE_COLUMNS`, also when it is empty."""
@@ -237,101 +231,6 @@ class RunFolder:
 
     def _write_run(self, **content: Any) -> None:
         atomic_write_json(self.run_dir / "run.json", content, within=self.run_dir)
-
-
-class TrialFolder:
-    """The folder of one trial, written by one process at a time. `within`: an existing folder above it."""
-
-    def __init__(self, folder: Path, problems: list[str] | None = None, within: Path | None = None) -> None:
-        self.folder, self.problems, self._within = folder, problems, within
-        self._last_step: int | None = None
-
-    @property
-    def id(self) -> str:
-        return self.folder.name
-
-    @property
-    def adapter_dir(self) -> Path:
-        return self.folder / "adapter"
-
-    def record(self) -> TrialRecord | None:
-        """Read trial.json; None before `start`."""
-        file = self.folder / "trial.json"
-        return None if stat(file, self._within) is None else read_record(file, TrialRecord, within=self._within)
-
-    def _content(self) -> dict[str, Any]:
-        file = self.folder / "trial.json"
-        return {} if stat(file, self._within) is None else read_mapping(file, within=self._within)
-
-    def start(
-        self,
-        config: Mapping[str, Any],
-        *,
-        model: str,
-        arm: str,
-        seed: int,
-        stage: Stage = Stage.FINAL,
-        setting: str | None = None,
-        cell: Mapping[str, Any] | None = None,
-        drawn: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Record that the trial runs. Called again after a restart, it counts the attempt and keeps the first start.
-
-        setting: `TrainSpec.setting_id`, equal for trials that differ in their seed alone.
-        cell: the searched kind of adapter (`tune.scheduling.selection`), within which plain and MacDrop are compared.
-        drawn: the searched values behind the trial; None for one that no search asked for.
-        """
-        before = self._content()
-        atomic_write_yaml(self.folder / "config.yaml", config, within=self._within)
-        self._write(
-            trial=self.id,
-            model=model,
-            arm=arm,
-            seed=seed,
-            stage=stage,
-            setting=setting,
-            cell=dict(cell or {}),
-            drawn=drawn,
-            status=TaskState.RUNNING,
-            reason=None,
-            started=before.get("started") or now(),
-            attempts=before.get("attempts", 0) + 1,
-        )
-
-    def log(self, step_metrics: Iterable[Mapping[str, Any]]) -> None:
-        """Append metrics of logged steps, each with its `step`, ascending.
-
-        A resumed trial repeats the steps after its last checkpoint: their earlier lines are replaced.
-        """
-        rows = [dict(row) for row in step_metrics]
-        if not rows:
-            return
-        file = self.folder / "metrics.jsonl"
-        first = rows[0]["step"]
-        if self._last_step is None:
-            self._last_step = max((row["step"] for row in read_jsonl(file, within=self._within)), default=-1)
-        if first <= self._last_step:
-            rows = [row for row in read_jsonl(file, within=self._within) if row["step"] < first] + rows
-            atomic_write_text(file, "".join(json.dumps(plain(row)) + "\n" for row in rows), within=self._within)
-        else:
-            append_jsonl(file, rows, within=self._within)
-        self._last_step = rows[-1]["step"]
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, by step."""
-        return read_jsonl(self.folder / "metrics.jsonl", self.problems, within=self._within)
-
-    def note(self, **content: Any) -> None:
-        """Add to what is recorded, whatever the status."""
-        self._write(**{**self._content(), **content})
-
-    def finish(self, status: TaskState, reason: str | None = None, **summary: Any) -> None:
-        """Record how the trial ended (a final state) and anything to keep of it: eval_loss, steps, seconds ..."""
-        assert status.is_final, status
-        self._write(**{**self._content(), "status": status, "reason": reason, "finished": now(), **summary})
-
-    def _write(self, **content: Any) -> None:
-        atomic_write_json(self.folder / "trial.json", content, within=self._within)
 
 
 def check_new(path: Path, remedy: str | None = None) -> None:

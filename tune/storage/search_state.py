@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.storage.atomic import append_jsonl, atomic_write_json, read_jsonl, read_mapping
+from tune.storage.atomic import atomic_write_json, read_mapping
+from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.records import TrialRecord
 
 #: Interval in seconds at which the time spent searching is saved; a killed run loses no more than this.

@@ -20,8 +20,9 @@ from tune.config.eval_spec import NO_ATTACK
 from tune.config.parse import flatten
 from tune.config.run_spec import TrainSpec
 from tune.storage.atomic import atomic_write_json, read_mapping
-from tune.storage.run_folder import RunFolder, TrialFolder
+from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
+from tune.storage.trial_folder import TrialFolder
 from tune.trackers.backends import TRACKERS, RunInfo, Tracker, TrackerRun
 
 EVERY_S = 2.0

@@ -14,7 +14,7 @@ from tune.config.sections import Arm
 from tune.data import dataset as data
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml
 from tune.storage.places import cache_dir
-from tune.storage.run_folder import TrialFolder
+from tune.storage.trial_folder import TrialFolder
 from tune.training.collectives import rank0_does
 from tune.training.engine import Engine
 from tune.training.finetune import Outcome, finetune

@@ -177,7 +177,7 @@ class _Attacked:
         from tune.evaluation.prefix_cache import PrefixCache
         from tune.evaluation.score_names import Column, primary_columns
         from tune.evaluation.scorer import Scorer
-        from tune.storage.atomic import read_jsonl
+        from tune.storage.json_lines import read_jsonl
 
         found: dict[str, dict[str, Scored]] = {name: {} for name in self.block.zero_shot}
         if not found:

@@ -93,7 +93,7 @@ def _score(
     from tune.evaluation.adapters import AdapterSlot
     from tune.evaluation.prefix_cache import PrefixCache
     from tune.evaluation.scorer import Scorer
-    from tune.storage.atomic import append_jsonl
+    from tune.storage.json_lines import append_jsonl
     from tune.storage.records import SCORES_FILE
     from tune.training.massive_weights import massive_weights
 

@@ -61,7 +61,7 @@ def judge_run(run: str | Path, overrides: Sequence[str], *, fresh: bool = False,
 def judge_evaluation(folder: Path, spec: JudgeSpec, *, fresh: bool = False) -> int:
     """Judge the answers in a folder of `macdrop eval --output`; return the number of files with failures."""
     from tune.evaluation.judge.answers import answers_of_evaluation
-    from tune.storage.atomic import append_jsonl
+    from tune.storage.json_lines import append_jsonl
     from tune.storage.records import SCORES_FILE
 
     def add_scores(rows: list[dict[str, Any]]) -> None:

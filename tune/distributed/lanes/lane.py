@@ -29,8 +29,8 @@ from tune.errors import ResourceError, TrainingDiverged
 from tune.scheduling.failures import Failure, classify
 from tune.scheduling.queue import TrainTask
 from tune.storage.atomic import ensure_folder
-from tune.storage.run_folder import TrialFolder
 from tune.storage.states import TaskState
+from tune.storage.trial_folder import TrialFolder
 from tune.training.collectives import all_do, rank0_does
 from tune.training.engine import Engine
 from tune.training.finetune import finetune

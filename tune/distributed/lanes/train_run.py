@@ -24,7 +24,8 @@ from tune.distributed.cluster.ray_cluster import check_cluster, connect
 from tune.distributed.lanes.lane import run_config, trainer, why
 from tune.scheduling.failures import of_run
 from tune.scheduling.resources import gpu_shares, one_lane
-from tune.storage.atomic import atomic_write_json, read_jsonl
+from tune.storage.atomic import atomic_write_json
+from tune.storage.json_lines import read_jsonl
 from tune.training.finetune import Outcome
 from tune.training.observer import Observer
 from tune.training.single import train_here

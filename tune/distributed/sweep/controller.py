@@ -180,7 +180,7 @@ class SweepController:
 
     def validation_scores(self, trial: str) -> dict[str, float]:
         """Return a trial's search scores as `sweep.metric` names them: benchmark/task/metric[@attack]."""
-        rows = [r for r in self._run_folder.score_rows() if (r["trial"], r["split"]) == (trial, VALIDATION)]
+        rows = [row for row in self._run_folder.trial_scores(trial) if row["split"] == VALIDATION]
         return named_scores(rows, asked_for(self._run_folder.config()))
 
     def study_failed(self, study: Study, reason: str) -> None:
@@ -304,8 +304,8 @@ class SweepController:
         """Return the benchmarks among `jobs` without a score in the run folder."""
         known = {
             EvalJob(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
-            for row in self._run_folder.score_rows()
-            if (row["model"], row["trial"]) == (model, trial)
+            for row in self._run_folder.trial_scores(trial)
+            if row["model"] == model
         }
         return [job for job in jobs if job not in known]
 

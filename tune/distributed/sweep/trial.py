@@ -19,8 +19,8 @@ from tune.distributed.sweep.searcher import FINISHED, values
 from tune.scheduling.history import FAILED
 from tune.scheduling.queue import TrainTask
 from tune.scheduling.study import Study
-from tune.storage.run_folder import TrialFolder
 from tune.storage.states import Stage, TaskState
+from tune.storage.trial_folder import TrialFolder
 
 POLL_EVERY_S = 0.2
 #: How often Tune restarts a trial's actor after its process died; the task is not affected.

@@ -9,7 +9,7 @@ from macdrop.errors import ConfigError
 from tune.config.recorded import models_of
 from tune.config.run_spec import slug
 from tune.evaluation.judge.judgements import Answers
-from tune.storage.atomic import read_jsonl
+from tune.storage.json_lines import read_jsonl
 from tune.storage.records import SCORES_FILE
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import Stage, TaskState

@@ -23,7 +23,8 @@ from tune.config.judge_spec import JudgeSpec
 from tune.config.rubrics import Rubric
 from tune.config.run_spec import slug
 from tune.evaluation.judge.prompt import PROMPT_VERSION, Judgement, Question
-from tune.storage.atomic import append_jsonl, now, read_jsonl
+from tune.storage.atomic import now
+from tune.storage.json_lines import append_jsonl, read_jsonl
 
 #: Keys of the block `eval.judge` that scores depend on, besides model, revision, rubric and prompt.
 _ASKED = (

@@ -59,6 +59,11 @@ def draw(name: str, height: float, paint: Callable[[Canvas], None], *, says: str
         canvas.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD)
         FigureCanvasSVG(canvas)
         paint(canvas)
+        # Before `savefig`, which would draw everything once more only to place it; at the resolution of an SVG.
+        canvas.set_dpi(72)
+        if engine := canvas.get_layout_engine():
+            engine.execute(canvas)
+        canvas.set_layout_engine("none")
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return _inline(out.getvalue(), name, says)

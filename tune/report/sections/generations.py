@@ -11,7 +11,7 @@ from tune.config.sections import Arm
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import short
-from tune.storage.atomic import read_jsonl
+from tune.storage.json_lines import read_jsonl
 from tune.storage.states import TaskState
 
 SHOWN = 4

@@ -1,0 +1,172 @@
+"""Files of JSON lines: appended whole or not at all by several processes at once, and read on where they grew."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from macdrop.errors import ConfigError
+from tune.storage.atomic import AnyPath, check_mapping, lasting, make_folder, plain, stat, writing
+
+Check = Callable[[dict[str, Any]], object]
+#: At the end of a line that is not the last of its `append_jsonl`; and all of a text up to the last that is.
+MORE = " "
+_WHOLE = re.compile(rb".*[^ ]\n", re.DOTALL)
+#: Bytes before the end of what was read that must still be there for the rest to be all that is new.
+_SEAM = 64
+
+
+def append_jsonl(path: AnyPath, rows: Iterable[Mapping[str, Any]], within: AnyPath | None = None) -> int:
+    """Append rows as JSON lines, all of them or none, and return their number.
+
+    They go out in one `os.write` under an exclusive lock, so that processes writing at once never mix their lines. All
+    lines of a call but the last end in a space, which JSON does not mind: it says that more belongs to them, so that
+    what a crash has torn in the middle is passed over by readers and cut off by the next call.
+    """
+    path = Path(path)
+    lines = [json.dumps(plain(row), allow_nan=False) for row in rows]
+    if not lines:
+        return 0
+    data = (f"{MORE}\n".join(lines) + "\n").encode()
+    tries = itertools.count()
+
+    def append() -> None:
+        again = next(tries) > 0
+        make_folder(path.parent, within)
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            end = _cut_torn(handle)
+            if again and os.pread(handle, len(data), max(0, end - len(data))) == data:
+                return  # an error came, and yet it was written
+            try:
+                if os.write(handle, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:  # a part may be there: take it back, so that a second try doubles nothing
+                with suppress(OSError):
+                    os.ftruncate(handle, end)
+                raise
+        finally:
+            os.close(handle)
+
+    with writing(path):
+        lasting(append, within)
+    return len(lines)
+
+
+def read_jsonl(
+    path: AnyPath,
+    problems: list[str] | None = None,
+    needs: Collection[str] = (),
+    within: AnyPath | None = None,
+    check: Check | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of a file written by `append_jsonl`; a missing file is an empty list, what a crash tore is left out.
+
+    Args:
+        problems: where damaged lines are described, each once, instead of raised.
+        needs: keys that each row must have.
+        check: raises a ValueError for content that is not valid.
+
+    Raises:
+        ConfigError: a complete line is no JSON object, or lacks a key; the message has file and line.
+    """
+    return GrowingFile(path, problems, needs, within, check).read()[1]
+
+
+class GrowingFile:
+    """Reader of a file that `append_jsonl` grows: each `read` parses what is new; arguments as of `read_jsonl`."""
+
+    def __init__(
+        self,
+        path: AnyPath,
+        problems: list[str] | None = None,
+        needs: Collection[str] = (),
+        within: AnyPath | None = None,
+        check: Check | None = None,
+    ) -> None:
+        self._path, self._problems, self._needs, self._within, self._check = Path(path), problems, needs, within, check
+        self._stamp: tuple[int, int, int] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        #: Size in bytes and number of the lines that were read, and their last bytes.
+        self._end, self._lines, self._seam = 0, 0, b""
+
+    def read(self) -> tuple[bool, list[dict[str, Any]]]:
+        """Return whether the rows are all there are, and the rows: else those since the last call.
+
+        They are all there are on the first call, and where the file was replaced, shortened or changed further up.
+
+        Raises:
+            ConfigError: as `read_jsonl`.
+        """
+        state = stat(self._path, self._within)
+        if state is None:
+            self._stamp = None
+            self._forget()
+            return True, []
+        stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
+        if stamp == self._stamp:
+            return False, []
+        before = self._stamp
+        grown = self._end > 0 and before is not None and before[0] == stamp[0] and before[1] < stamp[1]
+        text = lasting(lambda: self._bytes(self._end - len(self._seam) if grown else 0), self._within)
+        if grown and not text.startswith(self._seam):
+            grown, text = False, lasting(lambda: self._bytes(0), self._within)
+        seam = self._seam if grown else b""
+        if not grown:
+            self._forget()
+        rows = self._parse(text[len(seam) :])
+        self._stamp = stamp
+        return not grown, rows
+
+    def _bytes(self, start: int) -> bytes:
+        with open(self._path, "rb") as file:
+            file.seek(start)
+            return file.read()
+
+    def _parse(self, text: bytes) -> list[dict[str, Any]]:
+        whole = text[: text.rfind(b"\n") + 1]  # what follows the last newline is torn, or empty
+        lines = whole.split(b"\n")[:-1]
+        while lines and lines[-1].endswith(MORE.encode()):
+            whole = whole[: -len(lines.pop()) - 1]
+        rows = []
+        for number, line in enumerate(lines, self._lines + 1):
+            try:
+                row = json.loads(line.decode("utf-8", errors="replace"))
+                check_mapping(row, self._needs)
+                if self._check is not None:
+                    self._check(row)
+                rows.append(row)
+            except (ValueError, RecursionError) as error:
+                kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
+                problem = f"{self._path}, line {number}: {kind}({error}). The file was changed by hand?"
+                if self._problems is None:
+                    raise ConfigError(problem) from error
+                self._problems += [problem] if problem not in self._problems else []
+        self._end += len(whole)
+        self._lines += len(lines)
+        self._seam = (self._seam + whole)[-_SEAM:]
+        return rows
+
+
+def _cut_torn(handle: int) -> int:
+    """Truncate the open file after the last whole call of `append_jsonl`; return the size that is left, in bytes."""
+    size = end = os.lseek(handle, 0, os.SEEK_END)
+    whole = None
+    while end > 0 and whole is None:
+        end = max(0, end - 65536)
+        whole = _WHOLE.match(os.pread(handle, size - end, end))
+    left = end + whole.end() if whole else 0
+    if left != size:
+        os.ftruncate(handle, left)
+    return left

@@ -1,0 +1,46 @@
+"""Scores in memory: those of scores.jsonl, which is read on where it grew."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from tune.config.eval_spec import TEST
+from tune.storage.json_lines import GrowingFile
+from tune.storage.records import SCORE_KEY, check_score
+
+
+class ScoreTable:
+    """Rows of a file of scores, one for each `SCORE_KEY` (the last), by trial.
+
+    A file that one sweep writes is read once in all, however often it is asked: the cost of a trial's scores does not
+    grow with the trials before it.
+    """
+
+    def __init__(self, file: Path, problems: list[str] | None, within: Path) -> None:
+        """Read nothing yet. problems: as of `read_jsonl`; within: the run folder."""
+        self._file = GrowingFile(file, problems, within=within, check=check_score)
+        self._lock = threading.Lock()
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._trials: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def rows(self, trial: str | None = None) -> list[dict[str, Any]]:
+        """Return the rows, of one trial if it is named, in the order they first came.
+
+        Raises:
+            ConfigError: a line is damaged, and no list of problems was given.
+        """
+        with self._lock:
+            self._refresh()
+            return [dict(row) for row in (self._rows if trial is None else self._trials.get(trial, {})).values()]
+
+    def _refresh(self) -> None:
+        whole, rows = self._file.read()
+        if whole:
+            self._rows, self._trials = {}, {}
+        for row in rows:
+            row = {"split": TEST, **row}
+            key = tuple(row.get(name) for name in SCORE_KEY)
+            self._rows[key] = row
+            self._trials.setdefault(row["trial"], {})[key] = row
