@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def started(monkeypatch) -> list:
 
     def run(spec, **options):
         found.append((spec, options))
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as starting Ray does
         make_run(Path(spec.output_dir), tried=2, items=10)
         return 0
 
@@ -45,7 +47,9 @@ def test_a_mapping_is_what_a_file_of_it_would_be(tmp_path):
 
 
 def test_the_run_is_returned_with_its_report_written(tmp_path, started, capsys):
+    before = signal.getsignal(signal.SIGTERM)
     run = tune.sweep({**CONFIG, "output_dir": tmp_path / "run"})
+    assert signal.getsignal(signal.SIGTERM) == before
     ((spec, options),) = started
     assert spec.macdrop.p0 == 0.5 and options.pop("progress") and not any(options.values())
     assert repr(run) == f"Run({str(tmp_path / 'run')!r})" and run.failures == 0

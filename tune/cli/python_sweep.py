@@ -1,13 +1,18 @@
 """The sweep as a function of Python, for notebooks and scripts: `from tune import sweep`.
 
-Nothing here exits the process, installs a signal handler or asks a question: errors are raised, an interrupt ends the
+Nothing here exits the process, leaves a signal handler or asks a question: errors are raised, an interrupt ends the
 sweep as Ctrl-C does its command, and progress is printed as plain lines.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -60,6 +65,33 @@ class Run:
         return f"Run({str(self.folder)!r})"
 
 
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Give the process its handler of SIGTERM back, which starting Ray in the main thread replaces."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _no_widgets() -> Iterator[None]:
+    """Keep advice of libraries to install notebook widgets out of the cell."""
+    logger = logging.getLogger("ray.widgets.util")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@_no_widgets()
+@_own_handlers()
 def sweep(
     config: Mapping[str, Any] | str | os.PathLike,
     *,
