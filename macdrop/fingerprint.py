@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 #: What a fingerprint begins with; one without was made by `_sampled`.
 SCHEME = "2-"
 SHOWN = len(SCHEME) + 12  # characters of a fingerprint that people are shown
+#: Bits of a weight -> the format that a base is quantised to while it is loaded, with which its fingerprint ends.
+FORMATS = {4: "nf4", 8: "int8"}
 _ANNOUNCED_BYTES = 8 * 2**30  # more than this is announced before it is read
 _THREADS = 4
 # A file that changed just before it was read may change again without a new time.
@@ -89,6 +91,34 @@ def checkpoint_fingerprint(
         _add(digest, file.name.encode())
         _add(digest, found.encode())
     return SCHEME + digest.hexdigest()
+
+
+def quantised_fingerprint(fingerprint: str, quantization_bit: int | None) -> str:
+    """The fingerprint of a checkpoint that is quantised while it is loaded, which is another model: its format added.
+
+    Raises `ConfigError` for numbers of bits that there is no format of.
+    """
+    name = format_name(quantization_bit)
+    return fingerprint if name is None else f"{fingerprint}-{name}"
+
+
+def format_name(quantization_bit: int | None) -> str | None:
+    """Return `nf4` or `int8`; None for a model that is not quantised. `ConfigError` for other numbers of bits."""
+    if quantization_bit is not None and (isinstance(quantization_bit, bool) or quantization_bit not in FORMATS):
+        raise ConfigError(f"quantization_bit is {quantization_bit!r}; allowed are 4 (NF4), 8 (LLM.int8) and null.")
+    return None if quantization_bit is None else FORMATS[quantization_bit]
+
+
+def split_fingerprint(fingerprint: str) -> tuple[str, str | None]:
+    """Return the fingerprint of the files, and the format that they were quantised to; None without."""
+    files, _, last = fingerprint.rpartition("-")
+    return (files, last) if last in FORMATS.values() else (fingerprint, None)
+
+
+def shown(fingerprint: str) -> str:
+    """Return what people are shown of a fingerprint."""
+    files, format_ = split_fingerprint(fingerprint)
+    return files[:SHOWN] + (f"-{format_}" if format_ else "")
 
 
 def is_checkpoint(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from macdrop.errors import ConfigError
+from macdrop.quantised import dequantised, is_quantised, read_codes, write_codes, zero_rows
 from macdrop.structure import Projection
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,8 +70,38 @@ def write_rows(projection: Projection, indices: Sequence[int], rows: torch.Tenso
     projection.matrix()[projection.features(indices)] = rows
 
 
+def is_writable(parameter: torch.Tensor) -> bool:
+    """Return whether rows of a parameter can be set to zero in place: whole, and plain or quantised by bitsandbytes."""
+    return not is_partitioned(parameter) and (parameter.dtype in _PLAIN or is_quantised(parameter))
+
+
+@contextmanager
+def zeroed_rows(projection: Projection, indices: Sequence[int]) -> Iterator[None]:
+    """Set rows to zero inside the block, and bring them back bit for bit; of quantised weights by their codes.
+
+    For parameters that are `is_writable`. Raises `ConfigError` where quantised rows cannot be edited.
+    """
+    if is_quantised(projection.tensor):
+        features = projection.features(indices)
+        codes = read_codes(projection.module, features)
+        try:
+            zero_rows(projection.module, features)
+            yield
+        finally:
+            write_codes(projection.module, features, codes)
+        return
+    rows = read_rows(projection, indices)
+    try:
+        write_rows(projection, indices, torch.zeros((), dtype=rows.dtype, device=rows.device))
+        yield
+    finally:
+        write_rows(projection, indices, rows)
+
+
 def _dequantised(projection: Projection, name: str) -> torch.Tensor:
     parameter = projection.tensor
+    if is_quantised(parameter):
+        return dequantised(projection.module)
     if parameter.dtype in _PLAIN:
         return parameter
     weight = None

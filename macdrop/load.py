@@ -27,6 +27,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from macdrop.errors import ConfigError, UnsupportedModel, nearest
 from macdrop.families import decoder_layers
 from macdrop.fingerprint import is_lfs_pointer
+from macdrop.quantised import loading_options, settle, stored_quantised
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,14 @@ def load_model(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quantization_bit: int | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a folder or a hub id, in evaluation mode, on the CPU.
 
-    dtype: "float32", "bfloat16", or "auto" for the one that the checkpoint is stored in. Weights are read from
-    safetensors only. Code from the model's repository runs only with `trust_remote_code`, and nothing ever asks.
+    dtype: "float32", "bfloat16", or "auto" for the one that the checkpoint is stored in. quantization_bit: 4 (NF4) or 8
+    (LLM.int8) to let bitsandbytes quantise the linear layers, which puts the model on the GPU if there is one. Weights
+    are read from safetensors only. Code from the model's repository runs only with `trust_remote_code`, and nothing
+    ever asks.
 
     Raises `ConfigError` for a path that is not a model folder, a hub id that cannot be reached, damaged or incomplete
     weights, files with more layers than the config, and `UnsupportedModel` for a model that is not a text-only decoder.
@@ -60,7 +64,9 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _load_config(name, options)
     _require_causal_text(name, config)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantization_bit is not None:
+        extra |= loading_options(quantization_bit, name, config, DTYPES[dtype])
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not know
             name,
@@ -74,7 +80,8 @@ def load_model(
     except SafetensorError as error:
         raise ConfigError(f"The weights of {name} are damaged: {error}.\nCopy or download the model again.") from None
     except ImportError as error:
-        raise ConfigError(f"{name} needs a package that is missing: {_first_line(error)}{_quantised(config)}") from None
+        hint = stored_quantised(config)
+        raise ConfigError(f"{name} needs a package that is missing: {_first_line(error)}{hint}") from None
     except Exception as error:  # code of the model, which may trust its config
         raise ConfigError(_weights_message(name, error)) from None
     model, info = loaded
@@ -90,6 +97,7 @@ def load_model(
             raise ConfigError(
                 f"generation_config.json of {name}: eos_token_id must be a token's number, not {end!r:.60}."
             )
+    settle(model)
     return model.eval()
 
 
@@ -100,6 +108,7 @@ def open_model(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization_bit: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and the tokenizer that belongs to it; `load_model` says how.
 
@@ -114,6 +123,7 @@ def open_model(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
+        quantization_bit=quantization_bit,
     )
     require_fit(tokenizer, model, name=os.fspath(source))
     return model, tokenizer
@@ -318,16 +328,6 @@ def _weights_message(name: str, error: Exception) -> str:
     if "ignore_mismatched_sizes" in text or "size mismatch" in text:
         return f"The weights of {name} do not have the shapes that its config.json says. Are they of one model?"
     return f"{name} cannot be loaded: {_first_line(error)}"
-
-
-def _quantised(config: PretrainedConfig) -> str:
-    """A hint for weights that are stored quantised; empty for others."""
-    if getattr(config, "quantization_config", None) is None:
-        return ""
-    return (
-        "\nIts weights are quantised, and attacks, proofs and merges refuse such weights with that package, too: give\n"
-        "the checkpoint in 16 or 32 bits."
-    )
 
 
 def _hub_message(name: str, revision: str | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from macdrop.quantised import is_quantised
 from macdrop.structure import FFN, Slot, build_ffn, linear_slot, peel
 
 _TOKENS = 16  # so that a feature which ReLU silences at some tokens is alive at others
@@ -41,7 +42,9 @@ def probe_ffn(module: nn.Module, layer: int, path: str) -> FFN | None:
     inner = peel(module)
     slots = {name: slot for name, child in inner.named_children() if (slot := linear_slot(child))}
     weights: list[torch.Tensor] = [getattr(slot.module, slot.parameter) for slot in slots.values()]
-    if any(weight.is_meta or not weight.is_floating_point() or hasattr(weight, "ds_id") for weight in weights):
+    if any(weight.is_meta or hasattr(weight, "ds_id") for weight in weights):
+        return None
+    if not all(weight.is_floating_point() or is_quantised(weight) for weight in weights):
         return None
     for down in (name for name in slots if _is_down(name, slots)):
         with evaluating(inner):
@@ -86,8 +89,9 @@ class _Flow:
     def __init__(self, module: nn.Module, down: str, hidden: int, size: int, like: torch.Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
         self.module, self.down, self.size = module, down, size
-        self.tokens = torch.randn(1, _TOKENS, hidden, generator=generator).to(like)
-        self.others = torch.randn(1, _TOKENS, hidden, generator=generator).to(like)
+        precision = like.device if is_quantised(like) else like  # quantised layers take any type of input
+        self.tokens = torch.randn(1, _TOKENS, hidden, generator=generator).to(precision)
+        self.others = torch.randn(1, _TOKENS, hidden, generator=generator).to(precision)
 
     def run(self, tokens: torch.Tensor, name: str | None = None, feature: int = 0, value: float = 0.0) -> torch.Tensor:
         """The down projection's input, (tokens, size)."""

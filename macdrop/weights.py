@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from macdrop.errors import ConfigError, NoMassiveWeights
-from macdrop.fingerprint import SHOWN
+from macdrop.fingerprint import shown
 
 FORMAT = 1  # of the JSON file
 
@@ -77,7 +77,7 @@ class MassiveWeights:
         if fingerprint != self.fingerprint:
             raise NoMassiveWeights(
                 f"The massive weights of {self.model} were found in another checkpoint than the one given:\n"
-                f"fingerprint {self.fingerprint[:SHOWN]} in the scan, {fingerprint[:SHOWN]} now.\n"
+                f"fingerprint {shown(self.fingerprint)} in the scan, {shown(fingerprint)} now.\n"
                 "Rows differ between checkpoints: scan this one (macdrop scan MODEL)."
             )
 

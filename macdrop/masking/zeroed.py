@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from macdrop.attack import attacked_rows
 from macdrop.errors import ConfigError
 from macdrop.families import massive_ffn
-from macdrop.gather import is_partitioned, read_rows, write_rows
+from macdrop.gather import is_partitioned, is_writable, zeroed_rows
 from macdrop.weights import MassiveWeights
 
 
@@ -24,11 +24,13 @@ def attacked(model: nn.Module, weights: MassiveWeights, kind: str, k: int = 0, *
     different experiments: name which one a score is of. Biases of plain FFNs (and of GPT-OSS experts) are kept.
 
     The rows come back bit for bit at the end, after exceptions too; blocks may be nested. Only the rows that are zeroed
-    are copied meanwhile. Of routed experts only the one that bos is routed to is touched. For inference: autograd
-    refuses a backward pass of a forward pass from before the block.
+    are copied meanwhile. Weights that bitsandbytes has quantised are zeroed as they would be if they were dequantised
+    first: their rows get the code of 0, and the scales stay. Of routed experts only the one that bos is routed to is
+    touched. For inference: autograd refuses a backward pass of a forward pass from before the block.
 
     Raises `ConfigError` for an unknown kind, an impossible k, and for weights whose rows cannot be written in place
-    (quantised, or partitioned by DeepSpeed ZeRO-3), and `NoMassiveWeights` when `weights` belong to another model.
+    (quantised by something else, or partitioned by DeepSpeed ZeRO-3), and `NoMassiveWeights` when `weights` belong to
+    another model.
     """
     rows = attacked_rows(weights, kind, k, seed=seed)
     if not rows:
@@ -37,15 +39,10 @@ def attacked(model: nn.Module, weights: MassiveWeights, kind: str, k: int = 0, *
     ffn = massive_ffn(model, weights)
     for projection in ffn.projections:
         _require_writable(projection.tensor, kind)
-    saved = []
-    try:
+    with ExitStack() as stack:
         for projection in ffn.projections:
-            saved.append((projection, read_rows(projection, rows)))
-            write_rows(projection, rows, torch.zeros((), dtype=saved[-1][1].dtype, device=saved[-1][1].device))
+            stack.enter_context(zeroed_rows(projection, rows))
         yield len(rows) * len(ffn.projections)
-    finally:
-        for projection, original in saved:
-            write_rows(projection, rows, original)
 
 
 def _require_writable(parameter: torch.Tensor, kind: str) -> None:
@@ -54,8 +51,8 @@ def _require_writable(parameter: torch.Tensor, kind: str) -> None:
             f"The attack {kind!r} needs whole weights, but DeepSpeed ZeRO-3 has partitioned them.\n"
             "Score attacks with a model that is loaded outside the training engine."
         )
-    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+    if not is_writable(parameter):
         raise ConfigError(
-            f"The attack {kind!r} cannot set rows of quantised weights to zero ({parameter.dtype}).\n"
-            "Load the model in float32, bfloat16 or float16."
+            f"The attack {kind!r} cannot set rows of weights in {parameter.dtype} to zero.\n"
+            "Load the model in float32, bfloat16 or float16, or let bitsandbytes quantise it (quantization_bit)."
         )

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from macdrop.errors import ConfigError, NoMassiveWeights, UnsupportedModel
 from macdrop.families import bare_model, massive_ffn
-from macdrop.gather import is_partitioned, not_finite
+from macdrop.gather import is_writable, not_finite
 from macdrop.masking import attacked
 from macdrop.scan.states import BosStates, Intermediate, bos_states
 from macdrop.weights import Confidence, LayerStats, MassiveWeights
@@ -205,7 +205,7 @@ def _check_rows(model: nn.Module, weights: MassiveWeights, found: Intermediate) 
     """Zero the top rows: their entries of the intermediate state must fall silent, and no other may move."""
     ffn = massive_ffn(model, weights)
     tensors = [projection.tensor for projection in ffn.projections]
-    if any(is_partitioned(t) or not t.is_floating_point() or t.dtype.itemsize < 2 for t in tensors):
+    if not all(map(is_writable, tensors)):
         return  # such weights cannot be edited; the float checkpoint they come from can be scanned instead
     k = min(_CHECKED_ROWS, weights.intermediate_size)
     with attacked(model, weights, "zeroing", k):

@@ -211,7 +211,7 @@ def test_one_benchmark_of_a_list_can_be_overridden(tmp_path):
         ("eval.perplexity.a={data: b, windw: 3}", "Did you mean 'window'?"),
         ("lr=1e-4", "Write learning_rate."),
         ("deepspeed=ds.json", "zero_stage"),
-        ("load_in_4bit=true", "Quantised"),
+        ("load_in_4bit=true", "Write quantization_bit: 4"),
         ("k=3", "Write macdrop.k."),
         ("sweep.models.0.seed=3", "sweep.models is not a block of keys"),
         ("a.b.c=1", "a is an unknown key."),

@@ -284,8 +284,8 @@ def test_an_adapter_beside_the_model_is_refused(folder):
 
 
 def test_quantised_weights_are_named_where_their_package_is_missing(folder):
-    rewrite_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with refused("quantised.*give\nthe checkpoint in 16 or 32 bits"):
+    rewrite_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with refused("stored quantised. Give the checkpoint in 16 or 32 bits"):
         load_model(folder)
 
 

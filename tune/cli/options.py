@@ -21,6 +21,9 @@ Adapter = Annotated[Path | None, typer.Option(help="PEFT adapter folder (default
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Load the model in bfloat16.")]
+Quantised = Annotated[
+    int | None, typer.Option("--quantization-bit", help="Quantise the base: 4 (NF4) or 8 (LLM.int8), by bitsandbytes.")
+]
 Text = Annotated[
     Path | None, typer.Option(help="Text to measure perplexity on (default: built-in texts of five kinds).")
 ]

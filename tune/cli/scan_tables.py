@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def weights(found: MassiveWeights, k: int) -> None:
     """Print sizes by layer, then where the massive weights are."""
-    from macdrop.fingerprint import SHOWN
+    from macdrop.fingerprint import shown
 
     rows = table("layer", "max |hidden|", "median", "max |intermediate|", "median", "", left=("",))
     for stats in found.layers:
@@ -29,13 +29,23 @@ def weights(found: MassiveWeights, k: int) -> None:
     expert = "" if found.expert is None else f", expert {found.expert}"
     lines(
         [
-            ("model", f"{found.model} ({found.kind} FFN), fingerprint {found.fingerprint[:SHOWN]}"),
+            ("model", f"{found.model} ({found.kind} FFN), fingerprint {shown(found.fingerprint)}"),
             ("bos", f"token {found.bos_token_id}, by rule {found.bos_rule!r}"),
             ("layer", f"{found.layer} ({found.path}{expert}), counted from 0"),
             (f"top {k} rows", _sized(found.top(k), found.magnitudes) or "none"),
             ("confidence", found.confidence.text),
         ]
     )
+    quantised_note(found)
+
+
+def quantised_note(found: MassiveWeights) -> None:
+    """Print, of a quantised base, which rows a scan, a proof and attacks are about."""
+    from macdrop.fingerprint import split_fingerprint
+
+    _, name = split_fingerprint(found.fingerprint)
+    if name is not None:
+        line("quantised", f"to {name}: scan, proof and attacks act on the dequantised rows")
 
 
 def proof(found: Proof) -> None:

@@ -25,6 +25,7 @@ class Source:
     bf16: bool = False
     trust_remote_code: bool = False
     bos_token_id: int | None = None
+    quantization_bit: int | None = None
 
     def spec(self) -> TrainSpec:
         """Return a fine-tuning spec of the same model."""
@@ -36,6 +37,7 @@ class Source:
             "model_revision": self.revision,
             "bf16": self.bf16,
             "trust_remote_code": self.trust_remote_code,
+            "quantization_bit": self.quantization_bit,
         }
         return build(TrainSpec, named)
 
@@ -78,7 +80,7 @@ class Source:
             line("source", note)
         with console.status(f"Loading {self.model}"):
             model, tokenizer = open_base(self.spec())
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and self.quantization_bit is None:  # such a one is there already
             model.cuda()  # type: ignore[call-arg]  # a wrapped method that mypy takes for unbound
         return model, tokenizer
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from macdrop.errors import ConfigError, nearest
-from tune.config.eval_spec import EvalSpec
+from tune.config.eval_spec import NO_ATTACK, EvalSpec
 from tune.config.messages import ELSEWHERE, build
 from tune.config.objectives import check_apart, check_early_stops, check_metrics
 from tune.config.parse import merge, normalise, override, read_override, read_yaml, undot
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 #: Keys that say what the base model is; another value is another model, to be listed under sweep.models.
-MODEL_KEYS = ("model_name_or_path", "model_revision", "trust_remote_code")
+MODEL_KEYS = ("model_name_or_path", "model_revision", "trust_remote_code", "quantization_bit")
 #: Keys whose values may be valid alone and invalid together.
 COUPLED_KEYS = (
     "zero_stage",
@@ -101,6 +101,9 @@ class RunSpec(TrainSpec):
         studies = self.studies()
         for study in studies:
             _check_space(study, self.sweep.parameters)
+        for study in studies:
+            check_merging(study, self.eval, "eval")
+            check_merging(study, self.validation, "validation")
         check_apart(self.eval, self.validation)
         check_metrics(self.sweep, self.eval, self.validation)
         check_early_stops(self.sweep, [study.eval_steps for study in studies])
@@ -125,6 +128,20 @@ class RunSpec(TrainSpec):
             return build(TrainSpec, merge(flat, entry))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+
+
+def check_merging(spec: TrainSpec, block: EvalSpec, name: str) -> None:
+    """Refuse attacks on the merged rows of a quantised base: merging would quantise them again, to another model.
+
+    name: of the block, for the message.
+    """
+    if spec.quantization_bit is None or block.attack_on == "base" or all(each == NO_ATTACK for each in block.attacks):
+        return
+    raise ConfigError(
+        f"{name}.attack_on: {block.attack_on} needs a base that is not quantised, and {spec.model_name_or_path} has "
+        f"quantization_bit: {spec.quantization_bit}: rows with an adapter merged into them would have to be quantised "
+        "again, and be others. Set attack_on to base, or quantization_bit to null."
+    )
 
 
 def searchable() -> list[str]:

@@ -26,6 +26,7 @@ ENGINE_KEYS = (
     "trust_remote_code",
     "attn_implementation",
     "bf16",
+    "quantization_bit",
     "lora_rank",
     "lora_alpha",
     "lora_dropout",
@@ -43,7 +44,13 @@ ENGINE_KEYS = (
 #: Keys that no bit of an adapter depends on.
 WITHOUT_EFFECT = ("logging_steps", "save_steps", "max_dropped_share")
 #: Keys that count for a trial's name only where they differ from their defaults: run files without them keep the names.
-UNNAMED_DEFAULTS = ("bad_rows", "early_stopping_patience", "packing", "max_tokens_per_micro_batch")
+UNNAMED_DEFAULTS = (
+    "bad_rows",
+    "early_stopping_patience",
+    "packing",
+    "max_tokens_per_micro_batch",
+    "quantization_bit",
+)
 
 #: Keys that say what kind of adapter is trained; arms are compared where these are equal.
 CELL_KEYS = ("use_dora", "use_rslora")
@@ -97,6 +104,12 @@ class TrainSpec(OptimizerKeys, DataKeys, AdapterKeys, ModelKeys):
             raise ValueError(
                 f"offload: cpu needs zero_stage 1, 2 or 3, not {self.zero_stage}. "
                 "Set zero_stage to 2, or offload to none."
+            )
+        if self.quantization_bit is not None and self.zero_stage == 3:
+            raise ValueError(
+                f"zero_stage: 3 cannot be used with quantization_bit: {self.quantization_bit}, as it partitions "
+                "weights that bitsandbytes needs whole. Set zero_stage to 2: a quantised base takes a quarter or half "
+                "of the memory on each GPU. Or set quantization_bit to null."
             )
         if self.packing == "off" and self.max_tokens_per_micro_batch is not None:
             raise ValueError(

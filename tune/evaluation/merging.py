@@ -17,6 +17,7 @@ from torch import nn
 
 from macdrop.errors import ConfigError
 from macdrop.load import load_model
+from macdrop.quantised import dequantise, is_quantised
 from macdrop.scan import choose_bos
 from tune.config.run_spec import TrainSpec
 from tune.errors import BenchmarkError
@@ -124,7 +125,7 @@ def _own(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """
     had = [(layer, name, parameter) for name, parameter in layer.named_parameters(recurse=False)]
     for _, name, parameter in had:
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        if is_quantised(parameter) or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
             raise ConfigError("attack_on: merged needs base weights that are not quantised; use base.")
         layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
     return had
@@ -144,12 +145,15 @@ def _check_probe(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) 
 def write_merged(spec: TrainSpec, adapter: Path, folder: Path) -> LogitCheck:
     """Write weights, tokenizer and configuration of the merged model into `folder`, and check them.
 
+    A base that is quantised is dequantised first: it is merged, and compared, in the precision that it is trained in.
+
     Raises:
         BenchmarkError: the merged weights, read back, do not answer as base and adapter do.
     """
     from peft import PeftModel
 
     base, tokenizer = open_base(spec)
+    dequantise(base)
     bos, _ = choose_bos(tokenizer, base.config)
     blocks: torch.Tensor = proof_blocks(base, tokenizer, bos, text=None, source=spec.model_name_or_path)
     blocks = blocks[: max(1, CHECKED // blocks.shape[1])]

@@ -13,19 +13,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from macdrop.errors import ConfigError
 from macdrop.fingerprint import weight_files
 from macdrop.load import check_model
+from macdrop.quantised import check_quantisable
 from tune.config.run_spec import TrainSpec
 from tune.training.lora import add_adapter, left_alone
 from tune.zoo.model_source import model_source
 
 
 def model_outline(spec: TrainSpec) -> PreTrainedModel:
-    """Return the model of a spec without weights (on torch's meta device): its modules and shapes.
+    """Return the model of a spec without weights (on torch's meta device): its modules and shapes, not quantised.
 
     Raises:
-        ConfigError: there is no such model, it has no weight files, or it is not a causal language model.
+        ConfigError: there is no such model, it has no weight files, is not a causal language model, or cannot be
+            quantised.
     """
     source = model_source(spec.model_name_or_path)
     config = check_model(source, revision=spec.model_revision, trust_remote_code=spec.trust_remote_code)
+    if spec.quantization_bit is not None:
+        check_quantisable(spec.quantization_bit, spec.model_name_or_path, config)
     folder = Path(source)
     if os.path.isdir(folder) and not weight_files(folder):
         raise ConfigError(f"{folder} is not a model folder: it has a config.json but no weights (*.safetensors).")

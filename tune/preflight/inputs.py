@@ -15,7 +15,7 @@ from macdrop.families import find_ffns
 from macdrop.load import check_model, load_tokenizer
 from macdrop.schedules import SCHEDULES, probability
 from tune.config.eval_spec import NO_ATTACK, EvalSpec, jobs
-from tune.config.run_spec import RunSpec, Space, TrainSpec, values_of, with_values
+from tune.config.run_spec import RunSpec, Space, TrainSpec, check_merging, values_of, with_values
 from tune.config.sections import ARMS, EVAL_LOSS, Arm
 from tune.data import dataset as data
 from tune.data.batching import Batches, total_steps
@@ -119,6 +119,7 @@ def check_training(spec: TrainSpec, workers: int, room: Room | None = None) -> C
 def check_scoring(spec: TrainSpec, block: EvalSpec) -> None:
     """Check the inputs for scoring one model, before its weights are loaded."""
     outline = model_outline(spec)
+    check_merging(spec, block, "eval")
     check_rows(outline, spec, attacks={job.attack: "eval" for job in jobs(block)})
     check_files(block)
     check_judging(block)

@@ -20,6 +20,7 @@ from tune.data.dataset import Prepared
 from tune.errors import ResourceError
 from tune.evaluation.scorer import Scorer
 from tune.preflight.adapter import model_outline
+from tune.preflight.base_memory import base_bytes
 from tune.preflight.forecast import Measured
 from tune.scheduling.study import Study
 from tune.storage.capacity import memory
@@ -47,13 +48,13 @@ def check_memory(spec: TrainSpec) -> int:
     Raises:
         ResourceError: they do not fit in free memory; nothing was loaded.
     """
-    size = sum(p.numel() for p in model_outline(spec).parameters()) * (2 if spec.bf16 else 4)
+    size = base_bytes(model_outline(spec), spec)
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory()[0]
     if size * HEADROOM > free:
         raise ResourceError(
             f"{spec.model_name_or_path} has {size / 2**30:.1f} GiB of weights, with {HEADROOM - 1:.0%} on top "
             f"{size * HEADROOM / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free here.\n"
-            "Plan on a machine like those that will train, or use bf16: true."
+            "Plan on a machine like those that will train, or use bf16: true, or quantization_bit: 4."
         )
     return size
 

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tune.config.run_spec import RaySpec, TrainSpec
 from tune.preflight.adapter import model_outline
+from tune.preflight.base_memory import base_bytes, dequantised_bytes
 from tune.storage.capacity import memory
 from tune.training.lora import add_adapter
 
@@ -64,7 +65,7 @@ def step_memory(spec: TrainSpec, *, gpu: bool) -> StepMemory | None:
     size = 2 if spec.bf16 else 4
     base: Any = model_outline(spec)
     base.to(torch.bfloat16 if spec.bf16 else torch.float32)
-    weights = sum(p.numel() for p in base.parameters()) * size
+    weights = base_bytes(base, spec) + dequantised_bytes(base, spec)
     for module in base.modules():
         if isinstance(module, PreTrainedModel):
             module.config._attn_implementation = _NAME

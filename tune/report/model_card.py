@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from macdrop.fingerprint import format_name
 from macdrop.gguf.header import is_gguf
 from tune.config.eval_spec import NO_ATTACK
 from tune.config.run_spec import TrainSpec
@@ -36,6 +37,13 @@ CITATION = """```bibtex
   year={2024}
 }
 ```"""
+#: Bits of a base's weights -> arguments of transformers' BitsAndBytesConfig, as `macdrop.quantised` has them.
+_QUANTISED = {
+    4: (
+        'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}"'
+    ),
+    8: "load_in_8bit=True",
+}
 #: Two-sided 95 % of a normal distribution.
 Z = 1.959964
 
@@ -100,6 +108,11 @@ def _about(trial: Exported, merged: LogitCheck | None) -> str:
     text = f"{what[0].upper()}{what[1:]} for {_code(_shown(spec.model_name_or_path))}, trained with {how}. "
     text += f"Trial {_code(trial.name)}"
     text += f", arm `{spec.arm}`." if spec.arm not in (Arm.PLAIN, Arm.MACDROP) else "."
+    if spec.quantization_bit is not None:
+        text += (
+            f"\n\nThe base was quantised to {format_name(spec.quantization_bit)} by bitsandbytes while this was trained"
+        )
+        text += "; the merged weights are the dequantised ones." if merged else "."
     return text + (f"\n\nLogit check of the merge: {merged.text}." if merged else "")
 
 
@@ -119,11 +132,16 @@ def _loading(trial: Exported, merged: bool, place: str) -> str:
         name = f"model_source({name})"
     revision = f", revision={_literal(spec.model_revision)}" if spec.model_revision else ""
     trust = ", trust_remote_code=True" if spec.trust_remote_code else ""
+    quantised = ""
+    if spec.quantization_bit is not None:
+        lines[0] += ", BitsAndBytesConfig"
+        lines.append(f"quantised = BitsAndBytesConfig({_QUANTISED[spec.quantization_bit].format(dtype=dtype)})")
+        quantised = ", quantization_config=quantised"
     return "\n".join(
         [
             "from peft import PeftModel",
             *lines,
-            f'base = AutoModelForCausalLM.from_pretrained({name}{revision}{trust}, dtype="{dtype}")',
+            f'base = AutoModelForCausalLM.from_pretrained({name}{revision}{trust}, dtype="{dtype}"{quantised})',
             f"model = PeftModel.from_pretrained(base, {_literal(place)})",
             f"tokenizer = AutoTokenizer.from_pretrained({name}{revision}{trust})",
         ]
@@ -160,6 +178,7 @@ def _training(trial: Exported) -> list[tuple[str, str]]:
         ("batch", batch + workers),
         ("learning rate", f"{spec.learning_rate:g}, {spec.lr_scheduler_type}, warm-up {spec.warmup_ratio:g}"),
         ("precision", "bfloat16, fp32 masters" if spec.bf16 else "float32"),
+        ("base quantised to", format_name(spec.quantization_bit) or ""),
         ("last training loss", _text(info.get("train_loss"))),
         ("validation loss, masks off", _text(info.get("eval_loss"))),
         ("entries dropped", f"{dropped} of {masked} masked ({dropped / masked:.1%})" if masked else "none"),

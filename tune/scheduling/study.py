@@ -108,7 +108,8 @@ def studies(run: RunSpec) -> list[Study]:
     if twice:
         raise ConfigError(
             f"sweep.models lists {', '.join(twice)} more than once. Give each model one entry; what should vary "
-            "within a model goes under sweep.parameters."
+            "within a model goes under sweep.parameters. To compare one model at several quantization_bit, sweep each\n"
+            "into a run of its own: macdrop compare RUN RUN."
         )
     return planned
 

@@ -15,7 +15,19 @@ from tune.storage.capacity import cpus, memory
 ENVIRONMENT_FILE = "environment.json"
 #: The key of later environments, those of resumed runs, in the file.
 _RESUMED = "resumed"
-_PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "ray", "lm-eval", "datasets", "optuna", "numpy")
+_PACKAGES = (
+    "macdrop",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "ray",
+    "lm-eval",
+    "datasets",
+    "optuna",
+    "numpy",
+    "bitsandbytes",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from macdrop.errors import ConfigError, DataError, NoMassiveWeights
-from macdrop.fingerprint import SHOWN
+from macdrop.fingerprint import SHOWN, shown
 from macdrop.load import check_model, load_tokenizer
 from macdrop.proof import Proof, prove, require_blocks, text_blocks
 from macdrop.scan import RULE, choose_bos, find_massive_weights
@@ -19,7 +19,7 @@ from macdrop.weights import MassiveWeights
 from tune.config.run_spec import TrainSpec, slug
 from tune.storage.atomic import writing
 from tune.storage.places import cache_dir
-from tune.training.loading import fingerprint, open_base, require_base
+from tune.training.loading import base_fingerprint, open_base, require_base
 from tune.zoo.catalog import is_planted, resolve
 from tune.zoo.model_source import model_source
 
@@ -113,17 +113,18 @@ def _known(path: Path, identity: str) -> MassiveWeights | None:
 def _cached(spec: TrainSpec, bos_token_id: int) -> tuple[Path, str]:
     """Return the file of a checkpoint's scan, and the checkpoint's fingerprint.
 
-    All that a scan depends on is part of the name: the bytes of the checkpoint, the token that stands for bos, the rule
-    of the scan, and the precision, since a bf16 forward may order nearly equal rows differently than an fp32 one.
+    All that a scan depends on is part of the name: the bytes of the checkpoint, what it is quantised to, the token that
+    stands for bos, the rule of the scan, and the precision, since a bf16 forward may order nearly equal rows
+    differently than an fp32 one.
     """
-    identity = fingerprint(spec.model_name_or_path, spec.model_revision)
+    identity = base_fingerprint(spec)
     return scan_file(spec, identity, bos_token_id), identity
 
 
 def scan_file(spec: TrainSpec, identity: str, bos_token_id: int) -> Path:
     """Return the file in the cache that holds the scan of a checkpoint with this fingerprint and first token."""
     precision = "bf16" if spec.bf16 else "fp32"
-    name = f"{slug(spec.model_name_or_path)}-{identity[:SHOWN]}-{precision}-bos{bos_token_id}-rule{RULE}.json"
+    name = f"{slug(spec.model_name_or_path)}-{shown(identity)}-{precision}-bos{bos_token_id}-rule{RULE}.json"
     return cache_dir() / "scans" / name
 
 

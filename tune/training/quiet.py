@@ -38,13 +38,14 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     # What the hooks warn of is among the notes of the check before training.
-    _errors_only("deepspeed", "DeepSpeed", "huggingface_hub", "macdrop.hooks")
+    # bitsandbytes reports in every forward pass that activations are cast for int8.
+    _errors_only("deepspeed", "DeepSpeed", "huggingface_hub", "macdrop.hooks", "bitsandbytes")
 
 
 def quiet_worker() -> None:
     """Keep warnings and log lines of libraries out of a worker's log, which is read for our own."""
     warnings.filterwarnings("ignore")
-    _errors_only("DeepSpeed", "transformers", "peft", "torch")
+    _errors_only("DeepSpeed", "transformers", "peft", "torch", "bitsandbytes")
 
 
 def _errors_only(*names: str) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SETUP = "reproduce.json"
 #: Packages whose versions may change the bits of an adapter.
-PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "numpy")
+PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "numpy", "bitsandbytes")
 #: Part of an `identity` -> what it is, for one that differs while config.yaml does not.
 PARTS = {
     "total_steps": "optimizer steps of the whole fine-tuning (they follow from the data)",
@@ -142,6 +142,6 @@ def differences(setup: dict[str, Any]) -> list[str]:
     here = surroundings()
     found = [f"device: {setup['device']} then, {here['device']} now"] if setup["device"] != here["device"] else []
     for name, now in here["versions"].items():
-        then = setup["versions"].get(name)
+        then = setup["versions"].get(name, now)  # one that was not recorded may not have been looked at
         found += [f"{name}: {then} then, {now} now"] if then != now else []
     return found

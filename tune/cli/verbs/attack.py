@@ -14,7 +14,8 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, table
-from tune.cli.options import Adapter, Bf16, Bos, Model, Revision, Text, Trust
+from tune.cli.options import Adapter, Bf16, Bos, Model, Quantised, Revision, Text, Trust
+from tune.cli.scan_tables import quantised_note
 from tune.cli.source import Source, check_adapter
 
 if TYPE_CHECKING:
@@ -59,15 +60,21 @@ def attack(
     bos_token_id: Bos = None,
     revision: Revision = None,
     bf16: Bf16 = False,
+    quantization_bit: Quantised = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure perplexity, and accuracy on tasks, with massive weights zeroed, retained, or random rows zeroed."""
     from tune.evaluation.benchmark import check_files
     from tune.training.massive_weights import massive_weights, proof_blocks, proof_text
 
-    source, ks = Source(model, revision, bf16, trust_remote_code, bos_token_id), k or list(KS)
+    source, ks = Source(model, revision, bf16, trust_remote_code, bos_token_id, quantization_bit), k or list(KS)
     if merged and adapter is None:
         raise ConfigError("--merged needs --adapter: without an adapter there is nothing to merge.")
+    if merged and quantization_bit is not None:
+        raise ConfigError(
+            "--merged needs a base that is not quantised: merged rows would have to be quantised again, and be others. "
+            "Leave --merged or --quantization-bit out."
+        )
     if k and attack:
         raise ConfigError("--k and --attack both say which attacks to make. Give one of them.")
     block = _block(
@@ -91,6 +98,7 @@ def attack(
         scores = attacked.scores(scored)
     where = "merged weights" if merged else "base rows, adapter in place" if adapter else "base rows"
     line("attack on", f"{where}, layer {weights.layer} of {source.model}")
+    quantised_note(weights)
     line("untouched", f"perplexity {found[block.attacks[0]]:.4g} on {blocks[:, 1:].numel()} tokens")
     if attack or task:
         _show(found, scores, source.model)

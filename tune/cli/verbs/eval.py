@@ -10,7 +10,17 @@ import typer
 
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, warn
-from tune.cli.options import Adapter, Bf16, Model, Revision, Trust, check_output, check_recorded, split_config
+from tune.cli.options import (
+    Adapter,
+    Bf16,
+    Model,
+    Quantised,
+    Revision,
+    Trust,
+    check_output,
+    check_recorded,
+    split_config,
+)
 from tune.cli.source import Source, check_adapter
 from tune.errors import BenchmarkError
 
@@ -29,6 +39,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Folder for scores.jsonl and generated answers.")] = None,
     revision: Revision = None,
     bf16: Bf16 = False,
+    quantization_bit: Quantised = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Score one model or adapter on a suite or the benchmarks of an eval: block, plain and under attack."""
@@ -39,7 +50,8 @@ def evaluate(
     from tune.storage.records import SCORES_FILE
     from tune.zoo.catalog import is_planted
 
-    (file, overrides), source = split_config(config), Source(model, revision, bf16, trust_remote_code)
+    (file, overrides) = split_config(config)
+    source = Source(model, revision, bf16, trust_remote_code, quantization_bit=quantization_bit)
     if file is None and not overrides and not suite and is_planted(source.model):
         file = DEMO
     overrides = [f"eval.suite={suite}", *overrides] if suite else overrides

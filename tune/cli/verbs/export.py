@@ -42,6 +42,11 @@ def export(
     with console.status("Merging and checking" if merged else "Writing"):
         check = write_export(content, output, merged=merged, place=push or output.name)
     line("written", str(output))
+    if merged and content.spec.quantization_bit is not None:
+        from macdrop.fingerprint import format_name
+
+        name = format_name(content.spec.quantization_bit)
+        line("dequantised", f"the adapter was trained on a base in {name}; these are its dequantised weights, merged")
     if check is not None:
         line("logit check", check.text)
     if push is not None:

@@ -11,7 +11,7 @@ import typer
 from macdrop.errors import ConfigError
 from tune.cli import scan_tables as show
 from tune.cli.console import console, line
-from tune.cli.options import Bf16, Bos, Model, Revision, Text, Trust, check_output
+from tune.cli.options import Bf16, Bos, Model, Quantised, Revision, Text, Trust, check_output
 from tune.cli.source import Source
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def scan(
     bos_token_id: Bos = None,
     revision: Revision = None,
     bf16: Bf16 = False,
+    quantization_bit: Quantised = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Find a model's massive weights: layer, rows, confidence; with --prove, whether the model depends on them."""
@@ -65,7 +66,7 @@ def scan(
 
     check_output(output)
     _check_options(prove, k, text, every_layer, yes, figure, data, template)
-    source = Source(model, revision, bf16, trust_remote_code, bos_token_id)
+    source = Source(model, revision, bf16, trust_remote_code, bos_token_id, quantization_bit)
     source.check(ks=[k], name="--k", kinds=PROVED if prove else ())
     spec = source.spec()
     if prove:

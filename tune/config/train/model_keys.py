@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -29,6 +30,13 @@ class ModelKeys(Strict):
     bf16: bool = Field(
         default=False,
         description="Base model and adapter in bfloat16, with fp32 master weights; otherwise everything is fp32.",
+    )
+    quantization_bit: Literal[4, 8] | None = Field(
+        default=None,
+        description=(
+            "Quantise the linear layers of the base by bitsandbytes (extra `bnb`): `4` (NF4, double quantisation), `8` "
+            "(LLM.int8), `null` not at all. Needs `zero_stage` 0, 1 or 2; in a sweep a key of each model."
+        ),
     )
 
     @field_validator("model_name_or_path")

@@ -21,11 +21,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from macdrop.errors import MacDropError
 from macdrop.fingerprint import SHOWN
+from macdrop.quantised import INSTALL
 from tune.config.run_spec import RunSpec, dump
 from tune.distributed.cluster import ray_internals
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.errors import ResourceError
 from tune.preflight.adapter import model_outline
+from tune.preflight.base_memory import base_bytes
 from tune.preflight.probe import HEADROOM
 from tune.scheduling.study import Study
 from tune.storage.atomic import atomic_write_text, writing
@@ -74,6 +76,7 @@ class Needs:
     macdrop: str | None
     lag: float = LAG_S
     copies: tuple[tuple[str, str], ...] = ()
+    quantised: bool = False
 
 
 def check_nodes(spec: RunSpec, planned: Sequence[Study], run_dir: Path, tell: Callable[[str], None]) -> None:
@@ -128,6 +131,7 @@ def needs_of(spec: RunSpec, planned: Sequence[Study], token: str, word: str) -> 
         weights=max((_weights_on_a_gpu(spec, study) for study in planned), default=0) if gpus else 0,
         macdrop=version("macdrop"),
         copies=tuple((name, fingerprint(name)) for name in _models(spec, planned) if is_local_copy(name)),
+        quantised=any(study.spec.quantization_bit for study in planned),
     )
 
 
@@ -174,6 +178,8 @@ def look(needs: Needs) -> list[str]:
     mine = version("macdrop")
     if mine != needs.macdrop:
         problems.append(f"has macdrop {mine}, the head {needs.macdrop}. Install the same version everywhere.")
+    if needs.quantised and version("bitsandbytes") is None:
+        problems.append(f"has no bitsandbytes, which quantization_bit needs. Install it there: {INSTALL}")
     problems += _storage(needs)
     problems += [
         f"has no {path}. Put it on storage that all nodes mount, at the same path, and write the path in full."
@@ -257,7 +263,7 @@ def try_gpus(needs: Needs) -> list[str]:
     if needs.weights * HEADROOM > memory:
         problems.append(
             f"has a {name} with {memory / 2**30:.1f} GiB; the weights alone take {needs.weights / 2**30:.1f} GiB. "
-            "Use bf16: true, zero_stage: 3 on more workers, or larger GPUs."
+            "Use bf16: true, quantization_bit: 4, zero_stage: 3 on more workers, or larger GPUs."
         )
     try:
         parts = [torch.ones(1024, device=f"cuda:{number}") for number in range(torch.cuda.device_count())]
@@ -313,5 +319,5 @@ def _answer(ref: ray.ObjectRef, node: dict[str, Any], wait: float | None, tell: 
 
 def _weights_on_a_gpu(spec: RunSpec, study: Study) -> int:
     """Return the bytes of a model's weights on each GPU, from its shapes alone."""
-    size = sum(p.numel() for p in model_outline(study.spec).parameters()) * (2 if study.spec.bf16 else 4)
+    size = base_bytes(model_outline(study.spec), study.spec)
     return size // spec.ray.num_workers if study.spec.zero_stage == 3 else size
