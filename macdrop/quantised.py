@@ -7,7 +7,7 @@ code for exactly 0, so that a row is set to zero, and brought back, by its codes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -86,15 +86,16 @@ def settle(model: nn.Module) -> None:
     whose rows cannot be read. The scales of int8 get lost where PEFT replaces a weight by itself (DoRA on CPUs), and
     stay behind where the model moves to another device.
     """
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if type(getattr(module, "weight", None)).__name__ == "Int8Params":
             _follow_weight(module)
-            module.register_forward_pre_hook(lambda module, _args: _follow_weight(module))
+            module.register_forward_pre_hook(_follow_weight)
 
 
-def _follow_weight(module: Any) -> None:
+def _follow_weight(module: Any, _args: object = ()) -> None:
     """Point an int8 layer's state at its weight, wherever that is."""
     weight, state = module.weight, module.state
     scales = weight.SCB if state.SCB is None else state.SCB
@@ -111,9 +112,9 @@ def is_quantised(parameter: torch.Tensor) -> bool:
     return kind == "Int8Params" or (kind == "Params4bit" and getattr(parameter, "quant_state", None) is not None)
 
 
-def weight_shape(module: nn.Module) -> tuple[int, ...]:
+def weight_shape(module: Any) -> tuple[int, int]:
     """Shape (out, in) of a quantised layer's weight."""
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    return int(module.out_features), int(module.in_features)
 
 
 @torch.no_grad()
@@ -210,7 +211,7 @@ def dequantise(model: PreTrainedModel) -> int:
         if hasattr(model, note):
             delattr(model, note)
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        delattr(model.config, "quantization_config")
     return len(found)
 
 

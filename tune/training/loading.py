@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +32,8 @@ def open_base(spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     Raises:
         ConfigError: there is no such model, or it cannot be used.
     """
-    with torch.cuda.device(device()) if torch.cuda.is_available() else nullcontext():
+    place: AbstractContextManager[Any] = torch.cuda.device(device()) if torch.cuda.is_available() else nullcontext()
+    with place:
         return open_model(
             model_source(spec.model_name_or_path),
             revision=spec.model_revision,
