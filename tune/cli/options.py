@@ -39,11 +39,12 @@ def load_run_file(
     file: or what it would hold. trust: `--trust-remote-code` was given; None: the verb has no such option.
     """
     from tune.config.run_spec import dump, load
+    from tune.evaluation.own.travel import recorded
 
     spec = load(file, overrides)
     if not isinstance(file, Mapping):
         check_recorded(file, dump(spec), overrides, trust=trust)
-    return spec
+    return recorded(spec)
 
 
 def check_recorded(

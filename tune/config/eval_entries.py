@@ -5,9 +5,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from macdrop.attack import NONE, Attack
+from macdrop.errors import nearest
 from tune.config.sections import Location, Strict, Text, shown
 
 NO_ATTACK = NONE
@@ -16,6 +24,8 @@ MEAN = "mean"
 #: Bytes of a benchmark's name: a file is named after it, with its section and attack, and a file's name has 255.
 NAME_BYTES = 120
 TEXT_METRICS = ("exact_match", "chrf", "rouge_l")
+#: A metric of the user's own: a module of the block's `code_path`, and a function in it.
+OWN_METRIC = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 #: Keys of the block that an entry may set for itself.
 INHERITABLE = ("attacks", "limit", "batch_size", "num_fewshot")
 
@@ -180,6 +190,15 @@ def _per_category(value: Any) -> Any:
     return int(match[1]) if match else value
 
 
+def _metric(name: str) -> str:
+    if name in TEXT_METRICS or re.fullmatch(OWN_METRIC, name):
+        return name
+    raise ValueError(
+        f"{name!r:.80} is not a metric.{nearest(name, TEXT_METRICS)} Allowed: {', '.join(TEXT_METRICS)}, or a function "
+        "of your own as MODULE:FUNCTION, such as my_metrics:score for score(answer, row) in my_metrics.py"
+    )
+
+
 class Generation(BenchmarkEntry):
     """Greedy answers to prompts.
 
@@ -207,10 +226,13 @@ class Generation(BenchmarkEntry):
         ),
     )
     max_new_tokens: PositiveInt = Field(default=64, description="Maximum number of greedily decoded tokens per turn.")
-    metrics: list[Literal["exact_match", "chrf", "rouge_l"]] | None = Field(
+    metrics: list[Annotated[str, AfterValidator(_metric)]] | None = Field(
         default=None,
         min_length=1,
-        description="Any of `exact_match`, `chrf`, `rouge_l`; `null` is all of them if there are references.",
+        description=(
+            "Any of `exact_match`, `chrf`, `rouge_l`, and functions of your own as `MODULE:FUNCTION`; `null` is the "
+            "first three if there are references. See [your own metrics](benchmarks.md#your-own-metrics)."
+        ),
     )
     stop: Annotated[list[Text], BeforeValidator(_one_or_several)] = Field(
         default=[], description="An answer is cut before the first occurrence of any of these texts."
@@ -223,10 +245,25 @@ class Generation(BenchmarkEntry):
     )
 
     @model_validator(mode="after")
-    def _metrics_need_references(self) -> Generation:
-        if self.metrics and self.format == "spec_bench":
-            raise ValueError("metrics need references, and format spec_bench has none; leave metrics out")
+    def _metrics_fit(self) -> Generation:
+        if self.text_metrics and self.metrics and self.format == "spec_bench":
+            raise ValueError(
+                f"{self.text_metrics[0]} needs references, and format spec_bench has none; leave it out of metrics"
+            )
+        names = [name.partition(":")[2] or name for name in self.metrics or ()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"metrics has two of the name {twice!r}, as their scores would have; rename a function")
         return self
+
+    @property
+    def own_metrics(self) -> list[str]:
+        """Names of the user's own metrics, MODULE:FUNCTION."""
+        return [name for name in self.metrics or () if ":" in name]
+
+    @property
+    def text_metrics(self) -> list[str]:
+        """Names of the metrics that compare an answer with references."""
+        return list(TEXT_METRICS) if self.metrics is None else [name for name in self.metrics if ":" not in name]
 
 
 #: The model of each section's entries.

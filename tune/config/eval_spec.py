@@ -23,7 +23,7 @@ from tune.config.eval_entries import (
 )
 from tune.config.judge_spec import JudgeSpec
 from tune.config.parse import SECTIONS
-from tune.config.sections import Strict, Text
+from tune.config.sections import Location, Strict, Text
 
 TEST, VALIDATION = SPLITS = ("test", "validation")
 """What a score is for: `test` benchmarks (block `eval:`) are reported, `validation` benchmarks select settings."""
@@ -103,6 +103,27 @@ class EvalSpec(Strict):
     generation: Annotated[dict[Text, Generation], BeforeValidator(_named)] = Field(
         default={}, description="Generation prompts: a mapping of names to the keys below."
     )
+    task_path: Location | None = Field(
+        default=None,
+        description=(
+            "Folder with lm-eval task YAMLs of your own, named in `zero_shot` like any task; it is sent to the "
+            "evaluation actors. See [your own tasks](benchmarks.md#your-own-tasks)."
+        ),
+    )
+    code_path: Location | None = Field(
+        default=None,
+        description=(
+            "Folder with the modules of your own metrics (`MODULE:FUNCTION` in `generation.NAME.metrics`); `null` is "
+            "the folder of the run file. They and what they import from there are sent to the evaluation actors."
+        ),
+    )
+    code_version: Text | None = Field(
+        default=None,
+        description=(
+            "Fingerprint of the files behind your own metrics and tasks, recorded with a run: files that differ from "
+            "it are refused. `null` takes them as they are."
+        ),
+    )
     judge: JudgeSpec | None = Field(
         default=None,
         description="Judge of generated answers: a model name, or a mapping of the keys below; `null` is no judge.",
@@ -112,6 +133,21 @@ class EvalSpec(Strict):
     @classmethod
     def _expanded(cls, value: Any) -> Any:
         return suites.expand(value) if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _own_files_are_used(self) -> EvalSpec:
+        if self.task_path is not None and not self.zero_shot:
+            raise ValueError("task_path has tasks for zero_shot, which lists none; name some, or leave task_path out")
+        unused = {
+            "code_path": self.code_path is not None and not self.own_metrics,
+            "code_version": self.code_version is not None and not (self.own_metrics or self.task_path),
+        }
+        if key := next((key for key, wrong in unused.items() if wrong), None):
+            raise ValueError(
+                f"{key} is for metrics of your own, and no generation.NAME.metrics has one (MODULE:FUNCTION); "
+                "leave it out"
+            )
+        return self
 
     @field_validator("batch_size", mode="before")
     @classmethod
@@ -123,6 +159,11 @@ class EvalSpec(Strict):
     def entries(self, section: str) -> dict[str, BenchmarkEntry]:
         """Return the entries of a section by name; none in a block made before the section was registered."""
         return getattr(self, section, {})
+
+    @property
+    def own_metrics(self) -> list[str]:
+        """Names of the user's own metrics in the block, MODULE:FUNCTION, each once."""
+        return list(dict.fromkeys(name for entry in self.generation.values() for name in entry.own_metrics))
 
     def entry(self, job: EvalJob) -> BenchmarkEntry:
         """Return the benchmark entry that `job` scores."""

@@ -31,14 +31,28 @@ def asked_for(config: Mapping[str, Any]) -> dict[str, str | None]:
         for section in SECTIONS:
             for name, entry in block_of(block_of(config, block), section).items():
                 entry = entry if isinstance(entry, Mapping) else {}
-                names |= dict.fromkeys((name, entry.get("task") or name), entry.get("metric"))
+                names |= dict.fromkeys((name, entry.get("task") or name), entry.get("metric") or _first_own(entry))
     return names
+
+
+def _first_own(entry: Mapping[str, Any]) -> str | None:
+    """Return the name of the scores of an own metric that an entry lists first."""
+    metrics = entry.get("metrics")
+    first = metrics[0] if isinstance(metrics, list) and metrics else None
+    return first.partition(":")[2] or None if isinstance(first, str) else None
 
 
 def block_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return a block of a run file; empty if it is missing or is not a block."""
     found = config.get(key)
     return found if isinstance(found, Mapping) else {}
+
+
+def code_of(config: Mapping[str, Any]) -> list[str]:
+    """List the folders of the user's own metrics and tasks, whose code the benchmarks of a run import."""
+    blocks = [block_of(config, name) for name in ("validation", "eval")]
+    found = [block[key] for block in blocks for key in ("code_path", "task_path") if block.get(key)]
+    return list(dict.fromkeys(map(str, found)))
 
 
 def orders_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -52,8 +66,10 @@ def orders_of(config: Mapping[str, Any]) -> dict[str, str]:
     models = [config, *(entry for entry in entries or () if isinstance(entry, Mapping))]
     trusted = [each.get("model_name_or_path") for each in models if each.get("trust_remote_code")]
     trusted += [judge.get("model")] if judge.get("trust_remote_code") else []
-    if trusted:
-        found[TRUST] = f"runs the code that comes with {' and '.join(str(name or 'its models') for name in trusted)}"
+    runs = [f"runs the code that comes with {' and '.join(str(name or 'its models') for name in trusted)}"]
+    runs = (runs if trusted else []) + [f"runs the code in {place}" for place in code_of(config)]
+    if runs:
+        found[TRUST] = ", ".join(runs)
     if url := judge.get("base_url"):
         found[f"{ENDPOINT}={url}"] = f"sends answers to {url}"
     key = judge.get("api_key_env")

@@ -17,6 +17,7 @@ from tune.config.eval_spec import NO_ATTACK, EvalSpec
 from tune.config.messages import ELSEWHERE, build
 from tune.config.objectives import check_apart, check_early_stops, check_metrics
 from tune.config.parse import merge, normalise, override, read_override, read_yaml, undot
+from tune.config.recipes import RECIPES
 from tune.config.sections import Location, MacDropSpec, RaySpec, UserPath
 from tune.config.sweep_spec import Metric, Space, SweepSpec
 from tune.config.train.model_keys import slug
@@ -224,7 +225,22 @@ def load(
     given = [read_override(text) for text in overrides]
     for key, value in [*given, *(replace or {}).items()]:
         raw = override(raw, key, value)
-    return build(kind, raw)
+    spec = build(kind, raw)
+    return _with_code_paths(spec, path) if isinstance(spec, RunSpec) else spec
+
+
+def _with_code_paths(spec: RunSpec, file: str | Path | Mapping[str, Any] | None) -> RunSpec:
+    """Name the folder of the run file where metrics of the user's own have no other; the current one without a file."""
+    named_file = Path(file) if isinstance(file, str | Path) else None
+    beside = named_file is not None and named_file.parent != RECIPES
+    folder = str(named_file.parent.absolute() if named_file and beside else Path.cwd())
+    blocks = {name: getattr(spec, name) for name in ("eval", "validation")}
+    named = {
+        name: block.model_copy(update={"code_path": folder})
+        for name, block in blocks.items()
+        if block.own_metrics and block.code_path is None
+    }
+    return spec.model_copy(update=named) if named else spec
 
 
 def dump(spec: BaseModel) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from macdrop.attack import ATTACKS, NONE
 from macdrop.config import SCOPES
 from macdrop.schedules import SCHEDULES
-from tune.config.eval_entries import ENTRIES
+from tune.config.eval_entries import ENTRIES, OWN_METRIC, TEXT_METRICS
 from tune.config.parse import ALIASES
 from tune.config.run_spec import RunSpec, searchable
 from tune.config.sections import ARMS, Arm, MacDropSpec
@@ -60,6 +60,8 @@ def _name_choices(defs: dict[str, Schema]) -> None:
     defs["MacDropSpec"]["properties"]["schedule"]["enum"] = list(SCHEDULES)
     defs["MacDropSpec"]["properties"]["scope"]["enum"] = list(SCOPES)
     defs["SweepSpec"]["properties"]["arms"]["items"] = {"enum": [Arm.BASE, Arm.PLAIN, *ARMS]}
+    metrics = next(form for form in defs["Generation"]["properties"]["metrics"]["anyOf"] if form["type"] == "array")
+    metrics["items"] = {"anyOf": [{"enum": list(TEXT_METRICS)}, {"type": "string", "pattern": OWN_METRIC}]}
     attack = {"type": "string", "pattern": f"^({NONE}|({'|'.join(ATTACKS)})@[0-9]+)$"}
     for name in ("EvalSpec", *_entry_models().values()):
         field = defs[name]["properties"]["attacks"]

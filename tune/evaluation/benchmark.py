@@ -15,6 +15,7 @@ from tune.config.parse import SECTIONS
 from tune.config.run_spec import RunSpec
 from tune.evaluation.generation import GenerationBenchmark
 from tune.evaluation.item_values import Values
+from tune.evaluation.own.own_tasks import check_tasks
 from tune.evaluation.perplexity import PerplexityBenchmark
 from tune.evaluation.zero_shot.lm_eval_tasks import ZeroShotBenchmark
 
@@ -78,6 +79,7 @@ def check_files(spec: EvalSpec) -> None:
         DataError: a file is missing or empty, or a row cannot be used (file, line, columns).
         ConfigError: a task that lm-eval does not have, or a key that does not fit the data.
     """
+    check_tasks(spec)
     for section in SECTIONS:
         for name, entry in spec.entries(section).items():
             BENCHMARKS[section].check(name, entry, spec)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,26 @@ def _defines(file: Path, name: str) -> bool:
     return any(kind == b"task" and found.decode() == name for kind, found in _NAMED.findall(file.read_bytes()))
 
 
+def names_of(file: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the names that a file defines, and whether each is a single task; else it is a group or tag."""
+    content = file.read_bytes()
+    for kind, found in _NAMED.findall(content):
+        yield found.decode(errors="replace"), kind == b"task"
+    for block in _TAGGED.findall(content):
+        for name in re.findall(rb"-[ \t]*[\"']?([^\s\"']+)", block):
+            yield name.decode(errors="replace"), False
+
+
 @lru_cache(maxsize=1)
 def known_names() -> dict[str, Path | None]:
     """Return every task, group and tag name in lm-eval's files; the path is given for single tasks only."""
     names: dict[str, Path | None] = {}
     for file in _files():
-        content = file.read_bytes()
-        for kind, found in _NAMED.findall(content):
-            name = found.decode(errors="replace")
-            if kind == b"task" and names.get(name) is None:
+        for name, single in names_of(file):
+            if single and names.get(name) is None:
                 names[name] = file
             else:
                 names.setdefault(name, None)
-        for block in _TAGGED.findall(content):
-            for name in re.findall(rb"-[ \t]*[\"']?([^\s\"']+)", block):
-                names.setdefault(name.decode(errors="replace"), None)
     return names
 
 
@@ -70,21 +76,26 @@ class _PlainLoader(yaml.SafeLoader):
     """Reads lm-eval's YAML with `!function` left as an opaque marker, so that nothing is imported."""
 
 
-class _Function(str):
+class Function(str):
     """The text after `!function`."""
 
 
-def _function(loader: _PlainLoader, node: yaml.Node) -> _Function:
+def _function(loader: _PlainLoader, node: yaml.Node) -> Function:
     assert isinstance(node, yaml.ScalarNode), "lm-eval writes !function before the name of one"
-    return _Function(loader.construct_scalar(node))
+    return Function(loader.construct_scalar(node))
 
 
 _PlainLoader.add_constructor("!function", _function)
 
 
+def read_plain(file: Path) -> Any:
+    """Read a task definition as it stands in its file, functions left as markers."""
+    return yaml.load(file.read_bytes(), Loader=_PlainLoader)  # noqa: S506 - derived from SafeLoader
+
+
 def read_definition(file: Path) -> dict[str, Any]:
     """Read a task definition with its includes merged, functions left as markers."""
-    definition = yaml.load(file.read_bytes(), Loader=_PlainLoader)  # noqa: S506 - derived from SafeLoader
+    definition = read_plain(file)
     includes = definition.pop("include", [])
     merged: dict[str, Any] = {}
     for include in [includes] if isinstance(includes, str) else includes:
@@ -102,7 +113,7 @@ def needed_columns(file: Path) -> list[str]:
     columns: set[str] = set()
     for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
         template = definition.get(key)
-        if not isinstance(template, str) or isinstance(template, _Function):
+        if not isinstance(template, str) or isinstance(template, Function):
             continue
         if key != "doc_to_text" and template.isidentifier():
             columns.add(template)

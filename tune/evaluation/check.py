@@ -15,6 +15,7 @@ from tune.data.local_rows import Table, read_documents, read_rows
 from tune.data.locations import is_local, locate
 from tune.data.readers import quoted, rows_inside
 from tune.evaluation import catalogue
+from tune.evaluation.own import own_tasks
 
 CHOICE_COLUMNS = ("context", "choices", "label")
 #: What rows in our own multiple-choice format are scored by.
@@ -29,13 +30,13 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> Path | None:
     """Check one zero-shot entry: the task must be known, or the rows in our own format, with all their columns.
 
     Returns:
-        lm-eval's definition of the task that reads local rows; None for rows of our own, and for data of the Hub.
+        the definition of the task that reads local rows; None for rows of our own, and for data of the Hub.
     """
     task = entry.task or name
     if not entry.data:
-        file = catalogue.find_task(task)
-        if file is None and task not in catalogue.known_names():
-            raise unknown_task(task)
+        file = own_tasks.find_task(task, spec.task_path)
+        if file is None and not own_tasks.is_own(task, spec.task_path) and task not in catalogue.known_names():
+            raise unknown_task(task, spec.task_path)
         if file is None and entry.split:
             raise ConfigError(
                 f"eval.zero_shot.{name}: split is for single tasks, and {task!r} is a group; list its tasks."
@@ -43,9 +44,10 @@ def check_zero_shot(name: str, entry: ZeroShot, spec: EvalSpec) -> Path | None:
         _check_packages(name, file)
         if file is not None and (known := _metrics_of(catalogue.read_definition(file))):
             check_metric(name, entry.metric, known)
-        return None
+        here = own_tasks.is_own(task, spec.task_path) and file is not None and own_tasks.reads_local_data(file)
+        return file if here else None
     table = read_rows(entry.data)
-    file = task_file(task, entry, table)
+    file = task_file(task, entry, table, spec.task_path)
     _check_packages(name, file)
     if file is None:
         check_choices(task, table)
@@ -113,13 +115,13 @@ def _check_packages(name: str, file: Path | None) -> None:
         )
 
 
-def task_file(task: str, entry: ZeroShot, table: Table) -> Path | None:
-    """Return lm-eval's definition of the task, None for rows in our own format.
+def task_file(task: str, entry: ZeroShot, table: Table, folder: str | None = None) -> Path | None:
+    """Return the definition of the task, one of `folder` or lm-eval's; None for rows in our own format.
 
     An unknown name costs a pass over all of lm-eval's files; rows that are clearly in our own format skip it.
     """
     ours = entry.task is None and set(CHOICE_COLUMNS) <= set(table.rows[0])
-    return catalogue.find_task(task, by_path=ours)
+    return own_tasks.find_task(task, folder, by_path=ours)
 
 
 def effective_shots(asked: int | None, default: int | None) -> int:
@@ -127,10 +129,11 @@ def effective_shots(asked: int | None, default: int | None) -> int:
     return default or 0 if asked is None or default == 0 else asked
 
 
-def unknown_task(name: str) -> ConfigError:
-    """Return the error for a name that is unknown to lm-eval and comes without data."""
+def unknown_task(name: str, folder: str | None = None) -> ConfigError:
+    """Return the error for a name that neither `folder` nor lm-eval defines, and that comes without data."""
+    where = f"Neither lm-eval nor task_path ({folder}) has a task" if folder else "lm-eval has no task"
     return ConfigError(
-        f"lm-eval has no task {name!r}.{nearest(name, catalogue.known_names())}\n"
+        f"{where} {name!r}.{nearest(name, [*own_tasks.names_in(folder), *catalogue.known_names()])}\n"
         f"For your own task give data: a file of rows with {', '.join(CHOICE_COLUMNS)}."
     )
 
@@ -196,14 +199,15 @@ def read_generation(entry: Generation) -> tuple[str, Table]:
 
     Raises:
         DataError: no format fits the columns, or a row cannot be used.
-        ConfigError: metrics are requested where there are no references.
+        ConfigError: metrics that need references are requested where there are none.
     """
     table = read_rows(entry.data)
     kind = entry.format or _format_of(table)
     if kind == "spec_bench":
-        if entry.metrics:
+        if entry.metrics and entry.text_metrics:
             raise ConfigError(
-                f"{entry.data[0]}: metrics need references, and these questions have none; leave metrics out."
+                f"{entry.data[0]}: {', '.join(entry.text_metrics)}: these metrics need references, and these questions "
+                "have none; leave them out."
             )
         table.require(("question_id", "category", "turns"), "format spec_bench")
         for row, place in zip(table.rows, table.places, strict=True):
@@ -214,17 +218,18 @@ def read_generation(entry: Generation) -> tuple[str, Table]:
                 raise _bad(place, "category", "a text", row["category"])
             _check_id(row, place)
     else:
-        _check_references(table)
+        _check_references(table, needed=bool(entry.text_metrics))
     return kind, table
 
 
-def _check_references(table: Table) -> None:
+def _check_references(table: Table, *, needed: bool) -> None:
+    """Check rows with a prompt; their references may be missing where own metrics alone score the answers."""
     question, answer = ("prompt", "reference") if "prompt" in table.rows[0] else ("instruction", "output")
-    table.require((question, answer), "format reference")
+    table.require((question, answer) if needed else (question,), "format reference")
     for row, place in zip(table.rows, table.places, strict=True):
         if not isinstance(row[question], str) or not row[question]:
             raise _bad(place, question, "a text", row[question])
-        wanted = row[answer]
+        wanted = row.get(answer, "")
         if not all(isinstance(text, str) for text in (wanted if isinstance(wanted, list) and wanted else [wanted])):
             raise _bad(place, answer, "a text, or a list of texts", wanted)
         if not isinstance(row.get("input") or "", str):

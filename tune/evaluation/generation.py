@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from macdrop.errors import ConfigError, DataError
 from tune.config.eval_entries import TEXT_METRICS, Generation
 from tune.config.eval_spec import EvalSpec
-from tune.data.chat_template import ChatTemplate
-from tune.data.formats import Turn
-from tune.data.templates import Encoder
 from tune.data.thoughts import without_thought
 from tune.evaluation.check import read_generation
 from tune.evaluation.decode import Answer, cut_at, fit_prompt, greedy
 from tune.evaluation.item_values import MULTI_TURN, Value, Values, part_of
+from tune.evaluation.own.own_metrics import Measured, OwnMetric, load_metrics, measure
+from tune.evaluation.questions import Question, ResidentQuestions, load, prompt, select
 from tune.evaluation.text_metrics import mean_and_stderr, repetition, text_metric
 
 if TYPE_CHECKING:
@@ -35,118 +33,6 @@ if TYPE_CHECKING:
 VERSION = "2"
 HIGHER_IS_BETTER = {**dict.fromkeys(TEXT_METRICS, True), "empty_share": False, "repeated_4grams": False}
 """Whether a higher value is better; descriptive metrics are not listed."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One conversation: user turns, references (none for Spec-Bench), and what to keep of its row."""
-
-    turns: list[str]
-    references: list[str]
-    category: str
-    kept: dict[str, Any]
-    context: str = ""
-
-
-@dataclass(frozen=True)
-class ResidentQuestions:
-    """The questions of one benchmark entry, ready to be asked."""
-
-    name: str
-    questions: list[Question]
-    entry: Generation
-    kind: str
-    template: str
-    room: int
-    encoder: Encoder | None
-    chat: ChatTemplate
-
-
-def load(name: str, entry: Generation, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> ResidentQuestions:
-    """Read the questions of an entry and choose their template.
-
-    Raises:
-        DataError: rows of an unknown format. ConfigError: a template the tokenizer lacks, or no room for a prompt.
-    """
-    kind, table = read_generation(entry)
-    raw = kind == "reference" and "prompt" in table.rows[0]
-    template = entry.template
-    if template == "auto":
-        template = "plain" if raw else "chat" if tokenizer.chat_template else "alpaca"
-    if template == "chat" and not tokenizer.chat_template:
-        raise ConfigError(
-            "template 'chat' needs a tokenizer with a chat template, and this one has none; use alpaca or plain."
-        )
-    room = max_positions - entry.max_new_tokens
-    if room < 2:
-        raise ConfigError(
-            f"max_new_tokens {entry.max_new_tokens} leaves no room for a prompt in {max_positions} positions."
-        )
-    encoder = Encoder(tokenizer, "alpaca", train_on_prompt=True) if template == "alpaca" else None
-    questions = [_question(kind, row, number) for number, row in enumerate(table.rows)]
-    return ResidentQuestions(name, questions, entry, kind, template, room, encoder, ChatTemplate(tokenizer))
-
-
-def _question(kind: str, row: dict[str, Any], number: int) -> Question:
-    if kind == "spec_bench":
-        kept = {"question_id": row["question_id"], "category": row["category"], "turns": row["turns"]}
-        if "reference" in row:
-            kept["reference"] = row["reference"]  # for a judge: one per turn, in the file's own shape
-        return Question(list(row["turns"]), [], row["category"], kept)
-    wanted = row["reference"] if "prompt" in row else row["output"]
-    references = wanted if isinstance(wanted, list) else [wanted]
-    turn = row["prompt"] if "prompt" in row else row["instruction"]
-    context = "" if "prompt" in row else row.get("input") or ""
-    kept = {"question_id": row.get("question_id", number), "category": "", "turns": [turn], "reference": wanted}
-    return Question([turn], references, "", kept | ({"input": context} if context else {}), context)
-
-
-def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """Return the first `limit` questions of every category, in file order."""
-    seen: dict[str, int] = {}
-    chosen = []
-    for question in questions:
-        seen[question.category] = seen.get(question.category, 0) + 1
-        if limit is None or seen[question.category] <= limit:
-            chosen.append(question)
-    return chosen
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of a prompt, before any cut; `opened`: it ends inside a thought."""
-
-    ids: list[int]
-    opened: bool = False
-
-
-def prompt(
-    resident: ResidentQuestions, tokenizer: PreTrainedTokenizerBase, question: Question, answers: Sequence[str]
-) -> Prompt:
-    """Return the conversation up to the turn after `answers`.
-
-    Raises:
-        DataError: the chat template cannot render it.
-    """
-    asked = question.turns[: len(answers) + 1]
-    if resident.encoder is not None:
-        turns = [Turn("user", asked[0], question.context)]
-        for answer, turn in zip(answers, asked[1:], strict=True):
-            turns += [Turn("assistant", answer), Turn("user", turn)]
-        return Prompt(resident.encoder.encode([turns], [str(question.kept["question_id"])])[0].input_ids)
-    first = f"{asked[0]}\n{question.context}" if question.context else asked[0]
-    texts = [first, *asked[1:]]
-    if resident.template == "plain":
-        text = "".join(f"{turn}\n{answer}\n\n" for turn, answer in zip(texts, answers, strict=False)) + texts[-1]
-        return Prompt(list(tokenizer(text, verbose=False)["input_ids"]))
-    messages = [{"role": "user", "content": texts[0]}]
-    for answer, turn in zip(answers, texts[1:], strict=True):
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
-    try:
-        rendered = resident.chat.prompt(messages, resident.entry.thinking)
-    except DataError as error:
-        raise DataError(f"eval.generation.{resident.name}, question {question.kept['question_id']}: {error}") from error
-    return Prompt(list(tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"]), rendered.opened)
 
 
 def score(
@@ -186,8 +72,9 @@ def score(
             "answers": [a.text for a in given],
             "tokens": [len(a.tokens) for a in given],
             "ended": [a.ended for a in given],
-            "metrics": metrics,
+            "metrics": metrics.values,
         }
+        | ({"errors": metrics.errors} if metrics.errors else {})
         | ({"thoughts": [a.thought for a in given]} if any(a.thought for a in given) else {})
         for question, given, metrics in zip(questions, answers, measured, strict=True)
     ]
@@ -197,37 +84,48 @@ def score(
     )
     groups = _groups(name, questions) if resident.kind == "spec_bench" else {name: list(range(len(questions)))}
     rows = [
-        _row(metric, [value for i in members for value in measured[i][metric]]) | {"task": task}
+        _row(metric, [value for i in members for value in measured[i].values[metric]], resident.own, settings)
+        | {"task": task, "num_fewshot": None}
         for task, members in groups.items()
-        for metric in measured[0]
+        for metric in measured[0].values
     ]
-    return [row | {"version": VERSION, "num_fewshot": None, "settings": settings} for row in rows], items
+    return rows, items
 
 
 def _measured(
     resident: ResidentQuestions, questions: Sequence[Question], answers: Sequence[list[Answer]]
-) -> list[dict[str, list[float]]]:
+) -> list[Measured]:
     """Return per question and metric a value per answer (Spec-Bench), or one for the last answer (references).
 
     Spec-Bench's metrics are descriptive: they do not measure quality. Thoughts and what follows a stop text are cut off
-    references as they are off answers.
+    references as they are off answers. Own metrics come last.
     """
-    if resident.kind == "spec_bench":
-        return [
-            {
-                "new_tokens": [float(len(a.tokens)) for a in given],
-                "empty_share": [float(not a.text.strip()) for a in given],
-                "eos_share": [float(a.ended == "eos") for a in given],
-                "repeated_4grams": [repetition(a.tokens) for a in given],
-            }
-            for given in answers
-        ]
-    entry = resident.entry
-    texts = [given[-1].text for given in answers]
+    talks = resident.kind == "spec_bench"
+    texts = [[a.text for a in (given if talks else given[-1:])] for given in answers]
+    own = measure(resident.own, [(given, question.row) for given, question in zip(texts, questions, strict=True)])
+    known = _described(answers) if talks else _compared(resident.entry, texts, questions)
+    return [Measured({**values, **mine.values}, mine.errors) for values, mine in zip(known, own, strict=True)]
+
+
+def _described(answers: Sequence[list[Answer]]) -> list[dict[str, list[float]]]:
+    return [
+        {
+            "new_tokens": [float(len(a.tokens)) for a in given],
+            "empty_share": [float(not a.text.strip()) for a in given],
+            "eos_share": [float(a.ended == "eos") for a in given],
+            "repeated_4grams": [repetition(a.tokens) for a in given],
+        }
+        for given in answers
+    ]
+
+
+def _compared(
+    entry: Generation, texts: Sequence[list[str]], questions: Sequence[Question]
+) -> list[dict[str, list[float]]]:
+    last = [given[-1] for given in texts]
     references = [[cut_at(without_thought(text), entry.stop) for text in question.references] for question in questions]
-    metrics = entry.metrics or TEXT_METRICS
-    columns = [text_metric(metric, texts, references) for metric in metrics]
-    return [dict(zip(metrics, ([value] for value in values), strict=True)) for values in zip(*columns, strict=True)]
+    columns = {metric: text_metric(metric, last, references) for metric in entry.text_metrics}
+    return [{metric: [values[i]] for metric, values in columns.items()} for i in range(len(last))]
 
 
 def _groups(name: str, questions: Sequence[Question]) -> dict[str, list[int]]:
@@ -241,24 +139,37 @@ def _groups(name: str, questions: Sequence[Question]) -> dict[str, list[int]]:
     return groups
 
 
-def _row(metric: str, values: list[float]) -> dict[str, Any]:
-    value, stderr = mean_and_stderr(values)
-    better = HIGHER_IS_BETTER.get(metric)
-    return {"metric": metric, "value": value, "stderr": stderr, "n": len(values), "higher_is_better": better}
+def _row(metric: str, values: Sequence[float | None], own: Sequence[OwnMetric], settings: str) -> dict[str, Any]:
+    """Return the mean over the answers that have a value; an own metric's version says which code it is."""
+    known = [value for value in values if value is not None]
+    value, stderr = mean_and_stderr(known) if known else (None, None)
+    mine = next((each for each in own if each.owns(metric)), None)
+    failed = f" failed={len(values) - len(known)}" if len(known) < len(values) else ""
+    return {
+        "metric": metric,
+        "value": value,
+        "stderr": stderr,
+        "n": len(known),
+        "higher_is_better": HIGHER_IS_BETTER.get(metric) if mine is None else mine.higher_is_better(metric),
+        "version": VERSION if mine is None else f"{VERSION}+{mine.version}",
+        "settings": settings + failed,
+    }
 
 
 class GenerationBenchmark:
     """Scores entries of `generation`; an item is an answer, of which a question has one per turn."""
 
     def __init__(self, spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self._tokenizer, self._max_length = tokenizer, max_length
+        self._tokenizer, self._max_length, self._code_path = tokenizer, max_length, spec.code_path
 
     @staticmethod
     def check(name: str, entry: Generation, spec: EvalSpec) -> None:
+        """Check the rows, and import own metrics, which runs their modules."""
         read_generation(entry)
+        load_metrics(spec.code_path, entry.own_metrics)
 
     def load(self, name: str, entry: Generation) -> ResidentQuestions:
-        return load(name, entry, self._tokenizer, self._max_length)
+        return load(name, entry, self._tokenizer, self._max_length, self._code_path)
 
     def count(self, data: ResidentQuestions, limit: int | None) -> int:
         return len(select(data.questions, limit))
@@ -275,7 +186,7 @@ class GenerationBenchmark:
 
     @staticmethod
     def items(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Values | None:
-        """One value per answer: all turns of the questions that belong to the task."""
+        """One value per answer, nan where an own metric failed: all turns of the task's questions."""
         part = part_of(row)
         chosen = {"": lambda r: True, MULTI_TURN: lambda r: len(r["turns"]) > 1}
         mine = filter(chosen.get(part, lambda r: r["category"] == part), records)
@@ -283,5 +194,5 @@ class GenerationBenchmark:
         for r in mine:
             content = hashlib.sha256(json.dumps([r["turns"], r.get("input")]).encode()).hexdigest()[:8]
             for turn, value in enumerate(r.get("metrics", {}).get(row["metric"], [])):
-                values[f"question {r['question_id']}/{turn} {content}"] = float(value)
+                values[f"question {r['question_id']}/{turn} {content}"] = math.nan if value is None else float(value)
         return values or None

@@ -23,6 +23,7 @@ from tune.data.locations import is_local
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
 from tune.evaluation.logits import Logits, is_unsplit, plain_logits
 from tune.evaluation.merging import merged_weights
+from tune.evaluation.own.own_metrics import item_notes
 from tune.evaluation.prefix_cache import PrefixCache
 from tune.forward.head import UNSPLIT
 from tune.storage.atomic import atomic_write_text
@@ -40,7 +41,10 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence
 
 
 class Row(TypedDict):
-    """One score. `stderr` is over items; `attack_on` is None without attack; `settings` are ``key=value`` words."""
+    """One score. `value` is None where no item has one; `stderr` is over items; `attack_on` is None without attack.
+
+    `settings` are ``key=value`` words.
+    """
 
     benchmark: str
     task: str
@@ -48,7 +52,7 @@ class Row(TypedDict):
     metric: str
     attack: str
     attack_on: str | None
-    value: float
+    value: float | None
     stderr: float | None
     n: int
     higher_is_better: bool | None
@@ -161,12 +165,12 @@ class Scorer:
         scored = [self._row(job, row, batch_size, limit) for row in rows]
         assert any(row["task"] == job.task for row in scored), "every job has a row of its own name"
         self._note(job, heard, next(row for row in scored if row["task"] == job.task))
-        self._add_notes([UNSPLIT] if is_unsplit(model) else [])
+        self._add_notes([*([UNSPLIT] if is_unsplit(model) else []), *item_notes(_where(job), items)])
         return scored
 
     def _note(self, job: EvalJob, heard: Mapping[str, int], row: Row | None = None) -> None:
         """Note what lm-eval warned of, how many prompts were cut for a score, and contexts that were not shared."""
-        name = f"{job.benchmark}/{job.task}"
+        name = _where(job)
         found = [f"{name}: lm-eval warns {count} time(s): {said:.300}" for said, count in heard.items()]
         if row is not None and (cut := _CUT.search(row["settings"])) and int(cut[2]):
             share = f"{cut[2]} of {row['n']} prompts ({int(cut[2]) / row['n']:.0%})"
@@ -239,6 +243,11 @@ class Scorer:
         if suite:
             merged["settings"] = f"{merged['settings']} suite={suite}"
         return {key: merged[key] for key in Row.__annotations__}  # type: ignore[return-value]
+
+
+def _where(job: EvalJob) -> str:
+    """Return the name of a job's benchmark in notes."""
+    return f"{job.benchmark}/{job.task}"
 
 
 def check_readable(spec: EvalSpec, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

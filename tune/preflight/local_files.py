@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tune.config.eval_entries import ZeroShot
@@ -13,6 +14,7 @@ from tune.config.resume import shell_command
 from tune.config.run_spec import RunSpec
 from tune.data.locations import is_local
 from tune.evaluation import catalogue
+from tune.evaluation.own import own_tasks
 from tune.zoo.real_models import find_here, real_model
 
 #: In place of a file or folder of the user's.
@@ -71,19 +73,21 @@ def _benchmarks(block: str, spec: EvalSpec) -> list[tuple[str, str]]:
         for name, entry in spec.entries(section).items():
             data, key = getattr(entry, "data", None), f"{block}.{section}.{name}"
             if isinstance(entry, ZeroShot) and not data:
+                file = own_tasks.find_task(entry.task or name, spec.task_path)
+                if file and own_tasks.is_own(entry.task or name, spec.task_path) and own_tasks.reads_local_data(file):
+                    continue
                 # A suite takes its own split out where there is data; one of the run file has to be taken out.
                 own = entry.split and (not entry.suite or "+split" in entry.suite)
                 words = [f"{key}.data={PATH}", *([f"{key}.split=null"] if own else [])]
-                found.append((shell_command(*words), _of_task(name, entry)))
+                found.append((shell_command(*words), _of_task(name, entry, file)))
             elif data and not all(map(is_local, data)):
                 about = _of_hub(data[0], getattr(entry, "name", None), getattr(entry, "split", None))
                 found.append((shell_command(f"{key}.data={PATH}"), about))
     return found
 
 
-def _of_task(name: str, entry: ZeroShot) -> str:
-    """Name the Hub data set that a task of lm-eval reads; of a group, the group."""
-    file = catalogue.find_task(entry.task or name)
+def _of_task(name: str, entry: ZeroShot, file: Path | None) -> str:
+    """Name the Hub data set that a task, defined in `file`, reads; of a group, the group."""
     definition: dict[str, Any] = catalogue.read_definition(file) if file else {}
     split = entry.split or definition.get("test_split") or definition.get("validation_split")
     return _of_hub(definition.get("dataset_path") or entry.task or name, definition.get("dataset_name"), split)

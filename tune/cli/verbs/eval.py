@@ -45,6 +45,7 @@ def evaluate(
     """Score one model or adapter on a suite or the benchmarks of an eval: block, plain and under attack."""
     from tune.config.recipes import DEMO, recipe
     from tune.config.run_spec import dump, load
+    from tune.evaluation.own.travel import recorded
     from tune.preflight.inputs import check_scoring
     from tune.report.score_table import score_table
     from tune.storage.records import SCORES_FILE
@@ -58,6 +59,7 @@ def evaluate(
     spec = load(recipe(file), overrides, replace={"sweep.models": [], "model_name_or_path": source.model})
     if file is not None:
         check_recorded(recipe(file), {"eval": dump(spec)["eval"]}, overrides, trust=trust_remote_code)
+    spec = recorded(spec)
     wanted = _jobs_of_one(spec.eval, adapter)
     if not wanted:
         raise ConfigError(

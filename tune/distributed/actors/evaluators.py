@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from tune.config.run_spec import TrainSpec
 from tune.distributed.actors.actor_pool import ActorPool, Done, PoolActor
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.evaluation.adapters import AdapterSlot
+from tune.evaluation.own.travel import OwnFiles, at_home
 from tune.evaluation.prefix_cache import PrefixCache
 from tune.evaluation.scorer import Scorer
 from tune.scheduling.queue import MAX_ATTEMPTS
@@ -38,6 +39,7 @@ class Opening:
     """All that an actor needs to make a model resident; `weights` is the file of its massive weights.
 
     `blocks` are the benchmarks of each split (`tune.config.eval_spec.SPLITS`), all of them resident side by side.
+    `own` are the files behind the own measures of each split, which need not be on the actor's machine.
     With `scan` the actor finds the massive weights and proves them with k rows; otherwise it reads the file if it
     exists. An actor that begins no forward pass for `step_timeout_s` seconds within a benchmark exits.
     """
@@ -49,6 +51,7 @@ class Opening:
     k: int
     threads: int
     step_timeout_s: float = 1800.0
+    own: dict[str, OwnFiles | None] = field(default_factory=dict)
 
 
 class Evaluator(PoolActor):
@@ -84,7 +87,8 @@ class Evaluator(PoolActor):
         self.slot = AdapterSlot(model, sealed=True)
         self.model, self.adapter = model, None
         for split, block in opening.blocks.items():
-            self.scorers[split] = Scorer(model, tokenizer, block, weights)
+            here = at_home(block, opening.own.get(split))
+            self.scorers[split] = Scorer(model, tokenizer, here, weights)
             self.scorers[split].prepare()
         return opening.weights if weights else None
 

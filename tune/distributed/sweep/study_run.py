@@ -20,6 +20,7 @@ from tune.distributed.lanes.dispatcher import call
 from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.searcher import optuna_searcher, param_space, points, scheduler
 from tune.distributed.sweep.trial import RESTARTS, CancelStopped, TrialContext, run_trial
+from tune.evaluation.own.travel import own_files
 from tune.scheduling import history as past
 from tune.scheduling import selection as finalists
 from tune.scheduling.early_stopping import Cuts
@@ -95,6 +96,7 @@ class StudyRun:
             k=self.study.spec.macdrop.k or MacDropSpec().k,
             threads=self.spec.ray.threads_per_worker,
             step_timeout_s=self.spec.ray.step_timeout_s,
+            own={split: own_files(block) for split, block in blocks.items()},
         )
         return TrialContext(
             dispatcher=self.dispatcher,

@@ -16,6 +16,7 @@ from tune.config.eval_entries import ZeroShot
 from tune.config.eval_spec import EvalSpec
 from tune.evaluation.check import check_zero_shot
 from tune.evaluation.item_values import RATIOS, Values, part_of, same_score
+from tune.evaluation.own.own_tasks import is_own
 from tune.training.quiet import quiet_while_scoring
 
 if TYPE_CHECKING:
@@ -41,9 +42,13 @@ class ZeroShotBenchmark:
     @staticmethod
     def check(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
         """Check local rows also as lm-eval reads them, which takes lm-eval itself: its tasks have code of their own."""
-        if check_zero_shot(name, entry, spec):
+        reads_here = check_zero_shot(name, entry, spec)
+        if reads_here or is_own(entry.task or name, spec.task_path):
+            loader = _late("task_loader")
             with quiet_while_scoring():
-                _late("task_loader").Tasks().load(name, entry, spec)
+                loader.check_functions(name, entry, spec)
+                if reads_here:
+                    loader.Tasks().load(name, entry, spec)
 
     def load(self, name: str, entry: ZeroShot) -> Any:
         return self._tasks.load(name, entry, self._spec, self._max_length, self._tokenizer)

@@ -6,6 +6,7 @@ Local rows replace a task's data set; prompts, metrics, filters, versions and fu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -18,7 +19,6 @@ from tune.config.eval_entries import ZeroShot
 from tune.config.eval_spec import EvalSpec
 from tune.data.local_rows import Table, read_rows
 from tune.errors import BenchmarkError
-from tune.evaluation import catalogue
 from tune.evaluation.check import (
     CHOICE_METRICS,
     as_on_the_hub,
@@ -29,6 +29,7 @@ from tune.evaluation.check import (
     task_file,
     unknown_task,
 )
+from tune.evaluation.own import own_tasks
 from tune.evaluation.zero_shot.documents import Documents
 from tune.evaluation.zero_shot.harness import longest
 from tune.evaluation.zero_shot.task_scoring import build_requests_once, templates_compiled_once
@@ -45,7 +46,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self._direct = TaskManager(include_defaults=False)
-        self._indexed: TaskManager | None = None
+        self._indexed: dict[str | None, TaskManager] = {}
 
     def load(
         self,
@@ -68,9 +69,9 @@ class Tasks:
         check_zero_shot(name, entry, spec)
         places: list[str] = []
         if entry.data:
-            loaded, places = self._local(name, entry)
+            loaded, places = self._local(name, entry, spec.task_path)
         else:
-            loaded = self._from_hub(name, entry)
+            loaded = self._from_hub(name, entry, spec.task_path)
         for task in loaded["tasks"].values():
             shots = effective_shots(spec.inherited(entry, "num_fewshot"), task.get_config("num_fewshot"))
             task.set_config(key="num_fewshot", value=shots)
@@ -85,21 +86,30 @@ class Tasks:
                     documents.check_answers(tokenizer, longest(entry, max_length), spec.inherited(entry, "limit"))
         if not any(_names_metrics_later(task) for task in loaded["tasks"].values()):
             check_metric(name, entry.metric, _metrics(loaded["tasks"].values()))
-        return ResidentTask(name, entry.task or name, loaded, bool(entry.data), entry.split)
+        return ResidentTask(
+            name, entry.task or name, loaded, bool(entry.data), entry.split, _own_version(entry.task or name, spec)
+        )
 
-    def _from_hub(self, entry_name: str, entry: ZeroShot) -> dict[str, Any]:
+    def _manager(self, folder: str | None) -> TaskManager:
+        """Return lm-eval's index of all names, those of `folder` among them."""
+        if folder not in self._indexed:
+            self._indexed[folder] = TaskManager(include_path=folder)
+        return self._indexed[folder]
+
+    def _from_hub(self, entry_name: str, entry: ZeroShot, folder: str | None) -> dict[str, Any]:
+        """Return what lm-eval makes of a task as it is defined, with the data that its definition names."""
         name = entry.task or entry_name
-        file = catalogue.find_task(name)
+        file = own_tasks.find_task(name, folder)
         target: str | dict[str, Any] = str(file) if file else name
         manager = self._direct
         if file is None:
-            if self._indexed is None:
-                self._indexed = TaskManager()
-            manager = self._indexed
+            manager = self._manager(folder)
             if name not in manager.all_tasks:
-                raise unknown_task(name)
+                raise unknown_task(name, folder)
+        elif own_tasks.is_own(name, folder):
+            target = own_tasks.beside(_definition(file), file)
         if entry.split:
-            definition = load_yaml(file, resolve_func=True)
+            definition = target if isinstance(target, dict) else load_yaml(file, resolve_func=True)
             if "class" in definition:
                 raise ConfigError(f"eval.zero_shot.{entry_name}: lm-eval's task {name!r} chooses its split in code.")
             target = definition | {"test_split": entry.split, "validation_split": None}
@@ -113,16 +123,21 @@ class Tasks:
                 "train, validation and test are usual."
             ) from None
         except Exception as error:  # datasets and huggingface_hub raise a dozen kinds; all mean: no data
+            if own_tasks.is_own(name, folder):
+                raise ConfigError(
+                    f"eval.zero_shot.{entry_name}: lm-eval cannot load the task {name!r} of task_path: "
+                    f"{type(error).__name__}: {_first_line(error)}"
+                ) from error
             raise BenchmarkError(
                 f"Loading the data of lm-eval's task {name!r} failed: {type(error).__name__}: {_first_line(error)}\n"
                 f"Without internet, give a local copy in the same schema: zero_shot: {{{name}: {{data: FILE}}}}."
             ) from error
 
-    def _local(self, name: str, entry: ZeroShot) -> tuple[dict[str, Any], list[str]]:
+    def _local(self, name: str, entry: ZeroShot, folder: str | None) -> tuple[dict[str, Any], list[str]]:
         """Return what lm-eval makes of local rows, and the place of each row."""
         task = entry.task or name
         table = read_rows(entry.data or [])
-        file = task_file(task, entry, table)
+        file = task_file(task, entry, table, folder)
         splits = {"test": table} | ({"train": read_rows(entry.fewshot_data)} if entry.fewshot_data else {})
         if file is None:
             config = _choice_config(delimiter_of(name, entry, table))
@@ -153,6 +168,32 @@ class Tasks:
                 f"{table.places[0]}: lm-eval's task {task!r} cannot use these rows: {type(error).__name__}: "
                 f"{_first_line(error)}\nRows must have the schema of its hub data set."
             ) from error
+
+
+def _definition(file: Path) -> dict[str, Any]:
+    """Read a task of the user's own, with its functions.
+
+    Raises:
+        ConfigError: a function cannot be imported, or the file is not valid.
+    """
+    try:
+        return load_yaml(file, resolve_func=True)
+    except (Exception, SystemExit) as error:  # the user's code is imported
+        raise ConfigError(f"task_path: {file} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _own_version(name: str, spec: EvalSpec) -> str:
+    """Return the fingerprint of a task of the user's own; empty for lm-eval's, which has its own versions."""
+    if spec.task_path is None or not own_tasks.is_own(name, spec.task_path):
+        return ""
+    return own_tasks.task_version(own_tasks.find_task(name, spec.task_path), spec.task_path)
+
+
+def check_functions(name: str, entry: ZeroShot, spec: EvalSpec) -> None:
+    """Import the functions of a task of the user's own; others are left alone."""
+    task = entry.task or name
+    if own_tasks.is_own(task, spec.task_path) and (file := own_tasks.find_task(task, spec.task_path)):
+        _definition(file)
 
 
 def _check_room(name: str, entry: ZeroShot, task: Any, max_length: int) -> None:

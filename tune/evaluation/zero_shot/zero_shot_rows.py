@@ -16,7 +16,7 @@ from lm_eval.api.metrics import mean, mean_stderr, pooled_sample_stderr
 class ResidentTask:
     """A loaded benchmark entry: its name and lm-eval's, its tasks (several for a group or tag) and groups.
 
-    `split` is that of the hub's data if it is not the task's own.
+    `split` is that of the hub's data if it is not the task's own; `code` is the fingerprint of a task of the user's.
     """
 
     name: str
@@ -24,6 +24,7 @@ class ResidentTask:
     loaded: dict[str, Any]
     local: bool
     split: str | None = None
+    code: str = ""
 
 
 def rows_of(
@@ -54,7 +55,7 @@ def rows_of(
             rows.append(
                 {
                     "task": _named(task, name),
-                    "version": str(result["versions"].get(name) or 0),
+                    "version": str(result["versions"].get(name) or 0) + (f"+{task.code}" if task.code else ""),
                     "metric": metric if filter_name == "none" else key,
                     "value": float(value),
                     "stderr": stderr,
