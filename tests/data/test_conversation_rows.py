@@ -8,6 +8,7 @@ import pytest
 from helpers.prepared_data import CHATML, answers, make_tokenizer, read, write
 
 from macdrop.errors import DataError
+from tune.data.formats import NO_TEXT, NO_TURNS, WEIGHTS
 
 GOOD = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "a"}]
 
@@ -46,39 +47,85 @@ def test_system_column_of_messages_is_a_turn(tmp_path):
 
 
 BAD_ROWS = {
-    "answer first": ({"messages": GOOD[::-1]}, "must start with a question"),
-    "tool turn": ({"messages": [*GOOD, {"role": "tool", "content": "x"}]}, "'tool'"),
-    "call": ({"messages": [GOOD[0], {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "has tool_calls"),
-    "tools": ({"messages": GOOD, "tools": [{"name": "f"}]}, "the row has tools"),
-    "null": ({"messages": [GOOD[0], {"role": "assistant", "content": None}]}, "must be text, found a NoneType"),
-    "image": ({"messages": [GOOD[0] | {"content": [{"type": "image_url"}]}, GOOD[1]]}, "parts of type image_url"),
-    "no parts": ({"messages": [GOOD[0] | {"content": []}, GOOD[1]]}, "must be text, found a list"),
-    "no turns": ({"messages": []}, "(none)"),
-    "dict of lists": ({"messages": {"role": ["user"], "content": ["x"]}}, "must be a list of turns"),
-    "no weight": ({"messages": [GOOD[0], GOOD[1] | {"weight": 0}]}, "every answer of messages has weight 0"),
-    "half a weight": ({"messages": [GOOD[0], GOOD[1] | {"weight": 0.5}]}, "weight of turn 1 is 0.5"),
-    "true weight": ({"messages": [GOOD[0], GOOD[1] | {"weight": True}]}, "weight of turn 1 is True"),
-    "weight of a question": ({"messages": [GOOD[0] | {"weight": 1}, GOOD[1]]}, "only answers carry loss"),
-    "left out": ({"messages": [{"role": "system", "content": "s"}, *GOOD]}, "the system turn 's'"),
+    "no answer": ({"messages": GOOD[:1]}, "must hold an answer", "no answer, or none that carries loss"),
+    "unknown role": ({"messages": [*GOOD, {"role": "bot", "content": "x"}]}, "'bot'", "an unknown role"),
+    "tools": (
+        {"messages": GOOD, "tools": [{"name": "f"}]},
+        "the tool 'f'",
+        "the chat template refuses the conversation",
+    ),
+    "null": (
+        {"messages": [GOOD[0], {"role": "assistant", "content": None}]},
+        "must be text, found a NoneType",
+        NO_TEXT,
+    ),
+    "image": (
+        {"messages": [GOOD[0] | {"content": [{"type": "image_url"}]}, GOOD[1]]},
+        "parts of type image_url",
+        "parts that are not text",
+    ),
+    "no parts": ({"messages": [GOOD[0] | {"content": []}, GOOD[1]]}, "must be text, found a list", NO_TEXT),
+    "no turns": ({"messages": []}, "(none)", "no answer, or none that carries loss"),
+    "uneven lists": ({"messages": {"role": ["user", "assistant"], "content": ["x"]}}, "differ in length", NO_TURNS),
+    "no list": ({"messages": "hello"}, "must be a list of turns, found a str", NO_TURNS),
+    "no column": ({"text": "hello"}, "Missing: messages", "a column is missing"),
+    "no weight": (
+        {"messages": [GOOD[0], GOOD[1] | {"weight": 0}]},
+        "every answer has weight 0",
+        "no answer, or none that carries loss",
+    ),
+    "half a weight": ({"messages": [GOOD[0], GOOD[1] | {"weight": 0.5}]}, "weight of turn 1 is 0.5", WEIGHTS),
+    "true weight": ({"messages": [GOOD[0], GOOD[1] | {"weight": True}]}, "weight of turn 1 is True", WEIGHTS),
+    "weight of a question": ({"messages": [GOOD[0] | {"weight": 1}, GOOD[1]]}, "only answers carry loss", WEIGHTS),
+    "left out": (
+        {"messages": [{"role": "system", "content": "s"}, *GOOD]},
+        "the system turn 's'",
+        "the chat template leaves out or changes a turn",
+    ),
 }
 NO_SYSTEM = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_bad_rows_are_refused_or_skipped_and_counted(tmp_path, name):
-    row, words = BAD_ROWS[name]
+    row, words, reason = BAD_ROWS[name]
     tokenizer = make_tokenizer(NO_SYSTEM)
     path = write(tmp_path / "m.jsonl", [row, {"messages": GOOD}, row])
     with pytest.raises(DataError) as caught:
-        read(path, tokenizer, tmp_path)
+        read(path, tokenizer, tmp_path, format="messages")
     assert words in str(caught.value) and "line 1" in str(caught.value)
-    prepared = read(path, tokenizer, tmp_path, bad_rows="skip")
+    prepared = read(path, tokenizer, tmp_path, format="messages", bad_rows="skip")
     assert len(prepared.train) == 1 and answers(tokenizer, prepared.train[0]) == "a<|im_end|>"
     info = prepared.info
     assert (info["rows"], info["skipped"], info["dropped"], info["sources"][0]["rows"]) == (3, 2, 0, 3)
     assert info["first_skipped"] == str(caught.value)
+    places = [f"{path}, line {line}" for line in (1, 3)]
+    assert info["skipped_rows"] == [{"reason": reason, "count": 2, "places": places}]
     with pytest.raises(DataError, match="none of the 1 rows. The first: .*line 1"):
-        read(write(tmp_path / "m.jsonl", [row]), tokenizer, tmp_path, bad_rows="skip")
+        read(write(tmp_path / "m.jsonl", [row]), tokenizer, tmp_path, format="messages", bad_rows="skip")
+
+
+def test_turns_as_a_mapping_of_lists_are_turns(tmp_path):
+    """As `datasets` stores a list of mappings."""
+    lists = {"role": ["user", "assistant"], "content": ["One?", "a"]}
+    tokenizer = make_tokenizer(CHATML)
+    first, second = read(
+        write(tmp_path / "m.jsonl", [{"messages": lists}, {"messages": GOOD}]), tokenizer, tmp_path
+    ).train
+    assert first[0].tolist() == second[0].tolist() and first[1].tolist() == second[1].tolist()
+
+
+def test_a_conversation_may_begin_with_an_answer(tmp_path):
+    """The template decides: ChatML writes it, others refuse it, and alpaca has no place for it."""
+    row, tokenizer = {"messages": [GOOD[1] | {"content": "Hi."}, *GOOD]}, make_tokenizer(CHATML)
+    path = write(tmp_path / "m.jsonl", [row])
+    example = read(path, tokenizer, tmp_path).train[0]
+    assert answers(tokenizer, example) == "Hi.<|im_end|>a<|im_end|>"
+    assert tokenizer.decode(example[0]).startswith("<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nOne?")
+    strict = "{% if messages[0].role == 'assistant' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
+    for template, words in ((strict, "refuses this conversation: user first"), (None, "before the first question")):
+        with pytest.raises(DataError, match=words):
+            read(path, make_tokenizer(template), tmp_path)
 
 
 def test_skipping_does_not_reach_damaged_files(tmp_path):

@@ -187,3 +187,32 @@ def test_a_damaged_zst_file_is_named(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl.zst").write_bytes(b"no frame")
     with pytest.raises(DataError, match=r"rows.jsonl.zst: not a whole .zst file \(zstd decompress error"):
         read_rows([str(tmp_path / "rows.jsonl.zst")])
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_object_of_columns_is_a_table(tmp_path, indent):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"instruction": ["a", "b"], "output": ["c", None]}, indent=indent))
+    rows = list(read_file(file))
+    assert [dict(row.values) for row in rows] == [
+        {"instruction": "a", "output": "c"},
+        {"instruction": "b", "output": None},
+    ]
+    assert [row.place for row in rows] == [f"{file}, row 1", f"{file}, row 2"]
+    file.write_text(json.dumps({"instruction": ["a", "b"], "output": ["c"]}, indent=indent))
+    with pytest.raises(DataError, match="columns differ in length: 'instruction' 2, 'output' 1"):
+        list(read_file(file))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"messages": [{"role": "user", "content": "x"}]}],
+        [{"text": "x", "tags": ["a"]}],
+        [{"choices": ["a", "b"]}, {"choices": ["c", "d"]}],
+    ],
+)
+def test_rows_with_lists_are_not_taken_for_columns(tmp_path, rows):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [dict(row.values) for row in read_file(file)] == rows

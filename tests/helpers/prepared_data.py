@@ -42,6 +42,7 @@ def make_tokenizer(chat_template: str | None = None, bos: bool = True) -> PreTra
 
 def spec(dataset, **changes) -> SimpleNamespace:
     base = dict(format="auto", template="auto", cutoff_len=512, train_on_prompt=False, bad_rows="refuse")
+    base |= {"system": "as_system", "train_on_roles": ["assistant"], "max_skipped_share": None}
     unlimited = {"val_size": 0, "max_samples": None, "max_dropped_share": None, "data_seed": 0}
     return SimpleNamespace(dataset=dataset, **{**unlimited, **base, **changes})
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from macdrop.errors import ConfigError
 from tune.analysis.results import collect, value_of
-from tune.data.cutoff import describe_cutoff
+from tune.data.lost_rows import describe_cutoff
 from tune.evaluation.score_names import Column
 from tune.report.csv_rows import text as csv_text
 from tune.report.escaping import latex_text
@@ -177,6 +177,14 @@ def test_the_training_data_and_what_was_cut_are_reported(tmp_path):
         for file in files:
             file.write_text(json.dumps({"workers": 1, "data": data}))
         assert (line in make_report(run_folder.run_dir).markdown()) == printed
+    skipped = [{"reason": "an unknown role", "count": 2, "places": ["rows.jsonl, line 3", "rows.jsonl, line 9"]}]
+    mixture = [{"path": path, "weight": 1.0, "available": 20, "examples": 15} for path in ("a.jsonl", "b.jsonl")]
+    data = {"key": "k", **counts, "skipped_rows": skipped, "mixture": mixture}
+    for file in files:
+        file.write_text(json.dumps({"workers": 1, "data": data}))
+    text = make_report(run_folder.run_dir).markdown()
+    assert "2 rows skipped: an unknown role (rows.jsonl, line 3; rows.jsonl, line 9)." in text
+    assert "a.jsonl: 15 of 30 examples of an epoch (50.0%, weight 1), each of its 20 0.75 times on average." in text
 
 
 def test_several_objectives_have_a_front(tmp_path):

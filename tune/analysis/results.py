@@ -19,6 +19,7 @@ from tune.config.parse import flatten
 from tune.config.recorded import asked_for, block_of, models_of
 from tune.config.run_spec import CELL_KEYS, slug
 from tune.config.sections import Arm
+from tune.config.train.data_keys import weights_of
 from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import BASE, RunFolder
@@ -215,7 +216,7 @@ def _model(
 
 
 def _line(trial: TrialRecord) -> Line:
-    settings = flatten(trial.config)
+    settings = flatten(trial.config) | weights_of(trial.config.get("dataset"))
     line = Line(
         label="",
         trial=trial.trial,

@@ -23,6 +23,7 @@ ALIASES = {
     "max_length": "cutoff_len",
     "max_seq_length": "cutoff_len",
     "train_on_inputs": "train_on_prompt",
+    "on_bad_row": "bad_rows",
     "lora_r": "lora_rank",
     "lora_target_modules": "lora_target",
     "peft_use_dora": "use_dora",

@@ -20,6 +20,7 @@ from tune.config.parse import merge, normalise, override, read_override, read_ya
 from tune.config.recipes import RECIPES
 from tune.config.sections import Location, MacDropSpec, RaySpec, UserPath
 from tune.config.sweep_spec import Metric, Space, SweepSpec
+from tune.config.train.data_keys import is_weight_key
 from tune.config.train.model_keys import slug
 from tune.config.train_spec import CELL_KEYS, ENGINE_KEYS, TrainSpec, points, with_values
 
@@ -52,6 +53,9 @@ COUPLED_KEYS = (
     "early_stopping_patience",
     "eval_steps",
     "val_size",
+    "train_on_prompt",
+    "train_on_roles",
+    "system",
 )
 
 
@@ -147,7 +151,7 @@ def check_merging(spec: TrainSpec, block: EvalSpec, name: str) -> None:
 
 def searchable() -> list[str]:
     """List the dotted keys that `sweep.parameters` may have."""
-    fixed = {*MODEL_KEYS, "finetuning_type", "macdrop", "seed", "max_dropped_share"}
+    fixed = {*MODEL_KEYS, "finetuning_type", "macdrop", "seed", "max_dropped_share", "max_skipped_share"}
     flat = [name for name in TrainSpec.model_fields if name not in fixed]
     return flat + [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
 
@@ -158,13 +162,13 @@ def values_of(spec: TrainSpec, parameters: Mapping[str, Space], key: str) -> lis
         return parameters[key].bounds()
     value: Any = spec
     for part in key.split("."):
-        value = getattr(value, part)
+        value = value[int(part)] if isinstance(value, list) else getattr(value, part)
     return [value]
 
 
 def _check_searchable(key: str) -> None:
     allowed = searchable()
-    if key in allowed:
+    if key in allowed or is_weight_key(key):
         return
     if key in MODEL_KEYS:
         raise ValueError(

@@ -12,6 +12,7 @@ from tune.config.eval_entries import ENTRIES, OWN_METRIC, TEXT_METRICS
 from tune.config.parse import ALIASES
 from tune.config.run_spec import RunSpec, searchable
 from tune.config.sections import ARMS, Arm, MacDropSpec
+from tune.config.train.data_keys import ASKING_TEMPLATES, TEMPLATE_FILES, TEMPLATES, WEIGHT_KEY
 from tune.config.train_spec import TrainSpec
 
 Schema = dict[str, Any]
@@ -33,7 +34,7 @@ def json_schema() -> Schema:
     defs = raw["$defs"]
     for part in (raw, *defs.values()):
         _tidy(part)
-    _name_choices(defs)
+    _name_choices(raw, defs)
     _accept_shorthands(raw, defs)
     defs["TrainKeys"] = _train_keys(raw["properties"])
     return {
@@ -55,8 +56,12 @@ def _tidy(part: Schema) -> None:
         field.pop("title", None)
 
 
-def _name_choices(defs: dict[str, Schema]) -> None:
+def _name_choices(run: Schema, defs: dict[str, Schema]) -> None:
     """List the values of fields that hold a registered name, which are plain texts to pydantic."""
+    endings = "|".join(ending.removeprefix(".") for ending in TEMPLATE_FILES)
+    file = {"type": "string", "pattern": f"\\.({endings})$"}
+    _replace(run["properties"]["template"], [{"enum": list(TEMPLATES)}, file])
+    _replace(defs["Generation"]["properties"]["template"], [{"enum": list(ASKING_TEMPLATES)}, file])
     defs["MacDropSpec"]["properties"]["schedule"]["enum"] = list(SCHEDULES)
     defs["MacDropSpec"]["properties"]["scope"]["enum"] = list(SCOPES)
     defs["SweepSpec"]["properties"]["arms"]["items"] = {"enum": [Arm.BASE, Arm.PLAIN, *ARMS]}
@@ -114,7 +119,8 @@ def _parameters(field: Schema) -> Schema:
     block = {"type": "object", "properties": dict.fromkeys(inner, _SPACE), "additionalProperties": False}
     return {key: field[key] for key in ("type", "description", "default") if key in field} | {
         "properties": dict.fromkeys(names, _SPACE) | {"macdrop": block},
-        "patternProperties": {_exactly(alias): _SPACE for alias, name in ALIASES.items() if name in names},
+        "patternProperties": {_exactly(alias): _SPACE for alias, name in ALIASES.items() if name in names}
+        | {f"^{WEIGHT_KEY}$": _SPACE},
         "additionalProperties": False,
     }
 
@@ -145,7 +151,7 @@ def _dotted(defs: dict[str, Schema]) -> dict[str, Schema]:
     found: dict[str, Schema] = {}
     for block, model in (("macdrop", "MacDropSpec"), ("sweep", "SweepSpec"), ("ray", "RaySpec")):
         found |= {_exactly(f"{block}.{key}"): _at(model, key) for key in defs[model]["properties"]}
-    found[f"^sweep\\.parameters\\.({_any_of(searchable())})$"] = _SPACE
+    found[f"^sweep\\.parameters\\.({_any_of(searchable())}|{WEIGHT_KEY})$"] = _SPACE
     found |= {_exactly(f"sweep.metric.{key}"): _at("Metric", key) for key in defs["Metric"]["properties"]}
     block = "^(eval|validation)\\."
     found |= {f"{block}{key}$": _at("EvalSpec", key) for key in defs["EvalSpec"]["properties"]}

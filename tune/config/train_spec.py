@@ -15,7 +15,7 @@ from tune.config.messages import build
 from tune.config.parse import merge, undot
 from tune.config.sections import MacDropSpec
 from tune.config.train.adapter_keys import AdapterKeys
-from tune.config.train.data_keys import DataKeys
+from tune.config.train.data_keys import DataKeys, is_weight_key, with_weights
 from tune.config.train.model_keys import ModelKeys, slug
 from tune.config.train.optimizer_keys import OptimizerKeys
 
@@ -42,10 +42,12 @@ ENGINE_KEYS = (
 )
 
 #: Keys that no bit of an adapter depends on.
-WITHOUT_EFFECT = ("logging_steps", "save_steps", "max_dropped_share")
+WITHOUT_EFFECT = ("logging_steps", "save_steps", "max_dropped_share", "max_skipped_share")
 #: Keys that count for a trial's name only where they differ from their defaults: run files without them keep the names.
 UNNAMED_DEFAULTS = (
     "bad_rows",
+    "system",
+    "train_on_roles",
     "early_stopping_patience",
     "packing",
     "max_tokens_per_micro_batch",
@@ -135,8 +137,9 @@ class TrainSpec(OptimizerKeys, DataKeys, AdapterKeys, ModelKeys):
         return _digest({key: getattr(self, key) for key in ENGINE_KEYS})
 
     def canonical(self) -> TrainSpec:
-        """Return the spec with MacDrop settings that have no effect normalised (k = 0 and p0 = 0 are one baseline)."""
-        return self.model_copy(update={"macdrop": self.macdrop.canonical()})
+        """Return the spec with equal settings written alike (k = 0 and p0 = 0 are one baseline)."""
+        roles = sorted(self.train_on_roles)
+        return self.model_copy(update={"macdrop": self.macdrop.canonical(), "train_on_roles": roles})
 
     def trial_id(self) -> str:
         """Return a name made of the canonical content: equal settings are never trained twice."""
@@ -166,7 +169,10 @@ def with_values(spec: TrainSpec, values: dict[str, Any], *, partial: bool = Fals
     Raises:
         ConfigError: a value is not allowed.
     """
-    raw = merge(spec.model_dump(), undot(values))
+    weights = {key: value for key, value in values.items() if is_weight_key(key)}
+    raw = merge(spec.model_dump(), undot({key: value for key, value in values.items() if key not in weights}))
+    if weights:
+        raw["dataset"] = with_weights(raw["dataset"], weights)
     block = raw["macdrop"]
     if isinstance(block["schedule"], str) and block["schedule"] in SCHEDULES:
         if block["schedule"] != "exp":

@@ -1,13 +1,88 @@
-"""The examples of every optimizer step, in slices, and the learning rate: pure functions of seed and step."""
+"""The examples of an epoch and of every optimizer step, in slices, and the learning rate: pure functions of seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 
+from macdrop.errors import DataError
 from tune.config.run_spec import TrainSpec
+
+#: The key of info.json, and of a trial's record, with what weights make of the data sets.
+MIXTURE = "mixture"
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """Divide `total` in proportion to `weights`, by largest remainders: each part is within 1 of its exact share."""
+    exact = [total * weight / math.fsum(weights) for weight in weights]
+    parts = [math.floor(each) for each in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda at: (parts[at] - exact[at], at))
+    for at in by_remainder[: total - sum(parts)]:
+        parts[at] += 1
+    return parts
+
+
+def mix(train: np.ndarray, ends: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
+    """Return the examples of an epoch in which each data set has its weight's share, as many as there are in all.
+
+    Of a data set whose share is smaller than it is some examples are drawn; of one whose share is larger each is there
+    several times, and some once more. Which these are depends on `seed` and the data set's place alone, so a larger
+    weight only adds.
+
+    Args:
+        train: examples to choose from, ascending, int64 (n,).
+        ends: the first example behind each data set; S of them.
+        weights: S numbers above 0.
+
+    Returns:
+        int64 (n,), ascending, with repetitions.
+
+    Raises:
+        DataError: a data set has no example in `train`, or its weight is too small for a single one.
+    """
+    starts = [0, *ends[:-1]]
+    chosen: list[np.ndarray] = []
+    for at, count in enumerate(shares(len(train), weights)):
+        own = train[(train >= starts[at]) & (train < ends[at])]
+        if not len(own):
+            raise DataError(f"dataset.{at} has a weight, but none of its examples is left to train on.")
+        if not count:
+            raise DataError(
+                f"dataset.{at}.weight {weights[at]:g} of {math.fsum(weights):g} is not one example of {len(train)}. "
+                "Raise it, or leave the data set out."
+            )
+        whole, rest = divmod(count, len(own))
+        drawn = np.random.default_rng([seed, at]).permutation(own)[:rest]
+        chosen += [np.tile(own, whole), drawn]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def describe_mixture(info: Mapping[str, Any], *, folders: bool = True) -> list[str]:
+    """Return a sentence on each weighted data set: its share of an epoch, and how often an example is in it.
+
+    info: a prepared data set's, or a trial's record. folders: name the folders of the files, which are a machine's.
+    """
+    parts = _parts(info.get(MIXTURE))
+    total = sum(part["examples"] for part in parts)
+    sentences = []
+    for part in parts:
+        name = part["path"] if folders else PurePath(part["path"]).name
+        share = f"{part['examples']} of {total} examples of an epoch ({part['examples'] / total:.1%}"
+        times = f"each of its {part['available']} {part['examples'] / part['available']:.3g} times on average"
+        sentences.append(f"{name}: {share}, weight {part['weight']:g}), {times}")
+    return sentences
+
+
+def _parts(found: Any) -> list[dict[str, Any]]:
+    """Return what a record says of a mixture; nothing where it is damaged."""
+    parts = [part for part in found if isinstance(part, dict)] if isinstance(found, list) else []
+    numbers = [part.get(key) for part in parts for key in ("weight", "available", "examples")]
+    whole = all(isinstance(number, int | float) and number > 0 for number in numbers)
+    return parts if whole and all(isinstance(part.get("path"), str) for part in parts) else []
 
 
 def steps_per_epoch(examples: int, global_batch: int) -> int:

@@ -2,7 +2,7 @@
 
 Reading is strict, and every row knows its place ("file, line 12"), so that an error can name it. A byte order mark is
 skipped, an ending may be in capitals, and texts may be compressed (gz, bz2, xz, zst). JSON is a list of objects or one
-object per line, whatever the ending (hub files mix them).
+object per line, whatever the ending (hub files mix them); a .json file may be one object of columns.
 """
 
 from __future__ import annotations
@@ -105,9 +105,16 @@ def _open(path: Path, newline: str | None = None) -> TextIO:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     with _open(path, newline="\n") as file:
-        if file.read(64).lstrip().startswith("["):
-            with _open(path, newline="\n") as whole:
-                yield from _json_list(path, whole.read())
+        begin = file.read(64).lstrip()[:1]
+    if begin == "[":
+        with _open(path, newline="\n") as whole:
+            yield from _json_list(path, whole.read())
+        return
+    if begin == "{" and kind_of(path) == ".json":  # in a .jsonl, one line with lists is one row
+        with _open(path, newline="\n") as whole:
+            columns = _columns_of(whole.read())
+        if columns is not None:
+            yield from _column_rows(path, columns)
             return
     with _open(path, newline="\n") as file:
         first = True
@@ -121,6 +128,30 @@ def _json_rows(path: Path) -> Iterator[Row]:
                     raise _json_error(place, error, hint) from None
                 yield _object_row(values, place, line)
                 first = False
+
+
+def _columns_of(text: str) -> dict[str, list[Any]] | None:
+    """Return the columns that a text holds as one JSON object; None if it holds something else.
+
+    A list of objects is not a column, but the turns of one conversation, or rows under a key of their own.
+    """
+    try:
+        values = _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not values:
+        return None
+    columns = [each for each in values.values() if isinstance(each, list) and each and not isinstance(each[0], dict)]
+    return values if len(columns) == len(values) else None
+
+
+def _column_rows(path: Path, columns: dict[str, list[Any]]) -> Iterator[Row]:
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name!r:.40} {length}" for name, length in list(lengths.items())[:20])
+        raise DataError(f"{path}: the columns differ in length: {counts}.")
+    for number, values in enumerate(zip(*columns.values(), strict=True), 1):
+        yield Row(dict(zip(columns, values, strict=True)), f"{path}, row {number}")
 
 
 def _one_object(text: str) -> str:

@@ -7,14 +7,18 @@ border (the prefix property fails), the pieces are tokenised one by one and join
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError, DataError, nearest
+from tune.config.train.data_keys import TEMPLATES, is_template_file
 from tune.data.chat_template import ChatTemplate
-from tune.data.formats import Conversation, Turn
+from tune.data.formats import ANSWERS, Conversation, Turn, with_system_as_user
+from tune.data.lost_rows import BadRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,14 +34,13 @@ ALPACA_WITH_INPUT = (
 ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
-TEMPLATES = ("auto", "alpaca", "chat")
 
 
 class Kind(Enum):
     """Role of a piece of text in the loss."""
 
     PROMPT = "carries loss if the prompt is trained on"
-    ANSWER = "carries loss"
+    ANSWER = "carries loss: an answer, or a turn of train_on_roles"
     MUTED = "an answer of weight 0, which never carries loss"
 
 
@@ -69,12 +72,17 @@ class Encoded:
         return max(first, 1)
 
 
-def choose_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def choose_template(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, PreTrainedTokenizerBase]:
     """Resolve the spec's `template` to "chat" or "alpaca"; auto is chat where the tokenizer has a chat template.
 
+    Returns:
+        the name, and the tokenizer: of `FILE.jinja` a copy with that chat template.
+
     Raises:
-        ConfigError: unknown template, or `chat` for a tokenizer without one.
+        ConfigError: unknown template, `chat` for a tokenizer without one, or a file that cannot be used.
     """
+    if is_template_file(template):
+        return "chat", with_template(tokenizer, template)
     if template not in TEMPLATES:
         allowed = ", ".join(TEMPLATES)
         raise ConfigError(f"Unknown template {template!r}.{nearest(template, TEMPLATES)} Allowed: {allowed}.")
@@ -82,44 +90,110 @@ def choose_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if template == "chat" and not has_chat:
         raise ConfigError(
             "template 'chat' needs a tokenizer with a chat template, and this one has none.\n"
-            "Use template: alpaca, or the tokenizer of an instruction-tuned model."
+            "Use template: alpaca, a template: FILE.jinja, or the tokenizer of an instruction-tuned model."
         )
-    return "alpaca" if template == "alpaca" or not has_chat else "chat"
+    return "alpaca" if template == "alpaca" or not has_chat else "chat", tokenizer
 
 
-def alpaca_pieces(conversation: Conversation) -> list[Piece]:
-    """Build the Alpaca prompt; further turns repeat its instruction block, a system turn replaces its opening."""
-    system = "".join(turn.content + "\n\n" for turn in conversation if turn.role == "system")
+def with_template(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer with the chat template in a file.
+
+    Raises:
+        ConfigError: there is no such file, it is empty or not text, or its Jinja is not valid.
+    """
+    import jinja2
+
+    tokenizer = copy.copy(tokenizer)
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        if not tokenizer.chat_template.strip():
+            raise ConfigError(f"template {path!r:.200} is empty.")
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except OSError as error:
+        raise ConfigError(f"template {path!r:.200} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"template {path!r:.200} is not UTF-8 text.") from None
+    except jinja2.TemplateSyntaxError as error:
+        place = f"template {path!r:.200}, line {error.lineno}"
+        raise ConfigError(f"{place}: not a valid template ({error.message}).") from None
+    except jinja2.TemplateError:
+        pass  # it may refuse that conversation, and not those of the data
+    return tokenizer
+
+
+def alpaca_pieces(conversation: Conversation, roles: Sequence[str] = ANSWERS) -> list[Piece]:
+    """Build the Alpaca prompt; further turns repeat its instruction block, a system turn replaces its opening.
+
+    Raises:
+        BadRow: an answer stands before the first question, or tools are used, for which the prompt has no place.
+    """
+    if any(turn.calls or turn.tools or turn.role == "tool" for turn in conversation):
+        raise BadRow.because("template alpaca has no place for tools", "template alpaca has no place for tools.")
     pieces: list[Piece] = []
+    system = [turn for turn in conversation if turn.role == "system"]
     for turn in conversation:
+        kind = Kind.ANSWER if turn.role in roles and turn.trained else Kind.PROMPT
         if turn.role == "assistant":
-            pieces.append(Piece(turn.content, Kind.ANSWER if turn.trained else Kind.MUTED, close=True))
+            if not pieces:
+                why = "template alpaca has no place for an answer before the first question"
+                raise BadRow.because(why, f"{why}. Leave that turn out, or use a chat template.")
+            pieces.append(Piece(turn.content, Kind.ANSWER if kind is Kind.ANSWER else Kind.MUTED, close=True))
         elif turn.role == "user":
-            opening = "\n\n" if pieces else system or (ALPACA_WITH_INPUT if turn.context else ALPACA_WITHOUT_INPUT)
-            context = f"### Input:\n{turn.context}\n\n" if turn.context else ""
-            pieces.append(Piece(f"{opening}### Instruction:\n{turn.content}\n\n{context}### Response:", Kind.PROMPT))
-    return pieces
+            opening = ALPACA_WITH_INPUT if turn.context else ALPACA_WITHOUT_INPUT
+            if pieces:
+                pieces.append(Piece("\n\n", Kind.PROMPT))
+            elif system:
+                carry = [each.trained and "system" in roles for each in system]
+                pieces += [
+                    Piece(each.content + "\n\n", Kind.ANSWER if flag else Kind.PROMPT)
+                    for each, flag in zip(system, carry, strict=True)
+                ]
+            else:
+                pieces.append(Piece(opening, Kind.PROMPT))
+            pieces += [Piece("### Instruction:\n", Kind.PROMPT), Piece(turn.content, kind), Piece("\n\n", Kind.PROMPT)]
+            if turn.context:
+                pieces += [Piece("### Input:\n", Kind.PROMPT), Piece(turn.context, kind), Piece("\n\n", Kind.PROMPT)]
+            pieces.append(Piece("### Response:", Kind.PROMPT))
+    return _merged(pieces)
 
 
-def chat_pieces(conversation: Conversation, template: ChatTemplate) -> list[Piece]:
-    """Render a conversation by a chat template and cut it at its answers.
+def _merged(pieces: Sequence[Piece]) -> list[Piece]:
+    """Join neighbouring pieces of the prompt, so that they are tokenised as the one text that they are."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        if merged and piece.kind is Kind.PROMPT and merged[-1].kind is Kind.PROMPT:
+            merged[-1] = Piece(merged[-1].text + piece.text, Kind.PROMPT)
+        else:
+            merged.append(piece)
+    return merged
+
+
+def chat_pieces(conversation: Conversation, template: ChatTemplate, roles: Sequence[str] = ANSWERS) -> list[Piece]:
+    """Render a conversation by a chat template and cut it at its answers, and at other turns of `roles`.
 
     An answer includes the template's end-of-turn mark, without the white space behind it. A template that marks no end
     gets the end-of-sequence id.
 
     Raises:
-        DataError: the template refuses the conversation, or leaves out or changes a text of it.
+        BadRow: the template refuses the conversation, or leaves out or changes a text of it.
     """
-    messages = [{"role": turn.role, "content": _joined(turn)} for turn in conversation]
-    rendered = template.render(messages, [turn.role == "assistant" and turn.trained for turn in conversation])
+    messages = [_message(turn) for turn in conversation]
+    trained = [turn.role in roles and turn.trained for turn in conversation]
+    rendered = template.offering(conversation[0].tools).render(messages, trained)
     pieces, at = [], 0
     for span in rendered.spans:
         kind = Kind.ANSWER if span.trained else Kind.MUTED
         pieces += [Piece(rendered.text[at : span.start], Kind.PROMPT)]
-        pieces += [Piece(rendered.text[span.start : span.end], kind, close=not rendered.closed)]
+        pieces += [Piece(rendered.text[span.start : span.end], kind, close=span.answer and not rendered.closed)]
         at = span.end
     rest = rendered.text[at:]
     return [*pieces, Piece(rest, Kind.PROMPT)] if rest.strip() else pieces
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """Return a turn as chat templates take it."""
+    calls = {"tool_calls": list(turn.calls)} if turn.calls else {}
+    return {"role": turn.role, "content": _joined(turn), **calls, **dict(turn.about)}
 
 
 class Encoder:
@@ -129,14 +203,24 @@ class Encoder:
         tokenizer: a tokenizer with an end-of-sequence token.
         template: "chat" or "alpaca", from `choose_template`.
         train_on_prompt: every token carries loss, but those of answers of weight 0.
+        roles: those whose turns carry loss.
+        system_as_user: system turns are a part of the next question.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, train_on_prompt: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        train_on_prompt: bool,
+        roles: Sequence[str] = ANSWERS,
+        system_as_user: bool = False,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 "the tokenizer has no end-of-sequence token, so a model could not learn where an answer ends."
             )
         self.tokenizer, self.template = tokenizer, template
+        self._roles, self._system_as_user = tuple(roles), system_as_user
         self._chat = ChatTemplate(tokenizer)
         self._trained = {Kind.ANSWER, Kind.PROMPT} if train_on_prompt else {Kind.ANSWER}
         plain, special = self._ids(["a"])[0], list(tokenizer("a")["input_ids"])
@@ -148,14 +232,15 @@ class Encoder:
         self,
         conversations: Sequence[Conversation],
         places: Sequence[str],
-        refuse: Callable[[DataError], None] | None = None,
+        refuse: Callable[[DataError, str], None] | None = None,
     ) -> list[Encoded]:
         """Encode many conversations with few tokenizer calls (fast tokenizers then use all cores).
 
         Args:
             conversations: N of them.
             places: where each came from ("file, line 3"), for error messages.
-            refuse: called with the error of each conversation that the template cannot render, which then is left out.
+            refuse: called with the error, and the place, of each conversation that the template cannot render; these
+                are left out.
 
         Raises:
             DataError: the template cannot render a conversation, and there is no `refuse`.
@@ -166,10 +251,11 @@ class Encoder:
                 runs.append(self._runs(conversation))
                 taken.append((conversation, place))
             except DataError as error:
-                refused = DataError(f"{place}: {error}")
+                reason = error.reason if isinstance(error, BadRow) else BadRow.reason
+                refused = BadRow.because(reason, f"{place}: {error}")
                 if refuse is None:
                     raise refused from error
-                refuse(refused)
+                refuse(refused, place)
         ids = iter(self._ids([text for group in runs for run in group for text in _growing(run)]))
         grown = [[[next(ids) for _ in run] for run in group] for group in runs]
         return [
@@ -181,8 +267,12 @@ class Encoder:
         """Pieces in runs that are tokenised as one text; an end-of-sequence id ends a run."""
         if conversation[0].role == "document":
             return [[Piece(conversation[0].content, Kind.ANSWER, close=True)]]
-        chat = self.template == "chat"
-        pieces = chat_pieces(conversation, self._chat) if chat else alpaca_pieces(conversation)
+        if self._system_as_user:
+            conversation = with_system_as_user(conversation)
+        if self.template == "chat":
+            pieces = chat_pieces(conversation, self._chat, self._roles)
+        else:
+            pieces = alpaca_pieces(conversation, self._roles)
         runs: list[list[Piece]] = [[]]
         for piece in pieces:
             runs[-1].append(piece)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from macdrop.errors import DataError
-from tune.data.formats import BadRows, converter, detect_format
+from tune.data.formats import converter, detect_format
+from tune.data.lost_rows import SKIPPED, BadRows
 from tune.data.readers import Row
 from tune.data.sources import Source
 from tune.data.templates import IGNORE, Encoded, Encoder
@@ -18,6 +19,8 @@ from tune.data.templates import IGNORE, Encoded, Encoder
 Reader = Callable[[], Iterator[Row]]
 
 _BATCH = 1000
+#: Examples whose places are kept.
+_PLACES = 100
 
 
 class _Kept:
@@ -30,6 +33,7 @@ class _Kept:
         self.counts = {"rows": 0, "dropped": 0, "truncated": 0, "tokenised_by_pieces": 0}
         self.prompts = (0, 0)  # tokens of the shortest and of the longest prompt before an answer
         self.longest, self.longest_at = 0, ""
+        self.places: list[str] = []
 
     def add(self, example: Encoded) -> None:
         self.counts["rows"] += 1
@@ -44,6 +48,7 @@ class _Kept:
         self.counts["tokenised_by_pieces"] += example.split
         self.tokens.append(np.asarray(example.input_ids[: self.cutoff], np.int32))
         self.labels.append(np.asarray(example.labels[: self.cutoff], np.int32))
+        self.places += [example.place] if len(self.places) < _PLACES else []
         if len(self.tokens[-1]) > self.longest:
             self.longest, self.longest_at = len(self.tokens[-1]), example.place
 
@@ -75,11 +80,12 @@ def tokenise(
     kept, bad = _Kept(settings["cutoff_len"]), BadRows(settings["bad_rows"] == "skip")
     parts = []
     for source, rows in zip(sources, readers, strict=True):
-        before = (kept.counts["rows"] + bad.count, kept.counts["dropped"])
-        format, encoded = _encode_source(source, rows, encoder, bad)
+        before = (kept.counts["rows"] + bad.count, kept.counts["dropped"], bad.count)
+        format, encoded = _encode_source(source, rows, encoder, bad, settings["train_on_roles"])
         for example in encoded:
             kept.add(example)
         counted = {"rows": kept.counts["rows"] + bad.count - before[0], "dropped": kept.counts["dropped"] - before[1]}
+        counted["skipped"] = bad.count - before[2]
         parts.append({**asdict(source), "format": format, "detected": source.format == "auto", **counted})
     kept.require_some(bad)
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in kept.tokens], dtype=np.int64)])
@@ -99,6 +105,8 @@ def tokenise(
         "rows": kept.counts["rows"] + bad.count,
         "skipped": bad.count,
         "first_skipped": bad.first,
+        SKIPPED: bad.by_reason(),
+        "places": kept.places,
         "examples": len(offsets) - 1,
         "train": len(train),
         "validation": len(validation),
@@ -113,14 +121,16 @@ def tokenise(
     return arrays, info
 
 
-def _encode_source(source: Source, rows: Reader, encoder: Encoder, bad: BadRows) -> tuple[str, Iterator[Encoded]]:
+def _encode_source(
+    source: Source, rows: Reader, encoder: Encoder, bad: BadRows, roles: Sequence[str]
+) -> tuple[str, Iterator[Encoded]]:
     """Return the format and the examples, not yet cut; few rows are held at a time."""
     stream = islice(rows(), source.max_samples)
     batch = list(islice(stream, _BATCH))
     if not batch:
         raise DataError(f"dataset {source.path!r} is empty: it holds no rows.")
     format = detect_format(batch[0], batch[1:]) if source.format == "auto" else source.format
-    convert = converter(format)
+    convert = converter(format, roles)
 
     def examples(batch: list[Row]) -> Iterator[Encoded]:
         while batch:
@@ -130,7 +140,7 @@ def _encode_source(source: Source, rows: Reader, encoder: Encoder, bad: BadRows)
                     conversations.append(convert(row))
                     places.append(row.place)
                 except DataError as error:
-                    bad.add(error)
+                    bad.add(error, row.place)
             yield from encoder.encode(conversations, places, bad.add)
             batch = list(islice(stream, _BATCH))
 

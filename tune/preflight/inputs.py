@@ -17,9 +17,10 @@ from macdrop.schedules import SCHEDULES, probability
 from tune.config.eval_spec import NO_ATTACK, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, Space, TrainSpec, check_merging, values_of, with_values
 from tune.config.sections import ARMS, EVAL_LOSS, Arm
+from tune.config.train.data_keys import is_template_file, is_weight_key
 from tune.data import dataset as data
-from tune.data.batching import Batches, total_steps
-from tune.data.cutoff import describe_cutoff
+from tune.data.batching import Batches, describe_mixture, total_steps
+from tune.data.lost_rows import describe_cutoff, describe_skipped
 from tune.data.padding import describe_padding
 from tune.evaluation.benchmark import check_files
 from tune.evaluation.judge.session import check_judge
@@ -41,8 +42,10 @@ DATA_KEYS = (
     "dataset",
     "format",
     "template",
+    "system",
     "cutoff_len",
     "train_on_prompt",
+    "train_on_roles",
     "bad_rows",
     "val_size",
     "max_samples",
@@ -99,7 +102,7 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
             steps, epoch = _steps(study.spec, study.parameters, prepared[0], workers)
             found = cuts(study, spec.sweep, steps, epoch) if stops else None
             notes += check_patience(study.spec, study.parameters, steps, epoch)
-            notes += _fits(study.spec, study.parameters, prepared, workers, room)
+            notes += [*_fits(study.spec, study.parameters, prepared, workers, room), *template_notes(study, spec.eval)]
             known = {note for each in checked.values() for note in each.notes}
             notes += [note for note in precision_note(study.spec, study.parameters, room) if note not in known]
             checked[study.name] = _checked(study.spec, prepared, workers, steps, found, notes)
@@ -267,7 +270,8 @@ def _data(
             "val_size is 0, but the search optimises eval_loss, or stops trials by it. Set val_size (for example "
             "0.05), or sweep.metric to a score of the block validation, and sweep.scheduler to none."
         )
-    searched = [(key, value) for key in DATA_KEYS if key in parameters for value in parameters[key].bounds()]
+    keys = [key for key in parameters if key in DATA_KEYS or is_weight_key(key)]
+    searched = [(key, value) for key in keys for value in parameters[key].bounds()]
     specs = [spec, *(with_values(spec, {key: value}, partial=True) for key, value in searched)]
     prepared = [data.load(data.prepare(each, tokenizer, cache_dir() / "data")) for each in specs]
     config = _config(spec)
@@ -290,6 +294,15 @@ def _fits(
     return check_fits(spec, parameters, longest, workers, room)
 
 
+def template_notes(study: Study, block: EvalSpec) -> list[str]:
+    """Return a note for each benchmark whose questions are not asked in the chat template file of the training."""
+    files = [name for name in values_of(study.spec, study.parameters, "template") if is_template_file(name)]
+    asked = [name for name, entry in block.generation.items() if files and entry.template in ("auto", "chat")]
+    return [
+        f"eval.generation.{name} is asked in the tokenizer's template, not {files[0]}: set its key" for name in asked
+    ]
+
+
 def precision_note(spec: TrainSpec, parameters: dict[str, Space], room: Room | None) -> list[str]:
     """Return a note on `bf16: true` for a machine that has to emulate it; `room` is None where others train."""
     if room is None or True not in values_of(spec, parameters, "bf16") or native_bf16():
@@ -300,7 +313,11 @@ def precision_note(spec: TrainSpec, parameters: dict[str, Space], room: Room | N
 def _checked(
     spec: TrainSpec, prepared: list[data.Prepared], workers: int, steps: int, found: Cuts | None, notes: list[str]
 ) -> Checked:
-    words = dict.fromkeys(describe_cutoff(each.info) for each in prepared)
+    every = [
+        (describe_cutoff(one), *describe_mixture(one), *describe_skipped(one))
+        for one in (part.info for part in prepared)
+    ]
+    words = dict.fromkeys(sentence for sentences in every for sentence in sentences)
     return Checked(steps, found, tuple(notes), tuple(words), describe_padding(prepared[0].train.lengths, spec, workers))
 
 

@@ -16,7 +16,10 @@ from macdrop.gguf.header import is_gguf
 from tune.config.eval_spec import NO_ATTACK
 from tune.config.run_spec import TrainSpec
 from tune.config.sections import Arm
+from tune.config.train.data_keys import is_template_file
+from tune.data.batching import describe_mixture
 from tune.data.locations import looks_like_a_path
+from tune.data.lost_rows import describe_skipped
 from tune.evaluation.merging import LogitCheck
 from tune.report.escaping import markdown_text, visible
 from tune.report.tables import Table
@@ -50,13 +53,17 @@ Z = 1.959964
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished trial with its results. `scores` and `base` are rows of scores.jsonl."""
+    """A finished trial with its results.
+
+    data: the record of its training data. scores, base: rows of scores.jsonl.
+    """
 
     folder: Path
     name: str
     spec: TrainSpec
     info: Mapping[str, Any]
     workers: int | None
+    data: Mapping[str, Any] = field(default_factory=dict)
     scores: list[dict[str, Any]] = field(default_factory=list)
     base: list[dict[str, Any]] = field(default_factory=list)
     verdict: list[str] = field(default_factory=list)
@@ -173,7 +180,10 @@ def _training(trial: Exported) -> list[tuple[str, str]]:
     dropped, masked = info.get("entries_dropped"), info.get("entries_masked")
     rows = [
         ("data", ", ".join(_shown(name) for name in _data(spec))),
-        ("length", f"{spec.cutoff_len} tokens; loss on the {'whole text' if spec.train_on_prompt else 'answers'}"),
+        ("mixture", "; ".join(describe_mixture(trial.data, folders=False))),
+        ("skipped rows", "; ".join(describe_skipped(trial.data, folders=False))),
+        ("chat template", f"{Path(spec.template).name} (a file)" if is_template_file(spec.template) else ""),
+        ("length", f"{spec.cutoff_len} tokens; loss on {_carriers(spec)}"),
         ("steps", f"{info.get('step')} of {info.get('total_steps')}{early}"),
         ("batch", batch + workers),
         ("learning rate", f"{spec.learning_rate:g}, {spec.lr_scheduler_type}, warm-up {spec.warmup_ratio:g}"),
@@ -238,6 +248,13 @@ def _rows(trial: Exported, rows: Iterable[Mapping[str, Any]], *, attack: bool = 
 def _data(spec: TrainSpec) -> list[str]:
     entries = spec.dataset if isinstance(spec.dataset, list) else [spec.dataset]
     return [entry if isinstance(entry, str) else entry.path for entry in entries]
+
+
+def _carriers(spec: TrainSpec) -> str:
+    """Return which tokens carry loss."""
+    if spec.train_on_prompt:
+        return "the whole text"
+    return "the answers" if spec.train_on_roles == ["assistant"] else f"the turns of {', '.join(spec.train_on_roles)}"
 
 
 def _on_hub(name: str) -> bool:

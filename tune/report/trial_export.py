@@ -55,10 +55,11 @@ def read_trial(folder: Path) -> Exported:
             f"What can be exported is {' or '.join(FINISHED)}."
         )
     verify(TrialFolder(folder).adapter_dir)
-    workers = read_setup(folder)["workers"] if (folder / SETUP).is_file() else None
+    setup = read_setup(folder) if (folder / SETUP).is_file() else {}
+    workers, data = setup.get("workers"), setup.get("data") or {}
     run_dir = folder.resolve().parents[1]
     if not (run_dir / "run.json").is_file():
-        return Exported(folder, info.get("trial") or spec.trial_id(), spec, info, workers)
+        return Exported(folder, info.get("trial") or spec.trial_id(), spec, info, workers, data=data)
     run_folder = RunFolder.open(run_dir)
     rows = [row for row in run_folder.score_rows() if row["model"] == info["model"]]
     return Exported(
@@ -67,6 +68,7 @@ def read_trial(folder: Path) -> Exported:
         spec,
         info,
         workers,
+        data=data,
         scores=[row for row in rows if row["trial"] == info["trial"]],
         base=[row for row in rows if row["trial"] == BASE],
         verdict=_verdicts(run_folder, info["model"]),

@@ -18,7 +18,8 @@ from tune.config.messages import build
 from tune.config.resume import changes, shell_command
 from tune.config.run_spec import TrainSpec, dump
 from tune.config.train_spec import WITHOUT_EFFECT
-from tune.data.cutoff import COUNTS
+from tune.data.batching import MIXTURE
+from tune.data.lost_rows import COUNTS, SKIPPED
 from tune.storage.atomic import atomic_write_json, read_mapping
 from tune.storage.environment import version
 from tune.training.checkpoint import read_meta
@@ -49,7 +50,10 @@ def record_setup(folder: Path, data: Prepared, weights: MassiveWeights | None, s
         "workers": workers,
         "threads": torch.get_num_threads(),
         "directory": os.getcwd(),
-        "data": {key: data.info[key] for key in ("key", "examples", "tokens", "label_tokens", *COUNTS)},
+        "data": {
+            **{key: data.info[key] for key in ("key", "examples", "tokens", "label_tokens", *COUNTS)},
+            **{key: data.info[key] for key in (SKIPPED, MIXTURE) if data.info.get(key)},
+        },
         "weights": os.path.relpath(scan, folder) if weights else None,
         "fingerprint": weights.fingerprint if weights else None,
         **surroundings(),

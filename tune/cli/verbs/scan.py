@@ -106,7 +106,7 @@ def _check_options(
     template: str,
 ) -> None:
     """Refuse options that would have no effect, and what cannot be written."""
-    from tune.data.templates import TEMPLATES
+    from tune.config.train.data_keys import TEMPLATES, is_template_file
 
     if text is not None and not prove:
         raise ConfigError("--text is for the proof. Add --prove, or leave --text out.")
@@ -118,8 +118,8 @@ def _check_options(
         raise ConfigError("--yes agrees to a long proof of every layer. Add --prove --every-layer, or leave it out.")
     if template != "auto" and data is None:
         raise ConfigError("--template says how --data is laid out. Add --data, or leave --template out.")
-    if template not in TEMPLATES:
-        raise ConfigError(f"--template {template!r} is unknown. Allowed: {', '.join(TEMPLATES)}.")
+    if template not in TEMPLATES and not is_template_file(template):
+        raise ConfigError(f"--template {template!r} is unknown. Allowed: {', '.join(TEMPLATES)}, or a FILE.jinja.")
     if figure is not None and figure.suffix.lower() not in FIGURES:
         raise ConfigError(f"--figure {figure} has no ending that says what to draw. Allowed: {', '.join(FIGURES)}.")
     check_output(figure, name="--figure")

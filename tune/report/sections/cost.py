@@ -11,7 +11,8 @@ from typing import Any
 from tune.analysis.display_names import arm_name
 from tune.analysis.results import Line, ModelResults
 from tune.config.resume import shell_command
-from tune.data.cutoff import COUNTS, describe_cutoff
+from tune.data.batching import describe_mixture
+from tune.data.lost_rows import COUNTS, describe_cutoff, describe_skipped
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import count, hours, number
@@ -86,6 +87,7 @@ def reproduce(subject: Subject) -> Part:
         setup = run_folder.finding(folders[0] / SETUP) or {}
         workers, data = setup.get("workers") or 1, setup.get("data") or {}
         lines += [f"Training data: {describe_cutoff(data)}."] if data.keys() >= set(COUNTS) else []
+        lines += [f"{sentence}." for sentence in (*describe_mixture(data), *describe_skipped(data))]
         share = f"{len(folders)} of {len(final)} trials have what it needs"
         if not run_folder.archive:  # which has no adapter to compare with
             lines.append(f"One trial without Ray: {reproduce_command(folders[0], workers)} ({share}).")

@@ -1,4 +1,4 @@
-"""Rows that cutoff_len removes: counted, described, and refused above a share."""
+"""Rows that cutoff_len removes, and bad ones: counted, described, and refused above a share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 
 from macdrop import load_tokenizer
 from macdrop.errors import DataError
+from tune.config.run_spec import load
 from tune.config.train_spec import TrainSpec
 from tune.data import dataset as data
-from tune.data.cutoff import check_dropped, describe_cutoff
+from tune.data.lost_rows import check_dropped, describe_cutoff, describe_skipped
 from tune.zoo.catalog import resolve
 
 #: Nine prompts that fit 200 tokens, and one that does not.
@@ -93,3 +94,40 @@ def test_words():
     assert describe_cutoff({**counts, "skipped": 1}) == f"34 rows, 1 of them bad and skipped (2.9%); {cut}"
     none = {**counts, "dropped": 0, "truncated": 0}
     assert describe_cutoff(none) == "34 rows, none dropped or truncated by cutoff_len 64"
+
+
+# --- bad rows ---
+
+BAD = [{"instruction": "name", "output": None}, {"instruction": "name"}, {"instruction": 3, "output": "a"}]
+
+
+def test_more_than_a_tenth_of_bad_rows_is_refused_with_reasons_and_places(info, tmp_path):
+    rows = [*SHORT, *BAD]
+    with pytest.raises(DataError) as caught:
+        info(rows, bad_rows="skip")
+    file = tmp_path / "a.jsonl"
+    first, *reasons, last = str(caught.value).splitlines()
+    assert first == "3 of 12 rows (25.0%) are bad and would be skipped; max_skipped_share is 0.1."
+    assert reasons == [
+        f"  2 rows skipped: a text is missing, or is not text ({file}, line 10; {file}, line 12)",
+        f"  1 row skipped: a column is missing ({file}, line 11)",
+    ]
+    assert "max_skipped_share (null never refuses)" in last and not list((tmp_path / "cache").glob("*/"))
+    assert info([*SHORT, BAD[0]], bad_rows="skip")["skipped"] == 1
+    assert info(rows, bad_rows="skip", max_skipped_share=0.25)["skipped"] == 3
+    with pytest.raises(DataError, match="max_skipped_share is 0.2"):  # of data that are prepared already
+        info(rows, bad_rows="skip", max_skipped_share=0.2)
+    assert info(rows, bad_rows="skip", max_skipped_share=None)["examples"] == 9
+
+
+def test_the_name_of_the_issue_is_accepted_too():
+    spec = load(None, ["model_name_or_path=zoo:planted-llama", "on_bad_row=skip"])
+    assert spec.bad_rows == "skip"
+
+
+def test_of_many_bad_rows_the_first_places_are_named():
+    found = {"reason": "an unknown role", "count": 9, "places": [f"/there/a.jsonl, line {n}" for n in (1, 2, 3)]}
+    (sentence,) = describe_skipped({"skipped_rows": [found]}, folders=False)
+    assert sentence == "9 rows skipped: an unknown role (a.jsonl, line 1; a.jsonl, line 2; a.jsonl, line 3 and more)"
+    for damaged in (None, 3, [3], [{"reason": 1}], [{"reason": "r", "count": "x", "places": []}]):
+        assert describe_skipped({"skipped_rows": damaged}) == [] == describe_skipped({})
