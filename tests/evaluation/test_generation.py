@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from helpers import benchmark_fixtures as fix
@@ -115,6 +116,30 @@ def test_alpaca_prompt_equals_training_and_cut_prompts_are_counted(tmp_path, mod
     )[0]
     assert prompt == trained.input_ids[: trained.prompt_length]
     assert len(prompt) > 256 - 64 and "prompts_cut_left=1" in score(model, tokenizer, spec.model_dump())[0]["settings"]
+
+
+def test_a_template_in_a_file_asks_as_training_saw_it(tmp_path, model, tokenizer):
+    from tune.data.formats import Turn
+    from tune.data.templates import Encoder, choose_template
+    from tune.evaluation import questions
+
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>{# #}")
+    data = fix.write_jsonl(tmp_path / "a.jsonl", [{"instruction": "Add.", "output": "3"}])
+    entry = {"data": data, "max_new_tokens": 4}
+    settings = [
+        score(model, tokenizer, {"generation": {"g": {**entry, **keys}}})[0]["settings"]
+        for keys in ({}, {"template": str(file)})
+    ]
+    assert "template=alpaca" in settings[0] and re.search("template=chat:[0-9a-f]{12} ", settings[1])
+    spec = build(EvalSpec, {"generation": {"g": {**entry, "template": str(file)}}})
+    resident = questions.load("g", spec.generation["g"], tokenizer, 256)
+    asked = questions.prompt(resident, tokenizer, resident.questions[0], []).ids
+    kind, own = choose_template(str(file), tokenizer)
+    (trained,) = Encoder(own, kind, False).encode([[Turn("user", "Add."), Turn("assistant", "3")]], ["x"])
+    assert asked == trained.input_ids[: trained.prompt_length]
+    with pytest.raises(ConfigError, match="'chatml' is not a template"):
+        build(EvalSpec, {"generation": {"g": {**entry, "template": "chatml"}}})
 
 
 def test_bos_can_be_switched_on(tmp_path, model, tokenizer):

@@ -10,13 +10,15 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from macdrop.attack import NONE, Attack
 from macdrop.errors import nearest
-from tune.config.sections import Location, Strict, Text, shown
+from tune.config.sections import Location, Strict, Text, UserPath, shown
+from tune.config.train.data_keys import ASKING_TEMPLATES, check_template
 
 NO_ATTACK = NONE
 #: The name of a mean over benchmarks, among their names.
@@ -212,11 +214,11 @@ class Generation(BenchmarkEntry):
     format: Literal["spec_bench", "reference"] | None = Field(
         default=None, description="`spec_bench` or `reference`; `null` detects it from the columns."
     )
-    template: Literal["auto", "chat", "alpaca", "plain"] = Field(
+    template: UserPath = Field(
         default="auto",
         description=(
-            "Prompt template: `chat`, `alpaca`, `plain`, or `auto` (the tokenizer's chat template if there is one, "
-            "else alpaca)."
+            "Prompt template: `chat`, `alpaca`, `plain`, `auto` (the tokenizer's chat template if there is one, else "
+            "alpaca), or a chat template in a file `FILE.jinja`."
         ),
     )
     thinking: bool = Field(
@@ -243,6 +245,11 @@ class Generation(BenchmarkEntry):
             "Overrides `limit` of the block; counts prompts, for Spec-Bench questions per category (`N per category`)."
         ),
     )
+
+    @field_validator("template")
+    @classmethod
+    def _known_template(cls, value: str) -> str:
+        return check_template(value, ASKING_TEMPLATES)
 
     @model_validator(mode="after")
     def _metrics_fit(self) -> Generation:

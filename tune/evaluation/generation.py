@@ -38,7 +38,6 @@ HIGHER_IS_BETTER = {**dict.fromkeys(TEXT_METRICS, True), "empty_share": False, "
 def score(
     resident: ResidentQuestions,
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     limit: int | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -48,6 +47,7 @@ def score(
         rows, and per question what is kept as jsonl: question_id, category, turns, answers, tokens, ended, metrics.
     """
     name, entry, questions = resident.name, resident.entry, select(resident.questions, limit)
+    tokenizer = resident.tokenizer
     answers: list[list[Answer]] = [[] for _ in questions]
     cut = 0
     for turn in range(max(len(question.turns) for question in questions)):
@@ -79,7 +79,7 @@ def score(
         for question, given, metrics in zip(questions, answers, measured, strict=True)
     ]
     settings = (
-        f"format={resident.kind} template={resident.template} greedy max_new_tokens={entry.max_new_tokens} "
+        f"format={resident.kind} template={resident.template_name} greedy max_new_tokens={entry.max_new_tokens} "
         f"prompts_cut_left={cut}"
     )
     groups = _groups(name, questions) if resident.kind == "spec_bench" else {name: list(range(len(questions)))}
@@ -182,7 +182,7 @@ class GenerationBenchmark:
         limit: int | None,
         logits: Logits,
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        return score(data, model, self._tokenizer, batch_size, limit)
+        return score(data, model, batch_size, limit)
 
     @staticmethod
     def items(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Values | None:

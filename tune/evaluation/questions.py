@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from macdrop.errors import ConfigError, DataError
 from tune.config.eval_entries import Generation
+from tune.config.train.data_keys import is_template_file
 from tune.data.chat_template import ChatTemplate
 from tune.data.formats import Turn
-from tune.data.templates import Encoder
+from tune.data.templates import Encoder, with_template
 from tune.evaluation.check import read_generation
 from tune.evaluation.own.own_metrics import OwnMetric, load_metrics
 
@@ -32,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ResidentQuestions:
-    """The questions of one benchmark entry, ready to be asked."""
+    """The questions of one benchmark entry, ready to be asked in the chat template of `tokenizer`."""
 
     name: str
     questions: list[Question]
@@ -43,6 +45,15 @@ class ResidentQuestions:
     encoder: Encoder | None
     chat: ChatTemplate
     own: list[OwnMetric]
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def template_name(self) -> str:
+        """The template's name; of one in a file with a digest of its text, as another text asks otherwise."""
+        if not is_template_file(self.entry.template):
+            return self.template
+        text = str(self.tokenizer.chat_template)
+        return f"{self.template}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def load(
@@ -61,6 +72,8 @@ def load(
     kind, table = read_generation(entry)
     raw = kind == "reference" and "prompt" in table.rows[0]
     template = entry.template
+    if is_template_file(template):
+        template, tokenizer = "chat", with_template(tokenizer, template)
     if template == "auto":
         template = "plain" if raw else "chat" if tokenizer.chat_template else "alpaca"
     if template == "chat" and not tokenizer.chat_template:
@@ -75,7 +88,8 @@ def load(
     encoder = Encoder(tokenizer, "alpaca", train_on_prompt=True) if template == "alpaca" else None
     questions = [_question(kind, row, number) for number, row in enumerate(table.rows)]
     own = load_metrics(code_path, entry.own_metrics)
-    return ResidentQuestions(name, questions, entry, kind, template, room, encoder, ChatTemplate(tokenizer), own)
+    chat = ChatTemplate(tokenizer)
+    return ResidentQuestions(name, questions, entry, kind, template, room, encoder, chat, own, tokenizer)
 
 
 def _question(kind: str, row: dict[str, Any], number: int) -> Question:
