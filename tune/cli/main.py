@@ -18,6 +18,7 @@ from tune.cli.streams import protect
 from tune.cli.verbs import (
     attack,
     compare,
+    data,
     docs,
     doctor,
     export,
@@ -48,7 +49,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-SCORING = (scan, attack, train, evaluate, suites, judge)
+SCORING = (scan, attack, data, train, evaluate, suites, judge)
 SWEEPING = (plan, sweep, report, compare, export, reproduce)
 HELPING = (doctor, schema, docs)
 for verb in (*SCORING, *SWEEPING, *HELPING):
