@@ -17,7 +17,7 @@ from macdrop.schedules import SCHEDULES, probability
 from tune.config.eval_spec import NO_ATTACK, EvalSpec, jobs
 from tune.config.run_spec import RunSpec, Space, TrainSpec, check_merging, values_of, with_values
 from tune.config.sections import ARMS, EVAL_LOSS, Arm
-from tune.config.train.data_keys import is_template_file, is_weight_key
+from tune.config.train.data_keys import DATA_KEYS, is_template_file, is_weight_key
 from tune.data import dataset as data
 from tune.data.batching import Batches, describe_mixture, total_steps
 from tune.data.lost_rows import describe_cutoff, describe_skipped
@@ -36,21 +36,6 @@ from tune.storage.places import cache_dir
 from tune.storage.run_folder import check_new
 from tune.trackers.backends import check as check_trackers
 from tune.zoo.model_source import model_source, source_note
-
-#: Keys that the tokenised data depend on.
-DATA_KEYS = (
-    "dataset",
-    "format",
-    "template",
-    "system",
-    "cutoff_len",
-    "train_on_prompt",
-    "train_on_roles",
-    "bad_rows",
-    "val_size",
-    "max_samples",
-    "data_seed",
-)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,20 @@ from tune.config.syntax.yaml_core import brief
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "text"]
 Role = Literal["system", "user", "assistant", "tool"]
 
+#: Keys that the tokenised data depend on.
+DATA_KEYS = (
+    "dataset",
+    "format",
+    "template",
+    "system",
+    "cutoff_len",
+    "train_on_prompt",
+    "train_on_roles",
+    "bad_rows",
+    "val_size",
+    "max_samples",
+    "data_seed",
+)
 #: Names of prompt templates, and the endings of files that hold one.
 TEMPLATES, TEMPLATE_FILES = ("auto", "alpaca", "chat"), (".jinja", ".jinja2", ".j2")
 #: Names of templates of generation benchmarks.
