@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Topics of `macdrop docs`, by the package that ships them.
 TOPICS = {
-    "tune": "benchmarks configuration evidence failures gpus integrations judging method reports run-folder",
+    "tune": "benchmarks configuration evidence failures gpus integrations judging method optimizers reports run-folder",
     "cluster": "aws gcp-azure kubernetes on-premise overview slurm",
 }
 NAMES = ["README.md", "tests/README.md"]

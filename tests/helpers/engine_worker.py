@@ -25,13 +25,13 @@ OUT, CASES = Path(sys.argv[1]), sys.argv[2:]
 
 
 def digest(engine: Engine) -> str:
-    """Weights, both moments, and Adam's steps, to the bit."""
+    """Weights, the optimizer's state and its steps, to the bit."""
     state = engine.read_state(0, {})
     whole = hashlib.sha256()
-    for part in (state.weights, state.exp_avg, state.exp_avg_sq):
+    for part in (state.weights, *(state.optimizer[part] for part in sorted(state.optimizer))):
         for name in sorted(part):
             whole.update(part[name].numpy().tobytes())
-    steps = sorted(float(entry["step"]) for entry in engine._inner_optimizer().state.values())
+    steps = sorted(float(entry["step"]) for entry in engine.live.inner.state.values() if "step" in entry)
     return whole.hexdigest() + str(steps)
 
 

@@ -120,7 +120,7 @@ def by_product(case: Case, models: Path, world: int, steps: int = 1, data: Examp
         "norms": [metrics["grad_norm"] for metrics in done],
         "dropped": [metrics["entries_dropped"] for metrics in done],
         "eval_loss": eval_loss,
-        "gradients": engine.read_state(0, {}).exp_avg,
+        "gradients": engine.read_state(0, {}).optimizer["exp_avg"],
     }
 
 

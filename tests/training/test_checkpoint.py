@@ -22,15 +22,17 @@ from tune.storage.sealed_folder import (
     verify,
     write_folder,
 )
-from tune.training.checkpoint import MOMENTS, AdapterState
+from tune.training.checkpoint import AdapterState
 
 NAMES = ("model.layers.0.q_proj.lora_A.default.weight", "model.layers.0.q_proj.lora_B.default.weight", "bare")
 
 
 def state(step: int = 3, seed: int = 0) -> AdapterState:
     generator = torch.Generator().manual_seed(seed)
-    parts = [{name: torch.randn(2, 3, generator=generator) for name in NAMES} for _ in range(3)]
-    return AdapterState(*parts, step=step, meta={"trial": "t", "seed": seed, "total_steps": 9})
+    weights, one, other = ({name: torch.randn(2, 3, generator=generator) for name in NAMES} for _ in range(3))
+    return AdapterState(
+        weights, {"exp_avg": one, "exp_avg_sq": other}, step=step, meta={"trial": "t", "seed": seed, "total_steps": 9}
+    )
 
 
 def write(root: Path, step: int = 3, seed: int = 0) -> Path:
@@ -44,11 +46,13 @@ def write(root: Path, step: int = 3, seed: int = 0) -> Path:
 
 
 def equal(one: AdapterState, other: AdapterState) -> bool:
-    parts = ("weights", *MOMENTS)
-    return all(
-        set(getattr(one, part)) == set(getattr(other, part))
-        and all(torch.equal(getattr(one, part)[name], getattr(other, part)[name]) for name in getattr(one, part))
-        for part in parts
+    def same(here: dict, there: dict) -> bool:
+        return set(here) == set(there) and all(torch.equal(here[name], there[name]) for name in here)
+
+    parts = set(one.optimizer) == set(other.optimizer)
+    return parts and all(
+        same(*pair)
+        for pair in ((one.weights, other.weights), *((one.optimizer[p], other.optimizer[p]) for p in one.optimizer))
     )
 
 
@@ -145,7 +149,8 @@ def test_commit_replaces_an_older_folder_whole(tmp_path):
 
 def test_checkpoint_holds_the_adapter_once(tmp_path):
     """Weights, two moments, and a few hundred bytes of names per tensor."""
-    big = AdapterState(*({name: torch.randn(64, 512) for name in NAMES} for _ in range(3)))
+    weights, one, other = ({name: torch.randn(64, 512) for name in NAMES} for _ in range(3))
+    big = AdapterState(weights, {"exp_avg": one, "exp_avg_sq": other})
     staging = tmp_path / "staging"
     staging.mkdir()
     big.save(staging)

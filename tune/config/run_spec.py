@@ -56,6 +56,15 @@ COUPLED_KEYS = (
     "train_on_prompt",
     "train_on_roles",
     "system",
+    "optimizer",
+    "lr_scheduler_type",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "use_dora",
+    "lora_target",
+    "init_lora_weights",
+    "lora_rank",
 )
 
 
@@ -151,7 +160,15 @@ def check_merging(spec: TrainSpec, block: EvalSpec, name: str) -> None:
 
 def searchable() -> list[str]:
     """List the dotted keys that `sweep.parameters` may have."""
-    fixed = {*MODEL_KEYS, "finetuning_type", "macdrop", "seed", "max_dropped_share", "max_skipped_share"}
+    fixed = {
+        *MODEL_KEYS,
+        "finetuning_type",
+        "macdrop",
+        "seed",
+        "max_dropped_share",
+        "max_skipped_share",
+        "slimadam_rules",
+    }
     flat = [name for name in TrainSpec.model_fields if name not in fixed]
     return flat + [f"macdrop.{name}" for name in MacDropSpec.model_fields if name != "scope"]
 

@@ -18,6 +18,7 @@ from tune.config.train.adapter_keys import AdapterKeys
 from tune.config.train.data_keys import DataKeys, is_weight_key, with_weights
 from tune.config.train.model_keys import ModelKeys, slug
 from tune.config.train.optimizer_keys import OptimizerKeys
+from tune.config.train.optimizer_rules import check_optimizer
 
 #: Keys that decide how an engine is built; tasks that agree on them can share one engine.
 ENGINE_KEYS = (
@@ -33,6 +34,8 @@ ENGINE_KEYS = (
     "lora_target",
     "use_dora",
     "use_rslora",
+    "optimizer",
+    "slimadam_rules",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
@@ -49,9 +52,13 @@ UNNAMED_DEFAULTS = (
     "system",
     "train_on_roles",
     "early_stopping_patience",
-    "packing",
+    "init_lora_weights",
+    "loraplus_lr_ratio",
     "max_tokens_per_micro_batch",
+    "optimizer",
+    "packing",
     "quantization_bit",
+    "slimadam_rules",
 )
 
 #: Keys that say what kind of adapter is trained; arms are compared where these are equal.
@@ -125,6 +132,7 @@ class TrainSpec(OptimizerKeys, DataKeys, AdapterKeys, ModelKeys):
                 f"{missing}. Set eval_steps (optimizer steps between two validations) and val_size, or "
                 "early_stopping_patience to null."
             )
+        check_optimizer(self)
         return self
 
     @property
@@ -134,12 +142,15 @@ class TrainSpec(OptimizerKeys, DataKeys, AdapterKeys, ModelKeys):
 
     def engine_key(self) -> str:
         """Return a key that is equal for specs that one engine can train one after the other."""
-        return _digest({key: getattr(self, key) for key in ENGINE_KEYS})
+        content = {key: getattr(self, key) for key in ENGINE_KEYS}
+        return _digest({**content, "loraplus": self.canonical().loraplus_lr_ratio is not None})
 
     def canonical(self) -> TrainSpec:
         """Return the spec with equal settings written alike (k = 0 and p0 = 0 are one baseline)."""
         roles = sorted(self.train_on_roles)
-        return self.model_copy(update={"macdrop": self.macdrop.canonical(), "train_on_roles": roles})
+        ratio = None if self.loraplus_lr_ratio == 1 else self.loraplus_lr_ratio
+        same = {"macdrop": self.macdrop.canonical(), "train_on_roles": roles, "loraplus_lr_ratio": ratio}
+        return self.model_copy(update=same)
 
     def trial_id(self) -> str:
         """Return a name made of the canonical content: equal settings are never trained twice."""
@@ -150,8 +161,9 @@ class TrainSpec(OptimizerKeys, DataKeys, AdapterKeys, ModelKeys):
         return self._identity("seed")
 
     def _identity(self, *without: str) -> str:
-        unnamed = {key for key in UNNAMED_DEFAULTS if getattr(self, key) == type(self).model_fields[key].default}
-        content = self.canonical().model_dump(mode="json", exclude={*WITHOUT_EFFECT, *unnamed, *without})
+        spec = self.canonical()
+        unnamed = {key for key in UNNAMED_DEFAULTS if getattr(spec, key) == type(self).model_fields[key].default}
+        content = spec.model_dump(mode="json", exclude={*WITHOUT_EFFECT, *unnamed, *without})
         return _digest(content)[:8]
 
 
@@ -164,7 +176,8 @@ def with_values(spec: TrainSpec, values: dict[str, Any], *, partial: bool = Fals
     """Return `spec` with dotted keys set, validated again.
 
     A schedule without alpha leaves a searched or configured alpha unused, which lets schedule and alpha be searched
-    together. With `partial`, values are checked without their companions (exp without alpha is accepted).
+    together; so does an optimizer other than slimadam with its rules. With `partial`, values are checked without their
+    companions (exp without alpha is accepted).
 
     Raises:
         ConfigError: a value is not allowed.
@@ -173,6 +186,8 @@ def with_values(spec: TrainSpec, values: dict[str, Any], *, partial: bool = Fals
     raw = merge(spec.model_dump(), undot({key: value for key, value in values.items() if key not in weights}))
     if weights:
         raw["dataset"] = with_weights(raw["dataset"], weights)
+    if values.get("optimizer", "slimadam") != "slimadam":
+        raw["slimadam_rules"] = None  # which lets it be searched beside others
     block = raw["macdrop"]
     if isinstance(block["schedule"], str) and block["schedule"] in SCHEDULES:
         if block["schedule"] != "exp":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -15,7 +15,12 @@ from macdrop.fingerprint import weight_files
 from macdrop.load import check_model
 from macdrop.quantised import check_quantisable
 from tune.config.run_spec import TrainSpec
+from tune.config.train.adapter_keys import InitLoraWeights
 from tune.training.lora import add_adapter, left_alone
+from tune.training.optimizers.adapter_tensors import adapter_tensors
+from tune.training.optimizers.initial_weights import check_init
+from tune.training.optimizers.libraries import check_library
+from tune.training.optimizers.slim_adam import check_rules
 from tune.zoo.model_source import model_source
 
 
@@ -37,18 +42,30 @@ def model_outline(spec: TrainSpec) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
-def check_adapter(spec: TrainSpec, targets: Iterable[str | list[str]], dora: Iterable[bool]) -> list[str]:
+def check_adapter(
+    spec: TrainSpec,
+    targets: Iterable[str | list[str]],
+    dora: Iterable[bool],
+    inits: Collection[InitLoraWeights] = (True,),
+    optimizers: Iterable[str] = ("adamw",),
+) -> list[str]:
     """Build every adapter that a study may train on an outline of its model; return what the user should know of it.
 
-    targets, dora: the values that `lora_target` and `use_dora` may take.
+    targets, dora, inits, optimizers: the values that `lora_target`, `use_dora`, `init_lora_weights` and `optimizer` may
+        take.
 
     Raises:
-        ConfigError: one of them cannot be built.
+        ConfigError: one of them cannot be built, or an optimizer's library is missing.
     """
+    for optimizer in optimizers:
+        check_library(optimizer)
     notes: dict[str, None] = {}
     for target, use_dora in itertools.product(targets, dora):
         tried = spec.model_copy(update={"lora_target": target, "use_dora": use_dora})
         outline = model_outline(spec)
         notes |= dict.fromkeys(left_alone(outline, tried))
-        add_adapter(outline, tried)
+        tensors = adapter_tensors(add_adapter(outline, tried))
+        for init in inits:
+            check_init(tensors, init)
+        check_rules(tensors, spec.slimadam_rules)
     return list(notes)

@@ -12,7 +12,8 @@ from tune.config.syntax.yaml_core import parse_yaml
 from tune.data.batching import save_interval
 from tune.scheduling.study import Study
 from tune.storage.sealed_folder import KEPT
-from tune.training.checkpoint import MOMENTS
+from tune.training.optimizers.method import relative_state
+from tune.training.optimizers.methods import method_of
 
 #: `--start` asks before a sweep that is forecast to take longer, or to cost more.
 ASK_HOURS, ASK_COST = 4.0, 20.0
@@ -84,9 +85,9 @@ def forecast_study(study: Study, steps: int, found: Measured, ray: RaySpec) -> F
     trained, scored = study.count * one, sum(scoring for _, scoring in stages) + study.base * found.tests
     disk = study.count * found.adapter + found.data
     if save_interval(study.spec, steps):
-        # Only trials in training keep checkpoints: the kept ones and one being written, weights and moments in fp32.
-        whole = (1 + len(MOMENTS)) * found.adapter * (2 if study.spec.bf16 else 1)
-        disk += min(ray.lanes, study.count) * (KEPT + 1) * whole
+        # Only trials in training keep checkpoints: the kept ones and one being written, with weights in fp32.
+        whole = (1 + relative_state(method_of(study.spec))) * found.adapter * (2 if study.spec.bf16 else 1)
+        disk += min(ray.lanes, study.count) * (KEPT + 1) * int(whole)
     disk += (study.count + study.base) * found.answers * ANSWER_BYTES
     hours = seconds / 3600
     return Forecast(

@@ -156,9 +156,8 @@ def check_study(
     ks = values_of(spec, parameters, "macdrop.k") if may_drop(spec, parameters) else []
     check_rows(outline, spec, ks=ks, attacks=attacks)
     check_scopes(outline, spec, ks=ks, scopes=scopes)
-    notes = check_adapter(
-        spec, targets=values_of(spec, parameters, "lora_target"), dora=values_of(spec, parameters, "use_dora")
-    )
+    keys = {"targets": "lora_target", "dora": "use_dora", "inits": "init_lora_weights", "optimizers": "optimizer"}
+    notes = check_adapter(spec, **{name: values_of(spec, parameters, key) for name, key in keys.items()})
     masked = may_drop(spec, parameters) and any(SCOPES[scope].rows for scope in scopes)
     if masked and True in values_of(spec, parameters, "use_dora"):
         # Which rows are massive, and how many of their entries are zero, is known once the model has been scanned.

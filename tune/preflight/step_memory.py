@@ -19,6 +19,9 @@ from tune.preflight.adapter import model_outline
 from tune.preflight.base_memory import base_bytes, dequantised_bytes
 from tune.storage.capacity import memory
 from tune.training.lora import add_adapter
+from tune.training.optimizers.adapter_tensors import adapter_tensors
+from tune.training.optimizers.method import state_bytes
+from tune.training.optimizers.methods import method_of
 
 #: Numbers of tokens that are counted; what more tokens take is proportional.
 COUNTED = (64, 192)
@@ -30,8 +33,8 @@ HOLES_CPU, HOLES_GPU = 1.6, 1.1
 RECOMPUTED_CPU = 0.8
 #: Bytes of a worker's libraries, and of one chunk of logits with what their loss takes.
 LIBRARIES, HEAD = 600 * 2**20, 256 * 2**20
-#: Bytes per trained parameter besides the parameter and its gradient: fp32 master and two moments.
-OPTIMIZER = 12
+#: Bytes per trained parameter of its fp32 master.
+MASTER = 4
 _NAME = "macdrop_shapes_only"
 
 
@@ -72,6 +75,7 @@ def step_memory(spec: TrainSpec, *, gpu: bool) -> StepMemory | None:
     base.config.use_cache = False
     model = add_adapter(base, spec).train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = state_bytes(method_of(spec), adapter_tensors(model))
     try:
         few, many = (_kept(model, base.base_model, tokens) for tokens in COUNTED)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -85,7 +89,7 @@ def step_memory(spec: TrainSpec, *, gpu: bool) -> StepMemory | None:
         whole, kept = kept, layers * base.config.get_text_config().hidden_size * size + kept // layers
         per_token = int(kept * HOLES_GPU if gpu else max(kept, whole * RECOMPUTED_CPU))
         constant //= layers
-    fixed = weights + constant + trained * (2 * size + OPTIMIZER) + HEAD + (0 if gpu else LIBRARIES)
+    fixed = weights + constant + trained * (2 * size + MASTER) + state + HEAD + (0 if gpu else LIBRARIES)
     return StepMemory(fixed, kept, per_token)
 
 

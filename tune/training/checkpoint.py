@@ -1,8 +1,9 @@
 """Portable adapter checkpoints: safetensors and JSON, no pickle, for any ZeRO stage and world size.
 
 A checkpoint folder is a PEFT adapter that any PEFT user can load (`adapter_model.safetensors`, in fp32 as training
-keeps it, and `adapter_config.json`) plus what resuming needs: `resume.safetensors` with Adam's moments, `state.json`,
-and last of all `MANIFEST.json` with a checksum per file. A folder without a matching manifest is not a checkpoint.
+keeps it, and `adapter_config.json`) plus what resuming needs: `resume.safetensors` with the optimizer's state,
+`state.json`, and last of all `MANIFEST.json` with a checksum per file. A folder without a matching manifest is not a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -24,20 +25,19 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER, RESUME, STATE = "adapter_model.safetensors", "resume.safetensors", "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class AdapterState:
-    """Everything that training changes, unpartitioned, in fp32, on the CPU.
+    """Everything that training changes, unpartitioned, on the CPU.
 
-    `weights`, `exp_avg` and `exp_avg_sq` map the adapter's parameter names to tensors of the parameter's shape; `step`
-    counts finished optimizer steps; `meta` is plain JSON (trial, seed, total steps).
+    `weights` maps the adapter's parameter names to fp32 tensors, `optimizer` each part of the optimizer's state (as
+    `exp_avg`) to its tensors by the same names, as the optimizer keeps them; `step` counts finished optimizer steps;
+    `meta` is plain JSON (trial, seed, total steps).
     """
 
     weights: dict[str, torch.Tensor]
-    exp_avg: dict[str, torch.Tensor]
-    exp_avg_sq: dict[str, torch.Tensor]
+    optimizer: dict[str, dict[str, torch.Tensor]]
     step: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -48,8 +48,8 @@ class AdapterState:
         """
         names = names or {name: name for name in self.weights}
         write_tensors({names[name]: tensor for name, tensor in self.weights.items()}, folder / ADAPTER)
-        moments = {f"{part}|{name}": tensor for part in MOMENTS for name, tensor in getattr(self, part).items()}
-        write_tensors(moments, folder / RESUME)
+        parts = {f"{part}|{name}": kept for part, tensors in self.optimizer.items() for name, kept in tensors.items()}
+        write_tensors(parts, folder / RESUME)
         state = {"step": self.step, "meta": self.meta, "names": {names[name]: name for name in self.weights}}
         (folder / STATE).write_text(json.dumps(state, indent=1))
 
@@ -72,11 +72,11 @@ class AdapterState:
         try:
             state = json.loads((folder / STATE).read_text())
             weights = {state["names"][key]: tensor for key, tensor in load_file(folder / ADAPTER).items()}
-            parts: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+            parts: dict[str, dict[str, torch.Tensor]] = {}
             for key, tensor in load_file(folder / RESUME).items():
                 part, _, name = key.partition("|")
-                parts[part][name] = tensor
-            return cls(weights, parts["exp_avg"], parts["exp_avg_sq"], state["step"], state["meta"])
+                parts.setdefault(part, {})[name] = tensor
+            return cls(weights, parts, state["step"], state["meta"])
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{folder} is not a complete checkpoint: {error!r}. Restart the trial.") from None
 

@@ -29,14 +29,19 @@ def deepspeed_config(spec: TrainSpec, *, adapter_numel: int, largest_tensor: int
         zero["offload_optimizer"] = {"device": "cpu"}
         if spec.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
-    return {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": spec.per_device_train_batch_size,
         "gradient_accumulation_steps": spec.gradient_accumulation_steps,
         "gradient_clipping": spec.max_grad_norm,
         "bf16": {"enabled": spec.bf16},
-        # torch's own AdamW needs no compiler on the cluster and is the same code on CPU and GPU.
-        "optimizer": {"type": "AdamW", "params": {"lr": spec.learning_rate, "torch_adam": True}},
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "steps_per_print": 2**31 - 1,
     }
+    if spec.optimizer == "adamw":
+        # torch's own AdamW needs no compiler on the cluster and is the same code on CPU and GPU.
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": spec.learning_rate, "torch_adam": True}}
+    else:
+        # It is handed over; which stages it can do is our own rule (`tune.config.train.optimizers`).
+        config["zero_allow_untested_optimizer"] = True
+    return config

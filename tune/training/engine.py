@@ -1,8 +1,8 @@
 """DeepSpeed engine around one base model and one adapter shape, reused for one fine-tuning after another.
 
-Every fine-tuning starts by loading an `AdapterState` into the live engine: the working copy, the fp32 masters, Adam's
-moments and step counters. A new fine-tuning loads a step-0 state drawn from its seed, a resumed one that of its
-checkpoint. There is no other path, so a reused engine gives the same bits as a fresh one.
+Every fine-tuning starts by loading an `AdapterState` into the live engine: the working copy, the fp32 masters, the
+optimizer's state and step counters. A new fine-tuning loads a step-0 state drawn from its seed, a resumed one that of
+its checkpoint. There is no other path, so a reused engine gives the same bits as a fresh one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,26 @@ import torch.distributed as dist
 
 from macdrop.errors import ConfigError, MacDropError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
+from tune.config.train.adapter_keys import InitLoraWeights
 from tune.data.dataset import Examples
 from tune.forward.answer_loss import AnswerLoss
 from tune.forward.fused_linear import fuse_linears
 from tune.forward.packed_attention import PackedAttention
 from tune.forward.packing_check import check_packing
 from tune.training.checkpoint import ADAPTER as ADAPTER_FILE
-from tune.training.checkpoint import MOMENTS, AdapterState, write_tensors
+from tune.training.checkpoint import AdapterState, write_tensors
 from tune.training.collectives import all_do
 from tune.training.deepspeed_config import deepspeed_config
 from tune.training.dora_norms import DoraNorms
 from tune.training.loading import open_base
-from tune.training.lora import ADAPTER, add_adapter, is_drawn, start, write_config
+from tune.training.lora import ADAPTER, add_adapter, is_drawn, write_config
+from tune.training.optimizers.adapter_tensors import adapter_tensors
+from tune.training.optimizers.initial_weights import check_init, initial_weights
+from tune.training.optimizers.live_state import LiveState
+from tune.training.optimizers.method import state_bytes
+from tune.training.optimizers.methods import method_of
+from tune.training.optimizers.schedule_free import Y, Z
+from tune.training.optimizers.slim_adam import check_rules
 from tune.training.quiet import no_output
 
 
@@ -62,9 +70,14 @@ class Engine:
         _check_magnitudes(self._magnitudes)
         numels = [p.numel() for p in adapter.values()]
         config = deepspeed_config(spec, adapter_numel=sum(numels), largest_tensor=max(numels))
+        #: What each trained parameter is.
+        self.tensors = adapter_tensors(self.model)
+        check_rules(self.tensors, spec.slimadam_rules)
+        method = method_of(spec)
+        groups = method.groups(adapter, self.tensors)
         with no_output():
             self.engine, *_ = deepspeed.initialize(
-                model=self.model, model_parameters=list(adapter.values()), config=config
+                model=self.model, model_parameters=groups, optimizer=method.build(groups), config=config
             )
         # Stage 0 has no ZeRO optimizer to ask; for the others DeepSpeed must really have taken the stage.
         assert self.engine.zero_optimization_stage() == spec.zero_stage, "DeepSpeed did not take the ZeRO stage"
@@ -73,7 +86,9 @@ class Engine:
         fuse_linears(self.engine.module)
         #: The weight norms of DoRA, for the micro-steps of one optimizer step.
         self.norms = DoraNorms(self.engine.module)
-        self._create_moments()
+        #: What training changes in the live engine.
+        self.live = LiveState(self.engine, spec, method, self._adapter, self.tensors)
+        self.optimizer_bytes = state_bytes(method, self.tensors)
         self.loss = AnswerLoss(self.engine)
         self._base_digest = self.base_digest()
         self._packed: dict[int, tuple[PackedAttention | None, str | None]] = {}
@@ -98,23 +113,18 @@ class Engine:
 
     # --- state ---
 
-    def initial_state(self, seed: int) -> AdapterState:
-        """The step-0 state of a seed: the factors as PEFT draws them, magnitudes of the base, zero moments.
+    def initial_state(self, seed: int, init: InitLoraWeights = True) -> AdapterState:
+        """The step-0 state of a seed: the factors as PEFT draws them, magnitudes of the base, a fresh optimizer.
 
-        Every tensor has a generator of its own, keyed by seed and name, so the draw depends on nothing else.
+        Raises:
+            ConfigError: PEFT does not have the initialisation for one of the layers.
         """
-        weights = self._start(seed)
-        zeros = {moment: {name: torch.zeros(shape) for name, shape in self.shapes.items()} for moment in MOMENTS}
-        return AdapterState(weights, zeros["exp_avg"], zeros["exp_avg_sq"], step=0, meta={"seed": seed})
+        check_init(self.tensors, init)
+        weights = self._start(seed, init)
+        return AdapterState(weights, self.live.initial(weights), step=0, meta={"seed": seed})
 
-    def _start(self, seed: int) -> dict[str, torch.Tensor]:
-        weights: dict[str, torch.Tensor] = {}
-        for number, (name, shape) in enumerate(sorted(self.shapes.items())):
-            if name in self._magnitudes:
-                weights[name] = self._magnitudes[name].cpu().clone()
-            else:
-                weights[name] = start(name, shape, torch.Generator().manual_seed(seed * 1_000_003 + number))
-        return weights
+    def _start(self, seed: int, init: InitLoraWeights) -> dict[str, torch.Tensor]:
+        return initial_weights(self.tensors, self._magnitudes, seed=seed, rank=self.spec.lora_rank, init=init)
 
     def load_state(self, state: AdapterState) -> None:
         """Make the live engine continue from `state`, on every rank.
@@ -122,9 +132,6 @@ class Engine:
         Raises:
             ConfigError: the state belongs to another adapter shape.
         """
-        import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         found = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
         if found != self.shapes:
             differing = sorted(set(found.items()) ^ set(self.shapes.items()))[:4]
@@ -132,24 +139,7 @@ class Engine:
                 f"The checkpoint belongs to another adapter shape; these differ: {differing}. "
                 "Use the rank, targets and DoRA setting it was trained with."
             )
-        self.engine.zero_grad()
-        self.engine.optimizer.zero_grad()
-        names = list(self._adapter)
-        parameters = [self._adapter[name] for name in names]
-        stage = self.spec.zero_stage
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=stage == 3), torch.no_grad():
-            for name, parameter in zip(names, parameters, strict=True):
-                parameter.data.copy_(state.weights[name])
-        if stage == 0:
-            self._load_unpartitioned(state)
-        else:
-            for name, parameter in self._adapter.items():
-                safe_set_full_fp32_param(parameter, state.weights[name].to(parameter.device))
-                for moment in MOMENTS:
-                    value = getattr(state, moment)[name].to(parameter.device)
-                    safe_set_full_optimizer_state(parameter, value, moment)
-        for entry in self._inner_optimizer().state.values():
-            entry["step"] = torch.full_like(entry["step"], float(state.step))
+        self.live.write(state)
         self.engine.micro_steps = 0
         self.engine.global_steps = state.step
         self.engine.global_samples = state.step * self.engine.train_batch_size()
@@ -157,21 +147,7 @@ class Engine:
 
     def read_state(self, step: int, meta: dict[str, Any]) -> AdapterState:
         """Gather the whole state; a collective, to be called on every rank."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        state = AdapterState({}, {}, {}, step, meta)
-        masters = self._unpartitioned_masters() if self.spec.zero_stage == 0 else {}
-        for name, parameter in self._adapter.items():
-            if masters:
-                master = masters[name]
-                state.weights[name] = _cpu32(master)
-                for moment in MOMENTS:
-                    getattr(state, moment)[name] = _cpu32(self._inner_optimizer().state[master][moment])
-            else:
-                state.weights[name] = _cpu32(safe_get_full_fp32_param(parameter))
-                for moment in MOMENTS:
-                    getattr(state, moment)[name] = _cpu32(safe_get_full_optimizer_state(parameter, moment))
-        return state
+        return self.live.read(step, meta)
 
     def write_checkpoint(self, state: AdapterState, folder: Path) -> None:
         """Write a checkpoint, itself a loadable adapter, into an existing folder; rank 0 only."""
@@ -222,7 +198,7 @@ class Engine:
 
         all_do(compare)
 
-    def check_moved(self, state: AdapterState, seed: int, updates: int) -> list[str]:
+    def check_moved(self, state: AdapterState, seed: int, updates: int, init: InitLoraWeights = True) -> list[str]:
         """Return the names of the adapter's tensors that training left as they were at step 0 of `seed`.
 
         A drawn factor counts from the second update on: its first gradient comes after the other one has moved.
@@ -232,7 +208,7 @@ class Engine:
         Raises:
             TrainingInvariantError: none has moved.
         """
-        begun = self._start(seed)
+        begun = self._start(seed, init)
         expected = [name for name in state.weights if updates > 1 or not is_drawn(name)]
         still = [name for name in expected if not self._moved(state, name, begun[name])]
         if still == expected:
@@ -245,50 +221,9 @@ class Engine:
 
     def _moved(self, state: AdapterState, name: str, begun: torch.Tensor) -> bool:
         """Return whether a tensor has had a gradient, which weight decay has not, and is another than it was."""
-        had_gradient = any(bool(getattr(state, moment)[name].any()) for moment in MOMENTS)
+        parts = (tensors[name] for part, tensors in state.optimizer.items() if part not in (Y, Z) and name in tensors)
+        had_gradient = any(bool(kept.any()) for kept in parts if kept.is_floating_point())
         return had_gradient and not torch.equal(state.weights[name], begun)
-
-    # --- details ---
-
-    def _inner_optimizer(self) -> Any:
-        """Return torch's AdamW inside DeepSpeed's wrapper (stage 0 in fp32 has none)."""
-        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
-
-    def _masters(self) -> list[torch.Tensor]:
-        """List the fp32 tensors that AdamW updates: flat partitions under ZeRO, else one per parameter."""
-        optimizer = self.engine.optimizer
-        if self.spec.zero_stage == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        if self.spec.zero_stage in (1, 2):
-            return list(optimizer.single_partition_of_fp32_groups)
-        return list(self._unpartitioned_masters().values())
-
-    def _unpartitioned_masters(self) -> dict[str, torch.Tensor]:
-        """Stage 0: parameter name -> fp32 master; in fp32 the parameter itself."""
-        if not self.spec.bf16:
-            return dict(self._adapter)
-        optimizer = self.engine.optimizer
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        by_working_copy = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
-        return {name: by_working_copy[id(parameter)] for name, parameter in self._adapter.items()}
-
-    def _load_unpartitioned(self, state: AdapterState) -> None:
-        for name, master in self._unpartitioned_masters().items():
-            master.data.copy_(state.weights[name])
-            for moment in MOMENTS:
-                self._inner_optimizer().state[master][moment].copy_(getattr(state, moment)[name])
-
-    def _create_moments(self) -> None:
-        """Create AdamW's state now: it would be made in the first step, but loading a state needs it earlier."""
-        inner = self._inner_optimizer()
-        for master in self._masters():
-            inner.state[master] = {
-                "step": torch.tensor(0.0, dtype=torch.float32),
-                "exp_avg": torch.zeros_like(master.data),
-                "exp_avg_sq": torch.zeros_like(master.data),
-            }
-        if self.spec.zero_stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _check_magnitudes(magnitudes: dict[str, torch.Tensor]) -> None:
@@ -319,7 +254,3 @@ def _partitioned(spec: TrainSpec) -> Iterator[None]:
     with no_output():
         yield
     del alive
-
-
-def _cpu32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().float().cpu().clone().contiguous()

@@ -64,6 +64,8 @@ class Outcome:
     unpacked: str | None = None
     #: Logits were computed at all positions, as the model cannot be split into decoder and head.
     unsplit: bool = False
+    #: Bytes of optimizer state besides the masters, over all workers; 0 in records of older versions.
+    optimizer_bytes: int = 0
 
 
 def unmoved_text(names: Sequence[str]) -> str:
@@ -149,7 +151,7 @@ class _Run:
         drop = self.training.drop
         self.rows = drop.attach() if drop else 0
         try:
-            self.training.set_optimizer()
+            self.training.set_optimizer(self.step)
             status = self._train()
         finally:
             if drop:
@@ -171,7 +173,8 @@ class _Run:
             resumed_from=self.resumed_from,
             unpacked=self.training.unpacked,
             unsplit=self.engine.loss.split is None,
-            unmoved=() if left else self.engine.check_moved(final, self.spec.seed, self._updates()),
+            unmoved=() if left else self._unmoved(final),
+            optimizer_bytes=self.engine.optimizer_bytes,
         )
         if left:
             rank0_does(lambda: self._write_checkpoint(final))
@@ -270,7 +273,7 @@ class _Run:
     def _start(self, checkpoint: Path | None) -> None:
         """Load the step-0 state, or that of a checkpoint, into the engine."""
         if checkpoint is None:
-            state = self.engine.initial_state(self.spec.seed)
+            state = self.engine.initial_state(self.spec.seed, self.spec.init_lora_weights)
         else:
             state = all_do(lambda: AdapterState.load(checkpoint))
             rank0_does(lambda: check_continues(self.spec, self._meta(), state.meta, checkpoint))
@@ -281,6 +284,9 @@ class _Run:
 
     def _meta(self) -> dict[str, Any]:
         return identity(self.spec, self.steps, self.training.batches.global_batch)
+
+    def _unmoved(self, final: AdapterState) -> list[str]:
+        return self.engine.check_moved(final, self.spec.seed, self._updates(), self.spec.init_lora_weights)
 
     def _updates(self) -> int:
         """Return the steps so far with a learning rate above 0."""

@@ -28,6 +28,8 @@ from tune.data.micro_batches import MicroBatch, packed_row, padded_batch
 from tune.data.packing import check_budget, plan_rows, token_budget
 from tune.forward.forward_pass import ForwardPass
 from tune.training.engine import Engine
+from tune.training.optimizers.method import SCALE
+from tune.training.optimizers.methods import method_of
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,9 @@ class Training:
                 "Set packing to auto or off."
             )
 
-    def set_optimizer(self) -> None:
-        """Apply the fine-tuning's AdamW settings; the learning rate is set in every step."""
-        for group in self.engine.engine.optimizer.param_groups:
-            group["betas"] = (self.spec.adam_beta1, self.spec.adam_beta2)
-            group["eps"] = self.spec.adam_epsilon
-            group["weight_decay"] = self.spec.weight_decay
+    def set_optimizer(self, step: int = 0) -> None:
+        """Apply the optimizer's settings after `step` steps; the learning rate is set in every step."""
+        method_of(self.spec).begin(self.engine.engine.optimizer.param_groups, self.rate, step)
 
     def step(self, step: int, wish: int = 0) -> Stepped:
         """Run optimizer step `step` (from 1). `wish` is this rank's, summed over ranks with the loss.
@@ -112,7 +111,7 @@ class Training:
         engine = self.engine.engine
         p, rate, picked = self._probability(step), self.rate(step), self.batches.step(step)
         for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group[SCALE]
         label_tokens = int(self.data.train.label_counts[picked].sum())
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         unreached = 0
@@ -229,7 +228,7 @@ class Training:
         engine = self.engine.engine
         total = torch.zeros(2, dtype=torch.float64, device=engine.device)
         engine.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.engine.live.averaged():
             for batch in self._validation_batches(examples):
                 with self.forward.nats(batch) as nats:
                     total += total.new_tensor([float(nats), float(len(batch.targets) if batch.counts else 0)])

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from tune.config.sections import Strict
+from tune.config.train.optimizer_rules import Optimizer, SlimRule
 
 
 class OptimizerKeys(Strict):
@@ -38,6 +39,15 @@ class OptimizerKeys(Strict):
     max_steps: int | None = Field(
         default=None, ge=1, description="Number of optimizer steps; overrides `num_train_epochs`."
     )
+    optimizer: Optimizer = Field(
+        default="adamw",
+        description=(
+            "`adamw` (torch); `slimadam` (AdamW with fewer second moments, see `slimadam_rules`); `adamw_8bit` and "
+            "`lion` (bitsandbytes); `muon` (torch 2.9; the adapter's matrices on linear layers, AdamW for the rest); "
+            "`schedule_free_adamw` (schedulefree; needs `lr_scheduler_type` `constant` or `constant_with_warmup`). "
+            "`slimadam`, `adamw_8bit` and `muon` need `zero_stage: 0`."
+        ),
+    )
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         Field(
@@ -51,9 +61,27 @@ class OptimizerKeys(Strict):
     warmup_ratio: float = Field(
         default=0.05, ge=0, le=1, description="Fraction of the optimizer steps used for warm-up, from 0 to 1."
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Beta 1 of AdamW.")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Beta 2 of AdamW.")
+    slimadam_rules: dict[str, SlimRule] | None = Field(
+        default=None,
+        description=(
+            "For `slimadam`: kind of tensor -> what its second moments are means over: `none`, `fan_in`, `fan_out` or "
+            "`both`. A kind is a layer and a part of its adapter (`q_proj/A`), or a part alone (`A`, `B`, "
+            "`magnitude`); kinds that are not listed are AdamW's."
+        ),
+    )
+    loraplus_lr_ratio: float | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "LoRA+: the learning rate of B (except on embeddings) and of DoRA's magnitudes over that of A; `null`, as "
+            "1, trains all alike."
+        ),
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Beta 1 of AdamW and Lion.")
+    adam_beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="Beta 2 of AdamW and Lion (whose paper uses 0.99)."
+    )
     adam_epsilon: float = Field(default=1e-8, gt=0, description="Epsilon of AdamW.")
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Gradient-norm clipping threshold; `0` disables clipping."
