@@ -23,6 +23,7 @@ ASKED = {
         ["--trust-remote-code"],
     ),
     "code of its judge": ({"eval": {"judge": {"model": "m", "trust_remote_code": True}}}, ["--trust-remote-code"]),
+    "a copy": ({"sync_to": "s3://bucket/x"}, ["sync_to=s3://bucket/x"]),
     "an endpoint": ({"eval": {"judge": {"model": "m", "base_url": "http://h"}}}, ["eval.judge.base_url=http://h"]),
     "a key": (
         {"eval": {"judge": JUDGE}},
@@ -116,3 +117,8 @@ def test_a_key_in_the_address_of_an_endpoint_is_refused_and_never_shown(shell):
 
     believable(RunSpec, {"eval": {"judge": {"model": "m", "base_url": "http://h?SECRET"}}}, "config.yaml", problems)
     assert problems and "SECRET" not in "".join(problems)
+
+
+def test_a_command_that_names_a_copy_decides_where_to(tmp_path):
+    for word in ("sync_to=s3://other/x", "sync_to=null"):
+        check_orders(tmp_path, {"sync_to": "s3://bucket/x"}, [word], trust=False)

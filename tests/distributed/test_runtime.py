@@ -50,6 +50,8 @@ def test_every_member_is_named_once_and_its_dependencies_close_later():
         ("lanes", "dispatcher"),
         ("dispatcher", "ray"),
         ("status", "lock"),
+        ("status", "remote"),  # which copies it
+        ("remote", "lock"),
     ):
         assert order.index(user) < order.index(used), f"{user} needs {used} until it is closed"
 

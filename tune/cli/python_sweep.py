@@ -119,6 +119,8 @@ def sweep(
     from tune.scheduling.resources import check_local
     from tune.scheduling.study import studies
     from tune.storage.places import check_current_folder, direct_loopback
+    from tune.storage.remote.background import RemoteSync
+    from tune.storage.remote.copied_units import REPORT
     from tune.training.quiet import quiet_libraries
 
     if retry_failed and not resume:
@@ -142,6 +144,7 @@ def sweep(
         progress.finished()
     run = Run(folder, failures)
     write([run.report()], run.folder)
+    RemoteSync(spec.sync_to, folder, progress.note, frozenset({REPORT})).close()
     return run
 
 

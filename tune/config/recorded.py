@@ -12,6 +12,7 @@ from tune.config.parse import SECTIONS, read_override
 from tune.config.resume import shell_command
 
 TRUST = "--trust-remote-code"
+COPY = "sync_to"
 ENDPOINT = "eval.judge.base_url"
 #: Values of `ray.address` that name no machine: those that the environment of the command chooses.
 OWN_CLUSTERS = (None, "auto", "local")
@@ -58,8 +59,8 @@ def code_of(config: Mapping[str, Any]) -> list[str]:
 def orders_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Map words of a command line to what a recorded run file asks for that only such words may allow.
 
-    That is code of models, endpoints, keys of other variables than the default, and machines; `config` may be the file
-    of a run or of one trial.
+    That is code of models, endpoints, keys of other variables than the default, machines, and stores that the run is
+    copied to; `config` may be the file of a run or of one trial.
     """
     judge, found = block_of(block_of(config, "eval"), "judge"), {}
     entries = block_of(config, "sweep").get("models")
@@ -78,6 +79,8 @@ def orders_of(config: Mapping[str, Any]) -> dict[str, str]:
     address = block_of(config, "ray").get("address")
     if address not in OWN_CLUSTERS:
         found[f"ray.address={address}"] = f"joins the Ray cluster at {address}"
+    if copied := config.get(COPY):
+        found[f"{COPY}={copied}"] = f"copies the run to {copied}"
     return found
 
 
@@ -90,7 +93,9 @@ def check_orders(folder: Path, config: Mapping[str, Any], overrides: Iterable[st
     Raises:
         ConfigError: names what it asks for, and the words that allow it.
     """
-    pairs = map(read_override, overrides)
+    pairs = [read_override(override) for override in overrides]
+    if COPY in dict(pairs):  # the command says itself where to, if anywhere
+        config = {key: value for key, value in config.items() if key != COPY}
     given = {f"{key}={endpoint_address(str(value)) if key == ENDPOINT else value}" for key, value in pairs}
     given |= {TRUST} if trust or "trust_remote_code=True" in given else set()
     missing = {word: what for word, what in orders_of(config).items() if word not in given}

@@ -14,12 +14,13 @@ from tune.config.sections import RaySpec
 
 #: Keys of the block `ray:` that results depend on: the global batch, and the order in which a CPU adds numbers.
 RESULTS = frozenset({"ray.num_workers", "ray.threads_per_worker"})
-#: Keys without an effect on results: the rest of `ray:`, the run folder, trackers, how many trials run at once, and
+#: Keys without an effect on results: the rest of `ray:`, the run folder, its copy, trackers, trials at once, and
 #: where own code is, of which `code_version` says what it is.
 MACHINERY = frozenset({f"ray.{key}" for key in RaySpec.model_fields}) - RESULTS | {
     *(f"{block}.{key}" for block in ("eval", "validation") for key in ("code_path", "task_path")),
     "output_dir",
     "report_to",
+    "sync_to",
     "sweep.max_concurrent_trials",
 }
 

@@ -18,7 +18,7 @@ from tune.config.messages import ELSEWHERE, build
 from tune.config.objectives import check_apart, check_early_stops, check_metrics
 from tune.config.parse import merge, normalise, override, read_override, read_yaml, undot
 from tune.config.recipes import RECIPES
-from tune.config.sections import Location, MacDropSpec, RaySpec, UserPath
+from tune.config.sections import Location, MacDropSpec, RaySpec, RemoteUrl, UserPath
 from tune.config.sweep_spec import Metric, Space, SweepSpec
 from tune.config.train.data_keys import is_weight_key
 from tune.config.train.model_keys import slug
@@ -79,6 +79,13 @@ class RunSpec(TrainSpec):
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default=[],
         description="Trackers that receive every trial: `tensorboard`, `wandb`, `mlflow`; a name, a list, or `none`.",
+    )
+    sync_to: RemoteUrl | None = Field(
+        default=None,
+        description=(
+            "Where a sweep is copied while it runs: `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX` or `file:///FOLDER`; "
+            "`--resume` restores it from there."
+        ),
     )
     sweep: SweepSpec = Field(default=SweepSpec(), description="What is searched, compared and repeated on fresh seeds.")
     eval: EvalSpec = Field(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from macdrop.config import SCOPES, MacDropConfig
+from tune.config.syntax.remote_urls import check_url
 from tune.config.syntax.user_paths import expand_path
 
 #: The validation loss with masks off, the metric that every trial has.
@@ -35,6 +36,8 @@ def shown(value: str) -> str:
 UserPath = Annotated[str, AfterValidator(shown), AfterValidator(expand_path)]
 #: The same, and never empty.
 Location = Annotated[UserPath, Field(min_length=1)]
+#: An address of an object store or folder, without secrets.
+RemoteUrl = Annotated[str, AfterValidator(shown), AfterValidator(check_url)]
 
 
 class Strict(BaseModel):

@@ -33,6 +33,7 @@ from tune.preflight.step_memory import Room, worker_room
 from tune.scheduling.early_stopping import Cuts, check_patience, cuts
 from tune.scheduling.study import Study
 from tune.storage.places import cache_dir
+from tune.storage.remote.object_store import check_package
 from tune.storage.run_folder import check_new
 from tune.trackers.backends import check as check_trackers
 from tune.zoo.model_source import model_source, source_note
@@ -62,12 +63,14 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
     Quick checks come first. The tokenised data are kept for the workers; nothing else is written.
 
     Raises:
-        ConfigError: a tracker, model or file cannot be used, k or an attack is above the size of the FFN, `lora_target`
-            names no layer, the ZeRO stage does not support it, the search lacks a validation set, nothing could be
-            stopped early, or a packed micro-batch is impossible.
+        ConfigError: a tracker, store, model or file cannot be used, k or an attack is above the size of the FFN,
+            `lora_target` names no layer, the ZeRO stage does not support it, the search lacks a validation set, nothing
+            could be stopped early, or a packed micro-batch is impossible.
     """
     attacks = {job.attack: name for name in ("validation", "eval") for job in jobs(getattr(spec, name))}
     check_trackers(spec.report_to, Path(spec.output_dir or "."))
+    if spec.sync_to is not None:
+        check_package(spec.sync_to)
     opened = [check_study(study.spec, study.parameters, attacks, spec.sweep.arms) for study in planned]
     for block in (spec.eval, spec.validation):
         check_files(block)

@@ -32,6 +32,7 @@ from tune.storage.records import (
     parse,
     read_record,
 )
+from tune.storage.remote.restore import is_restoring
 from tune.storage.run_folder import BASE, LAYOUT, RunFolder
 from tune.storage.sealed_folder import tidy, verify
 from tune.storage.search_state import search_time
@@ -51,6 +52,11 @@ def check_run(run_dir: Path) -> None:
     """
     if not run_dir.is_dir():
         raise ConfigError(f"{str(run_dir)!r} is not a run folder: no such folder.\nGive the output_dir of a sweep.")
+    if is_restoring(run_dir):
+        raise ConfigError(
+            f"{str(run_dir)!r} is being restored from a copy, which was interrupted.\nGive the command with sync_to= "
+            "again: it continues where it stopped."
+        )
     if not any((run_dir / name).is_file() for name in ("run.json", "config.yaml")):
         raise ConfigError(f"{str(run_dir)!r} is not a run folder: it has no run.json.\nGive the output_dir of a sweep.")
 

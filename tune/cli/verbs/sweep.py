@@ -11,6 +11,7 @@ import typer
 
 from macdrop.errors import ConfigError, MacDropError
 from tune.cli.console import asked_by, console, line, lines, report_console
+from tune.cli.copies import copy_report, find_run
 from tune.cli.options import Config, Trust, check_recorded, load_run_file, split_config
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ def sweep(
     config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show spec, trials and resources; start nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in output_dir.")] = False,
+    resume_if_exists: Annotated[
+        bool, typer.Option("--resume-if-exists", help="Resume the run in output_dir or sync_to, or else start it.")
+    ] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="With --resume: also retry failed and diverged trials.")
     ] = False,
@@ -40,6 +44,7 @@ def sweep(
     recipes: Annotated[bool, typer.Option("--recipes", help="List the shipped recipes.")] = False,
 ) -> None:
     """Compare plain and MacDrop adapters on many models: search, train, score, report. No argument: the demo."""
+    from tune.config.recipes import DEMO, recipe
     from tune.config.recorded import orders_of
     from tune.config.resume import resume_command
     from tune.config.run_spec import dump
@@ -51,9 +56,9 @@ def sweep(
     if recipes:
         list_recipes()
         return
-    if retry_failed and not resume:
-        raise ConfigError("--retry-failed applies to the run in a folder: add --resume.")
     file, overrides = split_config(config)
+    _check_options(resume or resume_if_exists, retry_failed)
+    resume = resume or (resume_if_exists and find_run(recipe(file or DEMO), overrides, required=False))
     spec, folder = resolve(file, overrides, resume, trust_remote_code)
     planned = studies(spec)
     check_local(spec.ray)
@@ -61,27 +66,23 @@ def sweep(
     again = resume_command(folder, overrides, orders_of(dump(spec)))
     check_folder(folder, resume=resume, remedy=again)
     if dry_run:
-        _show_plan(spec, planned)
-        _show_overrides(spec)
-        _check(spec, planned)
+        _dry_run(spec, planned)
         return
     with console.status("Loading"):
         run = runner(spec)
+    options = {"resume": resume, "retry_failed": retry_failed, "clear_orphans": clear_orphans}
 
     def start(progress: Observer, stop: Stop) -> int:
-        return run(
-            spec,
-            resume=resume,
-            retry_failed=retry_failed,
-            clear_orphans=clear_orphans,
-            ask=asked_by(),
-            progress=progress,
-            stop=stop,
-        )
+        return run(spec, **options, ask=asked_by(), progress=progress, stop=stop)
 
     failures = _run(start, folder, again)
-    _report(folder)
+    _report(folder, spec.sync_to)
     raise typer.Exit(1 if failures else 0)
+
+
+def _check_options(resume: bool, retry_failed: bool) -> None:
+    if retry_failed and not resume:
+        raise ConfigError("--retry-failed applies to the run in a folder: add --resume.")
 
 
 def runner(spec: RunSpec) -> Callable[..., int]:
@@ -110,6 +111,8 @@ def resolve(
 ) -> tuple[RunSpec, Path]:
     """Return the spec with its output folder: that of the run to resume, or a new one.
 
+    A run that is only where sync_to says is restored first.
+
     file: a run file, a recipe's name, what a run file would hold, or with `resume` a run folder; None: the demo, or
         the run file of the run to resume.
 
@@ -121,10 +124,12 @@ def resolve(
     if resume and isinstance(file, str) and os.path.isdir(file):
         file, overrides = None, [f"output_dir={file}", *overrides]
     source: Path | Mapping[str, Any] | None
-    if resume and file is None:
+    recorded = resume and file is None
+    source = None if recorded else file if isinstance(file, Mapping) else recipe(file or DEMO)
+    if resume:
+        find_run(source, overrides, required=True)
+    if recorded:
         source = _recorded_config(overrides, trust=trust)
-    else:
-        source = file if isinstance(file, Mapping) else recipe(file or DEMO)
     spec = load_run_file(source, overrides, trust=trust)
     if spec.output_dir is None:
         if resume:
@@ -156,6 +161,12 @@ def _recorded_config(overrides: list[str], *, trust: bool) -> Path:
         for note in repair_run(folder):
             line("repaired", note)
     return config
+
+
+def _dry_run(spec: RunSpec, planned: list[Study]) -> None:
+    _show_plan(spec, planned)
+    _show_overrides(spec)
+    _check(spec, planned)
 
 
 def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
@@ -244,8 +255,8 @@ def _run(start: Callable[[Observer, Stop], int], folder: Path, again: str) -> in
             progress.finished()
 
 
-def _report(folder: Path) -> None:
-    """Write the whole report of a run into its folder, then print the short one."""
+def _report(folder: Path, sync_to: str | None) -> None:
+    """Write the whole report of a run into its folder and copy it, then print the short one."""
     from tune.cli.verbs.report import write_report
     from tune.config.resume import shell_command
     from tune.report import files
@@ -253,6 +264,7 @@ def _report(folder: Path) -> None:
 
     made = [make_report(folder)]
     written = write_report(made, made[0].run_dir)
+    copy_report(sync_to, folder)
     files.show(made, "terminal", report_console(), files.BRIEF)
     line("report", written)
     more = shell_command("macdrop", "report", folder)

@@ -50,6 +50,10 @@ def train(
     file, overrides = split_config(config)
     spec = load_run_file(recipe(file), overrides)
     folder = Path(spec.output_dir or fresh_folder(file or "train"))
+    if spec.sync_to is not None:
+        raise ConfigError(
+            "sync_to copies the run folder of a sweep, and train makes none. Leave it out (sync_to=null)."
+        )
     models = spec.studies()
     if len(models) != 1:
         raise ConfigError(f"train takes one model, and sweep.models lists {len(models)}. Use `macdrop sweep` for them.")

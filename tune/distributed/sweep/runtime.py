@@ -33,6 +33,8 @@ from tune.scheduling.resources import GpuShares, gpu_shares, resources
 from tune.scheduling.study import Study, studies
 from tune.scheduling.time_left import work_of
 from tune.storage.environment import record_environment
+from tune.storage.remote.background import RemoteSync
+from tune.storage.remote.copier import check_place
 from tune.storage.repair import check_run, repair_run
 from tune.storage.run_folder import RunFolder
 from tune.storage.run_lock import locked
@@ -51,9 +53,9 @@ class SweepRuntime:
 
     #: The order of closing. The controller comes first, as it uses all others, and the trackers next, which copy its
     #: last changes. Evaluators free what closing lanes may need to save a checkpoint; lanes report their last step to
-    #: the dispatcher. The status is written while the folder is still locked, and the lock outlives Ray, whose
-    #: processes may write there until they end.
-    CLOSE_ORDER = ("controller", "trackers", "evaluators", "lanes", "dispatcher", "status", "ray", "lock")
+    #: the dispatcher. The status is written while the folder is still locked, then the last of the run is copied, and
+    #: the lock outlives Ray, whose processes may write there until they end.
+    CLOSE_ORDER = ("controller", "trackers", "evaluators", "lanes", "dispatcher", "status", "remote", "ray", "lock")
 
     run_folder: RunFolder
     gpus: GpuShares
@@ -61,6 +63,7 @@ class SweepRuntime:
     lanes: LanePool
     evaluators: EvaluatorPool
     trackers: TrackerSync
+    remote: RemoteSync
     controller: SweepController
 
     def __init__(
@@ -113,6 +116,10 @@ class SweepRuntime:
             self._enter("lock", locked(self._run_dir))
             _repair(self._run_dir, self.spec, self.progress)
         self.checked = check_inputs(self.spec, self.planned)
+        if self.spec.sync_to is not None:
+            lost = check_place(self.spec.sync_to, self._run_dir, resume=self._resume)
+            if lost is not None:
+                self.progress.note(f"sync_to {self.spec.sync_to} cannot be reached ({lost}); the run resumes.")
         address, cluster_gpus = self._connect()
         # The folder comes last, after everything that may refuse the run.
         if not self._resume:
@@ -186,7 +193,7 @@ class SweepRuntime:
         self.run_folder.set_status(RunStatus.RUNNING)
 
     def _start(self) -> None:
-        """Start the dispatcher, the pools, the trackers and the control loop."""
+        """Start the dispatcher, the pools, the trackers, the copy and the control loop."""
         spec, ray_dir = self.spec, self._run_dir / "ray"
         self.dispatcher = self._enter("dispatcher", dispatching(ray_dir))
         self.lanes = LanePool(self.dispatcher, spec.ray, self.gpus.per_worker, ray_dir, evaluator=Evaluator)
@@ -199,6 +206,8 @@ class SweepRuntime:
         followed = functools.partial(trials_of_run, RunFolder(self._run_dir))
         self.trackers = TrackerSync(spec.report_to, self._run_dir, followed, self.progress.note)
         self._at_close("trackers", self.trackers.close)
+        self.remote = RemoteSync(spec.sync_to, self._run_dir, self.progress.note)
+        self._at_close("remote", self.remote.close)
         self.controller = SweepController(
             self.run_folder,
             self.dispatcher,

@@ -1,0 +1,1 @@
+"""Copies of a run in an object store: finished trials, scores and the report, whole or not at all."""

@@ -1,0 +1,162 @@
+"""The units of a run folder that are copied, each whole or not at all, and the manifests that seal them. Pure.
+
+    trials/NAME    a finished trial without its checkpoints
+    models/NAME    findings on a model, and answers of the base model
+    run            run.json, config.yaml, environment.json, scores.jsonl
+    report         the report in all formats, and its figures
+
+Objects have the names of the files, so that a copy can be read as it is. The manifest of a unit is the object
+`sync/UNIT.json`, written last. Before objects of a sealed unit are overwritten, its manifest lists both contents.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pydantic import BaseModel, ConfigDict
+
+from tune.storage.atomic import read_mapping
+from tune.storage.environment import ENVIRONMENT_FILE
+from tune.storage.records import SCORES_FILE, Inside
+from tune.storage.states import TaskState
+
+MANIFESTS = "sync"
+OWNER = f"{MANIFESTS}/owner.json"
+RUN, REPORT = "run", "report"
+RUN_FILES = ("config.yaml", ENVIRONMENT_FILE, SCORES_FILE, "run.json")
+REPORTS = ("report.*", "figures/**/*")
+#: Folders of a trial or model that serve this machine alone.
+_LOCAL = frozenset({"checkpoints", "stacks", "reproduced"})
+Stamp = tuple[tuple[str, int, int], ...]
+
+
+class Content(BaseModel):
+    """One file of a unit; `size` is in bytes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    sha256: str
+    size: int
+
+
+class Manifest(BaseModel):
+    """The files of a unit by their path in the run folder. `before`: what they were, while they are overwritten."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    files: dict[Inside, Content]
+    before: dict[Inside, Content] | None = None
+
+    def encoded(self) -> bytes:
+        return (self.model_dump_json(indent=1, exclude_none=True) + "\n").encode()
+
+    @classmethod
+    def decoded(cls, unit: str, content: bytes) -> Manifest:
+        """Read a manifest. Raises ValueError: it is damaged, or lists a file that is not of the unit."""
+        found = cls.model_validate_json(content)
+        for path in (*found.files, *(found.before or ())):
+            if not belongs(path, unit):
+                raise ValueError(f"{path!r:.80} is not a file of {unit}")
+        return found
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Files that are copied together. `settled`: they do not change while they are copied, unless all start again."""
+
+    name: str
+    files: Mapping[str, Path]
+    settled: bool
+
+    def stamp(self) -> Stamp:
+        """Return path, size and time of each file: what changes with them. Raises FileNotFoundError."""
+        states = ((path, os.stat(file)) for path, file in self.files.items())
+        return tuple((path, state.st_size, state.st_mtime_ns) for path, state in states)
+
+
+def manifest_key(unit: str) -> str:
+    return f"{MANIFESTS}/{unit}.json"
+
+
+def unit_of(key: str) -> str:
+    """Return the unit of a manifest's key."""
+    return key.removeprefix(f"{MANIFESTS}/").removesuffix(".json")
+
+
+def belongs(path: str, unit: str) -> bool:
+    """Return whether a path in the run folder is one of a unit's."""
+    if unit == RUN:
+        return path in RUN_FILES
+    if unit == REPORT:
+        return PurePosixPath(path).parts[0] == "figures" or ("/" not in path and path.startswith("report."))
+    return unit.partition("/")[0] in ("trials", "models") and path.startswith(f"{unit}/") and unit.count("/") == 1
+
+
+def is_final(file: Path) -> bool:
+    """Return whether a trial.json says that its trial has ended; False for a damaged one."""
+    content = read_mapping(file, [])
+    try:
+        return content is not None and TaskState(content.get("status")).is_final
+    except ValueError:
+        return False
+
+
+class Units:
+    """The units of a run folder as they are; a trial.json is read again only once it has changed."""
+
+    def __init__(self, run_dir: Path, final: Callable[[Path], bool] = is_final) -> None:
+        self._run_dir, self._final = run_dir, final
+        self._read: dict[Path, tuple[int, bool]] = {}
+        self.unfinished: list[str] = []
+
+    def __iter__(self) -> Iterator[Unit]:
+        """Yield trials first: scores without a trial are dropped on a resume, a trial without scores is scored."""
+        self.unfinished = []
+        for file in sorted(self._run_dir.glob("trials/*/trial.json")):
+            if self._has_ended(file):
+                yield Unit(f"trials/{file.parent.name}", self._below(file.parent), settled=True)
+            else:
+                self.unfinished.append(file.parent.name)
+        for folder in sorted(self._run_dir.glob("models/*/")):
+            yield Unit(f"models/{folder.name}", self._below(folder), settled=False)
+        run = {name: self._run_dir / name for name in RUN_FILES}
+        yield Unit(RUN, {name: file for name, file in run.items() if file.is_file()}, settled=False)
+        found = {file for pattern in REPORTS for file in self._run_dir.glob(pattern) if file.is_file()}
+        yield Unit(REPORT, {self._path(file): file for file in sorted(found)}, settled=False)
+
+    def _has_ended(self, file: Path) -> bool:
+        time = file.stat().st_mtime_ns
+        known = self._read.get(file)
+        if known is None or known[0] != time:
+            known = self._read[file] = (time, self._final(file))
+        return known[1]
+
+    def _below(self, folder: Path) -> dict[str, Path]:
+        found = {}
+        for place, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if name not in _LOCAL and not name.startswith(".")]
+            for name in names:
+                if not name.startswith(".") and ".damaged" not in name:
+                    file = Path(place) / name
+                    found[self._path(file)] = file
+        return dict(sorted(found.items()))
+
+    def _path(self, file: Path) -> str:
+        return file.relative_to(self._run_dir).as_posix()
+
+
+class Owner(BaseModel):
+    """`sync/owner.json`: the run that is copied here, and the process that copies it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    run: str
+    session: str
+
+    @classmethod
+    def decoded(cls, content: bytes) -> Owner:
+        """Read it. Raises ValueError: it is damaged."""
+        return cls.model_validate_json(content)
