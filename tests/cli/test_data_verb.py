@@ -31,7 +31,7 @@ def test_what_is_shown_of_the_data(shell, rows):
     out = ended.out
     assert "example 1" in out and "rows.jsonl, line 1: " in out and "example 3" not in out
     assert out.count("\n  no loss") == 2 and out.count("\n  loss") == 2
-    assert "format alpaca, template alpaca; loss on assistant" in out
+    assert "format alpaca, template chat; loss on assistant" in out
     assert "1 row skipped: a column is missing (" in out and "rows.jsonl, line 3)" in out
     assert "12 to train on, 0 for validation" in out and "of the tokens in padded micro-batches" in out
     assert "median" in out and "#" in out
