@@ -46,7 +46,7 @@ def check_adapter(
     spec: TrainSpec,
     targets: Iterable[str | list[str]],
     dora: Iterable[bool],
-    inits: Collection[InitLoraWeights] = (True,),
+    inits: Collection[InitLoraWeights] = (),
     optimizers: Iterable[str] = ("adamw",),
 ) -> list[str]:
     """Build every adapter that a study may train on an outline of its model; return what the user should know of it.

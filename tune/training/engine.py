@@ -31,6 +31,7 @@ from tune.training.deepspeed_config import deepspeed_config
 from tune.training.dora_norms import DoraNorms
 from tune.training.loading import open_base
 from tune.training.lora import ADAPTER, add_adapter, is_drawn, write_config
+from tune.training.optimizers.adamw import AdamW
 from tune.training.optimizers.adapter_tensors import adapter_tensors
 from tune.training.optimizers.initial_weights import check_init, initial_weights
 from tune.training.optimizers.live_state import LiveState
@@ -89,6 +90,7 @@ class Engine:
         #: What training changes in the live engine.
         self.live = LiveState(self.engine, spec, method, self._adapter, self.tensors)
         self.optimizer_bytes = state_bytes(method, self.tensors)
+        self.adamw_bytes = state_bytes(AdamW(spec), self.tensors)
         self.loss = AnswerLoss(self.engine)
         self._base_digest = self.base_digest()
         self._packed: dict[int, tuple[PackedAttention | None, str | None]] = {}

@@ -66,6 +66,8 @@ class Outcome:
     unsplit: bool = False
     #: Bytes of optimizer state besides the masters, over all workers; 0 in records of older versions.
     optimizer_bytes: int = 0
+    #: Bytes that AdamW would keep.
+    adamw_bytes: int = 0
 
 
 def unmoved_text(names: Sequence[str]) -> str:
@@ -175,6 +177,7 @@ class _Run:
             unsplit=self.engine.loss.split is None,
             unmoved=() if left else self._unmoved(final),
             optimizer_bytes=self.engine.optimizer_bytes,
+            adamw_bytes=self.engine.adamw_bytes,
         )
         if left:
             rank0_does(lambda: self._write_checkpoint(final))

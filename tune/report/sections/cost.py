@@ -42,7 +42,7 @@ def cost(subject: Subject) -> Part:
         return Part("Cost")
     training, total = spent(run_folder, model)
     ray = run_folder.config().get("ray") or {}
-    about = [_devices(run_folder.environments(), ray, training, total), *_saved(trained)]
+    about = [_devices(run_folder.environments(), ray, training, total), *_saved(trained), *optimizer_state(trained)]
     return Part("Cost", about, [Table("Time by arm", head, rows)])
 
 
@@ -127,6 +127,17 @@ def _devices(environments: list[dict[str, Any]], ray: dict[str, Any], training: 
     spent = training * workers * each + scoring
     with_workers = f" on {workers} workers" if workers > 1 else ""
     return f"Training {hours(training)}{with_workers}, scoring {hours(scoring)}: {spent / 3600:.3g} {device}."
+
+
+def optimizer_state(trained: Iterable[Line]) -> list[str]:
+    """Say what the optimizers of trials kept, where that is less than AdamW keeps; a sentence for each size."""
+    sizes = {(line.info.get("optimizer_bytes") or 0, line.info.get("adamw_bytes") or 0) for line in trained}
+    return [
+        f"Optimizer state of a trial: {kept / 2**20:.3g} MiB, {1 - kept / whole:.0%} less than AdamW's "
+        f"{whole / 2**20:.3g} MiB."
+        for kept, whole in sorted(sizes)
+        if 0 < kept < whole
+    ]
 
 
 def _saved(trained: list[Line]) -> list[str]:

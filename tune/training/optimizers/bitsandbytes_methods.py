@@ -60,7 +60,7 @@ def _eager(kind: type) -> type:
     """Return bitsandbytes' optimizer without torch.compile, with which it updates on a CPU: bits must not depend on
     whether a node has a compiler."""
 
-    class Eager(kind):  # type: ignore[misc, valid-type]
+    class Eager(kind):
         def step(self, closure: Any = None) -> Any:
             with torch.compiler.set_stance("force_eager"):
                 return super().step(closure)

@@ -59,7 +59,9 @@ def _with_parameters(kind: type) -> type:
     """Return the optimizer for ZeRO-3, which steps one group at a time and takes the parameters of the others away:
     a group's averages must not go on without them."""
 
-    class WithParameters(kind):  # type: ignore[misc, valid-type]
+    class WithParameters(kind):
+        param_groups: list[dict[str, Any]]
+
         def step(self, closure: Any = None) -> Any:
             groups = self.param_groups
             self.param_groups = [group for group in groups if group["params"]]
