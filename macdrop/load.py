@@ -31,7 +31,7 @@ from macdrop.quantised import loading_options, settle, stored_quantised
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+DTYPES: dict[str, torch.dtype | str] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 #: Files of a model folder that are read; weights for other frameworks may be absent.
 _READ = ("*.json", "*.jinja", "*.model", "*.py", "*.txt", "model*.safetensors")
 #: What was said of weights without a place, which is said once in a process.

@@ -33,8 +33,7 @@ def test_zero_3_is_refused_and_says_why(bits):
 @pytest.mark.parametrize("block", ["eval", "validation"])
 @pytest.mark.parametrize("place", ["merged", "both"])
 def test_attacks_on_merged_rows_are_refused(block, place):
-    entry = {"perplexity": {"zoo:text": {}} if block == "eval" else {"other": {"data": "zoo:text"}}}
-    entry |= {"attacks": ["none", "zeroing@3"], "attack_on": place}
+    entry = {"perplexity": {"own": {"data": "zoo:text"}}, "attacks": ["none", "zeroing@3"], "attack_on": place}
     with pytest.raises(ConfigError, match=f"{block}.attack_on: {place} needs a base that is not quantised"):
         run(quantization_bit=4, **{block: entry})
     assert run(quantization_bit=4, **{block: {**entry, "attack_on": "base"}})

@@ -34,18 +34,17 @@ def weights(found: MassiveWeights, k: int) -> None:
             ("layer", f"{found.layer} ({found.path}{expert}), counted from 0"),
             (f"top {k} rows", _sized(found.top(k), found.magnitudes) or "none"),
             ("confidence", found.confidence.text),
+            *quantised(found),
         ]
     )
-    quantised_note(found)
 
 
-def quantised_note(found: MassiveWeights) -> None:
-    """Print, of a quantised base, which rows a scan, a proof and attacks are about."""
+def quantised(found: MassiveWeights) -> list[tuple[str, str]]:
+    """Return, of a quantised base, a line on which rows a scan, a proof and attacks are about."""
     from macdrop.fingerprint import split_fingerprint
 
     _, name = split_fingerprint(found.fingerprint)
-    if name is not None:
-        line("quantised", f"to {name}: scan, proof and attacks act on the dequantised rows")
+    return [("quantised", f"to {name}: scan, proof and attacks act on the dequantised rows")] if name else []
 
 
 def proof(found: Proof) -> None:

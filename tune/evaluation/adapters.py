@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from macdrop.errors import ConfigError
+from macdrop.quantised import is_quantised
 from tune.config.train.model_keys import slug
 from tune.errors import CheckpointError
 from tune.evaluation.merging import probe_logits
@@ -188,6 +189,9 @@ def _stand_in(places: Places) -> str:
     Returns:
         a name for those that differ from the base's own, empty without any.
     """
+    for module, name, old in places:
+        if is_quantised(old):  # of no file: PEFT itself replaces such a weight where it reads it for DoRA
+            module._parameters[name] = old
     replaced = {
         id(old): module._parameters[name] for module, name, old in places if module._parameters[name] is not old
     }

@@ -15,7 +15,7 @@ import typer
 from macdrop.errors import ConfigError
 from tune.cli.console import console, line, table
 from tune.cli.options import Adapter, Bf16, Bos, Model, Quantised, Revision, Text, Trust
-from tune.cli.scan_tables import quantised_note
+from tune.cli.scan_tables import quantised
 from tune.cli.source import Source, check_adapter
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def attack(
         scores = attacked.scores(scored)
     where = "merged weights" if merged else "base rows, adapter in place" if adapter else "base rows"
     line("attack on", f"{where}, layer {weights.layer} of {source.model}")
-    quantised_note(weights)
+    for stated in quantised(weights):
+        line(*stated)
     line("untouched", f"perplexity {found[block.attacks[0]]:.4g} on {blocks[:, 1:].numel()} tokens")
     if attack or task:
         _show(found, scores, source.model)
