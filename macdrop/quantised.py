@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,12 @@ def settle(model: nn.Module) -> None:
         if type(getattr(module, "weight", None)).__name__ == "Int8Params":
             _follow_weight(module)
             module.register_forward_pre_hook(_follow_weight)
+            # Or the weight that PEFT puts in its own place would be an empty one while an adapter is loaded lazily.
+            module.register_parameter = partial(_assign, module)
+
+
+def _assign(module: Any, name: str, parameter: torch.Tensor | None) -> None:
+    module._parameters[name] = parameter
 
 
 def _follow_weight(module: Any, _args: object = ()) -> None:
