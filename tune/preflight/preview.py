@@ -59,7 +59,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Preview:
-    """What `macdrop data` shows of one model's training data. `padding` is a share, 0 to 1; `info` is info.json."""
+    """View of one model's training data. `padding` is a share, 0 to 1; `info` is info.json."""
 
     examples: tuple[Example, ...]
     lengths: Lengths
