@@ -30,6 +30,7 @@ from tune.config.sections import BASE
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml, now, plain, read_mapping
 from tune.storage.environment import environments, version
 from tune.storage.json_lines import append_jsonl
+from tune.storage.known_scores import KnownScores
 from tune.storage.records import (
     FINALISTS_FILE,
     SCORE_COLUMNS,
@@ -40,7 +41,6 @@ from tune.storage.records import (
     read_trial,
 )
 from tune.storage.run_lock import NAMES
-from tune.storage.score_table import ScoreTable
 from tune.storage.states import RunStatus
 from tune.storage.trial_folder import TrialFolder
 
@@ -60,7 +60,7 @@ class RunFolder:
         self.run_dir = Path(run_dir)
         self.problems = problems
         self.archive: Path | None = None
-        self._scores: ScoreTable | None = None
+        self._scores: KnownScores | None = None
 
     @classmethod
     def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> RunFolder:
@@ -212,10 +212,10 @@ class RunFolder:
         """`score_rows` of one trial; those of `BASE` are of all models."""
         return self._table().rows(trial)
 
-    def _table(self) -> ScoreTable:
+    def _table(self) -> KnownScores:
         # Kept: asked once per benchmark and trial, by which the file grows.
         if self._scores is None:
-            self._scores = ScoreTable(self.scores_file, self.problems, within=self.run_dir)
+            self._scores = KnownScores(self.scores_file, self.problems, within=self.run_dir)
         return self._scores
 
     def __getstate__(self) -> dict[str, Any]:

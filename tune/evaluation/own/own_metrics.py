@@ -88,7 +88,7 @@ def _number(value: Any) -> float:
 class Measured:
     """The values of one question by metric, one per answer (None: the metric failed), and errors by metric."""
 
-    values: dict[str, list[float | None]] = field(default_factory=dict)
+    values: dict[str, Sequence[float | None]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
 
@@ -165,7 +165,7 @@ def _import(folder: Path, name: str, code: CodeFiles) -> ModuleType:
     place = str(folder.resolve())
     sys.path.insert(0, place)
     try:
-        module = importlib.import_module(name)
+        found = importlib.import_module(name)
     except (Exception, SystemExit) as error:  # it is the user's: anything
         raise ConfigError(f"{name} in {folder} cannot be imported: {type(error).__name__}: {error}") from None
     finally:
@@ -173,7 +173,7 @@ def _import(folder: Path, name: str, code: CodeFiles) -> ModuleType:
     _imported.update(dict.fromkeys(tops, code.version))
     if place not in sys.path:
         sys.path.append(place)  # for imports inside functions; last, where it hides nothing
-    return module
+    return found
 
 
 def _check_free(top: str, folder: Path) -> None:

@@ -99,7 +99,7 @@ def is_final(file: Path) -> bool:
     """Return whether a trial.json says that its trial has ended; False for a damaged one."""
     content = read_mapping(file, [])
     try:
-        return content is not None and TaskState(content.get("status")).is_final
+        return content is not None and TaskState(str(content.get("status"))).is_final
     except ValueError:
         return False
 

@@ -11,7 +11,7 @@ from tune.storage.json_lines import GrowingFile
 from tune.storage.records import SCORE_KEY, check_score
 
 
-class ScoreTable:
+class KnownScores:
     """Rows of a file of scores, one for each `SCORE_KEY` (the last), by trial.
 
     A file that one sweep writes is read once in all, however often it is asked: the cost of a trial's scores does not

@@ -11,11 +11,11 @@ import threading
 import pytest
 
 from macdrop.errors import ConfigError
-from tune.storage import score_table
+from tune.storage import known_scores
 from tune.storage.json_lines import GrowingFile, append_jsonl
+from tune.storage.known_scores import KnownScores
 from tune.storage.records import SCORE_KEY, check_score
 from tune.storage.run_folder import RunFolder
-from tune.storage.score_table import ScoreTable
 
 
 def score(number: int, trial: str = "t-1", value: float = 0.5) -> dict[str, object]:
@@ -35,7 +35,7 @@ def reference(file) -> list[dict]:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_table_equals_a_file_that_is_read_again_whatever_happens_to_it(tmp_path, seed):
     chance, file = random.Random(seed), tmp_path / "scores.jsonl"
-    table = ScoreTable(file, None, within=tmp_path)
+    table = KnownScores(file, None, within=tmp_path)
     for step in range(60):
         rows = [score(chance.randrange(12), f"t-{chance.randrange(3)}", step + part) for part in range(3)]
         match chance.choice(["append", "append", "append", "torn", "replaced", "shortened", "removed", "edited"]):
@@ -65,8 +65,8 @@ def test_the_table_equals_a_file_that_is_read_again_whatever_happens_to_it(tmp_p
 
 def test_each_line_is_parsed_once(tmp_path, monkeypatch):
     parsed = []
-    monkeypatch.setattr(score_table, "check_score", lambda row: (parsed.append(row["task"]), check_score(row)))
-    table = ScoreTable(tmp_path / "scores.jsonl", None, within=tmp_path)
+    monkeypatch.setattr(known_scores, "check_score", lambda row: (parsed.append(row["task"]), check_score(row)))
+    table = KnownScores(tmp_path / "scores.jsonl", None, within=tmp_path)
     for number in range(50):
         append_jsonl(tmp_path / "scores.jsonl", [score(number)])
         assert len(table.rows("t-1")) == number + 1
@@ -77,7 +77,7 @@ def test_a_damaged_line_is_named_by_its_number_in_the_file(tmp_path):
     file = tmp_path / "scores.jsonl"
     append_jsonl(file, [score(1), score(2)])
     problems: list[str] = []
-    strict, lenient = ScoreTable(file, None, within=tmp_path), ScoreTable(file, problems, within=tmp_path)
+    strict, lenient = KnownScores(file, None, within=tmp_path), KnownScores(file, problems, within=tmp_path)
     strict.rows(), lenient.rows()
     with file.open("a") as tail:
         tail.write("broken\n")
@@ -90,7 +90,7 @@ def test_a_damaged_line_is_named_by_its_number_in_the_file(tmp_path):
 
 
 def test_threads_see_whole_tables(tmp_path):
-    table, seen = ScoreTable(tmp_path / "scores.jsonl", None, within=tmp_path), []
+    table, seen = KnownScores(tmp_path / "scores.jsonl", None, within=tmp_path), []
     readers = [threading.Thread(target=lambda: seen.extend(len(table.rows()) for _ in range(200))) for _ in range(3)]
     for reader in readers:
         reader.start()
