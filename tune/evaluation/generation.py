@@ -107,7 +107,7 @@ def _measured(
     return [Measured({**values, **mine.values}, mine.errors) for values, mine in zip(known, own, strict=True)]
 
 
-def _described(answers: Sequence[list[Answer]]) -> list[dict[str, list[float]]]:
+def _described(answers: Sequence[list[Answer]]) -> list[dict[str, list[float | None]]]:
     return [
         {
             "new_tokens": [float(len(a.tokens)) for a in given],
@@ -121,7 +121,7 @@ def _described(answers: Sequence[list[Answer]]) -> list[dict[str, list[float]]]:
 
 def _compared(
     entry: Generation, texts: Sequence[list[str]], questions: Sequence[Question]
-) -> list[dict[str, list[float]]]:
+) -> list[dict[str, list[float | None]]]:
     last = [given[-1] for given in texts]
     references = [[cut_at(without_thought(text), entry.stop) for text in question.references] for question in questions]
     columns = {metric: text_metric(metric, last, references) for metric in entry.text_metrics}

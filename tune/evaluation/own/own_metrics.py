@@ -159,8 +159,8 @@ def _import(folder: Path, name: str, code: CodeFiles) -> ModuleType:
         if _imported.get(top) == code.version and top in sys.modules:
             continue
         _check_free(top, folder)
-        for module in [each for each in sys.modules if each.partition(".")[0] == top]:
-            del sys.modules[module]
+        for stale in [each for each in sys.modules if each.partition(".")[0] == top]:
+            del sys.modules[stale]
     importlib.invalidate_caches()
     place = str(folder.resolve())
     sys.path.insert(0, place)
