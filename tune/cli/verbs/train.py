@@ -214,4 +214,5 @@ def _next_command(spec: RunSpec, model: TrainSpec, file: str | None, folder: Pat
     if not benchmarks and not is_planted(model.model_name_or_path):
         benchmarks = ["eval.zero_shot=[arc_easy,piqa]"]
     words = ["macdrop", "eval", model.model_name_or_path, *benchmarks, "--adapter", folder / "adapter"]
-    return shell_command(*words)
+    quantised = [] if model.quantization_bit is None else ["--quantization-bit", model.quantization_bit]
+    return shell_command(*words, *quantised)
