@@ -85,7 +85,8 @@ def named(found: Comparison) -> str:
     metric = METRICS.get(column.metric, column.metric.replace("_", " "))
     if column.is_mean:
         metric = "score" if column.task.startswith("mean LongBench") else metric
-        return f"mean {column.benchmark.replace('zero_shot', 'zero-shot')} {metric}"
+        words = dict.fromkeys((column.benchmark.replace("zero_shot", "zero-shot"), metric))  # "perplexity" is both
+        return " ".join(["mean", *words])
     return f"{column.task} {metric}"
 
 
