@@ -68,13 +68,8 @@ def attack(
     from tune.training.massive_weights import massive_weights, proof_blocks, proof_text
 
     source, ks = Source(model, revision, bf16, trust_remote_code, bos_token_id, quantization_bit), k or list(KS)
-    if merged and adapter is None:
-        raise ConfigError("--merged needs --adapter: without an adapter there is nothing to merge.")
-    if merged and quantization_bit is not None:
-        raise ConfigError(
-            "--merged needs a base that is not quantised: merged rows would have to be quantised again, and be others. "
-            "Leave --merged or --quantization-bit out."
-        )
+    if merged:
+        _check_merge(adapter, quantization_bit)
     if k and attack:
         raise ConfigError("--k and --attack both say which attacks to make. Give one of them.")
     block = _block(
@@ -105,6 +100,17 @@ def attack(
         _show(found, scores, source.model)
     else:
         _show_by_k(found, ks)
+
+
+def _check_merge(adapter: Path | None, quantization_bit: int | None) -> None:
+    """Refuse a merge that cannot be made with a ConfigError."""
+    if adapter is None:
+        raise ConfigError("--merged needs --adapter: without an adapter there is nothing to merge.")
+    if quantization_bit is not None:
+        raise ConfigError(
+            "--merged needs a base that is not quantised: merged rows would have to be quantised again, and be others. "
+            "Leave --merged or --quantization-bit out."
+        )
 
 
 def _block(attacks: list[str], tasks: list[str], options: Mapping[str, int | None]) -> EvalSpec:
