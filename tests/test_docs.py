@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from tune.cli.main import app
 from tune.cli.options import split_config
 from tune.config import suites
+from tune.config.endpoints.server_spec import GenerationServer
 from tune.config.judge_spec import JudgeSpec
 from tune.config.parse import ALIASES, read_override
 from tune.config.run_spec import Metric, RunSpec, Space, load
@@ -310,7 +311,7 @@ def keys(kind: type[BaseModel], prefix: str = "") -> dict[str, str]:
         default = "required" if field.is_required() else f"`{as_yaml(field.get_default(call_default_factory=True))}`"
         found[prefix + name] = default
         if inner:
-            named = "" if inner[0] is JudgeSpec else "KEY." if inner[0] is Space else "NAME."
+            named = "" if inner[0] in (JudgeSpec, GenerationServer) else "KEY." if inner[0] is Space else "NAME."
             found |= keys(inner[0], f"{prefix}{name}.{named}")
     return found
 

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from tune.config import suites
+from tune.config.endpoints.server_spec import GenerationServer
 from tune.config.eval_entries import (
     ENTRIES,
     NO_ATTACK,
@@ -124,6 +125,13 @@ class EvalSpec(Strict):
             "it are refused. `null` takes them as they are."
         ),
     )
+    generation_server: GenerationServer | None = Field(
+        default=None,
+        description=(
+            "Server that decodes the answers of `generation`; `null` decodes in the evaluation actors. See "
+            "[a generation server](benchmarks.md#a-generation-server)."
+        ),
+    )
     judge: JudgeSpec | None = Field(
         default=None,
         description="Judge of generated answers: a model name, or a mapping of the keys below; `null` is no judge.",
@@ -147,6 +155,20 @@ class EvalSpec(Strict):
                 f"{key} is for metrics of your own, and no generation.NAME.metrics has one (MODULE:FUNCTION); "
                 "leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _server_can_generate(self) -> EvalSpec:
+        if self.generation_server is None:
+            return self
+        if not self.generation:
+            raise ValueError("generation_server answers the prompts of generation, which lists none; leave it out")
+        for name, entry in self.generation.items():
+            if attacked := [attack for attack in entry.attacks or self.attacks if attack != NO_ATTACK]:
+                raise ValueError(
+                    f"generation_server cannot answer under {attacked[0]}: an attack edits weights, and a server keeps "
+                    f"its own. Set generation.{name}.attacks: none, or leave generation_server out"
+                )
         return self
 
     @field_validator("batch_size", mode="before")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from tune.config.endpoints.address import Address, KeyName, without_key
 from tune.config.sections import Location, Strict
 
 #: Keys that apply to a local model only, or to an endpoint only.
@@ -15,19 +14,14 @@ LOCAL_KEYS = ("batch_size", "bf16", "trust_remote_code", "long_prompts")
 ENDPOINT_KEYS = ("api_key_env", "request_retries", "timeout_s", "max_concurrent", "token_limit")
 
 
-def endpoint_address(given: str) -> str:
-    """Return the address of an endpoint as it is kept: without a slash at the end, and without the path of requests."""
-    return given.rstrip("/").removesuffix("/chat/completions")
-
-
 class JudgeSpec(Strict):
     """A local causal language model, or with `base_url` a model behind an OpenAI-compatible endpoint."""
 
     model: Location = Field(description="Hub id or folder of a local model, or the endpoint's name for its model.")
-    base_url: str | None = Field(
+    base_url: Address | None = Field(
         default=None, description="Address of an OpenAI-compatible endpoint; `null` loads the model locally."
     )
-    api_key_env: str = Field(
+    api_key_env: KeyName = Field(
         default="OPENAI_API_KEY", description="Name of the environment variable that holds the endpoint's key."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub model.")
@@ -69,37 +63,7 @@ class JudgeSpec(Strict):
     def _named(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"model": value}
-        if isinstance(value, dict) and "api_key" in value:
-            raise ValueError(
-                "unknown key api_key: a secret does not belong in a run file, which is copied into every run folder.\n"
-                "Put it into an environment variable and name that: api_key_env: OPENAI_API_KEY."
-            )
-        return value
-
-    @field_validator("base_url")
-    @classmethod
-    def _address(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        if parts.username or parts.password:
-            raise ValueError("has a password in it, and would be kept with every judgement; use api_key_env")
-        if "?" in value or "#" in value:  # never shows the value: it may hold a key
-            raise ValueError("has a query in it, which would be kept with every judgement; for a key use api_key_env")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"must be an address such as http://127.0.0.1:8000/v1, not {value!r}")
-        return endpoint_address(value)
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _a_name_and_no_key(cls, value: str) -> str:
-        secret = any(len(part) > 20 or (len(part) > 11 and re.search(r"\d", part)) for part in value.split("_"))
-        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and not secret:
-            return value
-        raise ValueError(  # never shows the value: it may be a key
-            "must be the name of an environment variable, such as OPENAI_API_KEY; the value is not such a name, and "
-            "looks like a key. If it is one, take it out of the file."
-        )
+        return without_key(value)
 
     @model_validator(mode="after")
     def _keys_fit(self) -> JudgeSpec:

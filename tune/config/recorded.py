@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from macdrop.errors import ConfigError
-from tune.config.judge_spec import JudgeSpec, endpoint_address
+from tune.config.endpoints.address import endpoint_address
+from tune.config.judge_spec import JudgeSpec
 from tune.config.parse import SECTIONS, read_override
 from tune.config.resume import shell_command
 
 TRUST = "--trust-remote-code"
 COPY = "sync_to"
-ENDPOINT = "eval.judge.base_url"
 #: Values of `ray.address` that name no machine: those that the environment of the command chooses.
 OWN_CLUSTERS = (None, "auto", "local")
 
@@ -56,6 +56,14 @@ def code_of(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(map(str, found)))
 
 
+def _endpoints(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """Yield the endpoints of a run: the block of each, its keys, and what is sent there."""
+    yield "eval.judge", block_of(block_of(config, "eval"), "judge"), "answers"
+    for block in ("eval", "validation"):
+        name = f"{block}.generation_server"
+        yield name, block_of(block_of(config, block), "generation_server"), "prompts and the paths of adapters"
+
+
 def orders_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Map words of a command line to what a recorded run file asks for that only such words may allow.
 
@@ -71,11 +79,12 @@ def orders_of(config: Mapping[str, Any]) -> dict[str, str]:
     runs = (runs if trusted else []) + [f"runs the code in {place}" for place in code_of(config)]
     if runs:
         found[TRUST] = ", ".join(runs)
-    if url := judge.get("base_url"):
-        found[f"{ENDPOINT}={url}"] = f"sends answers to {url}"
-    key = judge.get("api_key_env")
-    if key not in (None, JudgeSpec.model_fields["api_key_env"].default):
-        found[f"eval.judge.api_key_env={key}"] = f"sends the key in ${key}"
+    for name, endpoint, what in _endpoints(config):
+        if url := endpoint.get("base_url"):
+            found[f"{name}.base_url={url}"] = f"sends {what} to {url}"
+        key = endpoint.get("api_key_env")
+        if key not in (None, JudgeSpec.model_fields["api_key_env"].default):
+            found[f"{name}.api_key_env={key}"] = f"sends the key in ${key}"
     address = block_of(config, "ray").get("address")
     if address not in OWN_CLUSTERS:
         found[f"ray.address={address}"] = f"joins the Ray cluster at {address}"
@@ -96,7 +105,7 @@ def check_orders(folder: Path, config: Mapping[str, Any], overrides: Iterable[st
     pairs = [read_override(override) for override in overrides]
     if COPY in dict(pairs):  # the command says itself where to, if anywhere
         config = {key: value for key, value in config.items() if key != COPY}
-    given = {f"{key}={endpoint_address(str(value)) if key == ENDPOINT else value}" for key, value in pairs}
+    given = {f"{key}={endpoint_address(str(value)) if key.endswith('.base_url') else value}" for key, value in pairs}
     given |= {TRUST} if trust or "trust_remote_code=True" in given else set()
     missing = {word: what for word, what in orders_of(config).items() if word not in given}
     if missing:

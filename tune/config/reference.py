@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tune.config.endpoints.server_spec import GenerationServer
 from tune.config.judge_spec import JudgeSpec
 from tune.config.run_spec import RunSpec
 from tune.config.schema import json_schema
@@ -83,7 +84,7 @@ def _rows(kind: type[BaseModel], prefix: str, schema: dict[str, Any]) -> Iterato
         default = "required" if field.is_required() else "`{}`" if below else f"`{_default(field)}`"
         yield Row(prefix, name, default, _values(properties[name]), field.description or "")
         if inner and not below:
-            named = "" if inner is JudgeSpec else "KEY." if inner is Space else "NAME."
+            named = "" if inner in (JudgeSpec, GenerationServer) else "KEY." if inner is Space else "NAME."
             yield from _rows(inner, f"{prefix}{name}.{named}", schema)
 
 

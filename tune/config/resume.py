@@ -14,10 +14,19 @@ from tune.config.sections import RaySpec
 
 #: Keys of the block `ray:` that results depend on: the global batch, and the order in which a CPU adds numbers.
 RESULTS = frozenset({"ray.num_workers", "ray.threads_per_worker"})
+#: Keys of `eval:` and `validation:` that say where something is, and how it is asked.
+PLACES = (
+    "code_path",
+    "task_path",
+    *(
+        f"generation_server.{key}"
+        for key in ("base_url", "api_key_env", "request_retries", "timeout_s", "max_concurrent", "compared")
+    ),
+)
 #: Keys without an effect on results: the rest of `ray:`, the run folder, its copy, trackers, trials at once, and
-#: where own code is, of which `code_version` says what it is.
+#: where own code and servers are; of the code, `code_version` says what it is.
 MACHINERY = frozenset({f"ray.{key}" for key in RaySpec.model_fields}) - RESULTS | {
-    *(f"{block}.{key}" for block in ("eval", "validation") for key in ("code_path", "task_path")),
+    *(f"{block}.{key}" for block in ("eval", "validation") for key in PLACES),
     "output_dir",
     "report_to",
     "sync_to",

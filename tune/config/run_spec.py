@@ -127,6 +127,8 @@ class RunSpec(TrainSpec):
             check_merging(study, self.validation, "validation")
         check_apart(self.eval, self.validation)
         check_metrics(self.sweep, self.eval, self.validation)
+        for block in (self.eval, self.validation):
+            _check_served(block, studies, self.sweep.parameters)
         check_early_stops(self.sweep, [study.eval_steps for study in studies])
         return self
 
@@ -188,6 +190,18 @@ def values_of(spec: TrainSpec, parameters: Mapping[str, Space], key: str) -> lis
     for part in key.split("."):
         value = value[int(part)] if isinstance(value, list) else getattr(value, part)
     return [value]
+
+
+def _check_served(block: EvalSpec, studies: list[TrainSpec], parameters: Mapping[str, Space]) -> None:
+    """Refuse adapters that the generation server of a block cannot load."""
+    server = block.generation_server
+    if server is None or server.adapters == "named":
+        return
+    if any(True in values_of(study, parameters, "use_dora") for study in studies):
+        raise ValueError(
+            f"generation_server.adapters is {server.adapters!r}, which loads LoRA and no DoRA, and use_dora is true "
+            "for some trials. Leave generation_server out, or serve merged models by name (adapters: named)"
+        )
 
 
 def _check_searchable(key: str) -> None:

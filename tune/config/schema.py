@@ -156,6 +156,8 @@ def _dotted(defs: dict[str, Schema]) -> dict[str, Schema]:
     block = "^(eval|validation)\\."
     found |= {f"{block}{key}$": _at("EvalSpec", key) for key in defs["EvalSpec"]["properties"]}
     found |= {f"{block}judge\\.{key}$": _at("JudgeSpec", key) for key in defs["JudgeSpec"]["properties"]}
+    server = defs["GenerationServer"]["properties"]
+    found |= {f"{block}generation_server\\.{key}$": _at("GenerationServer", key) for key in server}
     for section, model in _entry_models().items():
         found[f"{block}{section}\\.[^.]+$"] = {
             "$ref": f"#/$defs/EvalSpec/properties/{section}/anyOf/0/additionalProperties"

@@ -11,14 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune.config.eval_entries import TEXT_METRICS, Generation
 from tune.config.eval_spec import EvalSpec
 from tune.data.thoughts import without_thought
 from tune.evaluation.check import read_generation
-from tune.evaluation.decode import Answer, cut_at, fit_prompt, greedy
+from tune.evaluation.decode import Answer, Ends, cut_at, fit_prompt, greedy
+from tune.evaluation.endpoints.generation_server import Decoding, ServedModel
 from tune.evaluation.item_values import MULTI_TURN, Value, Values, part_of
 from tune.evaluation.own.own_metrics import Measured, OwnMetric, load_metrics, measure
 from tune.evaluation.questions import Question, ResidentQuestions, load, prompt, select
@@ -40,8 +43,9 @@ def score(
     model: PreTrainedModel | PeftModel,
     batch_size: int,
     limit: int | None,
+    server: ServedModel | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Answer every question, all turns, and score the answers.
+    """Answer every question, all turns, and score the answers; `server` answers in place of the model.
 
     Returns:
         rows, and per question what is kept as jsonl: question_id, category, turns, answers, tokens, ended, metrics.
@@ -49,24 +53,56 @@ def score(
     name, entry, questions = resident.name, resident.entry, select(resident.questions, limit)
     tokenizer = resident.tokenizer
     answers: list[list[Answer]] = [[] for _ in questions]
+    compare: Callable[[], list[Answer]] | None = None
     cut = 0
     for turn in range(max(len(question.turns) for question in questions)):
         asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
         whole = [prompt(resident, tokenizer, questions[i], [a.text for a in answers[i]]) for i in asked]
         cut += sum(len(each.ids) > resident.room for each in whole)
-        found = greedy(
+        prompts = [fit_prompt(each.ids, resident.room, tokenizer.bos_token_id) for each in whole]
+        decode = partial(
+            greedy,
             model,
             tokenizer,
-            [fit_prompt(each.ids, resident.room, tokenizer.bos_token_id) for each in whole],
             max_new_tokens=entry.max_new_tokens,
             batch_size=batch_size,
             stop=entry.stop,
             opened=whole[0].opened,  # all are of one template
         )
+        if server is None:
+            found = decode(prompts)
+        else:
+            ends = Ends.of(model, tokenizer, entry.stop, whole[0].opened)
+            found = server.answers(prompts, Decoding(ends, entry.max_new_tokens))
+            compare = compare or partial(decode, prompts[: server.spec.compared])
         for i, answer in zip(asked, found, strict=True):
             answers[i].append(answer)
+    # Behind the server's work, in which no forward pass would tell a watchdog of progress; all have a first turn.
+    ours = dict(enumerate(compare())) if compare else {}
     measured = _measured(resident, questions, answers)
-    items = [
+    items = _items(questions, answers, measured, ours)
+    settings = (
+        f"format={resident.kind} template={resident.template_name} greedy max_new_tokens={entry.max_new_tokens} "
+        f"prompts_cut_left={cut}"
+    ) + (f" by={server.spec.adapters}" if server else "")
+    groups = _groups(name, questions) if resident.kind == "spec_bench" else {name: list(range(len(questions)))}
+    rows = [
+        _row(metric, [value for i in members for value in measured[i].values[metric]], resident.own, settings)
+        | {"task": task, "num_fewshot": None}
+        for task, members in groups.items()
+        for metric in measured[0].values
+    ]
+    return rows, items
+
+
+def _items(
+    questions: Sequence[Question],
+    answers: Sequence[list[Answer]],
+    measured: Sequence[Measured],
+    ours: Mapping[int, Answer],
+) -> list[dict[str, Any]]:
+    """Return what is kept of every question; `ours` are our own first answers beside a server's, by number."""
+    return [
         question.kept
         | {
             "answers": [a.text for a in given],
@@ -76,20 +112,9 @@ def score(
         }
         | ({"errors": metrics.errors} if metrics.errors else {})
         | ({"thoughts": [a.thought for a in given]} if any(a.thought for a in given) else {})
-        for question, given, metrics in zip(questions, answers, measured, strict=True)
+        | ({"own_answer": ours[i].text, "same": ours[i].tokens == given[0].tokens} if i in ours else {})
+        for i, (question, given, metrics) in enumerate(zip(questions, answers, measured, strict=True))
     ]
-    settings = (
-        f"format={resident.kind} template={resident.template_name} greedy max_new_tokens={entry.max_new_tokens} "
-        f"prompts_cut_left={cut}"
-    )
-    groups = _groups(name, questions) if resident.kind == "spec_bench" else {name: list(range(len(questions)))}
-    rows = [
-        _row(metric, [value for i in members for value in measured[i].values[metric]], resident.own, settings)
-        | {"task": task, "num_fewshot": None}
-        for task, members in groups.items()
-        for metric in measured[0].values
-    ]
-    return rows, items
 
 
 def _measured(
@@ -161,6 +186,21 @@ class GenerationBenchmark:
 
     def __init__(self, spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._tokenizer, self._max_length, self._code_path = tokenizer, max_length, spec.code_path
+        self._server_spec = spec.generation_server
+        self._server: ServedModel | None = None
+        #: Folder of the adapter that the model has, which a server loads by itself; None is the base.
+        self.adapter: str | Path | None = None
+
+    def connect(self) -> None:
+        """Connect to the generation server of the block, if it has one.
+
+        Raises:
+            ConfigError, BenchmarkError: it cannot be used.
+        """
+        if self._server_spec is not None and self._server is None:
+            server = ServedModel(self._server_spec)
+            server.check()
+            self._server = server
 
     @staticmethod
     def check(name: str, entry: Generation, spec: EvalSpec) -> None:
@@ -182,7 +222,10 @@ class GenerationBenchmark:
         limit: int | None,
         logits: Logits,
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        return score(data, model, batch_size, limit)
+        if self._server is None:
+            return score(data, model, batch_size, limit)
+        with self._server.adapter(self.adapter):
+            return score(data, model, batch_size, limit, self._server)
 
     @staticmethod
     def items(records: list[dict[str, Any]], row: Mapping[str, Any]) -> Values | None:

@@ -21,6 +21,7 @@ from tune.config.eval_spec import NO_ATTACK, EvalJob, EvalSpec, jobs
 from tune.config.parse import SECTIONS
 from tune.data.locations import is_local
 from tune.evaluation.benchmark import BENCHMARKS, Benchmark
+from tune.evaluation.generation import GenerationBenchmark
 from tune.evaluation.logits import Logits, is_unsplit, plain_logits
 from tune.evaluation.merging import merged_weights
 from tune.evaluation.own.own_metrics import item_notes
@@ -113,6 +114,14 @@ class Scorer:
             with quiet_while_scoring() as heard:
                 self._data(job)
             self._note(job, heard)
+        self._generation_with(None)
+
+    def _generation_with(self, adapter: str | Path | None) -> None:
+        """Let a generation server, if there is one, answer with an adapter."""
+        found = self._benchmarks.get("generation")
+        if isinstance(found, GenerationBenchmark):
+            found.connect()
+            found.adapter = adapter
 
     def score(
         self,
@@ -123,6 +132,7 @@ class Scorer:
         prefix: PrefixCache | None = None,
         limit: int | None = None,
         within: str | Path | None = None,
+        adapter: str | Path | None = None,
     ) -> list[Row]:
         """Score one job.
 
@@ -134,6 +144,7 @@ class Scorer:
             prefix: a cache that the plain score and the attacks of one entry share; the caller keeps it from job to job
                 as long as the weights do not change. Scores are bit-identical with it.
             limit: items per task, in place of the entry's own `limit`.
+            adapter: the folder of the model's adapter, for a generation server; None for the base.
             within: a folder above `answers_path` whose storage is waited for; see `tune.storage.atomic.lasting`.
 
         Returns:
@@ -156,6 +167,7 @@ class Scorer:
             self._sharing(job, model, prefix) as logits,
         ):
             benchmark, data = self._benchmark(job), self._data(job)
+            self._generation_with(adapter)
             rows, items = benchmark.score(data, model, batch_size, limit, logits)
         if answers_path is not None:
             lines = (

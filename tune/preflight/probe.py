@@ -125,7 +125,8 @@ def _score(engine: Engine, block: EvalSpec, weights: MassiveWeights | None) -> t
     """Return (seconds of all jobs of a block on one adapter, their items), extrapolated from a few items per entry."""
     if not jobs(block):
         return 0.0, 0
-    scorer = Scorer(engine.model, engine.tokenizer, block, weights)
+    here = block.model_copy(update={"generation_server": None})  # its speed is not this machine's
+    scorer = Scorer(engine.model, engine.tokenizer, here, weights)
     scorer.prepare()
     engine.model.eval()
     rate: dict[tuple[str, str], float] = {}

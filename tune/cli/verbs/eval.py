@@ -126,7 +126,7 @@ def _score(
         for number, job in enumerate(wanted, 1):
             answers = output / "answers" / job.file_name if output else None
             with console.status(f"Scoring {number} of {len(wanted)}: {job.key}"):
-                rows = scorer.score(job, model=scored, answers_path=answers, prefix=prefix)
+                rows = scorer.score(job, model=scored, answers_path=answers, prefix=prefix, adapter=adapter)
             if output is not None:
                 append_jsonl(output / SCORES_FILE, [{**tag, **row} for row in rows])
             scores += map(dict, rows)

@@ -106,7 +106,12 @@ class Evaluator(PoolActor):
         scorer = self.scorers[task.job.split]
         with passes_watched(self.slot.base, task.stacks, self.step_timeout_s):  # an adapter calls the base as well
             rows = scorer.score(
-                task.job, model=self.model, answers_path=task.answers, prefix=self.prefix, within=task.within
+                task.job,
+                model=self.model,
+                answers_path=task.answers,
+                prefix=self.prefix,
+                within=task.within,
+                adapter=task.adapter,
             )
         seconds, shared = time.monotonic() - started, self.prefix.calls_saved - saved
         return Result(task, rows, seconds=seconds, calls_saved=shared, notes=list(scorer.notes))

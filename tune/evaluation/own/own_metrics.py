@@ -121,7 +121,7 @@ def _one(metric: OwnMetric, answer: str, row: Mapping[str, Any]) -> tuple[dict[s
 
 
 def item_notes(where: str, items: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence per metric that failed on some of the kept items, with the first of them."""
+    """Return sentences on kept items: metrics that failed, and a server's answers that differ from our own decoding."""
     items = list(items)
     failed: dict[str, list[tuple[Any, str]]] = {}
     for item in items:
@@ -130,6 +130,17 @@ def item_notes(where: str, items: Iterable[Mapping[str, Any]]) -> list[str]:
     return [
         f"{where}: {name} failed on {len(found)} of {len(items)} questions, first on {found[0][0]}: {found[0][1]}"
         for name, found in failed.items()
+    ] + _differing(where, items)
+
+
+def _differing(where: str, items: Sequence[Mapping[str, Any]]) -> list[str]:
+    compared = [item for item in items if "same" in item]
+    other = [item.get("question_id") for item in compared if not item["same"]]
+    if not other:
+        return []
+    return [
+        f"{where}: {len(other)} of {len(compared)} answers of the server differ from our own decoding, first on "
+        f"{other[0]}; rounding can do that, and so can other weights"
     ]
 
 
