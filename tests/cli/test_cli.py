@@ -18,6 +18,7 @@ from tune.cli.options import split_config
 VERBS = (
     "scan",
     "attack",
+    "data",
     "train",
     "eval",
     "suites",
@@ -127,7 +128,7 @@ def test_failed_trials_exit_with_1(shell, monkeypatch):
 
     for failures, code in ((0, 0), (1, 1), (7, 1)):
         monkeypatch.setattr(sweep, "_run", lambda *arguments, failures=failures: failures)
-        monkeypatch.setattr(sweep, "_report", lambda folder: None)
+        monkeypatch.setattr(sweep, "_report", lambda *arguments: None)
         assert shell("sweep").code == code
 
 
