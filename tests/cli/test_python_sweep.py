@@ -14,6 +14,8 @@ from macdrop.errors import ConfigError, MacDropError
 from tune.cli import python_sweep
 from tune.cli.verbs.sweep import resolve
 from tune.config.run_spec import dump
+from tune.storage.remote.copier import Copier
+from tune.storage.remote.object_store import ObjectStore
 
 CONFIG = {
     "model_name_or_path": "zoo:planted-llama",
@@ -90,3 +92,33 @@ def test_the_front_door_has_two_names():
     assert dir(tune) == ["Run", "sweep"]
     with pytest.raises(AttributeError, match="no attribute 'swep'"):
         tune.swep  # noqa: B018
+
+
+def test_values_may_be_overridden_as_by_the_command(tmp_path, started):
+    tune.sweep(CONFIG, "macdrop.p0=0.25", f"output_dir={tmp_path / 'run'}")
+    assert started[0][0].macdrop.p0 == 0.25
+
+
+def test_the_call_that_resumes_names_what_a_recorded_run_asks_for():
+    words = ["--trust-remote-code", "sync_to=s3://bucket/run"]
+    call = python_sweep.resume_call(Path("runs/a"), words)
+    assert call == "sweep('runs/a', 'sync_to=s3://bucket/run', resume=True, trust_remote_code=True)"
+
+
+def test_a_recorded_copy_is_allowed_by_naming_it(tmp_path, started):
+    store = f"sync_to=file://{tmp_path / 'copy'}"
+    tune.sweep({**CONFIG, "output_dir": tmp_path / "run"}, store)
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(dump(started[0][0])))
+    with pytest.raises(ConfigError, match="copies the run to"):
+        tune.sweep(tmp_path / "run", resume=True)
+    assert resolve(str(tmp_path / "run"), [store], True, False)[0].sync_to == store.removeprefix("sync_to=")
+
+
+def test_a_dry_run_restores_nothing(tmp_path, started, shell):
+    store = f"sync_to=file://{tmp_path / 'copy'}"
+    run = tune.sweep({**CONFIG, "output_dir": tmp_path / "run"}, store)
+    copier = Copier(run.folder, ObjectStore(store.removeprefix("sync_to=")))
+    copier.copy()
+    again = ("sweep", "--resume", f"output_dir={tmp_path / 'new'}", store)
+    ended = shell(*again, "--dry-run")
+    assert ended.code == 2 and "--dry-run writes nothing" in ended.err and not (tmp_path / "new").exists()

@@ -10,13 +10,17 @@ from macdrop.errors import ConfigError
 from tune.cli.console import console, line
 
 
-def find_run(file: Path | Mapping[str, Any] | None, overrides: list[str], *, required: bool) -> bool:
+def find_run(
+    file: Path | Mapping[str, Any] | None, overrides: list[str], *, required: bool, dry_run: bool = False
+) -> bool:
     """Return whether output_dir holds a run to resume, after restoring it from sync_to if the folder is empty.
 
-    file: the run file given; None: the recorded one. required: --resume, not --resume-if-exists.
+    file: the run file given; None: the recorded one. required: --resume, not --resume-if-exists. dry_run: write
+        nothing.
 
     Raises:
-        ConfigError: no folder is named; with `required`, there is no run in either place.
+        ConfigError: no folder is named; with `required`, there is no run in either place; with `dry_run`, the run would
+            have to be restored.
         ResourceError: the copy cannot be read.
     """
     from tune.storage.remote.object_store import check_package
@@ -37,6 +41,11 @@ def find_run(file: Path | Mapping[str, Any] | None, overrides: list[str], *, req
     with console.status(f"Restoring the run from {url}"):
         if not required and not is_restoring(folder) and not holds_run(url):
             return False
+        if dry_run:
+            raise ConfigError(
+                f"--dry-run writes nothing, and the run would have to be restored from {url} to {str(folder)!r}.\n"
+                "Leave --dry-run out."
+            )
         if not is_restoring(folder):
             check_new(folder)
         notes = restore(url, folder)

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -94,7 +94,7 @@ def _no_widgets() -> Iterator[None]:
 @_own_handlers()
 def sweep(
     config: Mapping[str, Any] | str | os.PathLike,
-    *,
+    *overrides: str,
     resume: bool = False,
     retry_failed: bool = False,
     clear_orphans: bool = False,
@@ -104,8 +104,8 @@ def sweep(
     """Run a sweep to its end, as `macdrop sweep` does, with the same checks; return its run.
 
     config: the keys of a run file, dotted or as blocks; the path of one; or a recipe's name. With `resume` also the
-    folder of a run. file: where progress is printed; None: standard output. The other arguments are the options of the
-    command. The report is written into the run folder.
+    folder of a run. overrides: `key=value`, as the command takes them. file: where progress is printed; None: standard
+    output. The other arguments are the options of the command. The report is written into the run folder.
 
     Raises:
         ConfigError, ResourceError and other `MacDropError`s: what the command would print.
@@ -114,6 +114,8 @@ def sweep(
     from tune.cli.console import PIPED_WIDTH, PlainConsole
     from tune.cli.progress import Progress
     from tune.cli.verbs.sweep import resolve, runner
+    from tune.config.recorded import orders_of
+    from tune.config.run_spec import dump
     from tune.preflight.inputs import check_folder
     from tune.report.files import write
     from tune.scheduling.resources import check_local
@@ -127,11 +129,11 @@ def sweep(
         raise ConfigError("retry_failed applies to the run in a folder: add resume=True.")
     check_current_folder()
     direct_loopback()
-    spec, folder = resolve(plain_values(config), [], resume, trust_remote_code)
+    spec, folder = resolve(plain_values(config), list(overrides), resume, trust_remote_code)
     studies(spec)
     check_local(spec.ray)
     quiet_libraries()
-    again = f"sweep({str(folder)!r}, resume=True)"
+    again = resume_call(folder, orders_of(dump(spec)))
     check_folder(folder, resume=resume, remedy=again)
     # Not as rich would print in a notebook, an HTML block for each line.
     console = PlainConsole(file=file, width=PIPED_WIDTH, force_jupyter=False, force_terminal=False)
@@ -146,6 +148,13 @@ def sweep(
     write([run.report()], run.folder)
     RemoteSync(spec.sync_to, folder, progress.note, frozenset({REPORT})).close()
     return run
+
+
+def resume_call(folder: Path, allowed: Iterable[str]) -> str:
+    """Return the call that resumes the run in a folder; allowed: words of `tune.config.recorded.orders_of`."""
+    options = [f"{word.removeprefix('--').replace('-', '_')}=True" for word in allowed if word.startswith("--")]
+    words = [repr(word) for word in allowed if not word.startswith("--")]
+    return f"sweep({', '.join([repr(str(folder)), *words, 'resume=True', *options])})"
 
 
 def plain_values(config: Any) -> Any:

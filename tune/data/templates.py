@@ -99,7 +99,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTo
     """Return a copy of a tokenizer with the chat template in a file.
 
     Raises:
-        ConfigError: there is no such file, it is empty or not text, or its Jinja is not valid.
+        ConfigError: the file is missing, empty or not text, or its Jinja is not valid.
     """
     import jinja2
 

@@ -58,8 +58,8 @@ def sweep(
         return
     file, overrides = split_config(config)
     _check_options(resume or resume_if_exists, retry_failed)
-    resume = resume or (resume_if_exists and find_run(recipe(file or DEMO), overrides, required=False))
-    spec, folder = resolve(file, overrides, resume, trust_remote_code)
+    resume = resume or (resume_if_exists and find_run(recipe(file or DEMO), overrides, required=False, dry_run=dry_run))
+    spec, folder = resolve(file, overrides, resume, trust_remote_code, dry_run=dry_run)
     planned = studies(spec)
     check_local(spec.ray)
     quiet_libraries()
@@ -107,11 +107,11 @@ def list_recipes() -> None:
 
 
 def resolve(
-    file: str | Mapping[str, Any] | None, overrides: list[str], resume: bool, trust: bool
+    file: str | Mapping[str, Any] | None, overrides: list[str], resume: bool, trust: bool, *, dry_run: bool = False
 ) -> tuple[RunSpec, Path]:
     """Return the spec with its output folder: that of the run to resume, or a new one.
 
-    A run that is only where sync_to says is restored first.
+    A run that is only where sync_to says is restored first, which `dry_run` refuses.
 
     file: a run file, a recipe's name, what a run file would hold, or with `resume` a run folder; None: the demo, or
         the run file of the run to resume.
@@ -127,7 +127,7 @@ def resolve(
     recorded = resume and file is None
     source = None if recorded else file if isinstance(file, Mapping) else recipe(file or DEMO)
     if resume:
-        find_run(source, overrides, required=True)
+        find_run(source, overrides, required=True, dry_run=dry_run)
     if recorded:
         source = _recorded_config(overrides, trust=trust)
     spec = load_run_file(source, overrides, trust=trust)

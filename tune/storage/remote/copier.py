@@ -175,7 +175,7 @@ def identity(run_dir: Path) -> str | None:
 
 
 def check_place(url: str, run_dir: Path, *, resume: bool) -> str | None:
-    """Check that a run may be copied to an address; return why it cannot be reached, if a resumed run goes on without.
+    """Check that a run may be copied to an address; of a resumed run, return why the address cannot be reached.
 
     Raises:
         ConfigError: another run, or something else, is there, or it lies in the run folder.
