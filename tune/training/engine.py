@@ -37,7 +37,6 @@ from tune.training.optimizers.initial_weights import check_init, initial_weights
 from tune.training.optimizers.live_state import LiveState
 from tune.training.optimizers.method import state_bytes
 from tune.training.optimizers.methods import method_of
-from tune.training.optimizers.schedule_free import Y, Z
 from tune.training.optimizers.slim_adam import check_rules
 from tune.training.quiet import no_output
 
@@ -223,7 +222,8 @@ class Engine:
 
     def _moved(self, state: AdapterState, name: str, begun: torch.Tensor) -> bool:
         """Return whether a tensor has had a gradient, which weight decay has not, and is another than it was."""
-        parts = (tensors[name] for part, tensors in state.optimizer.items() if part not in (Y, Z) and name in tensors)
+        points = self.live.method.points
+        parts = (tensors[name] for part, tensors in state.optimizer.items() if part not in points and name in tensors)
         had_gradient = any(bool(kept.any()) for kept in parts if kept.is_floating_point())
         return had_gradient and not torch.equal(state.weights[name], begun)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from tune.config.run_spec import TrainSpec
 from tune.training.checkpoint import AdapterState
 from tune.training.optimizers.adapter_tensors import AdapterTensor, Factor
 from tune.training.optimizers.method import Method
-from tune.training.optimizers.schedule_free import ScheduleFreeAdamW, Y, Z
 
 
 class LiveState:
@@ -39,10 +39,8 @@ class LiveState:
         """Return the optimizer state, part -> name -> tensor, before the first step from these weights."""
         state: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in self.tensors.items():
-            for part, kept in self.method.layout(tensor).items():
-                state.setdefault(part, {})[name] = weights[name].clone() if part == Z else kept.zeros()
-        if isinstance(self.method, ScheduleFreeAdamW):
-            state[Y] = {name: weight.clone() for name, weight in weights.items()}
+            for part, kept in self.method.initial(tensor, weights[name]).items():
+                state.setdefault(part, {})[name] = kept
         return state
 
     def write(self, state: AdapterState) -> None:
@@ -51,7 +49,7 @@ class LiveState:
 
         self.engine.zero_grad()
         self.engine.optimizer.zero_grad()
-        weights = state.optimizer.get(Y, state.weights)
+        weights = self.method.masters(state)
         self._set_working_copies(weights)
         masters = self._unpartitioned_masters() if self.stage == 0 else {}
         for name, parameter in self.adapter.items():
@@ -72,17 +70,16 @@ class LiveState:
 
     def read(self, step: int, meta: dict[str, Any]) -> AdapterState:
         """Gather the whole state; a collective."""
-        weights, optimizer = self._gather()
-        if isinstance(self.method, ScheduleFreeAdamW):
-            optimizer[Y], beta1 = weights, self.inner.param_groups[0]["betas"][0]
-            weights = {name: self.method.average(y, optimizer[Z][name], beta1) for name, y in weights.items()}
-        return AdapterState(weights, optimizer, step, meta)
+        return replace(self.method.result(*self._gather(), self.inner.param_groups[0]), step=step, meta=meta)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Evaluate the adapter that would be saved: where that is an average of steps, the working copies hold it
-        meanwhile, and then what they held before, to the bit. A collective."""
-        if not isinstance(self.method, ScheduleFreeAdamW):
+        """Evaluate the adapter that would be saved; a collective.
+
+        Where that is an average of steps, the working copies hold it meanwhile, and then what they held before, to the
+        bit.
+        """
+        if not self.method.points:
             yield
             return
         state = self.read(0, {})
@@ -90,7 +87,7 @@ class LiveState:
         try:
             yield
         finally:
-            self._set_working_copies(state.optimizer[Y])
+            self._set_working_copies(self.method.masters(state))
 
     # --- details ---
 

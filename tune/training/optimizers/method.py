@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tune.config.run_spec import TrainSpec
+from tune.training.checkpoint import AdapterState
 from tune.training.optimizers.adapter_tensors import AdapterTensor, Base, Factor
 
 #: Keys of a parameter group: what its learning rate is multiplied by, and whether LoRA+ chooses that.
@@ -38,6 +39,8 @@ class Method(ABC):
 
     #: Whether every entry is updated from its own gradients alone, so that flat parts of tensors will do.
     elementwise = True
+    #: Parts of its state that are weights of their own, and no memory of gradients.
+    points: tuple[str, ...] = ()
 
     def __init__(self, spec: TrainSpec) -> None:
         self.spec = spec
@@ -76,6 +79,23 @@ class Method(ABC):
         """
         state: dict[str, Any] = {part: kept.zeros(master.device) for part, kept in self.layout(tensor).items()}
         return {"step": torch.tensor(0.0, dtype=torch.float32), **state}
+
+    def initial(self, tensor: AdapterTensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the state of a whole tensor, as checkpoints keep it, before the first step from `weight`."""
+        return {part: kept.zeros() for part, kept in self.layout(tensor).items()}
+
+    def masters(self, state: AdapterState) -> dict[str, torch.Tensor]:
+        """Return the masters of a state by name: the point that the next gradient is taken at."""
+        return state.weights
+
+    def result(
+        self, masters: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]], group: dict[str, Any]
+    ) -> AdapterState:
+        """Return the state of masters and of what the optimizer keeps beside them; its weights are the adapter's.
+
+        group: a live parameter group, with the settings of the fine-tuning; those of `spec` are the engine's first.
+        """
+        return AdapterState(masters, state)
 
     def begin(self, groups: list[dict[str, Any]], rate: Callable[[int], float], step: int) -> None:
         """Put the spec's settings, and what depends on earlier learning rates, into the live groups.

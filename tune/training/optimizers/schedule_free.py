@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tune.training.checkpoint import AdapterState
 from tune.training.optimizers.adapter_tensors import AdapterTensor
 from tune.training.optimizers.libraries import require
 from tune.training.optimizers.method import SCALE, Method, StateTensor
@@ -22,6 +23,8 @@ class ScheduleFreeAdamW(Method):
     x is computed aside where it is read. Warm-up is that of the learning rate, which the averages are weighted by.
     """
 
+    points = (Z, Y)
+
     def layout(self, tensor: AdapterTensor) -> dict[str, StateTensor]:
         return {Z: StateTensor(tensor.shape), "exp_avg_sq": StateTensor(tensor.shape)}
 
@@ -34,6 +37,19 @@ class ScheduleFreeAdamW(Method):
     def fresh(self, group: dict[str, Any], master: torch.Tensor, tensor: AdapterTensor) -> dict[str, Any]:
         return {Z: master.detach().clone(), "exp_avg_sq": torch.zeros_like(master.detach())}
 
+    def initial(self, tensor: AdapterTensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {**super().initial(tensor, weight), Z: weight.clone(), Y: weight.clone()}
+
+    def masters(self, state: AdapterState) -> dict[str, torch.Tensor]:
+        return state.optimizer[Y]
+
+    def result(
+        self, masters: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]], group: dict[str, Any]
+    ) -> AdapterState:
+        beta1 = group["betas"][0]  # y = beta1 x + (1 - beta1) z
+        averages = {name: y.lerp(state[Z][name], 1 - 1 / beta1) for name, y in masters.items()}
+        return AdapterState(averages, {**state, Y: masters})
+
     def begin(self, groups: list[dict[str, Any]], rate: Callable[[int], float], step: int) -> None:
         super().begin(groups, rate, step)
         self._train(groups)
@@ -43,11 +59,6 @@ class ScheduleFreeAdamW(Method):
             for done in range(1, step + 1):  # what the steps so far have left, in the library's order
                 group["lr_max"] = max(rate(done) * scale, group["lr_max"])
                 group["weight_sum"] += group["lr_max"] ** power
-
-    @staticmethod
-    def average(y: torch.Tensor, z: torch.Tensor, beta1: float) -> torch.Tensor:
-        """Return x, of which y = beta1 x + (1 - beta1) z."""
-        return y.lerp(z, 1 - 1 / beta1)
 
     @staticmethod
     def _train(groups: list[dict[str, Any]]) -> None:
