@@ -6,13 +6,13 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.benchmark_fixtures import byte_tokenizer
+from helpers.loopback import LoopbackHandler, LoopbackServer
 from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
 
@@ -31,7 +31,7 @@ def completion(text: str | None) -> dict:
     }
 
 
-class Endpoint:
+class Endpoint(LoopbackServer):
     """``/v1/chat/completions`` on loopback. `answer(request number, request body)` -> a text, or a dict of
 
     status, headers, body (bytes or a dict), delay (seconds).
@@ -44,11 +44,9 @@ class Endpoint:
         lock = threading.Lock()
         endpoint = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(LoopbackHandler):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.posted()
                 with lock:
                     number = len(endpoint.requests)
                     endpoint.requests.append(body)
@@ -65,30 +63,12 @@ class Endpoint:
                 with lock:
                     endpoint._now -= 1
                 try:
-                    self.send_response(reply.get("status", 200))
-                    for name, value in {"Content-Type": "application/json", **reply.get("headers", {})}.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
+                    headers = {"Content-Type": "application/json", **reply.get("headers", {})}
+                    self.send(reply.get("status", 200), data, headers)
                 except OSError:
                     pass  # the client has given up
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> Endpoint:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 def talking_model(folder: Path, says: str = "[RESULT]4", positions: int = 4096, doubt: tuple = ()) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from helpers import benchmark_fixtures as fix
+from helpers.loopback import LoopbackHandler, LoopbackServer
 
 BASE = "tiny"
 
@@ -29,7 +29,7 @@ def save_adapter(folder: Path, *, dora: bool = False, seed: int = 1) -> Path:
     return folder
 
 
-class GenerationEndpoint:
+class GenerationEndpoint(LoopbackServer):
     """Base model `tiny`; adapters are loaded from their folders as `kind` ("vllm" or "sglang") does.
 
     `served` are further models by name; `says(body, reply)` may change a reply of completions or return a status.
@@ -50,41 +50,22 @@ class GenerationEndpoint:
         self.lock = threading.Lock()
         endpoint = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(LoopbackHandler):
             def do_GET(self) -> None:
                 listed = [{"id": name, "object": "model"} for name in endpoint.models]
                 self._send(200, {"object": "list", "data": listed} if self.path == "/v1/models" else {})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.posted()
                 with endpoint.lock:
                     self._send(*endpoint.answer(self.path, body))
 
             def _send(self, status: int, reply: Any) -> None:
                 data = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "text/plain" if isinstance(reply, str) else "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                kind = "text/plain" if isinstance(reply, str) else "application/json"
+                self.send(status, data, {"Content-Type": kind})
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> GenerationEndpoint:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
     def answer(self, path: str, body: dict) -> tuple[int, Any]:
         root = "/v1" if self.kind == "vllm" else ""
