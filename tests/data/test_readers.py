@@ -125,6 +125,12 @@ def test_places_of_rows_are_the_lines_they_start_on(tmp_path):
     assert [row.place for row in read_file(path)] == [f"{path}, line 2", f"{path}, line 5"]
 
 
+def test_rows_of_a_list_on_one_line_are_numbered(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"text": "a"}, {"text": "b"}]) + "\n")
+    assert [row.place for row in read_file(file)] == [f"{file}, line 1, row 1", f"{file}, line 1, row 2"]
+
+
 def test_documents_that_are_not_text_are_refused(tmp_path):
     path = written(tmp_path, "t.jsonl", json.dumps({"text": ["the cat", "sat on"]}).encode())
     with pytest.raises(DataError, match=r"t.jsonl, line 1: 'text' must be text, not \['the cat', 'sat on'\]"):
@@ -198,7 +204,7 @@ def test_one_object_of_columns_is_a_table(tmp_path, indent):
         {"instruction": "a", "output": "c"},
         {"instruction": "b", "output": None},
     ]
-    assert [row.place for row in rows] == [f"{file}, row 1", f"{file}, row 2"]
+    assert [row.place for row in rows] == [f"{file}, line 1, row 1", f"{file}, line 1, row 2"]
     file.write_text(json.dumps({"instruction": ["a", "b"], "output": ["c"]}, indent=indent))
     with pytest.raises(DataError, match="columns differ in length: 'instruction' 2, 'output' 1"):
         list(read_file(file))

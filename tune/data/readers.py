@@ -168,13 +168,15 @@ def _one_object(text: str) -> str:
 
 
 def _json_list(path: Path, text: str) -> Iterator[Row]:
-    """Elements of one JSON list, each with the line it starts on."""
+    """Elements of one JSON list, each with the line it starts on, and its number where all are on one."""
     decode = _DECODER.raw_decode
     lines = _Lines(path, text)
     position = _skip_space(text, text.index("[") + 1)
     more = text[position : position + 1] != "]"
+    one_line, number = "\n" not in text.strip(), 0
     while more:
-        place = lines.place(position)
+        number += 1
+        place = lines.place(position) + (f", row {number}" if one_line else "")
         try:
             values, end = decode(text, position)
         except json.JSONDecodeError as error:
