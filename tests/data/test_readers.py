@@ -204,7 +204,7 @@ def test_one_object_of_columns_is_a_table(tmp_path, indent):
         {"instruction": "a", "output": "c"},
         {"instruction": "b", "output": None},
     ]
-    assert [row.place for row in rows] == [f"{file}, line 1, row 1", f"{file}, line 1, row 2"]
+    assert [row.place for row in rows] == [f"{file}, row 1", f"{file}, row 2"]
     file.write_text(json.dumps({"instruction": ["a", "b"], "output": ["c"]}, indent=indent))
     with pytest.raises(DataError, match="columns differ in length: 'instruction' 2, 'output' 1"):
         list(read_file(file))
