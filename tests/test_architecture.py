@@ -94,7 +94,7 @@ def text(name: str) -> str:
 
 def texts(name: str) -> Iterator[tuple[str, str]]:
     """A file and its text, or those of the files in an archive."""
-    if not name.endswith(".zip"):
+    if not name.endswith(".tar.xz"):
         yield name, text(name)
         return
     with zipfile.ZipFile(ROOT / name) as archive:

@@ -271,7 +271,7 @@ def test_watching_a_run_that_nobody_works_in_ends_at_once(shell, runs, monkeypat
         (["one", "--watch", "nan"], "seconds above 0"),
         (["one", "--watch", "1", "--format", "csv"], "--format csv prints one"),
         (["one", "two", "--watch", "1"], "--output FOLDER"),
-        (["one.zip", "--watch", "1"], "is not a folder"),
+        (["one.tar.xz", "--watch", "1"], "is not a folder"),
     ],
 )
 def test_what_cannot_be_watched_is_refused(shell, runs, words, said):

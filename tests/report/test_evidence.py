@@ -10,7 +10,7 @@ from helpers.documents import ROOT, TEXTS
 
 DOCS = ROOT / "tune" / "docs"
 PAGE = TEXTS["tune/docs/evidence.md"]
-ARCHIVES = sorted(DOCS.glob("*.zip"))
+ARCHIVES = sorted(DOCS.glob("*.tar.xz"))
 MOST = 2 * 2**20
 
 

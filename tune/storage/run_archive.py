@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import lzma
+import tarfile
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ from tune.storage.environment import ENVIRONMENT_FILE
 from tune.storage.records import SCORES_FILE
 from tune.storage.run_folder import RunFolder
 
-ENDING = ".zip"
+ENDING = ".tar.xz"
 #: Files of a run folder that an archive holds, and none besides: what repeats a trial names folders of its machine.
 RECORDS = (
     "run.json",
@@ -36,13 +35,11 @@ RECORDS = (
 )
 #: Bytes that an archive may hold unpacked; a run of 10,000 trials has less.
 LARGEST = 4 * 2**30
-#: The earliest time that the format knows: an archive of the same records is the same bytes.
-ALWAYS = (1980, 1, 1, 0, 0, 0)
 
 
 def check_archive(file: Path, runs: Sequence[Path]) -> None:
     """Refuse a name that is not an archive's, and several runs in one, with a ConfigError."""
-    if file.suffix != ENDING:
+    if not file.name.endswith(ENDING) or file.name == ENDING:
         raise ConfigError(f"--archive {str(file)!r} does not end in {ENDING}. Give a name such as evidence{ENDING}.")
     if len(runs) > 1:
         raise ConfigError(f"--archive holds one run, and {len(runs)} are given. Archive them one by one.")
@@ -51,17 +48,20 @@ def check_archive(file: Path, runs: Sequence[Path]) -> None:
 def write_archive(run_dir: Path, file: Path) -> Path:
     """Write the records of a run into one file, whole or not at all; return its path.
 
+    The same records are the same bytes: neither times nor owners of files are kept.
+
     Raises:
         ConfigError: `run_dir` is not a run folder, or a record of it cannot be read.
         ResourceError: the file cannot be written.
     """
     RunFolder.open(run_dir, lenient=True)
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_LZMA) as archive:
+    with tarfile.open(fileobj=content, mode="w:xz", format=tarfile.PAX_FORMAT) as archive:
         for found in sorted({path for pattern in RECORDS for path in run_dir.glob(pattern) if path.is_file()}):
-            entry = zipfile.ZipInfo(found.relative_to(run_dir).as_posix(), ALWAYS)
-            entry.compress_type = zipfile.ZIP_LZMA
-            archive.writestr(entry, _content(found))
+            read = _content(found)
+            entry = tarfile.TarInfo(found.relative_to(run_dir).as_posix())
+            entry.size = len(read)
+            archive.addfile(entry, io.BytesIO(read))
     return atomic_write_bytes(file, content.getvalue())
 
 
@@ -80,14 +80,14 @@ def unpacked(runs: Sequence[Path]) -> Iterator[list[Path]]:
 def _unpack(file: Path, stack: ExitStack) -> Path:
     content = io.BytesIO(_content(file))
     try:
-        with writing("a temporary folder"), zipfile.ZipFile(content) as archive:
-            _check(file, archive.infolist())
+        with writing("a temporary folder"), tarfile.open(fileobj=content, mode="r:xz") as archive:
+            entries = _checked(file, archive)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macdrop-"))) / "run"
-            archive.extractall(folder)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+            archive.extractall(folder, entries, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
         raise ConfigError(
             f"{str(file)!r} is not an archive of a run, or is damaged: {error}\n"
-            "Give a run folder, or a file of `macdrop report RUN --archive FILE.zip`."
+            f"Give a run folder, or a file of `macdrop report RUN --archive FILE{ENDING}`."
         ) from error
     return folder
 
@@ -99,13 +99,17 @@ def _content(file: Path) -> bytes:
         raise ConfigError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
 
 
-def _check(file: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
-    for entry in entries:
-        path = PurePosixPath(entry.filename)
-        if ".." in path.parts or not any(_matches(path, pattern) for pattern in RECORDS):
-            raise ConfigError(f"{str(file)!r} is not an archive of a run: it holds {entry.filename!r}.")
-    if (size := sum(entry.file_size for entry in entries)) > LARGEST:
-        raise ConfigError(f"{str(file)!r} holds {size:,} bytes; an archive of a run may hold {LARGEST:,}.")
+def _checked(file: Path, archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Return the entries, each looked at before the next is unpacked: a small file may hold any number of bytes."""
+    entries, size = [], 0
+    for entry in archive:
+        path = PurePosixPath(entry.name)
+        if not entry.isfile() or ".." in path.parts or not any(_matches(path, pattern) for pattern in RECORDS):
+            raise ConfigError(f"{str(file)!r} is not an archive of a run: it holds {entry.name!r}.")
+        entries.append(entry)
+        if (size := size + entry.size) > LARGEST:
+            raise ConfigError(f"{str(file)!r} holds {size:,} bytes; an archive of a run may hold {LARGEST:,}.")
+    return entries
 
 
 def _matches(path: PurePosixPath, pattern: str) -> bool:

@@ -29,7 +29,8 @@ def report(
     format: Format = "terminal",
     output: Annotated[Path | None, typer.Option(help="Folder for the files (default: the run's own).")] = None,
     archive: Annotated[
-        Path | None, typer.Option(help="Also write the run's records, without adapters, to this .zip: a run to report.")
+        Path | None,
+        typer.Option(help="Also write the run's records, without adapters, to this .tar.xz: a run to report."),
     ] = None,
     watch: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Rewrite the files so often until the runs have ended.")

@@ -67,7 +67,7 @@ def spent(run_folder: RunFolder, model: ModelResults) -> tuple[float, float]:
 def unpacking(run_folder: RunFolder) -> list[str]:
     """Return the command that unpacks a run's archive into the folder that other commands show; none for a folder."""
     archive = run_folder.archive
-    return [shell_command("python", "-m", "zipfile", "-e", archive, run_folder.shown)] if archive else []
+    return [shell_command("python", "-m", "tarfile", "-e", archive, run_folder.shown)] if archive else []
 
 
 def reproduce(subject: Subject) -> Part:
