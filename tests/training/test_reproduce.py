@@ -81,6 +81,7 @@ REFUSED = {
     "data": "The data are not those of the trial: it had 180 examples",
     "files": "lacks reproduce.json",
     "damaged": "reproduce.json is damaged",
+    "segments": "same bits: 2 workers up to step 2, 1 worker from there: bits may differ from step 2",
     "base": "are not those that this run began with",
 }
 
@@ -98,6 +99,11 @@ def test_a_trial_that_cannot_be_reproduced_is_refused(trial, shell, monkeypatch,
         shutil.copytree(resolve("zoo:planted-llama"), trial / "base")
         (trial / "base" / "config.json").write_text((trial / "base" / "config.json").read_text() + "\n")
         overrides = [f"model_name_or_path={trial / 'base'}"]
+    elif case == "segments":
+        info = json.loads((trial / "trial.json").read_text())
+        (whole,) = info["segments"]
+        info["segments"] = [whole | {"workers": 2}, whole | {"step": 2}]
+        (trial / "trial.json").write_text(json.dumps(info))
     elif case == "files":
         (trial / "reproduce.json").unlink()
     else:

@@ -12,8 +12,8 @@ from macdrop.errors import ConfigError
 from tune.config.parse import flatten
 from tune.config.sections import RaySpec
 
-#: Keys of the block `ray:` that results depend on: the global batch, and the order in which a CPU adds numbers.
-RESULTS = frozenset({"ray.num_workers", "ray.threads_per_worker"})
+#: Keys of the block `ray:` that results depend on: the order in which a CPU adds numbers.
+RESULTS = frozenset({"ray.threads_per_worker"})
 #: Keys of `eval:` and `validation:` that say where something is, and how it is asked.
 PLACES = (
     "code_path",
@@ -24,7 +24,8 @@ PLACES = (
     ),
 )
 #: Keys without an effect on results: the rest of `ray:`, the run folder, its copy, trackers, trials at once, and
-#: where own code and servers are; of the code, `code_version` says what it is.
+#: where own code and servers are; of the code, `code_version` says what it is. Which numbers of
+#: workers a run may have is said in `tune.storage.segments`, and how many a trial had in its record.
 MACHINERY = frozenset({f"ray.{key}" for key in RaySpec.model_fields}) - RESULTS | {
     *(f"{block}.{key}" for block in ("eval", "validation") for key in PLACES),
     "output_dir",
@@ -86,14 +87,8 @@ def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, An
     if not lines:
         return
     changed = "\n".join(lines.values())
-    why = ""
-    if "ray.num_workers" in lines:
-        why = (
-            "\nWith another number of workers each step would see another batch, and finished and new trials could "
-            "not be compared. More lanes (ray.lanes) use more machines."
-        )
     raise ConfigError(
-        f"The run in {folder} was started with other settings:\n{changed}{why}\nResume it with its own settings:\n"
+        f"The run in {folder} was started with other settings:\n{changed}\nResume it with its own settings:\n"
         f"  {resume_command(folder)}\nor choose another output_dir for these."
     )
 

@@ -35,6 +35,7 @@ from tune.scheduling.study import Study
 from tune.storage.places import cache_dir
 from tune.storage.remote.object_store import check_package
 from tune.storage.run_folder import check_new
+from tune.storage.segments import shared
 from tune.trackers.backends import check as check_trackers
 from tune.zoo.model_source import model_source, source_note
 
@@ -57,10 +58,11 @@ class Checked:
     packing: str = ""
 
 
-def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
+def check_inputs(spec: RunSpec, planned: list[Study], begun: int | None = None) -> dict[str, Checked]:
     """Check models, tokenizers, data and benchmark files; return what was found for each study.
 
-    Quick checks come first. The tokenised data are kept for the workers; nothing else is written.
+    Quick checks come first. The tokenised data are kept for the workers; nothing else is written. `begun` are the
+    workers that the run began with, if it is resumed.
 
     Raises:
         ConfigError: a tracker, store, model or file cannot be used, k or an attack is above the size of the FFN,
@@ -87,18 +89,23 @@ def check_inputs(spec: RunSpec, planned: list[Study]) -> dict[str, Checked]:
         checked[study.name] = Checked()
         if study.count:
             prepared = _data(study.spec, study.parameters, tokenizer, needed and study.search)
-            steps, epoch = _steps(study.spec, study.parameters, prepared[0], workers)
+            here = shared(study.spec, begun, workers)
+            steps, epoch = _steps(here, study.parameters, prepared[0], workers)
             found = cuts(study, spec.sweep, steps, epoch) if stops else None
             notes += check_patience(study.spec, study.parameters, steps, epoch)
-            notes += [*_fits(study.spec, study.parameters, prepared, workers, room), *template_notes(study, spec.eval)]
+            notes += [*_fits(here, study.parameters, prepared, workers, room), *template_notes(study, spec.eval)]
             known = {note for each in checked.values() for note in each.notes}
             notes += [note for note in precision_note(study.spec, study.parameters, room) if note not in known]
-            checked[study.name] = _checked(study.spec, prepared, workers, steps, found, notes)
+            checked[study.name] = _checked(here, prepared, workers, steps, found, notes)
     return checked
 
 
-def check_training(spec: TrainSpec, workers: int, room: Room | None = None) -> Checked:
-    """Check the inputs of one fine-tuning on `workers` workers; `room` is the memory of each, None if unknown."""
+def check_training(spec: TrainSpec, workers: int, room: Room | None = None, begun: int | None = None) -> Checked:
+    """Check the inputs of one fine-tuning on `workers` workers; `room` is the memory of each, None if unknown.
+
+    begun: the workers that it began with, if it is resumed.
+    """
+    spec = shared(spec, begun, workers)
     tokenizer, notes = check_study(spec, {}, {})
     prepared = _data(spec, {}, tokenizer, needs_validation=False)
     steps, epoch = _steps(spec, {}, prepared[0], workers)

@@ -24,6 +24,7 @@ from tune.evaluation.merging import LogitCheck
 from tune.report.escaping import markdown_text, visible
 from tune.report.tables import Table
 from tune.report.text import one_line
+from tune.storage.segments import describe, recorded
 from tune.storage.states import TaskState
 from tune.zoo.catalog import is_planted
 from tune.zoo.real_models import PREFIX, real_model
@@ -62,7 +63,7 @@ class Exported:
     name: str
     spec: TrainSpec
     info: Mapping[str, Any]
-    workers: int | None
+    workers_at_start: int | None
     data: Mapping[str, Any] = field(default_factory=dict)
     scores: list[dict[str, Any]] = field(default_factory=list)
     base: list[dict[str, Any]] = field(default_factory=list)
@@ -173,7 +174,7 @@ def _setting(trial: Exported) -> list[tuple[str, str]]:
 def _training(trial: Exported) -> list[tuple[str, str]]:
     spec, info = trial.spec, trial.info
     batch = f"{spec.per_device_train_batch_size} x {spec.gradient_accumulation_steps} micro-batches"
-    workers = f" x {trial.workers} worker(s)" if trial.workers else ""
+    workers = f" x {trial.workers_at_start} worker(s)" if trial.workers_at_start else ""
     early = ", stopped early by the search" if info["status"] == TaskState.STOPPED else ""
     if info["status"] == TaskState.DONE and (info.get("step") or 0) < (info.get("total_steps") or 0):
         early = f": {spec.early_stopping_patience} validations in a row did not improve on the best"
@@ -186,6 +187,7 @@ def _training(trial: Exported) -> list[tuple[str, str]]:
         ("length", f"{spec.cutoff_len} tokens; loss on {_carriers(spec)}"),
         ("steps", f"{info.get('step')} of {info.get('total_steps')}{early}"),
         ("batch", batch + workers),
+        ("workers", describe(recorded(info), trial.workers_at_start) or ""),
         ("learning rate", f"{spec.learning_rate:g}, {spec.lr_scheduler_type}, warm-up {spec.warmup_ratio:g}"),
         ("precision", "bfloat16, fp32 masters" if spec.bf16 else "float32"),
         ("base quantised to", format_name(spec.quantization_bit) or ""),

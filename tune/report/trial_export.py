@@ -56,7 +56,7 @@ def read_trial(folder: Path) -> Exported:
         )
     verify(TrialFolder(folder).adapter_dir)
     setup = read_setup(folder) if (folder / SETUP).is_file() else {}
-    workers, data = setup.get("workers"), setup.get("data") or {}
+    workers, data = setup.get("workers_at_start", setup.get("workers")), setup.get("data") or {}
     run_dir = folder.resolve().parents[1]
     if not (run_dir / "run.json").is_file():
         return Exported(folder, info.get("trial") or spec.trial_id(), spec, info, workers, data=data)

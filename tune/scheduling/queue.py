@@ -27,7 +27,8 @@ class TrainTask:
 
     `spec` is a dumped TrainSpec; `folder` the trial's folder; `data` the cache of tokenised data; `weights` the file
     with the massive weights, None for a plain adapter; `width` the number of workers a lane must have; `stage` decides
-    what the adapter is scored on; `cell` is the searched kind of adapter; `drawn` are the values that a search drew.
+    what the adapter is scored on; `cell` is the searched kind of adapter; `drawn` are the values that a search drew;
+    `workers_at_start` are the workers that the run began with, which decide its batches, None for those of the lane.
     """
 
     id: str
@@ -41,6 +42,7 @@ class TrainTask:
     stage: Stage = Stage.FINAL
     cell: dict[str, Any] = field(default_factory=dict)
     drawn: dict[str, Any] | None = None
+    workers_at_start: int | None = None
 
 
 @dataclass

@@ -88,7 +88,8 @@ class TrialRecord(BaseModel):
     `setting` is equal for trials that differ only in their seed. `cell` is the searched kind of adapter, within which
     plain and MacDrop are compared. `drawn` are the searched values, None for a trial that no search asked for.
     `trained` is when the adapter was complete. `judged` is the last step that the search saw of a trial it pruned.
-    `kind` is the kind of failure (`tune.scheduling.failures`).
+    `kind` is the kind of failure (`tune.scheduling.failures`). `segments` say on how many workers it was trained, from
+    which step on (`tune.storage.segments`).
     """
 
     model_config = _STRICT
@@ -114,6 +115,7 @@ class TrialRecord(BaseModel):
     train_loss: Number | None = None
     eval_loss: Number | None = None
     seconds: Number | None = None
+    segments: list[dict[str, Any]] | None = None
     config: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -125,6 +125,10 @@ class RunFolder:
         content = read_mapping(self.run_dir / "config.yaml", within=self.run_dir)
         return content if self.problems is None else believable(RunSpec, content, "config.yaml", self.problems)
 
+    def workers_at_start(self) -> int:
+        """Return the workers per lane that the run began with, which decide the batches of all its trials."""
+        return int((self.config().get("ray") or {}).get("num_workers") or 1)
+
     def environments(self) -> list[dict[str, Any]]:
         """Return the environments in which the run was started and resumed, oldest first."""
         return environments(self.run_dir, self.problems)

@@ -23,6 +23,7 @@ from tune.errors import CheckpointError, TrainingDiverged
 from tune.forward.head import UNSPLIT
 from tune.storage import sealed_folder
 from tune.storage.atomic import lasting, writing
+from tune.storage.segments import SEGMENTS, Segment, continued
 from tune.training.checkpoint import AdapterState
 from tune.training.collectives import all_do, rank0_does
 from tune.training.engine import Engine
@@ -68,6 +69,8 @@ class Outcome:
     optimizer_bytes: int = 0
     #: Bytes that AdamW would keep.
     adamw_bytes: int = 0
+    #: On how many workers it was trained, from which step on.
+    segments: Sequence[Segment] = ()
 
 
 def unmoved_text(names: Sequence[str]) -> str:
@@ -100,16 +103,19 @@ def finetune(
     resume: bool = True,
     begin: Callable[[], None] = lambda: None,
     beat: Callable[[], None] = lambda: None,
+    workers: int | None = None,
 ) -> Outcome:
     """Train one adapter into `folder` (`adapter/`, and meanwhile `checkpoints/` every `data.batching.save_interval`).
 
     With `resume`, training continues from the newest complete checkpoint in the folder at its exact step, and a
     finished fine-tuning is not repeated. An error on one rank is raised on all. Rank 0 calls `begin`, which may write
     into the folder, once it is certain that training starts; a refused one has changed nothing. Every rank calls `beat`
-    after each micro-step and each validation batch.
+    after each micro-step and each validation batch. `workers` are those that the fine-tuning began with, by default the
+    ranks there are: of other ranks each takes more or fewer of a step's micro-batches.
 
     Raises:
-        ConfigError: the spec does not fit the engine, the model or the data, or the checkpoint has other settings.
+        ConfigError: the spec does not fit the engine, the model, the data or the number of ranks, or the checkpoint has
+            other settings.
         CheckpointError: the checkpoint is damaged.
         TrainingDiverged: a loss or gradient norm is not finite; the engine stays usable.
         TrainingInvariantError: the base changed or the adapter did not move.
@@ -117,7 +123,7 @@ def finetune(
     """
     if spec.engine_key() != engine.key:
         raise ConfigError("This engine was built for other settings; build one from this spec.")
-    return _Run(Training(engine, spec, data, weights, beat), folder, observe).run(resume, begin)
+    return _Run(Training(engine, spec, data, weights, beat, workers), folder, observe).run(resume, begin)
 
 
 class _Run:
@@ -130,6 +136,7 @@ class _Run:
         self.interval = save_interval(self.spec, self.steps)
         #: Entries dropped and masked, and seconds spent, up to the checkpoint that training resumed from.
         self.before, self.spent = (0, 0), 0.0
+        self.segments: list[Segment] = []
         self.started = time.monotonic()
         self.step = self.resumed_from = 0
         self.eval_loss: float | None = None
@@ -178,6 +185,7 @@ class _Run:
             unmoved=() if left else self._unmoved(final),
             optimizer_bytes=self.engine.optimizer_bytes,
             adamw_bytes=self.engine.adamw_bytes,
+            segments=self.segments,
         )
         if left:
             rank0_does(lambda: self._write_checkpoint(final))
@@ -284,6 +292,10 @@ class _Run:
         self.before, self.spent = tuple(state.meta.get("entries", (0, 0))), state.meta.get("seconds", 0.0)
         self.patience.resume(state.meta)
         self.step = self.resumed_from = state.step
+        begun, world = self.training.batches.world, self.engine.world
+        self.segments = continued(
+            self.spec, state.meta, step=self.step, seconds=self.spent, begun=begun, workers=world
+        )
 
     def _meta(self) -> dict[str, Any]:
         return identity(self.spec, self.steps, self.training.batches.global_batch)
@@ -296,8 +308,8 @@ class _Run:
         return sum(self.training.rate(step) > 0 for step in range(1, self.step + 1))
 
     def _state(self) -> AdapterState:
-        spent = {"entries": list(self._entries()), "seconds": self._seconds(), **self.patience.state()}
-        return self.engine.read_state(self.step, {**self._meta(), **spent})
+        spent = {"entries": list(self._entries()), "seconds": self._seconds(), SEGMENTS: self.segments}
+        return self.engine.read_state(self.step, {**self._meta(), **spent, **self.patience.state()})
 
     def _seconds(self) -> float:
         """Return the seconds of all steps that count; steps undone by a crash do not."""

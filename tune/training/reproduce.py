@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 
 from macdrop import MassiveWeights
 from macdrop.errors import ConfigError, NoMassiveWeights
+from tune.config.resume import shell_command
 from tune.config.run_spec import TrainSpec, load
 from tune.data import dataset
 from tune.storage.places import cache_dir
 from tune.storage.sealed_folder import sha256
+from tune.storage.segments import describe, recorded
 from tune.training.collectives import all_do
 from tune.training.engine import Engine
 from tune.training.finetune import Outcome, finetune
@@ -50,7 +52,8 @@ def train_again(folder: Path, overrides: Iterable[str] = (), *, observe: Callabl
     """Train the trial of `folder` again into its reproduced/; on every rank alike. Rank 0 calls `observe`.
 
     Raises:
-        ConfigError: files are missing, or the number of workers, the data or the base are others than the trial's.
+        ConfigError: files are missing, or the number of workers, the data or the base are others than the trial's; or
+            more than one number of workers trained it.
     """
     folder, overrides = folder.absolute(), list(overrides)
     setup = read_setup(folder)
@@ -61,7 +64,13 @@ def train_again(folder: Path, overrides: Iterable[str] = (), *, observe: Callabl
             f"differ. Run: {reproduce_command(folder, setup['workers'])}"
         )
     spec = load(folder / "config.yaml", overrides, kind=TrainSpec)
-    stop_at = _recorded_step(folder)
+    info = _recorded(folder)
+    if (words := describe(recorded(info))) is not None:
+        raise ConfigError(
+            f"The adapter cannot be trained again to the same bits: {words}, and one group of processes has one number "
+            f"of workers. To train it on one: {shell_command('macdrop', 'train', folder / 'config.yaml')} output_dir=NEW"
+        )
+    stop_at = _recorded_step(info)
     if not overrides and os.path.isdir(setup["directory"]):
         os.chdir(setup["directory"])  # local data and models may be named relative to it
     alone = not dist.is_initialized()
@@ -80,7 +89,10 @@ def train_again(folder: Path, overrides: Iterable[str] = (), *, observe: Callabl
         return Word.GO_ON if stop_at is None or metrics["step"] + 1 < stop_at else Word.STOP
 
     spec = spec.model_copy(update={"save_steps": 0})
-    outcome = finetune(engine, spec, prepared, target, weights=weights, observe=watch, resume=False)
+    begun = setup.get("workers_at_start")
+    outcome = finetune(
+        engine, spec, prepared, target, weights=weights, observe=watch, resume=False, workers=begun
+    )
     if alone:
         dist.destroy_process_group()
     return outcome
@@ -127,10 +139,14 @@ def _weights(folder: Path, spec: TrainSpec, setup: dict[str, Any]) -> MassiveWei
     return weights
 
 
-def _recorded_step(folder: Path) -> int | None:
-    """Return the step after which the trial was stopped early; None if it ran to its end."""
+def _recorded(folder: Path) -> dict[str, Any]:
+    """Return trial.json; nothing if there is none, as the trial has not ended."""
     file = folder / "trial.json"
-    info = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _recorded_step(info: dict[str, Any]) -> int | None:
+    """Return the step after which the trial was stopped early; None if it ran to its end."""
     step, total = info.get("step"), info.get("total_steps")
     return step if step is not None and total is not None and step < total else None
 

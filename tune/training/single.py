@@ -14,7 +14,10 @@ from tune.config.sections import Arm
 from tune.data import dataset as data
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml
 from tune.storage.places import cache_dir
+from tune.storage.sealed_folder import newest
+from tune.storage.segments import workers_at_start
 from tune.storage.trial_folder import TrialFolder
+from tune.training.checkpoint import read_meta
 from tune.training.collectives import rank0_does
 from tune.training.engine import Engine
 from tune.training.finetune import Outcome, finetune
@@ -34,6 +37,9 @@ def train_here(
     engine = Engine(spec)
     prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
 
+    checkpoint = rank0_does(lambda: newest(folder / "checkpoints"))
+    begun = rank0_does(lambda: checkpoint and workers_at_start(spec, read_meta(checkpoint)))
+
     record = TrialFolder(folder, within=folder)
 
     def watch(metrics: dict[str, Any]) -> Word:
@@ -45,9 +51,11 @@ def train_here(
         scan = folder / "massive_weights.json"
         if weights:
             weights.save(scan)
-        record_setup(folder, prepared, weights, scan, dist.get_world_size())
+        record_setup(folder, prepared, weights, scan, dist.get_world_size(), begun)
 
-    outcome = finetune(engine, spec, prepared, folder, weights=weights, observe=watch, begin=begin, beat=beat)
+    outcome = finetune(
+        engine, spec, prepared, folder, weights=weights, observe=watch, begin=begin, beat=beat, workers=begun
+    )
     about = {"model": spec.model_name_or_path, "arm": spec.arm, **asdict(outcome)}
     rank0_does(lambda: atomic_write_json(folder / "trial.json", about))
     return outcome

@@ -27,6 +27,7 @@ from tune.data.dataset import Examples, Prepared
 from tune.data.micro_batches import MicroBatch, packed_row, padded_batch
 from tune.data.packing import check_budget, plan_rows, token_budget
 from tune.forward.forward_pass import ForwardPass
+from tune.storage.segments import check_shared
 from tune.training.engine import Engine
 from tune.training.optimizers.method import SCALE
 from tune.training.optimizers.methods import method_of
@@ -47,7 +48,7 @@ class Training:
     `entries` counts the weight entries (dropped, masked) of all steps so far: once per mask, on whichever ranks.
 
     Raises:
-        ConfigError: MacDrop is on, but there are no massive weights.
+        ConfigError: MacDrop is on, but there are no massive weights; or the ranks cannot share a step evenly.
     """
 
     def __init__(
@@ -57,15 +58,21 @@ class Training:
         data: Prepared,
         weights: MassiveWeights | None,
         beat: Callable[[], None] = lambda: None,
+        workers: int | None = None,
     ) -> None:
-        """beat: called after each micro-step and each validation batch."""
+        """beat: called after each micro-step and each validation batch.
+
+        workers: those that the fine-tuning began with, which decide its batches; by default the ranks there are.
+        """
+        workers = workers or engine.world
+        check_shared(spec, workers, engine.world)
         self.engine, self.spec, self.data, self.beat = engine, spec, data, beat
         self.batches = Batches(
             len(data.train),
             seed=spec.seed,
             per_device=spec.per_device_train_batch_size,
             accumulation=spec.gradient_accumulation_steps,
-            world=engine.world,
+            world=workers,
         )
         self.steps = total_steps(spec, len(data.train), self.batches.global_batch)
         self.epochs = self.batches.epoch(self.steps)
@@ -173,7 +180,8 @@ class Training:
 
     def _seed_dropout(self, step: int, micro: int) -> None:
         """Seed dropout of the adapter or the base model: it repeats in a resumed run, and differs between ranks."""
-        most = self.batches.accumulation if self.forward.attention is None else self.batches.global_batch
+        micro_batches = self.batches.slices // self.engine.world
+        most = micro_batches if self.forward.attention is None else self.batches.global_batch
         number = (step - 1) * most + micro
         torch.manual_seed((self.spec.seed * 1_000_003 + number) * self.engine.world + self.engine.rank)
 

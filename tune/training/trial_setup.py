@@ -22,6 +22,7 @@ from tune.data.batching import MIXTURE
 from tune.data.lost_rows import COUNTS, SKIPPED
 from tune.storage.atomic import atomic_write_json, read_mapping
 from tune.storage.environment import version
+from tune.storage.segments import check_shared, workers_at_start
 from tune.training.checkpoint import read_meta
 
 if TYPE_CHECKING:
@@ -39,15 +40,19 @@ PARTS = {
 }
 
 
-def record_setup(folder: Path, data: Prepared, weights: MassiveWeights | None, scan: Path, workers: int) -> None:
+def record_setup(
+    folder: Path, data: Prepared, weights: MassiveWeights | None, scan: Path, workers: int, begun: int | None = None
+) -> None:
     """Write the record into a trial's folder.
 
-    weights: the massive weights that the trial uses, if any, and `scan` the file that holds them.
+    weights: the massive weights that the trial uses, if any, and `scan` the file that holds them. begun: the workers
+    that its run began with, by default `workers`.
     """
     import torch
 
     setup = {
         "workers": workers,
+        "workers_at_start": begun or workers,
         "threads": torch.get_num_threads(),
         "directory": os.getcwd(),
         "data": {
@@ -93,10 +98,13 @@ def check_checkpoint(spec: TrainSpec, checkpoint: Path, total_steps: int, worker
     """Refuse, before anything is loaded, to resume a checkpoint that was made with other settings.
 
     Raises:
-        ConfigError: it was. CheckpointError: it is damaged.
+        ConfigError: it was, or the workers cannot share its micro-batches evenly. CheckpointError: it is damaged.
     """
-    batch = spec.per_device_train_batch_size * spec.gradient_accumulation_steps * workers
-    check_continues(spec, identity(spec, total_steps, batch), read_meta(checkpoint), checkpoint)
+    meta = read_meta(checkpoint)
+    begun = workers_at_start(spec, meta) or workers
+    batch = spec.per_device_train_batch_size * spec.gradient_accumulation_steps * begun
+    check_continues(spec, identity(spec, total_steps, batch), meta, checkpoint)
+    check_shared(spec, begun, workers)
 
 
 def check_continues(spec: TrainSpec, here: Mapping[str, Any], there: Mapping[str, Any], checkpoint: Path) -> None:
@@ -119,6 +127,8 @@ def check_continues(spec: TrainSpec, here: Mapping[str, Any], there: Mapping[str
             if there.get(key) != here[key]
         ]
     changed = "\n".join(lines)
+    if any("gradient_accumulation_steps" in text for text in lines):
+        changed += "\nOther workers need no other gradient_accumulation_steps: they share the micro-batches of a step."
     raise ConfigError(
         f"{checkpoint} was made with other settings:\n{changed}\n"
         "Resume with the settings it was started with, or choose another output_dir for these."

@@ -66,7 +66,7 @@ def sweep(
     again = resume_command(folder, overrides, orders_of(dump(spec)))
     check_folder(folder, resume=resume, remedy=again)
     if dry_run:
-        _dry_run(spec, planned)
+        _dry_run(spec, planned, folder if resume else None)
         return
     with console.status("Loading"):
         run = runner(spec)
@@ -163,10 +163,11 @@ def _recorded_config(overrides: list[str], *, trust: bool) -> Path:
     return config
 
 
-def _dry_run(spec: RunSpec, planned: list[Study]) -> None:
+def _dry_run(spec: RunSpec, planned: list[Study], resumed: Path | None) -> None:
+    """Print what a run would do, or the rest of the run in the folder `resumed`."""
     _show_plan(spec, planned)
     _show_overrides(spec)
-    _check(spec, planned)
+    _check(spec, planned, resumed)
 
 
 def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
@@ -206,16 +207,18 @@ def _show_overrides(spec: RunSpec) -> None:
         console.print(f"  {f'{benchmark}=off':<{width}}  leaves this benchmark out", soft_wrap=True)
 
 
-def _check(spec: RunSpec, planned: list[Study]) -> None:
+def _check(spec: RunSpec, planned: list[Study], resumed: Path | None) -> None:
     """Check models, data and benchmark files, and print what was found.
 
     Raises:
         ConfigError: something cannot be used.
     """
     from tune.preflight.inputs import check_inputs
+    from tune.storage.run_folder import RunFolder
 
+    begun = RunFolder.open(resumed).workers_at_start() if resumed is not None else None
     with console.status("Reading model settings, data and benchmark files"):
-        found = check_inputs(spec, planned)
+        found = check_inputs(spec, planned, begun)
     for name, checked in found.items():
         what = f"{name}: model, tokenizer, data and benchmark files; {checked.steps} optimizer steps per trial"
         line("checked", what)

@@ -44,6 +44,8 @@ def train(
     from tune.preflight.step_memory import worker_room
     from tune.scheduling.resources import check_local, one_lane
     from tune.storage.run_lock import check_free
+    from tune.storage.segments import workers_at_start
+    from tune.training.checkpoint import read_meta
     from tune.training.quiet import quiet_libraries
     from tune.training.trial_setup import check_checkpoint
 
@@ -70,7 +72,8 @@ def train(
     workers = int(os.environ.get("WORLD_SIZE", "1")) if _in_this_process(spec) else spec.ray.num_workers
     with console.status("Reading model settings and data"):
         room = worker_room(one_lane(spec.ray).model_copy(update={"num_workers": workers}))
-        checked = check_training(model, workers, room)
+        begun = workers_at_start(model, read_meta(checkpoint)) if checkpoint is not None else None
+        checked = check_training(model, workers, room, begun)
     if _is_first():
         for words in checked.data:
             line("data", words)
@@ -174,6 +177,7 @@ def _step_printer(steps: int) -> Observer:
 
 def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
     from tune.config.sections import Arm
+    from tune.storage.segments import describe
     from tune.training.finetune import slow_paths, unmoved_text
     from tune.training.observer import Ending
 
@@ -196,6 +200,8 @@ def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
         line("unmoved", unmoved_text(outcome.unmoved))
     for text in slow_paths(asdict(outcome)):
         line("slower", text)
+    if (text := describe(outcome.segments)) is not None:
+        line("workers", text)
 
 
 def result_json(model: TrainSpec, folder: Path, outcome: Outcome) -> str:

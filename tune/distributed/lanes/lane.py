@@ -201,8 +201,9 @@ def _train(
             folder,
             weights=weights,
             observe=_Relay(dispatcher, lane, task) if first else None,
-            begin=lambda: record_setup(folder, prepared, weights, scan, world),
+            begin=lambda: record_setup(folder, prepared, weights, scan, world, task.workers_at_start),
             beat=watchdog.beat,
+            workers=task.workers_at_start,
         )
     except DispatcherLost:
         raise  # There is nobody to report to.

@@ -38,6 +38,7 @@ from tune.storage.remote.copier import check_place
 from tune.storage.repair import check_run, repair_run
 from tune.storage.run_folder import RunFolder
 from tune.storage.run_lock import locked
+from tune.storage.segments import check_run_shared
 from tune.storage.states import RunStatus
 from tune.trackers.sync import TrackerSync, trials_of_run
 
@@ -111,11 +112,12 @@ class SweepRuntime:
             ConfigError: the spec does not fit its models or data, or the folder cannot be used.
             ResourceError: the cluster has too little.
         """
+        begun = None
         if self._resume:
             check_run(self._run_dir)
             self._enter("lock", locked(self._run_dir))
-            _repair(self._run_dir, self.spec, self.progress)
-        self.checked = check_inputs(self.spec, self.planned)
+            begun = _repair(self._run_dir, self.spec, self.progress)
+        self.checked = check_inputs(self.spec, self.planned, begun)
         if self.spec.sync_to is not None:
             lost = check_place(self.spec.sync_to, self._run_dir, resume=self._resume)
             if lost is not None:
@@ -270,11 +272,20 @@ def run(
     return failures
 
 
-def _repair(run_dir: Path, spec: RunSpec, progress: Observer) -> None:
-    """Repair an earlier run's folder, and refuse it to the spec of another run."""
+def _repair(run_dir: Path, spec: RunSpec, progress: Observer) -> int:
+    """Repair an earlier run's folder, refuse it to the spec of another run; return the workers that it began with."""
     for note in repair_run(run_dir):
         progress.note(note)
-    check_same(run_dir, dump(RunSpec.model_validate(RunFolder.open(run_dir).config())), dump(spec))
+    started = RunSpec.model_validate(RunFolder.open(run_dir).config())
+    check_same(run_dir, dump(started), dump(spec))
+    begun, workers = started.ray.num_workers, spec.ray.num_workers
+    check_run_shared(started, workers)
+    if workers != begun:
+        progress.note(
+            f"ray.num_workers is {workers} and was {begun} when the run began: batches and masks stay the same, and bits "
+            "may differ from here on (the report says for which trials, and from which step)"
+        )
+    return begun
 
 
 def _disconnect(stop: Stop | None) -> None:

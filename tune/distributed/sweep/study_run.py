@@ -105,6 +105,7 @@ class StudyRun:
             data=str(cache_dir() / "data"),
             weights=self.controller.open(self.study, opening),
             width=self.spec.ray.num_workers,
+            workers_at_start=self.run_folder.workers_at_start(),
         )
 
     def _place(self, context: TrialContext, specs: list[TrainSpec] | tuple[TrainSpec, ...], stage: Stage) -> None:

@@ -37,6 +37,7 @@ class TrialContext:
     data: str
     weights: str | None
     width: int
+    workers_at_start: int | None = None
 
     def task(self, spec: TrainSpec, stage: Stage, drawn: dict[str, Any] | None = None) -> TrainTask:
         """Return the task of a canonical fine-tuning in a stage of its study, with its folder in the run folder."""
@@ -50,6 +51,7 @@ class TrialContext:
             weights=self.weights if spec.arm != Arm.PLAIN else None,
             engine_key=spec.engine_key(),
             width=self.width,
+            workers_at_start=self.workers_at_start,
             stage=stage,
             cell=self.study.cell(spec),
             drawn=drawn,

@@ -17,6 +17,7 @@ from tune.report.sections.subject import Subject
 from tune.report.tables import Part, Table
 from tune.report.text import count, hours, number
 from tune.storage.run_folder import BASE, RunFolder
+from tune.storage.segments import describe, recorded, worker_seconds
 from tune.storage.states import Stage, TaskState
 from tune.training.trial_setup import SETUP, reproduce_command
 
@@ -42,8 +43,18 @@ def cost(subject: Subject) -> Part:
         return Part("Cost")
     training, total = spent(run_folder, model)
     ray = run_folder.config().get("ray") or {}
-    about = [_devices(run_folder.environments(), ray, training, total), *_saved(trained), *optimizer_state(trained)]
+    devices = _devices(run_folder.environments(), ray, training, total, *_on_workers(trained, ray))
+    about = [devices, *_saved(trained), *optimizer_state(trained)]
     return Part("Cost", about, [Table("Time by arm", head, rows)])
+
+
+def other_workers(trained: Iterable[Line], begun: int) -> list[str]:
+    """Say which trials were trained on other workers than those that the run began with, and from which step on."""
+    found: dict[str, list[str]] = {}
+    for line in trained:
+        if (words := describe(recorded(line.info), begun)) is not None:
+            found.setdefault(words, []).append(line.trial)
+    return [f"Trial{'s' if len(trials) > 1 else ''} {', '.join(trials)}: {words}." for words, trials in found.items()]
 
 
 def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -82,7 +93,10 @@ def reproduce(subject: Subject) -> Part:
     lines += [f"Rerun: {rerun} (spec {spec_digest(config)})."]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
     lines += _versions(run_folder.environments())
-    folders = [folder for line in final if ((folder := run_folder.trial(line.trial).folder) / SETUP).is_file()]
+    begun = run_folder.workers_at_start()
+    lines += other_workers([line for line in model.lines if line.arm != BASE], begun)
+    whole = [line for line in final if len(recorded(line.info)) <= 1]
+    folders = [folder for line in whole if ((folder := run_folder.trial(line.trial).folder) / SETUP).is_file()]
     if folders:
         setup = run_folder.finding(folders[0] / SETUP) or {}
         workers, data = setup.get("workers") or 1, setup.get("data") or {}
@@ -118,14 +132,33 @@ def _speed(subject: Subject, line: Line) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def _devices(environments: list[dict[str, Any]], ray: dict[str, Any], training: float, scoring: float) -> str:
-    """Total time and device hours; a worker has one GPU if there are any, else its CPUs."""
+def _on_workers(trained: list[Line], ray: dict[str, Any]) -> tuple[float, list[int]]:
+    """Return the seconds of training times the workers that were trained on, and how many workers these were."""
+    begun, total, counts = ray.get("num_workers") or 1, 0.0, set()
+    for line in trained:
+        seconds, segments = line.info.get("seconds") or 0.0, recorded(line.info)
+        total += worker_seconds(segments, seconds) if segments else seconds * begun
+        counts |= {each["workers"] for each in segments} or {begun}
+    return total, sorted(counts)
+
+
+def _devices(
+    environments: list[dict[str, Any]],
+    ray: dict[str, Any],
+    training: float,
+    scoring: float,
+    worker_time: float,
+    counts: list[int],
+) -> str:
+    """Total time and device hours; a worker has one GPU if there are any, else its CPUs.
+
+    worker_time: seconds of training times workers. counts: the numbers of workers, ascending.
+    """
     gpus = [name for environment in environments for name in environment.get("gpus") or []]
-    workers = ray.get("num_workers") or 1
     each = 1 if gpus else max(ray.get("cpus_per_worker") or 1, 1)
     device = f"GPU hours ({gpus[0]})" if gpus else "CPU hours"
-    spent = training * workers * each + scoring
-    with_workers = f" on {workers} workers" if workers > 1 else ""
+    spent = worker_time * each + scoring
+    with_workers = f" on {' or '.join(map(str, counts))} workers" if counts and counts[-1] > 1 else ""
     return f"Training {hours(training)}{with_workers}, scoring {hours(scoring)}: {spent / 3600:.3g} {device}."
 
 
