@@ -10,6 +10,7 @@ from typing import Any
 from cluster.backends.base import Backend
 from cluster.backends.kuberay import KubeRay
 from cluster.backends.ray_up import RayUp
+from cluster.backends.skypilot import SkyPilot
 from cluster.backends.slurm import Slurm
 from cluster.core import token
 from cluster.core.launch_file import LaunchFile, Source
@@ -17,7 +18,7 @@ from cluster.core.shell import Shell
 from cluster.errors import BadLaunchFile
 
 #: Tried in this order: scripts before YAML, the narrower YAML first. A new backend registers here.
-BACKENDS: tuple[type[Backend[Any]], ...] = (Slurm, KubeRay, RayUp)
+BACKENDS: tuple[type[Backend[Any]], ...] = (Slurm, KubeRay, SkyPilot, RayUp)
 
 
 def load(path: str | Path) -> LaunchFile:

@@ -26,6 +26,7 @@ TOOLS = {
     "kubectl": "the Kubernetes command: https://kubernetes.io/docs/tasks/tools",
     "sbatch": "Slurm's command. Run macdrop on a login node of the cluster",
     "squeue": "Slurm's command. Run macdrop on a login node of the cluster",
+    "sky": "SkyPilot's command, in an environment of its own: uv tool install --with pip 'skypilot[aws]'",
     "scancel": "Slurm's command. Run macdrop on a login node of the cluster",
 }
 #: A shorter value may occur in any text by chance; hiding it would only garble output.

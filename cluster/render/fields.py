@@ -189,6 +189,16 @@ FIELD_TYPES: Mapping[str, FieldType] = {
     "azure location": FieldType("an Azure location", _matching(r"[a-z]{3,}[0-9]?")),
     "resource group": FieldType("an Azure resource group", _matching(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,88}[A-Za-z0-9_-]")),
     "azure account": FieldType("the name of a storage account", _matching(r"[a-z0-9]{3,24}")),
+    "infra": FieldType(
+        "a cloud, or CLOUD/REGION, or CLOUD/REGION/ZONE", _matching(r"[a-z0-9]+(/[A-Za-z0-9*][A-Za-z0-9_.:*-]*){0,2}")
+    ),
+    "accelerators": FieldType(
+        "a GPU's name and how many, such as H100:8", _matching(r"[A-Za-z][A-Za-z0-9-]{0,40}(:[1-9][0-9]?)?")
+    ),
+    "bucket": FieldType(
+        "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+        _matching(r"(s3|gs)://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9._-]*)+"),
+    ),
     "slurm time": FieldType(
         "a time limit: minutes, H:MM:SS or D-HH:MM:SS", _matching(r"([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}")
     ),

@@ -73,6 +73,8 @@ def _derived(target: Target, values: Mapping[str, Any]) -> dict[str, Any]:
     derived: dict[str, Any] = {"target": target}
     if "family" in values:
         derived["source_image"] = f"projects/deeplearning-platform-release/global/images/family/{values['family']}"
+    if "sync_to" in values:
+        derived["extra"] = "[s3]" if values["sync_to"].startswith("s3://") else "[gcs]"
     if values.get("machine") in EFA_CARDS:
         derived["cards"] = EFA_CARDS[values["machine"]]
     return derived
@@ -140,7 +142,7 @@ def _comment(value: str) -> _Safe:
 
 def _fixed(value: str) -> _Safe:
     """Text of the templates themselves, never a field."""
-    if value not in ("", "head", "worker", "[aws]", "[gcp]", "[azure]", "efa", "efa-only"):
+    if value not in ("", "head", "worker", "[aws]", "[gcp]", "[azure]", "[s3]", "[gcs]", "efa", "efa-only"):
         raise TypeError(f"{value!r} is not text of the templates")
     return _Safe(value)
 

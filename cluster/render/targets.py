@@ -67,6 +67,25 @@ def _one_role_per_host(values: Mapping[str, Any]) -> str | None:
     return f"worker_ips also lists the head, {values['head_ip']}: a host has one role" if twice else None
 
 
+def _one_recipe(values: Mapping[str, Any]) -> str | None:
+    if values["recipe"] and values["config"]:
+        return "recipe= and config= are both given: one names a shipped recipe, the other a file of this machine"
+    return None if values["recipe"] or values["config"] else "recipe= or config= is missing: what the sweep runs"
+
+
+def _shared_by_nodes(values: Mapping[str, Any]) -> str | None:
+    if values["nfs"] and values["volume"]:
+        return "nfs= and volume= are both given: the folder of runs is on one of them"
+    if values["nfs"] and values["image"]:
+        return "nfs= cannot be mounted within a container: use volume=, or no image="
+    if values["nodes"] > 1 and not (values["nfs"] or values["volume"]):
+        return (
+            f"nodes={values['nodes']}: all nodes write the run folder, and buckets that SkyPilot mounts neither append "
+            "nor rename. Add nfs=HOST:/PATH, or volume=NAME (Kubernetes, ReadWriteMany)"
+        )
+    return None
+
+
 # --- fields that several targets share ---
 
 NAME = Field("name", "name", "Name of the cluster; must be unique", "macdrop", "sweep")
@@ -310,6 +329,34 @@ TARGETS = {
                 NAME,
             ),
             "nodes=2 gpus=4 cpus=32 partition=gpu venv=~/macdrop-venv storage=/shared secrets=HF_TOKEN,WANDB_API_KEY",
+        ),
+        Target(
+            "skypilot",
+            "SkyPilot: a managed job, one sweep on spot machines of any cloud, copied to a bucket",
+            (
+                Field(
+                    "sync_to", "bucket", "Where the run is copied, and resumed from", example="s3://my-bucket/runs/llama"
+                ),
+                Field("run", "word", "Name of the run: its folder below STORAGE/runs", example="llama"),
+                Field("recipe", "recipe", "Name of a shipped recipe", None, "llama-3.2-1b"),
+                Field("config", "local path", "A run file of this machine, in place of recipe=", None, "~/my.yaml"),
+                Field("set", "override", "Keys of the recipe, such as sweep.num_samples=40", (), "seed=1", many=True),
+                Field("accelerators", "accelerators", "GPUs of a node, by SkyPilot's name", "A100:8", "H100:8"),
+                Field("infra", "infra", "Cloud, region and zone (default: the cheapest)", None, "aws/us-west-2"),
+                Field("nodes", "positive", "Nodes; the first is the head, and works, too", 1, "2"),
+                Field("nfs", "export", "NFS share for runs; for nodes > 1, on VMs", None, "10.0.0.2:/results"),
+                Field("volume", "k8s name", "SkyPilot's volume for runs; for nodes > 1, on Kubernetes", None, "runs"),
+                replace(SPOT, help="Machines at the spot price; SkyPilot finds others when they are reclaimed"),
+                DISK,
+                replace(STORAGE, help="Folder of runs and the cache on the nodes"),
+                SECRETS,
+                *(field for field in SOFTWARE if field.name != "shm_gb"),
+                NAME,
+            ),
+            "sync_to=s3://my-bucket/runs/llama run=llama recipe=llama-3.2-1b set=sweep.num_samples=40 "
+            "accelerators=H100:8 nodes=2 nfs=10.0.0.2:/results infra=aws/us-west-2 secrets=HF_TOKEN,WANDB_API_KEY "
+            "source=~/macdrop",
+            (_one_recipe, _shared_by_nodes, _one_source),
         ),
     )
 }

@@ -161,6 +161,17 @@ BROKEN = [
     ("slurm", "export RAY_AUTH_MODE=token", "", ERROR, "RAY_AUTH_MODE=token is not set"),
     ("slurm", "ray symmetric-run", "echo", ERROR, "nothing starts Ray"),
     ("slurm", "export MACDROP_STORAGE=/shared", "", ERROR, "MACDROP_STORAGE is not set"),
+    ("skypilot", "use_spot: true", "use_spott: true", ERROR, "has no key 'use_spott' Did you mean 'use_spot'"),
+    ("skypilot", "use_spot: true", "use_spot: yes please", ERROR, "is neither true nor false"),
+    ("skypilot", "num_nodes: 2", "num_nodes: two", ERROR, "is not a whole number from 1"),
+    ("skypilot", "secrets:", "secretz:", ERROR, "has no key 'secretz' Did you mean 'secrets'"),
+    ("skypilot", "sync_to=s3://", "from=s3://", ERROR, "is not copied to a bucket"),
+    ("skypilot", " --resume-if-exists", "", NOTE, "nothing resumes a run"),
+    ("skypilot", "macdrop sweep", "echo", ERROR, "nothing starts a sweep"),
+    ("skypilot", "code=0", "ray stop", ERROR, "contains `ray stop`"),
+    ("skypilot", "ray start", "echo", ERROR, "nothing starts Ray on the nodes"),
+    ("skypilot", "export RAY_AUTH_MODE=token", "", ERROR, "RAY_AUTH_MODE=token is not set"),
+    ("skypilot", "sudo mount -t nfs", "echo", NOTE, "nothing mounts a file system"),
 ]
 SUFFIX = {name: Path(target.file).suffix for name, target in render.TARGETS.items()}
 

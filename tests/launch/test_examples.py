@@ -145,7 +145,7 @@ def test_documented_render_commands_work_and_pass_the_checks():
     text = "\n".join(document.read_text(encoding="utf-8") for document in documents).replace("\\\n", " ")
     values = {"$AMI": "ami-0123456789abcdef0", "$EFS": "fs-0123456789abcdef0", "$SG": "sg-0123456789abcdef0"}
     found = re.findall(r"^macdrop cluster render (\S+) ([^#\n]*=.*) --output \S+$", text, re.MULTILINE)
-    assert {name for name, _ in found} == {"aws", "gcp", "azure", "local", "kuberay", "slurm"}
+    assert {name for name, _ in found} == {"aws", "gcp", "azure", "local", "kuberay", "slurm", "skypilot"}
     for name, words in found:
         for variable, value in values.items():
             words = words.replace(variable, value)

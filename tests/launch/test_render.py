@@ -78,6 +78,13 @@ def test_invalid_field_is_refused_with_what_is_allowed(words, message):
         ("aws-efa", "machine=g5.xlarge", "must be one of p4d.24xlarge"),
         ("slurm", "time=soon", "must be a time limit"),
         ("kuberay", "memory=lots", "must be an amount"),
+        ("skypilot", "sync_to=/runs", "must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"),
+        ("skypilot", "sync_to=s3://bucket", "must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"),
+        ("skypilot", "accelerators=8xH100", "must be a GPU's name and how many"),
+        ("skypilot", "config=~/my.yaml", "recipe= and config= are both given"),
+        ("skypilot", "nfs=", "nodes=2: all nodes write the run folder"),
+        ("skypilot", "volume=runs", "nfs= and volume= are both given"),
+        ("skypilot", "image=me/macdrop:1 install=none", "nfs= cannot be mounted within a container"),
     ],
 )
 def test_conflicting_fields_are_refused(name, words, message):
