@@ -10,6 +10,7 @@ from macdrop.errors import ConfigError
 from tune.config.run_spec import RaySpec
 from tune.config.syntax.yaml_core import parse_yaml
 from tune.data.batching import save_interval
+from tune.preflight.sky_catalog import catalogues, offers
 from tune.scheduling.study import Study
 from tune.storage.sealed_folder import KEPT
 from tune.training.optimizers.method import relative_state
@@ -158,6 +159,30 @@ def read_prices(file: Path | None) -> dict[str, Any]:
     if wrong:
         raise ConfigError(f"--prices {path}: the price of {wrong[0]} must be at least 0.")
     return {"devices": devices, "date": content.get("date", "no date"), "currency": content.get("currency", "USD")}
+
+
+@dataclass(frozen=True)
+class Price:
+    """The price of one device and hour; `source` says whose it is, for a person."""
+
+    per_hour: float
+    currency: str
+    source: str
+
+
+def find_price(prices: dict[str, Any], device: str, *, given: bool) -> Price | None:
+    """Return a device's price: of the user's own file, else of SkyPilot's catalogue on this machine, else the shipped one.
+
+    given: `prices` are of the user's own file.
+    """
+    found = None if given or device == "cpu" else offers(device, catalogues())
+    if found is not None:
+        spot = f"; spot from {found.spot.price:.3g}, {found.spot.place}" if found.spot else ""
+        source = f"{found.accelerator} on demand, {found.on_demand.place}, in SkyPilot's catalogue of "
+        return Price(found.on_demand.price, "USD", f"{source}{found.on_demand.date}{spot}")
+    price = price_of(prices, device)
+    kind = "prices of your file of" if given else "example prices of"
+    return None if price is None else Price(price, prices["currency"], f"{kind} {prices['date']}")
 
 
 def price_of(prices: dict[str, Any], device: str) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ from tune.cli.options import Config, load_run_file, split_config
 
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec
-    from tune.preflight.forecast import Forecast, Total
+    from tune.preflight.forecast import Forecast, Price, Total
 
 app = typer.Typer()
 
@@ -21,13 +21,13 @@ app = typer.Typer()
 @app.command(epilog="Example: macdrop plan llama-3.2-1b sweep.num_samples=40")
 def plan(
     config: Config = None,
-    prices: Annotated[Path | None, typer.Option(help="YAML of prices by device (default: the shipped one).")] = None,
+    prices: Annotated[Path | None, typer.Option(help="YAML of prices by device.", show_default="SkyPilot's catalogue here, else the shipped one")] = None,
     start: Annotated[bool, typer.Option("--start", help="Then start the sweep; asks first if it is large.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Forecast a sweep from a short probe of each model: hours, memory, disk and cost."""
     from tune.config.recipes import DEMO, recipe
-    from tune.preflight.forecast import forecast_study, price_of, read_prices, total
+    from tune.preflight.forecast import find_price, forecast_study, read_prices, total
     from tune.preflight.inputs import check_inputs
     from tune.preflight.precision import bf16_sentence
     from tune.preflight.probe import device_name, probe
@@ -58,8 +58,9 @@ def plan(
             line("packing", f"{name}: {each.packing}")
     line("bf16", bf16_sentence())
     device = device_name()
-    whole = total(parts, _devices(spec, device), device, price_of(known, device))
-    _show(parts, whole, known)
+    price = find_price(known, device, given=prices is not None)
+    whole = total(parts, _devices(spec, device), device, None if price is None else price.per_hour)
+    _show(parts, whole, price)
     if start and (yes or not whole.large or _agreed(whole)):
         from tune.cli.verbs.sweep import sweep
 
@@ -73,7 +74,7 @@ def _devices(spec: RunSpec, device: str) -> float:
     return 1.0 if device == "cpu" else resources(spec.ray, cluster_gpus=1).gpus
 
 
-def _show(parts: list[Forecast], whole: Total, prices: dict[str, Any]) -> None:
+def _show(parts: list[Forecast], whole: Total, price: Price | None) -> None:
     from tune.preflight.forecast import ASSUMED
 
     head = ("trials", "steps", "training h", "scoring h", "wall h", "memory GiB", "disk GiB")
@@ -85,12 +86,17 @@ def _show(parts: list[Forecast], whole: Total, prices: dict[str, Any]) -> None:
     line("wall clock", f"{whole.hours:.3g} hours ({whole.low:.3g} to {whole.high:.3g})")
     line("devices", f"{whole.devices:g} x {whole.device}: {whole.device_hours:.3g} device-hours")
     line("disk", f"{whole.disk / 2**30:.3g} GiB")
-    if whole.cost is None:
+    if price is None:
         line("cost", f"unknown: the price file has no {whole.device!r}. Give one with --prices FILE.")
     else:
-        cost = f"{whole.cost:.2f} {prices['currency']}, at {whole.price:g} per device-hour"
-        line("cost", f"{cost} (example prices of {prices['date']}; give yours with --prices FILE)")
+        line("cost", price_line(whole.device_hours, price))
     console.print(ASSUMED)
+
+
+def price_line(device_hours: float, price: Price) -> str:
+    """Say what device-hours cost, and whose price that is."""
+    cost = f"{device_hours * price.per_hour:.2f} {price.currency}, at {price.per_hour:.3g} per device-hour"
+    return f"{cost} ({price.source}; give yours with --prices FILE)"
 
 
 def _agreed(whole: Total) -> bool:
