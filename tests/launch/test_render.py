@@ -185,6 +185,12 @@ TEXTS = [
 ]
 
 
+#: Fields of an example that another field excludes.
+EXCLUDED = {
+    ("skypilot", "config"): ("recipe",),
+    ("skypilot", "volume"): ("nfs",),
+    ("skypilot", "image"): ("nfs", "nodes", "source"),
+}
 #: Replacements for examples that render differently from words: an address is also passed to Ray.
 TAME = {"head_ip": "head.example"}
 
@@ -205,6 +211,8 @@ def rendered(target: Target, name: str, value: str) -> LaunchFile | None:
     given[name] = value
     if name == "image" and "install" in [field.name for field in target.fields]:
         given["install"] = "none"
+    for excluded in EXCLUDED.get((target.name, name), ()):
+        given.pop(excluded, None)
     try:
         text = render.render(target, [f"{key}={each}" for key, each in given.items()])
     except BadLaunchFile as error:
