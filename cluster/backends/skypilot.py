@@ -102,8 +102,8 @@ class SkyPilot(Backend[SkyPilotFile]):
 
     def _unreachable(self) -> NoReturn:
         raise BadLaunchFile(
-            f"{shlex.quote(self.file.name)} is a managed job, whose machines come and go. Its results are where sync_to "
-            "says: macdrop sweep --resume output_dir=FOLDER sync_to=... brings them here."
+            f"{shlex.quote(self.file.name)} is a managed job, whose machines come and go. Its results are where "
+            "sync_to says: macdrop sweep --resume output_dir=FOLDER sync_to=... brings them here."
         )
 
 

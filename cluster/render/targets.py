@@ -335,7 +335,10 @@ TARGETS = {
             "SkyPilot: a managed job, one sweep on spot machines of any cloud, copied to a bucket",
             (
                 Field(
-                    "sync_to", "bucket", "Where the run is copied, and resumed from", example="s3://my-bucket/runs/llama"
+                    "sync_to",
+                    "bucket",
+                    "Where the run is copied, and resumed from",
+                    example="s3://my-bucket/runs/llama",
                 ),
                 Field("run", "word", "Name of the run: its folder below STORAGE/runs", example="llama"),
                 Field("recipe", "recipe", "Name of a shipped recipe", None, "llama-3.2-1b"),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 #: Topics of `macdrop docs`, by the package that ships them.
 TOPICS = {
     "tune": "benchmarks configuration evidence failures gpus integrations judging method optimizers reports run-folder",
-    "cluster": "aws gcp-azure kubernetes on-premise overview slurm",
+    "cluster": "aws gcp-azure kubernetes on-premise overview skypilot slurm",
 }
 NAMES = ["README.md", "tests/README.md"]
 NAMES += [f"{package}/docs/{stem}.md" for package, stems in TOPICS.items() for stem in stems.split()]

@@ -77,7 +77,9 @@ def test_plan_says_whose_price_it_is(root):
     assert find_price(ours, "cpu", given=False).per_hour == 0.2, "the catalogue does not know which machine this is"
     assert find_price(ours, A100, given=True).per_hour == 1.8, "--prices comes first"
     assert find_price(ours, "Unheard-of 9000", given=False) is None
-    assert price_line(2.0, Price(4.5, "USD", "X")) == "9.00 USD, at 4.5 per device-hour (X; give yours with --prices FILE)"
+    assert (
+        price_line(2.0, Price(4.5, "USD", "X")) == "9.00 USD, at 4.5 per device-hour (X; give yours with --prices FILE)"
+    )
 
 
 def test_a_damaged_or_missing_catalogue_is_as_none(root, monkeypatch, tmp_path):

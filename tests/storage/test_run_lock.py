@@ -76,7 +76,14 @@ def run_file(*overrides: str) -> dict:
 
 def test_machinery_may_change_and_nothing_else(tmp_path):
     started = run_file("output_dir=a")
-    free = ["ray.address=auto", "ray.lanes=3", "ray.num_workers=2", "ray.evaluators=2", "ray.gpus_per_worker=1", "ray.dashboard=false"]
+    free = [
+        "ray.address=auto",
+        "ray.lanes=3",
+        "ray.num_workers=2",
+        "ray.evaluators=2",
+        "ray.gpus_per_worker=1",
+        "ray.dashboard=false",
+    ]
     check_same(tmp_path, started, run_file("output_dir=b", "sweep.max_concurrent_trials=9", *free))
     with pytest.raises(ConfigError) as caught:
         check_same(tmp_path, started, run_file("ray.threads_per_worker=2", "learning_rate=1e-3", *free))

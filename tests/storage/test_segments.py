@@ -72,7 +72,7 @@ def test_segments_follow_checkpoints_and_merge_where_nothing_changed():
     assert one == [segment(0, 2), segment(8, 1, 16.0)] == resumed(one, 12, 1)
     # It never reached another checkpoint there: nothing of it is in the adapter.
     assert resumed(one, 8, 2) == start
-    assert worker_seconds(one, 20.0) == 16 * 2 + 4 and worker_seconds([], 1.0) is None
+    assert worker_seconds(one, 20.0) == 16 * 2 + 4
 
 
 def test_a_checkpoint_that_does_not_say_how_masks_were_drawn_is_named():
@@ -80,8 +80,8 @@ def test_a_checkpoint_that_does_not_say_how_masks_were_drawn_is_named():
     old = continued(spec, {"global_batch": 24}, step=8, seconds=1.0, begun=2, workers=2)
     assert old == [segment(0, 2, masks=False), segment(8, 2, 1.0)]
     assert describe(old) == (
-        "the checkpoint of step 8 does not say how masks were drawn up to there: the micro-batches of 2 workers may have "
-        "shared one"
+        "the checkpoint of step 8 does not say how masks were drawn up to there: the micro-batches of 2 workers may "
+        "have shared one"
     )
     assert describe(continued(spec, {"global_batch": 12}, step=8, seconds=1.0, begun=1, workers=1)) is None
     plain = run_file("macdrop.p0=0").studies()[0]

@@ -148,7 +148,9 @@ class RaySpec(Strict):
     address: str | None = Field(
         default=None, description="`auto`, or the address of a running cluster; `null` starts Ray on this machine."
     )
-    num_workers: int = Field(default=1, ge=1, description="Data-parallel workers per lane; a resumed run may have others.")
+    num_workers: int = Field(
+        default=1, ge=1, description="Data-parallel workers per lane; a resumed run may have others."
+    )
     lanes: int = Field(default=1, ge=1, description="Number of lanes that train at the same time.")
     evaluators: int = Field(default=1, ge=1, description="Number of evaluation actors.")
     cpus_per_worker: float = Field(default=1.0, ge=0, description="CPUs reserved per worker.")

@@ -171,7 +171,7 @@ class Price:
 
 
 def find_price(prices: dict[str, Any], device: str, *, given: bool) -> Price | None:
-    """Return a device's price: of the user's own file, else of SkyPilot's catalogue on this machine, else the shipped one.
+    """Return a device's price: of the user's own file, else of SkyPilot's catalogue here, else of the shipped file.
 
     given: `prices` are of the user's own file.
     """

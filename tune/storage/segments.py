@@ -57,8 +57,8 @@ def check_shared(spec: TrainSpec, begun: int, workers: int, accumulations: Seque
     common = begun * math.gcd(*accumulations)
     able = ", ".join(str(count) for count in range(1, common + 1) if common % count == 0)
     raise ConfigError(
-        f"ray.num_workers is {workers}, but an optimizer step has {number} micro-batches, which {workers} workers cannot "
-        f"share evenly. It stays what it was when the run began: per_device_train_batch_size {size} x "
+        f"ray.num_workers is {workers}, but an optimizer step has {number} micro-batches, which {workers} workers "
+        f"cannot share evenly. It stays what it was when the run began: per_device_train_batch_size {size} x "
         f"gradient_accumulation_steps {uneven} x ray.num_workers {begun} = {size * number} examples.\n"
         f"Set ray.num_workers to one of {able}, and leave the other two keys as they are."
     )
@@ -79,7 +79,7 @@ def check_run_shared(started: RunSpec, workers: int) -> None:
 
 
 def shared(spec: TrainSpec, begun: int | None, workers: int) -> TrainSpec:
-    """Return a spec with the micro-batches that each of `workers` takes, for a run that began with `begun` (None: them).
+    """Return a spec with the micro-batches of each of `workers`, for a run that began with `begun` (None: them).
 
     Raises:
         ConfigError: they cannot be shared evenly.
@@ -97,7 +97,7 @@ def continued(
 
     meta: the checkpoint's, empty at step 0. begun: the workers that the fine-tuning began with.
     """
-    known = [Segment(**each) for each in meta.get(SEGMENTS, ())]
+    known: list[Segment] = list(meta.get(SEGMENTS, ()))
     if step and not known:
         known = [Segment(step=0, seconds=0.0, workers=begun, masks=begun == 1 or spec.arm == Arm.PLAIN)]
     known = [each for each in known if each["step"] < step]
@@ -146,10 +146,8 @@ def describe(segments: Sequence[Segment], begun: int | None = None) -> str | Non
     return "; ".join(said) or None
 
 
-def worker_seconds(segments: Sequence[Segment], seconds: float) -> float | None:
-    """Return the seconds of a fine-tuning of `seconds` times its workers; None without segments."""
-    if not segments:
-        return None
+def worker_seconds(segments: Sequence[Segment], seconds: float) -> float:
+    """Return the seconds of a fine-tuning of `seconds` times the workers that each of them was spent on."""
     ends = [*(each["seconds"] for each in segments[1:]), seconds]
     return sum((end - each["seconds"]) * each["workers"] for each, end in zip(segments, ends, strict=True))
 

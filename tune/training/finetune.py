@@ -293,9 +293,7 @@ class _Run:
         self.patience.resume(state.meta)
         self.step = self.resumed_from = state.step
         begun, world = self.training.batches.world, self.engine.world
-        self.segments = continued(
-            self.spec, state.meta, step=self.step, seconds=self.spent, begun=begun, workers=world
-        )
+        self.segments = continued(self.spec, state.meta, step=self.step, seconds=self.spent, begun=begun, workers=world)
 
     def _meta(self) -> dict[str, Any]:
         return identity(self.spec, self.steps, self.training.batches.global_batch)

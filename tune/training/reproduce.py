@@ -66,9 +66,10 @@ def train_again(folder: Path, overrides: Iterable[str] = (), *, observe: Callabl
     spec = load(folder / "config.yaml", overrides, kind=TrainSpec)
     info = _recorded(folder)
     if (words := describe(recorded(info))) is not None:
+        again = shell_command("macdrop", "train", folder / "config.yaml")
         raise ConfigError(
             f"The adapter cannot be trained again to the same bits: {words}, and one group of processes has one number "
-            f"of workers. To train it on one: {shell_command('macdrop', 'train', folder / 'config.yaml')} output_dir=NEW"
+            f"of workers. To train it on one: {again} output_dir=FOLDER"
         )
     stop_at = _recorded_step(info)
     if not overrides and os.path.isdir(setup["directory"]):
@@ -90,9 +91,7 @@ def train_again(folder: Path, overrides: Iterable[str] = (), *, observe: Callabl
 
     spec = spec.model_copy(update={"save_steps": 0})
     begun = setup.get("workers_at_start")
-    outcome = finetune(
-        engine, spec, prepared, target, weights=weights, observe=watch, resume=False, workers=begun
-    )
+    outcome = finetune(engine, spec, prepared, target, weights=weights, observe=watch, resume=False, workers=begun)
     if alone:
         dist.destroy_process_group()
     return outcome

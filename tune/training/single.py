@@ -38,7 +38,7 @@ def train_here(
     prepared = data.load(data.prepare(spec, engine.tokenizer, cache_dir() / "data"))
 
     checkpoint = rank0_does(lambda: newest(folder / "checkpoints"))
-    begun = rank0_does(lambda: checkpoint and workers_at_start(spec, read_meta(checkpoint)))
+    begun = rank0_does(lambda: None if checkpoint is None else workers_at_start(spec, read_meta(checkpoint)))
 
     record = TrialFolder(folder, within=folder)
 

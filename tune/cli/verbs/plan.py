@@ -21,7 +21,10 @@ app = typer.Typer()
 @app.command(epilog="Example: macdrop plan llama-3.2-1b sweep.num_samples=40")
 def plan(
     config: Config = None,
-    prices: Annotated[Path | None, typer.Option(help="YAML of prices by device.", show_default="SkyPilot's catalogue here, else the shipped one")] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option(help="YAML of prices by device.", show_default="SkyPilot's catalogue here, else the shipped one"),
+    ] = None,
     start: Annotated[bool, typer.Option("--start", help="Then start the sweep; asks first if it is large.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:

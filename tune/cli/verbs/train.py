@@ -200,8 +200,8 @@ def _show_outcome(model: TrainSpec, folder: Path, outcome: Outcome) -> None:
         line("unmoved", unmoved_text(outcome.unmoved))
     for text in slow_paths(asdict(outcome)):
         line("slower", text)
-    if (text := describe(outcome.segments)) is not None:
-        line("workers", text)
+    if (words := describe(outcome.segments)) is not None:
+        line("workers", words)
 
 
 def result_json(model: TrainSpec, folder: Path, outcome: Outcome) -> str:

@@ -282,8 +282,8 @@ def _repair(run_dir: Path, spec: RunSpec, progress: Observer) -> int:
     check_run_shared(started, workers)
     if workers != begun:
         progress.note(
-            f"ray.num_workers is {workers} and was {begun} when the run began: batches and masks stay the same, and bits "
-            "may differ from here on (the report says for which trials, and from which step)"
+            f"ray.num_workers is {workers} and was {begun} when the run began: batches and masks stay the same, and "
+            "bits may differ from here on (the report says for which trials, and from which step)"
         )
     return begun
 
