@@ -7,6 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.render.fields import Field, Like
+from cluster.render.rules import (
+    least_most,
+    one_recipe,
+    one_role_per_host,
+    one_source,
+    shared_by_nodes,
+    somewhere_to_run,
+    zones_of_region,
+)
 
 #: Network cards by instance type; EFA needs one interface on each.
 EFA_CARDS = {"p4d.24xlarge": 4, "p4de.24xlarge": 4, "p5.48xlarge": 32, "p5e.48xlarge": 32, "p5en.48xlarge": 16}
@@ -33,57 +42,6 @@ class Target:
     def file(self) -> str:
         """Name of the shipped example."""
         return f"{self.name}.sbatch" if self.name == "slurm" else f"{self.name}.yaml"
-
-
-# --- rules ---
-
-
-def _least_most(values: Mapping[str, Any]) -> str | None:
-    least, most = values["workers"], values["max_workers"]
-    return f"max_workers={most} is below workers={least}" if most < least else None
-
-
-def _somewhere_to_run(values: Mapping[str, Any]) -> str | None:
-    return None if values["max_workers"] else "max_workers=0: the head takes no tasks, so nothing would run"
-
-
-def _one_source(values: Mapping[str, Any]) -> str | None:
-    if values["image"] and values["install"] != "none":
-        return f"image={values['image']} already contains macdrop: add install=none"
-    if values["install"] != "none" and not values["source"]:
-        return "source= is missing: the path of your clone of the repository, from which hosts install macdrop"
-    return None
-
-
-def _zones_of_region(values: Mapping[str, Any]) -> str | None:
-    elsewhere = [zone for zone in values["zones"] if zone[:-1] != values["region"]]
-    return f"zones={elsewhere[0]} is not in region={values['region']}" if elsewhere else None
-
-
-def _one_role_per_host(values: Mapping[str, Any]) -> str | None:
-    if not values["worker_ips"]:
-        return "worker_ips is empty: the head takes no tasks, so nothing would run"
-    twice = values["head_ip"] in values["worker_ips"]
-    return f"worker_ips also lists the head, {values['head_ip']}: a host has one role" if twice else None
-
-
-def _one_recipe(values: Mapping[str, Any]) -> str | None:
-    if values["recipe"] and values["config"]:
-        return "recipe= and config= are both given: one names a shipped recipe, the other a file of this machine"
-    return None if values["recipe"] or values["config"] else "recipe= or config= is missing: what the sweep runs"
-
-
-def _shared_by_nodes(values: Mapping[str, Any]) -> str | None:
-    if values["nfs"] and values["volume"]:
-        return "nfs= and volume= are both given: the folder of runs is on one of them"
-    if values["nfs"] and values["image"]:
-        return "nfs= cannot be mounted within a container: use volume=, or no image="
-    if values["nodes"] > 1 and not (values["nfs"] or values["volume"]):
-        return (
-            f"nodes={values['nodes']}: all nodes write the run folder, and buckets that SkyPilot mounts neither append "
-            "nor rename. Add nfs=HOST:/PATH, or volume=NAME (Kubernetes, ReadWriteMany)"
-        )
-    return None
 
 
 # --- fields that several targets share ---
@@ -122,7 +80,7 @@ SPOT = Field(
 )
 DISK = Field("disk_gb", "positive", "Disk of a worker in GB; base models are cached on it", 300, "500")
 CLOUD = (SPOT, *WORKERS, DISK, STORAGE, SECRETS, *SOFTWARE, NAME)
-CLOUD_RULES = (_least_most, _somewhere_to_run, _one_source)
+CLOUD_RULES = (least_most, somewhere_to_run, one_source)
 SIZES = (
     Field("gpus", "count", "GPUs of a worker; Ray cannot derive them from the machine type here", 1, "8"),
     Field("cpus", "positive", "CPUs of a worker, likewise", 8, "96"),
@@ -159,7 +117,7 @@ KUBERNETES = (
     SECRETS,
     NAME,
 )
-KUBERNETES_RULES = (_least_most, _somewhere_to_run)
+KUBERNETES_RULES = (least_most, somewhere_to_run)
 
 TARGETS = {
     target.name: target
@@ -174,7 +132,7 @@ TARGETS = {
                 *CLOUD,
             ),
             f"{AWS_EXAMPLE} secrets=HF_TOKEN,WANDB_API_KEY source=~/macdrop",
-            (*CLOUD_RULES, _zones_of_region),
+            (*CLOUD_RULES, zones_of_region),
         ),
         Target(
             "aws-efa",
@@ -278,7 +236,7 @@ TARGETS = {
             ),
             "head_ip=10.0.0.1 worker_ips=10.0.0.2,10.0.0.3 user=ubuntu gpus=8 "
             "secrets=HF_TOKEN,WANDB_API_KEY source=~/macdrop",
-            (_one_role_per_host, _one_source),
+            (one_role_per_host, one_source),
         ),
         Target(
             "kuberay",
@@ -359,7 +317,7 @@ TARGETS = {
             "sync_to=s3://my-bucket/runs/llama run=llama recipe=llama-3.2-1b set=sweep.num_samples=40 "
             "accelerators=H100:8 nodes=2 nfs=10.0.0.2:/results infra=aws/us-west-2 secrets=HF_TOKEN,WANDB_API_KEY "
             "source=~/macdrop",
-            (_one_recipe, _shared_by_nodes, _one_source),
+            (one_recipe, shared_by_nodes, one_source),
         ),
     )
 }
