@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -78,7 +79,14 @@ def build(kind: type[BaseModel], raw: dict[str, Any]) -> Any:
         wrong: dict[str, list[ErrorDetails]] = {}
         for item in error.errors():
             wrong.setdefault(".".join(_place(kind, item["loc"])[0]), []).append(item)
-        raise ConfigError("\n".join(_explain(kind, where, items) for where, items in wrong.items())) from None
+        told = [(where, items) for where, items in wrong.items() if not _is_other_branch(where, items, wrong)]
+        raise ConfigError("\n".join(_explain(kind, where, items) for where, items in told)) from None
+
+
+def _is_other_branch(where: str, items: list[ErrorDetails], wrong: Iterable[str]) -> bool:
+    """Return whether a mapping with a wrong value is also refused because it is none of the names allowed instead."""
+    names = all(item["type"] == "literal_error" and isinstance(item["input"], dict) for item in items)
+    return names and any(other.startswith(f"{where}.") for other in wrong)
 
 
 def believable(kind: type[BaseModel], content: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
@@ -162,6 +170,8 @@ def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str],
     owner: type[BaseModel] | None = None
     here: Any = kind
     for part in location:
+        if str(part).startswith(_MAPPING_BRANCH) and len(_options(here)) > 1:
+            continue
         here = _descend(here, part)
         if here is _BRANCH:
             break
@@ -171,6 +181,8 @@ def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str],
 
 
 _BRANCH = object()
+#: How pydantic's names of union branches begin, of a mapping's and of allowed names'.
+_MAPPING_BRANCH, _NAMES_BRANCH = "dict[", "literal["
 
 
 def _descend(annotation: Any, part: Any) -> Any:
@@ -180,7 +192,7 @@ def _descend(annotation: Any, part: Any) -> Any:
             field = option.model_fields.get(part)
             return option, field.annotation if field else None
         if get_origin(option) is dict:
-            return None, get_args(option)[1]
+            return _BRANCH if str(part).startswith(_NAMES_BRANCH) else (None, get_args(option)[1])
         if get_origin(option) is list and isinstance(part, int):
             return None, get_args(option)[0]
     return _BRANCH
