@@ -27,6 +27,7 @@ _PACKAGES = (
     "optuna",
     "numpy",
     "bitsandbytes",
+    "schedulefree",
 )
 
 
