@@ -29,10 +29,16 @@ REFUSED = {
     "partitioned matrices": ({"optimizer": "muon", "zero_stage": 3}, "adamw, lion, schedule_free_adamw"),
     "partitioned means": ({"optimizer": "slimadam", "slimadam_rules": {}}, "means over dimensions of a tensor"),
     "no rules": ({"optimizer": "slimadam", "zero_stage": 0}, "optimizer: slimadam needs slimadam_rules"),
+    "measured means, partitioned": ({"optimizer": "slimadam", "slimadam_rules": "auto"}, "means over dimensions"),
+    "idle measured rules": ({"slimadam_rules": "auto"}, "slimadam_rules has no effect with optimizer: adamw"),
+    "no such name of rules": (
+        {"optimizer": "slimadam", "zero_stage": 0, "slimadam_rules": "aut"},
+        "^slimadam_rules must be 'auto' or a block of keys, not 'aut'. Did you mean 'auto'",
+    ),
     "idle rules": ({"slimadam_rules": {"A": "fan_in"}}, "slimadam_rules has no effect with optimizer: adamw"),
     "an unknown rule": (
         {"optimizer": "slimadam", "zero_stage": 0, "slimadam_rules": {"A": "fan_inn"}},
-        "slimadam_rules.A",
+        "^slimadam_rules.A must be 'none', 'fan_in', 'fan_out' or 'both', not 'fan_inn'. Did you mean 'fan_in'",
     ),
     "a schedule": ({"optimizer": "schedule_free_adamw"}, "lr_scheduler_type is linear. Set lr_scheduler_type to"),
     "no beta 1": ({"optimizer": "schedule_free_adamw", "adam_beta1": 0, **STEADY}, "must be above 0"),

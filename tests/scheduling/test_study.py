@@ -8,6 +8,7 @@ from macdrop.errors import ConfigError
 from tune.config.run_spec import RaySpec, load
 from tune.scheduling.resources import check_local, gpu_shares, one_lane, resources
 from tune.scheduling.study import Study, benchmark_runs, outline, studies
+from tune.training.optimizers.snr_record import AdapterSnr, SnrRecord
 
 MODEL = "model_name_or_path=zoo:planted-llama"
 
@@ -226,3 +227,39 @@ def test_placebos_of_nothing_are_refused():
 def test_a_study_without_a_search_scores_no_validation():
     run = load(None, [MODEL, "eval.zero_shot=[a]", "validation.zero_shot=[b]"])
     assert benchmark_runs(run, studies(run)) == 6 + 1
+
+
+AUTO = ("zero_stage=0", "optimizer=slimadam", "slimadam_rules=auto")
+
+
+@pytest.mark.parametrize(
+    "overrides, kinds",
+    [
+        (("zero_stage=0",), 0),
+        ((*AUTO, "sweep.parameters.optimizer=[adamw, lion]"), 0),
+        ((*AUTO, "sweep.arms=[base]"), 0),
+        (AUTO, 1),
+        ((*AUTO, "sweep.parameters.optimizer=[adamw, slimadam]", "sweep.parameters.learning_rate=[1e-4, 2e-4]"), 1),
+        ((*AUTO, "sweep.parameters={use_dora: [false, true], lora_target: [[q_proj], all]}"), 4),
+    ],
+)
+def test_rules_are_measured_for_each_kind_of_adapter_if_a_trial_can_need_them(overrides, kinds):
+    found = study(*overrides)
+    assert len(found.unruled) == kinds
+    told = dict(outline(load(None, [MODEL, *overrides]), found))
+    assert ("rules" in told) == (kinds > 0)
+
+
+def test_measured_rules_name_the_trials_of_every_arm():
+    found = study(*AUTO, "sweep.parameters={optimizer: [adamw, slimadam], macdrop.p0: [0.0, 0.8]}")
+    rules, others = ({"q_proj/A": rule} for rule in ("fan_out", "fan_in"))
+    (kind,) = SnrRecord.model_construct(adapters=[AdapterSnr.model_construct(**_own(found), kinds={})]).rules()
+    ruled, other = (found.with_measured({kind: each}) for each in (rules, others))
+    names = [{spec.trial_id() for spec in (*each.plain, *map(each.searched, each.trials))} for each in (ruled, other)]
+    assert len(names[0]) == 4 and len(names[0] & names[1]) == 2, "trials of adamw keep their names"
+    specs = [*ruled.plain, *map(ruled.searched, ruled.trials)]
+    assert {str(spec.slimadam_rules) for spec in specs if spec.optimizer == "slimadam"} == {str(rules)}
+
+
+def _own(found: Study) -> dict:
+    return {key: getattr(found.spec, key) for key in ("use_dora", "use_rslora", "lora_target")}

@@ -313,7 +313,7 @@ def _varied(lines: list[Line], searched: list[str]) -> list[str]:
         key
         for key in every
         if not key.startswith("macdrop.")
-        and key not in (*NOT_SETTINGS, "seed")
+        and key.partition(".")[0] not in (*NOT_SETTINGS, "seed", "slimadam_rules")  # rules follow from the optimizer
         and len({json.dumps(line.settings.get(key), default=str) for line in trials}) > 1
     ]
     return [key for key in dict.fromkeys([*own, *searched, *differing]) if key != "seed"]

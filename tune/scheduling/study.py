@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from macdrop.errors import ConfigError
 from tune.config.eval_spec import jobs
-from tune.config.run_spec import CELL_KEYS, MacDropSpec, RunSpec, Space, TrainSpec, points, slug, with_values
+from tune.config.run_spec import (
+    CELL_KEYS,
+    MacDropSpec,
+    RunSpec,
+    Space,
+    TrainSpec,
+    points,
+    slug,
+    values_of,
+    with_values,
+)
 from tune.config.sections import Arm, placebos
+from tune.config.train.optimizer_rules import SlimRule
 from tune.storage.states import Stage
+from tune.training.optimizers.snr_record import KIND_KEYS, STEPS, is_auto, with_rules
 
 
 @dataclass(frozen=True)
@@ -36,10 +49,25 @@ class Study:
     finalists: int
     placebos: tuple[str, ...]
     cells: int
+    #: SlimAdam's rules by kind of adapter, once they are measured.
+    rules: Mapping[str, dict[str, SlimRule]] = field(default_factory=dict)
 
     def searched(self, values: dict[str, Any]) -> TrainSpec:
         """The canonical fine-tuning for a point of the search space."""
-        return with_values(self.spec, values).canonical()
+        return with_rules(with_values(self.spec, values).canonical(), self.rules)
+
+    @property
+    def unruled(self) -> tuple[TrainSpec, ...]:
+        """Return a fine-tuning of each kind of adapter that needs measured rules; empty where no trial can."""
+        wanted = "slimadam" in values_of(self.spec, self.parameters, "optimizer") and self.count
+        if not (wanted and is_auto(self.spec)):
+            return ()
+        kinds = points({key: values_of(self.spec, self.parameters, key) for key in KIND_KEYS})
+        return tuple(with_values(self.spec, kind) for kind in kinds)
+
+    def with_measured(self, rules: Mapping[str, dict[str, SlimRule]]) -> Study:
+        """Return the study with measured rules for the trials that need them, whose names are those of the rules."""
+        return replace(self, plain=tuple(with_rules(spec, rules) for spec in self.plain), rules=rules)
 
     def cell(self, spec: TrainSpec) -> dict[str, Any]:
         """The searched kind of adapter of a fine-tuning; empty where one kind is trained."""
@@ -189,6 +217,10 @@ def outline(run: RunSpec, study: Study) -> list[tuple[str, str]]:
     if study.base:
         more = f" and {validations} for validation" if study.search and validations else ""
         lines.append(("base", f"scored on {tests} benchmark(s){more}"))
+    if study.unruled:
+        kinds = f" for each of {len(study.unruled)} kinds of adapter" if len(study.unruled) > 1 else ""
+        first = f"of slimadam measured first, in {STEPS} plain steps{kinds}; its trials are named after them"
+        lines.append(("rules", first))
     lines += [("plain", baseline.trial_id()) for baseline in study.plain]
     for values in study.trials or ():
         settings = ", ".join(f"{key}={value}" for key, value in values.items())

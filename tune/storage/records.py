@@ -20,6 +20,7 @@ Record = TypeVar("Record", bound=BaseModel)
 _STRICT = ConfigDict(extra="allow", strict=True)
 Number = int | float
 FINALISTS_FILE = "finalists.json"
+SNR_FILE = "snr.json"
 SCORES_FILE = "scores.jsonl"
 SCORE_KEY = ("model", "trial", "split", "benchmark", "task", "metric", "attack", "attack_on")
 """What makes a score one score: a later line with the same values replaces the earlier one."""

@@ -25,6 +25,7 @@ from tune.storage.json_lines import MORE
 from tune.storage.records import (
     FINALISTS_FILE,
     SCORES_FILE,
+    SNR_FILE,
     Finalists,
     RunRecord,
     TrialRecord,
@@ -78,6 +79,7 @@ def repair_run(run_dir: Path) -> list[str]:
         notes += _finding(folder / "massive_weights.json", _massive_weights, "found again")
         notes += _finding(folder / "proof.json", lambda file: read_mapping(file, needs=("verdict",)), "made again")
         notes += _finding(folder / "layers.json", lambda file: read_mapping(file, needs=("rows",)), "left out")
+        notes += _finding(folder / SNR_FILE, lambda file: read_mapping(file, needs=("adapters",)), "measured again")
         notes += _finding(folder / FINALISTS_FILE, lambda file: read_record(file, Finalists), "selected again")
         notes += _finding(folder / "search_time.json", search_time, "the time is counted from zero")
         notes += _lines(folder / "draws.jsonl", _draw, "what is missing is drawn again")

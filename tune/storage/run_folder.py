@@ -4,8 +4,8 @@
     config.yaml          the effective spec
     environment.json     versions, host, CPUs, GPUs; `resumed`: the same of later environments
     scores.jsonl         one line per score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
-    models/<slug>/       massive_weights.json, proof.json, layers.json (a proof of every layer, if made), draws.jsonl
-                         (of Optuna), search_time.json, finalists.json
+    models/<slug>/       massive_weights.json, proof.json, layers.json (a proof of every layer, if made), snr.json (for
+                         slimadam_rules: auto), draws.jsonl (of Optuna), search_time.json, finalists.json
     trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, stage, setting, cell, status, reason,
                          times, summary), metrics.jsonl (one line per logged step), adapter/, answers/*.jsonl
 
@@ -36,6 +36,7 @@ from tune.storage.records import (
     SCORE_COLUMNS,
     SCORE_KEY,
     SCORES_FILE,
+    SNR_FILE,
     TrialRecord,
     check_name,
     read_trial,
@@ -147,6 +148,9 @@ class RunFolder:
 
     def massive_weights_file(self, model: str) -> Path:
         return self.model_dir(model) / "massive_weights.json"
+
+    def snr_file(self, model: str) -> Path:
+        return self.model_dir(model) / SNR_FILE
 
     def finding(self, file: Path) -> dict[str, Any] | None:
         """Return the content of one of a model's files; None if missing (or damaged, in a lenient run folder)."""

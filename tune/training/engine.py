@@ -19,6 +19,7 @@ import torch.distributed as dist
 from macdrop.errors import ConfigError, MacDropError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
 from tune.config.train.adapter_keys import InitLoraWeights
+from tune.config.train.optimizer_rules import AUTO
 from tune.data.dataset import Examples
 from tune.forward.answer_loss import AnswerLoss
 from tune.forward.fused_linear import fuse_linears
@@ -51,6 +52,7 @@ class Engine:
     def __init__(self, spec: TrainSpec) -> None:
         import deepspeed
 
+        assert spec.slimadam_rules != AUTO, "rules are measured before an engine is built for them"
         self.key = spec.engine_key()
         self.spec = spec
         self.rank, self.world = dist.get_rank(), dist.get_world_size()

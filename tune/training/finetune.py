@@ -71,6 +71,8 @@ class Outcome:
     adamw_bytes: int = 0
     #: On how many workers it was trained, from which step on.
     segments: Sequence[Segment] = ()
+    #: SlimAdam's rules, given or measured.
+    slimadam_rules: Mapping[str, str] | str | None = None
 
 
 def unmoved_text(names: Sequence[str]) -> str:
@@ -186,6 +188,7 @@ class _Run:
             optimizer_bytes=self.engine.optimizer_bytes,
             adamw_bytes=self.engine.adamw_bytes,
             segments=self.segments,
+            slimadam_rules=self.spec.slimadam_rules,
         )
         if left:
             rank0_does(lambda: self._write_checkpoint(final))

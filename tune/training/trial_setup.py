@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SETUP = "reproduce.json"
 #: Packages whose versions may change the bits of an adapter.
-PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "numpy", "bitsandbytes")
+PACKAGES = ("macdrop", "torch", "transformers", "peft", "deepspeed", "numpy", "bitsandbytes", "schedulefree")
 #: Part of an `identity` -> what it is, for one that differs while config.yaml does not.
 PARTS = {
     "total_steps": "optimizer steps of the whole fine-tuning (they follow from the data)",
@@ -41,12 +41,18 @@ PARTS = {
 
 
 def record_setup(
-    folder: Path, data: Prepared, weights: MassiveWeights | None, scan: Path, workers: int, begun: int | None = None
+    folder: Path,
+    data: Prepared,
+    weights: MassiveWeights | None,
+    scan: Path,
+    workers: int,
+    begun: int | None = None,
+    rules: Mapping[str, str] | str | None = None,
 ) -> None:
     """Write the record into a trial's folder.
 
     weights: the massive weights that the trial uses, if any, and `scan` the file that holds them. begun: the workers
-    that its run began with, by default `workers`.
+    that its run began with, by default `workers`. rules: SlimAdam's, if it trains.
     """
     import torch
 
@@ -61,6 +67,7 @@ def record_setup(
         },
         "weights": os.path.relpath(scan, folder) if weights else None,
         "fingerprint": weights.fingerprint if weights else None,
+        **({} if rules is None else {"slimadam_rules": rules}),
         **surroundings(),
     }
     atomic_write_json(folder / SETUP, setup)

@@ -20,6 +20,7 @@ from tune.cli.options import Config, load_run_file, split_config
 
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec, TrainSpec
+    from tune.preflight.inputs import Checked
     from tune.training.finetune import Outcome
     from tune.training.observer import Observer, Word
 
@@ -46,6 +47,7 @@ def train(
     from tune.storage.run_lock import check_free
     from tune.storage.segments import workers_at_start
     from tune.training.checkpoint import read_meta
+    from tune.training.optimizers.snr_record import is_auto, recorded_rules
     from tune.training.quiet import quiet_libraries
     from tune.training.trial_setup import check_checkpoint
 
@@ -75,22 +77,31 @@ def train(
         begun = workers_at_start(model, read_meta(checkpoint)) if checkpoint is not None else None
         checked = check_training(model, workers, room, begun)
     if _is_first():
-        for words in checked.data:
-            line("data", words)
-        line("packing", checked.packing)
-        for note in checked.notes:
-            line("note", note)
+        _show_checked(checked, measures=is_auto(recorded_rules(model, folder)))
     if checkpoint is not None:
-        check_checkpoint(model, checkpoint, checked.steps, workers)
+        check_checkpoint(recorded_rules(model, folder), checkpoint, checked.steps, workers)
         line("resuming", f"from {checkpoint}")
     with _claimed(folder):
         if _is_first():
             check_folder(folder, resume=resume, remedy=remedy)  # another run may have been there meanwhile
         outcome = _train(spec, model, folder, _step_printer(checked.steps))
+    model = recorded_rules(model, folder)
     _show_outcome(model, folder, outcome)
     line("next", _next_command(spec, model, file, folder))
     if _is_first():
         console.print(f"{RESULT} {result_json(model, folder, outcome)}", soft_wrap=True)
+
+
+def _show_checked(checked: Checked, *, measures: bool) -> None:
+    from tune.training.optimizers.snr_record import STEPS
+
+    for words in checked.data:
+        line("data", words)
+    line("packing", checked.packing)
+    if measures:
+        line("rules", f"of slimadam are measured first, in {STEPS} steps of a plain fine-tuning")
+    for note in checked.notes:
+        line("note", note)
 
 
 def _in_this_process(spec: RunSpec) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from tune.config.sections import Strict
-from tune.config.train.optimizer_rules import Optimizer, SlimRule
+from tune.config.train.optimizer_rules import Measured, Optimizer, SlimRule
 
 
 class OptimizerKeys(Strict):
@@ -61,12 +61,13 @@ class OptimizerKeys(Strict):
     warmup_ratio: float = Field(
         default=0.05, ge=0, le=1, description="Fraction of the optimizer steps used for warm-up, from 0 to 1."
     )
-    slimadam_rules: dict[str, SlimRule] | None = Field(
+    slimadam_rules: Measured | dict[str, SlimRule] | None = Field(
         default=None,
         description=(
             "For `slimadam`: kind of tensor -> what its second moments are means over: `none`, `fan_in`, `fan_out` or "
             "`both`. A kind is a layer and a part of its adapter (`q_proj/A`), or a part alone (`A`, `B`, "
-            "`magnitude`); kinds that are not listed are AdamW's."
+            "`magnitude`); kinds that are not listed are AdamW's. `auto` measures the rules in a short plain "
+            "fine-tuning, once for all trials of a model and kind of adapter."
         ),
     )
     loraplus_lr_ratio: float | None = Field(

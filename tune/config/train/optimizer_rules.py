@@ -8,6 +8,9 @@ from typing import Any, Literal
 Optimizer = Literal["adamw", "slimadam", "adamw_8bit", "lion", "muon", "schedule_free_adamw"]
 #: Dimensions that SlimAdam's second moments are means over, in a tensor [out, in].
 SlimRule = Literal["none", "fan_in", "fan_out", "both"]
+#: In place of rules: they are measured in a short plain fine-tuning (`tune.training.single`).
+Measured = Literal["auto"]
+AUTO: Measured = "auto"
 #: Learning-rate schedules that leave the rate alone after the warm-up.
 STEADY = ("constant", "constant_with_warmup")
 
@@ -46,7 +49,8 @@ def check_optimizer(spec: Any) -> None:
     name, rules = spec.optimizer, RULES[spec.optimizer]
     if name == "slimadam" and spec.slimadam_rules is None:
         raise ValueError(
-            "optimizer: slimadam needs slimadam_rules, such as {A: fan_in, B: fan_out}; {} is AdamW to the bit."
+            "optimizer: slimadam needs slimadam_rules: auto, which measures them, or rules such as {A: fan_in, B: "
+            "fan_out}; {} is AdamW to the bit."
         )
     if name != "slimadam" and spec.slimadam_rules is not None:
         raise ValueError(

@@ -24,9 +24,12 @@ from tune.evaluation.prefix_cache import PrefixCache
 from tune.evaluation.scorer import Scorer
 from tune.scheduling.queue import MAX_ATTEMPTS
 from tune.storage.atomic import atomic_write_json
+from tune.storage.places import cache_dir
+from tune.storage.records import SNR_FILE
 from tune.training.loading import open_base
 from tune.training.massive_weights import proof, recorded_weights
-from tune.training.process_group import device
+from tune.training.process_group import device, prepare_process
+from tune.training.single import recorded_snr
 from tune.training.watchdog import passes_watched, why_it_died
 
 if TYPE_CHECKING:
@@ -41,7 +44,9 @@ class Opening:
     `blocks` are the benchmarks of each split (`tune.config.eval_spec.SPLITS`), all of them resident side by side.
     `own` are the files behind the own measures of each split, which need not be on the actor's machine.
     With `scan` the actor finds the massive weights and proves them with k rows; otherwise it reads the file if it
-    exists. An actor that begins no forward pass for `step_timeout_s` seconds within a benchmark exits.
+    exists. `unruled` are fine-tunings for which SlimAdam's rules are measured first, into snr.json beside that file,
+    with the batches of `workers` workers. An actor that begins no forward pass for `step_timeout_s` seconds within a
+    benchmark exits.
     """
 
     spec: TrainSpec
@@ -52,6 +57,8 @@ class Opening:
     threads: int
     step_timeout_s: float = 1800.0
     own: dict[str, OwnFiles | None] = field(default_factory=dict)
+    unruled: tuple[TrainSpec, ...] = ()
+    workers: int = 1
 
 
 class Evaluator(PoolActor):
@@ -74,6 +81,8 @@ class Evaluator(PoolActor):
         self.prefix = PrefixCache()
         torch.set_num_threads(opening.threads)
         self.step_timeout_s = opening.step_timeout_s
+        if opening.unruled:
+            _measure_snr(opening)
         spec = opening.spec
         model, tokenizer = open_base(spec)
         model = model.to(device())  # type: ignore[arg-type]  # the wrapper in transformers loses `self`
@@ -117,6 +126,15 @@ class Evaluator(PoolActor):
         return Result(task, rows, seconds=seconds, calls_saved=shared, notes=list(scorer.notes))
 
 
+def _measure_snr(opening: Opening) -> None:
+    """Write snr.json unless it is there, and then check it; before the model is resident, as it is loaded for it."""
+    prepare_process(opening.threads)
+    file = Path(opening.weights).with_name(SNR_FILE)
+    record = recorded_snr(opening.unruled, file, cache_dir() / "data", workers=opening.workers)
+    if not file.is_file():
+        atomic_write_json(file, record.model_dump(mode="json"))
+
+
 class EvaluatorPool:
     """Hands tasks to idle evaluators; a task whose actor died is retried.
 
@@ -138,7 +156,7 @@ class EvaluatorPool:
         """
         self._last = {}
         self._step_timeout_s = opening.step_timeout_s
-        return self._pool.open(opening, lambda opening: replace(opening, scan=False))
+        return self._pool.open(opening, lambda opening: replace(opening, scan=False, unruled=()))
 
     def submit(self, task: EvalTask) -> None:
         """Queue a task."""

@@ -193,7 +193,7 @@ def _train(
         folder = Path(task.folder)
         # The run folder must exist: if its storage is away, it is waited for, not created.
         rank0_does(lambda: ensure_folder(folder, folder.parents[1]))
-        scan, world = Path(task.weights or ""), dist.get_world_size()
+        scan, world, begun = Path(task.weights or ""), dist.get_world_size(), task.workers_at_start
         outcome = finetune(
             engine,
             spec,
@@ -201,9 +201,9 @@ def _train(
             folder,
             weights=weights,
             observe=_Relay(dispatcher, lane, task) if first else None,
-            begin=lambda: record_setup(folder, prepared, weights, scan, world, task.workers_at_start),
+            begin=lambda: record_setup(folder, prepared, weights, scan, world, begun, spec.slimadam_rules),
             beat=watchdog.beat,
-            workers=task.workers_at_start,
+            workers=begun,
         )
     except DispatcherLost:
         raise  # There is nobody to report to.

@@ -33,6 +33,7 @@ from tune.storage.records import TrialRecord
 from tune.storage.run_folder import RunFolder
 from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
+from tune.training.optimizers.snr_record import read_snr
 
 #: The follower of tasks that no Tune trial queued: baselines of the search, and the whole final stage.
 BASELINE = "baseline"
@@ -82,7 +83,7 @@ class StudyRun:
         return searched.seconds
 
     def _open(self) -> TrialContext:
-        """Make the model resident in the evaluators, score the base, find the massive weights."""
+        """Make the model resident in the evaluators, score the base, find the massive weights, measure rules."""
         wanted = jobs_of_stages(self.spec)
         blocks = {TEST: self.spec.eval}
         if self.study.search and wanted[Stage.SEARCH]:
@@ -97,13 +98,18 @@ class StudyRun:
             threads=self.spec.ray.threads_per_worker,
             step_timeout_s=self.spec.ray.step_timeout_s,
             own={split: own_files(block) for split, block in blocks.items()},
+            unruled=self.study.unruled,
+            workers=self.run_folder.workers_at_start(),
         )
+        weights = self.controller.open(self.study, opening)
+        if opening.unruled:
+            self.study = self.study.with_measured(read_snr(self.run_folder.snr_file(self.study.name)).rules())
         return TrialContext(
             dispatcher=self.dispatcher,
             study=self.study,
             run_dir=str(self.run_folder.run_dir),
             data=str(cache_dir() / "data"),
-            weights=self.controller.open(self.study, opening),
+            weights=weights,
             width=self.spec.ray.num_workers,
             workers_at_start=self.run_folder.workers_at_start(),
         )

@@ -35,6 +35,7 @@ ORDER = (
     "training",
     "pareto",
     "generations",
+    "moments",
     "cost",
     "reproduce",
     "trials",

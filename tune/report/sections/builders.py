@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tune.report.sections import attacks, cost, findings, generations, paper, trials
+from tune.report.sections import attacks, cost, findings, generations, moments, paper, trials
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part
 from tune.report.text import one_line
@@ -19,6 +19,7 @@ BUILDERS: dict[str, Callable[[Subject], Part]] = {
     "attacks": attacks.curves,
     "pareto": trials.pareto,
     "generations": generations.generations,
+    "moments": moments.second_moments,
     "cost": cost.cost,
     "reproduce": cost.reproduce,
     "trials": trials.trials,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from macdrop.errors import ConfigError, nearest
-from tune.config.train.optimizer_rules import SlimRule
+from tune.config.train.optimizer_rules import AUTO, Measured, SlimRule
 from tune.training.optimizers.adamw import MOMENTS
 from tune.training.optimizers.adapter_tensors import AdapterTensor
 from tune.training.optimizers.method import Method, StateTensor
@@ -23,27 +23,33 @@ class SlimAdam(Method):
 
     elementwise = False
 
+    @property
+    def rules(self) -> Mapping[str, SlimRule]:
+        """Return the rules; none where they are yet to be measured, which is AdamW and the most that may be kept."""
+        rules = self.spec.slimadam_rules
+        return {} if rules is None or rules == AUTO else rules
+
     def layout(self, tensor: AdapterTensor) -> dict[str, StateTensor]:
-        over = dimensions(rule_of(tensor, self.spec.slimadam_rules or {}), len(tensor.shape))
+        over = dimensions(rule_of(tensor, self.rules), len(tensor.shape))
         slim = tuple(1 if number in over else size for number, size in enumerate(tensor.shape))
         return {MOMENTS[0]: StateTensor(tensor.shape), MOMENTS[1]: StateTensor(slim)}
 
     def settings(self, tensor: AdapterTensor) -> dict[str, Any]:
-        rule = rule_of(tensor, self.spec.slimadam_rules or {})
+        rule = rule_of(tensor, self.rules)
         return {**super().settings(tensor), OVER: dimensions(rule, len(tensor.shape))}
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return SlimAdamW(groups, lr=self.spec.learning_rate)
 
 
-def check_rules(tensors: Mapping[str, AdapterTensor], rules: Mapping[str, SlimRule] | None) -> None:
-    """Refuse rules for tensors that the adapter does not have.
+def check_rules(tensors: Mapping[str, AdapterTensor], rules: Mapping[str, SlimRule] | Measured | None) -> None:
+    """Refuse rules for tensors that the adapter does not have; those that will be measured are for all that it has.
 
     Raises:
         ConfigError: a rule names no kind of tensor.
     """
     kinds = sorted({each.kind for each in tensors.values()} | {each.factor.value for each in tensors.values()})
-    for name in rules or {}:
+    for name in {} if rules is None or rules == AUTO else rules:
         if name not in kinds:
             raise ConfigError(
                 f"slimadam_rules names {name!r}, and the adapter has no such tensors.{nearest(name, kinds)} "
