@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
-from helpers.python_sweep import in_a_thread
+from helpers.python_sweep import check_copy, in_a_thread
 from helpers.small import SMALL
 
 from macdrop.errors import ConfigError
@@ -260,6 +260,7 @@ def front(tmp_path_factory) -> tuple[Path, int, str]:
     folder = tmp_path_factory.mktemp("front") / "run"
     spec = make(
         folder,
+        sync_to=f"file://{folder.parent / 'copy'}",
         max_steps=40,
         eval_steps=2,
         macdrop={"schedule": "exp", "alpha": 1.0},
@@ -292,7 +293,7 @@ def test_asha_stops_tasks_early_but_not_before_the_decay(front):
 
 
 def test_without_fresh_seeds_the_best_of_the_front_become_final(front):
-    """And the plain arm has a trial at the learning rate that was found for MacDrop."""
+    """And the plain arm has a trial at the learning rate that was found for MacDrop; all of it is in the copy."""
     folder = front[0]
     chosen = finalists(folder)
     (cell,) = chosen["cells"]
@@ -306,6 +307,7 @@ def test_without_fresh_seeds_the_best_of_the_front_become_final(front):
     rows = [json.loads(line) for line in (folder / "scores.jsonl").open()]
     assert {row["arm"] for row in rows if row["split"] == "test"} == set(final)
     assert {row["trial"] for row in rows if row["split"] == "test"} == {t["trial"] for t in final.values()}
+    check_copy(folder, folder.parent / "copy")
 
 
 def load_rate(folder: Path, trial: dict) -> float:

@@ -66,10 +66,11 @@ def train_again(folder: Path, overrides: Iterable[str] = (), *, observe: Callabl
     spec = load(folder / "config.yaml", overrides, kind=TrainSpec)
     info = _recorded(folder)
     if (words := describe(recorded(info))) is not None:
-        again = shell_command("macdrop", "train", folder / "config.yaml")
+        workers = f"ray.num_workers={setup.get('workers_at_start', setup['workers'])}"
+        again = shell_command("macdrop", "train", folder / "config.yaml", workers)
         raise ConfigError(
             f"The adapter cannot be trained again to the same bits: {words}, and one group of processes has one number "
-            f"of workers. To train it on one: {again} output_dir=FOLDER"
+            f"of workers. To train it on the one that it began with: {again} output_dir=FOLDER"
         )
     stop_at = _recorded_step(info)
     if not overrides and os.path.isdir(setup["directory"]):
