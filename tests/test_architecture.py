@@ -12,9 +12,9 @@ import io
 import re
 import subprocess
 import sys
+import tarfile
 import tokenize
 import tomllib
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,9 +97,10 @@ def texts(name: str) -> Iterator[tuple[str, str]]:
     if not name.endswith(".tar.xz"):
         yield name, text(name)
         return
-    with zipfile.ZipFile(ROOT / name) as archive:
-        for member in archive.namelist():
-            yield f"{name}/{member}", archive.read(member).decode()
+    with tarfile.open(ROOT / name) as archive:
+        for member in archive:
+            if (content := archive.extractfile(member)) is not None:
+                yield f"{name}/{member.name}", content.read().decode()
 
 
 @functools.cache
