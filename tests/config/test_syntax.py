@@ -10,7 +10,7 @@ import yaml
 from macdrop.errors import ConfigError
 from tune.config.run_spec import load
 from tune.config.syntax.user_paths import expand_arguments
-from tune.config.syntax.yaml_core import parse_yaml, write_yaml
+from tune.config.syntax.yaml_core import parse_blocks, parse_yaml, write_yaml
 
 MODEL = "model_name_or_path=zoo:planted-llama"
 #: Nine levels of nine: 43 million values.
@@ -104,3 +104,42 @@ def test_the_shell_leaves_some_home_folders_to_us(monkeypatch):
     monkeypatch.setenv("HOME", "/h")
     given = ["eval", "~/m", "--output=~/x", "--k=3", "dataset=~/d", "a~b"]
     assert expand_arguments(given) == ["eval", "/h/m", "--output=/h/x", "--k=3", "dataset=~/d", "a~b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\nb: {c: [1, 2.5, null]}\nd:\n- x\n- y: z\ne:\n  f: yes\n",
+        "a: |\n  two\n\n  lines\nb: 'it''s'\nc: |+\n  kept\n\n",
+        "a: &x [1]\nb: *x\n",
+        "# a comment\na: 1\n",
+        "a:\n  - 1\n\nb: 010\n",
+        'a: "over\n  lines"\nb: -0.0\n',
+        "a: 1",
+        "",
+        "- 1\n- 2\n",
+        "a: 1\n...\n",
+    ],
+)
+def test_a_file_read_key_by_key_is_the_same_file(text):
+    def read(parse) -> str:
+        return repr(parse(text))
+
+    assert read(parse_blocks) == read(parse_yaml) == read(parse_blocks)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1\na: 2\n", "a: [1\nb: 2\n", "a: 1\n b: 2\n", "a: *x\n", "null: 1\n", "a: 'x\nb: 1\n"]
+)
+def test_a_mistake_is_found_at_its_line_key_by_key_too(text):
+    found = []
+    for parse in (parse_yaml, parse_blocks):
+        with pytest.raises(ConfigError) as raised:
+            parse(text)
+        found.append(str(raised.value))
+    assert found[0] == found[1]
+
+
+def test_values_read_key_by_key_are_the_reader_s_own():
+    parse_blocks("a: [1]\n")["a"].append(2)
+    assert parse_blocks("a: [1]\n") == {"a": [1]}

@@ -9,6 +9,7 @@ from typing import Any
 
 from macdrop.errors import DataError
 from tune.config.eval_spec import EvalJob
+from tune.config.run_spec import slug
 from tune.evaluation.benchmark import BENCHMARKS
 from tune.evaluation.item_values import MULTI_TURN, Value, Values, entry_of, part_of, same_score
 from tune.evaluation.score_names import Column
@@ -40,10 +41,7 @@ class Items:
 
     def __init__(self, run_folder: RunFolder, model: str) -> None:
         self._run_folder, self._model = run_folder, model
-        self._rows: dict[tuple, dict[str, Any]] = {}
-        for row in run_folder.score_rows():
-            if run_folder.model_dir(row["model"]) == run_folder.model_dir(model):
-                self._rows[_key(row)] = row
+        self._rows: dict[str, dict[tuple, dict[str, Any]]] = {}
         self._files: dict[Path, list[dict[str, Any]]] = {}
         self._found: dict[tuple, Found] = {}
 
@@ -59,9 +57,17 @@ class Items:
         """
         key = _key({**vars(column), "trial": trial, "split": split})
         if key not in self._found:
-            row = self._rows.get(key)
+            row = self._scored(trial).get(key)
             self._found[key] = None if row is None or row["value"] is None else self._read(row, column)
         return self._found[key]
+
+    def _scored(self, trial: str) -> dict[tuple, dict[str, Any]]:
+        """The score rows of a trial of this model, by their keys."""
+        if trial not in self._rows:
+            own = slug(self._model)
+            rows = self._run_folder.trial_scores(trial)
+            self._rows[trial] = {_key(row): row for row in rows if slug(row["model"]) == own}
+        return self._rows[trial]
 
     def _read(self, row: Mapping[str, Any], column: Column) -> Found:
         judged = column.metric in JUDGE_METRICS

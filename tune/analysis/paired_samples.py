@@ -13,9 +13,8 @@ from tune.analysis.items import Items, matched
 from tune.analysis.stats import linearised
 from tune.config.eval_spec import TEST
 from tune.config.recorded import asked_for
-from tune.config.run_spec import slug
 from tune.evaluation.item_values import RATIOS
-from tune.evaluation.score_names import Column, is_part, primary_columns
+from tune.evaluation.score_names import Column, Known, is_part, primary_columns
 from tune.storage.run_folder import RunFolder
 
 DESCRIPTIVE = ("repeated_4grams", "empty_share", "judge_unparsed")
@@ -32,14 +31,19 @@ class Samples:
         self._items = Items(run_folder, model)
         self._asked = asked_for(run_folder.config())
         self._scores: dict[tuple[str, Column], float | None] = {}
-        for row in run_folder.score_rows():
-            if slug(row["model"]) == slug(model) and row["split"] == TEST:
-                self._scores[row["trial"], Column.of(row)] = row["value"]
+        self._columns: dict[Column, None] = {}
+        known = Known()
+        for row in run_folder.model_scores(model):
+            if row["split"] == TEST:
+                column = known.column(row)
+                self._columns[column] = None
+                self._scores[row["trial"], column] = row["value"]
 
     def columns(self, plain: Trials, other: Trials) -> list[Column]:
         """Primary columns of quality that both arms have for a shared seed, without parts of tasks."""
-        found = dict.fromkeys(column for _, column in self._scores)
-        primary = primary_columns([column for column in found if self._pairs(column, plain, other)], self._asked)
+        primary = primary_columns(
+            [column for column in self._columns if self._pairs(column, plain, other)], self._asked
+        )
         usable = [c for c in primary if c.higher_is_better is not None and c.metric not in DESCRIPTIVE]
         return [column for column in usable if not is_part(column, primary)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from tune.config.recorded import asked_for, block_of, models_of
 from tune.config.run_spec import CELL_KEYS, slug
 from tune.config.sections import Arm
 from tune.config.train.data_keys import weights_of
-from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, add_means, place, primary_columns
+from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, Known, add_means, place, primary_columns
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import Stage, TaskState
@@ -140,24 +141,24 @@ class ModelResults:
         return max((len({line.seed for line in g.lines}) for g in self.groups if g.arm == Arm.MACDROP), default=0)
 
 
-def collect(run_folder: RunFolder) -> list[ModelResults]:
-    """The results of each model of a run, finished or not, in the order of its spec."""
-    config, trials, rows = run_folder.config(), run_folder.trials(), run_folder.score_rows()
-    names = [slug(name) for name in models_of(config)]
+def collect(run_folder: RunFolder, trials: list[TrialRecord] | None = None) -> list[ModelResults]:
+    """The results of each model of a run, finished or not, in the order of its spec.
+
+    trials: those of the run folder, where they have been read.
+    """
+    config, rows = run_folder.config(), run_folder.score_rows()
+    trials = run_folder.trials() if trials is None else trials
     recorded = [*(trial.model for trial in trials), *(row["model"] for row in rows)]
-    names += [slug(model) for model in recorded]
-    display = {slug(model): model for model in (*recorded, *models_of(config))}
-    return [
-        _model(
-            run_folder,
-            name,
-            display[name],
-            [trial for trial in trials if slug(trial.model) == name],
-            [row for row in rows if slug(row["model"]) == name],
-            config,
-        )
-        for name in dict.fromkeys(names)
-    ]
+    slugs = {model: slug(model) for model in {*recorded, *models_of(config)}}
+    display = {slugs[model]: model for model in (*recorded, *models_of(config))}
+    of_model: dict[str, tuple[list[TrialRecord], list[dict[str, Any]]]] = {
+        slugs[model]: ([], []) for model in (*models_of(config), *recorded)
+    }
+    for trial in trials:
+        of_model[slugs[trial.model]][0].append(trial)
+    for row in rows:
+        of_model[slugs[row["model"]]][1].append(row)
+    return [_model(run_folder, name, display[name], *found, config) for name, found in of_model.items()]
 
 
 def value_of(line: Line, objective: str) -> float | None:
@@ -182,11 +183,12 @@ def _model(
     lines = base + [_line(trial) for trial in trials]
     by_trial = {line.trial: line for line in lines}
     columns: dict[Column, None] = {}
+    known = Known()
     for row in rows:
-        column = Column.of(row)
+        column = known.column(row)
         columns[column] = None
         if row["trial"] in by_trial and row["value"] is not None:
-            by_trial[row["trial"]].scores[column] = Cell.of(row)
+            by_trial[row["trial"]].scores[column] = known.cell(row)
     asked = asked_for(config)
     means = add_means([line.scores for line in lines], primary_columns(columns, asked))
     tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
@@ -253,15 +255,14 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
 
     lines.sort(key=key)
     counts: dict[str, int] = {}
-    for line in (line for line in lines if line.stage == Stage.SEARCH or not _staged(lines)):
+    staged, plain = _staged(lines), Counter(line.stage for line in lines if line.arm == Arm.PLAIN)
+    for line in (line for line in lines if line.stage == Stage.SEARCH or not staged):
         counts[line.arm] = number = counts.get(line.arm, 0) + 1
         if line.arm == Arm.PLAIN:
-            several = sum(other.arm == Arm.PLAIN and other.stage == line.stage for other in lines) > 1
-            line.label = f"plain{number}" if several else "plain"
+            line.label = f"plain{number}" if plain[line.stage] > 1 else "plain"
         elif line.arm != BASE:
             line.label = f"{'M' if line.arm == Arm.MACDROP else arm_name(line.arm)}{number}"
-    ranked = [line for line in lines if line.arm == Arm.MACDROP and not key(line)[2]]
-    return ranked[0] if ranked else None
+    return next((line for line in lines if line.arm == Arm.MACDROP and not key(line)[2]), None)
 
 
 def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
@@ -277,18 +278,18 @@ def _groups(lines: list[Line], finalists: Mapping[str, Any]) -> list[Group]:
     cells = finalists.get("cells")
     rows = cells if isinstance(cells, list) else []
     ranked = [setting for row in rows if isinstance(row, Mapping) for setting in row.get("macdrop") or ()]
+    ranks = {setting: number for number, setting in reversed(list(enumerate(ranked)))}
 
     def place(item: tuple[tuple[str, str], list[Line]]) -> tuple:
         (arm, group), members = item
-        rank = ranked.index(group) if group in ranked else len(ranked)
-        return kinds[arm], [str(value) for value in members[0].cell.values()], rank
+        return kinds[arm], [str(value) for value in members[0].cell.values()], ranks.get(group, len(ranked))
 
     for (arm, setting), members in sorted(by_id.items(), key=place):
         members = sorted(members, key=lambda line: (line.seed is None, line.seed))
         made.append(Group(setting_label(members[0].arm, members[0].settings), arm, setting, members[0].cell, members))
-    shared = [group.label for group in made]
+    shared = Counter(group.label for group in made)
     for group in made:
-        if shared.count(group.label) > 1:
+        if shared[group.label] > 1:
             group.label += f" ({group.lines[0].label or group.lines[0].trial})"
         for line in group.lines:
             line.label = line.label or f"{group.label}, seed {line.seed}"
@@ -314,9 +315,21 @@ def _varied(lines: list[Line], searched: list[str]) -> list[str]:
         for key in every
         if not key.startswith("macdrop.")
         and key.partition(".")[0] not in (*NOT_SETTINGS, "seed", "slimadam_rules")  # rules follow from the optimizer
-        and len({json.dumps(line.settings.get(key), default=str) for line in trials}) > 1
+        and _differs(trials, key)
     ]
     return [key for key in dict.fromkeys([*own, *searched, *differing]) if key != "seed"]
+
+
+def _differs(trials: list[Line], key: str) -> bool:
+    """Return whether two trials differ in a setting, as JSON has it."""
+    first = trials[0].settings.get(key)
+    text = json.dumps(first, default=str)
+    for line in trials:
+        other = line.settings.get(key)
+        same = type(other) is type(first) and isinstance(other, (str, int, bool, type(None))) and other == first
+        if not same and json.dumps(other, default=str) != text:
+            return True
+    return False
 
 
 def _setting_text(settings: Mapping[str, Any], arm: str) -> str:

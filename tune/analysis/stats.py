@@ -301,9 +301,16 @@ def _of_items(block: np.ndarray, span: float) -> tuple[float, float]:
 
 def _square(seed: Numbers, item: Numbers, rest: Numbers, t_seed: float = 1.0, t_item: float = 1.0) -> Numbers:
     """The squared margin of `Paired`; with t = 1 the variance of the mean. Unknown variances are nan."""
+    if isinstance(seed, float) and isinstance(item, float) and isinstance(rest, float):
+        return _fmax(t_seed**2 * seed + _fmax(t_item**2 * (item - rest), 0.0), t_item**2 * item)
     of_items = t_item**2 * item
     own = np.fmax(t_item**2 * (item - rest), 0.0)
     return np.fmax(t_seed**2 * seed + own, of_items)
+
+
+def _fmax(one: float, other: float) -> float:
+    """`numpy.fmax` of two numbers, which costs ten times as much: the larger one, or the one that is not nan."""
+    return other if math.isnan(one) or other > one else one
 
 
 def _chi_square(df: float, shares: np.ndarray) -> np.ndarray:

@@ -65,15 +65,18 @@ class Setting:
         return setting_label(self.arm, self.config)
 
 
-def verdicts(run_folder: RunFolder, model: str) -> list[Verdict]:
+def verdicts(run_folder: RunFolder, model: str, recorded: Iterable[TrialRecord] | None = None) -> list[Verdict]:
     """Verdicts on the MacDrop finalists of each cell, best first, then its placebos; partial for a running sweep.
 
     Empty before settings are selected for the final stage, or if no plain adapter shares a seed and a benchmark with a
     finalist.
+
+    recorded: the trials of the model, or of all models, where they have been read.
     """
     content = run_folder.finding(run_folder.finalists_file(model)) or {}
     seeds = content.get("seeds", [])
-    trials = [t for t in run_folder.trials() if slug(t.model) == slug(model) and t.seed in seeds]
+    recorded, own = run_folder.trials() if recorded is None else recorded, slug(model)
+    trials = [t for t in recorded if t.seed in seeds and slug(t.model) == own]
     settings = _by_setting(trials)
     samples = Samples(run_folder, model)
     name = next((t.model for t in trials), model)

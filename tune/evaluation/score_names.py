@@ -75,6 +75,31 @@ class Cell:
         return cls(row["value"], row.get("stderr"), row.get("n"), how)
 
 
+class Known:
+    """Columns and cells of many rows of scores.jsonl: those of equal names, and equal conditions, are one object."""
+
+    def __init__(self) -> None:
+        self._columns: dict[tuple[Any, ...], Column] = {}
+        self._how: dict[tuple[Any, ...], tuple[tuple[str, Any], ...]] = {}
+
+    def column(self, row: Mapping[str, Any]) -> Column:
+        """Return `Column.of` a row."""
+        key = tuple([row.get(name) for name in _NAMES])
+        if key not in self._columns:
+            self._columns[key] = Column.of(row)
+        return self._columns[key]
+
+    def cell(self, row: Mapping[str, Any]) -> Cell:
+        """Return `Cell.of` a row."""
+        key = tuple([repr(row.get(name)) for name in HOW])
+        if key not in self._how:
+            self._how[key] = Cell.of(row).how
+        return Cell(row["value"], row.get("stderr"), row.get("n"), self._how[key])
+
+
+_NAMES = tuple(Column.__dataclass_fields__)
+
+
 def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] | None = None) -> list[Column]:
     """Choose one metric per task and attack: the asked one, else the first of `PRIMARY`, else the task's first.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune.analysis.results import ModelResults, collect
 from tune.analysis.verdict import Verdict, verdicts
+from tune.config.run_spec import slug
 from tune.config.sections import Arm
 from tune.report.escaping import latex_text, markdown_text, rich_text, visible
 from tune.report.sections.builders import parts
@@ -23,6 +24,7 @@ from tune.report.sections.subject import Subject
 from tune.report.tables import Part
 from tune.report.text import count, one_line
 from tune.storage.environment import differences
+from tune.storage.records import TrialRecord
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import TaskState
 
@@ -148,16 +150,20 @@ def make_report(run_dir: str | os.PathLike, archive: Path | None = None) -> Repo
         ConfigError: not a run folder.
     """
     run_folder = RunFolder.open(run_dir, lenient=True, archive=archive)
-    models = collect(run_folder)
-    verdicts = {model.name: _verdicts(run_folder, model) for model in models}
+    trials = run_folder.trials()
+    models = collect(run_folder, trials)
+    of_model: dict[str, list[TrialRecord]] = {model.name: [] for model in models}
+    for trial in trials:
+        of_model[slug(trial.model)].append(trial)
+    verdicts = {model.name: _verdicts(run_folder, model, of_model[model.name]) for model in models}
     name = str(run_folder.run().get("name") or run_folder.run_dir.resolve().name)
     return Report(run_folder.run_dir, name, _about(run_folder, models), models, verdicts, run_folder)
 
 
-def _verdicts(run_folder: RunFolder, model: ModelResults) -> list[Verdict]:
+def _verdicts(run_folder: RunFolder, model: ModelResults, trials: list[TrialRecord]) -> list[Verdict]:
     """The verdicts; none, with the reason as the model's `trouble`, if damage prevents statistics."""
     try:
-        return verdicts(run_folder, model.display) if model.trials("macdrop") else []
+        return verdicts(run_folder, model.display, trials) if model.trials("macdrop") else []
     except Exception as error:  # a file of another shape than ours: it may raise anything
         model.trouble = f"a file of the run is damaged ({type(error).__name__}: {one_line(str(error))})."
         return []

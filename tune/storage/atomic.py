@@ -173,24 +173,37 @@ def atomic_write_yaml(path: AnyPath, value: Any, within: AnyPath | None = None) 
 
 @overload
 def read_mapping(
-    path: AnyPath, problems: None = None, needs: Collection[str] = (), within: AnyPath | None = None
+    path: AnyPath,
+    problems: None = None,
+    needs: Collection[str] = (),
+    within: AnyPath | None = None,
+    parse: Callable[[str], Any] = parse_yaml,
 ) -> dict[str, Any]: ...
 
 
 @overload
 def read_mapping(
-    path: AnyPath, problems: list[str] | None, needs: Collection[str] = (), within: AnyPath | None = None
+    path: AnyPath,
+    problems: list[str] | None,
+    needs: Collection[str] = (),
+    within: AnyPath | None = None,
+    parse: Callable[[str], Any] = parse_yaml,
 ) -> dict[str, Any] | None: ...
 
 
 def read_mapping(
-    path: AnyPath, problems: list[str] | None = None, needs: Collection[str] = (), within: AnyPath | None = None
+    path: AnyPath,
+    problems: list[str] | None = None,
+    needs: Collection[str] = (),
+    within: AnyPath | None = None,
+    parse: Callable[[str], Any] = parse_yaml,
 ) -> dict[str, Any] | None:
     """Read the mapping that a .json or .yaml file holds.
 
     Args:
         problems: where a damaged file is noted, once, and None returned, instead of raising.
         needs: keys that the mapping must have.
+        parse: of a file of YAML.
 
     Raises:
         ConfigError: the file cannot be read as a mapping, or lacks a key; the message has the path.
@@ -198,7 +211,7 @@ def read_mapping(
     path = Path(path)
     try:
         text = lasting(lambda: path.read_text(encoding="utf-8"), within)
-        found = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
+        found = json.loads(text) if path.suffix == ".json" else parse(text)
         check_mapping(found, needs)
     except (OSError, ValueError, RecursionError) as error:
         report_damage(path, error, problems)

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from macdrop.errors import ConfigError
 from tune.storage.atomic import AnyPath, check_mapping, lasting, make_folder, plain, stat, writing
 
@@ -142,8 +144,9 @@ class GrowingFile:
         rows = []
         for number, line in enumerate(lines, self._lines + 1):
             try:
-                row = json.loads(line.decode("utf-8", errors="replace"))
-                check_mapping(row, self._needs)
+                row = _value(line)
+                if type(row) is not dict or self._needs:
+                    check_mapping(row, self._needs)
                 if self._check is not None:
                     self._check(row)
                 rows.append(row)
@@ -157,6 +160,18 @@ class GrowingFile:
         self._lines += len(lines)
         self._seam = (self._seam + whole)[-_SEAM:]
         return rows
+
+
+def _value(line: bytes) -> Any:
+    """The value of a line of JSON. What pydantic's parser refuses is left to the standard one, which takes more.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return from_json(line)  # a third of the time
+    except ValueError:
+        return json.loads(line.decode("utf-8", errors="replace"))
 
 
 def _cut_torn(handle: int) -> int:

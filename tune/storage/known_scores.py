@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tune.config.eval_spec import TEST
+from tune.config.run_spec import slug
 from tune.storage.json_lines import GrowingFile
 from tune.storage.records import SCORE_KEY, check_score
 
@@ -24,6 +25,8 @@ class KnownScores:
         self._lock = threading.Lock()
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._trials: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+        self._models: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+        self._slugs: dict[str, str] = {}
 
     def rows(self, trial: str | None = None) -> list[dict[str, Any]]:
         """Return the rows, of one trial if it is named, in the order they first came.
@@ -35,12 +38,26 @@ class KnownScores:
             self._refresh()
             return [dict(row) for row in (self._rows if trial is None else self._trials.get(trial, {})).values()]
 
+    def of_model(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of a model, by the slug of its name (`tune.config.run_spec.slug`).
+
+        Raises:
+            ConfigError: as `rows`.
+        """
+        with self._lock:
+            self._refresh()
+            return [dict(row) for row in self._models.get(name, {}).values()]
+
     def _refresh(self) -> None:
         whole, rows = self._file.read()
         if whole:
-            self._rows, self._trials = {}, {}
+            self._rows, self._trials, self._models = {}, {}, {}
         for row in rows:
             row = {"split": TEST, **row}
             key = tuple(row.get(name) for name in SCORE_KEY)
             self._rows[key] = row
             self._trials.setdefault(row["trial"], {})[key] = row
+            model = row["model"]
+            if model not in self._slugs:
+                self._slugs[model] = slug(model)
+            self._models.setdefault(self._slugs[model], {})[key] = row

@@ -5,6 +5,7 @@ Keys that a model does not name are kept. Values are never converted, except for
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from macdrop.errors import ConfigError
 from tune.config.eval_spec import TEST
 from tune.config.run_spec import TrainSpec
+from tune.config.syntax.yaml_core import parse_blocks
 from tune.storage.atomic import read_mapping, report_damage
 from tune.storage.states import RunStatus, Stage, TaskState
 
@@ -46,6 +48,7 @@ SCORE_COLUMNS = (
 )
 
 
+@lru_cache(maxsize=65536)
 def check_name(name: str) -> str:
     """Return a name that is that of a folder, and not a path to elsewhere.
 
@@ -227,7 +230,7 @@ def read_trial(folder: Path, problems: list[str] | None = None) -> TrialRecord |
         report_damage(folder / "trial.json", ValueError(f"it is the record of trial {record.trial!r}"), problems)
         return None
     config = folder / "config.yaml"
-    record.config = (read_mapping(config, problems) if config.exists() else None) or {}
+    record.config = (read_mapping(config, problems, parse=parse_blocks) if config.exists() else None) or {}
     return record
 
 

@@ -16,6 +16,7 @@ Files are written whole or not at all (`tune.storage.atomic`). A trial's files h
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from tune.config.messages import believable
 from tune.config.resume import own_command, resume_command
 from tune.config.run_spec import RunSpec, slug
 from tune.config.sections import BASE
-from tune.storage.atomic import atomic_write_json, atomic_write_yaml, now, plain, read_mapping
+from tune.storage.atomic import atomic_write_json, atomic_write_yaml, now, plain, read_mapping, stat
 from tune.storage.environment import environments, version
 from tune.storage.json_lines import append_jsonl
 from tune.storage.known_scores import KnownScores
@@ -62,6 +63,7 @@ class RunFolder:
         self.problems = problems
         self.archive: Path | None = None
         self._scores: KnownScores | None = None
+        self._config: tuple[tuple[int, int, int], dict[str, Any]] | None = None
 
     @classmethod
     def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> RunFolder:
@@ -123,8 +125,14 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """The effective spec; opened leniently, without invalid values."""
-        content = read_mapping(self.run_dir / "config.yaml", within=self.run_dir)
-        return content if self.problems is None else believable(RunSpec, content, "config.yaml", self.problems)
+        file = self.run_dir / "config.yaml"
+        found = stat(file, self.run_dir)
+        stamp = (found.st_ino, found.st_size, found.st_mtime_ns) if found else (0, 0, 0)
+        if self._config is None or self._config[0] != stamp:
+            content = read_mapping(file, within=self.run_dir)
+            kept = content if self.problems is None else believable(RunSpec, content, "config.yaml", self.problems)
+            self._config = stamp, kept
+        return copy.deepcopy(self._config[1])
 
     def workers_at_start(self) -> int:
         """Return the workers per lane that the run began with, which decide the batches of all its trials."""
@@ -219,6 +227,10 @@ class RunFolder:
     def trial_scores(self, trial: str) -> list[dict[str, Any]]:
         """`score_rows` of one trial; those of `BASE` are of all models."""
         return self._table().rows(trial)
+
+    def model_scores(self, model: str) -> list[dict[str, Any]]:
+        """`score_rows` of one model; takes the full name or the slug of it (`tune.config.run_spec.slug`)."""
+        return self._table().of_model(slug(model))
 
     def _table(self) -> KnownScores:
         # Kept: asked once per benchmark and trial, by which the file grows.

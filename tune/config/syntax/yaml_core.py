@@ -5,6 +5,8 @@ PyYAML follows YAML 1.1, where `010` is eight, `1:30` is ninety and `no` is fals
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import re
 import reprlib
@@ -26,6 +28,8 @@ _SCALARS = {
     "merge": (r"<<", ["<"]),
 }
 _TAG = "tag:yaml.org,2002:"
+#: The first line of a top-level key as `write_yaml` has it, and the others; anything else is read as one document.
+_FIRST, _INNER = re.compile(r"[A-Za-z_]\w*:(?: |$)"), (" ", "- ")
 #: Values that aliases may make of a file: a few lines of them can stand for billions.
 _MOST_VALUES = 100_000
 
@@ -139,6 +143,35 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError(where) from None
     except RecursionError:
         raise ConfigError("it is nested too deeply") from None
+
+
+def parse_blocks(text: str) -> Any:
+    """`parse_yaml` of one of many files that share most of their top-level keys: each key's text is parsed once.
+
+    Raises:
+        ConfigError: as `parse_yaml`.
+    """
+    blocks: list[list[str]] = []
+    for line in text.removesuffix("\n").split("\n"):
+        if _FIRST.match(line):
+            blocks.append([line])
+        elif blocks and (not line or line.startswith(_INNER)):
+            blocks[-1].append(line)
+        else:
+            return parse_yaml(text)
+    try:
+        pairs = [_block("\n".join([*block, ""])) for block in blocks]
+    except ConfigError:  # an alias of another block, or a mistake: the whole text says where
+        return parse_yaml(text)
+    found = {key: copy.deepcopy(value) if isinstance(value, (dict, list)) else value for key, value in pairs}
+    return found if found and len(found) == len(pairs) else parse_yaml(text)
+
+
+@functools.lru_cache(maxsize=16384)
+def _block(text: str) -> tuple[str, Any]:
+    """Key and value of a block; the value is shared, and never to be changed."""
+    ((key, value),) = parse_yaml(text).items()
+    return key, value
 
 
 def write_yaml(value: Any, *, width: int = 80) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from macdrop.attack import ATTACKS, Attack
 from tune.analysis.results import Group, ModelResults
@@ -29,11 +29,9 @@ from tune.report.html.select import (
     unit,
     values,
 )
+from tune.report.svg.canvas import Canvas
+from tune.report.svg.panel import Panel
 from tune.storage.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
 BANDS = ("plain", "macdrop")
 """Arms whose seeds are drawn as a band; bands of all arms would be indistinguishable."""
@@ -110,7 +108,7 @@ def _rows(group: Group, columns: list[Column]) -> Iterator[list[Any]]:
 
 
 def _curve(
-    axes: Axes, name: str, group: Group, rows: list[list[Any]], kind: str, place: str, places: list[str]
+    axes: Panel, name: str, group: Group, rows: list[list[Any]], kind: str, place: str, places: list[str]
 ) -> None:
     start = [row for row in rows if row[2] == NO_ATTACK] if kind == "zeroing" else []
     found = start + sorted((row for row in rows if row[2] == kind and row[4] == place), key=lambda row: row[3])
@@ -142,7 +140,7 @@ def _curve(
     )
 
 
-def _single(axes: Axes, groups: list[Group], rows: list[list[Any]]) -> None:
+def _single(axes: Panel, groups: list[Group], rows: list[list[Any]]) -> None:
     """Draw settings side by side for a single k, with a line from the lowest to the highest seed."""
     for number, (name, group) in enumerate(short_names(groups)):
         tone = colour(tint(group.arm))

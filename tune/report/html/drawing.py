@@ -1,75 +1,54 @@
-"""Inline SVGs from matplotlib figures, in colours that are CSS custom properties of the page.
+"""Inline SVGs for the page, in colours that are CSS custom properties of it, and the same drawings as files.
 
-Figures are painted in *sentinel* colours, one for each name in `NAMES`; in the SVG each becomes `var(--name)`, which
-follows the reader's light or dark scheme (`tune.report.html.palette`). Text stays text and takes the page's font.
+Figures of the page are written by `tune.report.svg` in `var(--name)`, which follows the reader's light or dark scheme
+(`tune.report.html.palette`): one drawing serves both. matplotlib draws the few that are saved as PNG, SVG or PDF: its
+artists and layout cost about thirty times the CPU, and a run may have thousands of figures.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from tune.report.html.palette import DARK, LIGHT
+from tune.report.svg.canvas import PAD, Canvas
+from tune.report.svg.panel import Panel
 from tune.storage.atomic import atomic_write_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
 WIDTH = 360
 """Width of every figure in CSS pixels: a card on a laptop, most of a phone's screen."""
 LEGEND = 17
-PAD = 4 / 72
-"""Inches around each panel."""
 Grid = Literal["", "x", "y", "both"]
 NAMES = tuple(DARK)
-_FIRST = 0xA1B200
-_SENTINELS = {name: f"#{_FIRST + number:06x}" for number, name in enumerate(NAMES)}
-
-
-_PAINT: ContextVar[Mapping[str, str]] = ContextVar("paint", default=_SENTINELS)
+_PAGE = MappingProxyType({name: f"var(--{name})" for name in NAMES})
+_PAINT: ContextVar[Mapping[str, str]] = ContextVar("paint", default=_PAGE)
 
 
 def colour(name: str) -> str:
-    """The sentinel of one of `NAMES`; while a file is saved, its colour on white."""
+    """The CSS of one of `NAMES`; while a file is saved, its colour on white."""
     return _PAINT.get()[name]
 
 
 def draw(name: str, height: float, paint: Callable[[Canvas], None], *, says: str = "") -> str:
     """Call `paint` with an empty figure of WIDTH x `height` CSS pixels and return it as an inline SVG.
 
-    The output is deterministic, and matplotlib's settings are restored.
+    The output is deterministic.
 
     Args:
         name: prefix of the ids in the SVG, unique on the page.
         says: the label for screen readers.
     """
-    import matplotlib.style
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure as Canvas
-
-    with matplotlib.style.context(["default", _settings(name)]):
-        canvas = Canvas(figsize=(WIDTH / 72, height / 72))
-        canvas.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD)
-        FigureCanvasSVG(canvas)
-        paint(canvas)
-        # Before `savefig`, which would draw everything once more only to place it; at the resolution of an SVG.
-        canvas.set_dpi(72)
-        if engine := canvas.get_layout_engine():
-            engine.execute(canvas)
-        canvas.set_layout_engine("none")
-        out = io.StringIO()
-        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(out.getvalue(), name, says)
+    canvas = Canvas(WIDTH, height, name, colour)
+    paint(canvas)
+    return canvas.svg(says or name)
 
 
-def save(file: Path, height: float, paint: Callable[[Canvas], None]) -> None:
+def save(file: Path, height: float, paint: Callable[[Any], None]) -> None:
     """Call `paint` as `draw` does, and write the figure on white to a file; its ending says whether PNG, SVG or PDF.
 
     The file is written whole or not at all, its folder made as needed.
@@ -78,13 +57,13 @@ def save(file: Path, height: float, paint: Callable[[Canvas], None]) -> None:
         ResourceError: it cannot be written.
     """
     import matplotlib.style
-    from matplotlib.figure import Figure as Canvas
+    from matplotlib.figure import Figure
 
     token = _PAINT.set(LIGHT)
     try:
         with matplotlib.style.context(["default", _settings(file.stem)]):
-            canvas = Canvas(figsize=(2 * WIDTH / 72, height / 72), dpi=150)
-            canvas.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD)
+            canvas = Figure(figsize=(2 * WIDTH / 72, height / 72), dpi=150)
+            canvas.set_layout_engine("constrained", w_pad=PAD / 72, h_pad=PAD / 72)
             paint(canvas)
             ending, out = file.suffix.lower(), io.BytesIO()
             metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(ending, {})
@@ -94,7 +73,7 @@ def save(file: Path, height: float, paint: Callable[[Canvas], None]) -> None:
     atomic_write_bytes(file, out.getvalue())
 
 
-def tidy(axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: Grid = "y") -> None:
+def tidy(axes: Any, *, x: str = "", y: str = "", title: str = "", grid: Grid = "y") -> None:
     """Set axis labels, a title at the left, a light grid, and no box."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -102,12 +81,14 @@ def tidy(axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: Grid = 
         axes.set_title(title, loc="left")
     if grid != "":
         axes.grid(axis=grid)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plain_log(axes: Axes, which: Literal["x", "y"] = "y") -> None:
+def plain_log(axes: Any, which: Literal["x", "y"] = "y") -> None:
     """Use a log axis with plain numbers as ticks: 0.01, 1, 1000, 1e+06."""
+    if isinstance(axes, Panel):
+        axes.set_log(which)
+        return
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})
@@ -124,19 +105,9 @@ def plain_log(axes: Axes, which: Literal["x", "y"] = "y") -> None:
         axes.tick_params(axis=which, which="minor", labelsize=10)
 
 
-def legend(canvas: Canvas, axes: Axes, columns: int = 3) -> None:
-    """Draw the legend of `axes` below the figure; each of its rows takes LEGEND pixels."""
-    handles, labels = axes.get_legend_handles_labels()
-    canvas.legend(
-        handles,
-        labels,
-        loc="outside lower left",
-        ncols=columns,
-        handlelength=2.2,
-        columnspacing=1.2,
-        handletextpad=0.5,
-        borderaxespad=0.2,
-    )
+def legend(canvas: Canvas, axes: Panel, columns: int = 3) -> None:
+    """Write the legend of `axes` below the figure; each of its rows takes LEGEND pixels."""
+    canvas.legend(axes, columns)
 
 
 def signed(value: float, scale: float) -> str:
@@ -163,6 +134,7 @@ def _settings(name: str) -> dict[str, object]:
         "axes.titlecolor": ink,
         "axes.edgecolor": soft,
         "axes.linewidth": 0.7,
+        "axes.axisbelow": True,
         "xtick.labelsize": 10,
         "ytick.labelsize": 10,
         "xtick.color": soft,
@@ -179,22 +151,3 @@ def _settings(name: str) -> dict[str, object]:
         "axes.unicode_minus": True,
         "axes.formatter.useoffset": False,
     }
-
-
-def _inline(svg: str, name: str, says: str) -> str:
-    """Reduce to the `<svg>` element, with the page's colours, unique ids, and only a viewBox for its size."""
-    svg = svg[svg.index("<svg ") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = svg.replace("xlink:href=", "href=")
-    head, end = svg[: svg.index(">") + 1], svg.index(">") + 1
-    (box,) = re.findall(r'viewBox="[^"]*"', head)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-    body = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg[end:])
-    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
-    body = re.sub(r"\s*font-family: [^;\"]*;?", "", body)
-    body = re.sub(r"(font: (?:\w+ )*[\d.]+px) [^;\"]*", r"\1 inherit", body)
-    body = re.sub(r'\sd="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), body)
-    for key, sentinel in _SENTINELS.items():
-        body = body.replace(sentinel, f"var(--{key})")
-    label = escape(says or name, quote=True)
-    return f'<svg class="plot" role="img" aria-label="{label}" {box}>{body.strip()}\n'

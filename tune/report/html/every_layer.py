@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tune.report.html.drawing import colour, plain_log, tidy
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Canvas
 
 HEIGHT = 330
 HEAD = ["layer", "rows", "largest", "zeroed", "zeroed_low", "zeroed_high", "retained", "retained_low", "retained_high"]
@@ -33,10 +30,10 @@ def layers_rows(found: dict[str, Any]) -> list[list[Any]]:
     ]
 
 
-def layers_painter(found: dict[str, Any]) -> Callable[[Canvas], None]:
+def layers_painter(found: dict[str, Any]) -> Callable[[Any], None]:
     """Return the function that paints a proof of every layer (the content of layers.json) on an empty figure."""
 
-    def paint(canvas: Canvas) -> None:
+    def paint(canvas: Any) -> None:
         panels = canvas.subplots(2, 1, sharex=True)
         layers = [row["layer"] for row in found["rows"]]
         for axes, what, tone, title in (

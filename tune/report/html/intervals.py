@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tune.analysis.display_names import arm_name
 from tune.analysis.results import ModelResults
@@ -17,11 +17,9 @@ from tune.evaluation.score_names import Column
 from tune.report.html.drawing import colour, draw, signed
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import MARKERS, attack_words, cell_words, difference_unit, is_share, tint
+from tune.report.svg.canvas import Canvas
+from tune.report.svg.panel import Panel
 from tune.storage.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
 STATUS = {"helps": ("helps", ">"), "hurts": ("hurts", "<"), "cannot tell": ("unsure", "o")}
 """Verdict -> colour and mark."""
@@ -162,7 +160,7 @@ def forest_plot(model: ModelResults, name: str, part: str, title: str, caption: 
     return Figure(name, part, title, caption, svg, HEAD, table)
 
 
-def _panel(axes: Axes, rows: list[Row], unit: str, higher: bool | None) -> None:
+def _panel(axes: Panel, rows: list[Row], unit: str, higher: bool | None) -> None:
     """Draw the rows of one unit from the top down; the y axis is in CSS pixels."""
     low, high, top = *_reach(rows), 0.0
     known = [abs(row.scale * row.comparison.delta) for row in rows if math.isfinite(row.comparison.delta)]
@@ -200,7 +198,7 @@ def _panel(axes: Axes, rows: list[Row], unit: str, higher: bool | None) -> None:
     axes.spines[["top", "left", "right"]].set_visible(False)
 
 
-def _interval(axes: Axes, row: Row, y: float) -> None:
+def _interval(axes: Panel, row: Row, y: float) -> None:
     """Draw one interval; unknown numbers are skipped, and an interval beyond the axis ends in an arrow."""
     one, scale, tone = row.comparison, row.scale, colour(row.tone)
     left, right = axes.get_xlim()

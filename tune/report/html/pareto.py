@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tune.analysis.results import Line, ModelResults, value_of
 from tune.analysis.verdict import Verdict
@@ -12,12 +12,10 @@ from tune.config.sections import Arm
 from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import is_share
+from tune.report.svg.canvas import Canvas
+from tune.report.svg.panel import Panel
 from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
 MARKS = {"plain": "D", "macdrop": "o"}
 
@@ -97,7 +95,7 @@ def _figure(
     )
 
 
-def _labels(axes: Axes, points: list[tuple[str, float, float]]) -> None:
+def _labels(axes: Panel, points: list[tuple[str, float, float]]) -> None:
     """Label the points, alternating above and below to avoid collisions."""
     for number, (label, x, y) in enumerate(sorted(points, key=lambda point: point[1])):
         up = number % 2 == 0

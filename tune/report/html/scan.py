@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
 from tune.report.html.drawing import colour, draw, plain_log, tidy
 from tune.report.html.every_layer import HEAD, HEIGHT, layers_caption, layers_painter, layers_rows
 from tune.report.html.figure import Figure
+from tune.report.svg.canvas import Canvas
 from tune.report.text import factor_words
 from tune.storage.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Canvas
 
 TOP_ROWS = 20
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tune.analysis.results import Line, ModelResults, value_of
 from tune.analysis.verdict import Verdict
 from tune.config.sections import Arm
-from tune.report.html.drawing import PAD, colour, draw, tidy
+from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.palette import STEPS
 from tune.report.html.select import Cell, cells, is_share
+from tune.report.svg.canvas import Canvas
+from tune.report.svg.panel import Panel
 from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
 GRID = 8
 """The number of distinct p0 up to which they are columns of tiles; beyond it, points on an axis."""
@@ -135,10 +132,8 @@ def _figure(model: ModelResults, name: str, title: str, objective: str, scale: S
     return Figure(name, "search", title, caption, svg, HEAD, rows)
 
 
-def _tiles(axes: Axes, points: list[Point], places: list[float], levels: list[int], scale: Scale) -> None:
+def _tiles(axes: Panel, points: list[Point], places: list[float], levels: list[int], scale: Scale) -> None:
     """Draw one tile per (k, p0), divided into vertical strips if several trials share it (other keys vary)."""
-    from matplotlib.patches import Rectangle
-
     for x, p0 in enumerate(places):
         for y, k in enumerate(levels):
             here = [point for point in points if point.p0 == p0 and point.k == k]
@@ -146,21 +141,10 @@ def _tiles(axes: Axes, points: list[Point], places: list[float], levels: list[in
                 width, step = 0.92 / len(here), scale.step(point.value)
                 left = x - 0.46 + number * width
                 fill = colour(f"seq-{step}") if step >= 0 else "none"
-                axes.add_patch(
-                    Rectangle((left, y - 0.44), width, 0.88, facecolor=fill, edgecolor=colour("line"), linewidth=0.8)
-                )
+                axes.rectangle(left, y - 0.44, width, 0.88, fill=fill, edge=colour("line"), linewidth=0.8)
                 if point.finalist:
-                    axes.add_patch(
-                        Rectangle(
-                            (left, y - 0.44),
-                            width,
-                            0.88,
-                            fill=False,
-                            edgecolor=colour("macdrop"),
-                            linewidth=2.6,
-                            zorder=3,
-                        )
-                    )
+                    edge = colour("macdrop")
+                    axes.rectangle(left, y - 0.44, width, 0.88, fill="none", edge=edge, linewidth=2.6, zorder=3)
                 ink = colour(f"seq-ink-{step}" if step >= 0 else "soft")
                 if not point.ended:
                     axes.plot(left + width / 2, y, "x", color=ink, markersize=7, markeredgewidth=1.4)
@@ -171,7 +155,7 @@ def _tiles(axes: Axes, points: list[Point], places: list[float], levels: list[in
     axes.set_xticks(range(len(places)), [f"{p0:.3g}" for p0 in places])
 
 
-def _dots(axes: Axes, points: list[Point], places: list[float], levels: list[int], scale: Scale) -> None:
+def _dots(axes: Panel, points: list[Point], places: list[float], levels: list[int], scale: Scale) -> None:
     """Draw a point per trial at its p0; overlapping points are moved apart along k."""
     near = 0.06 * max(places[-1] - places[0], 0.1)
     placed: list[tuple[float, float]] = []
@@ -204,16 +188,5 @@ def _dots(axes: Axes, points: list[Point], places: list[float], levels: list[int
 
 def _strip(canvas: Canvas, scale: Scale) -> None:
     """Draw the colour scale below the figure, worst at the left, with both ends labelled."""
-    from matplotlib.patches import Rectangle
-
     worst, best = (scale.low, scale.high) if scale.maximize else (scale.high, scale.low)
-    height = canvas.get_figheight() * 72
-    strip = canvas.add_axes((0.28, 8 / height, 0.44, 10 / height))
-    strip.set_in_layout(False)
-    canvas.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD, rect=(0, 26 / height, 1, 1 - 26 / height))
-    for step in range(STEPS):
-        strip.add_patch(Rectangle((step, 0), 1, 1, facecolor=colour(f"seq-{step}"), linewidth=0))
-    strip.set(xlim=(0, STEPS), ylim=(0, 1))
-    strip.axis("off")
-    for x, text, side in ((-0.2, f"worst {worst:.4g}", "right"), (STEPS + 0.2, f"best {best:.4g}", "left")):
-        strip.text(x, 0.45, text, ha=side, va="center", fontsize=10, color=colour("soft"))
+    canvas.strip([colour(f"seq-{step}") for step in range(STEPS)], (f"worst {worst:.4g}", f"best {best:.4g}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tune.analysis.results import Group, Line, ModelResults
 from tune.analysis.verdict import Verdict
@@ -22,11 +22,9 @@ from tune.report.html.select import (
     short_names,
     tint,
 )
+from tune.report.svg.canvas import Canvas
+from tune.report.svg.panel import Panel
 from tune.storage.run_folder import BASE, RunFolder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
 Logged = dict[str, list[dict[str, Any]]]
 """Trial -> its logged steps."""
@@ -120,7 +118,7 @@ def _dropped(model: ModelResults, cell: Cell, groups: list[Group], logged: Logge
     return Figure(name, "training", title, caption, svg, head, rows)
 
 
-def _seeds(axes: Axes, words: str, group: Group, points: dict[str, list[tuple[int, float]]]) -> None:
+def _seeds(axes: Panel, words: str, group: Group, points: dict[str, list[tuple[int, float]]]) -> None:
     """Draw a thin line per seed and a thick one for the mean over the steps that all seeds logged."""
     tone = colour(tint(group.arm))
     by_step: dict[int, list[float]] = {}

@@ -25,7 +25,7 @@ from tune.training.trial_setup import SETUP, reproduce_command
 def cost(subject: Subject) -> Part:
     """Time by arm and stage, speed, and steps saved by early stopping."""
     model, run_folder = subject.model, subject.run_folder
-    scoring = scoring_seconds(run_folder.score_rows())
+    scoring = scoring_seconds(run_folder.model_scores(model.name))
     trained = [line for line in model.lines if line.arm != BASE]
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in model.lines:
@@ -70,7 +70,7 @@ def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], flo
 
 def spent(run_folder: RunFolder, model: ModelResults) -> tuple[float, float]:
     """Total seconds of training and of scoring of a model's trials."""
-    scoring = scoring_seconds(run_folder.score_rows())
+    scoring = scoring_seconds(run_folder.model_scores(model.name))
     training = sum(line.info.get("seconds") or 0.0 for line in model.lines)
     return training, sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in model.lines)
 

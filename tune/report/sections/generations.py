@@ -81,9 +81,13 @@ def answered(subject: Subject, line: Line, entry: str) -> tuple[dict[str, dict],
 def _judgements(subject: Subject, line: Line, entry: str, problems: list[str]) -> dict[str, dict[str, Any]]:
     """The last judgement of each item, by the judge whose score is in the run."""
     wanted = {"trial": line.trial, "task": entry, "metric": "judge_score", "attack": NO_ATTACK}
-    for row in subject.run_folder.score_rows():
-        mine = slug(row["model"]) == subject.model.name  # every model's base is the trial "base"
-        if mine and row.get("judgements") and all(row.get(key) == value for key, value in wanted.items()):
+    own = subject.model.name  # every model's base is the trial "base"
+    for row in subject.run_folder.trial_scores(line.trial):
+        if (
+            slug(row["model"]) == own
+            and row.get("judgements")
+            and all(row.get(key) == value for key, value in wanted.items())
+        ):
             kept = read_jsonl(subject.run_folder.run_dir / row["judgements"], problems)
             return {str(judgement["item"]): judgement for judgement in kept if "item" in judgement}
     return {}
