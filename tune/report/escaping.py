@@ -43,6 +43,8 @@ _MARKDOWN = re.compile(r"<(?=[A-Za-z/!?])|(?<=\])[(\[:]")
 
 def visible(text: str) -> str:
     """Write control characters as escapes such as `\\x1b`; tabs and newlines are kept."""
+    if text.isascii() and text.isprintable():
+        return text
     return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 

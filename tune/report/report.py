@@ -7,20 +7,21 @@ Terminal, Markdown and LaTeX are rendered here, CSV in `report.csv_rows`, the pa
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune.analysis.results import ModelResults, collect
-from tune.analysis.verdict import Verdict, verdicts
+from tune.analysis.verdict import Verdict
 from tune.config.run_spec import slug
 from tune.config.sections import Arm
 from tune.report.escaping import latex_text, markdown_text, rich_text, visible
 from tune.report.sections.builders import parts
 from tune.report.sections.findings import no_verdict
 from tune.report.sections.subject import Subject
+from tune.report.spread import Prepared, judged, prepared, spread
 from tune.report.tables import Part
 from tune.report.text import count, one_line
 from tune.storage.environment import differences
@@ -52,12 +53,18 @@ class Report:
     verdicts: dict[str, list[Verdict]]
     run_folder: RunFolder
     _parts: dict[str, dict[str, Part]] = field(default_factory=dict, repr=False, compare=False)
+    _prepared: dict[str, Prepared] = field(default_factory=dict, repr=False, compare=False)
 
     def parts(self, model: ModelResults) -> dict[str, Part]:
         """The parts on one model, by the keys of `sections.builders.BUILDERS`; empty ones are false."""
         if model.name not in self._parts:
             self._parts[model.name] = parts(Subject(self.run_folder, model, self.verdicts[model.name]))
         return self._parts[model.name]
+
+    def prepared(self, model: ModelResults) -> Prepared:
+        """Figures, parts and questions of one model; see `prepare`."""
+        prepare([self])
+        return self._prepared[model.name]
 
     @property
     def about(self) -> list[str]:
@@ -143,6 +150,15 @@ def latex_part(part: Part, command: str) -> str:
     return "\n\n".join(filter(None, blocks))
 
 
+def prepare(reports: Sequence[Report]) -> None:
+    """Draw and build what pages show of every model of these reports, once; in several processes for many models."""
+    missing = [(report, model) for report in reports for model in report.models if model.name not in report._prepared]
+    tasks = [(report.run_folder, model, report.verdicts.get(model.name, [])) for report, model in missing]
+    for (report, model), made in zip(missing, spread(prepared, tasks), strict=True):
+        report._prepared[model.name] = made
+        report._parts.setdefault(model.name, made.parts)
+
+
 def make_report(run_dir: str | os.PathLike, archive: Path | None = None) -> Report:
     """Read a run folder, finished or not; damaged files are skipped and listed. archive: it was unpacked from this one.
 
@@ -155,18 +171,12 @@ def make_report(run_dir: str | os.PathLike, archive: Path | None = None) -> Repo
     of_model: dict[str, list[TrialRecord]] = {model.name: [] for model in models}
     for trial in trials:
         of_model[slug(trial.model)].append(trial)
-    verdicts = {model.name: _verdicts(run_folder, model, of_model[model.name]) for model in models}
+    found = spread(judged, [(run_folder, model, of_model[model.name]) for model in models])
+    for model, made in zip(models, found, strict=True):
+        model.trouble = made.trouble
+    verdicts = {model.name: made.verdicts for model, made in zip(models, found, strict=True)}
     name = str(run_folder.run().get("name") or run_folder.run_dir.resolve().name)
     return Report(run_folder.run_dir, name, _about(run_folder, models), models, verdicts, run_folder)
-
-
-def _verdicts(run_folder: RunFolder, model: ModelResults, trials: list[TrialRecord]) -> list[Verdict]:
-    """The verdicts; none, with the reason as the model's `trouble`, if damage prevents statistics."""
-    try:
-        return verdicts(run_folder, model.display, trials) if model.trials("macdrop") else []
-    except Exception as error:  # a file of another shape than ours: it may raise anything
-        model.trouble = f"a file of the run is damaged ({type(error).__name__}: {one_line(str(error))})."
-        return []
 
 
 def _about(run_folder: RunFolder, models: list[ModelResults]) -> list[str]:

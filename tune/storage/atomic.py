@@ -132,8 +132,11 @@ def sync_folder(folder: AnyPath) -> None:
         os.close(handle)
 
 
-def atomic_write_bytes(path: AnyPath, content: bytes, within: AnyPath | None = None) -> Path:
-    """Write `content` so that readers see the old file or the new one, whole. Folders are made as needed."""
+def atomic_write_bytes(path: AnyPath, content: bytes, within: AnyPath | None = None, *, durable: bool = True) -> Path:
+    """Write `content` so that readers see the old file or the new one, whole. Folders are made as needed.
+
+    durable: wait for the disk, so that a power cut cannot lose it; not for what can be made from other files.
+    """
     path = Path(path)
 
     def write() -> None:
@@ -142,23 +145,25 @@ def atomic_write_bytes(path: AnyPath, content: bytes, within: AnyPath | None = N
         try:
             with open(temporary, "xb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
 
     with writing(path):
         lasting(write, within)
     return path
 
 
-def atomic_write_text(path: AnyPath, text: str, within: AnyPath | None = None) -> Path:
+def atomic_write_text(path: AnyPath, text: str, within: AnyPath | None = None, *, durable: bool = True) -> Path:
     """Write `text` (UTF-8) as `atomic_write_bytes` does."""
-    return atomic_write_bytes(path, text.encode("utf-8"), within)
+    return atomic_write_bytes(path, text.encode("utf-8"), within, durable=durable)
 
 
 def atomic_write_json(path: AnyPath, value: Any, within: AnyPath | None = None) -> Path:

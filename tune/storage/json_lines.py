@@ -179,7 +179,7 @@ def _cut_torn(handle: int) -> int:
     size = end = os.lseek(handle, 0, os.SEEK_END)
     whole = None
     while end > 0 and whole is None:
-        end = max(0, end - 65536)
+        end = max(0, end - max(4096, size - end))  # a line is short: doubled where it is not
         whole = _WHOLE.match(os.pread(handle, size - end, end))
     left = end + whole.end() if whole else 0
     if left != size:

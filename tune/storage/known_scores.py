@@ -12,6 +12,25 @@ from tune.storage.json_lines import GrowingFile
 from tune.storage.records import SCORE_KEY, check_score
 
 
+class GivenScores:
+    """The scores of one model that were read already, as `KnownScores` has them; may be pickled."""
+
+    def __init__(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Name: the slug of the model's name."""
+        self._name, self._rows = name, rows
+        self._trials: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            self._trials.setdefault(row["trial"], []).append(row)
+
+    def rows(self, trial: str | None = None) -> list[dict[str, Any]]:
+        """Return the rows, of one trial if it is named."""
+        return [dict(row) for row in (self._rows if trial is None else self._trials.get(trial, []))]
+
+    def of_model(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of a model: none of another one than this."""
+        return self.rows() if name == self._name else []
+
+
 class KnownScores:
     """Rows of a file of scores, one for each `SCORE_KEY` (the last), by trial.
 

@@ -31,7 +31,7 @@ from tune.config.sections import BASE
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml, now, plain, read_mapping, stat
 from tune.storage.environment import environments, version
 from tune.storage.json_lines import append_jsonl
-from tune.storage.known_scores import KnownScores
+from tune.storage.known_scores import GivenScores, KnownScores
 from tune.storage.records import (
     FINALISTS_FILE,
     SCORE_COLUMNS,
@@ -62,7 +62,7 @@ class RunFolder:
         self.run_dir = Path(run_dir)
         self.problems = problems
         self.archive: Path | None = None
-        self._scores: KnownScores | None = None
+        self._scores: KnownScores | GivenScores | None = None
         self._config: tuple[tuple[int, int, int], dict[str, Any]] | None = None
 
     @classmethod
@@ -232,14 +232,21 @@ class RunFolder:
         """`score_rows` of one model; takes the full name or the slug of it (`tune.config.run_spec.slug`)."""
         return self._table().of_model(slug(model))
 
-    def _table(self) -> KnownScores:
+    def with_scores_of(self, model: str) -> RunFolder:
+        """Return a copy that has the scores of one model, as they are, and may be sent to another process."""
+        other = copy.copy(self)
+        other._scores = GivenScores(slug(model), self.model_scores(model))
+        other.problems = None if self.problems is None else []
+        return other
+
+    def _table(self) -> KnownScores | GivenScores:
         # Kept: asked once per benchmark and trial, by which the file grows.
         if self._scores is None:
             self._scores = KnownScores(self.scores_file, self.problems, within=self.run_dir)
         return self._scores
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scores": None}
+        return {**self.__dict__, "_scores": self._scores if isinstance(self._scores, GivenScores) else None}
 
     def scores(self) -> pandas.DataFrame:
         """`score_rows` as a table that has all of `SCORE_COLUMNS`, also when it is empty."""

@@ -29,9 +29,9 @@ from tune.report.html.select import (
     unit,
     values,
 )
+from tune.report.html.training_logs import Logs
 from tune.report.svg.canvas import Canvas
 from tune.report.svg.panel import Panel
-from tune.storage.run_folder import RunFolder
 
 BANDS = ("plain", "macdrop")
 """Arms whose seeds are drawn as a band; bands of all arms would be indistinguishable."""
@@ -39,7 +39,7 @@ HEAD = ["setting", "arm", "attack", "k", "attacked_rows", "mean", "min", "max", 
 TITLES = {"zeroing": "Zeroing: the top k rows set to 0", "retaining": "Retaining: all but the top k rows set to 0"}
 
 
-def attack_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def attack_figures(logs: Logs, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """One figure for each task (means first) and cell."""
     tasks: dict[tuple[str, str, str], list[Column]] = {}
     for column in model.shown:
@@ -59,7 +59,7 @@ def attack_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Ve
 
 
 def _curves(model: ModelResults, cell: Cell, groups: list[Group], columns: list[Column]) -> Figure:
-    rows = [row for group in groups for row in _rows(group, columns)]
+    rows = [row for group in groups for row in attack_rows(group, columns)]
     kinds = [kind for kind in {**TITLES, **ATTACKS} if any(row[2] == kind for row in rows)]
     places = sorted({row[4] for row in rows if row[4]})
     first = columns[0]
@@ -76,7 +76,7 @@ def _curves(model: ModelResults, cell: Cell, groups: list[Group], columns: list[
                 continue
             for name, group in short_names(groups):
                 for place in places:
-                    _curve(axes, name, group, [row for row in rows if row[0] == group.label], kind, place, places)
+                    attack_curve(axes, name, group, [row for row in rows if row[0] == group.label], kind, place, places)
             axes.set_xticks(sorted({*ks[kind], *([0] if kind == "zeroing" else [])}))
             axes.margins(x=0.05)
             tidy(axes, x="rows k", y=unit(first), title=_title(kind))
@@ -98,7 +98,8 @@ def _curves(model: ModelResults, cell: Cell, groups: list[Group], columns: list[
     return Figure(name, "attacks", title, caption, svg, HEAD, rows)
 
 
-def _rows(group: Group, columns: list[Column]) -> Iterator[list[Any]]:
+def attack_rows(group: Group, columns: list[Column]) -> Iterator[list[Any]]:
+    """The numbers of a curve, under `HEAD`."""
     for column in columns:
         found = values(group, column)
         if found:
@@ -107,9 +108,10 @@ def _rows(group: Group, columns: list[Column]) -> Iterator[list[Any]]:
             yield [group.label, group.arm, attack.kind, attack.k, column.attack_on or "", *numbers]
 
 
-def _curve(
+def attack_curve(
     axes: Panel, name: str, group: Group, rows: list[list[Any]], kind: str, place: str, places: list[str]
 ) -> None:
+    """Draw one setting's scores under one kind of attack on the rows of one place; `places`: all that are drawn."""
     start = [row for row in rows if row[2] == NO_ATTACK] if kind == "zeroing" else []
     found = start + sorted((row for row in rows if row[2] == kind and row[4] == place), key=lambda row: row[3])
     if len(found) == len(start):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
+from tune.report.figure_cache import key_of, recall, remember
 from tune.report.html.attacks import attack_figures
 from tune.report.html.figure import Figure
 from tune.report.html.intervals import comparison_figures, verdict_figures
@@ -13,9 +14,11 @@ from tune.report.html.pareto import pareto_figures
 from tune.report.html.scan import scan_figures
 from tune.report.html.surface import surface_figures
 from tune.report.html.training import training_figures
+from tune.report.html.training_logs import Logs, read_logs
 from tune.storage.run_folder import RunFolder
 
-Family = Callable[[RunFolder, ModelResults, "list[Verdict]"], Iterator[Figure]]
+Family = Callable[[Logs, ModelResults, "list[Verdict]"], Iterator[Figure]]
+"""No figure reads a file: what it is drawn from is what the cache knows it by."""
 FAMILIES: dict[str, tuple[str, Family]] = {
     "by-task": ("verdict", verdict_figures),
     "scan": ("weights", scan_figures),
@@ -29,15 +32,22 @@ FAMILIES: dict[str, tuple[str, Family]] = {
 
 
 def figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> list[Figure]:
-    """Draw every figure of one model of a run, finished or not.
+    """Every figure of one model of a run, finished or not; drawn, unless they were before from the same numbers.
 
     A damaged file affects only the figures that need it: one figure without an SVG replaces them, and its caption says
     what is wrong.
     """
+    logs = read_logs(run_folder, model)
+    key = key_of(logs, model, verdicts)
+    found = recall(key)
+    return remember(key, _drawn(logs, model, verdicts)) if found is None else found
+
+
+def _drawn(logs: Logs, model: ModelResults, verdicts: list[Verdict]) -> list[Figure]:
     found: list[Figure] = []
     for name, (part, family) in FAMILIES.items():
         try:
-            found += family(run_folder, model, verdicts)
+            found += family(logs, model, verdicts)
         except Exception as error:  # a damaged or half-written file may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             found.append(Figure(name, part, name.replace("-", " ").capitalize(), f"Could not be drawn ({reason})."))

@@ -17,9 +17,9 @@ from tune.evaluation.score_names import Column
 from tune.report.html.drawing import colour, draw, signed
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import MARKERS, attack_words, cell_words, difference_unit, is_share, tint
+from tune.report.html.training_logs import Logs
 from tune.report.svg.canvas import Canvas
 from tune.report.svg.panel import Panel
-from tune.storage.run_folder import RunFolder
 
 STATUS = {"helps": ("helps", ">"), "hurts": ("hurts", "<"), "cannot tell": ("unsure", "o")}
 """Verdict -> colour and mark."""
@@ -80,13 +80,13 @@ class Row:
         return "perplexity, % of plain" if self.relative else difference_unit(self.comparison.column)
 
 
-def verdict_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def verdict_figures(logs: Logs, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """Draw for each finalist the headline, also under attack, and each task without attack."""
     for number, verdict in enumerate((one for one in verdicts if one.arm == Arm.MACDROP), 1):
         first = [one for one in (verdict.headline, verdict.attacked) if one]
         shown = {one.column: one for one in first}
         shown |= {one.column: one for one in verdict.rows if one.column.attack == NO_ATTACK and one.column not in shown}
-        rows = [Row(one, *STATUS[one.verdict], heading=_task(one.column, under=True)) for one in shown.values()]
+        rows = [Row(one, *STATUS[one.verdict], heading=task_words(one.column, under=True)) for one in shown.values()]
         caption = (
             "Difference from the plain adapter: mean over seeds and 95 % interval; small dots are individual seeds."
         )
@@ -94,7 +94,7 @@ def verdict_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[V
         yield forest_plot(model, name, "verdict", f"{verdict.label}, by task", caption, rows)
 
 
-def comparison_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def comparison_figures(logs: Logs, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """Draw for each attack and cell every task, with finalists and placebos one below another."""
     by_cell: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
@@ -120,7 +120,7 @@ def _compared(model: ModelResults, cell: str, members: list[Verdict], columns: l
         named = [(name, row) for name, one in zip(names, members, strict=True) for row in one.rows]
         found = [(name, row) for name, row in named if row.column == column]
         for number, (name, row) in enumerate(found):
-            heading = "" if number else _task(column)
+            heading = "" if number else task_words(column)
             rows.append(Row(row, tint(row.arm), MARKERS.get(row.arm, "o"), heading, name))
     first = columns[0]
     under = attack_words(first) or "no attack"
@@ -149,7 +149,7 @@ def forest_plot(model: ModelResults, name: str, part: str, title: str, caption: 
     def paint(canvas: Canvas) -> None:
         drawn = canvas.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, ((unit, higher), found) in zip(drawn, panels.items(), strict=True):
-            _panel(axes, found, unit, higher)
+            interval_panel(axes, found, unit, higher)
 
     seeds = sorted({len(row.comparison.seeds) for row in rows})
     if any(math.isfinite(row.comparison.mde) for row in rows):
@@ -160,9 +160,11 @@ def forest_plot(model: ModelResults, name: str, part: str, title: str, caption: 
     return Figure(name, part, title, caption, svg, HEAD, table)
 
 
-def _panel(axes: Panel, rows: list[Row], unit: str, higher: bool | None) -> None:
-    """Draw the rows of one unit from the top down; the y axis is in CSS pixels."""
-    low, high, top = *_reach(rows), 0.0
+def interval_panel(
+    axes: Panel, rows: list[Row], unit: str, higher: bool | None, ends: tuple[float, float] | None = None
+) -> None:
+    """Draw the rows of one unit from the top down; the y axis is in CSS pixels. ends: of the x axis, if not theirs."""
+    low, high, top = *(ends or reach(rows)), 0.0
     known = [abs(row.scale * row.comparison.delta) for row in rows if math.isfinite(row.comparison.delta)]
     widest = max(known, default=1.0)
     margin = 0.04 * (high - low)
@@ -227,7 +229,7 @@ def _interval(axes: Panel, row: Row, y: float) -> None:
     axes.plot(scale * one.delta, y, row.mark, color=tone, markersize=7, zorder=3)
 
 
-def _reach(rows: list[Row]) -> tuple[float, float]:
+def reach(rows: list[Row]) -> tuple[float, float]:
     """Limits of the axis, around 0: those of the intervals, unless they dwarf all measurements."""
     ends, seen = [0.0], [0.0]
     for row in rows:
@@ -240,7 +242,7 @@ def _reach(rows: list[Row]) -> tuple[float, float]:
     return (low, high) if high > low else (-1.0, 1.0)
 
 
-def _task(column: Column, *, under: bool = False) -> str:
+def task_words(column: Column, *, under: bool = False) -> str:
     """Label a task, such as "arc_easy": with the metric unless it is the usual one, with the attack if `under`."""
     metric = column.metric.partition(",")[0].replace("_", " ")
     words = column.task or "validation loss"

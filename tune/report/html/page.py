@@ -1,12 +1,14 @@
-"""The self-contained HTML page of one or several reports, and the numbers of its figures as CSV."""
+"""The self-contained HTML page of one or several reports, or pages with an overview, and their numbers as CSV."""
 
 from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from tune.analysis.results import ModelResults
@@ -15,15 +17,20 @@ from tune.config.resume import shell_command
 from tune.config.sections import Arm
 from tune.report.escaping import visible
 from tune.report.html.figure import Figure
-from tune.report.html.figures import figures
-from tune.report.html.generations import QUESTIONS, Question, generations
+from tune.report.html.generations import QUESTIONS, Question
+from tune.report.html.overview import small_multiples
 from tune.report.html.palette import stylesheet
 from tune.report.html.select import attack_words, cells
-from tune.report.report import Report
+from tune.report.leaderboard import board, ordered, rows_of
+from tune.report.report import Report, prepare
 from tune.report.sections.cost import unpacking
 from tune.report.sections.findings import PLANTED
+from tune.report.spread import MANY
 from tune.report.tables import Part
 from tune.storage.atomic import atomic_write_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 ORDER = (
     "weights",
@@ -110,37 +117,50 @@ class ModelView:
 def write_page(reports: list[Report], path: str | os.PathLike) -> list[Path]:
     """Write the page to `path` and the numbers of its figures to figures/ beside it; return all paths, page first.
 
-    The page of a damaged run says what is missing. The output is deterministic.
+    Of more than MANY models the page is an overview, with a page for each model in pages/ beside it. The page of a
+    damaged run says what is missing. The output is deterministic.
 
     Raises:
         ResourceError: a file cannot be written.
     """
     path = Path(path)
-    views, written = [], []
+    prepare(reports)
+    several = len([model for report in reports for model in report.models]) > MANY
+    views, pages, written = [], [], []
     for number, report in enumerate(reports, 1):
         for model in report.models:
-            drawn = figures(report.run_folder, model, report.verdicts.get(model.name, []))
+            name = f"{f'r{number}-' if len(reports) > 1 else ''}{model.name}"
+            page = path.parent / "pages" / f"{name}.html" if several else path
             shown = []
-            for figure in drawn:
-                run = f"r{number}-" if len(reports) > 1 else ""
-                file = path.parent / "figures" / f"{run}{model.name}-{figure.name}.csv"
+            for figure in report.prepared(model).figures:
+                file = path.parent / "figures" / f"{name}-{figure.name}.csv"
                 if figure.svg:
-                    written.append(atomic_write_text(file, figure.csv()))
-                shown.append(Shown(figure, _apart(figure.svg, number), _address(file, path)))
+                    written.append(_write(file, figure.csv()))
+                shown.append(Shown(figure, _apart(figure.svg, number), _address(file, page)))
             views.append(_view(report, number, model, shown))
-    return [atomic_write_text(path, _render(reports, views)), *written]
+            if several:
+                home = _address(path, page)
+                pages.append(_write(page, _render([report], views[-1:], f"{model.display}: {report.title}", home)))
+    title = reports[0].title if len(reports) == 1 else f"MacDrop report: {len(reports)} runs"
+    if not several:
+        return [_write(path, _render(reports, views, title)), *written]
+    links = {view.id: _address(page, path) for view, page in zip(views, pages, strict=True)}
+    return [_write(path, overview(reports, views, links, title)), *pages, *written]
+
+
+def _write(file: Path, text: str) -> Path:
+    """Write a file of the report, unless it is there: `sync_to` copies what has changed."""
+    with suppress(OSError):
+        if file.read_bytes() == text.encode("utf-8"):
+            return file
+    return atomic_write_text(file, text, durable=False)
 
 
 def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) -> ModelView:
-    try:
-        parts = dict(report.parts(model))
-        questions = generations(report.run_folder, model)
-    except Exception as error:  # a damaged or half-written file may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        parts, questions = (
-            {"damaged": Part("Not readable", [f"The rest of this run could not be read ({reason})."])},
-            {},
-        )
+    made = report.prepared(model)
+    parts, questions = dict(made.parts), made.questions
+    if made.trouble:
+        parts = {"damaged": Part("Not readable", [f"The rest of this run could not be read ({made.trouble})."])}
     top = parts.pop("verdict", Part("Verdict"))
     keys = [key for key in ORDER if key in parts or any(one.figure.part == key for one in shown)]
     keys += [key for key in parts if key not in ORDER]
@@ -174,34 +194,62 @@ def _section(key: str, part: Part | None, shown: list[Shown], questions: dict[st
     return Section(key, part, drawn[:seen], drawn[seen:], missing)
 
 
-def _render(reports: list[Report], views: list[ModelView]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+def overview(reports: list[Report], views: list[ModelView], links: dict[str, str], title: str) -> str:
+    """Return the page over the pages of many models. links: the address of each view's page, by its id."""
+    rows = ordered([row for report in reports for row in rows_of(report)], "headline")
+    part = board(rows)
+    own = {(view.run, view.model.display): view for view in views}
+    ranked = [own[row.values["run"], row.values["model"]] for row in rows]
+    cards = list({view.id: view for view in ranked}.values())
+    drawn = small_multiples([(view.id, view.model, view.verdicts) for view in cards])
+    return _filled(
+        "overview.html.jinja",
+        reports=reports,
+        part=part,
+        ranked=list(zip(ranked, part.tables[0].rows, strict=True)),
+        numeric=part.tables[0].numeric(),
+        cards=cards,
+        drawn=drawn,
+        links=links,
+        title=title,
+    )
+
+
+def _render(reports: list[Report], views: list[ModelView], title: str, home: str = "") -> str:
+    """Return a page of models. home: the address of the overview, of a page of one model of many."""
+    return _filled(
+        "page.html.jinja",
+        reports=reports,
+        views=views,
+        folded=FOLDED,
+        rows_shown=ROWS,
+        long=LONG,
+        pictured=PICTURED,
+        asked=QUESTIONS,
+        title=title,
+        home=home,
+    )
+
+
+def _filled(template: str, **content: Any) -> str:
     from markupsafe import Markup
 
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
+    style = stylesheet() + (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    shared = {"safe": Markup, "words": WORDS, "planted": PLANTED, "attack_words": attack_words}
+    return _environment().get_template(template).render(style=Markup(style), **shared, **content)
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
         finalize=_visible,
-    )
-    style = stylesheet() + (folder / "style.css").read_text(encoding="utf-8")
-    return environment.get_template("page.html.jinja").render(
-        reports=reports,
-        views=views,
-        style=Markup(style),
-        safe=Markup,
-        words=WORDS,
-        folded=FOLDED,
-        rows_shown=ROWS,
-        long=LONG,
-        planted=PLANTED,
-        pictured=PICTURED,
-        asked=QUESTIONS,
-        attack_words=attack_words,
-        title=reports[0].title if len(reports) == 1 else f"MacDrop report: {len(reports)} runs",
     )
 
 

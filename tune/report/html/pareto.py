@@ -12,15 +12,15 @@ from tune.config.sections import Arm
 from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import is_share
+from tune.report.html.training_logs import Logs
 from tune.report.svg.canvas import Canvas
 from tune.report.svg.panel import Panel
-from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
 
 MARKS = {"plain": "D", "macdrop": "o"}
 
 
-def pareto_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def pareto_figures(logs: Logs, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """Draw one figure per pair of objectives; nothing for a single objective."""
     if len(model.objectives) < 2:
         return

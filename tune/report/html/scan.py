@@ -10,14 +10,14 @@ from tune.analysis.verdict import Verdict
 from tune.report.html.drawing import colour, draw, plain_log, tidy
 from tune.report.html.every_layer import HEAD, HEIGHT, layers_caption, layers_painter, layers_rows
 from tune.report.html.figure import Figure
+from tune.report.html.training_logs import Logs
 from tune.report.svg.canvas import Canvas
 from tune.report.text import factor_words
-from tune.storage.run_folder import RunFolder
 
 TOP_ROWS = 20
 
 
-def scan_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def scan_figures(logs: Logs, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """Draw magnitudes by layer, the top rows, and perplexity with and without them."""
     if not model.weights:
         yield Figure("scan-layers", "weights", "Magnitudes by layer", "The model has not been scanned yet.")

@@ -13,9 +13,9 @@ from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.palette import STEPS
 from tune.report.html.select import Cell, cells, is_share
+from tune.report.html.training_logs import Logs
 from tune.report.svg.canvas import Canvas
 from tune.report.svg.panel import Panel
-from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
 
 GRID = 8
@@ -67,7 +67,7 @@ class Scale:
         return f"{value:.{max(0, min(3, 1 - math.floor(math.log10(spread)))) if spread > 0 else 2}f}"
 
 
-def surface_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def surface_figures(logs: Logs, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """Draw one figure per objective and cell, with a map for each schedule (and alpha)."""
     for objective, goal in model.objectives:
         by_cell = [(cell, _points(model, cell, objective)) for cell in cells(model)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from tune.analysis.results import Group, Line, ModelResults
+from tune.analysis.results import Group, ModelResults
 from tune.analysis.verdict import Verdict
 from tune.report.html.drawing import LEGEND, colour, draw, legend, plain_log, tidy
 from tune.report.html.figure import Figure, words_to_name
@@ -22,12 +22,11 @@ from tune.report.html.select import (
     short_names,
     tint,
 )
+from tune.report.html.training_logs import Logged, Logs
 from tune.report.svg.canvas import Canvas
 from tune.report.svg.panel import Panel
-from tune.storage.run_folder import BASE, RunFolder
+from tune.storage.run_folder import BASE
 
-Logged = dict[str, list[dict[str, Any]]]
-"""Trial -> its logged steps."""
 LOSSES = {
     "loss": ("Training loss", "Loss at each logged step, masks on."),
     "eval_loss": ("Validation loss", "Loss on held-out examples, masks off."),
@@ -35,11 +34,13 @@ LOSSES = {
 HEIGHT = 240
 
 
-def training_figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
+def training_figures(logs: Logs, model: ModelResults, verdicts: list[Verdict]) -> Iterator[Figure]:
     """Draw training loss, validation loss and dropped entries for each cell."""
+    if isinstance(logs, str):
+        raise ValueError(logs)
     for cell in cells(model):
         groups = [group for group in best_groups(model, cell) if group.arm != BASE]
-        logged = {line.trial: _logged(run_folder, line) for group in groups for line in group.lines}
+        logged = {line.trial: logs[line.trial] for group in groups for line in group.lines}
         for key in LOSSES:
             yield _loss(model, cell, groups, logged, key)
         yield _dropped(model, cell, groups, logged)
@@ -126,7 +127,8 @@ def _seeds(axes: Panel, words: str, group: Group, points: dict[str, list[tuple[i
         for step, value in seed:
             by_step.setdefault(step, []).append(value)
         if len(points) > 1 and seed:
-            axes.plot(*zip(*seed, strict=True), color=tone, linewidth=0.7, alpha=0.55, zorder=front(group.arm) - 1)
+            steps, losses = zip(*seed, strict=True)
+            axes.plot(steps, losses, color=tone, linewidth=0.7, alpha=0.55, zorder=front(group.arm) - 1)
     running = sum(map(bool, points.values()))
     whole = {step: found for step, found in sorted(by_step.items()) if len(found) == running}
     means = [math.fsum(found) / len(found) for found in whole.values()]
@@ -148,17 +150,6 @@ def _points(group: Group, logged: Logged, key: str) -> dict[str, list[tuple[int,
         line.trial: [(row["step"], row[key]) for row in logged[line.trial] if row.get(key) is not None]
         for line in group.lines
     }
-
-
-def _logged(run_folder: RunFolder, line: Line) -> list[dict[str, Any]]:
-    """A trial's logged steps, with `dropped` as a percentage of the entries that the step's masks cover."""
-    rows = [row for row in run_folder.trial(line.trial).metrics() if isinstance(row.get("step"), int)]
-    total, steps = line.info.get("entries_masked"), line.info.get("step")
-    for row in rows:
-        masked = row.get("entries_masked") or (total / steps if total and steps else None)
-        if masked and row.get("entries_dropped") is not None:
-            row["dropped"] = 100 * row["entries_dropped"] / masked
-    return rows
 
 
 def _spread(groups: list[Group]) -> str:

@@ -29,7 +29,7 @@ PASSES = 3
 
 @dataclass
 class Place:
-    """Where a panel lies, in pixels from the upper left corner."""
+    """The place of a panel, in pixels from the upper left corner."""
 
     left: float
     top: float
@@ -47,7 +47,7 @@ class Canvas:
     """An empty figure, of the part of matplotlib's `Figure` that figures of the page use."""
 
     def __init__(self, width: float, height: float, name: str, colour: Callable[[str], str]) -> None:
-        """Name: prefix of the ids in the SVG. colour: the CSS of a name of `tune.report.html.palette`."""
+        """Make an empty one. name: prefix of the ids in the SVG; colour: gives the CSS of a name (`html.palette`)."""
         self._width, self._height, self._name, self._colour = width, height, name, colour
         self._panels: list[Panel] = []
         self._ratios: list[float] = []

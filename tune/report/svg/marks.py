@@ -1,16 +1,18 @@
-"""What is drawn on a panel: lines, markers, areas and texts, at places of data, of the axes, or of pixels."""
+"""Things drawn on a panel: lines, markers, areas and texts, at places of data, of the axes, or of pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 
 from tune.report.svg.text_size import ASCENT, DESCENT, width
 
-Dashes = str | tuple[float, tuple[float, ...]]
+Dashes = Any
+"""A line's style by matplotlib: "-", or (offset, lengths of line and gap by its width)."""
 DATA, AXES = "data", "axes fraction"
 _FILLED_X = ((-1, 2), (0, 1), (1, 2), (2, 1), (1, 0), (2, -1), (1, -2), (0, -1), (-1, -2), (-2, -1), (-1, 0), (-2, 1))
 _SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
@@ -34,7 +36,7 @@ def short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Pen:
-    """How something is drawn. A colour is CSS, "none" for none; `alpha` is of all of it; `edge`: around an area."""
+    """The style of something drawn. A colour is CSS, or "none"; `alpha` is of all of it; `edge`: around an area."""
 
     colour: str
     width: float = 0.0

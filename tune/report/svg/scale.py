@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,9 @@ class Scale:
             return (1.0, 10.0) if self.log else (0.0, 1.0)
         if self.log:
             return self._log_limits()
-        from matplotlib.ticker import MaxNLocator
-
-        low, high = MaxNLocator().nonsingular(self.low, self.high)
+        low, high = self.low, self.high
+        if low == high:  # as matplotlib does
+            low, high = low - 0.05 * (abs(low) or 1.0), high + 0.05 * (abs(high) or 1.0)
         room = self.margin * (high - low)
         return float(low - room), float(high + room)
 
@@ -66,34 +67,41 @@ class Scale:
 
     def marks(self, space: int) -> list[tuple[float, str]]:
         """Ticks with their labels, for an axis with space for so many."""
-        from matplotlib.ticker import LogLocator, MaxNLocator
-
         low, high = sorted(self.limits())
         if self.ticks is not None:
             names = self.names or _numbers(self.ticks, low, high)
             return [(at, name) for at, name in zip(self.ticks, names, strict=True) if low <= at <= high]
         if self.log:
-            locator: Any = LogLocator(numticks=min(max(space, 2), MOST))
-            found = _inside(locator.tick_values(low, high), low, high)
-            return [(at, f"{at:g}") for at in found]
-        if self.integer or self.most != MOST:
-            locator = MaxNLocator(nbins=self.most, steps=STEPS, integer=self.integer)
-        else:
-            locator = MaxNLocator(nbins=min(max(space, 1), MOST), steps=STEPS)
-        found = _inside(locator.tick_values(low, high), low, high)
-        return list(zip(found, _numbers(found, low, high), strict=True))
+            return [(at, f"{at:g}") for at in _log_ticks(low, high, (1.0,), min(max(space, 2), MOST))]
+        most = self.most if self.integer or self.most != MOST else min(max(space, 1), MOST)
+        return list(_ticks(low, high, most, self.integer))
 
     def minor(self) -> list[tuple[float, str]]:
         """Ticks between those of a log axis, labelled where there are few of the others."""
         if not self.log or self.ticks is not None:
             return []
-        from matplotlib.ticker import LogLocator
-
         low, high = sorted(self.limits())
-        locator = LogLocator(subs=self.small or tuple(range(2, 10)), numticks=MOST)
         if high / low > 1e7 and not self.few:
             return []
-        return [(at, f"{at:g}" if self.few else "") for at in _inside(locator.tick_values(low, high), low, high)]
+        found = _log_ticks(low, high, self.small or tuple(range(2, 10)), MOST)
+        return [(at, f"{at:g}" if self.few else "") for at in found]
+
+
+@lru_cache(maxsize=4096)
+def _ticks(low: float, high: float, most: int, integer: bool) -> tuple[tuple[float, str], ...]:
+    from matplotlib.ticker import MaxNLocator
+
+    locator: Any = MaxNLocator(nbins=most, steps=STEPS, integer=integer)
+    found = _inside(locator.tick_values(low, high), low, high)
+    return tuple(zip(found, _numbers(found, low, high), strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _log_ticks(low: float, high: float, parts: tuple[float, ...], most: int) -> tuple[float, ...]:
+    from matplotlib.ticker import LogLocator
+
+    locator: Any = LogLocator(subs=parts, numticks=most)
+    return tuple(_inside(locator.tick_values(low, high), low, high))
 
 
 def _inside(values: Iterable[float], low: float, high: float) -> list[float]:
