@@ -13,6 +13,7 @@ import lanes
 import launch
 import measure
 import pytest
+import reports
 import step
 import task_files
 
@@ -197,3 +198,11 @@ def test_demo_is_compared_with_a_checkout_only(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         demo.main()
     assert f"{tmp_path} holds no macdrop" in capsys.readouterr().err
+
+
+def test_reports_of_small_runs_are_timed(tmp_path):
+    run = reports.many_trials(tmp_path / "run", 5, scores=2)
+    wall, cpu = reports.timed(lambda: reports.report(run, tmp_path / "out"))
+    assert wall > 0 and cpu > 0 and (tmp_path / "out" / "report.html").is_file()
+    assert "model-macdrop-00000004" in (tmp_path / "out" / "report.csv").read_text()
+    assert "planted-llama" in reports.compare(run)

@@ -257,6 +257,34 @@ def test_a_table_escapes_what_each_format_would_take_for_markup():
     assert "[r] <i>" in console.file.getvalue()
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        Table(
+            "a <b> & 50 %",
+            ["", "x|y\n_z", "n"],
+            [["[r] <i>", "a|b & {c} $1 ~ ^ \\", "+1.0 pts [-2, +3]"], ["*", "", ""]],
+        ),
+        Table("long", ["question", "plain"], [["1", "words"]], wrap=True),
+        Table("one", ["a"], [["1"]]),
+    ],
+    ids=lambda table: table.title,
+)
+def test_latex_is_what_pandas_writes(table):
+    from tune.report.tables import _latex_cells
+
+    stacked = [cell.split("\n") for cell in table.head]
+    tallest = max(map(len, stacked))
+    heads = [[latex_text(cell[i]) if i < len(cell) else "" for cell in stacked] for i in range(tallest)]
+    columns = pandas.MultiIndex.from_arrays(heads) if tallest > 1 else pandas.Index(heads[0])
+    frame = pandas.DataFrame([_latex_cells(row) for row in table.rows], columns=columns)
+    share = f"p{{{0.9 / len(table.head):.2f}\\linewidth}}"
+    style = {"hrules": True, "position": "htbp", "position_float": "centering", "sparse_columns": False}
+    style["column_format"] = "".join(share if table.wrap else "r" if number else "l" for number in table.numeric())
+    expected = frame.style.hide(axis="index").to_latex(caption=latex_text(table.title), **style)
+    assert table.latex() == expected.rstrip()
+
+
 NUMBERS = ["1", "-0.5", "+1.7 points [-3.4, +6.7]", "82.2 ±1.0 (5.0)", "1.6%", "9.5 s", "<0.001", "inf"]
 
 

@@ -6,8 +6,9 @@ A *column* is one metric of one task under one attack.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from tune.config.eval_entries import MEAN, NO_ATTACK
@@ -84,20 +85,29 @@ class Known:
 
     def column(self, row: Mapping[str, Any]) -> Column:
         """Return `Column.of` a row."""
-        key = tuple([row.get(name) for name in _NAMES])
+        try:
+            key = _NAMES(row)
+        except KeyError:  # of an earlier version
+            return Column.of(row)
         if key not in self._columns:
             self._columns[key] = Column.of(row)
         return self._columns[key]
 
     def cell(self, row: Mapping[str, Any]) -> Cell:
         """Return `Cell.of` a row."""
-        key = tuple([repr(row.get(name)) for name in HOW])
+        try:
+            values = _HOW(row)
+        except KeyError:
+            return Cell.of(row)
+        key = (*values, *map(type, values))  # 1 is equal to True
         if key not in self._how:
             self._how[key] = Cell.of(row).how
         return Cell(row["value"], row.get("stderr"), row.get("n"), self._how[key])
 
 
-_NAMES = tuple(Column.__dataclass_fields__)
+_Values = Callable[[Mapping[str, Any]], tuple[Any, ...]]
+_NAMES: _Values = itemgetter(*Column.__dataclass_fields__)
+_HOW: _Values = itemgetter(*HOW)
 
 
 def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] | None = None) -> list[Column]:

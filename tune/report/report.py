@@ -6,8 +6,10 @@ Terminal, Markdown and LaTeX are rendered here, CSV in `report.csv_rows`, the pa
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -165,7 +167,11 @@ def make_report(run_dir: str | os.PathLike, archive: Path | None = None) -> Repo
     Raises:
         ConfigError: not a run folder.
     """
-    run_folder = RunFolder.open(run_dir, lenient=True, archive=archive)
+    with _no_collection():
+        return _read(RunFolder.open(run_dir, lenient=True, archive=archive))
+
+
+def _read(run_folder: RunFolder) -> Report:
     trials = run_folder.trials()
     models = collect(run_folder, trials)
     of_model: dict[str, list[TrialRecord]] = {model.name: [] for model in models}
@@ -177,6 +183,18 @@ def make_report(run_dir: str | os.PathLike, archive: Path | None = None) -> Repo
     verdicts = {model.name: made.verdicts for model, made in zip(models, found, strict=True)}
     name = str(run_folder.run().get("name") or run_folder.run_dir.resolve().name)
     return Report(run_folder.run_dir, name, _about(run_folder, models), models, verdicts, run_folder)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Leave the garbage collector out: of what is read all is kept, and each of its rounds looks at all of it."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _about(run_folder: RunFolder, models: list[ModelResults]) -> list[str]:
@@ -194,7 +212,7 @@ def _about(run_folder: RunFolder, models: list[ModelResults]) -> list[str]:
     lost = [folder.name for folder in (run_folder.run_dir / "trials").glob("*/") if folder.name not in begun]
     about += [f"MISSING: trial.json of {', '.join(sorted(lost))}; not written yet, or lost."] if lost else []
     done = [line for line in trials if line.status == TaskState.DONE]
-    about += ["MISSING: scores of finished trials."] if done and not run_folder.score_rows() else []
+    about += ["MISSING: scores of finished trials."] if done and not run_folder.has_scores() else []
     return about
 
 

@@ -23,7 +23,7 @@ MANY = 5
 """Models that share one page and one process; more get a page each."""
 EACH = 3
 """Models for which a process pays its start."""
-IDLE_S = 2
+IDLE_S = 20
 """Seconds after which a process without work ends."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from tune.config.eval_spec import TEST
 from tune.config.run_spec import slug
 from tune.storage.json_lines import GrowingFile
 from tune.storage.records import SCORE_KEY, check_score
+
+_key: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*SCORE_KEY)
 
 
 class GivenScores:
@@ -25,6 +29,10 @@ class GivenScores:
     def rows(self, trial: str | None = None) -> list[dict[str, Any]]:
         """Return the rows, of one trial if it is named."""
         return [dict(row) for row in (self._rows if trial is None else self._trials.get(trial, []))]
+
+    def has_rows(self) -> bool:
+        """Return whether there are rows."""
+        return bool(self._rows)
 
     def of_model(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of a model: none of another one than this."""
@@ -57,6 +65,12 @@ class KnownScores:
             self._refresh()
             return [dict(row) for row in (self._rows if trial is None else self._trials.get(trial, {})).values()]
 
+    def has_rows(self) -> bool:
+        """Return whether there are rows; raises as `rows`."""
+        with self._lock:
+            self._refresh()
+            return bool(self._rows)
+
     def of_model(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of a model, by the slug of its name (`tune.config.run_spec.slug`).
 
@@ -72,8 +86,12 @@ class KnownScores:
         if whole:
             self._rows, self._trials, self._models = {}, {}, {}
         for row in rows:
-            row = {"split": TEST, **row}
-            key = tuple(row.get(name) for name in SCORE_KEY)
+            if "split" not in row:
+                row = {"split": TEST, **row}
+            try:
+                key = _key(row)
+            except KeyError:  # of an earlier version
+                key = tuple(row.get(name) for name in SCORE_KEY)
             self._rows[key] = row
             self._trials.setdefault(row["trial"], {})[key] = row
             model = row["model"]

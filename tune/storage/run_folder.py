@@ -228,6 +228,10 @@ class RunFolder:
         """`score_rows` of one trial; those of `BASE` are of all models."""
         return self._table().rows(trial)
 
+    def has_scores(self) -> bool:
+        """Return whether there is a score at all."""
+        return self._table().has_rows()
+
     def model_scores(self, model: str) -> list[dict[str, Any]]:
         """`score_rows` of one model; takes the full name or the slug of it (`tune.config.run_spec.slug`)."""
         return self._table().of_model(slug(model))

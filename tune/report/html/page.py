@@ -16,6 +16,7 @@ from tune.analysis.verdict import Verdict
 from tune.config.resume import shell_command
 from tune.config.sections import Arm
 from tune.report.escaping import visible
+from tune.report.figure_cache import tidy_up
 from tune.report.html.figure import Figure
 from tune.report.html.generations import QUESTIONS, Question
 from tune.report.html.overview import small_multiples
@@ -125,6 +126,7 @@ def write_page(reports: list[Report], path: str | os.PathLike) -> list[Path]:
     """
     path = Path(path)
     prepare(reports)
+    tidy_up()
     several = len([model for report in reports for model in report.models]) > MANY
     views, pages, written = [], [], []
     for number, report in enumerate(reports, 1):

@@ -61,10 +61,11 @@ def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], flo
     """(model, trial) -> seconds of its benchmarks; all rows of one benchmark and attack carry the same time."""
     spent: dict[tuple[str, str], dict[tuple, float]] = {}
     for row in rows:
-        if row.get("seconds") is not None:
-            keys = ("split", "benchmark", "attack", "attack_on")
-            job = (*(row.get(key) for key in keys), row.get("entry") or row["task"].partition("/")[0])
-            spent.setdefault((row["model"], row["trial"]), {})[job] = row["seconds"]
+        seconds = row.get("seconds")
+        if seconds is not None:
+            entry = row.get("entry") or row["task"].partition("/")[0]
+            job = (row["split"], row["benchmark"], row.get("attack"), row.get("attack_on"), entry)
+            spent.setdefault((row["model"], row["trial"]), {})[job] = seconds
     return {key: sum(jobs.values()) for key, jobs in spent.items()}
 
 

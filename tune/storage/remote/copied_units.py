@@ -27,7 +27,7 @@ MANIFESTS = "sync"
 OWNER = f"{MANIFESTS}/owner.json"
 RUN, REPORT = "run", "report"
 RUN_FILES = ("config.yaml", ENVIRONMENT_FILE, SCORES_FILE, "run.json")
-REPORTS = ("report.*", "figures/**/*")
+REPORTS = ("report.*", "figures/**/*", "pages/*.html")
 #: Folders of a trial or model that serve this machine alone.
 _LOCAL = frozenset({"checkpoints", "stacks", "reproduced"})
 Stamp = tuple[tuple[str, int, int], ...]
@@ -91,7 +91,7 @@ def belongs(path: str, unit: str) -> bool:
     if unit == RUN:
         return path in RUN_FILES
     if unit == REPORT:
-        return PurePosixPath(path).parts[0] == "figures" or ("/" not in path and path.startswith("report."))
+        return PurePosixPath(path).parts[0] in ("figures", "pages") or ("/" not in path and path.startswith("report."))
     return unit.partition("/")[0] in ("trials", "models") and path.startswith(f"{unit}/") and unit.count("/") == 1
 
 
