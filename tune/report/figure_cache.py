@@ -15,6 +15,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from macdrop import errors
 from tune.errors import ResourceError
 from tune.report.html.figure import Figure
 from tune.storage.atomic import atomic_write_bytes
@@ -26,7 +27,7 @@ LIBRARIES = ("matplotlib", "numpy")
 
 
 def key_of(*numbers: object) -> str:
-    """The key of figures that are drawn from these values; each is told apart by all of its `repr`."""
+    """Return the key of figures that are drawn from these values; two differ where their `repr` does."""
     found = hashlib.sha256(_code().encode())
     for each in numbers:
         found.update(repr(each).encode("utf-8", errors="surrogatepass") + b"\0")
@@ -72,10 +73,8 @@ def _file(key: str) -> Path:
 @cache
 def _code() -> str:
     """A hash of all code of ours, and the versions of the libraries that draw."""
-    import macdrop
-
     here, found = Path(__file__).parents[1], hashlib.sha256()
-    for package in (here, Path(macdrop.__file__).parent):
+    for package in (here, Path(errors.__file__).parent):
         for file in sorted(package.rglob("*.py")):
             found.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return found.hexdigest() + " ".join(f"{name} {version(name)}" for name in LIBRARIES)

@@ -49,7 +49,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the page and the texts on a model are made of; `trouble` says why there are no questions."""
+    """The material of the page and the texts on a model; `trouble` says why there are no questions."""
 
     parts: dict[str, Part]
     figures: list[Figure]
