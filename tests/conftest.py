@@ -82,7 +82,10 @@ def shared() -> Path:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended; `new` are the files that it left below its folder (which holds the cache, too)."""
+    """How a command ended; `new` are the files that it left below its folder (which holds the cache, too).
+
+    Remembered figures are left out: every report leaves some.
+    """
 
     code: int
     out: str
@@ -113,7 +116,8 @@ class Shell:
         return Ended(code, told.out, told.err, sorted(self._files() - before))
 
     def _files(self) -> set[str]:
-        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if not path.is_dir()}
+        files = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if not path.is_dir()}
+        return {name for name in files if not name.startswith("cache/figures/")}
 
     def refused(self, *arguments: str) -> str:
         """The message of a command that must be refused: exit code 2, a few lines, no traceback, nothing written."""
