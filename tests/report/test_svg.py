@@ -1,4 +1,4 @@
-"""tune.report.svg: what matplotlib draws, at a thirtieth of its time."""
+"""tune.report.svg_canvas: what matplotlib draws, at a thirtieth of its time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from tune.report.svg.canvas import Canvas
-from tune.report.svg.marks import SHAPES
-from tune.report.svg.text_size import width
+from tune.report.svg_canvas import Canvas
+from tune.report.svg_marks import SHAPES, width
 
 
 def canvas(height: float = 200, name: str = "x") -> Canvas:

@@ -30,8 +30,8 @@ from tune.report.html.select import (
     values,
 )
 from tune.report.html.training_logs import Logs
-from tune.report.svg.canvas import Canvas
-from tune.report.svg.panel import Panel
+from tune.report.svg_canvas import Canvas
+from tune.report.svg_panel import Panel
 
 BANDS = ("plain", "macdrop")
 """Arms whose seeds are drawn as a band; bands of all arms would be indistinguishable."""

@@ -1,8 +1,8 @@
 """Inline SVGs for the page, in colours that are CSS custom properties of it, and the same drawings as files.
 
-Figures of the page are written by `tune.report.svg` in `var(--name)`, which follows the reader's light or dark scheme
-(`tune.report.html.palette`): one drawing serves both. matplotlib draws the few that are saved as PNG, SVG or PDF: its
-artists and layout cost about thirty times the CPU, and a run may have thousands of figures.
+Figures of the page are written by `tune.report.svg_canvas` in `var(--name)`, which follows the reader's light or dark
+scheme (`tune.report.html.palette`): one drawing serves both. matplotlib draws the few that are saved as PNG, SVG or
+PDF: its artists and layout cost about thirty times the CPU, and a run may have thousands of figures.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from tune.report.html.palette import DARK, LIGHT
-from tune.report.svg.canvas import PAD, Canvas
-from tune.report.svg.panel import Panel
+from tune.report.svg_canvas import PAD, Canvas
+from tune.report.svg_panel import Panel
 from tune.storage.atomic import atomic_write_bytes
 
 WIDTH = 360

@@ -12,7 +12,7 @@ from tune.report.html.attacks import attack_curve, attack_rows
 from tune.report.html.drawing import draw, tidy
 from tune.report.html.intervals import BELOW, STATUS, Row, interval_panel, reach, task_words
 from tune.report.html.select import best_groups, cells, short_names, unit
-from tune.report.svg.canvas import Canvas
+from tune.report.svg_canvas import Canvas
 from tune.storage.run_folder import BASE
 
 CURVES = 150

@@ -13,8 +13,8 @@ from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import is_share
 from tune.report.html.training_logs import Logs
-from tune.report.svg.canvas import Canvas
-from tune.report.svg.panel import Panel
+from tune.report.svg_canvas import Canvas
+from tune.report.svg_panel import Panel
 from tune.storage.states import TaskState
 
 MARKS = {"plain": "D", "macdrop": "o"}

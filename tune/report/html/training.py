@@ -23,8 +23,8 @@ from tune.report.html.select import (
     tint,
 )
 from tune.report.html.training_logs import Logged, Logs
-from tune.report.svg.canvas import Canvas
-from tune.report.svg.panel import Panel
+from tune.report.svg_canvas import Canvas
+from tune.report.svg_panel import Panel
 from tune.storage.run_folder import BASE
 
 LOSSES = {

@@ -1,4 +1,7 @@
-"""A figure of panels one below another, and its SVG: every panel gets the room that its texts leave."""
+"""A figure of panels one below another, and its SVG: every panel gets the room that its texts leave.
+
+Figures of the page are painted on it under the few names of matplotlib's `Figure` and `Axes` that they use.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from tune.report.svg.marks import AXES, Mark, Pen, Words, short, text_svg
-from tune.report.svg.panel import Panel
-from tune.report.svg.scale import Scale
-from tune.report.svg.text_size import ASCENT, DESCENT, width
+from tune.report.svg_marks import ASCENT, AXES, DESCENT, Mark, Pen, Words, short, text_svg, width
+from tune.report.svg_panel import Panel
+from tune.report.svg_scale import Scale
 
 PAD = 4.0
 """Pixels around each panel."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tune.report.svg.text_size import ASCENT, DESCENT, width
+if TYPE_CHECKING:
+    from matplotlib.ft2font import FT2Font
+
 
 Dashes = Any
 """A line's style by matplotlib: "-", or (offset, lengths of line and gap by its width)."""
 DATA, AXES = "data", "axes fraction"
+ASCENT, DESCENT = 0.76, 0.24
+"""Of a text above and below its baseline, per size of the font."""
 _FILLED_X = ((-1, 2), (0, 1), (1, 2), (2, 1), (1, 0), (2, -1), (1, -2), (0, -1), (-1, -2), (-2, -1), (-1, 0), (-2, 1))
 _SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     "s": ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)),
@@ -158,3 +163,25 @@ def text_svg(
     weight = ";font-weight:bold" if bold else ""
     place = f'transform="translate({short(x)} {short(y)}) rotate(-90)"' if turned else f'x="{short(x)}" y="{short(y)}"'
     return f'<text {place} style="font-size:{size:g}px;fill:{colour}{anchor}{weight}">{escape(text)}</text>'
+
+
+@cache
+def _font(bold: bool) -> FT2Font:
+    from matplotlib import get_data_path
+    from matplotlib.ft2font import FT2Font
+
+    font = FT2Font(f"{get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf")
+    font.set_size(100, 72)
+    return font
+
+
+@lru_cache(maxsize=8192)
+def _advance(text: str, bold: bool) -> float:
+    font = _font(bold)
+    font.set_text(text, 0.0)
+    return float(font.get_width_height()[0]) / 64
+
+
+def width(text: str, size: float, bold: bool = False) -> float:
+    """Width in pixels of one line of text, in the font that comes with matplotlib: browsers show some as wide."""
+    return _advance(text, bold) * size / 100

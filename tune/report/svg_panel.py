@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tune.report.svg.marks import AXES, DATA, SHAPES, Dashes, Mark, Pen, Words
-from tune.report.svg.scale import Scale
+from tune.report.svg_marks import AXES, DATA, SHAPES, Dashes, Mark, Pen, Words
+from tune.report.svg_scale import Scale
 
 Numbers = Iterable[float] | float
 LINE = 1.8
