@@ -94,7 +94,7 @@ def made(finished) -> tuple[list[Path], dict[str, Figure]]:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tune.report.spread.figures", figures_kept)
+        patch.setattr("tune.report.html.prepare.figures", figures_kept)
         return write_page([finished], finished.run_dir / "report.html"), drawn
 
 

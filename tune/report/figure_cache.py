@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from macdrop import errors
 from tune.errors import ResourceError
-from tune.report.html.figure import Figure
 from tune.storage.atomic import atomic_write_bytes
 from tune.storage.places import cache_dir
 
@@ -34,24 +33,24 @@ def key_of(*numbers: object) -> str:
     return found.hexdigest()
 
 
-def recall(key: str) -> list[Figure] | None:
-    """The figures of a key; None where there are none."""
+def recall(key: str) -> Any:
+    """Return the JSON value kept under a key; None where there is none."""
     try:
         file = _file(key)
-        found = [Figure(**each) for each in json.loads(file.read_bytes())]
+        found = json.loads(file.read_bytes())
         with suppress(OSError):
             os.utime(file)
         return found
-    except (OSError, ResourceError, ValueError, TypeError):  # none, or none that is whole
+    except (OSError, ResourceError, ValueError):  # none, or none that is whole
         return None
 
 
-def remember(key: str, figures: list[Figure]) -> list[Figure]:
-    """Keep figures under a key, where the cache can be written; return them as they will be recalled."""
-    content = json.dumps([asdict(figure) for figure in figures]).encode()
+def remember(key: str, value: Any) -> Any:
+    """Keep a JSON value under a key, where the cache can be written; return it as it will be recalled."""
+    content = json.dumps(value).encode()
     with suppress(OSError, ResourceError):
         atomic_write_bytes(_file(key), content, durable=False)
-    return [Figure(**each) for each in json.loads(content)]
+    return json.loads(content)
 
 
 def tidy_up(largest: int = LARGEST) -> None:

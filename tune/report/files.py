@@ -66,8 +66,8 @@ def write(reports: Sequence[Report], folder: Path) -> list[Path]:
         ResourceError: the folder is not writable.
     """
     endings = {"markdown": "md", "csv": "csv", "latex": "tex"}
-    files = [atomic_write_text(folder / f"report.{end}", text(reports, name)) for name, end in endings.items()]
-    return [*files, write_page(list(reports), folder / "report.html")[0]]
+    page = write_page(list(reports), folder / "report.html")[0]  # first: it builds parts in several processes
+    return [*(atomic_write_text(folder / f"report.{end}", text(reports, name)) for name, end in endings.items()), page]
 
 
 def check_format(format: str, formats: Sequence[str] = FORMATS) -> None:

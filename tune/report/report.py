@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,7 +23,7 @@ from tune.report.escaping import latex_text, markdown_text, rich_text, visible
 from tune.report.sections.builders import parts
 from tune.report.sections.findings import no_verdict
 from tune.report.sections.subject import Subject
-from tune.report.spread import Prepared, judged, prepared, spread
+from tune.report.spread import judged, spread
 from tune.report.tables import Part
 from tune.report.text import count, one_line
 from tune.storage.environment import differences
@@ -55,18 +55,16 @@ class Report:
     verdicts: dict[str, list[Verdict]]
     run_folder: RunFolder
     _parts: dict[str, dict[str, Part]] = field(default_factory=dict, repr=False, compare=False)
-    _prepared: dict[str, Prepared] = field(default_factory=dict, repr=False, compare=False)
+
+    def keep(self, model: ModelResults, made: dict[str, Part]) -> None:
+        """Take the parts on one model that were built elsewhere."""
+        self._parts[model.name] = made
 
     def parts(self, model: ModelResults) -> dict[str, Part]:
         """The parts on one model, by the keys of `sections.builders.BUILDERS`; empty ones are false."""
         if model.name not in self._parts:
             self._parts[model.name] = parts(Subject(self.run_folder, model, self.verdicts[model.name]))
         return self._parts[model.name]
-
-    def prepared(self, model: ModelResults) -> Prepared:
-        """Figures, parts and questions of one model; see `prepare`."""
-        prepare([self])
-        return self._prepared[model.name]
 
     @property
     def about(self) -> list[str]:
@@ -150,15 +148,6 @@ def latex_part(part: Part, command: str) -> str:
     tables = [cut.latex() for table in part.tables for cut in table.split(WIDTH)]
     blocks = (f"\\{command}{{{latex_text(part.title)}}}", _items(part.lines), *tables)
     return "\n\n".join(filter(None, blocks))
-
-
-def prepare(reports: Sequence[Report]) -> None:
-    """Draw and build what pages show of every model of these reports, once; in several processes for many models."""
-    missing = [(report, model) for report in reports for model in report.models if model.name not in report._prepared]
-    tasks = [(report.run_folder, model, report.verdicts.get(model.name, [])) for report, model in missing]
-    for (report, model), made in zip(missing, spread(prepared, tasks), strict=True):
-        report._prepared[model.name] = made
-        report._parts.setdefault(model.name, made.parts)
 
 
 def make_report(run_dir: str | os.PathLike, archive: Path | None = None) -> Report:

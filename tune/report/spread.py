@@ -9,12 +9,6 @@ from typing import Protocol, TypeVar
 
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict, verdicts
-from tune.report.html.figure import Figure
-from tune.report.html.figures import figures
-from tune.report.html.generations import Question, generations
-from tune.report.sections.builders import parts
-from tune.report.sections.subject import Subject
-from tune.report.tables import Part
 from tune.report.text import one_line
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import RunFolder
@@ -47,17 +41,6 @@ class Judged:
     problems: list[str]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The material of the page and the texts on a model; `trouble` says why there are no questions."""
-
-    parts: dict[str, Part]
-    figures: list[Figure]
-    questions: dict[str, list[Question]]
-    trouble: str | None
-    problems: list[str]
-
-
 def judged(run_folder: RunFolder, model: ModelResults, trials: list[TrialRecord]) -> Judged:
     """Judge one model of a run."""
     try:
@@ -66,16 +49,6 @@ def judged(run_folder: RunFolder, model: ModelResults, trials: list[TrialRecord]
     except Exception as error:  # a file of another shape than ours: it may raise anything
         trouble = f"a file of the run is damaged ({type(error).__name__}: {one_line(str(error))})."
         return Judged([], trouble, run_folder.problems or [])
-
-
-def prepared(run_folder: RunFolder, model: ModelResults, found: list[Verdict]) -> Prepared:
-    """Make parts, figures and questions of one model of a run."""
-    drawn, made = figures(run_folder, model, found), parts(Subject(run_folder, model, found))
-    try:
-        return Prepared(made, drawn, generations(run_folder, model), None, run_folder.problems or [])
-    except Exception as error:  # a damaged or half-written file may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return Prepared(made, drawn, {}, reason, run_folder.problems or [])
 
 
 def spread(

@@ -29,7 +29,7 @@ from tune.report.html.select import (
     unit,
     values,
 )
-from tune.report.html.training_logs import Logs
+from tune.report.html.training import Logs
 from tune.report.svg_canvas import Canvas
 from tune.report.svg_panel import Panel
 

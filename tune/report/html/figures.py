@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 from tune.analysis.results import ModelResults
 from tune.analysis.verdict import Verdict
@@ -13,8 +14,7 @@ from tune.report.html.intervals import comparison_figures, verdict_figures
 from tune.report.html.pareto import pareto_figures
 from tune.report.html.scan import scan_figures
 from tune.report.html.surface import surface_figures
-from tune.report.html.training import training_figures
-from tune.report.html.training_logs import Logs, read_logs
+from tune.report.html.training import Logs, read_logs, training_figures
 from tune.storage.run_folder import RunFolder
 
 Family = Callable[[Logs, ModelResults, "list[Verdict]"], Iterator[Figure]]
@@ -39,8 +39,11 @@ def figures(run_folder: RunFolder, model: ModelResults, verdicts: list[Verdict])
     """
     logs = read_logs(run_folder, model)
     key = key_of(logs, model, verdicts)
-    found = recall(key)
-    return remember(key, _drawn(logs, model, verdicts)) if found is None else found
+    try:
+        return [Figure(**each) for each in recall(key)]
+    except TypeError:  # there are none
+        made = [asdict(figure) for figure in _drawn(logs, model, verdicts)]
+        return [Figure(**each) for each in remember(key, made)]
 
 
 def _drawn(logs: Logs, model: ModelResults, verdicts: list[Verdict]) -> list[Figure]:

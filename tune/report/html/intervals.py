@@ -17,7 +17,7 @@ from tune.evaluation.score_names import Column
 from tune.report.html.drawing import colour, draw, signed
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import MARKERS, attack_words, cell_words, difference_unit, is_share, tint
-from tune.report.html.training_logs import Logs
+from tune.report.html.training import Logs
 from tune.report.svg_canvas import Canvas
 from tune.report.svg_panel import Panel
 

@@ -21,9 +21,10 @@ from tune.report.html.figure import Figure
 from tune.report.html.generations import QUESTIONS, Question
 from tune.report.html.overview import small_multiples
 from tune.report.html.palette import stylesheet
+from tune.report.html.prepare import Prepared, prepare
 from tune.report.html.select import attack_words, cells
 from tune.report.leaderboard import board, ordered, rows_of
-from tune.report.report import Report, prepare
+from tune.report.report import Report
 from tune.report.sections.cost import unpacking
 from tune.report.sections.findings import PLANTED
 from tune.report.spread import MANY
@@ -125,21 +126,21 @@ def write_page(reports: list[Report], path: str | os.PathLike) -> list[Path]:
         ResourceError: a file cannot be written.
     """
     path = Path(path)
-    prepare(reports)
+    material = prepare(reports)
     tidy_up()
     several = len([model for report in reports for model in report.models]) > MANY
     views, pages, written = [], [], []
     for number, report in enumerate(reports, 1):
-        for model in report.models:
+        for model, made in zip(report.models, material[number - 1], strict=True):
             name = f"{f'r{number}-' if len(reports) > 1 else ''}{model.name}"
             page = path.parent / "pages" / f"{name}.html" if several else path
             shown = []
-            for figure in report.prepared(model).figures:
+            for figure in made.figures:
                 file = path.parent / "figures" / f"{name}-{figure.name}.csv"
                 if figure.svg:
                     written.append(_write(file, figure.csv()))
                 shown.append(Shown(figure, _apart(figure.svg, number), _address(file, page)))
-            views.append(_view(report, number, model, shown))
+            views.append(_view(report, number, model, made, shown))
             if several:
                 home = _address(path, page)
                 pages.append(_write(page, _render([report], views[-1:], f"{model.display}: {report.title}", home)))
@@ -158,8 +159,7 @@ def _write(file: Path, text: str) -> Path:
     return atomic_write_text(file, text, durable=False)
 
 
-def _view(report: Report, number: int, model: ModelResults, shown: list[Shown]) -> ModelView:
-    made = report.prepared(model)
+def _view(report: Report, number: int, model: ModelResults, made: Prepared, shown: list[Shown]) -> ModelView:
     parts, questions = dict(made.parts), made.questions
     if made.trouble:
         parts = {"damaged": Part("Not readable", [f"The rest of this run could not be read ({made.trouble})."])}

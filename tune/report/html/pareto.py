@@ -12,7 +12,7 @@ from tune.config.sections import Arm
 from tune.report.html.drawing import colour, draw, tidy
 from tune.report.html.figure import Figure, words_to_name
 from tune.report.html.select import is_share
-from tune.report.html.training_logs import Logs
+from tune.report.html.training import Logs
 from tune.report.svg_canvas import Canvas
 from tune.report.svg_panel import Panel
 from tune.storage.states import TaskState

@@ -10,7 +10,7 @@ from tune.analysis.verdict import Verdict
 from tune.report.html.drawing import colour, draw, plain_log, tidy
 from tune.report.html.every_layer import HEAD, HEIGHT, layers_caption, layers_painter, layers_rows
 from tune.report.html.figure import Figure
-from tune.report.html.training_logs import Logs
+from tune.report.html.training import Logs
 from tune.report.svg_canvas import Canvas
 from tune.report.text import factor_words
 
