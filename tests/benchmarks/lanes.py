@@ -32,7 +32,7 @@ from measure import Quartiles, machine, table, verdict
 
 if TYPE_CHECKING:
     from tune.config.run_spec import RaySpec, TrainSpec
-    from tune.scheduling.queue import TrainTask
+    from tune.scheduling.tasks import TrainTask
 
 TARGET, FIXED_TARGET_S = 4.0, 2.0
 MODEL = "zoo:planted-llama"
@@ -119,8 +119,9 @@ def in_a_lane(
     """Train all in one lane; returns seconds in all, seconds until the first began, and the trials in their order."""
     from tune.distributed.lanes.dispatcher import call, dispatching
     from tune.distributed.lanes.lane_pool import LanePool
+    from tune.scheduling.allocation import lane_kind
 
-    tasks = [_task(spec, inputs, root) for spec in specs]
+    tasks = [_task(spec, inputs, root, str(lane_kind(ray_spec, 0.0))) for spec in specs]
     started: dict[str, float] = {}
     ended: dict[str, float] = {}
     seen = 0
@@ -128,7 +129,7 @@ def in_a_lane(
         for task in tasks:
             call(dispatcher, "place", task, "benchmark")
         began = time.time()
-        lanes = LanePool(dispatcher, ray_spec, 0.0, root / "ray", evaluator=object)
+        lanes = LanePool(dispatcher, ray_spec, lane_kind(ray_spec, 0.0), root / "ray", evaluator=object)
         lanes.open()
         try:
             while len(ended) < len(tasks):
@@ -154,9 +155,9 @@ def in_a_lane(
     return last - began, starts[0] - began, trials
 
 
-def _task(spec: TrainSpec, inputs: Inputs, root: Path) -> TrainTask:
+def _task(spec: TrainSpec, inputs: Inputs, root: Path, pool: str) -> TrainTask:
     from tune.config.run_spec import dump
-    from tune.scheduling.queue import TrainTask
+    from tune.scheduling.tasks import TrainTask
 
     return TrainTask(
         id=spec.trial_id(),
@@ -166,7 +167,7 @@ def _task(spec: TrainSpec, inputs: Inputs, root: Path) -> TrainTask:
         data=str(inputs.cache),
         weights=str(inputs.weights) if spec.arm == "macdrop" else None,
         engine_key=spec.engine_key(),
-        width=inputs.workers,
+        pool=pool,
     )
 
 

@@ -14,6 +14,7 @@ import launch
 import measure
 import pytest
 import reports
+import scale
 import step
 import task_files
 
@@ -206,3 +207,10 @@ def test_reports_of_small_runs_are_timed(tmp_path):
     assert wall > 0 and cpu > 0 and (tmp_path / "out" / "report.html").is_file()
     assert "model-macdrop-00000004" in (tmp_path / "out" / "report.csv").read_text()
     assert "planted-llama" in reports.compare(run)
+
+
+def test_models_of_four_sizes_share_a_cluster_well(capsys):
+    """In virtual time, so that its targets can be asserted."""
+    scale.main(["--seeds", "1"])
+    shown = capsys.readouterr().out
+    assert shown.count(": met") == 2 and "not met" not in shown

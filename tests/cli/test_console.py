@@ -19,7 +19,8 @@ from tune.config.eval_spec import EvalJob
 from tune.config.resume import shell_command
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.sweep.events import unfailing
-from tune.scheduling.queue import TaskQueue, TrainTask
+from tune.scheduling.queue import TaskQueue
+from tune.scheduling.tasks import TrainTask
 
 GLOO = "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
 NAMES = [GLOO, "/m/llama[instruct]", "/data/run[v2]", "[link=http://h]x[/link]", "x[/bold]y", ":smile: [bold]", "a\\[b"]
@@ -30,20 +31,20 @@ def shown(name: str, *, terminal: bool) -> str:
     out = io.StringIO()
     progress = Progress(PlainConsole(file=out, width=400, force_terminal=terminal, color_system=None))
     queue = TaskQueue()
-    queue.lane_up("lane", 1, "host")
-    queue.place(TrainTask(name, name, {}, "folder", "data", None, "engine", 1), "trial")
+    queue.lane_up("lane", "p", "host")
+    queue.place(TrainTask(name, name, {}, "folder", "data", None, "engine", "p"), "trial")
     queue.take("lane", None)
     progress.started(Path(name), name, name)
     progress.study(SimpleNamespace(name=name, count=1))
     progress.stage(SimpleNamespace(name=name), name, 1)
-    progress.show(queue.snapshot(), 1)
+    progress.show(queue.snapshot(), {"model": 1})
     task = EvalTask({"name": name}, EvalJob("zero_shot", name, name), None, "answers")
-    progress.scored(name, Result(task, [{"task": name, "attack": name, "value": 0.5}]))
-    progress.scored(name, Result(task, [], error=name))
+    progress.scored(name, Result(task, [{"task": name, "attack": name, "value": 0.5}]), "model")
+    progress.scored(name, Result(task, [], error=name), "model")
     progress.note(name)
     queue.failed(name, "failed", name)
     progress.ended(queue.entries[name])
-    progress.show(queue.snapshot(), 0)
+    progress.show(queue.snapshot(), {})
     progress.console.print(progress._table())
     progress.finished()
     return out.getvalue()

@@ -14,12 +14,13 @@ from tune.cli.progress import Progress
 from tune.config.eval_spec import EvalJob
 from tune.config.sweep_spec import Metric
 from tune.distributed.actors.eval_task import EvalTask, Result
-from tune.scheduling.queue import TaskQueue, TrainTask
+from tune.scheduling.queue import TaskQueue
+from tune.scheduling.tasks import TrainTask
 from tune.scheduling.time_left import StageWork, StudyWork, Work
 
 
 def task(name: str) -> TrainTask:
-    return TrainTask(name, "model", {}, "folder", "data", None, "engine", 1)
+    return TrainTask(name, "model", {}, "folder", "data", None, "engine", "p")
 
 
 def scored(name: str, attack: str, value: float) -> Result:
@@ -31,18 +32,18 @@ def shown(width: int) -> str:
     out = io.StringIO()
     progress = Progress(Console(file=out, width=width))
     queue = TaskQueue()
-    queue.lane_up("lane", 1, "host")
+    queue.lane_up("lane", "p", "host")
     for name in ("model-plain-1", "model-macdrop-2"):
         queue.place(task(name), "trial")
     queue.take("lane", None)
     queue.progress("model-plain-1", {"step": 7, "loss": 1.25, "p": 0.5, "tokens_per_second": 1234.5})
     progress.started(Path("runs/x"), "127.0.0.1:8265", "1 lane")
-    progress.show(queue.snapshot(), scoring=3)
-    progress.scored("model-plain-1", scored("model-plain-1", "none", 0.5))
-    progress.scored("model:base", scored("model:base", "zeroing@3", 0.25))
+    progress.show(queue.snapshot(), scoring={"model": 3})
+    progress.scored("model-plain-1", scored("model-plain-1", "none", 0.5), "model")
+    progress.scored("model:base", scored("model:base", "zeroing@3", 0.25), "model")
     queue.failed("model-plain-1", "diverged", "loss nan")
     progress.ended(queue.entries["model-plain-1"])
-    progress.show(queue.snapshot(), scoring=0)
+    progress.show(queue.snapshot(), scoring={})
     progress.console.print(progress._table())
     return out.getvalue()
 
@@ -66,19 +67,19 @@ def test_the_stage_and_its_progress_are_shown():
     out = io.StringIO()
     progress = Progress(Console(file=out, width=120))
     queue = TaskQueue()
-    queue.lane_up("lane", 1, "host")
+    queue.lane_up("lane", "p", "host")
     progress.stage(SimpleNamespace(name="model"), "search", 3)
     for name, stage in (("one", "search"), ("two", "search"), ("three", "final")):
         queue.place(replace(task(name), stage=stage), "trial")
     queue.take("lane", None)
-    progress.show(queue.snapshot(), scoring=0)
+    progress.show(queue.snapshot(), scoring={})
     assert progress._line.startswith("model   search 0/3   lanes 1 of 1 busy")
     queue.failed("one", "failed", "no reason")
     progress.ended(queue.entries["one"])
     text = out.getvalue()
     assert "model: search, 3 trial(s)" in text and "one failed (no reason) (search 1/3)" in text
     progress.stage(SimpleNamespace(name="model"), "final", 1)
-    progress.show(queue.snapshot(), scoring=0)
+    progress.show(queue.snapshot(), scoring={})
     assert "final 0/1" in progress._line
 
 
@@ -87,11 +88,11 @@ def test_a_log_has_a_line_a_minute_and_a_terminal_the_time_left_in_its_table(ter
     out, now = io.StringIO(), [0.0]
     progress = Progress(Console(file=out, width=300, force_terminal=terminal), clock=lambda: now[0])
     queue = TaskQueue()
-    queue.lane_up("lane", 1, "host")
+    queue.lane_up("lane", "p", "host")
     stages = (StageWork("search", 2, 0), StageWork("final", 3, 1))
     studies = (StudyWork("other", 40, stages), StudyWork("model", 40, stages))
     progress.started(Path("runs/x"), "", "1 lane")
-    progress.planned(Work(studies, 1, 1, 4, None, Metric()))
+    progress.planned(Work(studies, 1, 1, 1, 4, None, Metric()))
     progress.stage(SimpleNamespace(name="model"), "search", 2)
     for name in ("one", "two"):
         queue.place(replace(task(name), stage="search"), "trial")
@@ -103,7 +104,7 @@ def test_a_log_has_a_line_a_minute_and_a_terminal_the_time_left_in_its_table(ter
             queue.trained("one", {"status": "done", "step": 40, "total_steps": 40, "eval_loss": 1.5})
             queue.scored("one", {}, None)
             progress.ended(queue.entries["one"])
-        progress.show(queue.snapshot(), scoring=0)
+        progress.show(queue.snapshot(), scoring={})
     progress.finished()
     lines = [line for line in out.getvalue().splitlines() if "; all trials" in line]
     if terminal:

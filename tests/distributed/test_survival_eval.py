@@ -22,7 +22,7 @@ from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Evaluator, EvaluatorPool, Opening
 from tune.distributed.actors.judges import ActorJudge, JudgeOpening
 from tune.evaluation.judge.prompt import Judgement, Question
-from tune.scheduling.queue import MAX_ATTEMPTS
+from tune.scheduling.tasks import MAX_ATTEMPTS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,13 +87,13 @@ class OfAnyName:
 def calm(second_ray, tmp_path_factory) -> Iterator[Scene]:
     """One task trained undisturbed, and the same fine-tuning placed after it."""
     with scene_of(tmp_path_factory.mktemp("storm"), RAY, OfAnyName) as scene:
-        scene.place("calm", SPEC, WIDTH)
+        scene.place("calm", SPEC)
         started = time.monotonic()
         scene.lanes.open()
         scene.reach("calm", "running", 1)
         scene.recovered["start"] = time.monotonic() - started
         scene.reach("calm", "trained")
-        scene.place("storm", SPEC, WIDTH)
+        scene.place("storm", SPEC)
         yield scene
 
 
@@ -203,9 +204,11 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
     from tune.cli.progress import Progress
     from tune.config.run_spec import RunSpec, dump
     from tune.distributed.actors.actor_pool import PoolActor
-    from tune.distributed.actors.evaluators import EvaluatorPool, Opening
-    from tune.distributed.lanes import lane_pool
-    from tune.distributed.sweep import controller
+    from tune.distributed.actors.evaluators import Opening
+    from tune.distributed.lanes import lane_pool, lane_pools
+    from tune.distributed.sweep import scoring
+    from tune.distributed.sweep.controller import SweepController
+    from tune.scheduling.allocation import Room, lane_kind
     from tune.scheduling.study import studies
     from tune.storage.run_folder import RunFolder
 
@@ -214,22 +217,27 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
             return opening.weights
 
     monkeypatch.setattr(lane_pool, "ROOM_AFTER_S", 0.0)
-    monkeypatch.setattr(controller, "STARTING_S", 0.0)
+    monkeypatch.setattr(scoring, "STARTING_S", 0.0)
     run = RunSpec(**SMALL, sweep={"arms": ["plain"], "seeds": 0})
     run_folder = RunFolder.create(tmp_path / "run", dump(run))
     (study,) = studies(run)
+    study = replace(study, ray=RAY.model_copy(update={"cpus_per_evaluator": WIDTH * RAY.cpus_per_worker}))
     with scene_of(run_folder.run_dir, RAY.model_copy(update={"lanes": 1}), Renamed) as scene:
         scene.lanes.open()
         scene.wait(lambda snapshot: bool(snapshot["lanes"]))
-        pool = EvaluatorPool(1, cpus=WIDTH * RAY.cpus_per_worker, gpus=0, kind=Renamed)
-        controller = controller.SweepController(run_folder, scene.dispatcher, scene.lanes, pool, {}, Progress())
+        actors = scoring.Scoring(0.0, kind=Renamed)
+        kind = lane_kind(study.ray, 0.0)
+        needs = {study.name: lane_pools.StudyNeeds(kind, Room(0, 0), 0)}
+        lanes = lane_pools.LanePools(scene.dispatcher, {}, needs, run_folder.run_dir, evaluator=Renamed)
+        lanes._pools, lanes._opened = {kind: scene.lanes}, {kind}
+        controller = SweepController(run_folder, scene.dispatcher, lanes, actors, {}, Progress())
         try:
             assert controller.open(study, Opening(run, {}, "weights", scan=False, k=1, threads=1)) == "weights"
             assert not scene.call("snapshot")["lanes"]
             controller.check()
         finally:
             controller.close()
-            pool.close()
+            actors.close()
 
 
 def test_private_ray_tables_still_answer():

@@ -58,7 +58,7 @@ def notice(address: str, node: str) -> None:
 
 def test_a_notice_costs_no_step_and_no_attempt(cluster, tmp_path):
     with scene_of(tmp_path, RAY) as scene:
-        scene.place("a", SPEC, 1)
+        scene.place("a", SPEC)
         scene.lanes.open()
         reached = scene.reach("a", "running", 50)
         (lane,) = scene.call("snapshot")["lanes"].values()

@@ -65,19 +65,20 @@ def _progress(name: str, *, terminal: bool) -> None:
     from tune.config.eval_spec import EvalJob
     from tune.distributed.actors.eval_task import EvalTask, Result
     from tune.report.escaping import visible
-    from tune.scheduling.queue import TaskQueue, TrainTask
+    from tune.scheduling.queue import TaskQueue
+    from tune.scheduling.tasks import TrainTask
 
     out = io.StringIO()
     progress = Progress(PlainConsole(file=out, width=4000, color_system=None, force_terminal=terminal))
     queue = TaskQueue()
-    queue.lane_up("lane", 1, "host")
-    queue.place(TrainTask(name, name, {}, "folder", "data", None, "engine", 1), "trial")
+    queue.lane_up("lane", "p", "host")
+    queue.place(TrainTask(name, name, {}, "folder", "data", None, "engine", "p"), "trial")
     queue.take("lane", None)
     progress.stage(SimpleNamespace(name=name), name, 1)
-    progress.show(queue.snapshot(), 1)
+    progress.show(queue.snapshot(), {"model": 1})
     task = EvalTask({"name": name}, EvalJob("zero_shot", name, name), None, "answers")
-    progress.scored(name, Result(task, [{"task": name, "attack": name, "value": 0.5}]))
-    progress.scored(name, Result(task, [], error=name))
+    progress.scored(name, Result(task, [{"task": name, "attack": name, "value": 0.5}]), "model")
+    progress.scored(name, Result(task, [], error=name), "model")
     queue.failed(name, "failed", name)
     progress.ended(queue.entries[name])
     progress.console.print(progress._table())

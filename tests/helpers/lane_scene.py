@@ -19,6 +19,8 @@ class Scene:
     folder: Path
     dispatcher: Any
     lanes: Any
+    #: The name of its lanes.
+    pool: str
     #: Disturbance -> seconds until the task was further than before; `start`: until the first step.
     recovered: dict[str, float] = field(default_factory=dict)
     #: Disturbance -> seconds until no placement group of a dead maker was left.
@@ -29,11 +31,11 @@ class Scene:
     evaluator_lived: bool = False
     left: list[Any] = field(default_factory=list)
 
-    def place(self, name: str, spec: TrainSpec, width: int) -> None:
-        from tune.scheduling.queue import TrainTask
+    def place(self, name: str, spec: TrainSpec) -> None:
+        from tune.scheduling.tasks import TrainTask
 
         folders = str(self.folder / "trials" / name), str(self.folder / "data")
-        self.call("place", TrainTask(name, "study", dump(spec), *folders, None, spec.engine_key(), width), "test")
+        self.call("place", TrainTask(name, "study", dump(spec), *folders, None, spec.engine_key(), self.pool), "test")
 
     def call(self, method: str, *arguments: Any) -> Any:
         from tune.distributed.lanes.dispatcher import call
@@ -81,14 +83,23 @@ class Scene:
         self.recovered[name] = time.monotonic() - started
 
 
+def pool_of(spec: RaySpec, dispatcher: Any, storage: Path, evaluator: type) -> Any:
+    """Lanes as a spec says, on a cluster without GPUs."""
+    from tune.distributed.lanes.lane_pool import LanePool
+    from tune.scheduling.allocation import lane_kind
+
+    return LanePool(dispatcher, spec, lane_kind(spec, 0.0), storage, evaluator=evaluator)
+
+
 @contextmanager
 def scene_of(folder: Path, spec: RaySpec, evaluator: type = object) -> Iterator[Scene]:
     from tune.distributed.lanes.dispatcher import dispatching
-    from tune.distributed.lanes.lane_pool import LanePool
+    from tune.scheduling.allocation import lane_kind
 
     (folder / "ray").mkdir(parents=True)
     with dispatching(folder / "ray") as dispatcher:
-        scene = Scene(folder, dispatcher, LanePool(dispatcher, spec, 0.0, folder / "ray", evaluator=evaluator))
+        pool = pool_of(spec, dispatcher, folder / "ray", evaluator)
+        scene = Scene(folder, dispatcher, pool, str(lane_kind(spec, 0.0)))
         try:
             yield scene
         finally:

@@ -28,7 +28,7 @@ def test_the_report_names_trials_and_the_step_from_which_bits_may_differ():
 
 
 def test_device_hours_count_the_workers_there_were():
-    total, counts = _on_workers([line("a", TWO), line("b", TWO, THEN_ONE), line("old")], {"num_workers": 3})
+    total, counts = _on_workers([line("a", TWO), line("b", TWO, THEN_ONE), line("old")], 3)
     assert (total, counts) == (100 * 2 + 60 * 2 + 40 + 100 * 3, [1, 2, 3])
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tune.scheduling.queue import MAX_ATTEMPTS, TaskQueue, TrainTask
+from tune.scheduling.queue import TaskQueue
+from tune.scheduling.tasks import MAX_ATTEMPTS, TrainTask
 from tune.storage.states import TaskState
 from tune.training.observer import Word
 
@@ -16,14 +20,14 @@ STOPPED = {"status": "stopped", "step": 2, "total_steps": 4, "eval_loss": 2.0}
 LEFT = {**STOPPED, "status": "left"}
 
 
-def task(name: str = "a", *, engine: str = "e", width: int = 1, study: str = "s", stage: str = "final") -> TrainTask:
-    return TrainTask(name, study, {"seed": 0}, f"/trials/{name}", "/data", None, engine, width, stage)
+def task(name: str = "a", *, engine: str = "e", pool: str = "p", study: str = "s", stage: str = "final") -> TrainTask:
+    return TrainTask(name, study, {"seed": 0}, f"/trials/{name}", "/data", None, engine, pool, stage)
 
 
 def book_in(state: str) -> TaskQueue:
     """A queue whose task `a`, placed by `tom`, is in `state`; lane `l` is up."""
     queue = TaskQueue()
-    queue.lane_up("l", 1, "host", ["node"])
+    queue.lane_up("l", "p", "host", ["node"])
     queue.place(task(), "tom")
     if state == "queued":
         return queue
@@ -46,7 +50,7 @@ EVENTS = {
     "cancelled": lambda queue: queue.cancel("a", "tom"),
     "cancelled by a stranger": lambda queue: queue.cancel("a", "ann"),
     "lane lost": lambda queue: queue.lane_down("l", "node died"),
-    "lane restarted": lambda queue: queue.lane_up("l", 1, "host"),
+    "lane restarted": lambda queue: queue.lane_up("l", "p", "host"),
     "asked for": lambda queue: queue.take("l", None),
     "trained": lambda queue: queue.trained("a", DONE),
     "left": lambda queue: queue.trained("a", LEFT),
@@ -94,7 +98,7 @@ def test_a_call_that_comes_twice_changes_nothing(state, event):
 
 def test_the_whole_way():
     queue = TaskQueue()
-    queue.lane_up("l", 1, "host")
+    queue.lane_up("l", "p", "host")
     assert queue.place(task(), "tom") == "queued" and queue.poll("a", -1)["state"] == "queued"
     assert queue.take("l", None) == task() and queue.snapshot()["lanes"]["l"]["task"] == "a"
     assert queue.progress("a", {"step": 1, "loss": 3.0}) == Word.GO_ON
@@ -109,10 +113,10 @@ def test_the_whole_way():
 
 def test_placing_the_same_fine_tuning_twice_follows_the_first():
     queue = TaskQueue()
-    queue.lane_up("l", 1, "host")
+    queue.lane_up("l", "p", "host")
     queue.place(task(), "tom")
     queue.place(task(), "ann")
-    queue.lane_up("m", 1, "host")
+    queue.lane_up("m", "p", "host")
     assert queue.take("l", None).id == "a" and queue.take("m", None) is None
     queue.cancel("a", "tom")
     assert queue.progress("a", {"step": 1}) == Word.GO_ON, "ann still waits for it"
@@ -158,21 +162,26 @@ def test_cancelling_what_nobody_knows_is_harmless():
 
 
 @pytest.mark.parametrize(
-    ("engine", "width", "taken"),
+    ("engine", "pool", "taken"),
     [
-        ("x", 1, "first x"),
-        ("y", 1, "first y"),
-        ("other", 1, "first x"),
-        (None, 1, "first x"),
-        ("y", 2, "wide x"),
-        (None, 3, None),
+        ("x", "p", "first x"),
+        ("y", "p", "first y"),
+        ("other", "p", "first x"),
+        (None, "p", "first x"),
+        ("y", "wide", "wide x"),
+        (None, "another", None),
     ],
 )
-def test_a_lane_prefers_what_fits_its_engine_else_the_oldest_of_its_width(engine, width, taken):
+def test_a_lane_prefers_what_fits_its_engine_else_the_oldest_of_its_pool(engine, pool, taken):
     queue = TaskQueue()
-    for name, of, wide in (("first x", "x", 1), ("first y", "y", 1), ("second x", "x", 1), ("wide x", "x", 2)):
-        queue.place(task(name, engine=of, width=wide), "tom")
-    queue.lane_up("l", width, "host")
+    for name, of, its in (
+        ("first x", "x", "p"),
+        ("first y", "y", "p"),
+        ("second x", "x", "p"),
+        ("wide x", "x", "wide"),
+    ):
+        queue.place(task(name, engine=of, pool=its), "tom")
+    queue.lane_up("l", pool, "host")
     found = queue.take("l", engine)
     assert (found and found.id) == taken
 
@@ -189,7 +198,7 @@ def test_an_order_fails_after_some_lost_lanes_with_the_last_reason():
     for attempt in range(1, MAX_ATTEMPTS + 1):
         assert queue.take("l", None) is not None and queue.entries["a"].attempts == attempt
         queue.lost("a", f"out of memory {attempt}")
-        queue.lane_up("l", 1, "host")
+        queue.lane_up("l", "p", "host")
     end = queue.poll("a", -1)
     assert (end["state"], end["reason"]) == ("failed", f"out of memory {MAX_ATTEMPTS} (tried {MAX_ATTEMPTS} times)")
 
@@ -199,7 +208,7 @@ def test_how_a_lane_was_lost_decides_how_often_its_order_is_tried():
     for kind, attempts, state in [("node lost", 5, "queued")] * 3 + [("a bug", 1, "failed")]:
         queue.take("l", None)
         queue.lost("a", kind, attempts)
-        queue.lane_up("l", 1, "host")
+        queue.lane_up("l", "p", "host")
         assert queue.entries["a"].state == state
     assert queue.entries["a"].reason == "a bug (tried 4 times)"
 
@@ -212,7 +221,7 @@ def test_an_order_that_gets_further_has_all_its_attempts_again():
         queue.progress("a", {"step": step})
         assert queue.held("l") == (task(), step)
         queue.lost("a", "killed", 2, step)
-        queue.lane_up("l", 1, "host")
+        queue.lane_up("l", "p", "host")
         assert queue.entries["a"].state == state and queue.held("l") is None
 
 
@@ -227,14 +236,14 @@ def test_why_a_lane_was_lost_is_said_of_the_last_attempt_only():
     queue = book_in("running")
     queue.lost("a", "out of memory")
     for _ in range(MAX_ATTEMPTS):
-        queue.lane_up("l", 1, "host")
+        queue.lane_up("l", "p", "host")
         queue.take("l", None)
     assert queue.entries["a"].reason == f"its worker died (tried {MAX_ATTEMPTS} times)"
 
 
 def test_the_order_of_a_lane_whose_node_will_go_is_saved_and_queued_without_counting_an_attempt():
     queue = book_in("running")
-    queue.lane_up("m", 1, "host", ["another node"])
+    queue.lane_up("m", "p", "host", ["another node"])
     queue.drain(["node"])
     assert queue.closing("l") and not queue.closing("m")
     assert queue.progress("a", {"step": 1}, "l") == Word.LEAVE
@@ -268,7 +277,7 @@ def test_a_lost_lane_ends_what_was_cancelled():
 
 def test_a_lost_lane_leaves_the_orders_of_others():
     queue = book_in("running")
-    queue.lane_up("m", 1, "host")
+    queue.lane_up("m", "p", "host")
     queue.lane_down("m", "node died")
     assert queue.poll("a", -1)["state"] == "running"
 
@@ -276,7 +285,7 @@ def test_a_lost_lane_leaves_the_orders_of_others():
 def test_a_retried_order_repeats_no_metrics():
     queue = book_in("running")
     queue.progress("a", {"step": 2, "eval_loss": 2.0})
-    queue.lane_up("l", 1, "host")
+    queue.lane_up("l", "p", "host")
     queue.take("l", None)
     queue.progress("a", {"step": 2, "eval_loss": 2.0})
     queue.progress("a", {"step": 4, "eval_loss": 1.0})
@@ -288,7 +297,7 @@ def test_a_retried_order_repeats_no_metrics():
 
 def test_what_an_earlier_run_finished_is_neither_trained_nor_told_again():
     queue = TaskQueue()
-    queue.lane_up("l", 1, "host")
+    queue.lane_up("l", "p", "host")
     queue.record(task(), "done", DONE, {"x": 1.0})
     assert queue.place(task(), "tom") == "done" and queue.take("l", None) is None
     assert queue.poll("a", -1)["scores"] == {"x": 1.0} and queue.changes(0) == (0, [])
@@ -334,7 +343,7 @@ def test_abandon_leaves_only_the_kept_followers():
 
 def test_a_trial_of_the_search_placed_for_the_final_stage_is_scored_again_and_not_trained():
     queue = TaskQueue()
-    queue.lane_up("l", 1, "host")
+    queue.lane_up("l", "p", "host")
     queue.place(task(stage="search"), "tom")
     queue.take("l", None)
     queue.trained("a", DONE)
@@ -348,3 +357,42 @@ def test_a_trial_of_the_search_placed_for_the_final_stage_is_scored_again_and_no
     assert entry.state == "done"
     queue.place(task(stage="search"), "ann")  # and the search never takes it back
     assert (entry.state, entry.task.stage) == ("done", "final")
+
+
+def test_a_snapshot_after_a_mark_holds_what_changed_since_and_one_of_another_process_all():
+    queue = TaskQueue()
+    for name in "abc":
+        queue.place(task(name), "tom")
+    first = queue.snapshot()
+    assert [row["id"] for row in first["tasks"]] == ["a", "b", "c"] and first["queued"] == {"p": 3}
+    assert queue.snapshot(first["mark"])["tasks"] == []
+    queue.lane_up("l", "p", "host")
+    queue.take("l", None)
+    queue.progress("a", {"step": 1}, "l")
+    queue.failed("a", TaskState.FAILED, "broken", "l")
+    second = queue.snapshot(first["mark"])
+    assert [(row["id"], row["state"], row["last"]) for row in second["tasks"]] == [("a", "failed", {"step": 1})]
+    assert (second["queued"], second["open"]) == ({"p": 2}, {"s": 2})
+    assert len(queue.snapshot(("another process", 10**6))["tasks"]) == 3
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from(sorted(EVENTS)), st.sampled_from("abc")), max_size=30), st.data())
+def test_snapshots_after_marks_add_up_to_the_whole_one_and_counts_are_those_of_the_entries(calls, data):
+    queue, rows, mark = TaskQueue(), {}, None
+    for name in "abc":
+        queue.place(task(name), "tom")
+    queue.lane_up("l", "p", "host")
+    for event, _ in calls:
+        with suppress(KeyError, AssertionError):
+            EVENTS[event](queue)
+        if data.draw(st.booleans()):
+            seen = queue.snapshot(mark)
+            mark = seen["mark"]
+            rows |= {row["id"]: row for row in seen["tasks"]}
+    seen = queue.snapshot(mark)
+    rows |= {row["id"]: row for row in seen["tasks"]}
+    assert rows == {name: entry.row() for name, entry in queue.entries.items()}
+    states = [entry.state for entry in queue.entries.values()]
+    assert sum(seen["queued"].values()) == states.count(TaskState.QUEUED)
+    assert sum(seen["open"].values()) == sum(not state.is_final for state in states)

@@ -16,8 +16,9 @@ from hypothesis import strategies as some
 
 from tune.errors import ResourceError
 from tune.scheduling import queue_log as order_log
-from tune.scheduling.queue import TaskQueue, TrainTask
+from tune.scheduling.queue import TaskQueue
 from tune.scheduling.queue_log import LoggedQueue
+from tune.scheduling.tasks import TrainTask
 from tune.storage.states import Stage, TaskState
 
 NAMES, LANES, NODES, FOLLOWERS = ("a", "b", "c"), ("l", "m"), ("n1", "n2"), ("tom", "ann")
@@ -25,7 +26,7 @@ NAMES, LANES, NODES, FOLLOWERS = ("a", "b", "c"), ("l", "m"), ("n1", "n2"), ("to
 
 def task(name: str, stage: str = "search") -> TrainTask:
     spec = {"seed": 0, "macdrop": {"p0": 0.8, "exclude": []}}
-    return TrainTask(name, "s", spec, f"/{name}", "/data", None, "e", 1, stage, {"k": 1}, {"learning_rate": 1e-3})
+    return TrainTask(name, "s", spec, f"/{name}", "/data", None, "e", "p", stage, {"k": 1}, {"learning_rate": 1e-3})
 
 
 def steps(status: str) -> dict:
@@ -52,7 +53,7 @@ CALLS = some.one_of(
     method("cancel", names, followers, some.none() | some.integers(1, 4)),
     method("abandon", some.just("s"), followers),
     method("poll", names, some.integers(-1, 4)),
-    method("lane_up", lanes, some.just(1), some.just("host"), some.lists(nodes, max_size=2)),
+    method("lane_up", lanes, some.just("p"), some.just("host"), some.lists(nodes, max_size=2)),
     method("lane_down", lanes, some.just("its node died")),
     method("take", lanes, some.none() | some.just("e")),
     method("closing", lanes),
@@ -74,7 +75,7 @@ WORK = some.one_of(
     method("lane_down", lanes, some.just("died")),
 )
 #: Sequences that come far: two lanes are up and the tasks are placed.
-BEGUN = [("lane_up", (lane, 1, "host", [node])) for lane, node in zip(LANES, NODES, strict=True)]
+BEGUN = [("lane_up", (lane, "p", "host", [node])) for lane, node in zip(LANES, NODES, strict=True)]
 BEGUN += [("place", (task(name), "tom")) for name in NAMES[:2]]
 SEQUENCES = some.lists(CALLS | WORK, max_size=40).map(lambda calls: BEGUN + calls)
 
@@ -114,6 +115,11 @@ def test_a_book_made_again_equals_the_one_that_died(folder, calls):
     assert replay(again, calls) == replay(live, calls) and again.queue == live.queue
 
 
+def without_mark(answer):
+    """Return an answer without what differs between two queues of the same content: the mark of a snapshot."""
+    return {key: value for key, value in answer.items() if key != "mark"} if isinstance(answer, dict) else answer
+
+
 @settings(deadline=None)
 @given(calls=SEQUENCES)
 def test_calls_that_come_twice_change_nothing(calls):
@@ -122,7 +128,7 @@ def test_calls_that_come_twice_change_nothing(calls):
         answers = []
         for queue in (once, repeated, repeated):
             with suppress(KeyError):
-                answers.append(copy.deepcopy(getattr(queue, name)(*arguments)))
+                answers.append(without_mark(copy.deepcopy(getattr(queue, name)(*arguments))))
         assert all(answer == answers[0] for answer in answers)
         assert once == repeated
 

@@ -43,7 +43,7 @@ class Sweep:
     def work(self, budget: float | None = None) -> Work:
         stage = StageWork("final", self.trials, self.tests)
         study = StudyWork("model", self.steps, (stage,))
-        return Work((study,), self.lanes, self.evaluators, 4, budget, Metric())
+        return Work((study,), 1, self.lanes, self.evaluators, 4, budget, Metric())
 
     def run(self) -> tuple[list, float]:
         """Return (time, estimate) of each tick, and the time of the end."""
@@ -62,7 +62,7 @@ class Sweep:
                 trial.state, trial.began = TaskState.RUNNING, now
             for end in [end for end in busy if end <= now]:
                 busy.remove(end)
-                meter.scored(self.benchmark)
+                meter.scored("model", self.benchmark)
                 owner = next(t for t in trials if t.state == TaskState.TRAINED)
                 owner.scores -= 1
                 owner.state = TaskState.TRAINED if owner.scores else TaskState.DONE
@@ -70,7 +70,7 @@ class Sweep:
                 busy.append(now + self.benchmark)
                 waiting -= 1
             meter.see([self.row(trial, now) for trial in trials], now)
-            seen.append((now, meter.estimate(waiting + len(busy), now)))
+            seen.append((now, meter.estimate({"model": waiting + len(busy)}, now)))
         return seen, now
 
     def row(self, trial: Trial, now: float) -> dict:
@@ -164,37 +164,57 @@ def test_steps_that_a_lost_lane_repeats_do_not_count_twice():
     for now, step in steps:
         meter.see([{**row, "last": {} if step is None else {"step": step}}], float(now))
     assert meter.pace("model").step == pytest.approx(1.0)
-    assert meter.estimate(0, 60.0).seconds == pytest.approx(25.0)
-    assert meter.estimate(0, 70.0).seconds == pytest.approx(15.0), "it falls with the clock between two reports"
-    assert meter.estimate(0, 900.0).seconds == 0.0
+    assert meter.estimate({}, 60.0).seconds == pytest.approx(25.0)
+    assert meter.estimate({}, 70.0).seconds == pytest.approx(15.0), "it falls with the clock between two reports"
+    assert meter.estimate({}, 900.0).seconds == 0.0
 
 
 def test_a_model_that_has_not_begun_is_taken_to_be_as_fast_as_the_others():
     parts = (StageWork("final", 2, 1),)
-    two = Work((StudyWork("one", 10, parts), StudyWork("two", 20, parts)), 1, 1, 4, None, Metric())
+    two = Work((StudyWork("one", 10, parts), StudyWork("two", 20, parts)), 1, 1, 1, 4, None, Metric())
     meter = Meter(two)
     meter.begin("two", "final", 2, 0.0)
-    assert meter.estimate(0, 0.0).trials == (0, 2), "a study before the one in progress is over"
+    assert meter.estimate({}, 0.0).trials == (0, 2), "a study before the one in progress is over"
     meter = Meter(two)
     meter.begin("one", "final", 2, 0.0)
     row = {"id": "t", "study": "one", "stage": "final", "state": TaskState.RUNNING, "total_steps": None}
     for step in (1, 2, 3):
         meter.see([{**row, "last": {"step": step}}], float(step))
-    meter.scored(2.0)
-    found = meter.estimate(0, 3.0)
+    meter.scored("one", 2.0)
+    found = meter.estimate({}, 3.0)
     assert found.trials == (0, 4) and found.steps == (3, 60)
     assert found.seconds == pytest.approx((7 + 10 + 2) + (40 + 2))
 
 
+def test_studies_that_overlap_take_as_long_as_the_longest_or_as_their_lanes():
+    parts = (StageWork("final", 4, 0),)
+
+    def left(lanes: int, at_once: int) -> float:
+        work = Work(tuple(StudyWork(name, 10, parts) for name in "abc"), at_once, lanes, 1, 4, None, Metric())
+        meter = Meter(work)
+        for name in "abc"[:at_once]:
+            meter.begin(name, "final", 4, 0.0)
+        row = {"id": "t", "study": "a", "stage": "final", "state": TaskState.RUNNING, "total_steps": None}
+        for step in (1, 2, 3):
+            meter.see([{**row, "last": {"step": step}}], float(step))
+        meter.end("c", 3.0)
+        return meter.estimate({}, 3.0).seconds
+
+    one_after_the_other = left(1, 1)
+    assert one_after_the_other == pytest.approx(7 + 30 + 40)
+    assert left(1, 2) == one_after_the_other, "one lane gains nothing"
+    assert left(4, 2) < left(4, 1), "the second uses the lanes that the first leaves"
+
+
 def test_a_search_ends_with_its_time_budget():
     stages = (StageWork("search", 100, 0), StageWork("final", 1, 0))
-    work = Work((StudyWork("model", 10, stages),), 1, 1, 4, 30.0, Metric())
+    work = Work((StudyWork("model", 10, stages),), 1, 1, 1, 4, 30.0, Metric())
     meter = Meter(work)
     meter.begin("model", "search", 100, 0.0)
     row = {"id": "t", "study": "model", "stage": "search", "state": TaskState.RUNNING, "total_steps": None}
     for step in (1, 2, 3):
         meter.see([{**row, "last": {"step": step}}], float(step))
-    assert meter.estimate(0, 3.0).seconds == pytest.approx(27.0 + 10.0)
+    assert meter.estimate({}, 3.0).seconds == pytest.approx(27.0 + 10.0)
 
 
 def test_the_work_of_a_run_is_what_the_plan_counts():

@@ -49,12 +49,12 @@ def test_a_global_batch_that_cannot_stay_is_refused_with_the_arithmetic_and_the_
 
 def test_every_step_that_a_search_may_draw_is_shared_evenly():
     searched = "sweep.parameters.gradient_accumulation_steps"
-    check_run_shared(run_file(f"{searched}=[3,6]"), 3)
+    check_run_shared(run_file(f"{searched}=[3,6]"), [3])
     with pytest.raises(ConfigError, match="(?s)gradient_accumulation_steps 2 x .*one of 1,"):
-        check_run_shared(run_file(f"{searched}=[2,6]"), 3)
+        check_run_shared(run_file(f"{searched}=[2,6]"), [3])
     with pytest.raises(ConfigError, match="(?s)gradient_accumulation_steps 4 x ray.num_workers 2 .*one of 1, 2,"):
         space = f"{searched}={{min: 3, max: 6, distribution: int_uniform}}"
-        check_run_shared(run_file("ray.num_workers=2", "sweep.search_alg=random", space), 3)
+        check_run_shared(run_file("ray.num_workers=2", "sweep.search_alg=random", space), [3])
 
 
 # --- the record ---

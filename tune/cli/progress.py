@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tune.distributed.actors.eval_task import Result
-    from tune.scheduling.queue import QueuedTask
     from tune.scheduling.study import Study
+    from tune.scheduling.tasks import QueuedTask
     from tune.scheduling.time_left import Estimate, Work
 
 STYLES = {
@@ -63,8 +63,10 @@ class Progress:
         #: Trial or base model -> its scores, in the order of arrival.
         self._scores: dict[str, list[str]] = {}
         self._states: dict[str, str] = {}
-        #: Study, stage and number of trials in progress.
-        self._stage: tuple[str, str, int] | None = None
+        #: Study in progress -> its stage and number of trials.
+        self._stages: dict[str, tuple[str, int]] = {}
+        #: Study and stage -> its trials, and those of them that have ended.
+        self._counts: dict[tuple[str, str], list[int]] = {}
         self._line = ""
         self._meter: Meter | None = None
         self._estimate: tuple[float, Estimate] | None = None
@@ -101,34 +103,52 @@ class Progress:
 
     def stage(self, study: Study, stage: str, trials: int) -> None:
         """Announce a stage; `trials` is an upper bound, as a searcher may draw one twice."""
-        self._stage = (study.name, stage, trials)
+        self._stages[study.name] = (stage, trials)
         if self._meter:
             self._meter.begin(study.name, stage, trials, self._clock())
         self._say((study.name, "bold"), f": {stage}, {trials} trial(s)")
 
+    def study_ended(self, study: Study) -> None:
+        self._stages.pop(study.name, None)
+        if self._meter:
+            self._meter.end(study.name, self._clock())
+
     def note(self, text: str) -> None:
         self._say((text, "red"))
 
-    def show(self, snapshot: dict[str, Any], scoring: int) -> None:
-        """Redraw the table from the queue's snapshot; in a log, print which tasks have started, and a line a minute."""
-        self._tasks = {row["id"]: row for row in snapshot["tasks"]}
+    def show(self, snapshot: dict[str, Any], scoring: Mapping[str, int]) -> None:
+        """Redraw the table with the tasks that changed; in a log, print which have started, and a line a minute."""
+        for row in snapshot["tasks"]:
+            self._see(row)
         lanes = snapshot["lanes"].values()
         busy = sum(1 for lane in lanes if lane["task"])
-        self._line = f"lanes {busy} of {len(lanes)} busy   benchmarks waiting or running {scoring}"
-        if self._stage:
-            self._line = f"{self._stage[0]}   {self._remaining()}   {self._line}"
-        if estimate := self._measured(scoring):
+        self._line = f"lanes {busy} of {len(lanes)} busy   benchmarks waiting or running {sum(scoring.values())}"
+        stages = [f"{study}   {self._remaining(study)}   " for study in self._stages]
+        self._line = "".join(stages) + self._line
+        if estimate := self._measured(snapshot["tasks"], scoring):
             self._line += f"   {_time_left(estimate)}"
             if not self._live and self._clock() - self._said >= LINE_EVERY_S:
                 self._said = self._clock()
                 self._say(self._whole(estimate))
-        for name, row in self._tasks.items():
-            if row["state"] != self._states.get(name) and row["state"] in (TaskState.RUNNING, TaskState.TRAINED):
-                if not self._live:
-                    self._say(f"{name} {'is trained' if row['state'] == TaskState.TRAINED else 'is training'}")
-            self._states[name] = row["state"]
         if self._live:
             self._live.update(self._table())
+
+    def _see(self, row: dict[str, Any]) -> None:
+        """Take a task's row, and say in a log that it has started or is trained."""
+        name, state = row["id"], row["state"]
+        before = self._tasks.get(name)
+        if before is not None:
+            self._count(before, -1)
+        self._count(row, +1)
+        self._tasks[name] = row
+        if state != self._states.get(name) and state in (TaskState.RUNNING, TaskState.TRAINED) and not self._live:
+            self._say(f"{name} {'is trained' if state == TaskState.TRAINED else 'is training'}")
+        self._states[name] = state
+
+    def _count(self, row: dict[str, Any], sign: int) -> None:
+        counts = self._counts.setdefault((row["study"], row["stage"]), [0, 0])
+        counts[0] += sign
+        counts[1] += sign * row["state"].is_final
 
     def ended(self, entry: QueuedTask) -> None:
         loss = entry.outcome.get("eval_loss")
@@ -136,14 +156,14 @@ class Progress:
         reason = f" ({entry.reason})" if entry.reason else ""
         style = STYLES.get(entry.state, "white")
         if entry.task.id in self._tasks:
-            self._tasks[entry.task.id] = {**self._tasks[entry.task.id], "state": entry.state}
+            self._see({**self._tasks[entry.task.id], "state": entry.state})
         self._keep_best(entry)
-        stage = f" ({self._remaining()})" if self._stage else ""
+        stage = f" ({self._remaining(entry.task.study)})" if entry.task.study in self._stages else ""
         self._say(f"{entry.task.id} ", (str(entry.state), style), f"{details}{reason}{stage}")
 
-    def scored(self, name: str, result: Result) -> None:
+    def scored(self, name: str, result: Result, study: str) -> None:
         if self._meter and not result.error:
-            self._meter.scored(result.seconds)
+            self._meter.scored(study, result.seconds)
         if result.rows:
             # The first row is the task's own metric; the report has all of them.
             row = result.rows[0]
@@ -157,33 +177,30 @@ class Progress:
         if of and (not done or done * 10 // of > (done - 1) * 10 // of):
             self._say(f"judged {done} of {of} answers")
 
-    def _remaining(self) -> str:
-        """Return the stage with its ended and all trials: search 3/8."""
-        if self._stage is None:
-            return ""
-        name, stage, trials = self._stage
-        rows = [row for row in self._tasks.values() if (row["study"], row["stage"]) == (name, stage)]
-        return f"{stage} {sum(row['state'].is_final for row in rows)}/{max(trials, len(rows))}"
+    def _remaining(self, study: str) -> str:
+        """Return a study's stage with its ended and all trials: search 3/8."""
+        stage, trials = self._stages[study]
+        there, ended = self._counts.get((study, stage), (0, 0))
+        return f"{stage} {ended}/{max(trials, there)}"
 
-    def _measured(self, scoring: int) -> Estimate | None:
+    def _measured(self, changed: Sequence[dict[str, Any]], scoring: Mapping[str, int]) -> Estimate | None:
         """Return the newest estimate, at most `ESTIMATE_EVERY_S` old."""
         if self._meter is None:
             return None
         now = self._clock()
-        self._meter.see(list(self._tasks.values()), now)
+        self._meter.see(changed, now)
         if self._estimate is None or now - self._estimate[0] >= ESTIMATE_EVERY_S:
             self._estimate = now, self._meter.estimate(scoring, now)
         return self._estimate[1]
 
     def _whole(self, estimate: Estimate) -> str:
-        """Return the state of the whole run: study, trials, steps, best so far, time left and its basis."""
+        """Return the state of the whole run: studies, trials, steps, best so far, time left and its basis."""
         assert self._meter is not None
         names = [study.name for study in self._meter.work.studies]
         parts = []
-        if self._stage:
-            name = self._stage[0]
+        for name in self._stages:
             number = f"study {names.index(name) + 1} of {len(names)}, " if name in names else ""
-            parts = [f"{number}{name}: {self._remaining()}"]
+            parts.append(f"{number}{name}: {self._remaining(name)}")
             if name in self._best:
                 value, trial = self._best[name]
                 parts.append(f"best {self._meter.work.metric.name} {_number(value)} ({trial})")

@@ -98,6 +98,7 @@ def sweep(
     resume: bool = False,
     retry_failed: bool = False,
     clear_orphans: bool = False,
+    skip_unplaceable: bool = False,
     trust_remote_code: bool = False,
     file: TextIO | None = None,
 ) -> Run:
@@ -118,8 +119,7 @@ def sweep(
     from tune.config.run_spec import dump
     from tune.preflight.inputs import check_folder
     from tune.report.files import write
-    from tune.scheduling.resources import check_local
-    from tune.scheduling.study import studies
+    from tune.scheduling.study import check_local_lanes, studies
     from tune.storage.places import check_current_folder, direct_loopback
     from tune.storage.remote.background import RemoteSync
     from tune.storage.remote.copied_units import REPORT
@@ -130,8 +130,7 @@ def sweep(
     check_current_folder()
     direct_loopback()
     spec, folder = resolve(plain_values(config), list(overrides), resume, trust_remote_code)
-    studies(spec)
-    check_local(spec.ray)
+    check_local_lanes(studies(spec), skip=skip_unplaceable)
     quiet_libraries()
     again = resume_call(folder, orders_of(dump(spec)))
     check_folder(folder, resume=resume, remedy=again)
@@ -139,9 +138,8 @@ def sweep(
     console = PlainConsole(file=file, width=PIPED_WIDTH, force_jupyter=False, force_terminal=False)
     progress = Progress(console, again=again)
     try:
-        failures = runner(spec)(
-            spec, resume=resume, retry_failed=retry_failed, clear_orphans=clear_orphans, progress=progress
-        )
+        options = {"retry_failed": retry_failed, "clear_orphans": clear_orphans, "skip_unplaceable": skip_unplaceable}
+        failures = runner(spec)(spec, resume=resume, progress=progress, **options)
     finally:
         progress.finished()
     run = Run(folder, failures)

@@ -44,6 +44,11 @@ __all__ = [
 
 #: Keys that say what the base model is; another value is another model, to be listed under sweep.models.
 MODEL_KEYS = ("model_name_or_path", "model_revision", "trust_remote_code", "quantization_bit")
+#: Keys of the block `ray` that a model in sweep.models may have of its own.
+MODEL_RAY_KEYS = (
+    *("num_workers", "lanes", "cpus_per_worker", "gpus_per_worker"),
+    *("evaluators", "cpus_per_evaluator", "gpus_per_evaluator", "threads_per_worker"),
+)
 #: Keys whose values may be valid alone and invalid together.
 COUPLED_KEYS = (
     "zero_stage",
@@ -120,6 +125,7 @@ class RunSpec(TrainSpec):
         for key in self.sweep.parameters:
             _check_searchable(key)
         studies = self.studies()
+        self.rays()
         for study in studies:
             _check_space(study, self.sweep.parameters)
         for study in studies:
@@ -140,8 +146,27 @@ class RunSpec(TrainSpec):
             return [build(TrainSpec, flat)]
         return [self._study(flat, number, entry) for number, entry in enumerate(self.sweep.models, 1)]
 
+    def rays(self) -> list[RaySpec]:
+        """Return the lanes and evaluation actors of each model: the block `ray` with that model's own overrides."""
+        if not self.sweep.models:
+            return [self.ray]
+        return [self._ray(number, entry) for number, entry in enumerate(self.sweep.models, 1)]
+
+    def _ray(self, number: int, entry: dict[str, Any]) -> RaySpec:
+        own = undot(entry).get("ray", {})
+        where = f"sweep.models, entry {number} ({entry.get('model_name_or_path')})"
+        if not isinstance(own, dict):
+            raise ConfigError(f"{where}: ray must be a mapping of {', '.join(MODEL_RAY_KEYS)}, not {own!r}.")
+        for key in own:
+            if key in RaySpec.model_fields and key not in MODEL_RAY_KEYS:
+                raise ConfigError(f"{where}: ray.{key} is for the whole run; write it outside of sweep.models.")
+        try:
+            return build(RaySpec, {**self.ray.model_dump(), **own})
+        except ConfigError as error:
+            raise ConfigError(f"{where}: ray: {error}") from None
+
     def _study(self, flat: dict[str, Any], number: int, entry: dict[str, Any]) -> TrainSpec:
-        entry = undot(entry)
+        entry = {key: value for key, value in undot(entry).items() if key != "ray"}
         where = f"sweep.models, entry {number} ({entry.get('model_name_or_path')})"
         if not entry.get("model_name_or_path"):
             raise ConfigError(f"{where}: model_name_or_path is missing.")

@@ -102,7 +102,8 @@ class SweepSpec(Strict):
     models: list[dict[str, Any]] = Field(
         default=[],
         description=(
-            "Models to study, each a name or a mapping of `model_name_or_path` and the keys that differ for it."
+            "Models to study, each a name or a mapping of `model_name_or_path` and the keys that differ for it, of "
+            "the block `ray` those for lanes and evaluation actors: `{model_name_or_path: ..., ray: {num_workers: 8}}`."
         ),
     )
     arms: list[Annotated[str, AfterValidator(_known_arm)]] = Field(
@@ -164,6 +165,13 @@ class SweepSpec(Strict):
     )
     max_concurrent_trials: int = Field(
         default=4, ge=1, description="Maximum number of trials submitted to the lanes at once."
+    )
+    max_concurrent_models: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto",
+        description=(
+            "Models under way at once, at most; `auto` begins the next one when those before it leave a lane idle and "
+            "there is room for its evaluation actors."
+        ),
     )
     time_budget_s: float | None = Field(
         default=None,

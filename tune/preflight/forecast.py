@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Forecast of one study. `hours` is wall-clock time; `low` and `high` are its range."""
+    """Forecast of one study alone. `hours` is wall-clock time; `low` and `high` are its range."""
 
     name: str
     trials: int
@@ -67,9 +67,7 @@ class Forecast:
 
 def forecast_study(study: Study, steps: int, found: Measured, ray: RaySpec) -> Forecast:
     """Forecast a study: its two stages in sequence, training and scoring in parallel within each."""
-    evals = study.spec.eval_steps
-    validations = steps // evals + 1 if evals else 1
-    one = steps * found.step + validations * found.validation + TRIAL_S
+    one = trial_seconds(study, steps, found)
     compared = study.final_count
     if study.search and not study.reseeded:
         compared += study.cells * (bool(study.plain) + study.finalists * study.drops)
@@ -105,6 +103,13 @@ def forecast_study(study: Study, steps: int, found: Measured, ray: RaySpec) -> F
     )
 
 
+def trial_seconds(study: Study, steps: int, found: Measured) -> float:
+    """Return the seconds of one fine-tuning, with its validations."""
+    evals = study.spec.eval_steps
+    validations = steps // evals + 1 if evals else 1
+    return steps * found.step + validations * found.validation + TRIAL_S
+
+
 @dataclass(frozen=True)
 class Total:
     """Forecast of the whole run on its devices; `cost` is None without a known price."""
@@ -131,10 +136,14 @@ class Total:
         return self.hours > ASK_HOURS or (self.cost or 0.0) > ASK_COST
 
 
-def total(parts: list[Forecast], devices: float, device: str, price: float | None) -> Total:
-    """Add up studies, which run one after the other."""
+def total(
+    parts: list[Forecast], devices: float, device: str, price: float | None, overlapping_s: float | None = None
+) -> Total:
+    """Add up studies that run one after the other; `overlapping_s` are their seconds in all where they overlap."""
     start = START_S / 3600
-    hours, low, high = (start + sum(getattr(part, name) for part in parts) for name in ("hours", "low", "high"))
+    hours, low, high = (sum(getattr(part, name) for part in parts) for name in ("hours", "low", "high"))
+    share = 1.0 if overlapping_s is None or not hours else overlapping_s / 3600 / hours
+    hours, low, high = (start + share * each for each in (hours, low, high))
     return Total(hours, low, high, sum(part.disk for part in parts), devices, device, price)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,11 +59,13 @@ class Checked:
     packing: str = ""
 
 
-def check_inputs(spec: RunSpec, planned: list[Study], begun: int | None = None) -> dict[str, Checked]:
+def check_inputs(
+    spec: RunSpec, planned: list[Study], begun: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Checked]:
     """Check models, tokenizers, data and benchmark files; return what was found for each study.
 
     Quick checks come first. The tokenised data are kept for the workers; nothing else is written. `begun` are the
-    workers that the run began with, if it is resumed.
+    workers that the models of a resumed run began with.
 
     Raises:
         ConfigError: a tracker, store, model or file cannot be used, k or an attack is above the size of the FFN,
@@ -82,14 +85,14 @@ def check_inputs(spec: RunSpec, planned: list[Study], begun: int | None = None) 
     checked: dict[str, Checked] = {}
     stops = spec.sweep.scheduler != "none"
     needed = stops or EVAL_LOSS in [metric.name for metric in spec.sweep.metric]
-    workers, room = spec.ray.num_workers, worker_room(spec.ray)
     for study, (tokenizer, notes) in zip(planned, opened, strict=True):
         for block in (spec.eval, spec.validation):
             check_readable(block, _config(study.spec), tokenizer)
         checked[study.name] = Checked()
+        workers, room = study.ray.num_workers, worker_room(study.ray)
         if study.count:
             prepared = _data(study.spec, study.parameters, tokenizer, needed and study.search)
-            here = shared(study.spec, begun, workers)
+            here = shared(study.spec, begun.get(study.spec.model_name_or_path), workers)
             steps, epoch = _steps(here, study.parameters, prepared[0], workers)
             found = cuts(study, spec.sweep, steps, epoch) if stops else None
             notes += check_patience(study.spec, study.parameters, steps, epoch)

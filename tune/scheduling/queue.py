@@ -1,4 +1,4 @@
-"""Training tasks and their queue: plain data and decisions, no Ray.
+"""The queue of training tasks: decisions, no Ray.
 
 The dispatcher actor is this queue behind Ray calls. A task goes queued -> running -> trained -> done; it ends early as
 stopped (its followers gave up on it), diverged or failed. Tasks are named by their content (`TrainSpec.trial_id`), so
@@ -10,66 +10,18 @@ be made again from a log of its calls (`tune.scheduling.queue_log`), and Ray sen
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
+from uuid import uuid4
 
+from tune.scheduling.tasks import MAX_ATTEMPTS, QueuedTask, TrainTask
 from tune.storage.states import Stage, TaskState
 from tune.training.observer import Ending, Word
 
-#: A worker may die under a task (node lost, out of memory); after this many lost lanes the task counts as failed.
-MAX_ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class TrainTask:
-    """One fine-tuning to be done, as plain data that crosses processes.
-
-    `spec` is a dumped TrainSpec; `folder` the trial's folder; `data` the cache of tokenised data; `weights` the file
-    with the massive weights, None for a plain adapter; `width` the number of workers a lane must have; `stage` decides
-    what the adapter is scored on; `cell` is the searched kind of adapter; `drawn` are the values that a search drew;
-    `workers_at_start` are the workers that the run began with, which decide its batches, None for those of the lane.
-    """
-
-    id: str
-    study: str
-    spec: dict[str, Any]
-    folder: str
-    data: str
-    weights: str | None
-    engine_key: str
-    width: int
-    stage: Stage = Stage.FINAL
-    cell: dict[str, Any] = field(default_factory=dict)
-    drawn: dict[str, Any] | None = None
-    workers_at_start: int | None = None
-
-
-@dataclass
-class QueuedTask:
-    """A task and what became of it.
-
-    `attempts` are those in a row that got no further than step `reached`, `limit` how many of them it has, given how
-    its lanes were lost.
-    `last` are the metrics of the newest step: to be shown, and no part of what a queue that is made again must know.
-    """
-
-    task: TrainTask
-    state: TaskState = TaskState.QUEUED
-    lane: str | None = None
-    attempts: int = 0
-    reached: int = 0
-    limit: int = MAX_ATTEMPTS
-    followers: set[str] = field(default_factory=set)
-    cancelled: bool = False
-    last: dict[str, Any] = field(default_factory=dict, compare=False)
-    evaluated: list[dict[str, Any]] = field(default_factory=list)
-    outcome: dict[str, Any] = field(default_factory=dict)
-    #: The last step that a search saw of a task which it gave up.
-    judged: int | None = None
-    kind: str | None = None
-    reason: str | None = None
-    scores: dict[str, float] | None = None
+#: What a snapshot is later than: the queue's process, and the number of its last change.
+Mark = tuple[str, int]
 
 
 @dataclass
@@ -81,6 +33,14 @@ class TaskQueue:
     _closing: set[str] = field(default_factory=set)
     _drained: set[str] = field(default_factory=set)
     _changes: list[str] = field(default_factory=list)
+    #: Pool -> its queued tasks in their order.
+    _queued: dict[str, dict[str, None]] = field(default_factory=dict)
+    #: Study -> the number of its tasks that have not ended.
+    _open: dict[str, int] = field(default_factory=dict)
+    #: Task -> the number of its last change, in the order of these; `_process` tells queues made again apart.
+    _touched: dict[str, int] = field(default_factory=dict, compare=False)
+    _process: str = field(default_factory=lambda: uuid4().hex, compare=False)
+    _number: int = field(default=0, compare=False)
 
     # --- followers ---
 
@@ -92,18 +52,20 @@ class TaskQueue:
         """
         entry = self.entries.get(task.id)
         if entry is None:
-            entry = self.entries[task.id] = QueuedTask(task, evaluated=list(evaluated))
+            entry = self._enter(QueuedTask(task, evaluated=list(evaluated)))
             self._changed(task.id)
-        elif entry.state == TaskState.STOPPED or (entry.cancelled and entry.state == TaskState.RUNNING):
+        elif entry.task.stage != task.stage == Stage.FINAL:
+            self._count(entry, -1)
+            entry.task = replace(task, drawn=entry.task.drawn)
+            self._count(entry, +1)
+            if entry.state == TaskState.DONE:
+                self._turn(entry, TaskState.TRAINED)
+            self._touch(entry)
+        if entry.cancelled or entry.state == TaskState.STOPPED:
             # Wanted again after its only follower gave up.
             entry.cancelled = False
             if entry.state == TaskState.STOPPED:
                 self._requeue(entry)
-        if entry.task.stage != task.stage == Stage.FINAL:
-            entry.task = replace(task, drawn=entry.task.drawn)
-            if entry.state == TaskState.DONE:
-                entry.state = TaskState.TRAINED
-                self._changed(task.id)
         entry.followers.add(follower)
         return entry.state
 
@@ -123,7 +85,7 @@ class TaskQueue:
         assert state.is_final or state == TaskState.TRAINED
         if task.id in self.entries:
             return
-        self.entries[task.id] = QueuedTask(task, state=state, outcome=outcome, scores=scores, reason=reason)
+        self._enter(QueuedTask(task, state=state, outcome=outcome, scores=scores, reason=reason))
         if state == TaskState.TRAINED:
             self._changed(task.id)
 
@@ -165,10 +127,10 @@ class TaskQueue:
 
     # --- lanes ---
 
-    def lane_up(self, lane: str, width: int, host: str, nodes: Collection[str] = ()) -> None:
+    def lane_up(self, lane: str, pool: str, host: str, nodes: Collection[str] = ()) -> None:
         """A lane's workers are ready on `nodes`; a task it had before it was restarted goes back into the queue."""
         self.lane_down(lane, "its worker died")
-        self.lanes[lane] = {"width": width, "host": host, "nodes": list(nodes), "task": None}
+        self.lanes[lane] = {"pool": pool, "host": host, "nodes": list(nodes), "task": None}
 
     def lane_down(self, lane: str, reason: str) -> None:
         """A lane is gone; its task is queued again, or fails after the attempts it has."""
@@ -182,7 +144,7 @@ class TaskQueue:
                     self._requeue(entry)
 
     def take(self, lane: str, engine_key: str | None) -> TrainTask | None:
-        """The next task for a lane: one that fits the engine it has, else the oldest of its width.
+        """The next task for a lane: one that fits the engine it has, else the oldest of its pool.
 
         A lane that asks again before it reported the end of its task is given that task again.
         """
@@ -190,17 +152,16 @@ class TaskQueue:
             return None
         if running := self.lanes[lane]["task"]:
             return self.entries[running].task
-        width = self.lanes[lane]["width"]
-        waiting = [e for e in self.entries.values() if e.state == TaskState.QUEUED and e.task.width == width]
+        waiting = self._queued.get(self.lanes[lane]["pool"])
         if not waiting or self.closing(lane):
             return None
-        fitting = [entry for entry in waiting if entry.task.engine_key == engine_key]
-        entry = (fitting or waiting)[0]
-        entry.state, entry.lane = TaskState.RUNNING, lane
+        fitting = (name for name in waiting if self.entries[name].task.engine_key == engine_key)
+        entry = self.entries[next(fitting, next(iter(waiting)))]
+        entry.lane = lane
         entry.attempts += 1
         entry.reason, entry.limit = None, MAX_ATTEMPTS
         self.lanes[lane]["task"] = entry.task.id
-        self._changed(entry.task.id)
+        self._turn(entry, TaskState.RUNNING)
         return entry.task
 
     def closing(self, lane: str) -> bool:
@@ -211,6 +172,10 @@ class TaskQueue:
         """Ask a lane to end once its task is finished."""
         self._closing.add(lane)
 
+    def asked_to_close(self, lane: str) -> bool:
+        """Return whether a lane was asked to end."""
+        return lane in self._closing
+
     def drain(self, nodes: Collection[str]) -> None:
         """Nodes are about to go: lanes with a worker there save a checkpoint, return their task and end."""
         self._drained |= set(nodes)
@@ -219,6 +184,7 @@ class TaskQueue:
         """Take the metrics of a step from a lane; return the answer for it."""
         entry = self.entries[task_id]
         entry.last = metrics
+        self._touch(entry)
         # A retried task replays the steps after its last checkpoint: only the first report of a step is forwarded.
         if metrics.get("eval_loss") is not None and all(m["step"] != metrics["step"] for m in entry.evaluated):
             entry.evaluated.append(metrics)
@@ -237,8 +203,7 @@ class TaskQueue:
         self._release(entry)
         entry.outcome = outcome
         if outcome["status"] == Ending.DONE:
-            entry.state = TaskState.TRAINED
-            self._changed(task_id)
+            self._turn(entry, TaskState.TRAINED)
         elif entry.cancelled:
             self._end(entry, TaskState.STOPPED, f"stopped at step {outcome['step']} of {outcome['total_steps']}")
         else:
@@ -279,6 +244,7 @@ class TaskQueue:
             if step > entry.reached:
                 entry.reached, entry.attempts = step, 1
             entry.reason, entry.limit, entry.kind = reason, attempts, kind
+            self._touch(entry)
             if entry.state == TaskState.QUEUED:
                 self._exhausted(entry)
 
@@ -296,23 +262,22 @@ class TaskQueue:
         changed = dict.fromkeys(self._changes[after:])
         return len(self._changes), [self.entries[task_id] for task_id in changed]
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return the content of a progress table."""
-        rows = []
-        for entry in self.entries.values():
-            steps = entry.outcome.get("total_steps")
-            rows.append(
-                {
-                    "id": entry.task.id,
-                    "study": entry.task.study,
-                    "stage": entry.task.stage,
-                    "state": entry.state,
-                    "last": entry.last,
-                    "total_steps": steps,
-                    "reason": entry.reason,
-                }
-            )
-        return {"tasks": rows, "lanes": dict(self.lanes)}
+    def snapshot(self, after: Mark | None = None) -> dict[str, Any]:
+        """Return the rows of a progress table that changed since the snapshot with a mark, all without one.
+
+        `queued` counts the queued tasks of each pool, `open` those of each study that have not ended.
+        """
+        since = after[1] if after is not None and after[0] == self._process else 0
+        changed: Iterable[str] = self.entries
+        if since:
+            changed = reversed(list(takewhile(lambda name: self._touched[name] > since, reversed(self._touched))))
+        return {
+            "mark": (self._process, self._number),
+            "tasks": [self.entries[name].row() for name in changed],
+            "lanes": {name: dict(lane) for name, lane in self.lanes.items()},
+            "queued": {pool: len(tasks) for pool, tasks in self._queued.items() if tasks},
+            "open": {study: count for study, count in self._open.items() if count},
+        }
 
     # --- details ---
 
@@ -335,16 +300,48 @@ class TaskQueue:
         """Back into the queue as if it had never ended; why its lane was lost is kept until it is taken again."""
         if entry.state == TaskState.STOPPED:
             entry.reason, entry.attempts = None, 0
-        entry.state, entry.lane, entry.outcome = TaskState.QUEUED, None, {}
-        self._changed(entry.task.id)
+        entry.lane, entry.outcome = None, {}
+        self._turn(entry, TaskState.QUEUED)
+        # Before those that were placed later.
+        self._queued[entry.task.pool] = {entry.task.id: None, **self._queued[entry.task.pool]}
 
     def _release(self, entry: QueuedTask) -> None:
         if entry.lane in self.lanes:
             self.lanes[entry.lane]["task"] = None
 
     def _end(self, entry: QueuedTask, state: TaskState, reason: str | None) -> None:
-        entry.state, entry.reason = state, reason
+        entry.reason = reason
+        self._turn(entry, state)
+
+    def _enter(self, entry: QueuedTask) -> QueuedTask:
+        self.entries[entry.task.id] = entry
+        self._count(entry, +1)
+        self._touch(entry)
+        return entry
+
+    def _turn(self, entry: QueuedTask, state: TaskState) -> None:
+        self._count(entry, -1)
+        entry.state = state
+        self._count(entry, +1)
         self._changed(entry.task.id)
+
+    def _count(self, entry: QueuedTask, sign: int) -> None:
+        """Keep the counts of queued and open tasks, before (-1) and after (+1) a change of state."""
+        task = entry.task
+        if not entry.state.is_final:
+            self._open[task.study] = self._open.get(task.study, 0) + sign
+        if entry.state == TaskState.QUEUED:
+            waiting = self._queued.setdefault(task.pool, {})
+            if sign > 0:
+                waiting[task.id] = None
+            else:
+                del waiting[task.id]
 
     def _changed(self, task_id: str) -> None:
         self._changes.append(task_id)
+        self._touch(self.entries[task_id])
+
+    def _touch(self, entry: QueuedTask) -> None:
+        self._number += 1
+        self._touched.pop(entry.task.id, None)
+        self._touched[entry.task.id] = self._number

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tune.errors import ResourceError
-from tune.scheduling.queue import TaskQueue, TrainTask
+from tune.scheduling.queue import TaskQueue
+from tune.scheduling.tasks import TrainTask
 from tune.storage.atomic import lasting, plain
 from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.states import Stage

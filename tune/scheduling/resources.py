@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,8 +51,13 @@ def gpu_shares(spec: RaySpec, cluster_gpus: float) -> GpuShares:
     return GpuShares(worker, evaluator)
 
 
+def needs_of(specs: Iterable[RaySpec], *, cluster_gpus: float) -> str:
+    """Return what the models of a run need, as text: the sum, or one for each of several distinct settings."""
+    return "; or ".join(dict.fromkeys(resources(spec, cluster_gpus=cluster_gpus).sum for spec in specs))
+
+
 def check_local(spec: RaySpec) -> None:
-    """Refuse a run that the CPUs here can never hold, before Ray is started. A cluster is asked when joined.
+    """Refuse a model that the CPUs here can never hold, before Ray is started. A cluster is asked when joined.
 
     Raises:
         ConfigError: with the arithmetic.

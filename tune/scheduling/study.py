@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from tune.config.eval_spec import jobs
 from tune.config.run_spec import (
     CELL_KEYS,
     MacDropSpec,
+    RaySpec,
     RunSpec,
     Space,
     TrainSpec,
@@ -21,6 +22,7 @@ from tune.config.run_spec import (
 )
 from tune.config.sections import Arm, placebos
 from tune.config.train.optimizer_rules import SlimRule
+from tune.scheduling.resources import check_local
 from tune.storage.states import Stage
 from tune.training.optimizers.snr_record import KIND_KEYS, STEPS, is_auto, with_rules
 
@@ -34,6 +36,7 @@ class Study:
     `twins` plain adapters at most are added for finalists whose other keys no baseline has (see `selection`).
     Without `search` there is one setting of each arm and cell, and nothing to select. `seeds` are those of the final
     stage, of each cell of which the plain adapter, at most `finalists` MacDrop settings and the `placebos` are trained.
+    `ray` are the model's own lanes and evaluation actors.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Study:
     finalists: int
     placebos: tuple[str, ...]
     cells: int
+    ray: RaySpec
     #: SlimAdam's rules by kind of adapter, once they are measured.
     rules: Mapping[str, dict[str, SlimRule]] = field(default_factory=dict)
 
@@ -116,7 +120,7 @@ def studies(run: RunSpec) -> list[Study]:
                 f"macdrop.scope is {spec.macdrop.scope!r}, which is for one fine-tuning (macdrop train).\n"
                 f"A sweep trains placebos alongside MacDrop: list them under sweep.arms ({', '.join(placebos())})."
             )
-    planned = [_study(run, spec) for spec in run.studies()]
+    planned = [_study(run, spec, ray) for spec, ray in zip(run.studies(), run.rays(), strict=True)]
     for study in planned:
         if study.placebos and not study.drops:
             raise ConfigError(
@@ -142,7 +146,7 @@ def studies(run: RunSpec) -> list[Study]:
     return planned
 
 
-def _study(run: RunSpec, spec: TrainSpec) -> Study:
+def _study(run: RunSpec, spec: TrainSpec, ray: RaySpec) -> Study:
     """Plan one model.
 
     The plain arm: in a grid one baseline for each point of the other keys; with a searcher one for each combination of
@@ -189,6 +193,7 @@ def _study(run: RunSpec, spec: TrainSpec) -> Study:
         finalists=sweep.finalists,
         placebos=tuple(arm for arm in sweep.arms if arm in placebos()),
         cells=len(cells),
+        ray=ray,
     )
 
 
@@ -208,6 +213,19 @@ def _grid(
 
 def as_plain(spec: TrainSpec) -> TrainSpec:
     return spec.model_copy(update={"macdrop": MacDropSpec(k=0, p0=0.0)})
+
+
+def check_local_lanes(planned: Sequence[Study], *, skip: bool = False) -> None:
+    """Refuse models that the CPUs here can never hold, as `check_local` does; one of several is passed by if `skip`."""
+    for study in planned:
+        try:
+            check_local(study.ray)
+        except ConfigError as error:
+            if len(planned) == 1:
+                raise
+            if skip:
+                continue
+            raise ConfigError(f"{study.name}: {error}\nOr run the others with --skip-unplaceable.") from None
 
 
 def outline(run: RunSpec, study: Study) -> list[tuple[str, str]]:

@@ -2,7 +2,8 @@
 
 The clock is an argument: whoever follows a sweep calls `Meter.see` with the queue's rows and the time. A trial's steps
 before its first report (the model is loaded, the data tokenised) count as its start, and its validations as part of its
-steps. Stages follow one another; within a stage trials are trained in lanes while others are scored.
+steps. The stages of a study follow one another, studies may overlap; within a stage trials are trained in lanes while
+others are scored.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ class StudyWork:
 class Work:
     """Work of a whole run and what shares it.
 
-    concurrent: trials of a search at once, at most. budget_s: seconds for all searches; None: no limit. metric: the
-    first objective.
+    at_once: studies at the same time, at most. concurrent: trials of a search at once, at most. budget_s: seconds for
+    all searches; None: no limit. metric: the first objective.
     """
 
     studies: tuple[StudyWork, ...]
+    at_once: int
     lanes: int
     evaluators: int
     concurrent: int
@@ -67,10 +69,12 @@ def work_of(run: RunSpec, planned: Sequence[Study], steps: Mapping[str, int]) ->
         search = StageWork(Stage.SEARCH, study.searched_count, validations, base)
         stages = (search, final) if study.search else (final,)
         found.append(StudyWork(study.name, steps.get(study.name, 0), stages))
-    ray, sweep = run.ray, run.sweep
-    return Work(
-        tuple(found), ray.lanes, ray.evaluators, sweep.max_concurrent_trials, sweep.time_budget_s, sweep.metric[0]
-    )
+    sweep, most = run.sweep, run.sweep.max_concurrent_models
+    at_once = len(found) if most == "auto" else min(most, len(found))
+    # Several pools of lanes share a cluster: what the largest holds is the guess.
+    lanes, evaluators = (max(getattr(study.ray, key) for study in planned) for key in ("lanes", "evaluators"))
+    concurrent = sweep.max_concurrent_trials
+    return Work(tuple(found), at_once, lanes, evaluators, concurrent, sweep.time_budget_s, sweep.metric[0])
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class StageLeft:
         if self.running or self.waiting:
             training += self.per_trial * self.benchmark_s / max(1, min(evaluators, self.per_trial))
         return max(training, self.benchmarks * self.benchmark_s / evaluators)
+
+    @property
+    def lane_seconds(self) -> float:
+        """Seconds that lanes will be busy, added up."""
+        return sum(self.running) + self.waiting * self.trial_s
 
 
 def makespan(running: Sequence[float], waiting: int, each: float, lanes: int) -> float:
@@ -155,11 +164,12 @@ class Meter:
         self.work = work
         self._marks: dict[str, dict[str, _Mark]] = {study.name: {} for study in work.studies}
         self._benchmarks: dict[str, list[float]] = {}
-        #: Study and stage in progress with its announced trials, and the seconds of earlier searches.
-        self._stage: tuple[str, str, int] | None = None
-        self._begun, self._searched = 0.0, 0.0
+        #: Study -> its stage in progress with the announced trials, and since when; the seconds of earlier searches.
+        self._stages: dict[str, tuple[str, int]] = {}
+        self._begun: dict[str, float] = {}
+        self._searched = 0.0
         self._past: set[tuple[str, str]] = set()
-        self._rows: list[dict[str, Any]] = []
+        self._rows: dict[str, dict[str, Any]] = {}
         self._running: set[str] = set()
         self._study = ""
 
@@ -168,33 +178,47 @@ class Meter:
         self._study = study
 
     def begin(self, study: str, stage: str, trials: int, now: float) -> None:
-        """Enter a stage of at most `trials` trials; those before it have ended."""
-        if self._stage is not None and self._stage[1] == Stage.SEARCH:
-            self._searched += now - self._begun
-        order = [(each.name, part.stage) for each in self.work.studies for part in each.stages]
-        if (study, stage) in order:
-            self._past |= set(order[: order.index((study, stage))])
-        self._study, self._stage, self._begun = study, (study, stage, trials), now
+        """Enter a stage of at most `trials` trials; those of its study before it have ended."""
+        self._search_ended(study, now)
+        for each in self.work.studies:
+            if each.name == study:
+                stages = [part.stage for part in each.stages]
+                self._past |= {(study, past) for past in stages[: stages.index(stage)]}
+                break
+            if self.work.at_once == 1:
+                self.end(each.name, now)
+        self._study, self._stages[study], self._begun[study] = study, (stage, trials), now
+
+    def end(self, study: str, now: float) -> None:
+        """Enter the end of a study, whatever was left of it."""
+        self._search_ended(study, now)
+        self._past |= {(study, part.stage) for each in self.work.studies if each.name == study for part in each.stages}
+        self._stages.pop(study, None)
+
+    def _search_ended(self, study: str, now: float) -> None:
+        if self._stages.get(study, ("", 0))[0] == Stage.SEARCH:
+            self._searched += now - self._begun[study]
 
     def see(self, rows: Sequence[dict[str, Any]], now: float) -> None:
-        """Take the rows of the queue's snapshot."""
-        self._rows = list(rows)
+        """Take the rows of the queue's tasks that have changed."""
         for row in rows:
+            self._rows[row["id"]] = row
             marks = self._marks.setdefault(row["study"], {})
             step = row["last"].get("step")
             if row["state"] != TaskState.RUNNING:
+                self._running.discard(row["id"])
                 # The last step is often reported between two looks, of which the second one sees a trained adapter.
                 if row["state"] == TaskState.TRAINED and row["id"] in marks:
                     marks[row["id"]].see(step, now)
                 continue
             if row["id"] not in marks or row["id"] not in self._running:
                 marks[row["id"]] = _Mark(now, step)
+            self._running.add(row["id"])
             marks[row["id"]].see(step, now)
-        self._running = {row["id"] for row in rows if row["state"] == TaskState.RUNNING}
 
-    def scored(self, seconds: float) -> None:
-        """Take the seconds of a benchmark of the study in progress, or of its base model."""
-        self._benchmarks.setdefault(self._study, []).append(seconds)
+    def scored(self, study: str, seconds: float) -> None:
+        """Take the seconds of a benchmark of a study's trial, or of its base model."""
+        self._benchmarks.setdefault(study, []).append(seconds)
 
     def pace(self, study: str) -> Pace:
         """Return what was measured on a study, or on all of them where nothing was on it."""
@@ -206,23 +230,25 @@ class Meter:
         times = self._benchmarks.get(study) or [each for found in self._benchmarks.values() for each in found]
         return Pace(step, statistics.median(starts) if starts else 0.0, statistics.fmean(times) if times else None)
 
-    def estimate(self, scoring: int, now: float) -> Estimate:
-        """Return the state of the run; `scoring` benchmarks are waiting or running."""
-        left, ahead, known, whole = [], 0, True, True
-        done, steps = sum(row["state"].is_final for row in self._rows), sum(map(_steps, self._rows))
-        trials = done + sum(row["state"] == TaskState.TRAINED for row in self._rows)
+    def estimate(self, scoring: Mapping[str, int], now: float) -> Estimate:
+        """Return the state of the run; `scoring` are the benchmarks of each study that are waiting or running."""
+        left: dict[str, list[StageLeft]] = {}
+        ahead, known, whole = 0, True, True
+        rows = self._rows.values()
+        done, steps = sum(row["state"].is_final for row in rows), sum(map(_steps, rows))
+        trials = done + sum(row["state"] == TaskState.TRAINED for row in rows)
         for study in self.work.studies:
             pace = self.pace(study.name)
             for part in study.stages:
                 if (study.name, part.stage) in self._past:
                     continue
-                stage, to_do = self._left(study, part, pace, scoring, now)
-                left.append(stage)
+                stage, to_do = self._left(study, part, pace, scoring.get(study.name, 0), now)
+                left.setdefault(study.name, []).append(stage)
                 ahead += to_do
                 trials += len(stage.running) + stage.waiting
                 known &= pace.step is not None or not (stage.running or stage.waiting)
                 whole &= pace.benchmark is not None or not stage.benchmarks
-        seconds = self._seconds(left, now) if known else None
+        seconds = self._seconds(list(left.values()), now) if known else None
         basis = self._basis(self.pace(self._study))
         return Estimate((done, trials), (steps, steps + ahead), seconds, whole, basis)
 
@@ -230,37 +256,48 @@ class Meter:
         """Return what is left of a stage, and the steps in it."""
         step = pace.step or 0.0
         trial_s = pace.start + study.steps * step
-        if self._stage is None or self._stage[:2] != (study.name, part.stage):
+        current, announced = self._stages.get(study.name, ("", 0))
+        if current != part.stage:
             base = len(self._benchmarks.get(study.name, ())) if part is study.stages[0] else 0
             runs = part.trials * part.benchmarks + max(0, part.others - base)
             left = StageLeft(part.stage, (), part.trials, trial_s, runs, part.benchmarks, pace.benchmark or 0.0)
             return left, part.trials * study.steps
-        rows = [row for row in self._rows if (row["study"], row["stage"]) == (study.name, part.stage)]
+        rows = [row for row in self._rows.values() if (row["study"], row["stage"]) == (study.name, part.stage)]
         running = [row for row in rows if row["state"] == TaskState.RUNNING]
         past = sum(row["state"].is_final or row["state"] == TaskState.TRAINED for row in rows)
-        waiting = max(self._stage[2], len(rows)) - past - len(running)
+        waiting = max(announced, len(rows)) - past - len(running)
         runs = scoring + (len(running) + waiting) * part.benchmarks
         marks = self._marks.get(study.name, {})
         times = tuple(_trial_left(marks.get(row["id"]), study.steps, pace, now) for row in running)
         ahead = waiting * study.steps + sum(max(0, study.steps - _steps(row)) for row in running)
         return StageLeft(part.stage, times, waiting, trial_s, runs, part.benchmarks, pace.benchmark or 0.0), ahead
 
-    def _seconds(self, left: Sequence[StageLeft], now: float) -> float:
+    def _seconds(self, left: Sequence[Sequence[StageLeft]], now: float) -> float:
+        """Return the seconds left of studies, given the stages left of each.
+
+        Studies that overlap take as long as the longest of them, or as the lanes that they share.
+        """
         budget = self.work.budget_s
         if budget is not None:
-            searching = self._stage is not None and self._stage[1] == Stage.SEARCH
-            budget = max(0.0, budget - self._searched - (now - self._begun if searching else 0.0))
-        total = 0.0
-        for stage in left:
-            lanes = self.work.lanes
-            if stage.stage == Stage.SEARCH:
-                lanes = max(1, min(lanes, self.work.concurrent))
-            seconds = stage.seconds(max(lanes, len(stage.running)), self.work.evaluators)
-            if stage.stage == Stage.SEARCH and budget is not None:
-                seconds = min(seconds, budget)
-                budget -= seconds
-            total += seconds
-        return total
+            going = [now - self._begun[study] for study, (stage, _) in self._stages.items() if stage == Stage.SEARCH]
+            budget = max(0.0, budget - self._searched - sum(going))
+        chains = []
+        for stages in left:
+            chain = 0.0
+            for stage in stages:
+                lanes = self.work.lanes
+                if stage.stage == Stage.SEARCH:
+                    lanes = max(1, min(lanes, self.work.concurrent))
+                seconds = stage.seconds(max(lanes, len(stage.running)), self.work.evaluators)
+                if stage.stage == Stage.SEARCH and budget is not None:
+                    seconds = min(seconds, budget)
+                    budget -= seconds
+                chain += seconds
+            chains.append(chain)
+        if self.work.at_once == 1:
+            return sum(chains)
+        shared = sum(stage.lane_seconds for stages in left for stage in stages) / self.work.lanes
+        return max([*chains, min(shared, sum(chains)), sum(chains) / self.work.at_once])
 
     def _basis(self, pace: Pace) -> str:
         work = self.work

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from macdrop.errors import ConfigError
 from tune.config.eval_spec import TEST, EvalJob
 from tune.config.messages import believable
+from tune.config.parse import undot
 from tune.config.resume import own_command, resume_command
 from tune.config.run_spec import RunSpec, slug
 from tune.config.sections import BASE
@@ -134,9 +135,14 @@ class RunFolder:
             self._config = stamp, kept
         return copy.deepcopy(self._config[1])
 
-    def workers_at_start(self) -> int:
-        """Return the workers per lane that the run began with, which decide the batches of all its trials."""
-        return int((self.config().get("ray") or {}).get("num_workers") or 1)
+    def workers_at_start(self, model: str) -> int:
+        """Return the workers per lane that a model's trials began with, which decide the batches of all of them."""
+        config = self.config()
+        ray = dict(config.get("ray") or {})
+        for entry in (config.get("sweep") or {}).get("models") or ():
+            if isinstance(entry, dict) and entry.get("model_name_or_path") == model:
+                ray |= undot(entry).get("ray") or {}
+        return int(ray.get("num_workers") or 1)
 
     def environments(self) -> list[dict[str, Any]]:
         """Return the environments in which the run was started and resumed, oldest first."""

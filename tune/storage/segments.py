@@ -64,18 +64,18 @@ def check_shared(spec: TrainSpec, begun: int, workers: int, accumulations: Seque
     )
 
 
-def check_run_shared(started: RunSpec, workers: int) -> None:
-    """Refuse workers that cannot share every optimizer step that the trials of a run may have.
+def check_run_shared(started: RunSpec, workers: Sequence[int]) -> None:
+    """Refuse workers, given for each model, that cannot share every optimizer step that the trials of a run may have.
 
     Raises:
         ConfigError: as `check_shared`.
     """
     key = "gradient_accumulation_steps"
-    for study in started.studies():
+    for study, ray, now in zip(started.studies(), started.rays(), workers, strict=True):
         values = values_of(study, started.sweep.parameters, key)
         if key in started.sweep.parameters and started.sweep.parameters[key].values is None:
             values = list(range(values[0], values[-1] + 1))
-        check_shared(study, started.ray.num_workers, workers, [*values, study.gradient_accumulation_steps])
+        check_shared(study, ray.num_workers, now, [*values, study.gradient_accumulation_steps])
 
 
 def shared(spec: TrainSpec, begun: int | None, workers: int) -> TrainSpec:

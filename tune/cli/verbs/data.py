@@ -42,9 +42,9 @@ def data(
         raise ConfigError("Give a run file, a recipe, or overrides: macdrop data my.yaml")
     spec = load_run_file(recipe(file), overrides)
     quiet_libraries()
-    for model in spec.studies():
+    for model, ray in zip(spec.studies(), spec.rays(), strict=True):
         with console.status(f"Tokenising the data for {model.model_name_or_path}"):
-            found = preview(model, rows, spec.ray.num_workers)
+            found = preview(model, rows, ray.num_workers)
         line("model", model.model_name_or_path)
         for number, example in enumerate(found.examples, 1):
             _show_example(number, example)

@@ -14,6 +14,7 @@ from tune.cli.options import Config, load_run_file, split_config
 if TYPE_CHECKING:
     from tune.config.run_spec import RunSpec
     from tune.preflight.forecast import Forecast, Price, Total
+    from tune.scheduling.simulation import StudyTimes, Timeline
 
 app = typer.Typer()
 
@@ -32,28 +33,30 @@ def plan(
     from tune.config.recipes import DEMO, recipe
     from tune.preflight.forecast import find_price, forecast_study, read_prices, total
     from tune.preflight.inputs import check_inputs
+    from tune.preflight.order import order, study_times
     from tune.preflight.precision import bf16_sentence
     from tune.preflight.probe import device_name, probe
-    from tune.scheduling.resources import check_local
-    from tune.scheduling.study import studies
+    from tune.scheduling.study import check_local_lanes, studies
     from tune.training.quiet import quiet_libraries
 
     file, overrides = split_config(config)
     known = read_prices(prices)
     spec = load_run_file(recipe(file or DEMO), overrides)
     planned = studies(spec)
-    check_local(spec.ray)
+    check_local_lanes(planned)
     quiet_libraries()
     with console.status("Reading model settings, data and benchmark files"):
         checked = check_inputs(spec, planned)
     for name, inputs in checked.items():
         for note in inputs.notes:
             line("note", f"{name}: {note}")
-    parts = []
+    parts, times = [], []
     for study in planned:
         with console.status(f"Probing {study.name}"):
             found = probe(spec, study)
-        parts.append(forecast_study(study, checked[study.name].steps, found, spec.ray))
+        steps = checked[study.name].steps
+        parts.append(forecast_study(study, steps, found, study.ray))
+        times.append(study_times(spec, study, steps, found))
     for name, each in checked.items():
         for words in each.data:
             line("data", f"{name}: {words}")
@@ -61,9 +64,13 @@ def plan(
             line("packing", f"{name}: {each.packing}")
     line("bf16", bf16_sentence())
     device = device_name()
+    timeline = order(spec, times)
+    overlapping = timeline.end if len(parts) > 1 else None
     price = find_price(known, device, given=prices is not None)
-    whole = total(parts, _devices(spec, device), device, None if price is None else price.per_hour)
+    whole = total(parts, _devices(spec, device), device, None if price is None else price.per_hour, overlapping)
     _show(parts, whole, price)
+    if len(parts) > 1:
+        _show_order(times, timeline)
     if start and (yes or not whole.large or _agreed(whole)):
         from tune.cli.verbs.sweep import sweep
 
@@ -74,7 +81,16 @@ def _devices(spec: RunSpec, device: str) -> float:
     """Return the number of GPUs that the run holds; without GPUs it is one machine."""
     from tune.scheduling.resources import resources
 
-    return 1.0 if device == "cpu" else resources(spec.ray, cluster_gpus=1).gpus
+    return 1.0 if device == "cpu" else max(resources(ray, cluster_gpus=1).gpus for ray in spec.rays())
+
+
+def _show_order(times: list[StudyTimes], timeline: Timeline) -> None:
+    shown = table("model", "lanes", "begins h", "ends h", left=["model", "lanes"])
+    for each in sorted(times, key=lambda each: timeline.studies[each.name]):
+        begin, end = (f"{seconds / 3600:.3g}" for seconds in timeline.studies[each.name])
+        shown.add_row(each.name, str(each.kind), begin, end)
+    console.print(shown)
+    line("lanes", f"busy for {timeline.utilisation('lane'):.0%} of the time that they are held")
 
 
 def _show(parts: list[Forecast], whole: Total, price: Price | None) -> None:

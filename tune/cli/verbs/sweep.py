@@ -40,6 +40,9 @@ def sweep(
         bool,
         typer.Option("--clear-orphans", "--clear-leftovers", help="Remove resources held by dead runs, unasked."),
     ] = False,
+    skip_unplaceable: Annotated[
+        bool, typer.Option("--skip-unplaceable", help="Leave out models that the machines here cannot hold.")
+    ] = False,
     trust_remote_code: Trust = False,
     recipes: Annotated[bool, typer.Option("--recipes", help="List the shipped recipes.")] = False,
 ) -> None:
@@ -49,8 +52,7 @@ def sweep(
     from tune.config.resume import resume_command
     from tune.config.run_spec import dump
     from tune.preflight.inputs import check_folder
-    from tune.scheduling.resources import check_local
-    from tune.scheduling.study import studies
+    from tune.scheduling.study import check_local_lanes, studies
     from tune.training.quiet import quiet_libraries
 
     if recipes:
@@ -61,7 +63,7 @@ def sweep(
     resume = resume or (resume_if_exists and find_run(recipe(file or DEMO), overrides, required=False, dry_run=dry_run))
     spec, folder = resolve(file, overrides, resume, trust_remote_code, dry_run=dry_run)
     planned = studies(spec)
-    check_local(spec.ray)
+    check_local_lanes(planned, skip=skip_unplaceable)
     quiet_libraries()
     again = resume_command(folder, overrides, orders_of(dump(spec)))
     check_folder(folder, resume=resume, remedy=again)
@@ -71,6 +73,7 @@ def sweep(
     with console.status("Loading"):
         run = runner(spec)
     options = {"resume": resume, "retry_failed": retry_failed, "clear_orphans": clear_orphans}
+    options["skip_unplaceable"] = skip_unplaceable
 
     def start(progress: Observer, stop: Stop) -> int:
         return run(spec, **options, ask=asked_by(), progress=progress, stop=stop)
@@ -175,7 +178,7 @@ def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
     from tune.config.run_spec import dump
     from tune.config.syntax.yaml_core import write_yaml
     from tune.report.escaping import rich_text
-    from tune.scheduling.resources import resources
+    from tune.scheduling.resources import needs_of
     from tune.scheduling.study import benchmark_runs, outline
 
     console.print(write_yaml(dump(spec), width=10_000), soft_wrap=True)
@@ -185,8 +188,9 @@ def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
             line(name, content)
     trained = sum(study.count for study in planned)
     line("trials", f"{trained} fine-tunings, {benchmark_runs(spec, planned)} benchmark runs")
-    gpus = spec.ray.gpus_per_worker or spec.ray.gpus_per_evaluator
-    line("resources", resources(spec.ray, cluster_gpus=0).sum + ("" if gpus else " (one GPU each where there are any)"))
+    gpus = any(ray.gpus_per_worker or ray.gpus_per_evaluator for ray in spec.rays())
+    needs = needs_of(spec.rays(), cluster_gpus=0)
+    line("resources", needs + ("" if gpus else " (one GPU each where there are any)"))
 
 
 def _show_overrides(spec: RunSpec) -> None:
@@ -216,7 +220,10 @@ def _check(spec: RunSpec, planned: list[Study], resumed: Path | None) -> None:
     from tune.preflight.inputs import check_inputs
     from tune.storage.run_folder import RunFolder
 
-    begun = RunFolder.open(resumed).workers_at_start() if resumed is not None else None
+    begun: dict[str, int] = {}
+    if resumed is not None:
+        models = [study.spec.model_name_or_path for study in planned]
+        begun = {model: RunFolder.open(resumed).workers_at_start(model) for model in models}
     with console.status("Reading model settings, data and benchmark files"):
         found = check_inputs(spec, planned, begun)
     for name, checked in found.items():

@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from macdrop.errors import MacDropError
 from tune.distributed.cluster import ray_internals
 from tune.distributed.cluster.ray_internals import HEAD
-from tune.scheduling.queue import MAX_ATTEMPTS
+from tune.scheduling.tasks import MAX_ATTEMPTS
 
 #: The label that Ray gives every node.
 NODE_ID = "ray.io/node-id"

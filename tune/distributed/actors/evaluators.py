@@ -22,7 +22,7 @@ from tune.evaluation.adapters import AdapterSlot
 from tune.evaluation.own.travel import OwnFiles, at_home
 from tune.evaluation.prefix_cache import PrefixCache
 from tune.evaluation.scorer import Scorer
-from tune.scheduling.queue import MAX_ATTEMPTS
+from tune.scheduling.tasks import MAX_ATTEMPTS
 from tune.storage.atomic import atomic_write_json
 from tune.storage.places import cache_dir
 from tune.storage.records import SNR_FILE

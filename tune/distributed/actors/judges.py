@@ -17,7 +17,7 @@ from tune.evaluation.judge.answers import answers_of_run
 from tune.evaluation.judge.local import LocalJudge
 from tune.evaluation.judge.prompt import Judgement, Question
 from tune.evaluation.judge.session import Judge, judge_at_end, make_judge
-from tune.scheduling.queue import MAX_ATTEMPTS
+from tune.scheduling.tasks import MAX_ATTEMPTS
 from tune.storage.run_folder import RunFolder
 from tune.training.watchdog import STACKS, passes_watched, why_it_died
 

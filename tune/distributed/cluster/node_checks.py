@@ -128,7 +128,7 @@ def needs_of(spec: RunSpec, planned: Sequence[Study], token: str, word: str) -> 
         tuple(sorted(paths)),
         tuple(hub_models(spec, planned)),
         bf16=any(study.spec.bf16 for study in planned),
-        weights=max((_weights_on_a_gpu(spec, study) for study in planned), default=0) if gpus else 0,
+        weights=max((_weights_on_a_gpu(study) for study in planned), default=0) if gpus else 0,
         macdrop=version("macdrop"),
         copies=tuple((name, fingerprint(name)) for name in _models(spec, planned) if is_local_copy(name)),
         quantised=any(study.spec.quantization_bit for study in planned),
@@ -317,7 +317,7 @@ def _answer(ref: ray.ObjectRef, node: dict[str, Any], wait: float | None, tell: 
         return []
 
 
-def _weights_on_a_gpu(spec: RunSpec, study: Study) -> int:
+def _weights_on_a_gpu(study: Study) -> int:
     """Return the bytes of a model's weights on each GPU, from its shapes alone."""
     size = base_bytes(model_outline(study.spec), study.spec)
-    return size // spec.ray.num_workers if study.spec.zero_stage == 3 else size
+    return size // study.ray.num_workers if study.spec.zero_stage == 3 else size

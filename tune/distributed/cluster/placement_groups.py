@@ -72,13 +72,25 @@ def orphaned_groups() -> list[Group]:
     return [group for group in made if group.creator_dead and not group.detached]
 
 
-def end_runs(*, waiting: bool = False) -> int:
-    """Kill the controllers of this job's Train runs, and so their workers; return how many there were.
+def end_runs() -> int:
+    """Kill the controllers of this job's Train runs, and so their workers; return how many there were."""
+    return _kill(actors(ray_internals.TRAIN_CONTROLLER))
 
-    A run that waits for resources cannot be stopped in any other way. waiting: end only such runs.
+
+def end_waiting_runs(workers: int, each: dict[str, float]) -> int:
+    """Kill those that wait for resources, which ends them in no other way; return how many there were.
+
+    Only runs of so many workers with these resources, and runs that have not asked for theirs yet.
     """
-    settled = {group.creator for group in groups() if group.placed} if waiting else set()
-    controllers = [actor for actor in actors(ray_internals.TRAIN_CONTROLLER) if actor.id not in settled]
+    others = {
+        group.creator
+        for group in groups()
+        if group.placed or len(group.bundles) != workers or any(bundle != each for bundle in group.bundles)
+    }
+    return _kill([actor for actor in actors(ray_internals.TRAIN_CONTROLLER) if actor.id not in others])
+
+
+def _kill(controllers: list[ray_internals.Actor]) -> int:
     for actor in controllers:
         ray_internals.kill_actor(actor)
     return len(controllers)

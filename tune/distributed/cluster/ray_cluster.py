@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -153,6 +153,29 @@ def check_cluster(spec: RaySpec, tell: Callable[[str], None]) -> float:
     if short := _short(spec, _total()):
         tell(f"{short}\nThe rest starts when there is room.")
     return _total().get("GPU", 0.0)
+
+
+def check_models(
+    rays: Mapping[str, RaySpec], tell: Callable[[str], None], *, skip: bool
+) -> tuple[float, dict[str, str]]:
+    """Check that the cluster can hold each model; return its GPUs, and why some models are left out if `skip`.
+
+    Raises:
+        ResourceError: one model cannot be held, with `skip` none can.
+    """
+    gpus, lacking = 0.0, {}
+    for ray_spec in dict.fromkeys(rays.values()):
+        try:
+            gpus = check_cluster(ray_spec, tell)
+        except ResourceError as error:
+            lacking[ray_spec] = error
+    reasons = {name: lacking[ray_spec] for name, ray_spec in rays.items() if ray_spec in lacking}
+    if reasons and (not skip or len(reasons) == len(rays)):
+        name, reason = next(iter(reasons.items()))
+        if len(rays) == 1:
+            raise reason
+        raise ResourceError(f"{name}: {reason}\nOr run the others with --skip-unplaceable.")
+    return gpus, {name: str(reason) for name, reason in reasons.items()}
 
 
 def _all_now(spec: RaySpec) -> float:

@@ -26,8 +26,9 @@ from tune.data import dataset
 from tune.distributed.cluster.placement_groups import Trainer
 from tune.distributed.lanes.dispatcher import DispatcherLost, answer, ask, call
 from tune.errors import ResourceError, TrainingDiverged
+from tune.scheduling.allocation import LaneKind
 from tune.scheduling.failures import Failure, classify
-from tune.scheduling.queue import TrainTask
+from tune.scheduling.tasks import TrainTask
 from tune.storage.atomic import ensure_folder
 from tune.storage.states import TaskState
 from tune.storage.trial_folder import TrialFolder
@@ -56,7 +57,7 @@ class Idle(Enum):
     CLOSED = auto()
 
 
-def run_lane(name: str, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path) -> None:
+def run_lane(name: str, dispatcher: ActorHandle, spec: RaySpec, kind: LaneKind, storage: Path) -> None:
     """Start a lane and wait for its end; `TaskQueue.close` ends it. Needs a running `Reaper`.
 
     Raises:
@@ -65,13 +66,14 @@ def run_lane(name: str, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker:
     """
     config = {
         "lane": name,
+        "pool": str(kind),
         "dispatcher": dispatcher,
         "step_timeout_s": spec.step_timeout_s,
         "threads": spec.threads_per_worker,
     }
     # A lane that waits for resources has not failed.
     run = run_config(name, storage, RESTARTS, -1, _ReportLoss(dispatcher, name, spec.step_timeout_s))
-    trainer(_work, config, spec, gpus_per_worker, run).fit()
+    trainer(_work, config, spec, kind.each.gpus, run).fit()
 
 
 def run_config(name: str, storage: Path, failures: int, controller_failures: int, callback: UserCallback) -> RunConfig:
@@ -147,7 +149,7 @@ def _work(config: dict[str, Any]) -> None:
     dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id(), group=control)
     if dist.get_rank() == 0:
         host = ray.util.get_node_ip_address()
-        call(dispatcher, "lane_up", lane, dist.get_world_size(), host, nodes)
+        call(dispatcher, "lane_up", lane, config["pool"], host, nodes)
     engine: Engine | None = None
     while True:
         message: list[TrainTask | Idle] = [Idle.NOTHING_YET]

@@ -1,4 +1,4 @@
-"""The lanes of a run, kept alive from the driver: each `run_lane` blocks in a thread of its own.
+"""The lanes of one kind, kept alive from the driver: each `run_lane` blocks in a thread of its own.
 
 A lane that dies while it trains counts against its task (`failures` says how often a task is retried), and a lane that
 waits for resources has not failed. A run ends only if idle lanes keep dying, or if there is no lane for too long.
@@ -20,13 +20,13 @@ from ray.actor import ActorHandle
 from tune.config.resume import resume_command
 from tune.config.run_spec import RaySpec
 from tune.distributed.cluster import ray_internals
-from tune.distributed.cluster.placement_groups import Reaper, end_runs, groups, without_resources
+from tune.distributed.cluster.placement_groups import Reaper, end_runs, end_waiting_runs, groups, without_resources
 from tune.distributed.cluster.ray_cluster import holders
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane import report_loss, run_lane
 from tune.errors import ResourceError
+from tune.scheduling.allocation import LaneKind
 from tune.scheduling.failures import of_run
-from tune.storage.states import TaskState
 
 #: How many Train runs per lane may end in a row before a lane takes a task.
 RELAUNCHES = 2
@@ -43,31 +43,41 @@ STARVING_S = 60.0
 class LanePool:
     """Starts the lanes, replaces dead ones, closes them."""
 
+    #: Of the lanes of all pools.
+    _numbers = itertools.count(1)
+
     def __init__(
-        self, dispatcher: ActorHandle, spec: RaySpec, gpus_per_worker: float, storage: Path, *, evaluator: type
+        self, dispatcher: ActorHandle, spec: RaySpec, kind: LaneKind, storage: Path, *, evaluator: type
     ) -> None:
         """evaluator: the class of the actors that idle lanes make room for."""
-        self._dispatcher, self._spec, self._gpus, self._storage = dispatcher, spec, gpus_per_worker, storage
+        self._dispatcher, self._spec, self._kind, self._storage = dispatcher, spec, kind, storage
+        self._gpus = kind.each.gpus
         self._evaluator = evaluator
-        self._numbers = itertools.count(1)
         self._threads: dict[str, threading.Thread] = {}
         self._errors: dict[str, Exception] = {}
         self._reaper = Reaper()
         self._opened = False
         self._wanted = 0  # how many lanes there should be
+        self._allowed = kind.most
         self._stillborn = 0  # lanes that ended before any took a task
         self._none_since: float | None = None
         self._starving_since: float | None = None
         self._looked = 0.0
+        self._yielding: set[str] = set()  # lanes that were asked to end for another pool
         #: Nodes that will be taken away soon.
         self.leaving: list[str] = []
 
     def open(self) -> None:
-        """Start as many lanes as the spec says, without waiting for them."""
+        """Start as many lanes as there may be, without waiting for them."""
         self._opened = True
-        self._wanted = self._spec.lanes
+        self._wanted = self._allowed
         for _ in range(self._wanted):
             self._launch()
+
+    def allow(self, lanes: int) -> None:
+        """Have this many lanes, as the room is shared with other pools; lanes above end once their task is finished."""
+        if self._opened and lanes != self._allowed:
+            self._allowed = self._wanted = lanes
 
     def check(self, snapshot: dict[str, Any], *, scoring: bool = False, working: bool = False) -> None:
         """Replace lanes that ended, move those whose nodes will go, make room for evaluation actors.
@@ -78,22 +88,29 @@ class LanePool:
         Raises:
             ResourceError: there was no lane for `ray.resource_timeout_s`, or lanes keep ending without a task.
         """
-        up = snapshot["lanes"]
+        up = {name: lane for name, lane in snapshot["lanes"].items() if lane["pool"] == str(self._kind)}
         if any(lane["task"] for lane in up.values()):
             self._stillborn = 0
-        queued = any(row["state"] == TaskState.QUEUED for row in snapshot["tasks"])
+        queued = str(self._kind) in snapshot["queued"]
         now = time.monotonic()
         if now > self._looked + LOOK_EVERY_S:
             self._looked = now
             self._look_at_nodes()
             self._share(up, queued, scoring)
+            self._yield_to_others(up)
         for name, thread in list(self._threads.items()):
             if not thread.is_alive():
                 del self._threads[name]
+                self._yielding.discard(name)
                 self._ended(name)
-        while len(self._threads) < self._wanted:
+        while self._staying < self._wanted:
             self._launch()
         self._check_any(up, working)
+
+    @property
+    def _staying(self) -> int:
+        """The number of lanes, with those that are coming, without those that make room for another pool."""
+        return len(self._threads.keys() - self._yielding)
 
     @property
     def starving(self) -> bool:
@@ -135,16 +152,33 @@ class LanePool:
     def _share(self, up: dict[str, Any], queued: bool, scoring: bool) -> None:
         """Give idle lanes' resources to evaluation actors that have none; restart lanes when tasks are queued."""
         if queued and self._opened:
-            self._wanted = self._spec.lanes
+            self._wanted = self._allowed
         starving = scoring and not queued and without_resources(self._evaluator)
         self._starving_since = (self._starving_since or self._looked) if starving else None
         idle = [name for name, lane in up.items() if not lane["task"]]
         if idle and self._starving_since and self._looked - self._starving_since >= ROOM_AFTER_S:
             self._starving_since = None
-            self._wanted = len(up) - 1
+            self._wanted = max(0, len(up) - 1)
             # A lane that waits for resources would be the first to take them.
-            end_runs(waiting=True)
+            self._end_waiting()
             call(self._dispatcher, "close", idle[0])
+
+    def _yield_to_others(self, up: dict[str, Any]) -> None:
+        """End lanes above the number that the pool may have, idle ones first; those that wait for room at once."""
+        above = self._staying - self._allowed
+        if above <= 0:
+            return
+        idle_first = sorted(up, key=lambda name: up[name]["task"] is not None)
+        ending = [name for name in idle_first if name not in self._yielding][:above]
+        for name in ending:
+            self._yielding.add(name)
+            call(self._dispatcher, "close", name)
+        if len(ending) < above:
+            self._end_waiting()
+
+    def _end_waiting(self) -> None:
+        each = {"CPU": float(self._kind.each.cpus), "GPU": float(self._gpus)}
+        end_waiting_runs(self._kind.workers, {name: amount for name, amount in each.items() if amount})
 
     def _ended(self, name: str) -> None:
         error = self._errors.pop(name, None)
@@ -155,7 +189,7 @@ class LanePool:
         if report_loss(self._dispatcher, name, failure) or len(self._threads) >= self._wanted:
             return
         self._stillborn += 1
-        if self._stillborn > RELAUNCHES * self._spec.lanes:
+        if self._stillborn > RELAUNCHES * self._kind.most:
             raise ResourceError(f"The lanes keep failing before they take a task. {failure.reason}\n{self._resume()}")
 
     def _check_any(self, up: dict[str, Any], working: bool) -> None:
@@ -193,7 +227,7 @@ class LanePool:
 
     def _run(self, name: str) -> None:
         try:
-            run_lane(name, self._dispatcher, self._spec, self._gpus, self._storage)
+            run_lane(name, self._dispatcher, self._spec, self._kind, self._storage)
         except Exception as error:
             logging.getLogger(__name__).debug("lane %s", name, exc_info=True)
             self._errors[name] = error

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from ray.actor import ActorHandle
-from ray.tune import Stopper
 
 from tune.config.eval_spec import VALIDATION, EvalJob
 from tune.config.recorded import asked_for
 from tune.config.run_spec import TrainSpec, dump
 from tune.distributed.actors.eval_task import EvalTask, Result
-from tune.distributed.actors.evaluators import EvaluatorPool, Opening
+from tune.distributed.actors.evaluators import Opening
 from tune.distributed.lanes.dispatcher import call
-from tune.distributed.lanes.lane_pool import LanePool
+from tune.distributed.lanes.lane_pools import LanePools, Phase
 from tune.distributed.sweep.events import Observer
+from tune.distributed.sweep.scoring import Scoring
 from tune.evaluation.score_names import named_scores
 from tune.scheduling.history import resume_state
-from tune.scheduling.queue import QueuedTask, TrainTask
+from tune.scheduling.queue import Mark
 from tune.scheduling.study import Study
+from tune.scheduling.tasks import QueuedTask, TrainTask
 from tune.storage.atomic import now
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.search_state import SearchTime
@@ -33,8 +34,6 @@ from tune.training.proving.layer_proofs import copy_layers
 
 #: Short compared with a benchmark of a tiny model: an actor that is done waits for the next tick.
 TICK_S = 0.1
-#: An actor that has not started after this long is waiting for resources.
-STARTING_S = 60.0
 
 
 class SweepController:
@@ -44,8 +43,8 @@ class SweepController:
         self,
         run_folder: RunFolder,
         dispatcher: ActorHandle,
-        lanes: LanePool,
-        evaluators: EvaluatorPool,
+        lanes: LanePools,
+        scoring: Scoring,
         jobs: dict[str, list[EvalJob]],
         progress: Observer,
         *,
@@ -58,15 +57,15 @@ class SweepController:
         """
         self._retry_failed = retry_failed
         self._run_folder, self._dispatcher = run_folder, dispatcher
-        self._lanes, self._evaluators = lanes, evaluators
+        self.lanes, self._scoring = lanes, scoring
         self._jobs, self._progress = jobs, progress
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pending: dict[str, dict[str, Any]] = {}
         self._seen = 0
-        self._searched: SearchTime | None = None
+        self._mark: Mark | None = None
+        self._searched: list[SearchTime] = []
         self._error: BaseException | None = None
         self._waits = False
-        self._opening: float | None = None
         self._failed: set[str] = set()
         #: Models, with a note that is shown once for each.
         self._noted: set[tuple[str, str]] = set()
@@ -78,14 +77,10 @@ class SweepController:
 
     def open(self, study: Study, opening: Opening) -> str | None:
         """Make the study's model resident in the evaluators and score the base; return its massive weights' file."""
+        self.lanes.turn(study.name, Phase.OPENING)
         with self._lock:
             self._progress.study(study)
-            self._opening = time.monotonic()
-        try:
-            # Without the lock, so that the loop runs: an actor may be waiting for what an idle lane holds.
-            weights = self._evaluators.open(opening)
-        finally:
-            self._opening = None
+        weights = self._scoring.open(study.name, opening, study.ray)
         if weights is not None and opening.scan:
             # Here: a proof of every layer is kept in the cache of the machine that it was made on.
             copy_layers(opening.spec, Path(weights))
@@ -93,8 +88,18 @@ class SweepController:
             if study.base:
                 tag = {"model": study.spec.model_name_or_path, "arm": BASE, "trial": BASE, "seed": None}
                 jobs = self._jobs[Stage.FINAL] + (self._jobs[Stage.SEARCH] if study.search else [])
-                self._score(f"{study.name}:{BASE}", tag, None, jobs)
+                self._score(study.name, f"{study.name}:{BASE}", tag, None, jobs)
         return weights
+
+    def ended(self, study: Study, *, more: bool) -> None:
+        """Note that a study has ended, well or not; with `more` to come its evaluators go to another one."""
+        with self._lock:
+            call(self._dispatcher, "abandon", study.name, "")
+            for name in [name for name, pending in self._pending.items() if pending["study"] == study.name]:
+                del self._pending[name]
+            self._scoring.hand_on(study.name, keep=more and study.name not in self._scoring.broken)
+            self.lanes.turn(study.name, Phase.ENDED)
+            self._progress.study_ended(study)
 
     def resume_finished(self, study: Study) -> dict[str, TaskState]:
         """Enter the trials that an earlier run of this folder has finished into the queue.
@@ -104,6 +109,10 @@ class SweepController:
         Returns:
             The states of the entered tasks, by trial.
         """
+        with self._lock:
+            return self._resume_finished(study)
+
+    def _resume_finished(self, study: Study) -> dict[str, TaskState]:
         entered = {}
         for record in self._run_folder.trials():
             if record.model != study.spec.model_name_or_path:
@@ -129,7 +138,7 @@ class SweepController:
                 data="",
                 weights=None,
                 engine_key=spec.engine_key(),
-                width=0,
+                pool="",
                 stage=record.stage,
                 cell=record.cell or {},
                 drawn=record.drawn,
@@ -147,17 +156,21 @@ class SweepController:
         """
         while True:
             self.check()
+            if study.name in self._scoring.broken:
+                raise self._scoring.broken[study.name]
             with self._lock:
-                tasks = call(self._dispatcher, "snapshot")["tasks"]
-                settled = all(row["state"].is_final for row in tasks if row["study"] == study.name)
-                if settled and not self._pending and not self._evaluators.busy and not self._take_changes():
+                unfinished = call(self._dispatcher, "snapshot", self._mark)["open"].get(study.name, 0)
+                scoring = any(pending["study"] == study.name for pending in self._pending.values())
+                if not unfinished and not scoring and not self._take_changes():
                     return
             time.sleep(TICK_S)
 
     def check(self) -> None:
-        """Raise the error that ended the loop, if one did."""
+        """Raise the error that ended the loop, if one did, and in a study's thread also if the run is being closed."""
         if self._error is not None:
             raise self._error
+        if self._end.is_set():
+            raise Closed
 
     def stage(self, study: Study, stage: str, trials: int) -> None:
         """Announce a stage of at most `trials` trials."""
@@ -167,11 +180,11 @@ class SweepController:
     @contextmanager
     def timing(self, searched: SearchTime) -> Iterator[None]:
         """Keep the time spent searching up to date within the `with` block."""
-        self._searched = searched
+        self._searched.append(searched)
         try:
             yield
         finally:
-            self._searched = None
+            self._searched.remove(searched)
 
     def note(self, text: str) -> None:
         """Show the user a message."""
@@ -180,27 +193,25 @@ class SweepController:
 
     def validation_scores(self, trial: str) -> dict[str, float]:
         """Return a trial's search scores as `sweep.metric` names them: benchmark/task/metric[@attack]."""
-        rows = [row for row in self._run_folder.trial_scores(trial) if row["split"] == VALIDATION]
+        with self._lock:
+            rows = [row for row in self._run_folder.trial_scores(trial) if row["split"] == VALIDATION]
         return named_scores(rows, asked_for(self._run_folder.config()))
 
-    def study_failed(self, study: Study, reason: str) -> None:
+    def study_failed(self, name: str, reason: str) -> None:
         """Record that a model cannot be used at all."""
-        self._failed.add(study.name)
-        self._progress.note(f"{study.name}: {reason}")
+        with self._lock:
+            self._failed.add(name)
+            self._progress.note(f"{name}: {reason}")
 
     @property
     def broken(self) -> bool:
-        """True once the loop has ended with an error."""
-        return self._error is not None
+        """True once the loop has ended, with an error or as the run is being closed."""
+        return self._error is not None or self._end.is_set()
 
     @property
     def failures(self) -> int:
         """The number of trials, benchmarks and studies that did not end well."""
         return len(self._failed)
-
-    def stopper(self) -> Stopper:
-        """Return what stops Tune when the loop has ended with an error."""
-        return _StopOnError(self)
 
     def close(self) -> None:
         """End the loop; safe to call twice."""
@@ -218,24 +229,22 @@ class SweepController:
             self._error = error
 
     def _tick(self) -> None:
-        if (searched := self._searched) is not None:
+        for searched in list(self._searched):
             searched.keep()
         self._take_changes()
-        opening = self._opening
-        if opening is None:
-            for result in self._evaluators.step():
-                self._scored(result)
-        snapshot = call(self._dispatcher, "snapshot")
-        scoring = bool(self._evaluators.busy) or (opening is not None and time.monotonic() > opening + STARTING_S)
-        self._lanes.check(snapshot, scoring=scoring, working=bool(self._evaluators.at_work))
-        if opening is None:
-            self._evaluators.drain(self._lanes.leaving)
-        if self._lanes.starving and not self._waits:
+        for result in self._scoring.step():
+            self._scored(result)
+        snapshot = call(self._dispatcher, "snapshot", self._mark)
+        self._mark = snapshot["mark"]
+        scoring = self._scoring.wanting
+        self.lanes.check(snapshot, scoring=scoring, working=bool(self._scoring.at_work))
+        self._scoring.drain(self.lanes.leaving)
+        if self.lanes.starving and not self._waits:
             self._progress.note("no lane has its workers; waiting for resources")
-        self._waits = self._lanes.starving
-        if self._waits and opening is None and not scoring and (released := self._evaluators.release()):
+        self._waits = self.lanes.starving
+        if self._waits and not self._scoring.opening and (released := self._scoring.release()):
             self._progress.note(f"{released} idle evaluation actor(s) released to make room for a lane")
-        self._progress.show(snapshot, self._evaluators.busy)
+        self._progress.show(snapshot, self._scoring.left())
 
     def _take_changes(self) -> bool:
         """Process the queue's changes since the last call; return whether there were any."""
@@ -269,7 +278,8 @@ class SweepController:
                     self._progress.note(f"{task.id}: {unmoved_text(unmoved)}")
                 self._note_once(model, slow_paths(entry.outcome))
             tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
-            self._score(task.id, tag, str(trial.adapter_dir), self._jobs[task.stage])
+            if task.study in self._scoring:  # else it has failed
+                self._score(task.study, task.id, tag, str(trial.adapter_dir), self._jobs[task.stage])
         elif entry.state.is_final:
             if entry.state in (TaskState.FAILED, TaskState.DIVERGED):
                 self._failed.add(task.id)
@@ -288,15 +298,14 @@ class SweepController:
 
     # --- scores ---
 
-    def _score(self, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[EvalJob]) -> None:
+    def _score(self, study: str, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[EvalJob]) -> None:
         """Submit the benchmarks of an adapter, or of the base, that have no score yet."""
         missing = self._missing(tag["model"], tag["trial"], jobs)
-        self._pending[name] = {"left": len(missing), "errors": []}
+        self._pending[name] = {"study": study, "left": len(missing), "errors": []}
         for job in missing:
             file = self._run_folder.answers_file(tag["model"], tag["trial"], job)
-            self._evaluators.submit(
-                EvalTask({**tag, "name": name}, job, adapter, str(file), str(self._run_folder.run_dir))
-            )
+            task = EvalTask({**tag, "name": name}, job, adapter, str(file), str(self._run_folder.run_dir))
+            self._scoring.submit(study, task)
         if not missing:
             self._settle(name)
 
@@ -312,6 +321,7 @@ class SweepController:
     def _scored(self, result: Result) -> None:
         tag = dict(result.task.tag)
         name = tag.pop("name")
+        study = self._pending[name]["study"]
         if result.error:
             self._pending[name]["errors"].append(f"{result.task.job.key}: {result.error}")
             self._failed.add(f"{name} {result.task.job.key}")
@@ -321,7 +331,7 @@ class SweepController:
             extra = {"entry": job.task, "split": job.split, "seconds": round(result.seconds, 3)}
             self._run_folder.add_scores([{**tag, **row, **extra} for row in result.rows])
             self._note_once(tag["model"], result.notes)
-        self._progress.scored(name, result)
+        self._progress.scored(name, result, study)
         self._pending[name]["left"] -= 1
         if not self._pending[name]["left"]:
             self._settle(name)
@@ -333,18 +343,5 @@ class SweepController:
         call(self._dispatcher, "scored", name, self.validation_scores(name), "; ".join(errors) or None)
 
 
-class _StopOnError(Stopper):
-    """Stops all of Tune's trials when the controller has failed."""
-
-    def __init__(self, controller: SweepController | None) -> None:
-        self._controller = controller
-
-    def __reduce__(self) -> tuple:
-        # Tune pickles its settings into the run folder; a thread cannot be pickled, and nobody uses the copy.
-        return _StopOnError, (None,)
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self._controller is not None and self._controller.broken
+class Closed(Exception):
+    """The run is being closed while a study of it goes on."""

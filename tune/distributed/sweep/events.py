@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from tune.distributed.actors.eval_task import Result
-from tune.scheduling.queue import QueuedTask
 from tune.scheduling.study import Study
+from tune.scheduling.tasks import QueuedTask
 from tune.scheduling.time_left import Work
 
 log = logging.getLogger(__name__)
@@ -36,17 +36,20 @@ class Observer(Protocol):
     def stage(self, study: Study, stage: str, trials: int) -> None:
         """A stage of at most `trials` trials begins."""
 
+    def study_ended(self, study: Study) -> None:
+        """A study has ended, well or not."""
+
     def note(self, text: str) -> None:
         """A message for the user."""
 
-    def show(self, snapshot: dict[str, Any], scoring: int) -> None:
-        """The current state of the queue; `scoring` benchmarks are waiting or running."""
+    def show(self, snapshot: dict[str, Any], scoring: Mapping[str, int]) -> None:
+        """Changes of the queue since the last call, and the benchmarks of each study that are to be scored."""
 
     def ended(self, entry: QueuedTask) -> None:
         """A trial has ended."""
 
-    def scored(self, name: str, result: Result) -> None:
-        """A benchmark of a trial or base model has been scored, or has failed."""
+    def scored(self, name: str, result: Result, study: str) -> None:
+        """A benchmark of a study's trial or base model has been scored, or has failed."""
 
     def judged(self, done: int, of: int) -> None:
         """The judge has scored `done` of `of` answers."""

@@ -1,4 +1,4 @@
-"""A whole run: its studies one after the other over the same lanes and evaluation actors, in one folder."""
+"""A whole run: its studies side by side over shared lanes and evaluation actors, in one folder."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from macdrop.errors import MacDropError
 from tune.config.resume import check_same
 from tune.config.run_spec import RunSpec, dump
-from tune.distributed.actors.evaluators import Evaluator, EvaluatorPool
+from tune.distributed.actors.evaluators import Evaluator
 from tune.distributed.actors.judges import judge_sweep
 from tune.distributed.cluster import orphans
 from tune.distributed.cluster.node_checks import check_nodes
-from tune.distributed.cluster.ray_cluster import check_cluster, connect
+from tune.distributed.cluster.ray_cluster import check_models, connect
 from tune.distributed.lanes.dispatcher import dispatching
-from tune.distributed.lanes.lane_pool import LanePool
+from tune.distributed.lanes.lane_pools import LanePools, StudyNeeds
 from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.events import Observer, unfailing
+from tune.distributed.sweep.run_end import Finished, record_end
+from tune.distributed.sweep.scoring import Scoring
 from tune.distributed.sweep.stop import Stop, hangup_ignored
+from tune.distributed.sweep.studies import StudyThreads
 from tune.distributed.sweep.study_run import StudyRun, jobs_of_stages
-from tune.errors import ResourceError
 from tune.preflight.inputs import Checked, check_inputs
-from tune.scheduling.resources import GpuShares, gpu_shares, resources
+from tune.scheduling.allocation import LaneKind, evaluator_room, lane_kind
+from tune.scheduling.resources import gpu_shares, needs_of
 from tune.scheduling.study import Study, studies
 from tune.scheduling.time_left import work_of
 from tune.storage.environment import record_environment
@@ -52,17 +54,21 @@ class SweepRuntime:
     Opened and closed by a `with` block, which closes what has been opened also if opening fails half-way.
     """
 
-    #: The order of closing. The controller comes first, as it uses all others, and the trackers next, which copy its
-    #: last changes. Evaluators free what closing lanes may need to save a checkpoint; lanes report their last step to
-    #: the dispatcher. The status is written while the folder is still locked, then the last of the run is copied, and
-    #: the lock outlives Ray, whose processes may write there until they end.
-    CLOSE_ORDER = ("controller", "trackers", "evaluators", "lanes", "dispatcher", "status", "remote", "ray", "lock")
+    #: The order of closing. The controller comes first, as it uses all others, then the studies' threads, which end
+    #: with it, and the trackers, which copy its last changes. Evaluators free what closing lanes may need to save a
+    #: checkpoint; lanes report their last step to the dispatcher. The status is written while the folder is still
+    #: locked, then the last of the run is copied, and the lock outlives Ray, whose processes may write there until
+    #: they end.
+    CLOSE_ORDER = (
+        *("controller", "studies", "trackers", "scoring", "lanes", "dispatcher", "status", "remote", "ray", "lock"),
+    )
 
     run_folder: RunFolder
-    gpus: GpuShares
+    cluster_gpus: float
     dispatcher: ActorHandle
-    lanes: LanePool
-    evaluators: EvaluatorPool
+    lanes: LanePools
+    scoring: Scoring
+    studies: StudyThreads
     trackers: TrackerSync
     remote: RemoteSync
     controller: SweepController
@@ -74,6 +80,7 @@ class SweepRuntime:
         resume: bool = False,
         retry_failed: bool = False,
         clear_orphans: bool = False,
+        skip_unplaceable: bool = False,
         ask: Callable[[str], bool] | None = None,
         progress: Observer,
         stop: Stop | None = None,
@@ -85,6 +92,9 @@ class SweepRuntime:
         self._run_dir = Path(spec.output_dir).absolute()
         self._resume, self._retry_failed = resume, retry_failed
         self._clear_orphans, self._ask, self._stop = clear_orphans, ask, stop
+        self._skip_unplaceable = skip_unplaceable
+        #: Studies that are left out, and why.
+        self._unplaceable: dict[str, str] = {}
         self._exits: dict[str, Exit] = {}
 
     def __enter__(self) -> SweepRuntime:
@@ -112,7 +122,7 @@ class SweepRuntime:
             ConfigError: the spec does not fit its models or data, or the folder cannot be used.
             ResourceError: the cluster has too little.
         """
-        begun = None
+        begun: dict[str, int] = {}
         if self._resume:
             check_run(self._run_dir)
             self._enter("lock", locked(self._run_dir))
@@ -122,12 +132,12 @@ class SweepRuntime:
             lost = check_place(self.spec.sync_to, self._run_dir, resume=self._resume)
             if lost is not None:
                 self.progress.note(f"sync_to {self.spec.sync_to} cannot be reached ({lost}); the run resumes.")
-        address, cluster_gpus = self._connect()
+        address = self._connect()
         # The folder comes last, after everything that may refuse the run.
         if not self._resume:
             self._enter("lock", locked(self._run_dir))
         self._open_folder()
-        self.progress.started(self._run_dir, address, resources(self.spec.ray, cluster_gpus=cluster_gpus).sum)
+        self.progress.started(self._run_dir, address, needs_of(self.spec.rays(), cluster_gpus=self.cluster_gpus))
         steps = {name: checked.steps for name, checked in self.checked.items()}
         self.progress.planned(work_of(self.spec, self.planned, steps))
         for name, checked in self.checked.items():
@@ -137,22 +147,22 @@ class SweepRuntime:
 
     def run_studies(self) -> int:
         """Run every study; return the number of trials, benchmarks and studies that did not end well."""
-        if any(study.count for study in self.planned):
-            self.lanes.open()
-        left = self.spec.sweep.time_budget_s
-        for number, study in enumerate(self.planned):
-            share = None if left is None else max(1.0, left / (len(self.planned) - number))
-            try:
-                cuts = self.checked[study.name].cuts
-                study_run = StudyRun(self.spec, study, cuts, self.run_folder, self.controller, self.dispatcher)
-                spent = study_run.run(share)
-                left = None if left is None else left - spent
-            except MacDropError as error:
-                if self.controller.broken or isinstance(error, ResourceError) or len(self.planned) == 1:
-                    raise
-                # One model that cannot be used does not stop the others.
-                self.controller.study_failed(study, str(error))
+        most = self.spec.sweep.max_concurrent_models
+        self.studies = StudyThreads(
+            self.planned,
+            self._run_study,
+            self.controller,
+            self.lanes,
+            None if most == "auto" else most,
+            self.spec.sweep.time_budget_s,
+        )
+        self._at_close("studies", self.studies.close)
+        self.studies.all()
         return self.controller.failures
+
+    def _run_study(self, study: Study, time_budget_s: float | None) -> float:
+        cuts = self.checked[study.name].cuts
+        return StudyRun(self.spec, study, cuts, self.run_folder, self.controller, self.dispatcher).run(time_budget_s)
 
     def judge(self) -> int:
         """Judge the generated answers, after the last study; return the number of failures."""
@@ -160,50 +170,52 @@ class SweepRuntime:
             return 0
         # The judge needs the memory of the models.
         self.controller.close()
-        self.evaluators.close()
+        self.scoring.close()
         self.lanes.close()
         return judge_sweep(
             self.spec.eval.judge,
             self.run_folder,
             actors=self.spec.ray,
-            gpus=self.gpus.per_evaluator,
+            gpus=gpu_shares(self.spec.ray, self.cluster_gpus).per_evaluator,
             note=self.progress.note,
             show=self.progress.judged,
         )
 
     # --- opening ---
 
-    def _connect(self) -> tuple[str, float]:
-        """Join or start Ray and check the cluster; return the dashboard's address and the cluster's GPUs."""
+    def _connect(self) -> str:
+        """Join or start Ray and check the cluster; return the dashboard's address."""
         spec, note = self.spec, self.progress.note
         with hangup_ignored():
             address, joined = connect(spec.ray, note)
         if joined:
             self._at_close("ray", functools.partial(_disconnect, self._stop))
             orphans.look(local=spec.ray.address is None, clear=self._clear_orphans, ask=self._ask, tell=note)
-        cluster_gpus = check_cluster(spec.ray, note)
-        self.gpus = gpu_shares(spec.ray, cluster_gpus)
+        rays = {study.name: study.ray for study in self.planned}
+        self.cluster_gpus, self._unplaceable = check_models(rays, note, skip=self._skip_unplaceable)
+        self.planned = [study for study in self.planned if study.name not in self._unplaceable]
         check_nodes(spec, self.planned, self._run_dir, note)
-        return address, cluster_gpus
+        return address
 
     def _open_folder(self) -> None:
         run_dir = self._run_dir
         self.run_folder = RunFolder.open(run_dir) if self._resume else RunFolder.create(run_dir, dump(self.spec))
         if apart := record_environment(run_dir, resumed=self._resume):
             self.progress.note(f"resumed in another environment: {'; '.join(apart)}")
-        self._exits["status"] = functools.partial(_record_end, self.run_folder, self._stop, _Finished(self.run_folder))
+        self._exits["status"] = functools.partial(record_end, self.run_folder, self._stop, Finished(self.run_folder))
         self.run_folder.set_status(RunStatus.RUNNING)
 
     def _start(self) -> None:
         """Start the dispatcher, the pools, the trackers, the copy and the control loop."""
         spec, ray_dir = self.spec, self._run_dir / "ray"
         self.dispatcher = self._enter("dispatcher", dispatching(ray_dir))
-        self.lanes = LanePool(self.dispatcher, spec.ray, self.gpus.per_worker, ray_dir, evaluator=Evaluator)
+        kinds = {study.name: lane_kind(study.ray, self.cluster_gpus) for study in self.planned}
+        needs = {study.name: self._needs(study, kinds[study.name]) for study in self.planned}
+        specs = {kinds[study.name]: study.ray for study in self.planned}
+        self.lanes = LanePools(self.dispatcher, specs, needs, ray_dir, evaluator=Evaluator)
         self._at_close("lanes", self.lanes.close)
-        self.evaluators = EvaluatorPool(
-            spec.ray.evaluators, cpus=spec.ray.cpus_per_evaluator, gpus=self.gpus.per_evaluator
-        )
-        self._at_close("evaluators", self.evaluators.close)
+        self.scoring = Scoring(self.cluster_gpus)
+        self._at_close("scoring", self.scoring.close)
         # A run folder of its own: the trackers read it from another thread.
         followed = functools.partial(trials_of_run, RunFolder(self._run_dir))
         self.trackers = TrackerSync(spec.report_to, self._run_dir, followed, self.progress.note)
@@ -214,12 +226,20 @@ class SweepRuntime:
             self.run_folder,
             self.dispatcher,
             self.lanes,
-            self.evaluators,
+            self.scoring,
             jobs_of_stages(spec),
             self.progress,
             retry_failed=self._retry_failed,
         )
         self._at_close("controller", self.controller.close)
+        for name, reason in self._unplaceable.items():
+            self.controller.study_failed(name, f"left out: {reason}")
+
+    def _needs(self, study: Study, kind: LaneKind) -> StudyNeeds:
+        first = study.searched_count if study.search else study.final_count
+        if study.search and study.samples:
+            first = min(first, self.spec.sweep.max_concurrent_trials + len(study.plain))
+        return StudyNeeds(kind, evaluator_room(study.ray, self.cluster_gpus), first)
 
     def _at_close(self, member: str, close: Callable[[], Any]) -> None:
         def leave(*_: object) -> None:
@@ -239,6 +259,7 @@ def run(
     resume: bool = False,
     retry_failed: bool = False,
     clear_orphans: bool = False,
+    skip_unplaceable: bool = False,
     ask: Callable[[str], bool] | None = None,
     progress: Observer,
     stop: Stop | None = None,
@@ -246,8 +267,9 @@ def run(
     """Run every study of `spec` into its output folder.
 
     resume: only what is not done yet. retry_failed: also what failed or diverged. clear_orphans: remove resources held
-    by dead runs without asking; otherwise `ask` puts the question (None: nobody can answer). stop: distinguishes a stop
-    signal, whatever exception it became, from a failure.
+    by dead runs without asking; otherwise `ask` puts the question (None: nobody can answer). skip_unplaceable: leave
+    out models that the cluster cannot hold. stop: distinguishes a stop signal, whatever exception it became, from a
+    failure.
 
     Returns:
         The number of trials that did not end well.
@@ -262,6 +284,7 @@ def run(
         resume=resume,
         retry_failed=retry_failed,
         clear_orphans=clear_orphans,
+        skip_unplaceable=skip_unplaceable,
         ask=ask,
         progress=progress,
         stop=stop,
@@ -272,17 +295,20 @@ def run(
     return failures
 
 
-def _repair(run_dir: Path, spec: RunSpec, progress: Observer) -> int:
-    """Repair an earlier run's folder, refuse it to the spec of another run; return the workers that it began with."""
+def _repair(run_dir: Path, spec: RunSpec, progress: Observer) -> dict[str, int]:
+    """Repair an earlier run's folder, refuse it to the spec of another run; return the workers of each model then."""
     for note in repair_run(run_dir):
         progress.note(note)
     started = RunSpec.model_validate(RunFolder.open(run_dir).config())
     check_same(run_dir, dump(started), dump(spec))
-    begun, workers = started.ray.num_workers, spec.ray.num_workers
-    check_run_shared(started, workers)
-    if workers != begun:
+    begun = {
+        study.model_name_or_path: ray.num_workers for study, ray in zip(started.studies(), started.rays(), strict=True)
+    }
+    check_run_shared(started, [ray.num_workers for ray in spec.rays()])
+    before, workers = started.ray.num_workers, spec.ray.num_workers
+    if workers != before:
         progress.note(
-            f"ray.num_workers is {workers} and was {begun} when the run began: batches and masks stay the same, and "
+            f"ray.num_workers is {workers} and was {before} when the run began: batches and masks stay the same, and "
             "bits may differ from here on (the report says for which trials, and from which step)"
         )
     return begun
@@ -295,37 +321,3 @@ def _disconnect(stop: Stop | None) -> None:
     """
     if stop is None or stop.signal is None:
         ray.shutdown()
-
-
-class _Finished:
-    """The end of a finished run that is resumed, which stays its end if nothing is left to do."""
-
-    def __init__(self, run_folder: RunFolder) -> None:
-        run = run_folder.run()
-        self._time = run.get("finished") if run.get("status") == RunStatus.DONE else None
-        self._work = self._done(run_folder) if self._time else None
-
-    def unless_changed(self, run_folder: RunFolder) -> str | None:
-        """Return the time of the earlier end; None if there was none, or trials or scores have come since."""
-        return self._time if self._time and self._work == self._done(run_folder) else None
-
-    @staticmethod
-    def _done(run_folder: RunFolder) -> tuple:
-        trials = [(record.trial, record.status, record.finished) for record in run_folder.trials()]
-        return trials, run_folder.score_rows()
-
-
-def _record_end(
-    run_folder: RunFolder,
-    stop: Stop | None,
-    before: _Finished,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-) -> None:
-    """Record how the run ended, whatever ended it."""
-    if kind is None:
-        run_folder.set_status(RunStatus.DONE, finished=before.unless_changed(run_folder))
-        return
-    stopped = issubclass(kind, (KeyboardInterrupt, SystemExit)) or (stop is not None and stop.signal is not None)
-    run_folder.set_status(RunStatus.INTERRUPTED if stopped else RunStatus.FAILED)

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray.tune
 from ray.actor import ActorHandle
-from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
 
 from tune.config.eval_spec import NO_ATTACK, TEST, VALIDATION, EvalJob, jobs
 from tune.config.run_spec import MacDropSpec, RunSpec, TrainSpec
@@ -17,6 +17,7 @@ from tune.config.sections import Arm
 from tune.distributed.actors.evaluators import Opening
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.distributed.lanes.dispatcher import call
+from tune.distributed.lanes.lane_pools import Phase
 from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.searcher import optuna_searcher, param_space, points, scheduler
 from tune.distributed.sweep.trial import RESTARTS, CancelStopped, TrialContext, run_trial
@@ -79,6 +80,7 @@ class StudyRun:
             specs = finalists.final_specs(chosen)
             self.controller.stage(self.study, Stage.FINAL, len(specs))
             self._place(context, specs, Stage.FINAL)
+        self.controller.lanes.turn(self.study.name, Phase.LAST)
         self.controller.wait(self.study)
         return searched.seconds
 
@@ -95,11 +97,11 @@ class StudyRun:
             str(self.run_folder.massive_weights_file(self.study.name)),
             scan=attacked or self.study.drops,
             k=self.study.spec.macdrop.k or MacDropSpec().k,
-            threads=self.spec.ray.threads_per_worker,
-            step_timeout_s=self.spec.ray.step_timeout_s,
+            threads=self.study.ray.threads_per_worker,
+            step_timeout_s=self.study.ray.step_timeout_s,
             own={split: own_files(block) for split, block in blocks.items()},
             unruled=self.study.unruled,
-            workers=self.run_folder.workers_at_start(),
+            workers=self.run_folder.workers_at_start(self.study.spec.model_name_or_path),
         )
         weights = self.controller.open(self.study, opening)
         if opening.unruled:
@@ -110,8 +112,8 @@ class StudyRun:
             run_dir=str(self.run_folder.run_dir),
             data=str(cache_dir() / "data"),
             weights=weights,
-            width=self.spec.ray.num_workers,
-            workers_at_start=self.run_folder.workers_at_start(),
+            pool=str(self.controller.lanes.needs[self.study.name].kind),
+            workers_at_start=self.run_folder.workers_at_start(self.study.spec.model_name_or_path),
         )
 
     def _place(self, context: TrialContext, specs: list[TrainSpec] | tuple[TrainSpec, ...], stage: Stage) -> None:
@@ -177,6 +179,8 @@ class StudyRun:
         if samples < 1:
             return
         trainable = functools.partial(run_trial, context=context)
+        # Tune knows a function by its name, and studies run at the same time.
+        trainable.__name__ = f"{run_trial.__name__}-{self.study.name}"  # type: ignore[attr-defined]
         # On the head, without a CPU, which the lanes need: a trial only waits.
         trainable = ray.tune.with_resources(trainable, {"CPU": 0, HEAD: 0.001})
         Tuner(
@@ -196,7 +200,7 @@ class StudyRun:
                 storage_path=str(self.run_folder.run_dir / "ray"),
                 callbacks=[CancelStopped(context)],
                 failure_config=FailureConfig(max_failures=RESTARTS),
-                stop=self.controller.stopper(),
+                stop=StopOnError(self.controller),
                 verbose=0,
             ),
         ).fit()
@@ -221,3 +225,20 @@ class StudyRun:
             return past.PastTrial(values, past.OPEN)
         objectives = self._candidate(records[name]).values
         return past.past(values, self.standing.get(name), records[name], objectives, reports.get(name, ()))
+
+
+class StopOnError(Stopper):
+    """Stops all of Tune's trials when the control loop has ended."""
+
+    def __init__(self, controller: SweepController | None) -> None:
+        self._controller = controller
+
+    def __reduce__(self) -> tuple:
+        # Tune pickles its settings into the run folder; a thread cannot be pickled, and nobody uses the copy.
+        return StopOnError, (None,)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._controller is not None and self._controller.broken

@@ -17,8 +17,8 @@ from tune.config.sections import EVAL_LOSS, Arm
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.sweep.searcher import FINISHED, values
 from tune.scheduling.history import FAILED
-from tune.scheduling.queue import TrainTask
 from tune.scheduling.study import Study
+from tune.scheduling.tasks import TrainTask
 from tune.storage.states import Stage, TaskState
 from tune.storage.trial_folder import TrialFolder
 
@@ -36,7 +36,7 @@ class TrialContext:
     run_dir: str
     data: str
     weights: str | None
-    width: int
+    pool: str
     workers_at_start: int | None = None
 
     def task(self, spec: TrainSpec, stage: Stage, drawn: dict[str, Any] | None = None) -> TrainTask:
@@ -50,7 +50,7 @@ class TrialContext:
             data=self.data,
             weights=self.weights if spec.arm != Arm.PLAIN else None,
             engine_key=spec.engine_key(),
-            width=self.width,
+            pool=self.pool,
             workers_at_start=self.workers_at_start,
             stage=stage,
             cell=self.study.cell(spec),

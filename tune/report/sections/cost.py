@@ -43,7 +43,14 @@ def cost(subject: Subject) -> Part:
         return Part("Cost")
     training, total = spent(run_folder, model)
     ray = run_folder.config().get("ray") or {}
-    devices = _devices(run_folder.environments(), ray, training, total, *_on_workers(trained, ray))
+    on_workers = _on_workers(trained, run_folder.workers_at_start(model.display))
+    devices = _devices(
+        run_folder.environments(),
+        ray,
+        training,
+        total,
+        *on_workers,
+    )
     about = [devices, *_saved(trained), *optimizer_state(trained)]
     return Part("Cost", about, [Table("Time by arm", head, rows)])
 
@@ -94,7 +101,7 @@ def reproduce(subject: Subject) -> Part:
     lines += [f"Rerun: {rerun} (spec {spec_digest(config)})."]
     lines += [f"Seeds of the compared trials: {', '.join(map(str, seeds))}."] if seeds else []
     lines += _versions(run_folder.environments())
-    begun = run_folder.workers_at_start()
+    begun = run_folder.workers_at_start(model.display)
     lines += other_workers([line for line in model.lines if line.arm != BASE], begun)
     whole = [line for line in final if len(recorded(line.info)) <= 1]
     folders = [folder for line in whole if ((folder := run_folder.trial(line.trial).folder) / SETUP).is_file()]
@@ -133,9 +140,9 @@ def _speed(subject: Subject, line: Line) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def _on_workers(trained: list[Line], ray: dict[str, Any]) -> tuple[float, list[int]]:
+def _on_workers(trained: list[Line], begun: int) -> tuple[float, list[int]]:
     """Return the seconds of training times the workers that were trained on, and how many workers these were."""
-    begun, total, counts = ray.get("num_workers") or 1, 0.0, set()
+    total, counts = 0.0, set()
     for line in trained:
         seconds, segments = line.info.get("seconds") or 0.0, recorded(line.info)
         total += worker_seconds(segments, seconds) if segments else seconds * begun

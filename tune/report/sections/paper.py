@@ -55,7 +55,7 @@ def tables(subject: Subject) -> Part:
     """Base, plain and MacDrop on every benchmark, without attack and under the paper's attack."""
     model = subject.model
     groups = in_paper_order(model)
-    workers = (subject.run_folder.config().get("ray") or {}).get("num_workers") or 1
+    workers = subject.run_folder.workers_at_start(model.display)
     made: list[Table] = []
     reasons: dict[str, list[str]] = {}
     for section in SECTIONS:

@@ -1,0 +1,78 @@
+"""A run in virtual time: all work is done once, within the room, as short as its parts allow."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tune.scheduling.allocation import LaneKind, Room
+from tune.scheduling.simulation import Simulation, Span, StageTimes, StudyTimes, Timeline
+
+ROOM = Room(1000, 16)
+
+
+def study(name: str, *, workers: int = 1, trials: int = 4, most: int = 16, seconds: float = 100.0, actors: int = 1):
+    stages = (StageTimes((seconds,) * trials, 10.0, 2), StageTimes((seconds,) * trials, 20.0, trials))
+    return StudyTimes(name, LaneKind(most, workers, Room(1, 1)), actors, Room(0, 0.5), stages, 5.0, 10.0, 3.0)
+
+
+def test_one_study_takes_the_sum_of_its_parts():
+    """Two lanes for the search of four trials, then four lanes: opening, loading, training, the last scores."""
+    (found,) = [Simulation([study("a")], ROOM).run()]
+    assert found.end == pytest.approx(5 + (3 + 100) + (100 + 10) + 10 + (3 + 100) + 4 * 20, abs=20)
+    assert len(found.worked) == 8 + 8 + 1, "fine-tunings, their scores, the base model's"
+
+
+def held_at(spans: list[Span], when: float) -> float:
+    return sum(span.room.gpus for span in spans if span.begin <= when < span.end)
+
+
+studies_of = st.lists(
+    st.builds(
+        lambda workers, trials, seconds: (workers, trials, seconds),
+        st.sampled_from([1, 2, 4, 8]),
+        st.integers(1, 6),
+        st.floats(1, 1000),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(studies_of, st.sampled_from([None, 1, 2]))
+def test_any_run_ends_with_all_work_done_once_within_its_room(parts, most):
+    studies = [study(f"m{n}", workers=w, trials=t, seconds=s) for n, (w, t, s) in enumerate(parts)]
+    found = Simulation(studies, ROOM, most=most, start_s=2.0).run()
+    trained = [span.what for span in found.worked if span.holder.startswith("lane")]
+    assert sorted(trained) == sorted(
+        f"{each.name}-{stage}-{n}" for each in studies for stage in (0, 1) for n in range(len(each.stages[0].train_s))
+    )
+    for when in {span.begin for span in found.held}:
+        assert held_at(found.held, when) <= ROOM.gpus + 1e-6
+    for holder in {span.holder for span in found.worked if span.holder.startswith("lane")}:
+        mine = sorted((span.begin, span.end) for span in found.worked if span.holder == holder)
+        assert all(end <= begin + 1e-6 for (_, end), (begin, _) in itertools.pairwise(mine))
+    if most == 1:
+        times = sorted(found.studies.values())
+        assert all(end <= begin + 1e-6 for (_, end), (begin, _) in itertools.pairwise(times))
+    assert found == Simulation(studies, ROOM, most=most, start_s=2.0).run()
+
+
+def test_studies_overlap_where_one_leaves_lanes_idle_and_a_large_one_is_not_starved():
+    small = [study(f"small-{n}", trials=20, seconds=50.0) for n in range(6)]
+    found = Simulation([*small, study("large", workers=8, trials=1)], ROOM).run()
+    alone = Simulation([*small, study("large", workers=8, trials=1)], ROOM, most=1).run()
+    assert found.end < alone.end / 1.5
+    begin, _ = found.studies["large"]
+    first = min(span.begin for span in found.worked if span.study == "large" and span.holder.startswith("lane"))
+    assert first - begin < found.end / 2
+
+
+def test_a_share_of_time_counts_gpus():
+    held = [Span("lane-1", 0, 10, Room(1, 2)), Span("lane-2", 0, 10, Room(1, 1)), Span("evaluator", 0, 10, Room(1, 9))]
+    worked = [Span("lane-1", 0, 5, Room(1, 2), "a", "t"), Span("lane-2", 0, 10, Room(1, 1), "a", "u")]
+    assert Timeline(held, worked).utilisation("lane") == pytest.approx(20 / 30)
