@@ -24,6 +24,8 @@ from tune.storage.environment import ENVIRONMENT_FILE, version
 from tune.storage.json_lines import MORE
 from tune.storage.records import (
     FINALISTS_FILE,
+    LANE_TIME_KEYS,
+    LANE_TIMES_FILE,
     SCORES_FILE,
     SNR_FILE,
     Finalists,
@@ -88,6 +90,7 @@ def repair_run(run_dir: Path) -> list[str]:
             (folder / FINALISTS_FILE).unlink(missing_ok=True)
     notes += _finding(run_dir / ENVIRONMENT_FILE, read_mapping, "versions before this resume are unknown")
     lost = [note for file in sorted(run_dir.glob("*/*/answers/*.jsonl")) for note in _answers(run_dir, file)]
+    notes += _lines(run_dir / LANE_TIMES_FILE, _lane_time, "the timeline has a gap")
     notes += _lines(run_dir / SCORES_FILE, _score, "what is missing is scored again")
     return notes + lost + _scores_of_lost_trials(run_dir)
 
@@ -227,6 +230,10 @@ def _draw(row: dict[str, Any]) -> bool:
 def _score(row: dict[str, Any]) -> bool:
     check_score(row)
     return isinstance(row.get("arm"), str)
+
+
+def _lane_time(row: dict[str, Any]) -> bool:
+    return row.keys() >= set(LANE_TIME_KEYS) and isinstance(row["lane"], str) and _number(row["begin"])
 
 
 def _number(value: Any) -> bool:

@@ -31,10 +31,12 @@ from tune.config.run_spec import RunSpec, slug
 from tune.config.sections import BASE
 from tune.storage.atomic import atomic_write_json, atomic_write_yaml, now, plain, read_mapping, stat
 from tune.storage.environment import environments, version
-from tune.storage.json_lines import append_jsonl
+from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.known_scores import GivenScores, KnownScores
 from tune.storage.records import (
     FINALISTS_FILE,
+    LANE_TIME_KEYS,
+    LANE_TIMES_FILE,
     SCORE_COLUMNS,
     SCORE_KEY,
     SCORES_FILE,
@@ -225,6 +227,14 @@ class RunFolder:
             assert not missing, f"score without {missing}: {row}"
         rows = [{**dict.fromkeys(SCORE_COLUMNS), **row} for row in rows]
         return append_jsonl(self.scores_file, rows, within=self.run_dir)
+
+    def add_lane_times(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Append times at which lanes were held or worked (`tune.scheduling.lane_watch`); return their number."""
+        return append_jsonl(self.run_dir / LANE_TIMES_FILE, rows, within=self.run_dir)
+
+    def lane_times(self) -> list[dict[str, Any]]:
+        """Return these rows; none of a run that kept none."""
+        return read_jsonl(self.run_dir / LANE_TIMES_FILE, self.problems, LANE_TIME_KEYS, within=self.run_dir)
 
     def score_rows(self) -> list[dict[str, Any]]:
         """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from tune.config.run_spec import RaySpec
 from tune.distributed.lanes.lane_pool import LanePool
 from tune.scheduling.allocation import Demand, LaneKind, PoolWatch, Room, allocate, has_gap
+from tune.scheduling.lane_watch import LaneWatch
 
 #: How often the room is shared out: it changes with tasks that end and nodes that come and go.
 SHARE_EVERY_S = 1.0
@@ -53,13 +54,17 @@ class LanePools:
         storage: Path,
         *,
         evaluator: type,
+        record: Callable[[list[dict[str, Any]]], object] = list,
     ) -> None:
-        """specs: the settings of each kind of lane. needs: of each study, by name. evaluator: see `LanePool`."""
+        """specs: the settings of each kind of lane. needs: of each study, by name. evaluator: see `LanePool`.
+
+        record: takes the times of lanes as they end (`LaneWatch`).
+        """
         self.needs = dict(needs)
         self._pools = {
             kind: LanePool(dispatcher, spec, kind, storage, evaluator=evaluator) for kind, spec in specs.items()
         }
-        self._watch = PoolWatch()
+        self._watch, self._times, self._record = PoolWatch(), LaneWatch(), record
         self._opened: set[LaneKind] = set()
         self._demands: dict[LaneKind, Demand] = {}
         self._shared = 0.0
@@ -79,6 +84,7 @@ class LanePools:
         """Share the room and check each pool, as `LanePool.check` does."""
         if self._closed:
             return
+        self._record(self._times.see(snapshot, time.time()))
         now = time.monotonic()
         if now > self._shared + SHARE_EVERY_S:
             self._shared = now
@@ -98,6 +104,8 @@ class LanePools:
 
     def close(self) -> None:
         """Close every pool; safe to call twice."""
+        if not self._closed:
+            self._record(self._times.end(time.time()))
         self._closed = True
         for pool in self._pools.values():
             pool.close()

@@ -212,7 +212,8 @@ class SweepRuntime:
         kinds = {study.name: lane_kind(study.ray, self.cluster_gpus) for study in self.planned}
         needs = {study.name: self._needs(study, kinds[study.name]) for study in self.planned}
         specs = {kinds[study.name]: study.ray for study in self.planned}
-        self.lanes = LanePools(self.dispatcher, specs, needs, ray_dir, evaluator=Evaluator)
+        record = self.run_folder.add_lane_times
+        self.lanes = LanePools(self.dispatcher, specs, needs, ray_dir, evaluator=Evaluator, record=record)
         self._at_close("lanes", self.lanes.close)
         self.scoring = Scoring(self.cluster_gpus)
         self._at_close("scoring", self.scoring.close)

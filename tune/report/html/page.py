@@ -45,6 +45,7 @@ ORDER = (
     "pareto",
     "generations",
     "moments",
+    "timeline",
     "cost",
     "reproduce",
     "trials",

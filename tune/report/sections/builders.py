@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tune.report.sections import attacks, cost, findings, generations, moments, paper, trials
+from tune.report.sections import attacks, cost, findings, generations, moments, paper, timeline, trials
 from tune.report.sections.subject import Subject
 from tune.report.tables import Part
 from tune.report.text import one_line
@@ -20,6 +20,7 @@ BUILDERS: dict[str, Callable[[Subject], Part]] = {
     "pareto": trials.pareto,
     "generations": generations.generations,
     "moments": moments.second_moments,
+    "timeline": timeline.timeline,
     "cost": cost.cost,
     "reproduce": cost.reproduce,
     "trials": trials.trials,
