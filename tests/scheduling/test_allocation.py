@@ -142,6 +142,26 @@ def test_wrong_lanes_of_a_model_are_refused(ray, said):
 
 @pytest.mark.parametrize("value", ["0", "several", "1.5"])
 def test_models_at_once_are_a_whole_number_or_auto(value):
-    load(None, ["sweep.max_concurrent_models=2", "model_name_or_path=zoo:planted-llama"])
+    load(None, ["sweep.max_concurrent_models=auto", "model_name_or_path=zoo:planted-llama"])
     with pytest.raises(ConfigError, match="max_concurrent_models"):
         load(None, [f"sweep.max_concurrent_models={value}", "model_name_or_path=zoo:planted-llama"])
+
+
+def test_a_time_budget_is_not_spent_waiting_for_another_model():
+    with pytest.raises(ConfigError, match="max_concurrent_models auto cannot be combined with time_budget_s"):
+        load(
+            None,
+            [
+                "sweep.max_concurrent_models=auto",
+                "sweep.time_budget_s=60",
+                "model_name_or_path=zoo:planted-llama",
+            ],
+        )
+
+
+def test_lanes_with_other_threads_are_another_pool():
+    run = load(
+        None, ["sweep.models=[zoo:planted-llama,{model_name_or_path: zoo:planted-phi3, ray.threads_per_worker: 2}]"]
+    )
+    one, two = (lane_kind(ray, 0.0) for ray in run.rays())
+    assert one != two and str(two).endswith("(1 CPU, 0 GPU, 2 threads)")

@@ -1,4 +1,4 @@
-"""Times of lanes: each is told once, when it has ended, and what is held at the end is told at the end."""
+"""Times of lanes: each comes once, when it has ended, and what is still held comes at the end."""
 
 from __future__ import annotations
 

@@ -396,3 +396,11 @@ def test_snapshots_after_marks_add_up_to_the_whole_one_and_counts_are_those_of_t
     states = [entry.state for entry in queue.entries.values()]
     assert sum(seen["queued"].values()) == states.count(TaskState.QUEUED)
     assert sum(seen["open"].values()) == sum(not state.is_final for state in states)
+
+
+def test_a_task_that_an_earlier_run_stopped_and_that_is_wanted_again_goes_to_the_pool_of_now():
+    queue = TaskQueue()
+    queue.record(task(pool=""), TaskState.STOPPED, STOPPED, None, "stopped")
+    queue.lane_up("l", "p", "host")
+    assert queue.place(task(pool="p"), "tom") == TaskState.QUEUED
+    assert queue.take("l", None).id == "a" and queue.snapshot()["open"] == {"s": 1}

@@ -32,6 +32,7 @@ MACHINERY = frozenset({f"ray.{key}" for key in RaySpec.model_fields}) - RESULTS 
     "report_to",
     "sync_to",
     "sweep.max_concurrent_trials",
+    "sweep.max_concurrent_models",
 }
 
 

@@ -167,7 +167,7 @@ class SweepSpec(Strict):
         default=4, ge=1, description="Maximum number of trials submitted to the lanes at once."
     )
     max_concurrent_models: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        default="auto",
+        default=1,
         description=(
             "Models under way at once, at most; `auto` begins the next one when those before it leave a lane idle and "
             "there is room for its evaluation actors."
@@ -210,6 +210,12 @@ class SweepSpec(Strict):
             raise ValueError(
                 f"reduction_factor {self.reduction_factor} has no effect with scheduler median, which has no rungs. "
                 "Leave it out, or set scheduler to asha or hyperband."
+            )
+        if self.time_budget_s is not None and self.max_concurrent_models != 1:
+            raise ValueError(
+                f"max_concurrent_models {self.max_concurrent_models} cannot be combined with time_budget_s: a search "
+                "would spend its time waiting for the lanes of another model. Set max_concurrent_models to 1, or "
+                "time_budget_s to null."
             )
         if self.search_alg == "grid":
             ranges = [key for key, space in self.parameters.items() if space.values is None]

@@ -39,10 +39,10 @@ def order(run: RunSpec, times: Sequence[StudyTimes]) -> Timeline:
 
 
 def _room(run: RunSpec) -> Room:
-    if run.ray.address is None:
-        return Room(float(cpus()), float(torch.cuda.device_count()))
+    here = Room(float(cpus()), float(torch.cuda.device_count())) if run.ray.address is None else Room(0.0, 0.0)
+    # Also where the plan is made on a smaller machine than the run.
     needs = [resources(ray, cluster_gpus=_cluster_gpus()) for ray in run.rays()]
-    return Room(max(each.cpus for each in needs), max(each.gpus for each in needs))
+    return Room(max(here.cpus, *(each.cpus for each in needs)), max(here.gpus, *(each.gpus for each in needs)))
 
 
 def _cluster_gpus() -> float:

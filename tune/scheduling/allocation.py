@@ -45,11 +45,12 @@ class Room:
 
 @dataclass(frozen=True)
 class LaneKind:
-    """A pool's lanes: `most` of them, each of `workers`, each of these with `each`."""
+    """A pool's lanes: `most` of them, each of `workers`, each of these with `each`, and `threads` of torch."""
 
     most: int
     workers: int
     each: Room
+    threads: int = 1
 
     @property
     def room(self) -> Room:
@@ -57,12 +58,15 @@ class LaneKind:
         return self.each * self.workers
 
     def __str__(self) -> str:
-        return f"{self.most} lane(s) x {self.workers} worker(s) x ({self.each.cpus:g} CPU, {self.each.gpus:g} GPU)"
+        threads = "" if self.threads == 1 else f", {self.threads} threads"
+        each = f"({self.each.cpus:g} CPU, {self.each.gpus:g} GPU{threads})"
+        return f"{self.most} lane(s) x {self.workers} worker(s) x {each}"
 
 
 def lane_kind(spec: RaySpec, cluster_gpus: float) -> LaneKind:
     """Return the kind of lane that a model's settings ask for."""
-    return LaneKind(spec.lanes, spec.num_workers, Room(spec.cpus_per_worker, gpu_shares(spec, cluster_gpus).per_worker))
+    each = Room(spec.cpus_per_worker, gpu_shares(spec, cluster_gpus).per_worker)
+    return LaneKind(spec.lanes, spec.num_workers, each, spec.threads_per_worker)
 
 
 def evaluator_room(spec: RaySpec, cluster_gpus: float) -> Room:

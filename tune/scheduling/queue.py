@@ -54,7 +54,7 @@ class TaskQueue:
         if entry is None:
             entry = self._enter(QueuedTask(task, evaluated=list(evaluated)))
             self._changed(task.id)
-        elif entry.task.stage != task.stage == Stage.FINAL:
+        elif entry.task.stage != task.stage == Stage.FINAL or entry.state == TaskState.STOPPED:
             self._count(entry, -1)
             entry.task = replace(task, drawn=entry.task.drawn)
             self._count(entry, +1)

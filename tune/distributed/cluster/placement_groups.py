@@ -78,16 +78,16 @@ def end_runs() -> int:
 
 
 def end_waiting_runs(workers: int, each: dict[str, float]) -> int:
-    """Kill those that wait for resources, which ends them in no other way; return how many there were.
+    """Kill the runs of so many workers with these resources that wait for them; return how many there were.
 
-    Only runs of so many workers with these resources, and runs that have not asked for theirs yet.
+    Nothing else ends a run that waits.
     """
-    others = {
+    waiting = {
         group.creator
         for group in groups()
-        if group.placed or len(group.bundles) != workers or any(bundle != each for bundle in group.bundles)
+        if not group.placed and len(group.bundles) == workers and all(bundle == each for bundle in group.bundles)
     }
-    return _kill([actor for actor in actors(ray_internals.TRAIN_CONTROLLER) if actor.id not in others])
+    return _kill([actor for actor in actors(ray_internals.TRAIN_CONTROLLER) if actor.id in waiting])
 
 
 def _kill(controllers: list[ray_internals.Actor]) -> int:

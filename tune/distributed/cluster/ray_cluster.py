@@ -19,7 +19,7 @@ from tune.config.run_spec import RaySpec
 from tune.distributed.cluster import orphans, ray_internals
 from tune.errors import ResourceError
 from tune.preflight.host import check_start, start_failure
-from tune.scheduling.resources import check_local, gpu_shares, resources
+from tune.scheduling.resources import gpu_shares, resources
 from tune.storage.capacity import cpus
 from tune.storage.places import direct_loopback, own_token, ray_root, token_file
 
@@ -62,7 +62,6 @@ def connect(spec: RaySpec, tell: Callable[[str], None] | None = None) -> tuple[s
     Returns the dashboard's address, and whether this call joined or started Ray: then the caller owes a `ray.shutdown`.
 
     Raises:
-        ConfigError: the run can never fit on this machine.
         ResourceError: there is no cluster at the address, or Ray cannot start on this machine.
     """
     if ray.is_initialized():
@@ -75,7 +74,6 @@ def connect(spec: RaySpec, tell: Callable[[str], None] | None = None) -> tuple[s
     for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     direct_loopback()
-    check_local(spec)
     before = signal.getsignal(signal.SIGTERM)
     address = _start(spec, tell) if spec.address is None else _join(spec.address)
     if threading.current_thread() is threading.main_thread():

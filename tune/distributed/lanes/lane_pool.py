@@ -67,10 +67,10 @@ class LanePool:
         #: Nodes that will be taken away soon.
         self.leaving: list[str] = []
 
-    def open(self) -> None:
-        """Start as many lanes as there may be, without waiting for them."""
+    def open(self, lanes: int | None = None) -> None:
+        """Start so many lanes, all that there may be without a number, without waiting for them."""
         self._opened = True
-        self._wanted = self._allowed
+        self._allowed = self._wanted = self._kind.most if lanes is None else lanes
         for _ in range(self._wanted):
             self._launch()
 
@@ -126,19 +126,24 @@ class LanePool:
 
         A thread still inside Ray would break Ray's shutdown, so runs that do not respond are killed.
         """
+        self.ask_to_close()
+        with contextlib.suppress(Exception):
+            self.join(CLOSE_S, waiting=False)
+        if any(thread.is_alive() for thread in self._threads.values()):
+            with contextlib.suppress(Exception):
+                end_runs()
+            self.join(CLOSE_S, waiting=True)
+        self._threads = {}
+        self._reaper.close()
+
+    def ask_to_close(self) -> None:
+        """Have every lane save its state and end."""
         self._opened, self._wanted = False, 0
         with contextlib.suppress(Exception):
             nodes = [node for lane in call(self._dispatcher, "snapshot")["lanes"].values() for node in lane["nodes"]]
             call(self._dispatcher, "drain", nodes)
             for name in self._threads:
                 call(self._dispatcher, "close", name)
-            self._join(CLOSE_S, waiting=False)
-        if any(thread.is_alive() for thread in self._threads.values()):
-            with contextlib.suppress(Exception):
-                end_runs()
-            self._join(CLOSE_S, waiting=True)
-        self._threads = {}
-        self._reaper.close()
 
     # --- details ---
 
@@ -164,17 +169,18 @@ class LanePool:
             call(self._dispatcher, "close", idle[0])
 
     def _yield_to_others(self, up: dict[str, Any]) -> None:
-        """End lanes above the number that the pool may have, idle ones first; those that wait for room at once."""
+        """End lanes above the number that the pool may have: those that wait for room, then idle ones, then others."""
         above = self._staying - self._allowed
         if above <= 0:
+            return
+        if self._staying > len(up.keys() - self._yielding):
+            self._end_waiting()
             return
         idle_first = sorted(up, key=lambda name: up[name]["task"] is not None)
         ending = [name for name in idle_first if name not in self._yielding][:above]
         for name in ending:
             self._yielding.add(name)
             call(self._dispatcher, "close", name)
-        if len(ending) < above:
-            self._end_waiting()
 
     def _end_waiting(self) -> None:
         each = {"CPU": float(self._kind.each.cpus), "GPU": float(self._gpus)}
@@ -232,7 +238,7 @@ class LanePool:
             logging.getLogger(__name__).debug("lane %s", name, exc_info=True)
             self._errors[name] = error
 
-    def _join(self, seconds: float, *, waiting: bool) -> None:
+    def join(self, seconds: float, *, waiting: bool) -> None:
         """Wait for the threads; for those of lanes that are not up only if `waiting`."""
         deadline = time.monotonic() + seconds
         up = set(self._threads) if waiting else set(call(self._dispatcher, "snapshot")["lanes"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -13,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from tune.config.run_spec import RaySpec
-from tune.distributed.lanes.lane_pool import LanePool
+from tune.distributed.lanes.lane_pool import CLOSE_S, LanePool
 from tune.scheduling.allocation import Demand, LaneKind, PoolWatch, Room, allocate, has_gap
 from tune.scheduling.lane_watch import LaneWatch
 
@@ -66,7 +67,7 @@ class LanePools:
         }
         self._watch, self._times, self._record = PoolWatch(), LaneWatch(), record
         self._opened: set[LaneKind] = set()
-        self._demands: dict[LaneKind, Demand] = {}
+        self._snapshot: dict[str, Any] | None = None
         self._shared = 0.0
         self._closed = False
 
@@ -75,22 +76,30 @@ class LanePools:
         needs = self.needs[study]
         needs.phase = max(phase, needs.phase)
 
+    def pool_of(self, study: str) -> str:
+        """Return the name of the pool whose lanes train a study."""
+        return str(self.needs[study].kind)
+
     def has_gap(self, study: str) -> bool:
         """Return whether a study that waits could use a lane that no begun study wants."""
+        if self._snapshot is None:
+            return False
         needs = self.needs[study]
-        return has_gap(self._demands, self._room(), needs.kind, needs.evaluators)
+        return has_gap(self._demanded(self._snapshot), self._room(), needs.kind, needs.evaluators)
 
     def check(self, snapshot: dict[str, Any], *, scoring: bool = False, working: bool = False) -> None:
         """Share the room and check each pool, as `LanePool.check` does."""
         if self._closed:
             return
         self._record(self._times.see(snapshot, time.time()))
-        now = time.monotonic()
-        if now > self._shared + SHARE_EVERY_S:
-            self._shared = now
-            self._share(snapshot, now)
+        self._snapshot = {**snapshot, "tasks": []}
+        if time.monotonic() > self._shared + SHARE_EVERY_S:
+            self._shared = time.monotonic()
+            self._share(snapshot)
+        busy = {lane["pool"] for lane in snapshot["lanes"].values() if lane["task"]}
         for kind in self._opened:
-            self._pools[kind].check(snapshot, scoring=scoring, working=working)
+            # A pool may have to wait for the end of another one's task.
+            self._pools[kind].check(snapshot, scoring=scoring, working=working or bool(busy - {str(kind)}))
 
     @property
     def starving(self) -> bool:
@@ -107,26 +116,40 @@ class LanePools:
         if not self._closed:
             self._record(self._times.end(time.time()))
         self._closed = True
+        # All of them save their states at the same time, before the first that does not respond has others killed.
+        for pool in self._pools.values():
+            pool.ask_to_close()
+        for pool in self._pools.values():
+            with suppress(Exception):
+                pool.join(CLOSE_S, waiting=False)
         for pool in self._pools.values():
             pool.close()
 
-    def _share(self, snapshot: dict[str, Any], now: float) -> None:
-        expected, more = dict.fromkeys(self._pools, 0), set()
+    def _share(self, snapshot: dict[str, Any]) -> None:
         for study, needs in self.needs.items():
             if needs.phase == Phase.OPENING and study in snapshot["open"]:
                 self.turn(study, Phase.RUNNING)
+        demands = self._demanded(snapshot)
+        wanted = {kind: kind.most for kind in self._pools}
+        if len(self._pools) > 1:
+            wanted = allocate(demands, self._room())
+            if not any(demand.up or wanted[kind] for kind, demand in demands.items()):
+                # Nothing that ends would make room: one lane asks for it, so that machines are started or it fails.
+                wanted |= {kind: 1 for kind, demand in demands.items() if demand.tasks}
+        for kind, demand in demands.items():
+            if demand.tasks and kind not in self._opened:
+                self._opened.add(kind)
+                self._pools[kind].open(wanted[kind])
+            self._pools[kind].allow(wanted[kind])
+
+    def _demanded(self, snapshot: dict[str, Any]) -> dict[LaneKind, Demand]:
+        expected, more = dict.fromkeys(self._pools, 0), set()
+        for needs in self.needs.values():
             if needs.phase == Phase.OPENING:
                 expected[needs.kind] += needs.first_tasks
             if needs.phase < Phase.LAST and needs.first_tasks:
                 more.add(needs.kind)
-        self._demands = self._watch.demands(expected, more, snapshot, now)
-        for kind, demand in self._demands.items():
-            if demand.tasks and kind not in self._opened:
-                self._opened.add(kind)
-                self._pools[kind].open()
-        if len(self._pools) > 1:
-            for kind, lanes in allocate(self._demands, self._room()).items():
-                self._pools[kind].allow(lanes)
+        return self._watch.demands(expected, more, snapshot, time.monotonic())
 
     def _room(self) -> Room:
         """Return what the cluster has for lanes, beside the evaluation actors of begun studies."""

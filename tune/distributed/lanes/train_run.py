@@ -23,7 +23,7 @@ from tune.distributed.cluster.placement_groups import Reaper, Trainer, end_runs
 from tune.distributed.cluster.ray_cluster import check_cluster, connect
 from tune.distributed.lanes.lane import run_config, trainer, why
 from tune.scheduling.failures import of_run
-from tune.scheduling.resources import gpu_shares, one_lane
+from tune.scheduling.resources import check_local, gpu_shares, one_lane
 from tune.storage.atomic import atomic_write_json
 from tune.storage.json_lines import read_jsonl
 from tune.training.finetune import Outcome
@@ -79,6 +79,7 @@ class Workers:
         self._folder = folder.absolute()
         self._error: BaseException | None = None
         spec = one_lane(spec)
+        check_local(spec)
         self._joined = connect(spec)[1]
         gpus = gpu_shares(spec, check_cluster(spec, lambda text: print(text, file=sys.stderr))).per_worker
         run = trainer(

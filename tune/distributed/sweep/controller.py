@@ -67,6 +67,7 @@ class SweepController:
         self._error: BaseException | None = None
         self._waits = False
         self._failed: set[str] = set()
+        self._given_up: set[str] = set()  # studies
         #: Models, with a note that is shown once for each.
         self._noted: set[tuple[str, str]] = set()
         self._end = threading.Event()
@@ -77,7 +78,6 @@ class SweepController:
 
     def open(self, study: Study, opening: Opening) -> str | None:
         """Make the study's model resident in the evaluators and score the base; return its massive weights' file."""
-        self.lanes.turn(study.name, Phase.OPENING)
         with self._lock:
             self._progress.study(study)
         weights = self._scoring.open(study.name, opening, study.ray)
@@ -91,10 +91,13 @@ class SweepController:
                 self._score(study.name, f"{study.name}:{BASE}", tag, None, jobs)
         return weights
 
-    def ended(self, study: Study, *, more: bool) -> None:
+    def ended(self, study: Study, *, well: bool, more: bool) -> None:
         """Note that a study has ended, well or not; with `more` to come its evaluators go to another one."""
         with self._lock:
-            call(self._dispatcher, "abandon", study.name, "")
+            if not well:
+                # Its trials under way stay so in the run folder: a resumed run ends them.
+                self._given_up.add(study.name)
+                call(self._dispatcher, "abandon", study.name, "")
             for name in [name for name, pending in self._pending.items() if pending["study"] == study.name]:
                 del self._pending[name]
             self._scoring.hand_on(study.name, keep=more and study.name not in self._scoring.broken)
@@ -155,9 +158,7 @@ class SweepController:
             the error that ended the loop.
         """
         while True:
-            self.check()
-            if study.name in self._scoring.broken:
-                raise self._scoring.broken[study.name]
+            self.check(study)
             with self._lock:
                 unfinished = call(self._dispatcher, "snapshot", self._mark)["open"].get(study.name, 0)
                 scoring = any(pending["study"] == study.name for pending in self._pending.values())
@@ -165,12 +166,14 @@ class SweepController:
                     return
             time.sleep(TICK_S)
 
-    def check(self) -> None:
-        """Raise the error that ended the loop, if one did, and in a study's thread also if the run is being closed."""
+    def check(self, study: Study | None = None) -> None:
+        """Raise the error that ended the loop, `Closed` if the run is being closed, or what ends this study."""
         if self._error is not None:
             raise self._error
         if self._end.is_set():
             raise Closed
+        if study is not None and study.name in self._scoring.broken:
+            raise self._scoring.broken[study.name]
 
     def stage(self, study: Study, stage: str, trials: int) -> None:
         """Announce a stage of at most `trials` trials."""
@@ -266,7 +269,7 @@ class SweepController:
             "drawn": task.drawn,
         }
         record = trial.record()
-        if entry.state == TaskState.QUEUED:
+        if entry.state == TaskState.QUEUED or task.study in self._given_up:
             return
         if entry.state == TaskState.RUNNING or record is None:  # a short one may have ended between two polls
             trial.start(task.spec, model=model, arm=arm, seed=seed, **about)
@@ -278,8 +281,7 @@ class SweepController:
                     self._progress.note(f"{task.id}: {unmoved_text(unmoved)}")
                 self._note_once(model, slow_paths(entry.outcome))
             tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
-            if task.study in self._scoring:  # else it has failed
-                self._score(task.study, task.id, tag, str(trial.adapter_dir), self._jobs[task.stage])
+            self._score(task.study, task.id, tag, str(trial.adapter_dir), self._jobs[task.stage])
         elif entry.state.is_final:
             if entry.state in (TaskState.FAILED, TaskState.DIVERGED):
                 self._failed.add(task.id)

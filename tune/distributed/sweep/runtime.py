@@ -157,7 +157,7 @@ class SweepRuntime:
             self.spec.sweep.time_budget_s,
         )
         self._at_close("studies", self.studies.close)
-        self.studies.all()
+        self.studies.run_all()
         return self.controller.failures
 
     def _run_study(self, study: Study, time_budget_s: float | None) -> float:

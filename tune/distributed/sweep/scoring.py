@@ -51,8 +51,9 @@ class Scoring:
             MacDropError: see `EvaluatorPool.open`.
         """
         with self._lock:
-            mine = self._open[study] = self._take(ray)
+            mine = self._take(ray)
             mine.opening = time.monotonic()
+            self._open[study] = mine
         try:
             # Without the lock, so that the loop runs: an actor may be waiting for what an idle lane holds.
             return mine.pool.open(opening)
@@ -80,9 +81,6 @@ class Scoring:
                 self._free.append(mine)
             else:
                 mine.pool.close()
-
-    def __contains__(self, study: str) -> bool:
-        return study in self._open
 
     def submit(self, study: str, task: EvalTask) -> None:
         """Queue a task of a study."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from macdrop.errors import MacDropError
-from tune.distributed.lanes.lane_pools import LanePools
+from tune.distributed.lanes.lane_pools import LanePools, Phase
 from tune.distributed.sweep.controller import TICK_S, Closed, SweepController
 from tune.errors import ResourceError
 from tune.scheduling.study import Study
@@ -35,7 +35,7 @@ class StudyThreads:
     #: Seconds of the budget that begun studies may take, or took.
     _shares: dict[str, float] = field(default_factory=dict)
 
-    def all(self) -> None:
+    def run_all(self) -> None:
         """Run every study; one model that cannot be used does not stop the others.
 
         Raises:
@@ -45,16 +45,12 @@ class StudyThreads:
         waiting = list(self.studies)
         while waiting or self._running():
             self.controller.check()
-            for study in self.studies:
-                if study.name in self._errors:
-                    self._failed(study, self._errors.pop(study.name))
-            for study in [study for study in waiting if self._may_begin(study)][:1]:
+            self._report()
+            if (study := next(filter(self._may_begin, waiting), None)) is not None:
                 waiting.remove(study)
                 self._begin(study, len(waiting) + 1)
             time.sleep(TICK_S)
-        for study in self.studies:
-            if study.name in self._errors:
-                self._failed(study, self._errors.pop(study.name))
+        self._report()
 
     def close(self) -> None:
         """Wait for the threads; the control loop has ended. A thread still inside Ray would break Ray's shutdown."""
@@ -77,19 +73,30 @@ class StudyThreads:
             share = self._shares[study.name] = max(1.0, (self.budget_s - sum(self._shares.values())) / left)
         thread = threading.Thread(target=self._study, args=(study, share), name=f"study-{study.name}", daemon=True)
         self._threads[study.name] = thread
+        self.lanes.turn(study.name, Phase.OPENING)
         thread.start()
 
     def _study(self, study: Study, share: float | None) -> None:
+        well = False
         try:
             spent = self.run(study, share)
             if share is not None:
                 self._shares[study.name] = spent
+            well = True
         except Closed:
             return
         except BaseException as error:
             self._errors[study.name] = error
-        more = any(each.name not in self._threads for each in self.studies)
-        self.controller.ended(study, more=more)
+        try:
+            more = any(each.name not in self._threads for each in self.studies)
+            self.controller.ended(study, well=well, more=more)
+        except BaseException as error:
+            self._errors.setdefault(study.name, error)
+
+    def _report(self) -> None:
+        for study in self.studies:
+            if study.name in self._errors:
+                self._failed(study, self._errors.pop(study.name))
 
     def _failed(self, study: Study, error: BaseException) -> None:
         unusable = isinstance(error, MacDropError) and not isinstance(error, ResourceError)

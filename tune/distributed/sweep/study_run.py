@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray.tune
 from ray.actor import ActorHandle
-from ray.tune import FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
+from ray.tune import FailureConfig, RunConfig, Stopper, TuneConfig, Tuner, register_trainable
 
 from tune.config.eval_spec import NO_ATTACK, TEST, VALIDATION, EvalJob, jobs
 from tune.config.run_spec import MacDropSpec, RunSpec, TrainSpec
@@ -36,6 +37,8 @@ from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
 from tune.training.optimizers.snr_record import read_snr
 
+#: Tune's registry of functions by their names is not made for threads, and studies run at the same time.
+_REGISTERING = threading.Lock()
 #: The follower of tasks that no Tune trial queued: baselines of the search, and the whole final stage.
 BASELINE = "baseline"
 
@@ -66,6 +69,8 @@ class StudyRun:
         """
         context = self._open()
         self.standing = self.controller.resume_finished(self.study)
+        if self.standing:  # how much is to be queued is not known
+            self.controller.lanes.turn(self.study.name, Phase.RUNNING)
         searched = SearchTime(self.run_folder.search_time_file(self.study.name), self.run_folder.run_dir)
         if self.study.count:
             file = self.run_folder.finalists_file(self.study.name)
@@ -112,7 +117,7 @@ class StudyRun:
             run_dir=str(self.run_folder.run_dir),
             data=str(cache_dir() / "data"),
             weights=weights,
-            pool=str(self.controller.lanes.needs[self.study.name].kind),
+            pool=self.controller.lanes.pool_of(self.study.name),
             workers_at_start=self.run_folder.workers_at_start(self.study.spec.model_name_or_path),
         )
 
@@ -126,6 +131,8 @@ class StudyRun:
         self._place(context, self.study.plain, Stage.SEARCH)
         if self.study.samples:
             self._tune(context, time_budget_s)
+            # If the run is being closed, lanes save checkpoints of tasks that were not cancelled.
+            self.controller.check(self.study)
             # On timeout Tune stops trials without calling back.
             call(self.dispatcher, "abandon", self.study.name, BASELINE)
         self.controller.wait(self.study)
@@ -179,12 +186,13 @@ class StudyRun:
         if samples < 1:
             return
         trainable = functools.partial(run_trial, context=context)
-        # Tune knows a function by its name, and studies run at the same time.
-        trainable.__name__ = f"{run_trial.__name__}-{self.study.name}"  # type: ignore[attr-defined]
         # On the head, without a CPU, which the lanes need: a trial only waits.
         trainable = ray.tune.with_resources(trainable, {"CPU": 0, HEAD: 0.001})
+        name = f"trial-{self.study.name}"
+        with _REGISTERING:
+            register_trainable(name, trainable)
         Tuner(
-            trainable,
+            name,
             param_space=param_space(self.study, listed),
             # Searcher and scheduler know their own metrics: Tune accepts no more than one for both.
             tune_config=TuneConfig(
@@ -200,7 +208,7 @@ class StudyRun:
                 storage_path=str(self.run_folder.run_dir / "ray"),
                 callbacks=[CancelStopped(context)],
                 failure_config=FailureConfig(max_failures=RESTARTS),
-                stop=StopOnError(self.controller),
+                stop=StopOnError(self.controller, self.study),
                 verbose=0,
             ),
         ).fit()
@@ -228,17 +236,23 @@ class StudyRun:
 
 
 class StopOnError(Stopper):
-    """Stops all of Tune's trials when the control loop has ended."""
+    """Stops Tune's trials of a study when it cannot go on: the control loop has ended, or its actors are gone."""
 
-    def __init__(self, controller: SweepController | None) -> None:
-        self._controller = controller
+    def __init__(self, controller: SweepController | None, study: Study | None) -> None:
+        self._controller, self._study = controller, study
 
     def __reduce__(self) -> tuple:
         # Tune pickles its settings into the run folder; a thread cannot be pickled, and nobody uses the copy.
-        return StopOnError, (None,)
+        return StopOnError, (None, None)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self._controller is not None and self._controller.broken
+        if self._controller is None:
+            return False
+        try:
+            self._controller.check(self._study)
+        except Exception:  # raised again by whoever waits for the study
+            return True
+        return False

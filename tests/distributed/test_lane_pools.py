@@ -1,0 +1,232 @@
+"""The pools of a run without Ray: who begins when, who gets how many lanes, what happens at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from macdrop.errors import MacDropError
+from tune.config.run_spec import RaySpec, load
+from tune.distributed.lanes import lane_pools
+from tune.distributed.lanes.lane_pools import LanePools, Phase, StudyNeeds
+from tune.distributed.sweep.controller import Closed
+from tune.distributed.sweep.scoring import Scoring
+from tune.distributed.sweep.studies import StudyThreads
+from tune.distributed.sweep.study_run import StopOnError
+from tune.scheduling.allocation import LaneKind, Room
+
+ONE, EIGHT = LaneKind(4, 1, Room(1, 1)), LaneKind(1, 8, Room(1, 1))
+NONE = Room(0, 0)
+
+
+@dataclass
+class Pool:
+    """A pool that notes its calls."""
+
+    said: list[Any] = field(default_factory=list)
+    starving = False
+    leaving: list[str] = field(default_factory=list)
+
+    def open(self, lanes: int) -> None:
+        self.said.append(("open", lanes))
+
+    def allow(self, lanes: int) -> None:
+        self.said.append(("allow", lanes))
+
+    def check(self, snapshot: dict, *, scoring: bool, working: bool) -> None:
+        self.said.append(("working", working))
+
+    def ask_to_close(self) -> None:
+        self.said.append("ask_to_close")
+
+    def join(self, seconds: float, *, waiting: bool) -> None:
+        self.said.append("join")
+
+    def close(self) -> None:
+        self.said.append("close")
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Pools over a cluster of so many GPUs."""
+
+    def made(gpus: float, **needs: StudyNeeds) -> LanePools:
+        monkeypatch.setattr(lane_pools, "LanePool", lambda *_, **__: Pool())
+        monkeypatch.setattr(lane_pools, "SHARE_EVERY_S", -1.0)
+        monkeypatch.setattr(lane_pools.ray, "cluster_resources", lambda: {"CPU": 100.0, "GPU": gpus})
+        kinds = {each.kind: RaySpec() for each in needs.values()}
+        return LanePools(None, kinds, needs, None, evaluator=object)  # type: ignore[arg-type]
+
+    return made
+
+
+def snapshot(queued: dict[LaneKind, int] | None = None, **lanes: tuple[LaneKind, str | None]) -> dict:
+    return {
+        "tasks": [],
+        "lanes": {name: {"pool": str(kind), "task": task} for name, (kind, task) in lanes.items()},
+        "queued": {str(kind): number for kind, number in (queued or {}).items()},
+        "open": {},
+    }
+
+
+def test_one_kind_has_all_of_its_lanes_from_the_first_study_on(make):
+    pools = make(0, a=StudyNeeds(ONE, NONE, 3))
+    pools.check(snapshot())
+    assert pools._pools[ONE].said == [("allow", 4)], "nothing begins before a study does"
+    pools.turn("a", Phase.OPENING)
+    pools.check(snapshot())
+    assert ("open", 4) in pools._pools[ONE].said and pools._pools[ONE].said[-1] == ("working", False)
+
+
+def test_a_study_that_is_being_opened_counts_at_once(make):
+    pools = make(4, a=StudyNeeds(ONE, NONE, 3), b=StudyNeeds(ONE, NONE, 3), c=StudyNeeds(ONE, NONE, 3))
+    assert not pools.has_gap("a"), "nothing is known yet"
+    pools.check(snapshot())
+    assert pools.has_gap("a")
+    pools.turn("a", Phase.OPENING)
+    assert pools.has_gap("b"), "three tasks leave one of four lanes"
+    pools.turn("b", Phase.OPENING)
+    assert not pools.has_gap("c")
+
+
+def test_a_pool_is_patient_while_another_one_trains_and_asks_for_a_lane_that_nothing_makes_room_for(make):
+    pools = make(4, a=StudyNeeds(ONE, NONE, 3), big=StudyNeeds(EIGHT, NONE, 1))
+    pools.turn("big", Phase.OPENING)
+    pools.turn("a", Phase.OPENING)
+    pools.check(snapshot({EIGHT: 1}, lane=(ONE, "trial")))
+    assert pools._pools[EIGHT].said[-1] == ("working", True)
+    assert ("open", 0) in pools._pools[EIGHT].said, "there is no room for it, and never will be"
+    pools.turn("a", Phase.ENDED)
+    pools.check(snapshot({EIGHT: 1}))
+    assert pools._pools[EIGHT].said[-2:] == [("allow", 1), ("working", False)], "it asks, and gives up in time"
+
+
+def test_all_pools_are_asked_before_any_is_waited_for(make):
+    pools = make(4, a=StudyNeeds(ONE, NONE, 3), big=StudyNeeds(EIGHT, NONE, 1))
+    order: list[str] = []
+    for name, pool in zip("ab", pools._pools.values(), strict=True):
+        pool.said = SimpleNamespace(append=lambda word, name=name: order.append(f"{word} {name}"))
+    pools.close()
+    assert order == [f"{word} {name}" for word in ("ask_to_close", "join", "close") for name in "ab"]
+
+
+# --- studies ---
+
+
+@dataclass
+class Controller:
+    """A control loop that goes on until there is an error."""
+
+    error: BaseException | None = None
+    broken = False
+    failed: list[str] = field(default_factory=list)
+    over: list[tuple[str, bool, bool]] = field(default_factory=list)
+
+    def check(self, study: Any = None) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def ended(self, study: Any, *, well: bool, more: bool) -> None:
+        self.over.append((study.name, well, more))
+
+    def study_failed(self, name: str, reason: str) -> None:
+        self.failed.append(f"{name}: {reason}")
+
+
+def threads(run, most: int | None, *names: str, gaps=lambda name: False, budget: float | None = None) -> StudyThreads:
+    lanes = SimpleNamespace(has_gap=gaps, turn=lambda *_: None)
+    studies: Any = [SimpleNamespace(name=name) for name in names]
+    return StudyThreads(studies, run, Controller(), lanes, most, budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("most", "together"), [(1, 1), (2, 2), (3, 3)])
+def test_as_many_studies_as_asked_for_run_at_once(most, together):
+    going, seen, lock = [0], [], threading.Lock()
+
+    def run(study, share):
+        with lock:
+            going[0] += 1
+            seen.append(going[0])
+        time.sleep(0.5)
+        with lock:
+            going[0] -= 1
+        return 0.0
+
+    found = threads(run, most, "a", "b", "c")
+    found.run_all()
+    assert max(seen) == together and [name for name, *_ in found.controller.over[:1]] == ["a"]
+    assert [more for *_, more in found.controller.over][-1] is False
+
+
+def test_one_model_that_cannot_be_used_stops_no_other_and_a_lone_one_ends_the_run():
+    def run(study, share):
+        if study.name == "bad":
+            raise MacDropError("no such layer")
+        return 0.0
+
+    found = threads(run, None, "bad", "good", gaps=lambda name: True)
+    found.run_all()
+    assert found.controller.failed == ["bad: no such layer"]
+    assert sorted(each[:2] for each in found.controller.over) == [("bad", False), ("good", True)]
+    with pytest.raises(MacDropError, match="no such layer"):
+        threads(run, 1, "bad").run_all()
+
+
+def test_an_unexpected_error_is_raised_and_a_closed_run_ends_its_threads_silently():
+    def run(study, share):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        threads(run, 1, "a", "b").run_all()
+
+    def closed(study, share):
+        raise Closed
+
+    found = threads(closed, 1, "a")
+    found.run_all()
+    found.close()
+    assert found.controller.over == []
+
+
+def test_shares_of_a_time_budget_add_up_to_it():
+    shares = {}
+
+    def run(study, share):
+        shares[study.name] = share
+        return share / 2
+
+    threads(run, 1, "a", "b", "c", budget=60.0).run_all()
+    assert shares == pytest.approx({"a": 20.0, "b": 25.0, "c": 37.5})
+
+
+# --- actors that are gone ---
+
+
+def test_a_search_ends_when_the_actors_of_its_study_are_gone():
+    scoring = Scoring(0.0)
+    gone = MacDropError("3 actors died")
+
+    def step() -> list:
+        raise gone
+
+    scoring._open["a"] = SimpleNamespace(pool=SimpleNamespace(step=step, busy=1), opening=None)  # type: ignore[assignment]
+    assert scoring.step() == [] and scoring.broken == {"a": gone} and scoring.left() == {}
+
+    class Checks:
+        def check(self, study: Any) -> None:
+            if study in scoring.broken:
+                raise scoring.broken[study]
+
+    checks: Any = Checks()
+    assert StopOnError(checks, "a").stop_all() and not StopOnError(checks, "b").stop_all()  # type: ignore[arg-type]
+    assert not StopOnError(None, None).stop_all()
+
+
+def test_a_run_of_models_of_two_kinds_loads():
+    models = "sweep.models=[zoo:planted-llama,{model_name_or_path: zoo:planted-phi3, ray: {lanes: 2}}]"
+    assert [ray.lanes for ray in load(None, [models, "ray.lanes=1"]).rays()] == [1, 2]
