@@ -94,6 +94,19 @@ def test_a_study_that_is_being_opened_counts_at_once(make):
     assert not pools.has_gap("c")
 
 
+def test_lanes_make_room_for_the_actors_of_studies_that_have_begun(make):
+    pools = make(4, a=StudyNeeds(ONE, Room(0, 1), 3), b=StudyNeeds(ONE, Room(0, 1), 3))
+    pools.turn("a", Phase.OPENING)
+    pools.check(snapshot())
+    assert ("allow", 4) in pools._pools[ONE].said, "a lone study has what it asks for"
+    pools.turn("b", Phase.OPENING)
+    pools.check(snapshot())
+    assert pools._pools[ONE].said[-2] == ("allow", 2)
+    pools.turn("a", Phase.ENDED)
+    pools.check(snapshot())
+    assert pools._pools[ONE].said[-2] == ("allow", 4)
+
+
 def test_a_pool_is_patient_while_another_one_trains_and_asks_for_a_lane_that_nothing_makes_room_for(make):
     pools = make(4, a=StudyNeeds(ONE, NONE, 3), big=StudyNeeds(EIGHT, NONE, 1))
     pools.turn("big", Phase.OPENING)
@@ -225,6 +238,16 @@ def test_a_search_ends_when_the_actors_of_its_study_are_gone():
     checks: Any = Checks()
     assert StopOnError(checks, "a").stop_all() and not StopOnError(checks, "b").stop_all()  # type: ignore[arg-type]
     assert not StopOnError(None, None).stop_all()
+
+
+@pytest.mark.parametrize(("opening", "kept"), [(None, True), (1.0, False)])
+def test_actors_are_handed_on_unless_another_study_waits_for_their_room(opening, kept):
+    scoring, closed = Scoring(0.0), []
+    ended: Any = SimpleNamespace(pool=SimpleNamespace(busy=0, close=lambda: closed.append("a")), size=1, opening=None)
+    other: Any = SimpleNamespace(pool=SimpleNamespace(busy=0), size=1, opening=opening)
+    scoring._open = {"a": ended, "b": other}
+    scoring.hand_on("a", keep=True)
+    assert (scoring._free == [ended], closed == []) == (kept, kept) and "a" not in scoring._open
 
 
 def test_a_run_of_models_of_two_kinds_loads():

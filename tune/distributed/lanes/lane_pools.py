@@ -130,8 +130,9 @@ class LanePools:
             if needs.phase == Phase.OPENING and study in snapshot["open"]:
                 self.turn(study, Phase.RUNNING)
         demands = self._demanded(snapshot)
-        wanted = {kind: kind.most for kind in self._pools}
-        if len(self._pools) > 1:
+        if len(self._pools) == 1:
+            wanted = {kind: self._alone(kind) for kind in self._pools}
+        else:
             wanted = allocate(demands, self._room())
             if not any(demand.up or wanted[kind] for kind, demand in demands.items()):
                 # Nothing that ends would make room: one lane asks for it, so that machines are started or it fails.
@@ -141,6 +142,14 @@ class LanePools:
                 self._opened.add(kind)
                 self._pools[kind].open(wanted[kind])
             self._pools[kind].allow(wanted[kind])
+
+    def _alone(self, kind: LaneKind) -> int:
+        """Return the lanes of the only pool: all, but for the room of actors where several studies have begun."""
+        if sum(Phase.WAITING < needs.phase < Phase.ENDED for needs in self.needs.values()) < 2:
+            return kind.most
+        room = self._room()
+        fitting = (lanes for lanes in range(kind.most, 1, -1) if room.holds(kind.room * lanes))
+        return next(fitting, 1)
 
     def _demanded(self, snapshot: dict[str, Any]) -> dict[LaneKind, Demand]:
         expected, more = dict.fromkeys(self._pools, 0), set()

@@ -77,7 +77,8 @@ class Scoring:
         with self._lock:
             if (mine := self._open.pop(study, None)) is None:
                 return
-            if keep and not mine.pool.busy:
+            # Another study may be waiting for what they hold.
+            if keep and not mine.pool.busy and not self.opening:
                 self._free.append(mine)
             else:
                 mine.pool.close()
