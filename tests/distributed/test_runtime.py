@@ -7,7 +7,8 @@ from helpers.run_folders import make_run
 from helpers.small import SMALL
 
 from tune.config.run_spec import RunSpec
-from tune.distributed.sweep.runtime import SweepRuntime, _Finished, _record_end
+from tune.distributed.sweep.run_end import Finished, record_end
+from tune.distributed.sweep.runtime import SweepRuntime
 from tune.errors import ResourceError
 from tune.storage.states import RunStatus
 
@@ -44,8 +45,9 @@ def test_every_member_is_named_once_and_its_dependencies_close_later():
     order = SweepRuntime.CLOSE_ORDER
     assert len(set(order)) == len(order)
     for user, used in (
-        ("controller", "evaluators"),
+        ("controller", "scoring"),
         ("controller", "lanes"),
+        ("controller", "studies"),  # which end with it
         ("controller", "trackers"),  # which copy the controller's last changes
         ("lanes", "dispatcher"),
         ("dispatcher", "ray"),
@@ -64,10 +66,10 @@ def test_members_opened_before_a_refusal_are_closed_with_it(tmp_path):
 
 
 def test_a_member_that_fails_to_close_keeps_no_other_open(tmp_path):
-    runtime = Recorded(tmp_path, ("lanes", "evaluators", "dispatcher", "lock"), breaks="lanes")
+    runtime = Recorded(tmp_path, ("lanes", "scoring", "dispatcher", "lock"), breaks="lanes")
     with pytest.raises(OSError, match="lanes"), runtime:
         pass
-    assert [member for member, _ in runtime.closed] == ["evaluators", "lanes", "dispatcher", "lock"]
+    assert [member for member, _ in runtime.closed] == ["scoring", "lanes", "dispatcher", "lock"]
     assert [kind for _, kind in runtime.closed] == [None, None, OSError, OSError], "the status must not say done"
     runtime.__exit__(None, None, None)
     assert len(runtime.closed) == 4, "closing twice does nothing"
@@ -84,10 +86,10 @@ def test_an_exception_of_the_body_reaches_every_member_and_the_caller(tmp_path):
 def test_a_finished_run_keeps_its_end_if_a_resume_finds_nothing_to_do(work, tmp_path):
     run_folder = make_run(tmp_path / "run", seeds=(1,), tried=1, items=2, attacks=("none",))
     run_folder.set_status(RunStatus.DONE, finished="2026-01-01T00:00:00")
-    before = _Finished(run_folder)
+    before = Finished(run_folder)
     run_folder.set_status(RunStatus.RUNNING)
     assert "finished" not in run_folder.run()
     if work == "a score":
         run_folder.add_scores([{**run_folder.score_rows()[0], "value": 0.25}])
-    _record_end(run_folder, None, before, KeyboardInterrupt if work == "interrupted" else None, None, None)
+    record_end(run_folder, None, before, KeyboardInterrupt if work == "interrupted" else None, None, None)
     assert (run_folder.run()["finished"] == "2026-01-01T00:00:00") == (work == "nothing")
