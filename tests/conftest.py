@@ -150,6 +150,14 @@ def alone() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """A cache that all tests of a module share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MACDROP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
 def local_ray(tmp_path_factory) -> Iterator[None]:
     """A Ray on this machine, and a cache, that all tests of a module share."""
     import ray

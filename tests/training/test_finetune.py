@@ -16,17 +16,9 @@ from macdrop.errors import ConfigError, TrainingInvariantError
 from tune.config.run_spec import TrainSpec
 from tune.errors import TrainingDiverged
 
-pytestmark = pytest.mark.zero
+pytestmark = [pytest.mark.zero, pytest.mark.usefixtures("own_cache")]
 
 SETTINGS = {**SMALL, "max_steps": 4, "zero_stage": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MACDROP_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
 
 
 def train(folder: Path, observe=None, **changes) -> tuple[list[dict], object]:

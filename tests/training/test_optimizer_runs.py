@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tune.config.run_spec import TrainSpec
 
-pytestmark = pytest.mark.zero
+pytestmark = [pytest.mark.zero, pytest.mark.usefixtures("own_cache")]
 
 STEPS, CUT = 4, 2
 SETTINGS = {
@@ -28,14 +28,6 @@ CASES = {
     "slimadam": {"zero_stage": 0, "bf16": True, "use_dora": True, "slimadam_rules": {"A": "fan_in", "B": "fan_out"}},
     "schedule_free_adamw": {"zero_stage": 1, "eval_steps": 1, "loraplus_lr_ratio": 4, "bf16": True},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MACDROP_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
 
 
 def adapter(folder: Path) -> bytes:

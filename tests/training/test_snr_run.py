@@ -16,18 +16,10 @@ from tune.storage.records import SNR_FILE
 from tune.training import single
 from tune.training.optimizers.snr_record import read_snr, recorded_rules
 
-pytestmark = pytest.mark.zero
+pytestmark = [pytest.mark.zero, pytest.mark.usefixtures("own_cache")]
 
 SETTINGS = {**SMALL, "zero_stage": 0, "max_steps": 3, "save_steps": 0, "lora_rank": 8, "macdrop": {"p0": 0.0}}
 AUTO = {"optimizer": "slimadam", "slimadam_rules": "auto"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MACDROP_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
 
 
 def trained(folder: Path, **settings) -> Path:
