@@ -13,12 +13,14 @@ import pytest
 from macdrop.errors import MacDropError
 from tune.config.run_spec import RaySpec, load
 from tune.distributed.lanes import lane_pools
-from tune.distributed.lanes.lane_pools import LanePools, Phase, StudyNeeds
+from tune.distributed.lanes.lane_pools import LanePools
 from tune.distributed.sweep.controller import Closed
 from tune.distributed.sweep.scoring import Scoring
 from tune.distributed.sweep.studies import StudyThreads
 from tune.distributed.sweep.study_run import StopOnError
+from tune.errors import ResourceError
 from tune.scheduling.allocation import LaneKind, Room
+from tune.scheduling.sharing import Phase, StudyNeeds
 
 ONE, EIGHT = LaneKind(4, 1, Room(1, 1)), LaneKind(1, 8, Room(1, 1))
 NONE = Room(0, 0)
@@ -78,7 +80,7 @@ def test_one_kind_has_all_of_its_lanes_from_the_first_study_on(make):
     pools = make(0, a=StudyNeeds(ONE, NONE, 3))
     pools.check(snapshot())
     assert pools._pools[ONE].said == [("allow", 4)], "nothing begins before a study does"
-    pools.turn("a", Phase.OPENING)
+    pools.sharing.turn("a", Phase.OPENING)
     pools.check(snapshot())
     assert ("open", 4) in pools._pools[ONE].said and pools._pools[ONE].said[-1] == ("working", False)
 
@@ -88,33 +90,33 @@ def test_a_study_that_is_being_opened_counts_at_once(make):
     assert not pools.has_gap("a"), "nothing is known yet"
     pools.check(snapshot())
     assert pools.has_gap("a")
-    pools.turn("a", Phase.OPENING)
+    pools.sharing.turn("a", Phase.OPENING)
     assert pools.has_gap("b"), "three tasks leave one of four lanes"
-    pools.turn("b", Phase.OPENING)
+    pools.sharing.turn("b", Phase.OPENING)
     assert not pools.has_gap("c")
 
 
 def test_lanes_make_room_for_the_actors_of_studies_that_have_begun(make):
     pools = make(4, a=StudyNeeds(ONE, Room(0, 1), 3), b=StudyNeeds(ONE, Room(0, 1), 3))
-    pools.turn("a", Phase.OPENING)
+    pools.sharing.turn("a", Phase.OPENING)
     pools.check(snapshot())
     assert ("allow", 4) in pools._pools[ONE].said, "a lone study has what it asks for"
-    pools.turn("b", Phase.OPENING)
+    pools.sharing.turn("b", Phase.OPENING)
     pools.check(snapshot())
     assert pools._pools[ONE].said[-2] == ("allow", 2)
-    pools.turn("a", Phase.ENDED)
+    pools.sharing.turn("a", Phase.ENDED)
     pools.check(snapshot())
     assert pools._pools[ONE].said[-2] == ("allow", 4)
 
 
 def test_a_pool_is_patient_while_another_one_trains_and_asks_for_a_lane_that_nothing_makes_room_for(make):
     pools = make(4, a=StudyNeeds(ONE, NONE, 3), big=StudyNeeds(EIGHT, NONE, 1))
-    pools.turn("big", Phase.OPENING)
-    pools.turn("a", Phase.OPENING)
+    pools.sharing.turn("big", Phase.OPENING)
+    pools.sharing.turn("a", Phase.OPENING)
     pools.check(snapshot({EIGHT: 1}, lane=(ONE, "trial")))
     assert pools._pools[EIGHT].said[-1] == ("working", True)
     assert ("open", 0) in pools._pools[EIGHT].said, "there is no room for it, and never will be"
-    pools.turn("a", Phase.ENDED)
+    pools.sharing.turn("a", Phase.ENDED)
     pools.check(snapshot({EIGHT: 1}))
     assert pools._pools[EIGHT].said[-2:] == [("allow", 1), ("working", False)], "it asks, and gives up in time"
 
@@ -126,6 +128,21 @@ def test_all_pools_are_asked_before_any_is_waited_for(make):
         pool.said = SimpleNamespace(append=lambda word, name=name: order.append(f"{word} {name}"))
     pools.close()
     assert order == [f"{word} {name}" for word in ("ask_to_close", "join", "close") for name in "ab"]
+
+
+def test_a_full_disk_costs_the_timeline_alone(make):
+    pools = make(4, a=StudyNeeds(ONE, NONE, 3))
+    told: list[dict] = []
+
+    def full(rows: list[dict]) -> None:
+        told.extend(rows)
+        raise ResourceError("no space left")
+
+    pools._record = full
+    pools.check(snapshot(lane=(ONE, None)))
+    pools.check(snapshot())
+    pools.close()
+    assert [row["lane"] for row in told] == ["lane"] and pools._pools[ONE].said[-1] == "close"
 
 
 # --- studies ---
@@ -152,7 +169,7 @@ class Controller:
 
 
 def threads(run, most: int | None, *names: str, gaps=lambda name: False, budget: float | None = None) -> StudyThreads:
-    lanes = SimpleNamespace(has_gap=gaps, turn=lambda *_: None)
+    lanes = SimpleNamespace(has_gap=gaps, sharing=SimpleNamespace(turn=lambda *_: None))
     studies: Any = [SimpleNamespace(name=name) for name in names]
     return StudyThreads(studies, run, Controller(), lanes, most, budget)  # type: ignore[arg-type]
 

@@ -209,6 +209,7 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
     from tune.distributed.sweep import scoring
     from tune.distributed.sweep.controller import SweepController
     from tune.scheduling.allocation import Room, lane_kind
+    from tune.scheduling.sharing import StudyNeeds
     from tune.scheduling.study import studies
     from tune.storage.run_folder import RunFolder
 
@@ -227,7 +228,7 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
         scene.wait(lambda snapshot: bool(snapshot["lanes"]))
         actors = scoring.Scoring(0.0, kind=Renamed)
         kind = lane_kind(study.ray, 0.0)
-        needs = {study.name: lane_pools.StudyNeeds(kind, Room(0, 0), 0)}
+        needs = {study.name: StudyNeeds(kind, Room(0, 0), 0)}
         lanes = lane_pools.LanePools(scene.dispatcher, {}, needs, run_folder.run_dir, evaluator=Renamed)
         lanes._pools, lanes._opened = {kind: scene.lanes}, {kind}
         controller = SweepController(run_folder, scene.dispatcher, lanes, actors, {}, Progress())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -76,3 +77,13 @@ def test_a_share_of_time_counts_gpus():
     held = [Span("lane-1", 0, 10, Room(1, 2)), Span("lane-2", 0, 10, Room(1, 1)), Span("evaluator", 0, 10, Room(1, 9))]
     worked = [Span("lane-1", 0, 5, Room(1, 2), "a", "t"), Span("lane-2", 0, 10, Room(1, 1), "a", "u")]
     assert Timeline(held, worked).utilisation("lane") == pytest.approx(20 / 30)
+
+
+@pytest.mark.parametrize("trials", [(0, 0), (3, 0), (0, 3)])
+def test_a_stage_without_fine_tunings_is_passed(trials):
+    """As with `sweep.seeds: 0`, where the search's own trials are compared, or without any arm but the base."""
+    stages = tuple(StageTimes((10.0,) * number, 1.0, max(number, 1)) for number in trials)
+    parts = StudyTimes("a", LaneKind(2, 1, Room(1, 1)), 1, Room(0, 0), stages, base_s=5.0)
+    for each in (parts, replace(parts, base_s=0.0)):
+        found = Simulation([each], ROOM).run()
+        assert sum(span.holder.startswith("lane") for span in found.worked) == sum(trials)

@@ -80,7 +80,7 @@ class Demand:
 
     up: its lanes, `running` of which have a task. queued: tasks without a lane. expected: those that studies which are
     being opened will queue. more: its studies will queue further tasks, later. waited_s: how long it has had queued
-    tasks without getting a lane. task_s: seconds that a task takes, as far as known.
+    tasks without getting a lane.
     """
 
     up: int = 0
@@ -89,7 +89,6 @@ class Demand:
     expected: int = 0
     more: bool = True
     waited_s: float = 0.0
-    task_s: float = 1.0
 
     @property
     def tasks(self) -> int:
@@ -115,7 +114,7 @@ def allocate(demands: Mapping[LaneKind, Demand], room: Room) -> dict[LaneKind, i
             granted[kind] += 1
 
     def load(kind: LaneKind, lanes: int) -> float:
-        return demands[kind].tasks * demands[kind].task_s / max(lanes, 0.5)
+        return demands[kind].tasks / max(lanes, 0.5)
 
     behind = [kind for kind in demands if _is_behind(kind, demands)]
     for kind in sorted(behind, key=lambda kind: -demands[kind].waited_s):
@@ -138,8 +137,8 @@ def _is_behind(kind: LaneKind, demands: Mapping[LaneKind, Demand]) -> bool:
         return False
     if not mine.up:
         return True
-    others = [other.tasks * other.task_s / other.up for key, other in demands.items() if key != kind and other.up]
-    return bool(others) and mine.tasks * mine.task_s / (mine.up + 1) > UNEVEN * min(others)
+    others = [other.tasks / other.up for key, other in demands.items() if key != kind and other.up]
+    return bool(others) and mine.tasks / (mine.up + 1) > UNEVEN * min(others)
 
 
 class PoolWatch:

@@ -1,4 +1,4 @@
-"""A run in virtual time: which model trains when, by the queue and the allocation that a real run uses. Pure; no Ray.
+"""A run in virtual time: which model trains when, by the queue and the sharing that a real run uses. Pure; no Ray.
 
 Studies, lanes and evaluation actors are events of a clock; only how long each part takes is given.
 """
@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from tune.scheduling.allocation import RESERVE_AFTER_S, Demand, LaneKind, PoolWatch, Room, allocate, has_gap
+from tune.scheduling.allocation import RESERVE_AFTER_S, LaneKind, Room
 from tune.scheduling.queue import TaskQueue
+from tune.scheduling.sharing import LaneSharing, Phase, StudyNeeds
 from tune.scheduling.tasks import TrainTask
 from tune.training.observer import Ending
 
@@ -95,7 +96,6 @@ class _Study:
     under_way: set[str] = field(default_factory=set)
     to_score: deque[tuple[str, float]] = field(default_factory=deque)
     idle: int = 0
-    open: bool = False
 
 
 class Simulation:
@@ -106,11 +106,12 @@ class Simulation:
     ) -> None:
         self.timeline = Timeline()
         self._waiting, self._room, self._most, self._start_s = deque(studies), room, most, start_s
-        self._queue, self._watch = TaskQueue(), PoolWatch()
+        self._queue, self._sharing = TaskQueue(), LaneSharing({study.name: _needs(study) for study in studies})
         self._mark = self._queue.snapshot()["mark"]
         self._active: dict[str, _Study] = {}
         self._lanes: dict[str, _Lane] = {}
         self._coming: list[LaneKind] = []
+        self._in_use: set[LaneKind] = set()
         self._train_s: dict[str, float] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -132,9 +133,13 @@ class Simulation:
         while (study := next(filter(self._may_begin, self._waiting), None)) is not None:
             self._waiting.remove(study)
             self._begin(study)
-        demands = self._demands()
-        targets = allocate(demands, self._for_lanes())
-        for kind, target in targets.items():
+        self._sharing.look(self._queue.snapshot(self._mark))
+        demands = self._sharing.demands(self._now)
+        for kind, target in self._sharing.lanes(demands, self._room).items():
+            if demands[kind].tasks:
+                self._in_use.add(kind)
+            if kind not in self._in_use:
+                continue
             mine = [
                 name for name, lane in self._lanes.items() if lane.kind == kind and not self._queue.asked_to_close(name)
             ]
@@ -156,28 +161,12 @@ class Simulation:
             return True
         if self._most is not None:
             return len(self._active) < self._most
-        return has_gap(self._demands(), self._for_lanes(), study.kind, study.evaluator * study.evaluators)
-
-    def _for_lanes(self) -> Room:
-        room = self._room
-        for study in self._active.values():
-            room -= study.times.evaluator * study.times.evaluators
-        return room
-
-    def _demands(self) -> dict[LaneKind, Demand]:
-        expected = dict.fromkeys((lane.kind for lane in self._lanes.values()), 0)
-        for study in self._active.values():
-            first = study.times.stages[0]
-            coming = 0 if study.open else min(first.at_once, len(first.train_s))
-            expected[study.times.kind] = expected.get(study.times.kind, 0) + coming
-        begun = {s.times.kind for s in self._active.values() if s.stage < len(s.times.stages) - 1}
-        more = begun | {times.kind for times in self._waiting}
-        return self._watch.demands(expected, more, self._queue.snapshot(self._mark), self._now)
+        return self._sharing.has_gap(study.name, self._room, self._now)
 
     # --- lanes ---
 
     def _place_lanes(self) -> None:
-        free = self._for_lanes()
+        free = self._sharing.room(self._room)
         for lane in self._lanes.values():
             free -= lane.kind.room
         for kind in list(self._coming):
@@ -216,12 +205,12 @@ class Simulation:
     # --- studies ---
 
     def _begin(self, times: StudyTimes) -> None:
-        study = self._active[times.name] = _Study(times, self._now, idle=0)
+        study = self._active[times.name] = _Study(times, self._now)
+        self._sharing.turn(times.name, Phase.OPENING)
         self._at(times.open_s, lambda: self._opened(study))
 
     def _opened(self, study: _Study) -> None:
         study.idle = study.times.evaluators
-        study.open = True
         study.under_way.add("base")
         study.to_score.append(("base", study.times.base_s))
         self._score(study)
@@ -236,6 +225,8 @@ class Simulation:
         names = [f"{study.times.name}-{study.stage}-{number}" for number in range(len(stage.train_s))]
         study.to_place.extend(zip(names, stage.train_s, strict=True))
         self._place(study)
+        if not study.under_way:  # no task, and the base model is scored
+            self._next_stage(study)
 
     def _place(self, study: _Study) -> None:
         at_once = study.times.stages[study.stage].at_once
@@ -246,6 +237,8 @@ class Simulation:
             task = TrainTask(name, study.times.name, {}, "", "", None, study.times.name, str(study.times.kind))
             self._queue.place(task, "simulation")
             self._at(RESERVE_AFTER_S, lambda: None)
+        if not study.to_place and study.stage == len(study.times.stages) - 1:
+            self._sharing.turn(study.times.name, Phase.LAST)
 
     def _score(self, study: _Study) -> None:
         while study.idle and study.to_score:
@@ -270,6 +263,7 @@ class Simulation:
     def _ended(self, study: _Study) -> None:
         times = study.times
         del self._active[times.name]
+        self._sharing.turn(times.name, Phase.ENDED)
         self.timeline.studies[times.name] = study.began, self._now
         for _ in range(times.evaluators):
             self.timeline.held.append(Span(f"evaluator of {times.name}", study.began, self._now, times.evaluator))
@@ -281,3 +275,8 @@ class Simulation:
 
     def _at(self, seconds: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self._now + seconds, next(self._numbers), happen))
+
+
+def _needs(study: StudyTimes) -> StudyNeeds:
+    first = study.stages[0]
+    return StudyNeeds(study.kind, study.evaluator * study.evaluators, min(first.at_once, len(first.train_s)))

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     import pandas
 
 LAYOUT = 1
+#: Inode, size and time of change of a file.
+Stamp = tuple[int, int, int]
 
 
 class RunFolder:
@@ -66,7 +68,8 @@ class RunFolder:
         self.problems = problems
         self.archive: Path | None = None
         self._scores: KnownScores | GivenScores | None = None
-        self._config: tuple[tuple[int, int, int], dict[str, Any]] | None = None
+        self._config: tuple[Stamp, dict[str, Any]] | None = None
+        self._lane_times: tuple[Stamp, list[dict[str, Any]]] | None = None
 
     @classmethod
     def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> RunFolder:
@@ -129,13 +132,17 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The effective spec; opened leniently, without invalid values."""
         file = self.run_dir / "config.yaml"
-        found = stat(file, self.run_dir)
-        stamp = (found.st_ino, found.st_size, found.st_mtime_ns) if found else (0, 0, 0)
+        stamp = self._stamp(file)
         if self._config is None or self._config[0] != stamp:
             content = read_mapping(file, within=self.run_dir)
             kept = content if self.problems is None else believable(RunSpec, content, "config.yaml", self.problems)
             self._config = stamp, kept
         return copy.deepcopy(self._config[1])
+
+    def _stamp(self, file: Path) -> Stamp:
+        """Return what is another one once a file has changed."""
+        found = stat(file, self.run_dir)
+        return (found.st_ino, found.st_size, found.st_mtime_ns) if found else (0, 0, 0)
 
     def workers_at_start(self, model: str) -> int:
         """Return the workers per lane that a model's trials began with, which decide the batches of all of them."""
@@ -234,7 +241,11 @@ class RunFolder:
 
     def lane_times(self) -> list[dict[str, Any]]:
         """Return these rows; none of a run that kept none."""
-        return read_jsonl(self.run_dir / LANE_TIMES_FILE, self.problems, LANE_TIME_KEYS, within=self.run_dir)
+        file = self.run_dir / LANE_TIMES_FILE
+        stamp = self._stamp(file)
+        if self._lane_times is None or self._lane_times[0] != stamp:
+            self._lane_times = stamp, read_jsonl(file, self.problems, LANE_TIME_KEYS, within=self.run_dir)
+        return self._lane_times[1]
 
     def score_rows(self) -> list[dict[str, Any]]:
         """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""

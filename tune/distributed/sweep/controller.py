@@ -17,12 +17,13 @@ from tune.config.run_spec import TrainSpec, dump
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Opening
 from tune.distributed.lanes.dispatcher import call
-from tune.distributed.lanes.lane_pools import LanePools, Phase
+from tune.distributed.lanes.lane_pools import LanePools
 from tune.distributed.sweep.events import Observer
 from tune.distributed.sweep.scoring import Scoring
 from tune.evaluation.score_names import named_scores
 from tune.scheduling.history import resume_state
 from tune.scheduling.queue import Mark
+from tune.scheduling.sharing import Phase
 from tune.scheduling.study import Study
 from tune.scheduling.tasks import QueuedTask, TrainTask
 from tune.storage.atomic import now
@@ -67,7 +68,7 @@ class SweepController:
         self._error: BaseException | None = None
         self._waits = False
         self._failed: set[str] = set()
-        self._given_up: set[str] = set()  # studies
+        self._given_up: set[str] = set()
         #: Models, with a note that is shown once for each.
         self._noted: set[tuple[str, str]] = set()
         self._end = threading.Event()
@@ -78,6 +79,7 @@ class SweepController:
 
     def open(self, study: Study, opening: Opening) -> str | None:
         """Make the study's model resident in the evaluators and score the base; return its massive weights' file."""
+        self.check(study)
         with self._lock:
             self._progress.study(study)
         weights = self._scoring.open(study.name, opening, study.ray)
@@ -98,10 +100,9 @@ class SweepController:
                 # Its trials under way stay so in the run folder: a resumed run ends them.
                 self._given_up.add(study.name)
                 call(self._dispatcher, "abandon", study.name, "")
-            for name in [name for name, pending in self._pending.items() if pending["study"] == study.name]:
-                del self._pending[name]
+            self._pending = {name: each for name, each in self._pending.items() if each["study"] != study.name}
             self._scoring.hand_on(study.name, keep=more and study.name not in self._scoring.broken)
-            self.lanes.turn(study.name, Phase.ENDED)
+            self.lanes.sharing.turn(study.name, Phase.ENDED)
             self._progress.study_ended(study)
 
     def resume_finished(self, study: Study) -> dict[str, TaskState]:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Follows a sweep. Only `started`, `planned` and `finished` are called outside the control loop's thread."""
+    """Follows a sweep: by one call at a time, from several threads."""
 
     def started(self, run_dir: Path, dashboard: str, resources: str) -> None:
         """The run folder exists and Ray is connected; `resources` is the written-out sum of what the run needs."""

@@ -21,7 +21,7 @@ from tune.distributed.cluster import orphans
 from tune.distributed.cluster.node_checks import check_nodes
 from tune.distributed.cluster.ray_cluster import check_models, connect
 from tune.distributed.lanes.dispatcher import dispatching
-from tune.distributed.lanes.lane_pools import LanePools, StudyNeeds
+from tune.distributed.lanes.lane_pools import LanePools
 from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.events import Observer, unfailing
 from tune.distributed.sweep.run_end import Finished, record_end
@@ -32,6 +32,7 @@ from tune.distributed.sweep.study_run import StudyRun, jobs_of_stages
 from tune.preflight.inputs import Checked, check_inputs
 from tune.scheduling.allocation import LaneKind, evaluator_room, lane_kind
 from tune.scheduling.resources import gpu_shares, needs_of
+from tune.scheduling.sharing import StudyNeeds
 from tune.scheduling.study import Study, studies
 from tune.scheduling.time_left import work_of
 from tune.storage.environment import record_environment

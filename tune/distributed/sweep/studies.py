@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from macdrop.errors import MacDropError
-from tune.distributed.lanes.lane_pools import LanePools, Phase
+from tune.distributed.lanes.lane_pools import LanePools
 from tune.distributed.sweep.controller import TICK_S, Closed, SweepController
 from tune.errors import ResourceError
+from tune.scheduling.sharing import Phase
 from tune.scheduling.study import Study
 
 #: How long threads of studies are waited for when a run is closed; they look at the controller between Ray calls.
@@ -73,7 +74,7 @@ class StudyThreads:
             share = self._shares[study.name] = max(1.0, (self.budget_s - sum(self._shares.values())) / left)
         thread = threading.Thread(target=self._study, args=(study, share), name=f"study-{study.name}", daemon=True)
         self._threads[study.name] = thread
-        self.lanes.turn(study.name, Phase.OPENING)
+        self.lanes.sharing.turn(study.name, Phase.OPENING)
         thread.start()
 
     def _study(self, study: Study, share: float | None) -> None:

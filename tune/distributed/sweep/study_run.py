@@ -18,7 +18,6 @@ from tune.config.sections import Arm
 from tune.distributed.actors.evaluators import Opening
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.distributed.lanes.dispatcher import call
-from tune.distributed.lanes.lane_pools import Phase
 from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.searcher import optuna_searcher, param_space, points, scheduler
 from tune.distributed.sweep.trial import RESTARTS, CancelStopped, TrialContext, run_trial
@@ -27,6 +26,7 @@ from tune.scheduling import history as past
 from tune.scheduling import selection as finalists
 from tune.scheduling.early_stopping import Cuts
 from tune.scheduling.selection import Candidate
+from tune.scheduling.sharing import Phase
 from tune.scheduling.study import Study
 from tune.storage import search_state
 from tune.storage.atomic import atomic_write_json
@@ -70,7 +70,7 @@ class StudyRun:
         context = self._open()
         self.standing = self.controller.resume_finished(self.study)
         if self.standing:  # how much is to be queued is not known
-            self.controller.lanes.turn(self.study.name, Phase.RUNNING)
+            self.controller.lanes.sharing.turn(self.study.name, Phase.RUNNING)
         searched = SearchTime(self.run_folder.search_time_file(self.study.name), self.run_folder.run_dir)
         if self.study.count:
             file = self.run_folder.finalists_file(self.study.name)
@@ -85,7 +85,7 @@ class StudyRun:
             specs = finalists.final_specs(chosen)
             self.controller.stage(self.study, Stage.FINAL, len(specs))
             self._place(context, specs, Stage.FINAL)
-        self.controller.lanes.turn(self.study.name, Phase.LAST)
+        self.controller.lanes.sharing.turn(self.study.name, Phase.LAST)
         self.controller.wait(self.study)
         return searched.seconds
 
@@ -117,7 +117,7 @@ class StudyRun:
             run_dir=str(self.run_folder.run_dir),
             data=str(cache_dir() / "data"),
             weights=weights,
-            pool=self.controller.lanes.pool_of(self.study.name),
+            pool=self.controller.lanes.sharing.pool_of(self.study.name),
             workers_at_start=self.run_folder.workers_at_start(self.study.spec.model_name_or_path),
         )
 

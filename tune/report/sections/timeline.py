@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,14 +21,18 @@ def timeline(subject: Subject) -> Part:
     """Lanes over the time of the run, and the busy share of the time that they were held."""
     rows = subject.run_folder.lane_times()
     held = [row for row in rows if row["trial"] is None]
-    worked = [row for row in rows if row["trial"] is not None]
+    known = {row["lane"] for row in held}  # a lane is told when it has ended
+    worked = [row for row in rows if row["trial"] is not None and row["lane"] in known]
     own = [row for row in worked if row["study"] == subject.model.name]
     if not held or not own:
         return Part("Timeline")
     begin, end = min(row["begin"] for row in held), max(row["end"] for row in held)
     busy = sum(_seconds(worked)) / max(sum(_seconds(held)), 1e-9)
-    others = {row["study"] for row in worked if row["study"] != subject.model.name and _overlaps(row, own)}
-    beside = f", beside {', '.join(sorted(map(str, others)))}" if others else ""
+    by_study: dict[str, list[dict[str, Any]]] = {}
+    for row in worked:
+        by_study.setdefault(str(row["study"]), []).append(row)
+    others = [study for study, rows in by_study.items() if study != subject.model.name and _overlap(own, rows)]
+    beside = f", beside {', '.join(sorted(others))}" if others else ""
     about = [
         f"Lanes were busy for {min(busy, 1.0):.0%} of the time that they were held.",
         f"This model trained from {hours(min(row['begin'] for row in own) - begin)} to "
@@ -61,5 +66,13 @@ def _seconds(rows: Sequence[dict[str, Any]]) -> list[float]:
     return [row["end"] - row["begin"] for row in rows]
 
 
-def _overlaps(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> bool:
-    return any(row["begin"] < other["end"] and other["begin"] < row["end"] for other in others)
+def _overlap(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a time of one overlaps one of the other: both are walked in the order of their begins."""
+    latest = [-math.inf, -math.inf]
+    for begin, end, whose in sorted(
+        (row["begin"], row["end"], n) for n, rows in enumerate((one, other)) for row in rows
+    ):
+        if begin < latest[1 - whose]:
+            return True
+        latest[whose] = max(latest[whose], end)
+    return False
