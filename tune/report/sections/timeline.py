@@ -21,7 +21,7 @@ def timeline(subject: Subject) -> Part:
     """Lanes over the time of the run, and the busy share of the time that they were held."""
     rows = subject.run_folder.lane_times()
     held = [row for row in rows if row["trial"] is None]
-    known = {row["lane"] for row in held}  # a lane is told when it has ended
+    known = {row["lane"] for row in held}  # a lane is recorded when it ends
     worked = [row for row in rows if row["trial"] is not None and row["lane"] in known]
     own = [row for row in worked if row["study"] == subject.model.name]
     if not held or not own:
