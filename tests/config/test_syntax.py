@@ -119,6 +119,15 @@ def test_the_shell_leaves_some_home_folders_to_us(monkeypatch):
         "",
         "- 1\n- 2\n",
         "a: 1\n...\n",
+        "a:\n  b: 1\n  c:\n    d: 2.50\n    e: x\n  f:\n  - 1\ng: 7\n",
+        "a:\n  b: |\n    x: 1\n    y\n  c: >\n    x\n\n    y\n",
+        "a:\n  b: &x 1\n  c: *x\n",
+        "a:\n  <<: {b: 1}\n  c: 2\n",
+        "a:\n  b c: 1\n",
+        "a:\n  # a comment\n  b: 1\n",
+        "a:\n\n  b: 1\n",
+        "a: 1\nb: -12\nc: 0.5\nd: 1.0e-08\ne: 1e-08\nf: 0x1f\ng: 1_000\nh: -0\ni: 1.\nj: .5\nk: 12:30\nl: 2024-01-01\n",
+        "a: 999999999999999999\nb: 9223372036854775807\nc: 9999999999999999999.5\nd: 00.50\n",
     ],
 )
 def test_a_file_read_key_by_key_is_the_same_file(text):
@@ -129,7 +138,20 @@ def test_a_file_read_key_by_key_is_the_same_file(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: 1\na: 2\n", "a: [1\nb: 2\n", "a: 1\n b: 2\n", "a: *x\n", "null: 1\n", "a: 'x\nb: 1\n"]
+    "text",
+    [
+        "a: 1\na: 2\n",
+        "a: [1\nb: 2\n",
+        "a: 1\n b: 2\n",
+        "a: *x\n",
+        "null: 1\n",
+        "a: 'x\nb: 1\n",
+        "a:\n  b: 1\n  b: 2\n",
+        "a:\n  true: 1\n",
+        "a:\n  b: *x\n",
+        "a:\n  text\n  over: lines\n",
+        "a: 99999999999999999999\n",
+    ],
 )
 def test_a_mistake_is_found_at_its_line_key_by_key_too(text):
     found = []

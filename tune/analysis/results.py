@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,12 +163,14 @@ def collect(run_folder: RunFolder, trials: list[TrialRecord] | None = None) -> l
 
 def value_of(line: Line, objective: str) -> float | None:
     """The line's value of a search metric (see `Column.name`), or None; validation before test."""
-    named = [
-        ((column.split != "validation", column.attack_on or ""), cell.value)
-        for column, cell in line.scores.items()
-        if column.name == objective
-    ]
-    return min(named)[1] if named else None  # an attack on base rows comes before one on merged rows
+    return _value(line, [column for column in line.scores if column.name == objective])
+
+
+def _value(line: Line, columns: Iterable[Column]) -> float | None:
+    """The line's value in the first of its columns among these: an attack on base rows comes before one on merged."""
+    found = [column for column in columns if column in line.scores]
+    first = min(found, key=lambda column: (column.split != "validation", column.attack_on or ""), default=None)
+    return None if first is None else line.scores[first].value
 
 
 def _model(
@@ -198,7 +200,7 @@ def _model(
         for file in ("massive_weights", "proof", "layers", "finalists")
     )
     objectives = _objectives(config)
-    best = _order(lines, objectives)
+    best = _order(lines, objectives, [*columns, *means, EVAL_LOSS])
     return ModelResults(
         name=name,
         display=display,
@@ -237,7 +239,7 @@ def _line(trial: TrialRecord) -> Line:
     return line
 
 
-def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
+def _order(lines: list[Line], objectives: list[tuple[str, str]], columns: Iterable[Column]) -> Line | None:
     """Sort in place (base, plain, MacDrop, placebos; best first), label, return the best finished MacDrop line.
 
     Searched trials are numbered, M1 being the best; final trials are named after their groups. With several objectives
@@ -245,9 +247,10 @@ def _order(lines: list[Line], objectives: list[tuple[str, str]]) -> Line | None:
     """
     name, goal = objectives[0]
     sign = 1 if goal == "minimize" else -1
+    deciding = [column for column in columns if column.name == name]
 
     def key(line: Line) -> tuple:
-        value = value_of(line, name)
+        value = _value(line, deciding)
         arm = ARM_ORDER.index(line.arm) if line.arm in ARM_ORDER else len(ARM_ORDER)
         if value is None or line.status != TaskState.DONE:
             return arm, line.arm, True, 0.0

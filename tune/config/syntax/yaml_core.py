@@ -29,7 +29,9 @@ _SCALARS = {
 }
 _TAG = "tag:yaml.org,2002:"
 #: The first line of a top-level key as `write_yaml` has it, and the others; anything else is read as one document.
-_FIRST, _INNER = re.compile(r"[A-Za-z_]\w*:(?: |$)"), (" ", "- ")
+_FIRST, _INNER = re.compile(r"(?!(?i:null|true|false):)[A-Za-z_]\w*:(?: |$)"), (" ", "- ")
+#: A block that is a number, as `write_yaml` has it, of no more digits than are sure to fit.
+_NUMBER = re.compile(r"(\w+): (-?\d{1,18})(\.\d+(?:e[-+]\d+)?)?\n", re.ASCII)
 #: Values that aliases may make of a file: a few lines of them can stand for billions.
 _MOST_VALUES = 100_000
 
@@ -146,30 +148,43 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_blocks(text: str) -> Any:
-    """`parse_yaml` of one of many files that share most of their top-level keys: each key's text is parsed once.
+    """`parse_yaml` of one of many files that share most of their keys: each key's text is parsed once.
 
     Raises:
         ConfigError: as `parse_yaml`.
     """
+    found = _mapping(text.removesuffix("\n").split("\n"))
+    return parse_yaml(text) if found is None else copy.deepcopy(found)
+
+
+def _mapping(lines: list[str]) -> dict[str, Any] | None:
+    """Return the mapping that lines stand for, key by key; None where they must be read as a whole."""
     blocks: list[list[str]] = []
-    for line in text.removesuffix("\n").split("\n"):
+    for line in lines:
         if _FIRST.match(line):
             blocks.append([line])
         elif blocks and (not line or line.startswith(_INNER)):
             blocks[-1].append(line)
         else:
-            return parse_yaml(text)
+            return None
     try:
         pairs = [_block("\n".join([*block, ""])) for block in blocks]
     except ConfigError:  # an alias of another block, or a mistake: the whole text says where
-        return parse_yaml(text)
-    found = {key: copy.deepcopy(value) if isinstance(value, (dict, list)) else value for key, value in pairs}
-    return found if found and len(found) == len(pairs) else parse_yaml(text)
+        return None
+    found = dict(pairs)
+    return found if found and len(found) == len(pairs) else None
 
 
 @functools.lru_cache(maxsize=16384)
 def _block(text: str) -> tuple[str, Any]:
     """Key and value of a block; the value is shared, and never to be changed."""
+    if number := _NUMBER.fullmatch(text):
+        key, whole, fraction = number.groups()
+        return key, int(whole) if fraction is None else float(whole + fraction)
+    first, *inner, end = text.split("\n")
+    if first.endswith(":") and inner and all(line.startswith("  ") for line in inner):
+        if (value := _mapping([line[2:] for line in inner])) is not None:
+            return first[:-1], value
     ((key, value),) = parse_yaml(text).items()
     return key, value
 
