@@ -1,4 +1,4 @@
-"""Copies of a run in S3 (a moto server) and in a folder: whole or not at all, retried, restored with every hash."""
+"""Copies of a run in S3 and GCS (local servers) and in a folder: whole or not at all, retried, restored by hashes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from helpers.object_stores import SECRET, gcs_server, make_bucket, s3_server, use_gcs, use_s3
 from helpers.run_folders import make_run
 
 from macdrop.errors import ConfigError
@@ -24,8 +25,6 @@ from tune.storage.remote.object_store import ObjectStore
 from tune.storage.remote.restore import MARK, holds_run, is_restoring, restore
 from tune.storage.run_folder import RunFolder, TrialFolder
 from tune.storage.states import TaskState
-
-SECRET = "wJalrXUtnFEMI-not-a-real-key"
 
 
 @pytest.fixture(scope="module")
@@ -57,39 +56,28 @@ def run_dir(made, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def s3():
-    """A moto server; yields its address."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as address:
+        yield address
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(scope="module")
+def gcs():
+    with gcs_server() as address:
+        yield address
+
+
+@pytest.fixture(params=["file", "s3", "gs"])
 def url(request, tmp_path, monkeypatch) -> str:
     if request.param == "file":
         return (tmp_path / "copy").as_uri()
-    pytest.importorskip("s3fs")
-    use_s3(monkeypatch, request.getfixturevalue("s3"))
     bucket = f"bucket-{tmp_path.name.lower().replace('_', '-')[-50:].strip('-')}"
-    make_bucket(bucket)
-    return f"s3://{bucket}/runs/one"
-
-
-def use_s3(monkeypatch, endpoint: str) -> None:
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-
-
-def make_bucket(name: str) -> None:
-    import boto3
-
-    boto3.client("s3").create_bucket(Bucket=name)
+    if request.param == "gs":
+        use_gcs(monkeypatch, request.getfixturevalue("gcs"), bucket)
+    else:
+        pytest.importorskip("s3fs")
+        use_s3(monkeypatch, request.getfixturevalue("s3"))
+        make_bucket(bucket)
+    return f"{request.param}://{bucket}/runs/one"
 
 
 def copy(run_dir: Path, url: str) -> Copier:
