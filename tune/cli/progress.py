@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from tune.cli.console import PlainConsole
 from tune.config.eval_spec import NO_ATTACK
@@ -42,6 +45,8 @@ WORDS = {TaskState.TRAINED: "scoring"}
 MAX_ROWS = 24
 #: Seconds between two lines of a log on the state of the whole run, and between two estimates of the time left.
 LINE_EVERY_S, ESTIMATE_EVERY_S = 60.0, 1.0
+#: Seconds between two prints above the live table.
+PRINT_EVERY_S = 1.0
 
 
 class Progress:
@@ -57,9 +62,16 @@ class Progress:
         self.console = console or PlainConsole()
         self._again = again
         self._live: Live | None = None
+        #: Lines yet to be printed above the live table, which is drawn again below each print.
+        self._lines: list[Text] = []
         self._clock = clock
-        self._begun = self._said = clock()
+        self._begun = self._said = self._printed = clock()
         self._tasks: dict[str, dict[str, Any]] = {}
+        #: What the live table shows: trials that have not ended, the newest that have, and base models.
+        self._open: dict[str, None] = {}
+        self._ended: deque[str] = deque(maxlen=MAX_ROWS)
+        self._bases: dict[str, None] = {}
+        self._longest = 0
         #: Trial or base model -> its scores, in the order of arrival.
         self._scores: dict[str, list[str]] = {}
         self._states: dict[str, str] = {}
@@ -88,7 +100,8 @@ class Progress:
         self._meter = Meter(work)
 
     def finished(self) -> None:
-        """Remove the live table; safe to call twice."""
+        """Print the rest and remove the live table; safe to call twice."""
+        self._print_lines()
         if self._live:
             self._live.stop()
             self._live = None
@@ -132,6 +145,8 @@ class Progress:
                 self._say(self._whole(estimate))
         if self._live:
             self._live.update(self._table())
+        if self._clock() - self._printed >= PRINT_EVERY_S:
+            self._print_lines()
 
     def _see(self, row: dict[str, Any]) -> None:
         """Take a task's row, and say in a log that it has started or is trained."""
@@ -141,6 +156,12 @@ class Progress:
             self._count(before, -1)
         self._count(row, +1)
         self._tasks[name] = row
+        self._longest = max(self._longest, len(name))
+        if not state.is_final:
+            self._open[name] = None
+        elif name in self._open or before is None:
+            self._open.pop(name, None)
+            self._ended.appendleft(name)
         if state != self._states.get(name) and state in (TaskState.RUNNING, TaskState.TRAINED) and not self._live:
             self._say(f"{name} {'is trained' if state == TaskState.TRAINED else 'is training'}")
         self._states[name] = state
@@ -168,6 +189,8 @@ class Progress:
             # The first row is the task's own metric; the report has all of them.
             row = result.rows[0]
             attack = "" if row["attack"] == NO_ATTACK else f"@{row['attack']}"
+            if name not in self._tasks:
+                self._bases[name], self._longest = None, max(self._longest, len(name))
             self._scores.setdefault(name, []).append(f"{row['task']}{attack} {_number(row['value'])}")
         if result.error:
             self._say((f"{name} {result.task.job.key}: {result.error}", "red"))
@@ -229,18 +252,24 @@ class Progress:
         self._print((f"{self._clock() - self._begun:6.1f}s", "dim"), " ", *parts)
 
     def _print(self, *parts: str | tuple[str, str]) -> None:
-        self.console.print(rich_text(*parts), soft_wrap=True, highlight=False)
+        self._lines.append(rich_text(*parts))
+        if not self._live:
+            self._print_lines()
+
+    def _print_lines(self) -> None:
+        if self._lines:
+            self.console.print(Text("\n").join(self._lines), soft_wrap=True, highlight=False)
+        self._lines, self._printed = [], self._clock()
 
     def _table(self) -> Table:
         title = rich_text(self._line) if self._line else None
         table = Table(title=title, title_justify="left", box=None, header_style="bold")
-        longest = max((len(name) for name in (*self._tasks, *self._scores)), default=0)
-        for heading, width in {"trial": longest, **WIDTHS}.items():
+        for heading, width in {"trial": self._longest, **WIDTHS}.items():
             left = heading in ("trial", "state")
             table.add_column(heading, justify="left" if left else "right", no_wrap=True, min_width=width)
         table.add_column("scores", no_wrap=True, overflow="ellipsis")
-        rows = sorted(self._tasks.values(), key=lambda row: row["state"].is_final)
-        for row in rows[:MAX_ROWS]:
+        names = list(dict.fromkeys((*islice(self._open, MAX_ROWS), *self._ended)))[:MAX_ROWS]
+        for row in (self._tasks[name] for name in names):
             last = row["last"]
             style = STYLES.get(row["state"], "dim")
             table.add_row(
@@ -253,12 +282,12 @@ class Progress:
                 f"{last['tokens_per_second']:.0f}" if "tokens_per_second" in last else "",
                 rich_text(", ".join(self._scores.get(row["id"], []))),
             )
-        for name in [name for name in self._scores if name not in self._tasks]:
+        for name in self._bases:
             blanks = [""] * 5
             scores = rich_text(", ".join(self._scores[name]))
             table.add_row(rich_text(name), rich_text(("scored", "green")), *blanks, scores)
-        if len(rows) > MAX_ROWS:
-            table.caption = f"and {len(rows) - MAX_ROWS} more"
+        if len(self._tasks) > len(names):
+            table.caption = f"and {len(self._tasks) - len(names)} more"
         return table
 
 

@@ -9,7 +9,6 @@ others are scored.
 from __future__ import annotations
 
 import heapq
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from tune.config.eval_spec import jobs
 from tune.config.run_spec import RunSpec
 from tune.config.sweep_spec import Metric
+from tune.scheduling.pace import Mark, Measured, Pace, pace
 from tune.scheduling.study import Study
 from tune.storage.states import Stage, TaskState
 
@@ -116,15 +116,6 @@ def makespan(running: Sequence[float], waiting: int, each: float, lanes: int) ->
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Measured seconds of a step, of a trial's start and of a benchmark; None where nothing is measured yet."""
-
-    step: float | None
-    start: float
-    benchmark: float | None
-
-
-@dataclass(frozen=True)
 class Estimate:
     """The state of a run: trials and steps done of at most all, and the seconds left.
 
@@ -140,21 +131,20 @@ class Estimate:
 
 
 @dataclass
-class _Mark:
-    """Reports of a trial since a lane took it: (step, time) of the first and the newest."""
+class _Tally:
+    """Trials of a stage that are or were in the queue: all, those that have ended, those trained, and their steps."""
 
-    begun: float
-    stale: int | None
-    first: tuple[int, float] | None = None
-    newest: tuple[int, float] | None = None
+    trials: int = 0
+    ended: int = 0
+    trained: int = 0
+    steps: int = 0
 
-    def see(self, step: int | None, now: float) -> None:
-        if step is None or (self.first is None and step == self.stale):
-            return
-        if self.newest is not None and step < self.newest[0]:  # replayed after a lost lane
-            self.first = self.newest = (step, now)
-        elif self.newest is None or step > self.newest[0]:
-            self.first, self.newest = self.first or (step, now), (step, now)
+    def count(self, row: Mapping[str, Any], sign: int) -> None:
+        """Count a row of the queue (+1), or take it back (-1)."""
+        self.trials += sign
+        self.ended += sign * row["state"].is_final
+        self.trained += sign * (row["state"] == TaskState.TRAINED)
+        self.steps += sign * _steps(row)
 
 
 class Meter:
@@ -162,15 +152,14 @@ class Meter:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self._marks: dict[str, dict[str, _Mark]] = {study.name: {} for study in work.studies}
-        self._benchmarks: dict[str, list[float]] = {}
+        self._measured = {study.name: Measured() for study in work.studies}
         #: Study -> its stage in progress with the announced trials, and since when; the seconds of earlier searches.
         self._stages: dict[str, tuple[str, int]] = {}
         self._begun: dict[str, float] = {}
         self._searched = 0.0
         self._past: set[tuple[str, str]] = set()
         self._rows: dict[str, dict[str, Any]] = {}
-        self._running: set[str] = set()
+        self._tallies: dict[tuple[str, str], _Tally] = {}
         self._study = ""
 
     def open(self, study: str) -> None:
@@ -202,41 +191,42 @@ class Meter:
     def see(self, rows: Sequence[dict[str, Any]], now: float) -> None:
         """Take the rows of the queue's tasks that have changed."""
         for row in rows:
-            self._rows[row["id"]] = row
-            marks = self._marks.setdefault(row["study"], {})
-            step = row["last"].get("step")
-            if row["state"] != TaskState.RUNNING:
-                self._running.discard(row["id"])
-                # The last step is often reported between two looks, of which the second one sees a trained adapter.
-                if row["state"] == TaskState.TRAINED and row["id"] in marks:
-                    marks[row["id"]].see(step, now)
+            name, step = row["id"], row["last"].get("step")
+            if name in self._rows:
+                self._tally(self._rows[name]).count(self._rows[name], -1)
+            self._rows[name] = row
+            self._tally(row).count(row, +1)
+            measured = self._of(row["study"])
+            if row["state"] == TaskState.RUNNING:
+                measured.live.setdefault(name, Mark(now, step)).see(step, now)
                 continue
-            if row["id"] not in marks or row["id"] not in self._running:
-                marks[row["id"]] = _Mark(now, step)
-            self._running.add(row["id"])
-            marks[row["id"]].see(step, now)
+            # The last step is often reported between two looks, of which the second one sees a trained adapter.
+            if row["state"] == TaskState.TRAINED and name in measured.live:
+                measured.live[name].see(step, now)
+            measured.leave(name)
 
     def scored(self, study: str, seconds: float) -> None:
         """Take the seconds of a benchmark of a study's trial, or of its base model."""
-        self._benchmarks.setdefault(study, []).append(seconds)
+        self._of(study).scored(seconds)
 
     def pace(self, study: str) -> Pace:
         """Return what was measured on a study, or on all of them where nothing was on it."""
-        marks = list(self._marks.get(study, {}).values())
-        if _step_seconds(marks) is None:
-            marks = [mark for each in self._marks.values() for mark in each.values()]
-        step = _step_seconds(marks)
-        starts = [max(0.0, m.first[1] - m.begun - m.first[0] * (step or 0.0)) for m in marks if m.first is not None]
-        times = self._benchmarks.get(study) or [each for found in self._benchmarks.values() for each in found]
-        return Pace(step, statistics.median(starts) if starts else 0.0, statistics.fmean(times) if times else None)
+        others = [measured for name, measured in self._measured.items() if name != study]
+        return pace(self._of(study), others)
+
+    def _of(self, study: str) -> Measured:
+        return self._measured.setdefault(study, Measured())
+
+    def _tally(self, row: Mapping[str, Any]) -> _Tally:
+        return self._tallies.setdefault((row["study"], row["stage"]), _Tally())
 
     def estimate(self, scoring: Mapping[str, int], now: float) -> Estimate:
         """Return the state of the run; `scoring` are the benchmarks of each study that are waiting or running."""
         left: dict[str, list[StageLeft]] = {}
         ahead, known, whole = 0, True, True
-        rows = self._rows.values()
-        done, steps = sum(row["state"].is_final for row in rows), sum(map(_steps, rows))
-        trials = done + sum(row["state"] == TaskState.TRAINED for row in rows)
+        tallies = self._tallies.values()
+        done, steps = sum(tally.ended for tally in tallies), sum(tally.steps for tally in tallies)
+        trials = done + sum(tally.trained for tally in tallies)
         for study in self.work.studies:
             pace = self.pace(study.name)
             for part in study.stages:
@@ -258,16 +248,14 @@ class Meter:
         trial_s = pace.start + study.steps * step
         current, announced = self._stages.get(study.name, ("", 0))
         if current != part.stage:
-            base = len(self._benchmarks.get(study.name, ())) if part is study.stages[0] else 0
+            base = self._of(study.name).benchmarks if part is study.stages[0] else 0
             runs = part.trials * part.benchmarks + max(0, part.others - base)
             left = StageLeft(part.stage, (), part.trials, trial_s, runs, part.benchmarks, pace.benchmark or 0.0)
             return left, part.trials * study.steps
-        rows = [row for row in self._rows.values() if (row["study"], row["stage"]) == (study.name, part.stage)]
-        running = [row for row in rows if row["state"] == TaskState.RUNNING]
-        past = sum(row["state"].is_final or row["state"] == TaskState.TRAINED for row in rows)
-        waiting = max(announced, len(rows)) - past - len(running)
+        marks, tally = self._of(study.name).live, self._tallies.get((study.name, part.stage), _Tally())
+        running = [row for row in (self._rows[name] for name in marks) if row["stage"] == part.stage]
+        waiting = max(announced, tally.trials) - tally.ended - tally.trained - len(running)
         runs = scoring + (len(running) + waiting) * part.benchmarks
-        marks = self._marks.get(study.name, {})
         times = tuple(_trial_left(marks.get(row["id"]), study.steps, pace, now) for row in running)
         ahead = waiting * study.steps + sum(max(0, study.steps - _steps(row)) for row in running)
         return StageLeft(part.stage, times, waiting, trial_s, runs, part.benchmarks, pace.benchmark or 0.0), ahead
@@ -307,24 +295,13 @@ class Meter:
         return f"{', '.join(parts)}, {shares}" if parts else "nothing measured yet"
 
 
-def _step_seconds(marks: Sequence[_Mark]) -> float | None:
-    """Return the seconds per step: between the reports of trials that have two, else since their lanes took them."""
-    pairs = [(mark.first, mark.newest) for mark in marks if mark.first is not None and mark.newest is not None]
-    steps = sum(newest[0] - first[0] for first, newest in pairs)
-    if steps:
-        return sum(newest[1] - first[1] for first, newest in pairs) / steps
-    spent = [(mark.newest[1] - mark.begun, mark.newest[0]) for mark in marks if mark.newest is not None]
-    steps = sum(step for _, step in spent)
-    return sum(seconds for seconds, _ in spent) / steps if steps else None
-
-
-def _steps(row: dict[str, Any]) -> int:
+def _steps(row: Mapping[str, Any]) -> int:
     """Return the steps that a trial has taken."""
     whole = row["total_steps"] if row["state"] in (TaskState.TRAINED, TaskState.DONE) else None
     return int(row["last"].get("step", whole or 0))  # without reports it was trained by an earlier run
 
 
-def _trial_left(mark: _Mark | None, steps: int, pace: Pace, now: float) -> float:
+def _trial_left(mark: Mark | None, steps: int, pace: Pace, now: float) -> float:
     """Return the seconds left of a running trial, which fall with the clock between its reports."""
     step = pace.step or 0.0
     if mark is None or mark.newest is None:
