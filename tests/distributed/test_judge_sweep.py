@@ -16,7 +16,7 @@ from tune.distributed.actors.judges import ActorJudge, JudgeActor, JudgeOpening,
 from tune.evaluation.judge.prompt import Question
 from tune.storage.run_folder import RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")

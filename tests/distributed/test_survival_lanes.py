@@ -28,7 +28,7 @@ from tune.distributed.cluster.placement_groups import Trainer, actors, groups, o
 from tune.errors import ResourceError
 from tune.storage.capacity import cpus
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 
 #: Long beside a micro-step of the tiny model, also on a busy machine.
 STEP_TIMEOUT_S = 5.0

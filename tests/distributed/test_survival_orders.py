@@ -21,7 +21,7 @@ from helpers.small import SMALL
 
 from tune.config.run_spec import RunSpec, TrainSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
 
 STEPS = 30
 SPEC = {

@@ -281,6 +281,7 @@ def front(tmp_path_factory) -> tuple[Path, int, str]:
     return folder, *run(spec)
 
 
+@pytest.mark.long
 def test_asha_stops_tasks_early_but_not_before_the_decay(front):
     folder, failures, _ = front
     searched = [trial for trial in trials(folder) if trial["arm"] == "macdrop"]
@@ -292,6 +293,7 @@ def test_asha_stops_tasks_early_but_not_before_the_decay(front):
     assert not scored & {trial["trial"] for trial in stopped}
 
 
+@pytest.mark.long
 def test_without_fresh_seeds_the_best_of_the_front_become_final(front):
     """And the plain arm has a trial at the learning rate that was found for MacDrop; all of it is in the copy."""
     folder = front[0]
@@ -350,6 +352,7 @@ def _kill_worker(folder: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_time_budget_ends_a_run_in_good_order_and_is_not_given_twice(tmp_path, monkeypatch):
     spec = make(
         tmp_path / "run",
@@ -372,45 +375,7 @@ def test_time_budget_ends_a_run_in_good_order_and_is_not_given_twice(tmp_path, m
     assert budgets == [3.5] and search_time(model / "search_time.json") >= 11.5
 
 
-def test_scores_survive_the_death_of_an_actor(tmp_path):
-    """Every item is scored once, though the actor is killed under the first; what attacks share is lost with it."""
-    import ray
-
-    from tune.config.eval_spec import EvalSpec, jobs
-    from tune.config.messages import build
-    from tune.distributed.actors.eval_task import EvalTask
-    from tune.distributed.actors.evaluators import EvaluatorPool, Opening
-
-    block = build(
-        EvalSpec,
-        {
-            "batch_size": 8,
-            "limit": 8,
-            "attacks": ["none", "zeroing@3"],
-            "zero_shot": {"qa": {"data": "zoo:qa"}, "fact": {"data": "zoo:fact"}},
-        },
-    )
-    spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
-    pool = EvaluatorPool(1, cpus=0, gpus=0)
-    pool.open(Opening(spec, {"test": block}, str(tmp_path / "weights.json"), scan=True, k=3, threads=1))
-    for job in sorted(jobs(block), key=lambda job: job.attack):  # plain scores first, then the attacks
-        pool.submit(EvalTask({"name": job.key}, job, None, str(tmp_path / "answers.jsonl")))
-    results = pool.step()
-    (actor, _) = next(iter(pool._pool._busy.values()))
-    ray.kill(actor)
-    deadline = time.monotonic() + 120
-    while pool.busy and time.monotonic() < deadline:
-        results += pool.step()
-        time.sleep(0.1)
-    pool.close()
-    scored = [result.task.tag["name"] for result in results]
-    assert sorted(scored) == sorted(job.key for job in jobs(block))
-    assert scored[0].split("/")[1] == scored[1].split("/")[1]  # an entry's attacks follow its plain score
-    assert [result.calls_saved > 0 for result in results] == [False, False, False, True]
-    assert all(result.rows and not result.error for result in results)
-    assert max(result.task.attempts for result in results) == 2
-
-
+@pytest.mark.long
 def test_train_on_two_workers_equals_the_lane(tmp_path, alone):
     """`macdrop train` with two workers, and its errors as the workers raised them."""
     from tune.distributed.lanes.train_run import train_on_workers

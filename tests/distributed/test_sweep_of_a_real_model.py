@@ -10,7 +10,7 @@ import pytest
 from helpers.benchmark_fixtures import hub_rows, write_jsonl
 from helpers.real_models import smollm2
 
-pytestmark = [pytest.mark.ray, pytest.mark.real, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.real, pytest.mark.usefixtures("local_ray")]
 
 ROWS = [
     {"instruction": f"Name a thing that is like {thing}.", "input": "", "output": f"A {thing} is like a stone."}
