@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     ("script", "arguments", "expected"),
     [
         ("lanes", ["--trials", "2", "--steps", "2", "--runs", "1"], "equal adapters: 1 of 1 by SHA-256 (2 of"),
+        ("scale_trials", ["--trials", "12", "--finished", "9", "--kill"], "24 of 24 trials done, 0 failures"),
         ("scoring", ["--adapters", "1", "--attacks", "zeroing@3", "--limit", "8"], "same scores: yes"),
     ],
 )

@@ -18,7 +18,6 @@ from tune.distributed.sweep.controller import Closed
 from tune.distributed.sweep.scoring import Scoring
 from tune.distributed.sweep.studies import StudyThreads
 from tune.distributed.sweep.study_run import StopOnError
-from tune.errors import ResourceError
 from tune.scheduling.allocation import LaneKind, Room
 from tune.scheduling.sharing import Phase, StudyNeeds
 
@@ -70,7 +69,9 @@ def make(monkeypatch):
 def snapshot(queued: dict[LaneKind, int] | None = None, **lanes: tuple[LaneKind, str | None]) -> dict:
     return {
         "tasks": [],
-        "lanes": {name: {"pool": str(kind), "task": task} for name, (kind, task) in lanes.items()},
+        "lanes": {
+            name: {"pool": str(kind), "task": task, "study": task and "a"} for name, (kind, task) in lanes.items()
+        },
         "queued": {str(kind): number for kind, number in (queued or {}).items()},
         "open": {},
     }
@@ -130,19 +131,15 @@ def test_all_pools_are_asked_before_any_is_waited_for(make):
     assert order == [f"{word} {name}" for word in ("ask_to_close", "join", "close") for name in "ab"]
 
 
-def test_a_full_disk_costs_the_timeline_alone(make):
+def test_times_of_lanes_are_recorded_as_they_end(make):
     pools = make(4, a=StudyNeeds(ONE, NONE, 3))
-    told: list[dict] = []
-
-    def full(rows: list[dict]) -> None:
-        told.extend(rows)
-        raise ResourceError("no space left")
-
-    pools._record = full
+    times: list[dict] = []
+    pools._record = times.extend
+    pools.check(snapshot(lane=(ONE, "t")))
     pools.check(snapshot(lane=(ONE, None)))
-    pools.check(snapshot())
+    assert [(row["role"], row["name"], row["study"], row["trial"]) for row in times] == [("lane", "lane", "a", "t")]
     pools.close()
-    assert [row["lane"] for row in told] == ["lane"] and pools._pools[ONE].said[-1] == "close"
+    assert [row["trial"] for row in times] == ["t", None]
 
 
 # --- studies ---
@@ -244,7 +241,8 @@ def test_a_search_ends_when_the_actors_of_its_study_are_gone():
     def step() -> list:
         raise gone
 
-    scoring._open["a"] = SimpleNamespace(pool=SimpleNamespace(step=step, busy=1), opening=None)  # type: ignore[assignment]
+    pool = SimpleNamespace(step=step, busy=1, at=dict)
+    scoring._open["a"] = SimpleNamespace(pool=pool, opening=None)  # type: ignore[assignment]
     assert scoring.step() == [] and scoring.broken == {"a": gone} and scoring.left() == {}
 
     class Checks:
@@ -265,6 +263,21 @@ def test_actors_are_handed_on_unless_another_study_waits_for_their_room(opening,
     scoring._open = {"a": ended, "b": other}
     scoring.hand_on("a", keep=True)
     assert (scoring._free == [ended], closed == []) == (kept, kept) and "a" not in scoring._open
+
+
+def test_times_of_actors_are_recorded_as_they_end():
+    times: list[dict] = []
+    scoring, at = Scoring(0.0, record=times.extend), {"actor 1": "t", "actor 2": None}
+    pool: Any = SimpleNamespace(step=list, busy=1, at=lambda: at, close=lambda: None)
+    scoring._open["a"] = SimpleNamespace(pool=pool, opening=None)  # type: ignore[assignment]
+    scoring.step()
+    at["actor 1"] = None
+    scoring.step()
+    assert [(row["role"], row["name"], row["study"], row["trial"]) for row in times] == [
+        ("evaluator", "actor 1", "a", "t")
+    ]
+    scoring.close()
+    assert sorted((row["name"], row["trial"]) for row in times[1:]) == [("actor 1", None), ("actor 2", None)]
 
 
 def test_a_run_of_models_of_two_kinds_loads():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from helpers.run_folders import make_run
 from helpers.small import SMALL
@@ -48,6 +50,7 @@ def test_every_member_is_named_once_and_its_dependencies_close_later():
         ("controller", "scoring"),
         ("controller", "lanes"),
         ("controller", "studies"),  # which end with it
+        ("scoring", "studies"),  # one of which may wait for a model to be loaded
         ("controller", "trackers"),  # which copy the controller's last changes
         ("lanes", "dispatcher"),
         ("dispatcher", "ray"),
@@ -93,3 +96,15 @@ def test_a_finished_run_keeps_its_end_if_a_resume_finds_nothing_to_do(work, tmp_
         run_folder.add_scores([{**run_folder.score_rows()[0], "value": 0.25}])
     record_end(run_folder, None, before, KeyboardInterrupt if work == "interrupted" else None, None, None)
     assert (run_folder.run()["finished"] == "2026-01-01T00:00:00") == (work == "nothing")
+
+
+def test_a_full_disk_costs_the_timeline_alone(tmp_path):
+    runtime, asked = Recorded(tmp_path, ()), []
+
+    def full(rows):
+        asked.append(rows)
+        raise ResourceError("no space left")
+
+    runtime.run_folder = SimpleNamespace(add_times=full)
+    runtime._record_times([{}])
+    assert asked == [[{}]]

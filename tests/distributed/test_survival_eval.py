@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ from tune.config.eval_spec import EvalJob, EvalSpec, jobs
 from tune.config.judge_spec import JudgeSpec
 from tune.config.messages import build
 from tune.config.run_spec import RunSpec
-from tune.distributed.actors.actor_pool import PoolActor
+from tune.distributed.actors.actor_pool import ActorPool, PoolActor
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Evaluator, EvaluatorPool, Opening
 from tune.distributed.actors.judges import ActorJudge, JudgeOpening
 from tune.evaluation.judge.prompt import Judgement, Question
 from tune.scheduling.tasks import MAX_ATTEMPTS
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 class Fragile(PoolActor):
@@ -298,3 +299,55 @@ def make_adapter(folder: Path) -> Path:
     model.save_pretrained(folder.with_name(f"staging-{folder.name}"))
     commit(folder.with_name(f"staging-{folder.name}"), folder)
     return folder
+
+
+def test_scores_survive_the_death_of_an_actor(tmp_path):
+    """Every item is scored once, though the actor is killed under the first; what attacks share is lost with it."""
+    import ray
+
+    block = build(
+        EvalSpec,
+        {
+            "batch_size": 8,
+            "limit": 8,
+            "attacks": ["none", "zeroing@3"],
+            "zero_shot": {"qa": {"data": "zoo:qa"}, "fact": {"data": "zoo:fact"}},
+        },
+    )
+    spec = RunSpec(model_name_or_path="zoo:planted-llama").studies()[0]
+    pool = EvaluatorPool(1, cpus=0, gpus=0)
+    pool.open(Opening(spec, {"test": block}, str(tmp_path / "weights.json"), scan=True, k=3, threads=1))
+    for job in sorted(jobs(block), key=lambda job: job.attack):  # plain scores first, then the attacks
+        pool.submit(EvalTask({"name": job.key}, job, None, str(tmp_path / "answers.jsonl")))
+    results = pool.step()
+    (actor, _) = next(iter(pool._pool._busy.values()))
+    ray.kill(actor)
+    deadline = time.monotonic() + 120
+    while pool.busy and time.monotonic() < deadline:
+        results += pool.step()
+        time.sleep(0.1)
+    pool.close()
+    scored = [result.task.tag["name"] for result in results]
+    assert sorted(scored) == sorted(job.key for job in jobs(block))
+    assert scored[0].split("/")[1] == scored[1].split("/")[1]  # an entry's attacks follow its plain score
+    assert [result.calls_saved > 0 for result in results] == [False, False, False, True]
+    assert all(result.rows and not result.error for result in results)
+    assert max(result.task.attempts for result in results) == 2
+
+
+class Asleep(PoolActor):
+    """Never done loading."""
+
+    def prepare(self, opening) -> None:
+        time.sleep(600)
+
+
+def test_a_pool_that_is_closed_while_it_opens_ends_at_once():
+    pool = ActorPool(Asleep, 2, cpus=0, gpus=0)
+    with ThreadPoolExecutor(1) as threads:
+        opened = threads.submit(pool.open, None)
+        while not pool._opening:
+            time.sleep(0.05)
+        pool.close()
+        with pytest.raises(MacDropError, match="actors died"):
+            opened.result(timeout=60)

@@ -1,18 +1,27 @@
-"""The timeline of lanes: bars, shares and what trained beside, from rows that are easily added up by hand."""
+"""The timeline of lanes and actors: bars, shares, and what trained beside, from rows easily added up by hand."""
 
 from __future__ import annotations
 
 from helpers.run_folders import make_run
 
 from tune.report.report import make_report
+from tune.scheduling.time_watch import EVALUATOR, LANE
 
 BUSY = [("lane-1", "planted-llama", 0, 40), ("lane-1", "other", 40, 80), ("lane-2", "other", 20, 60)]
 
 
+SCORED = [("actor 1", "planted-llama", 40, 60)]
+
+
 def rows() -> list[dict]:
-    held = [("lane-1", None, 0, 80), ("lane-2", None, 10, 70)]
-    keys = ("lane", "study", "begin", "end")
-    return [dict(zip(keys, row, strict=True), trial=row[1] and "trial") for row in (*BUSY, *held)]
+    lanes = [*BUSY, ("lane-1", None, 0, 80), ("lane-2", None, 10, 70)]
+    actors = [*SCORED, ("actor 1", None, 0, 80)]
+    keys = ("name", "study", "begin", "end")
+    return [
+        dict(zip(keys, row, strict=True), trial=row[1] and "trial", role=role)
+        for role, rows in ((LANE, lanes), (EVALUATOR, actors))
+        for row in rows
+    ]
 
 
 def test_a_report_shows_when_lanes_worked_for_which_model(tmp_path):
@@ -20,23 +29,24 @@ def test_a_report_shows_when_lanes_worked_for_which_model(tmp_path):
     report = make_report(run.run_dir)
     (model,) = report.models
     assert not report.parts(model)["timeline"], "a run that kept no times has no timeline"
-    run.add_lane_times(rows())
+    run.add_times(rows())
     made = make_report(run.run_dir).parts(model)["timeline"]
     assert made.lines == [
-        "Lanes were busy for 86% of the time that they were held.",
-        "This model trained from 0.0 s to 40.0 s after the first lane was up, beside other.",
+        "Lanes were busy for 86% of the time that they were held, evaluation actors for 25%.",
+        "This model trained from 0.0 s to 40.0 s after the first worker was up, beside other.",
     ]
     (table,) = made.tables
     assert table.rows == [
         ["lane-1", "1.3 min", "100%", 20 * "#" + 20 * "="],
         ["lane-2", "1.0 min", "67%", 5 * " " + 5 * "-" + 20 * "=" + 5 * "-"],
+        ["actor 1", "1.3 min", "25%", 20 * "-" + 10 * "#" + 10 * "-"],
     ]
 
 
 def test_a_damaged_line_is_left_out_and_said(tmp_path):
     run = make_run(tmp_path / "run", tried=2, items=8, attacks=("none",))
-    run.add_lane_times(rows())
-    file = run.run_dir / "lane_times.jsonl"
+    run.add_times(rows())
+    file = run.run_dir / "times.jsonl"
     file.write_text("{]\n" + file.read_text())
     report = make_report(run.run_dir)
-    assert report.parts(report.models[0])["timeline"].tables and any("lane_times" in line for line in report.about)
+    assert report.parts(report.models[0])["timeline"].tables and any("times" in line for line in report.about)

@@ -274,7 +274,7 @@ class TaskQueue:
         return {
             "mark": (self._process, self._number),
             "tasks": [self.entries[name].row() for name in changed],
-            "lanes": {name: dict(lane) for name, lane in self.lanes.items()},
+            "lanes": {name: {**lane, "study": self._study(lane["task"])} for name, lane in self.lanes.items()},
             "queued": {pool: len(tasks) for pool, tasks in self._queued.items() if tasks},
             "open": {study: count for study, count in self._open.items() if count},
         }
@@ -284,6 +284,9 @@ class TaskQueue:
     def _has(self, entry: QueuedTask, lane: str | None) -> bool:
         """Return whether the task is running, on this lane if one is named."""
         return entry.state == TaskState.RUNNING and lane in (None, entry.lane)
+
+    def _study(self, task_id: str | None) -> str | None:
+        return None if task_id is None else self.entries[task_id].task.study
 
     def _leaving(self, lane: str) -> bool:
         return not self._drained.isdisjoint(self.lanes[lane]["nodes"])

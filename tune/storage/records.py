@@ -24,8 +24,8 @@ Number = int | float
 FINALISTS_FILE = "finalists.json"
 SNR_FILE = "snr.json"
 SCORES_FILE = "scores.jsonl"
-LANE_TIMES_FILE = "lane_times.jsonl"
-LANE_TIME_KEYS = ("lane", "study", "trial", "begin", "end")
+TIMES_FILE = "times.jsonl"
+TIME_KEYS = ("role", "name", "study", "trial", "begin", "end")
 SCORE_KEY = ("model", "trial", "split", "benchmark", "task", "metric", "attack", "attack_on")
 """What makes a score one score: a later line with the same values replaces the earlier one."""
 SCORE_COLUMNS = (

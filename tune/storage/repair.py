@@ -18,16 +18,17 @@ from macdrop.errors import ConfigError, NoMassiveWeights
 from macdrop.weights import MassiveWeights
 from tune.config.parse import flatten
 from tune.config.run_spec import RunSpec, TrainSpec, dump, load
+from tune.config.syntax.yaml_core import parse_blocks
 from tune.errors import CheckpointError
 from tune.storage.atomic import atomic_write_json, atomic_write_text, atomic_write_yaml, now, read_mapping
 from tune.storage.environment import ENVIRONMENT_FILE, version
 from tune.storage.json_lines import MORE
 from tune.storage.records import (
     FINALISTS_FILE,
-    LANE_TIME_KEYS,
-    LANE_TIMES_FILE,
     SCORES_FILE,
     SNR_FILE,
+    TIME_KEYS,
+    TIMES_FILE,
     Finalists,
     RunRecord,
     TrialRecord,
@@ -90,7 +91,7 @@ def repair_run(run_dir: Path) -> list[str]:
             (folder / FINALISTS_FILE).unlink(missing_ok=True)
     notes += _finding(run_dir / ENVIRONMENT_FILE, read_mapping, "versions before this resume are unknown")
     lost = [note for file in sorted(run_dir.glob("*/*/answers/*.jsonl")) for note in _answers(run_dir, file)]
-    notes += _lines(run_dir / LANE_TIMES_FILE, _lane_time, "the timeline has a gap")
+    notes += _lines(run_dir / TIMES_FILE, _time, "the timeline has a gap")
     notes += _lines(run_dir / SCORES_FILE, _score, "what is missing is scored again")
     return notes + lost + _scores_of_lost_trials(run_dir)
 
@@ -203,7 +204,7 @@ def _record(file: Path) -> dict[str, Any]:
 
 def _named(file: Path, name: str) -> TrainSpec:
     """A fine-tuning whose content has this name."""
-    spec = TrainSpec.model_validate(read_mapping(file))
+    spec = TrainSpec.model_validate(read_mapping(file, parse=parse_blocks))
     if spec.trial_id() != name:
         raise ValueError(f"{file} is the fine-tuning {spec.trial_id()}")
     return spec
@@ -232,8 +233,8 @@ def _score(row: dict[str, Any]) -> bool:
     return isinstance(row.get("arm"), str)
 
 
-def _lane_time(row: dict[str, Any]) -> bool:
-    return row.keys() >= set(LANE_TIME_KEYS) and isinstance(row["lane"], str) and _number(row["begin"])
+def _time(row: dict[str, Any]) -> bool:
+    return row.keys() >= set(TIME_KEYS) and isinstance(row["name"], str) and _number(row["begin"])
 
 
 def _number(value: Any) -> bool:

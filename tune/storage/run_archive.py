@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from macdrop.errors import ConfigError
 from tune.storage.atomic import atomic_write_bytes, writing
 from tune.storage.environment import ENVIRONMENT_FILE
-from tune.storage.records import LANE_TIMES_FILE, SCORES_FILE
+from tune.storage.records import SCORES_FILE, TIMES_FILE
 from tune.storage.run_folder import RunFolder
 
 ENDING = ".tar.xz"
@@ -23,7 +23,7 @@ RECORDS = (
     "config.yaml",
     ENVIRONMENT_FILE,
     SCORES_FILE,
-    LANE_TIMES_FILE,
+    TIMES_FILE,
     "models/*/*.json",
     "models/*/*.jsonl",
     "models/*/answers/*.jsonl",

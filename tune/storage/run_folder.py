@@ -35,12 +35,12 @@ from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.known_scores import GivenScores, KnownScores
 from tune.storage.records import (
     FINALISTS_FILE,
-    LANE_TIME_KEYS,
-    LANE_TIMES_FILE,
     SCORE_COLUMNS,
     SCORE_KEY,
     SCORES_FILE,
     SNR_FILE,
+    TIME_KEYS,
+    TIMES_FILE,
     TrialRecord,
     check_name,
     read_trial,
@@ -69,7 +69,7 @@ class RunFolder:
         self.archive: Path | None = None
         self._scores: KnownScores | GivenScores | None = None
         self._config: tuple[Stamp, dict[str, Any]] | None = None
-        self._lane_times: tuple[Stamp, list[dict[str, Any]]] | None = None
+        self._times: tuple[Stamp, list[dict[str, Any]]] | None = None
 
     @classmethod
     def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> RunFolder:
@@ -235,17 +235,17 @@ class RunFolder:
         rows = [{**dict.fromkeys(SCORE_COLUMNS), **row} for row in rows]
         return append_jsonl(self.scores_file, rows, within=self.run_dir)
 
-    def add_lane_times(self, rows: Iterable[Mapping[str, Any]]) -> int:
-        """Append times at which lanes were held or worked (`tune.scheduling.lane_watch`); return their number."""
-        return append_jsonl(self.run_dir / LANE_TIMES_FILE, rows, within=self.run_dir)
+    def add_times(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Append times at which lanes and actors were held or worked (`TimeWatch`); return their number."""
+        return append_jsonl(self.run_dir / TIMES_FILE, rows, within=self.run_dir)
 
-    def lane_times(self) -> list[dict[str, Any]]:
+    def times(self) -> list[dict[str, Any]]:
         """Return these rows; none of a run that kept none."""
-        file = self.run_dir / LANE_TIMES_FILE
+        file = self.run_dir / TIMES_FILE
         stamp = self._stamp(file)
-        if self._lane_times is None or self._lane_times[0] != stamp:
-            self._lane_times = stamp, read_jsonl(file, self.problems, LANE_TIME_KEYS, within=self.run_dir)
-        return self._lane_times[1]
+        if self._times is None or self._times[0] != stamp:
+            self._times = stamp, read_jsonl(file, self.problems, TIME_KEYS, within=self.run_dir)
+        return self._times[1]
 
     def score_rows(self) -> list[dict[str, Any]]:
         """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""

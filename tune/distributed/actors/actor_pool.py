@@ -6,6 +6,7 @@ is retried is up to the owner.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from tune.scheduling.tasks import MAX_ATTEMPTS
 
 #: The label that Ray gives every node.
 NODE_ID = "ray.io/node-id"
+#: Numbers of actors.
+_COUNT = itertools.count(1)
 
 
 class PoolActor:
@@ -63,8 +66,11 @@ class ActorPool:
         self._busy: dict[ray.ObjectRef, tuple[ActorHandle, Any]] = {}
         self._coming: dict[ray.ObjectRef, ActorHandle] = {}
         self._nodes: dict[ActorHandle, str] = {}
+        self._numbers: dict[ActorHandle, int] = {}
         self._leaving: set[str] = set()
         self._argument: Any = None
+        self._opening: list[ActorHandle] = []
+        self._closed = False
         self._lost = 0
         self._holds, self._released = bool(cpus or gpus), 0
 
@@ -104,6 +110,7 @@ class ActorPool:
 
     def _opened(self, actor: ActorHandle, argument: Any) -> Any:
         while True:
+            self._opening = [actor]
             try:
                 opened: Any = ray.get(actor.open.remote(argument))
                 self._nodes[actor] = opened[1]
@@ -112,11 +119,13 @@ class ActorPool:
                 raise cause_of(error) from None
             except RayError as error:
                 self._forget(actor)
+                if self._closed:
+                    raise self._given_up(error) from None
                 actor = self._make()
                 if not self._survived():
                     raise self._given_up(error) from None
             finally:
-                self.idle = [actor]
+                self._opening, self.idle = [], [actor]
 
     def give(self, actor: ActorHandle, call: str, work: Any) -> None:
         """Start a task on an idle actor, by its method `call` with the argument `work`."""
@@ -127,6 +136,12 @@ class ActorPool:
     def work(self) -> list[Any]:
         """The tasks in flight."""
         return [work for _, work in self._busy.values()]
+
+    def at(self) -> dict[int, Any]:
+        """Return the tasks of initialised actors, None of idle ones, by numbers that no two pools share."""
+        work, up = dict(self._busy.values()), list(self._nodes)
+        self._numbers |= {actor: next(_COUNT) for actor in up if actor not in self._numbers}
+        return {self._numbers[actor]: work.get(actor) for actor in up}
 
     def ready(self, timeout: float | None = 0) -> list[Done]:
         """Collect finished tasks; wait up to `timeout` seconds for the first one (None: without limit).
@@ -202,8 +217,10 @@ class ActorPool:
         self._released = 0
 
     def close(self) -> None:
-        """End all actors; safe to call twice."""
-        for actor in [*self.idle, *self._coming.values(), *(actor for actor, _ in self._busy.values())]:
+        """End all actors; safe to call twice, and while another thread opens the pool, which then fails."""
+        self._closed = True
+        busy = [actor for actor, _ in self._busy.values()]
+        for actor in [*self._opening, *self.idle, *self._coming.values(), *busy]:
             with suppress(RayError):
                 ray.kill(actor)
         self.idle, self._busy, self._coming, self._released = [], {}, {}, 0

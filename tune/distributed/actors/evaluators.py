@@ -180,6 +180,10 @@ class EvaluatorPool:
         """Tasks being scored."""
         return len(self._pool.work)
 
+    def at(self) -> dict[str, str | None]:
+        """Return the actors that are up, by name, each with the trial (or the study's base) that it scores, if any."""
+        return {f"actor {number}": work and work.tag["name"] for number, work in self._pool.at().items()}
+
     def step(self) -> list[Result]:
         """Collect finished tasks and hand out waiting ones, without blocking.
 

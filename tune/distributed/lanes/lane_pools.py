@@ -13,10 +13,9 @@ from ray.actor import ActorHandle
 
 from tune.config.run_spec import RaySpec
 from tune.distributed.lanes.lane_pool import CLOSE_S, LanePool
-from tune.errors import ResourceError
 from tune.scheduling.allocation import LaneKind, Room
-from tune.scheduling.lane_watch import LaneWatch
 from tune.scheduling.sharing import LaneSharing, StudyNeeds
+from tune.scheduling.time_watch import LANE, TimeWatch
 
 #: How often the room is shared out: it changes with tasks that end and nodes that come and go.
 SHARE_EVERY_S = 1.0
@@ -37,14 +36,14 @@ class LanePools:
     ) -> None:
         """specs: the settings of each kind of lane. needs: of each study, by name. evaluator: see `LanePool`.
 
-        record: takes the times of lanes as they end (`LaneWatch`).
+        record: takes the times of lanes as they end (`TimeWatch`).
         """
         #: Phases of the studies; their threads turn them.
         self.sharing = LaneSharing(needs)
         self._pools = {
             kind: LanePool(dispatcher, spec, kind, storage, evaluator=evaluator) for kind, spec in specs.items()
         }
-        self._times, self._record = LaneWatch(), record
+        self._times, self._record = TimeWatch(LANE), record
         self._opened: set[LaneKind] = set()
         self._shared = 0.0
         self._closed = False
@@ -57,7 +56,9 @@ class LanePools:
         """Share the room and check each pool, as `LanePool.check` does."""
         if self._closed:
             return
-        self._tell(self._times.see(snapshot, time.time()))
+        lanes = snapshot["lanes"].items()
+        work = {name: (lane["study"], lane["task"]) if lane["task"] else None for name, lane in lanes}
+        self._record(self._times.see(work, time.time()))
         self.sharing.look(snapshot)
         if time.monotonic() > self._shared + SHARE_EVERY_S:
             self._shared = time.monotonic()
@@ -80,7 +81,7 @@ class LanePools:
     def close(self) -> None:
         """Close every pool; safe to call twice."""
         if not self._closed:
-            self._tell(self._times.end(time.time()))
+            self._record(self._times.end(time.time()))
         self._closed = True
         # All of them save their states at the same time, before the first that does not respond has others killed.
         for pool in self._pools.values():
@@ -90,12 +91,6 @@ class LanePools:
                 pool.join(CLOSE_S, waiting=False)
         for pool in self._pools.values():
             pool.close()
-
-    def _tell(self, rows: list[dict[str, Any]]) -> None:
-        """Record times of lanes; without room for them the timeline has a gap, and the run goes on."""
-        if rows:
-            with suppress(ResourceError):
-                self._record(rows)
 
     def _share(self) -> None:
         demands = self.sharing.demands(time.monotonic())

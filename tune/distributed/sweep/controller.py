@@ -13,19 +13,20 @@ from ray.actor import ActorHandle
 
 from tune.config.eval_spec import VALIDATION, EvalJob
 from tune.config.recorded import asked_for
-from tune.config.run_spec import TrainSpec, dump
+from tune.config.run_spec import TrainSpec
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Opening
-from tune.distributed.lanes.dispatcher import call
+from tune.distributed.lanes.dispatcher import answer, ask, call
 from tune.distributed.lanes.lane_pools import LanePools
 from tune.distributed.sweep.events import Observer
 from tune.distributed.sweep.scoring import Scoring
+from tune.distributed.sweep.trial import recorded_task
 from tune.evaluation.score_names import named_scores
 from tune.scheduling.history import resume_state
 from tune.scheduling.queue import Mark
 from tune.scheduling.sharing import Phase
 from tune.scheduling.study import Study
-from tune.scheduling.tasks import QueuedTask, TrainTask
+from tune.scheduling.tasks import QueuedTask
 from tune.storage.atomic import now
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.search_state import SearchTime
@@ -117,7 +118,7 @@ class SweepController:
             return self._resume_finished(study)
 
     def _resume_finished(self, study: Study) -> dict[str, TaskState]:
-        entered = {}
+        entered, answers = {}, []
         for record in self._run_folder.trials():
             if record.model != study.spec.model_name_or_path:
                 continue
@@ -133,23 +134,12 @@ class SweepController:
             entered[record.trial] = state
             if state in (TaskState.FAILED, TaskState.DIVERGED):
                 self._failed.add(record.trial)
-            spec = TrainSpec.model_validate(record.config)
-            task = TrainTask(
-                id=record.trial,
-                study=study.name,
-                spec=dump(spec),
-                folder=str(trial.folder),
-                data="",
-                weights=None,
-                engine_key=spec.engine_key(),
-                pool="",
-                stage=record.stage,
-                cell=record.cell or {},
-                drawn=record.drawn,
-            )
+            task = recorded_task(record, study.name, trial.folder)
             outcome = record.model_dump(include=set(Outcome.__dataclass_fields__) - {"status"}, exclude_unset=True)
             scores = self.validation_scores(record.trial)
-            call(self._dispatcher, "record", task, state, outcome, scores, record.reason)
+            answers.append(ask(self._dispatcher, "record", task, state, outcome, scores, record.reason))
+        for reference in answers:  # the dispatcher has worked meanwhile
+            answer(reference)
         return entered
 
     def wait(self, study: Study) -> None:

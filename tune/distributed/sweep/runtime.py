@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from tune.distributed.sweep.scoring import Scoring
 from tune.distributed.sweep.stop import Stop, hangup_ignored
 from tune.distributed.sweep.studies import StudyThreads
 from tune.distributed.sweep.study_run import StudyRun, jobs_of_stages
+from tune.errors import ResourceError
 from tune.preflight.inputs import Checked, check_inputs
 from tune.scheduling.allocation import LaneKind, evaluator_room, lane_kind
 from tune.scheduling.resources import gpu_shares, needs_of
@@ -55,13 +56,13 @@ class SweepRuntime:
     Opened and closed by a `with` block, which closes what has been opened also if opening fails half-way.
     """
 
-    #: The order of closing. The controller comes first, as it uses all others, then the studies' threads, which end
-    #: with it, and the trackers, which copy its last changes. Evaluators free what closing lanes may need to save a
-    #: checkpoint; lanes report their last step to the dispatcher. The status is written while the folder is still
-    #: locked, then the last of the run is copied, and the lock outlives Ray, whose processes may write there until
-    #: they end.
+    #: The order of closing. The controller comes first, as it uses all others, then the evaluators, which free what
+    #: closing lanes may need to save a checkpoint, the studies' threads, which end without these two, and the trackers,
+    #: which copy the controller's last changes. Lanes report their last step to the dispatcher. The status is written
+    #: while the folder is still locked, then the last of the run is copied, and the lock outlives Ray, whose processes
+    #: may write there until they end.
     CLOSE_ORDER = (
-        *("controller", "studies", "trackers", "scoring", "lanes", "dispatcher", "status", "remote", "ray", "lock"),
+        *("controller", "scoring", "studies", "trackers", "lanes", "dispatcher", "status", "remote", "ray", "lock"),
     )
 
     run_folder: RunFolder
@@ -213,10 +214,9 @@ class SweepRuntime:
         kinds = {study.name: lane_kind(study.ray, self.cluster_gpus) for study in self.planned}
         needs = {study.name: self._needs(study, kinds[study.name]) for study in self.planned}
         specs = {kinds[study.name]: study.ray for study in self.planned}
-        record = self.run_folder.add_lane_times
-        self.lanes = LanePools(self.dispatcher, specs, needs, ray_dir, evaluator=Evaluator, record=record)
+        self.lanes = LanePools(self.dispatcher, specs, needs, ray_dir, evaluator=Evaluator, record=self._record_times)
         self._at_close("lanes", self.lanes.close)
-        self.scoring = Scoring(self.cluster_gpus)
+        self.scoring = Scoring(self.cluster_gpus, record=self._record_times)
         self._at_close("scoring", self.scoring.close)
         # A run folder of its own: the trackers read it from another thread.
         followed = functools.partial(trials_of_run, RunFolder(self._run_dir))
@@ -236,6 +236,11 @@ class SweepRuntime:
         self._at_close("controller", self.controller.close)
         for name, reason in self._unplaceable.items():
             self.controller.study_failed(name, f"left out: {reason}")
+
+    def _record_times(self, rows: list[dict[str, Any]]) -> None:
+        """Record times of lanes or actors; without room for them the timeline has a gap, and the run goes on."""
+        with suppress(ResourceError):
+            self.run_folder.add_times(rows)
 
     def _needs(self, study: Study, kind: LaneKind) -> StudyNeeds:
         first = study.searched_count if study.search else study.final_count

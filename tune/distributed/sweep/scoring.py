@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from macdrop.errors import MacDropError
 from tune.config.run_spec import RaySpec
@@ -13,6 +14,7 @@ from tune.distributed.actors.actor_pool import PoolActor
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Evaluator, EvaluatorPool, Opening
 from tune.scheduling.resources import gpu_shares
+from tune.scheduling.time_watch import EVALUATOR, TimeWatch
 
 #: An actor that has not started after this long is waiting for resources.
 STARTING_S = 60.0
@@ -36,11 +38,20 @@ class _Open:
 class Scoring:
     """Pools of evaluators by study. Studies open theirs in threads of their own; all else is the control loop's."""
 
-    def __init__(self, cluster_gpus: float, *, kind: type[PoolActor] = Evaluator) -> None:
+    def __init__(
+        self,
+        cluster_gpus: float,
+        *,
+        kind: type[PoolActor] = Evaluator,
+        record: Callable[[list[dict[str, Any]]], object] = list,
+    ) -> None:
+        """record: takes the times of actors as they end (`TimeWatch`)."""
         self._gpus, self._kind = cluster_gpus, kind
+        self._times, self._record = TimeWatch(EVALUATOR), record
         self._open: dict[str, _Open] = {}
         self._free: list[_Open] = []
         self._lock = threading.Lock()
+        self._closed = False
         #: Study -> why it has no actors left.
         self.broken: dict[str, MacDropError] = {}
 
@@ -51,6 +62,8 @@ class Scoring:
             MacDropError: see `EvaluatorPool.open`.
         """
         with self._lock:
+            if self._closed:
+                raise MacDropError("the run is being closed")
             mine = self._take(ray)
             mine.opening = time.monotonic()
             self._open[study] = mine
@@ -96,7 +109,17 @@ class Scoring:
                     results += mine.pool.step()
                 except MacDropError as error:
                     self.broken[study] = error
+        self._record(self._times.see(self._at(), time.time()))
         return results
+
+    def _at(self) -> dict[str, tuple[str, str] | None]:
+        """Return the actors that are up, by name, each with the study and trial that it scores, if any."""
+        found: dict[str, tuple[str, str] | None] = {}
+        for free in list(self._free):
+            found |= dict.fromkeys(free.pool.at())
+        for study, mine in list(self._open.items()):
+            found |= {name: (study, trial) if trial else None for name, trial in mine.pool.at().items()}
+        return found
 
     def drain(self, nodes: Collection[str]) -> None:
         """Replace actors on nodes (Ray's ids) that will be taken away; busy ones finish their benchmark first."""
@@ -133,7 +156,9 @@ class Scoring:
         return sum(mine.pool.at_work for mine in list(self._open.values()))
 
     def close(self) -> None:
-        """End all actors; safe to call twice."""
+        """End all actors, also of a study whose model is being loaded; safe to call twice."""
+        self._closed = True
+        self._record(self._times.end(time.time()))
         with self._lock:
             for mine in [*self._open.values(), *self._free]:
                 mine.pool.close()

@@ -87,6 +87,8 @@ class StudyThreads:
         except Closed:
             return
         except BaseException as error:
+            if self.controller.broken:  # its actors are gone because the run is being closed
+                return
             self._errors[study.name] = error
         try:
             more = any(each.name not in self._threads for each in self.studies)

@@ -19,10 +19,12 @@ from tune.distributed.sweep.searcher import FINISHED, values
 from tune.scheduling.history import FAILED
 from tune.scheduling.study import Study
 from tune.scheduling.tasks import TrainTask
+from tune.storage.records import TrialRecord
 from tune.storage.states import Stage, TaskState
 from tune.storage.trial_folder import TrialFolder
 
-POLL_EVERY_S = 0.2
+#: Seconds between two looks at a task, at first and at most: more of them the longer it takes.
+POLL_EVERY_S, POLL_MOST_S, POLL_SHARE = 0.2, 2.0, 0.01
 #: How often Tune restarts a trial's actor after its process died; the task is not affected.
 RESTARTS = 5
 
@@ -58,6 +60,24 @@ class TrialContext:
         )
 
 
+def recorded_task(record: TrialRecord, study: str, folder: Path) -> TrainTask:
+    """Return the task of a trial that will not be trained (again), from its record."""
+    spec = TrainSpec.model_validate(record.config)
+    return TrainTask(
+        id=record.trial,
+        study=study,
+        spec=dump(spec),
+        folder=str(folder),
+        data="",
+        weights=None,
+        engine_key=spec.engine_key(),
+        pool="",
+        stage=record.stage,
+        cell=record.cell or {},
+        drawn=record.drawn,
+    )
+
+
 def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
     """Run one trial as Tune's function trainable; after a restart, follow the task queued before.
 
@@ -68,7 +88,7 @@ def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
     record = TrialFolder(Path(task.folder), within=Path(context.run_dir))
     evaluated = [row for row in record.metrics() if row.get(EVAL_LOSS) is not None]
     call(context.dispatcher, "place", task, ray.tune.get_context().get_trial_id(), evaluated)
-    step = -1
+    step, begun = -1, time.monotonic()
     while True:
         news = call(context.dispatcher, "poll", task.id, step)
         for metrics in news["metrics"]:
@@ -76,7 +96,7 @@ def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
             ray.tune.report({"step": step, EVAL_LOSS: metrics["eval_loss"]})
         if news["state"].is_final:
             break
-        time.sleep(POLL_EVERY_S)
+        time.sleep(min(POLL_MOST_S, POLL_EVERY_S + POLL_SHARE * (time.monotonic() - begun)))
     if news["state"] == TaskState.DONE:
         outcome = news["outcome"]
         last = {"step": outcome["step"], EVAL_LOSS: outcome["eval_loss"], FINISHED: True}

@@ -2,7 +2,7 @@
 
     trials/NAME    a finished trial without its checkpoints
     models/NAME    findings on a model, and answers of the base model
-    run            run.json, config.yaml, environment.json, lane_times.jsonl, scores.jsonl
+    run            run.json, config.yaml, environment.json, scores.jsonl, times.jsonl
     report         the report in all formats, and its figures
 
 Objects have the names of the files, so that a copy can be read as it is. The manifest of a unit is the object
@@ -20,13 +20,13 @@ from pydantic import BaseModel, ConfigDict
 
 from tune.storage.atomic import read_mapping
 from tune.storage.environment import ENVIRONMENT_FILE
-from tune.storage.records import LANE_TIMES_FILE, SCORES_FILE, Inside
+from tune.storage.records import SCORES_FILE, TIMES_FILE, Inside
 from tune.storage.states import TaskState
 
 MANIFESTS = "sync"
 OWNER = f"{MANIFESTS}/owner.json"
 RUN, REPORT = "run", "report"
-RUN_FILES = ("config.yaml", ENVIRONMENT_FILE, LANE_TIMES_FILE, SCORES_FILE, "run.json")
+RUN_FILES = ("config.yaml", ENVIRONMENT_FILE, TIMES_FILE, SCORES_FILE, "run.json")
 REPORTS = ("report.*", "figures/**/*", "pages/*.html")
 #: Folders of a trial or model that serve this machine alone.
 _LOCAL = frozenset({"checkpoints", "stacks", "reproduced"})
