@@ -10,7 +10,7 @@ import yaml
 from macdrop.errors import ConfigError
 from tune.config.run_spec import load
 from tune.config.syntax.user_paths import expand_arguments
-from tune.config.syntax.yaml_core import parse_blocks, parse_yaml, write_yaml
+from tune.config.syntax.yaml_core import parse_blocks, parse_yaml, write_blocks, write_yaml
 
 MODEL = "model_name_or_path=zoo:planted-llama"
 #: Nine levels of nine: 43 million values.
@@ -160,6 +160,20 @@ def test_a_mistake_is_found_at_its_line_key_by_key_too(text):
             parse(text)
         found.append(str(raised.value))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"a": 1, "b": True, "c": 1.0, "d": "1", "e": None, "f": "yes", "g": "", "h": "x: y"},
+        {"a": {"b": [1, {"c": "two\nlines"}], "d": {}}, "e": [], "f": [[]], "g": "long " * 40},
+        {"on": "off", "1": "010", "a b": "\u00e9\u2028", "tab": "\t", "quote": "it's \"so\""},
+    ],
+)
+def test_a_file_written_key_by_key_is_the_same_file(value):
+    assert write_blocks(value) == write_yaml(value) == write_blocks(value)
+    assert parse_blocks(write_blocks(value)) == value
 
 
 def test_values_read_key_by_key_are_the_reader_s_own():

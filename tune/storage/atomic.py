@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
 
 from macdrop.errors import ConfigError
-from tune.config.syntax.yaml_core import parse_yaml, write_yaml
+from tune.config.syntax.yaml_core import parse_yaml, write_blocks
 from tune.errors import ResourceError
 from tune.storage.places import in_cache
 
@@ -171,9 +171,9 @@ def atomic_write_json(path: AnyPath, value: Any, within: AnyPath | None = None) 
     return atomic_write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n", within)
 
 
-def atomic_write_yaml(path: AnyPath, value: Any, within: AnyPath | None = None) -> Path:
+def atomic_write_yaml(path: AnyPath, value: Mapping[str, Any], within: AnyPath | None = None) -> Path:
     """Write `value` as YAML in the order given; see `plain` for what is allowed in it."""
-    return atomic_write_text(path, write_yaml(plain(value)), within)
+    return atomic_write_text(path, write_blocks(plain(value)), within)
 
 
 @overload

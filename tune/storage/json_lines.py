@@ -144,7 +144,7 @@ class GrowingFile:
         rows = []
         for number, line in enumerate(lines, self._lines + 1):
             try:
-                row = _value(line)
+                row = json_value(line)
                 if type(row) is not dict or self._needs:
                     check_mapping(row, self._needs)
                 if self._check is not None:
@@ -162,7 +162,7 @@ class GrowingFile:
         return rows
 
 
-def _value(line: bytes) -> Any:
+def json_value(line: bytes) -> Any:
     """The value of a line of JSON. What pydantic's parser refuses is left to the standard one, which takes more.
 
     Raises:

@@ -7,7 +7,6 @@ checkpoint if there is one; lost scores and selections are made again from what 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -22,7 +21,7 @@ from tune.config.syntax.yaml_core import parse_blocks
 from tune.errors import CheckpointError
 from tune.storage.atomic import atomic_write_json, atomic_write_text, atomic_write_yaml, now, read_mapping
 from tune.storage.environment import ENVIRONMENT_FILE, version
-from tune.storage.json_lines import MORE
+from tune.storage.json_lines import MORE, json_value
 from tune.storage.records import (
     FINALISTS_FILE,
     SCORES_FILE,
@@ -299,7 +298,7 @@ def _groups(file: Path) -> Iterable[list[str]]:
 
 def _sound(group: list[str], fits: Callable[[dict[str, Any]], bool]) -> bool:
     try:
-        rows = [json.loads(line) for line in group]
+        rows = [json_value(line.encode()) for line in group]
         return all(isinstance(row, dict) and fits(row) for row in rows)
     except UNREADABLE:
         return False

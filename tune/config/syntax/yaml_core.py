@@ -5,11 +5,12 @@ PyYAML follows YAML 1.1, where `010` is eight, `1:30` is ninety and `no` is fals
 
 from __future__ import annotations
 
-import copy
+import ast
 import functools
 import math
 import re
 import reprlib
+from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
 import yaml
@@ -154,7 +155,13 @@ def parse_blocks(text: str) -> Any:
         ConfigError: as `parse_yaml`.
     """
     found = _mapping(text.removesuffix("\n").split("\n"))
-    return parse_yaml(text) if found is None else copy.deepcopy(found)
+    return parse_yaml(text) if found is None else _copied(found)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return [_copied(part) for part in value] if isinstance(value, list) else value
 
 
 def _mapping(lines: list[str]) -> dict[str, Any] | None:
@@ -192,6 +199,16 @@ def _block(text: str) -> tuple[str, Any]:
 def write_yaml(value: Any, *, width: int = 80) -> str:
     """Return plain data as YAML that every loader reads back as the same values."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
+
+
+def write_blocks(value: Mapping[str, Any]) -> str:
+    """`write_yaml` of one of many mappings of plain data that share most of their values: each is written once."""
+    return "".join(_written(key, repr(part)) for key, part in value.items()) if value else write_yaml(value)
+
+
+@functools.lru_cache(maxsize=16384)
+def _written(key: str, text: str) -> str:
+    return write_yaml({key: ast.literal_eval(text)})
 
 
 def brief(value: Any) -> str:

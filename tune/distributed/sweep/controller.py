@@ -61,6 +61,7 @@ class SweepController:
         self._run_folder, self._dispatcher = run_folder, dispatcher
         self.lanes, self._scoring = lanes, scoring
         self._jobs, self._progress = jobs, progress
+        self._asked = asked_for(run_folder.config())
         self._lock = threading.RLock()
         self._pending: dict[str, dict[str, Any]] = {}
         self._seen = 0
@@ -189,7 +190,7 @@ class SweepController:
         """Return a trial's search scores as `sweep.metric` names them: benchmark/task/metric[@attack]."""
         with self._lock:
             rows = [row for row in self._run_folder.trial_scores(trial) if row["split"] == VALIDATION]
-        return named_scores(rows, asked_for(self._run_folder.config()))
+        return named_scores(rows, self._asked)
 
     def study_failed(self, name: str, reason: str) -> None:
         """Record that a model cannot be used at all."""
