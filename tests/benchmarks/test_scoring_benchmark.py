@@ -15,6 +15,7 @@ def given(**changes) -> argparse.Namespace:
     return argparse.Namespace(**settings | {"device": "cpu", "threads": 1, "tokenizer": "zoo:planted-llama"} | changes)
 
 
+@pytest.mark.long
 def test_suite_is_scored_by_lm_eval_and_ours(tmp_path, capfd):
     text = scoring.measure(scoring.prepared(given(), tmp_path), ["zeroing@3"], 1)
     assert "4 of 4 scores equal in every digit, the same answer chosen in 12 of 12 items" in text

@@ -41,6 +41,7 @@ def given(rows, **changes) -> argparse.Namespace:
     return argparse.Namespace(**settings | changes)
 
 
+@pytest.mark.long
 def test_training_is_compared_with_the_trainer(rows, tmp_path, monkeypatch):
     monkeypatch.setenv("MACDROP_CACHE", str(tmp_path / "cache"))
     setting = training.prepared(given(rows), tmp_path)

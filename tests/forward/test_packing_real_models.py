@@ -10,7 +10,7 @@ from helpers.real_models import gemma3, smollm2
 
 from tune.forward.packing_check import check_packing
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.long, pytest.mark.real]
 
 LENGTHS, WINDOW = (90, 23, 48), 32
 

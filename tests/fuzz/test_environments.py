@@ -19,6 +19,7 @@ def test_the_table_is_whole():
     assert all('"$@"' in environment.shell for environment in TABLE)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", ["RAY_TMPDIR with é", "current folder deleted", "stdout closed"])
 def test_doctor_in_an_environment(name):
@@ -26,6 +27,7 @@ def test_doctor_in_an_environment(name):
     assert environments.try_one(environment, ("doctor",), None) == []
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", ["HOME and cache read-only", "64 open files", "RAY_TMPDIR of 85 bytes"])
 def test_a_sweep_that_cannot_start_is_refused(name):

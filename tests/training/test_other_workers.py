@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from macdrop.errors import ConfigError
 
-pytestmark = pytest.mark.zero
+pytestmark = [pytest.mark.long, pytest.mark.zero]
 
 #: Of a loss; what AdamW makes of sums in another order is within it.
 CLOSE = 1e-4

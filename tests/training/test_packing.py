@@ -15,7 +15,7 @@ from helpers.ranks import run_ranks
 
 from macdrop.errors import ConfigError
 
-pytestmark = pytest.mark.zero
+pytestmark = [pytest.mark.long, pytest.mark.zero]
 
 #: Of the loss, and every gradient, relative to the largest entry of its tensor.
 CLOSE = 1e-5

@@ -17,7 +17,7 @@ from macdrop.scan import find_massive_weights, prove, text_blocks
 from macdrop.weights import MassiveWeights
 from tune.training.massive_weights import proof_text
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.long, pytest.mark.real]
 
 LAYER, ROWS, K = 11, (1229, 1487), 2
 
