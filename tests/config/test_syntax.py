@@ -168,7 +168,7 @@ def test_a_mistake_is_found_at_its_line_key_by_key_too(text):
         {},
         {"a": 1, "b": True, "c": 1.0, "d": "1", "e": None, "f": "yes", "g": "", "h": "x: y"},
         {"a": {"b": [1, {"c": "two\nlines"}], "d": {}}, "e": [], "f": [[]], "g": "long " * 40},
-        {"on": "off", "1": "010", "a b": "\u00e9\u2028", "tab": "\t", "quote": "it's \"so\""},
+        {"on": "off", "1": "010", "a b": "\u00e9\u2028", "tab": "\t", "quote": 'it\'s "so"'},
     ],
 )
 def test_a_file_written_key_by_key_is_the_same_file(value):
