@@ -324,15 +324,12 @@ def _varied(lines: list[Line], searched: list[str]) -> list[str]:
 
 
 def _differs(trials: list[Line], key: str) -> bool:
-    """Return whether two trials differ in a setting, as JSON has it."""
-    first = trials[0].settings.get(key)
-    text = json.dumps(first, default=str)
-    for line in trials:
-        other = line.settings.get(key)
-        same = type(other) is type(first) and isinstance(other, (str, int, bool, type(None))) and other == first
-        if not same and json.dumps(other, default=str) != text:
-            return True
-    return False
+    """Return whether two trials differ in a setting."""
+    values = [line.settings.get(key) for line in trials]
+    try:
+        return len({(type(value), value) for value in values}) > 1
+    except TypeError:  # lists and mappings
+        return len({json.dumps(value, default=str) for value in values}) > 1
 
 
 def _setting_text(settings: Mapping[str, Any], arm: str) -> str:
