@@ -113,3 +113,19 @@ def test_a_log_has_a_line_a_minute_and_a_terminal_the_time_left_in_its_table(ter
     assert len(lines) == 2
     wanted = "study 2 of 2, model: search 1/2; best eval_loss 1.5 (one); all trials 1/5, steps 60/200; "
     assert wanted + "without benchmarks about 2.3 min left (1 s per step, 1 lane, 1 evaluator)" in lines[0]
+
+
+def test_lines_above_the_table_wait_a_second_at_most_and_none_is_lost(tmp_path):
+    """Also where no table follows, as while answers are judged."""
+    now, out = [0.0], io.StringIO()
+    progress = Progress(Console(file=out, width=200, force_terminal=True), clock=lambda: now[0])
+    progress.started(tmp_path, "", "")
+    progress.note("first")
+    progress.note("second")
+    assert "second" not in out.getvalue()
+    now[0] = 1.5
+    progress.judged(1, 2)
+    assert "second" in out.getvalue() and "judged 1 of 2" in out.getvalue()
+    progress.note("last")
+    progress.finished()
+    assert "last" in out.getvalue()

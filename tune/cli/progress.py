@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,7 @@ class Progress:
         self._live: Live | None = None
         #: Lines yet to be printed above the live table, which is drawn again below each print.
         self._lines: list[Text] = []
+        self._lock = threading.Lock()  # copies and trackers have notes of their own threads
         self._clock = clock
         self._begun = self._said = self._printed = clock()
         self._tasks: dict[str, dict[str, Any]] = {}
@@ -252,14 +254,18 @@ class Progress:
         self._print((f"{self._clock() - self._begun:6.1f}s", "dim"), " ", *parts)
 
     def _print(self, *parts: str | tuple[str, str]) -> None:
-        self._lines.append(rich_text(*parts))
-        if not self._live:
+        with self._lock:
+            self._lines.append(rich_text(*parts))
+        # No table is shown any more while answers are judged: lines must not wait for the next one.
+        if not self._live or self._clock() - self._printed >= PRINT_EVERY_S:
             self._print_lines()
 
     def _print_lines(self) -> None:
-        if self._lines:
-            self.console.print(Text("\n").join(self._lines), soft_wrap=True, highlight=False)
-        self._lines, self._printed = [], self._clock()
+        with self._lock:
+            lines, self._lines = self._lines, []
+        if lines:
+            self.console.print(Text("\n").join(lines), soft_wrap=True, highlight=False)
+            self._printed = self._clock()
 
     def _table(self) -> Table:
         title = rich_text(self._line) if self._line else None
