@@ -401,7 +401,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             in_a_process(run, whole, asked.models, **how, resume=bool(asked.finished), die_after=trials // 2)
         found = in_a_process(run, whole, asked.models, **how, resume=bool(asked.finished or asked.kill))
         made.append(line(what, found))
-        lines.append(verdict(f"controller and dispatcher, {what}", cost(found), TRIAL_MS, unit=" ms"))
+        if len(found.samples) > 3:
+            lines.append(verdict(f"controller and dispatcher, {what}", cost(found), TRIAL_MS, unit=" ms"))
+        else:
+            lines.append(f"controller and dispatcher, {what}: not measured, of too few trials")
         lines.append(verdict("driver", max(each.driver_mb for each in found.samples), DRIVER_MB, unit=" MB"))
         if asked.finished or asked.kill:
             lines.append(verdict("first fine-tuning after resume", found.first_task_s or 0.0, RESUME_S, unit=" s"))
