@@ -71,6 +71,14 @@ def _one_thread():
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _offline() -> Iterator[None]:
+    """No test leaves the hub switched on for those after it in its process."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    yield
+    assert os.environ.get("HF_HUB_OFFLINE") == before, "restore HF_HUB_OFFLINE: monkeypatch.setenv does"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and models beside the repository (or MACDROP_SHARED); skips where there is none."""
