@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tune.scheduling.allocation import LaneKind, Room
@@ -45,6 +45,8 @@ studies_of = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(studies_of, st.sampled_from([None, 1, 2]))
+@example([(1, 2, 20.0), (2, 2, 18.0), (8, 3, 4.0), (1, 1, 1.0), (1, 1, 1.0)], None)  # two begin beside busy lanes
+@example([(1, 1, 2.0), (1, 1, 1.0), (1, 1, 1.0)], None)  # the last one ends before a lane is up
 def test_any_run_ends_with_all_work_done_once_within_its_room(parts, most):
     studies = [study(f"m{n}", workers=w, trials=t, seconds=s) for n, (w, t, s) in enumerate(parts)]
     found = Simulation(studies, ROOM, most=most, start_s=2.0).run()

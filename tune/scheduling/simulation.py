@@ -91,6 +91,8 @@ class _Lane:
 class _Study:
     times: StudyTimes
     began: float
+    #: When its evaluation actors got their room.
+    placed: float | None = None
     stage: int = -1
     to_place: deque[tuple[str, float]] = field(default_factory=deque)
     under_way: set[str] = field(default_factory=set)
@@ -154,6 +156,7 @@ class Simulation:
                 self._queue.close(name)
         for name in [name for name, lane in self._lanes.items() if lane.up and not self._queue.lanes[name]["task"]]:
             self._next_task(name)
+        self._place_evaluators()
         self._place_lanes()
 
     def _may_begin(self, study: StudyTimes) -> bool:
@@ -178,6 +181,8 @@ class Simulation:
                 self._at(self._start_s, partial(self._up, name))
 
     def _up(self, name: str) -> None:
+        if name not in self._lanes:
+            return  # the last study ended first
         self._lanes[name].up = True
         self._queue.lane_up(name, str(self._lanes[name].kind), "host")
 
@@ -205,9 +210,22 @@ class Simulation:
     # --- studies ---
 
     def _begin(self, times: StudyTimes) -> None:
-        study = self._active[times.name] = _Study(times, self._now)
+        self._active[times.name] = _Study(times, self._now)
         self._sharing.turn(times.name, Phase.OPENING)
-        self._at(times.open_s, lambda: self._opened(study))
+
+    def _place_evaluators(self) -> None:
+        """Open the models whose actors find room beside the lanes: one that is to go ends its task first."""
+        free = self._room
+        for lane in self._lanes.values():
+            free -= lane.kind.room
+        # Those that have their room come first.
+        for study in sorted(self._active.values(), key=lambda study: study.placed is None):
+            room = study.times.evaluator * study.times.evaluators
+            if study.placed is None and free.holds(room):
+                study.placed = self._now
+                self._at(study.times.open_s, partial(self._opened, study))
+            if study.placed is not None:
+                free -= room
 
     def _opened(self, study: _Study) -> None:
         study.idle = study.times.evaluators
@@ -261,12 +279,13 @@ class Simulation:
             self._next_stage(study)
 
     def _ended(self, study: _Study) -> None:
-        times = study.times
+        times, placed = study.times, study.placed
+        assert placed is not None
         del self._active[times.name]
         self._sharing.turn(times.name, Phase.ENDED)
         self.timeline.studies[times.name] = study.began, self._now
         for _ in range(times.evaluators):
-            self.timeline.held.append(Span(f"evaluator of {times.name}", study.began, self._now, times.evaluator))
+            self.timeline.held.append(Span(f"evaluator of {times.name}", placed, self._now, times.evaluator))
         if not self._active and not self._waiting:
             for name, lane in self._lanes.items():
                 self.timeline.held.append(Span(name, lane.placed, self._now, lane.kind.room))
