@@ -5,6 +5,9 @@
 Controller, dispatcher, Tune and run folder are those of a real run. Lanes and evaluation actors are simulated: they
 load no model, end a fine-tuning within a second or two and a benchmark at once. A trial has 40 scores of 4 benchmarks.
 
+What goes by the clock whether or not a trial ends (the control loop, the live table) is measured by the second, while
+the two fine-tunings of the final stage last, and is not part of what a trial costs.
+
 --finished N writes a run folder of N finished trials first and resumes it: what a trial costs with so many behind it,
 and how long the resume takes before it trains. --kill has the driver killed half-way and resumes. --no-reuse gives each
 trial in Tune a process of its own. --trials 10000 takes most of an hour.
@@ -16,13 +19,11 @@ import argparse
 import functools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,34 +36,21 @@ import ray
 import ray.tune
 from measure import machine, table, verdict
 from rich.console import Console
+from simulated import BENCHMARKS, FINAL_S, STEPS, SimulatedEvaluator, SimulatedLanes, finished
 
 from tune.cli.progress import Progress
-from tune.config.eval_spec import VALIDATION
-from tune.config.run_spec import RunSpec, TrainSpec, dump, load
-from tune.distributed.actors.actor_pool import PoolActor
-from tune.distributed.actors.eval_task import EvalTask, Result
-from tune.distributed.lanes.dispatcher import call
+from tune.config.run_spec import RunSpec, load
 from tune.distributed.sweep import runtime, study_run
 from tune.distributed.sweep.scoring import Scoring
-from tune.distributed.sweep.searcher import points
-from tune.scheduling.sharing import LaneSharing
-from tune.scheduling.study import studies
-from tune.storage.atomic import now
 from tune.storage.run_folder import RunFolder
-from tune.storage.sealed_folder import write_folder
-from tune.storage.states import RunStatus, Stage, TaskState
-from tune.storage.trial_folder import TrialFolder
-from tune.training.finetune import Outcome
-from tune.training.observer import Ending
+from tune.storage.states import Stage, TaskState
 from tune.zoo.catalog import resolve
 
-BENCHMARKS, METRICS = ("agree", "arith", "fact", "qa"), 10
-LANES, EVALUATORS, AT_ONCE = 8, 2, 8
-STEPS = 8
-#: Seconds of a fine-tuning, at least and at most: trials end one by one, as real ones do.
-TRAIN_S = (0.2, 1.4)
+EVALUATORS, AT_ONCE = 2, 8
 #: CPU of one more trial, memory of the driver, and seconds from a resume to its first fine-tuning.
 TRIAL_MS, DRIVER_MB, RESUME_S = 20.0, 1000.0, 30.0
+#: Seconds at both ends of the final stage's fine-tunings that are not measured.
+SETTLING_S = 3.0
 #: Measured at every so many trials.
 EVERY = 10
 #: What a child prints before its result.
@@ -89,6 +77,8 @@ class Measured:
     """The result of one driver process."""
 
     samples: list[Sample] = field(default_factory=list)
+    #: The first and the last sample of the final stage while its first trials train.
+    quiet: list[Sample] = field(default_factory=list)
     #: Seconds from the start of the process to the first task on a lane.
     first_task_s: float | None = None
     failures: int = 0
@@ -96,12 +86,25 @@ class Measured:
     @classmethod
     def of(cls, text: str) -> Measured:
         content = json.loads(text)
-        return cls(**{**content, "samples": [Sample(**each) for each in content["samples"]]})
+        return cls(**content | {name: [Sample(**each) for each in content[name]] for name in ("samples", "quiet")})
 
     def third(self, number: int) -> tuple[Sample, Sample]:
         """Return the samples between which a third of the trials (0 to 2) ended."""
         size = (len(self.samples) - 1) // 3
         return self.samples[number * size], self.samples[(number + 1) * size]
+
+    def by_the_clock(self, part: str) -> float:
+        """Return milliseconds of CPU per second without an end of a trial."""
+        if len(self.quiet) < 2:
+            return 0.0
+        begin, end = self.quiet
+        return 1000 * (end.cpu.get(part, 0.0) - begin.cpu.get(part, 0.0)) / (end.wall - begin.wall)
+
+    def per_trial(self, number: int, part: str) -> float:
+        """Return milliseconds of CPU per trial of a third, without what goes by the clock."""
+        begin, end = self.third(number)
+        by_the_clock = self.by_the_clock(part) * (end.wall - begin.wall) / max(1, end.ended - begin.ended)
+        return end.since(begin, part) - by_the_clock
 
 
 # --- the run ---
@@ -142,51 +145,6 @@ def spec_of(run: Path, trials: int, models: int) -> RunSpec:
     return load(file)
 
 
-def rows(benchmark: str, task: str, seed: str) -> list[dict[str, Any]]:
-    """Return the score rows of one benchmark."""
-    value = sum(map(ord, seed)) % 997 / 997
-    about = {"benchmark": benchmark, "task": task, "attack": "none", "attack_on": None, "stderr": 0.02, "n": 100}
-    return [
-        {**about, "metric": "acc" if number == 0 else f"acc{number}", "value": value, "higher_is_better": True}
-        for number in range(METRICS)
-    ]
-
-
-def outcome() -> dict[str, Any]:
-    """Return the outcome of a fine-tuning."""
-    return asdict(Outcome(Ending.DONE, STEPS, STEPS, 1.0, 1.0, 10, 100, 2, 1.0, 0))
-
-
-def write_adapter(trial: Path, within: Path) -> None:
-    """Write a sealed folder that stands for an adapter."""
-    write_folder(trial / "adapter", lambda folder: (folder / "adapter_config.json").write_text("{}") and None, within)
-
-
-def finished(run: Path, spec: RunSpec, trials: int) -> None:
-    """Write a run folder in which so many searched trials of the spec's only model have ended."""
-    (study,) = studies(spec)
-    run_folder = RunFolder.create(run, dump(spec))
-    result = {key: value for key, value in outcome().items() if key != "status"}
-    # It is written once, and a crash only means to write it again.
-    with mock.patch("os.fsync"):
-        for values in (points(study, spec.sweep) or [])[:trials]:
-            searched: TrainSpec = study.searched(values)
-            name, model = searched.trial_id(), searched.model_name_or_path
-            trial = run_folder.trial(name)
-            about = {"setting": searched.setting_id(), "cell": study.cell(searched), "drawn": values}
-            trial.start(dump(searched), model=model, arm=searched.arm, seed=searched.seed, stage=Stage.SEARCH, **about)
-            trial.log([{"step": STEPS, "eval_loss": 1.0}])
-            write_adapter(trial.folder, run)
-            trial.finish(TaskState.DONE, trained=now(), **about, **result)
-            tag = {"model": model, "arm": searched.arm, "trial": name, "seed": searched.seed, "split": VALIDATION}
-            run_folder.add_scores(
-                {**tag, "entry": task, "seconds": 0.1, **row}
-                for task in BENCHMARKS
-                for row in rows("zero_shot", task, name)
-            )
-    run_folder.set_status(RunStatus.INTERRUPTED)
-
-
 # --- one driver process ---
 
 
@@ -196,6 +154,8 @@ class Meter:
     def __init__(self, started: float, die_after: int | None) -> None:
         self.measured, self._started, self._die_after, self._ended = Measured(), started, die_after, 0
         self._most: dict[int, tuple[str, float]] = {}
+        self._final: float | None = None
+        self._mine = 0.0
         self._progress = Progress(Console(file=open(os.devnull, "w"), force_terminal=True, width=160))
 
     def __getattr__(self, name: str) -> Any:
@@ -206,17 +166,32 @@ class Meter:
         self._progress.show(snapshot, scoring)
         if self.measured.first_task_s is None and any(lane["task"] for lane in snapshot["lanes"].values()):
             self.measured.first_task_s = time.time() - self._started
+        if self._ended >= len(self.measured.samples) * EVERY:
+            self.measured.samples.append(self._sample())
+        training = self._final is not None and time.time() - self._final < FINAL_S - SETTLING_S / 2
+        if training and time.time() - self._final > SETTLING_S and len(self.measured.quiet) < 2:
+            self.measured.quiet.append(self._sample())
+        elif (
+            training and len(self.measured.quiet) == 2 and time.time() - self._started > self.measured.quiet[1].wall + 1
+        ):
+            self.measured.quiet[1] = self._sample()
+
+    def stage(self, study: Any, stage: str, trials: int) -> None:
+        """Note when the final stage begins."""
+        self._progress.stage(study, stage, trials)
+        if stage == Stage.FINAL:
+            self._final = time.time()
 
     def ended(self, entry: Any) -> None:
         """Take a sample now and then."""
         self._progress.ended(entry)
-        if self._ended % EVERY == 0:
-            self.measured.samples.append(self._sample())
         self._ended += 1
         if self._ended == self._die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _sample(self) -> Sample:
+        """Return what was spent so far; samples themselves are left out."""
+        began = time.thread_time()
         me = psutil.Process()
         for process in me.children(recursive=True):
             try:
@@ -225,7 +200,8 @@ class Meter:
                 continue
             # A process that ends takes its times with it.
             self._most[process.pid] = (_part(name), times.user + times.system)
-        cpu = {"controller": time.thread_time(), "driver": time.process_time()}
+        self._mine += time.thread_time() - began
+        cpu = {"controller": time.thread_time() - self._mine, "driver": time.process_time() - self._mine}
         for part, spent in self._most.values():
             cpu[part] = cpu.get(part, 0.0) + spent
         return Sample(self._ended, time.time() - self._started, cpu, me.memory_info().rss / 1e6)
@@ -238,65 +214,6 @@ def _part(name: str) -> str:
     if "Simulated" in name:
         return "simulated"
     return "trials" if "ImplicitFunc" in name or "run_trial" in name else "ray"
-
-
-class SimulatedEvaluator(PoolActor):
-    """Scores at once."""
-
-    def prepare(self, opening: Any) -> None:
-        """Load nothing."""
-
-    def score(self, task: EvalTask) -> Result:
-        return Result(task, rows(task.job.benchmark, task.job.task, task.tag["trial"]), seconds=0.1)
-
-
-class SimulatedLane:
-    """An actor with a thread for each lane, which trains at once."""
-
-    def work(self, dispatcher: Any, pools: Sequence[str]) -> None:
-        names = [(f"lane-{number}", pools[number % len(pools)]) for number in range(LANES)]
-        threads = [threading.Thread(target=self._lane, args=(dispatcher, *each)) for each in names]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _lane(self, dispatcher: Any, lane: str, pool: str) -> None:
-        call(dispatcher, "lane_up", lane, pool, "host", ["node"])
-        while not call(dispatcher, "closing", lane):
-            task = call(dispatcher, "take", lane, None)
-            if task is None:
-                time.sleep(0.1)
-                continue
-            time.sleep(random.uniform(*TRAIN_S))
-            folder = Path(task.folder)
-            metrics = {"step": STEPS, "eval_loss": 1.0}
-            TrialFolder(folder, within=folder.parents[1]).log([metrics])
-            call(dispatcher, "progress", task.id, metrics, lane)
-            write_adapter(folder, folder.parents[1])
-            call(dispatcher, "trained", task.id, outcome(), lane)
-
-
-class SimulatedLanes:
-    """What the controller asks of `LanePools`."""
-
-    starving, leaving = False, ()
-
-    def __init__(self, dispatcher: Any, specs: Any, needs: Any, storage: Path, **settings: Any) -> None:
-        self.sharing = LaneSharing(needs)
-        actor: Any = ray.remote(SimulatedLane).options(num_cpus=0)
-        self._lanes = actor.remote()
-        self._lanes.work.remote(dispatcher, [str(kind) for kind in specs])
-
-    def check(self, snapshot: dict[str, Any], **settings: Any) -> None:
-        self.sharing.look(snapshot)
-
-    def has_gap(self, study: str) -> bool:
-        return False
-
-    def close(self) -> None:
-        if ray.is_initialized():
-            ray.kill(self._lanes)
 
 
 def drive(run: str, trials: int, models: int, resume: bool, reuse: bool, die_after: int | None) -> None:
@@ -344,32 +261,36 @@ def in_a_process(run: Path, trials: int, models: int, **how: Any) -> Measured:
 
 # --- what is printed ---
 
-HEADS = ["run", "trials/s", "controller", "dispatcher", "both, growth", "Tune", "its actors", "Ray", "driver MB"]
+HEADS = ["run", "trials/s", "controller", "dispatcher", "growth", "Tune", "its actors", "Ray", "driver MB"]
+CLOCK = ("controller", "dispatcher", "Tune", "its actors", "Ray")
 
 
 def line(what: str, found: Measured) -> list[str]:
     """Return milliseconds per trial in the last third of a run, and how much more that is than in the first."""
     begin, end = found.third(2)
-    parts = {part: end.since(begin, part) for part in ("controller", "dispatcher", "driver", "trials", "ray")}
-    before = sum(found.third(0)[1].since(found.third(0)[0], part) for part in ("controller", "dispatcher"))
-    both = parts["controller"] + parts["dispatcher"]
+    ms = {part: found.per_trial(2, part) for part in ("controller", "dispatcher", "driver", "trials", "ray")}
     speed = (end.ended - begin.ended) / max(1e-9, end.wall - begin.wall)
-    shown = [parts["driver"] - parts["controller"], parts["trials"], parts["ray"]]
     return [
         what,
         f"{speed:.1f}",
-        f"{parts['controller']:.1f}",
-        f"{parts['dispatcher']:.1f}",
-        f"{both / max(1e-9, before):.2f}",
-        *(f"{each:.1f}" for each in shown),
+        f"{ms['controller']:.1f}",
+        f"{ms['dispatcher']:.1f}",
+        f"{cost(found, 2) / max(1e-9, cost(found, 0)):.2f}",
+        *(f"{each:.1f}" for each in (ms["driver"] - ms["controller"], ms["trials"], ms["ray"])),
         f"{max(each.driver_mb for each in found.samples):.0f}",
     ]
 
 
-def cost(found: Measured) -> float:
-    """Return milliseconds of the controller and the dispatcher per trial in the last third."""
-    begin, end = found.third(2)
-    return end.since(begin, "controller") + end.since(begin, "dispatcher")
+def clock_line(what: str, found: Measured) -> list[str]:
+    """Return milliseconds of CPU per second."""
+    ms = {part: found.by_the_clock(part) for part in ("controller", "dispatcher", "driver", "trials", "ray")}
+    parts = ms["controller"], ms["dispatcher"], ms["driver"] - ms["controller"], ms["trials"], ms["ray"]
+    return [what, *(f"{each:.1f}" for each in parts)]
+
+
+def cost(found: Measured, third: int) -> float:
+    """Return milliseconds of the controller and the dispatcher per trial in a third of a run."""
+    return found.per_trial(third, "controller") + found.per_trial(third, "dispatcher")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -387,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MACDROP_CACHE", str(place / "cache"))
     print(machine())
-    made, lines = [], []
+    made, clock, lines = [], [], []
     for trials in asked.trials:
         run = place / f"trials-{trials}"
         how: dict[str, Any] = {"reuse": not asked.no_reuse}
@@ -401,8 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             in_a_process(run, whole, asked.models, **how, resume=bool(asked.finished), die_after=trials // 2)
         found = in_a_process(run, whole, asked.models, **how, resume=bool(asked.finished or asked.kill))
         made.append(line(what, found))
+        clock.append(clock_line(what, found))
         if len(found.samples) > 3:
-            lines.append(verdict(f"controller and dispatcher, {what}", cost(found), TRIAL_MS, unit=" ms"))
+            lines.append(verdict(f"controller and dispatcher, {what}", cost(found, 2), TRIAL_MS, unit=" ms"))
         else:
             lines.append(f"controller and dispatcher, {what}: not measured, of too few trials")
         lines.append(verdict("driver", max(each.driver_mb for each in found.samples), DRIVER_MB, unit=" MB"))
@@ -412,7 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done = sum(record.status == TaskState.DONE for record in records)
         lines.append(f"{done} of {len(records)} trials done, {found.failures} failures")
     print("ms of CPU per trial, in the last third of a run; growth against the first third")
-    print(table(HEADS, made), *lines, machine(), sep="\n")
+    print(table(HEADS, made))
+    print("ms of CPU per second, whether or not a trial ends")
+    print(table(["run", *CLOCK], clock), *lines, machine(), sep="\n")
     if not asked.keep:
         shutil.rmtree(place)
 

@@ -46,8 +46,8 @@ WORDS = {TaskState.TRAINED: "scoring"}
 MAX_ROWS = 24
 #: Seconds between two lines of a log on the state of the whole run, and between two estimates of the time left.
 LINE_EVERY_S, ESTIMATE_EVERY_S = 60.0, 1.0
-#: Seconds between two prints above the live table.
-PRINT_EVERY_S = 1.0
+#: Seconds between two drawings of the live table, with the lines that are printed above it.
+DRAW_EVERY_S = 1.0
 
 
 class Progress:
@@ -63,11 +63,11 @@ class Progress:
         self.console = console or PlainConsole()
         self._again = again
         self._live: Live | None = None
-        #: Lines yet to be printed above the live table, which is drawn again below each print.
+        #: Lines yet to be printed above the live table, which each print draws again below them.
         self._lines: list[Text] = []
         self._lock = threading.Lock()  # copies and trackers have notes of their own threads
         self._clock = clock
-        self._begun = self._said = self._printed = clock()
+        self._begun = self._said = self._drawn = clock()
         self._tasks: dict[str, dict[str, Any]] = {}
         #: What the live table shows: trials that have not ended, the newest that have, and base models.
         self._open: dict[str, None] = {}
@@ -94,7 +94,7 @@ class Progress:
         for name, fact in facts.items():
             self._print(f"{name:<12} {fact}")
         if self.console.is_terminal:
-            self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
+            self._live = Live(self._table(), console=self.console, auto_refresh=False, transient=True)
             self._live.start()
 
     def planned(self, work: Work) -> None:
@@ -145,10 +145,8 @@ class Progress:
             if not self._live and self._clock() - self._said >= LINE_EVERY_S:
                 self._said = self._clock()
                 self._say(self._whole(estimate))
-        if self._live:
-            self._live.update(self._table())
-        if self._clock() - self._printed >= PRINT_EVERY_S:
-            self._print_lines()
+        if self._clock() - self._drawn >= DRAW_EVERY_S:
+            self._draw()
 
     def _see(self, row: dict[str, Any]) -> None:
         """Take a task's row, and say in a log that it has started or is trained."""
@@ -257,15 +255,23 @@ class Progress:
         with self._lock:
             self._lines.append(rich_text(*parts))
         # No table is shown any more while answers are judged: lines must not wait for the next one.
-        if not self._live or self._clock() - self._printed >= PRINT_EVERY_S:
-            self._print_lines()
+        if not self._live or self._clock() - self._drawn >= DRAW_EVERY_S:
+            self._draw()
 
-    def _print_lines(self) -> None:
+    def _draw(self) -> None:
+        self._drawn = self._clock()
+        if self._live:
+            self._live.update(self._table())
+        if not self._print_lines() and self._live:
+            self._live.refresh()
+
+    def _print_lines(self) -> bool:
+        """Print the lines that are waiting, with the live table below them; return whether there were any."""
         with self._lock:
             lines, self._lines = self._lines, []
         if lines:
             self.console.print(Text("\n").join(lines), soft_wrap=True, highlight=False)
-            self._printed = self._clock()
+        return bool(lines)
 
     def _table(self) -> Table:
         title = rich_text(self._line) if self._line else None

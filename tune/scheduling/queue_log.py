@@ -9,21 +9,42 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from tune.errors import ResourceError
-from tune.scheduling.queue import TaskQueue
-from tune.scheduling.tasks import TrainTask
+from tune.scheduling.queue import Mark, TaskQueue
+from tune.scheduling.tasks import QueuedTask, TrainTask
 from tune.storage.atomic import lasting, plain
 from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.states import Stage
+from tune.training.observer import Word
 
 #: Read-only methods.
 LOOKS = frozenset({"poll", "closing", "held", "snapshot", "changes"})
 #: Marks an argument that is a task; no other mapping of the queue's methods has this key.
 TASK = "order"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in the history of a queue: its process and the calls that it had, its changes and its snapshot then."""
+
+    process: str
+    calls: int
+    seen: int
+    mark: Mark
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What came after a place: entries whose state changed, and a snapshot that has the rows of changed tasks only."""
+
+    place: Place
+    changed: list[QueuedTask]
+    snapshot: dict[str, Any]
 
 
 class LoggedQueue:
@@ -41,19 +62,48 @@ class LoggedQueue:
         self.queue = TaskQueue()
         self._file = file
         self._unwritten: list[dict[str, Any]] = []
+        self._process, self._calls = uuid4().hex, 0
         for row in read_jsonl(file, needs=("method", "arguments")):
             self._apply(row)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run one method of the queue. Read-only calls are not logged."""
-        if method in LOOKS or _unvalidated(method, arguments):
+        if method in LOOKS:
+            return getattr(self.queue, method)(*arguments)
+        if _unvalidated(method, arguments):
+            self._calls += 1
             return getattr(self.queue, method)(*arguments)
         row = plain({"method": method, "arguments": [_written(each) for each in arguments]})
         # The queue sees what its file will say, also of a number that JSON does not have.
         answer = self._apply(row)
-        if not (method == "take" and answer is None) and not _unvalidated(method, row["arguments"]):
+        if method == "take" and answer is None:
+            return None
+        self._calls += 1
+        if not _unvalidated(method, row["arguments"]):
             self._write(row)
         return answer
+
+    # --- what a caller may wait for: None if there is nothing yet ---
+
+    def next_task(self, lane: str, engine_key: str | None) -> TrainTask | Word | None:
+        """Take the next task for a lane; return `Word.LEAVE` if there is none and the lane should end."""
+        task = self.call("take", lane, engine_key)
+        return Word.LEAVE if task is None and self.queue.closing(lane) else task
+
+    def news(self, task_id: str, after: int) -> dict[str, Any] | None:
+        """Return what `poll` does of a task that has ended, or has validations of steps later than `after`."""
+        found = self.queue.poll(task_id, after)
+        return found if found["metrics"] or found["state"].is_final else None
+
+    def since(self, place: Place | None) -> Changes | None:
+        """Return what came after a place, all of it without one."""
+        if place is not None and (place.process, place.calls) == (self._process, self._calls):
+            return None
+        seen, changed = self.queue.changes(place.seen if place else 0)
+        snapshot = self.queue.snapshot(place.mark if place else None)
+        return Changes(Place(self._process, self._calls, seen, snapshot["mark"]), changed, snapshot)
+
+    # --- details ---
 
     def _apply(self, row: dict[str, Any]) -> Any:
         return getattr(self.queue, row["method"])(*map(_read, row["arguments"]))

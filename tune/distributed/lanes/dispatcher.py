@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.errors import ResourceError
-from tune.scheduling.queue_log import LoggedQueue
+from tune.scheduling.queue_log import LOOKS, Changes, LoggedQueue, Place
+from tune.scheduling.tasks import TrainTask
 from tune.storage.atomic import atomic_write_text
 
 #: How long a caller waits for an answer; on a busy machine an actor takes seconds to restart.
 PATIENCE_S = 180.0
+#: What a caller of `Dispatcher.wait` waits for, unless it is one task: a task for its lane, and any change.
+LANES, CHANGES = "lanes", "changes"
+#: Methods of the queue whose first argument is not the task that they change.
+OF_ANY_TASK = frozenset({"abandon", "close", "drain", "lane_down", "lane_up"})
+#: How long the answers to those that wait are waited for at the end.
+END_S = 2.0
+#: How long a `Watch` waits at a time.
+CHANGES_S = 5.0
+#: Callers that may wait at the same time.
+WAITING_MOST = 10_000
 
 
 class DispatcherLost(ResourceError):
@@ -33,26 +46,67 @@ def dispatching(folder: Path) -> Iterator[ActorHandle]:
     """
     log = atomic_write_text(folder / f"queue-{uuid.uuid4().hex[:8]}.jsonl", "")
     actor: Any = ray.remote(Dispatcher).options(
-        num_cpus=0, resources={HEAD: 0.001}, max_concurrency=1, max_restarts=-1, max_task_retries=-1
+        num_cpus=0, resources={HEAD: 0.001}, max_concurrency=WAITING_MOST, max_restarts=-1, max_task_retries=-1
     )
     dispatcher: ActorHandle = actor.remote(log)
     try:
         yield dispatcher
     finally:
         if ray.is_initialized():
+            with suppress(RayError):  # Ray reports calls that an actor leaves unanswered to the user
+                ray.get(dispatcher.end.remote(), timeout=END_S)
             ray.kill(dispatcher)
     log.unlink(missing_ok=True)
 
 
 class Dispatcher:
-    """The actor's class: a queue that logs its calls, one at a time, so it needs no lock."""
+    """The actor's class: a queue that logs its calls. They run one at a time, as none of them awaits anything."""
 
     def __init__(self, log: Path) -> None:
         self.queue = LoggedQueue(log)
+        self._waiting: dict[str, asyncio.Event] = {}
+        self._ended = False
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    async def call(self, method: str, *arguments: Any) -> Any:
         """Call one method of the queue."""
-        return self.queue.call(method, *arguments)
+        answer = self.queue.call(method, *arguments)
+        if method not in LOOKS:
+            self._wake(method, arguments)
+        return answer
+
+    async def wait(self, seconds: float, about: str, method: str, *arguments: Any) -> Any:
+        """Return what a method of `LoggedQueue` returns as soon as that is not None; None if it stays so for long.
+
+        about: the task that it depends on, `LANES` or `CHANGES`.
+        """
+        end = time.monotonic() + seconds
+        while (found := getattr(self.queue, method)(*arguments)) is None and (left := end - time.monotonic()) > 0:
+            if self._ended:
+                break
+            changed = self._waiting.setdefault(about, asyncio.Event())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), left)
+        if isinstance(found, TrainTask):
+            self._wake("take", (found,))
+        return found
+
+    async def end(self) -> None:
+        """Answer all that wait, before the actor's end."""
+        self._ended = True
+        for changed in self._waiting.values():
+            changed.set()
+
+    def _wake(self, method: str, arguments: Sequence[Any]) -> None:
+        """Have those look again whom a call may concern."""
+        if method in OF_ANY_TASK:
+            about = set(self._waiting)
+        else:
+            first = arguments[0]
+            about = {CHANGES, first.id if isinstance(first, TrainTask) else first}
+            if method not in ("progress", "take"):
+                about.add(LANES)
+        for each in about & self._waiting.keys():
+            self._waiting.pop(each).set()
 
 
 def ask(dispatcher: ActorHandle, method: str, *arguments: Any) -> ray.ObjectRef:
@@ -78,3 +132,43 @@ def answer(reference: ray.ObjectRef) -> Any:
 def call(dispatcher: ActorHandle, method: str, *arguments: Any) -> Any:
     """Call the queue and wait for its answer, as `answer` does."""
     return answer(ask(dispatcher, method, *arguments))
+
+
+def wait_for(dispatcher: ActorHandle, seconds: float, about: str, method: str, *arguments: Any) -> ray.ObjectRef:
+    """Have `Dispatcher.wait` wait, for less than `PATIENCE_S`; pass the reference to `answer`."""
+    assert seconds < PATIENCE_S / 2
+    return dispatcher.wait.remote(seconds, about, method, *arguments)
+
+
+class Watch:
+    """The changes of the queue, each once, for a caller that goes on while it waits for them."""
+
+    def __init__(self, dispatcher: ActorHandle) -> None:
+        self._dispatcher = dispatcher
+        self._place: Place | None = None
+        self._asked: tuple[float, ray.ObjectRef] | None = None
+
+    def news(self) -> Changes | None:
+        """Return what has come since the last call, if the answer is there; None otherwise.
+
+        Raises:
+            DispatcherLost: as `answer`.
+        """
+        if self._asked is None:
+            reference = wait_for(self._dispatcher, CHANGES_S, CHANGES, "since", self._place)
+            self._asked = time.monotonic() + PATIENCE_S, reference
+        until, reference = self._asked
+        if time.monotonic() < until and not ray.wait([reference], timeout=0)[0]:
+            return None
+        self._asked = None
+        return self._taken(answer(reference))
+
+    def now(self) -> Changes | None:
+        """Return what has come since the last call, this moment's included; None for nothing. Raises as `news`."""
+        self._asked = None
+        return self._taken(answer(wait_for(self._dispatcher, 0.0, CHANGES, "since", self._place)))
+
+    def _taken(self, changes: Changes | None) -> Changes | None:
+        if changes is not None:
+            self._place = changes.place
+        return changes

@@ -24,7 +24,7 @@ from macdrop.errors import MacDropError
 from tune.config.run_spec import RaySpec, TrainSpec
 from tune.data import dataset
 from tune.distributed.cluster.placement_groups import Trainer
-from tune.distributed.lanes.dispatcher import DispatcherLost, answer, ask, call
+from tune.distributed.lanes.dispatcher import LANES, DispatcherLost, answer, ask, call, wait_for
 from tune.errors import ResourceError, TrainingDiverged
 from tune.scheduling.allocation import LaneKind
 from tune.scheduling.failures import Failure, classify
@@ -41,9 +41,9 @@ from tune.training.quiet import quiet_worker
 from tune.training.trial_setup import record_setup
 from tune.training.watchdog import Watchdog, stack_file, stacks
 
-#: How often an idle lane asks for a task, and for how long before it gives the other ranks a sign of life.
-ASK_EVERY_S = 0.1
-HEARTBEAT_S = 5.0
+#: How long an idle lane waits for a task before it gives the other ranks a sign of life, and asks again. Short, as a
+#: lane that died in the meantime would still be given one, which then counts as an attempt.
+HEARTBEAT_S = 1.0
 #: How often Ray Train replaces a lane's worker group within one run; a new run follows (`lane_pool`).
 RESTARTS = 3
 #: Ranks that wait for each other in vain give up within this many seconds of one another.
@@ -167,15 +167,11 @@ def _work(config: dict[str, Any]) -> None:
 
 def _next(dispatcher: ActorHandle, lane: str, engine: Engine | None) -> TrainTask | Idle:
     """Return the next task, on rank 0; wait for one for a while."""
-    deadline = time.monotonic() + HEARTBEAT_S
-    while time.monotonic() < deadline:
-        task = call(dispatcher, "take", lane, engine.key if engine else None)
-        if task is not None:
-            return task
-        if call(dispatcher, "closing", lane):
-            return Idle.CLOSED
-        time.sleep(ASK_EVERY_S)
-    return Idle.NOTHING_YET
+    key = engine.key if engine else None
+    task = answer(wait_for(dispatcher, HEARTBEAT_S, LANES, "next_task", lane, key))
+    if task is None:
+        return Idle.NOTHING_YET
+    return Idle.CLOSED if task is Word.LEAVE else task
 
 
 def _train(

@@ -16,14 +16,14 @@ from tune.config.recorded import asked_for
 from tune.config.run_spec import TrainSpec
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Opening
-from tune.distributed.lanes.dispatcher import answer, ask, call
+from tune.distributed.lanes.dispatcher import Watch, answer, ask, call
 from tune.distributed.lanes.lane_pools import LanePools
 from tune.distributed.sweep.events import Observer
 from tune.distributed.sweep.scoring import Scoring
 from tune.distributed.sweep.trial import recorded_task
 from tune.evaluation.score_names import named_scores
 from tune.scheduling.history import resume_state
-from tune.scheduling.queue import Mark
+from tune.scheduling.queue_log import Changes
 from tune.scheduling.sharing import Phase
 from tune.scheduling.study import Study
 from tune.scheduling.tasks import QueuedTask
@@ -64,8 +64,10 @@ class SweepController:
         self._asked = asked_for(run_folder.config())
         self._lock = threading.RLock()
         self._pending: dict[str, dict[str, Any]] = {}
-        self._seen = 0
-        self._mark: Mark | None = None
+        self._changes = Watch(dispatcher)
+        self._snapshot: dict[str, Any] = {"lanes": {}, "queued": {}, "open": {}}
+        #: Rows of tasks that have changed since the display was last updated.
+        self._rows: list[dict[str, Any]] = []
         self._searched: list[SearchTime] = []
         self._error: BaseException | None = None
         self._waits = False
@@ -149,12 +151,14 @@ class SweepController:
         Raises:
             the error that ended the loop.
         """
+        self.check(study)
+        with self._lock:
+            self._take_changes(self._changes.now())  # with what the study has placed
         while True:
             self.check(study)
             with self._lock:
-                unfinished = call(self._dispatcher, "snapshot", self._mark)["open"].get(study.name, 0)
-                scoring = any(pending["study"] == study.name for pending in self._pending.values())
-                if not unfinished and not scoring and not self._take_changes():
+                unfinished = self._snapshot["open"].get(study.name, 0)
+                if not unfinished and all(pending["study"] != study.name for pending in self._pending.values()):
                     return
             time.sleep(TICK_S)
 
@@ -226,30 +230,32 @@ class SweepController:
     def _tick(self) -> None:
         for searched in list(self._searched):
             searched.keep()
-        self._take_changes()
+        self._take_changes(self._changes.news())
         for result in self._scoring.step():
             self._scored(result)
-        snapshot = call(self._dispatcher, "snapshot", self._mark)
-        self._mark = snapshot["mark"]
         scoring = self._scoring.wanting
-        self.lanes.check(snapshot, scoring=scoring, working=bool(self._scoring.at_work))
+        self.lanes.check(self._snapshot, scoring=scoring, working=bool(self._scoring.at_work))
         self._scoring.drain(self.lanes.leaving)
         if self.lanes.starving and not self._waits:
             self._progress.note("no lane has its workers; waiting for resources")
         self._waits = self.lanes.starving
         if self._waits and not self._scoring.opening and (released := self._scoring.release()):
             self._progress.note(f"{released} idle evaluation actor(s) released to make room for a lane")
-        self._progress.show(snapshot, self._scoring.left())
+        rows, self._rows = self._rows, []
+        self._progress.show({**self._snapshot, "tasks": rows}, self._scoring.left())
 
-    def _take_changes(self) -> bool:
-        """Process the queue's changes since the last call; return whether there were any."""
-        self._seen, changes = call(self._dispatcher, "changes", self._seen)
-        for entry in changes:
-            self._changed(entry)
-        return bool(changes)
+    def _take_changes(self, changes: Changes | None) -> None:
+        """Process the queue's changes since the last call, if there are any."""
+        if changes is not None:
+            self._snapshot = changes.snapshot
+            self._rows += changes.snapshot["tasks"]
+            for entry in changes.changed:
+                self._changed(entry)
 
     def _changed(self, entry: QueuedTask) -> None:
         task = entry.task
+        if entry.state == TaskState.QUEUED or task.study in self._given_up:
+            return
         trial = self._run_folder.trial(task.id)
         model, seed = task.spec["model_name_or_path"], task.spec["seed"]
         spec = TrainSpec.model_validate(task.spec)
@@ -261,8 +267,6 @@ class SweepController:
             "drawn": task.drawn,
         }
         record = trial.record()
-        if entry.state == TaskState.QUEUED or task.study in self._given_up:
-            return
         if entry.state == TaskState.RUNNING or record is None:  # a short one may have ended between two polls
             trial.start(task.spec, model=model, arm=arm, seed=seed, **about)
         if entry.state == TaskState.TRAINED:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ray.tune.experiment import Trial
 
 from tune.config.run_spec import TrainSpec, dump
 from tune.config.sections import EVAL_LOSS, Arm
-from tune.distributed.lanes.dispatcher import call
+from tune.distributed.lanes.dispatcher import answer, call, wait_for
 from tune.distributed.sweep.searcher import FINISHED, values
 from tune.scheduling.history import FAILED
 from tune.scheduling.study import Study
@@ -23,8 +22,8 @@ from tune.storage.records import TrialRecord
 from tune.storage.states import Stage, TaskState
 from tune.storage.trial_folder import TrialFolder
 
-#: Seconds between two looks at a task, at first and at most: more of them the longer it takes.
-POLL_EVERY_S, POLL_MOST_S, POLL_SHARE = 0.2, 2.0, 0.01
+#: How long a trial waits for news of its task before it asks again.
+NEWS_S = 30.0
 #: How often Tune restarts a trial's actor after its process died; the task is not affected.
 RESTARTS = 5
 
@@ -88,15 +87,12 @@ def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
     record = TrialFolder(Path(task.folder), within=Path(context.run_dir))
     evaluated = [row for row in record.metrics() if row.get(EVAL_LOSS) is not None]
     call(context.dispatcher, "place", task, ray.tune.get_context().get_trial_id(), evaluated)
-    step, begun = -1, time.monotonic()
-    while True:
-        news = call(context.dispatcher, "poll", task.id, step)
-        for metrics in news["metrics"]:
+    news, step = None, -1
+    while news is None or not news["state"].is_final:
+        news = answer(wait_for(context.dispatcher, NEWS_S, task.id, "news", task.id, step))
+        for metrics in news["metrics"] if news else ():
             step = metrics["step"]
             ray.tune.report({"step": step, EVAL_LOSS: metrics["eval_loss"]})
-        if news["state"].is_final:
-            break
-        time.sleep(min(POLL_MOST_S, POLL_EVERY_S + POLL_SHARE * (time.monotonic() - begun)))
     if news["state"] == TaskState.DONE:
         outcome = news["outcome"]
         last = {"step": outcome["step"], EVAL_LOSS: outcome["eval_loss"], FINISHED: True}
