@@ -60,12 +60,12 @@ def test_fronts_equal_their_definition():
         return 1 + max((depth(q, points) for q in better), default=-1)
 
     for objectives in ([DOWN], [DOWN, UP], [DOWN, UP, UP]):
-        points = list({tuple(draws.randrange(6) for _ in objectives) for _ in range(25)})
+        points = [tuple(draws.randrange(6) for _ in objectives) for _ in range(25)]  # some are equal
         values = [tuple(v if m is DOWN else -v for v, m in zip(p, objectives, strict=True)) for p in points]
         ranked = ranking([Candidate(f"{i:02}", "done", base, v) for i, v in enumerate(values)], objectives)
         assert {c.trial: front for front, c in ranked} == {f"{i:02}": depth(p, points) for i, p in enumerate(points)}
-        task = [(front, points[int(c.trial)][0]) for front, c in ranked]
-        assert task == sorted(task)
+        order = [(front, points[int(c.trial)][0], c.trial) for front, c in ranked]
+        assert order == sorted(order)
 
 
 def test_beats_is_a_strict_partial_order():

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,15 +135,37 @@ def ranking(found: Sequence[Candidate], objectives: Sequence[Metric]) -> list[tu
     the first objective decides, then the name.
     """
     signs = [1 if metric.goal == "minimize" else -1 for metric in objectives]
-    left = [(tuple(s * (v or 0.0) for s, v in zip(signs, c.values, strict=True)), c) for c in found if c.selectable]
+    equal: dict[tuple[float, ...], list[Candidate]] = {}
+    for each in found:
+        if each.selectable:
+            equal.setdefault(tuple(s * (v or 0.0) for s, v in zip(signs, each.values, strict=True)), []).append(each)
     ranked: list[tuple[int, Candidate]] = []
-    front = 0
-    while left:
-        best = [(costs, c) for costs, c in left if not any(beats(other, costs) for other, _ in left)]
-        ranked += [(front, c) for _, c in sorted(best, key=lambda pair: (pair[0][0], pair[1].trial))]
-        left = [pair for pair in left if pair not in best]
-        front += 1
+    for number, front in enumerate(_fronts(equal)):
+        there = [(costs[0], candidate) for costs in front for candidate in equal[costs]]
+        best_first = sorted(there, key=lambda pair: (pair[0], pair[1].trial))
+        ranked += [(number, candidate) for _, candidate in best_first]
     return ranked
+
+
+def _fronts(distinct: Iterable[tuple[float, ...]]) -> list[list[tuple[float, ...]]]:
+    """Return the fronts of costs without equal ones, each in ascending order.
+
+    Costs are beaten by smaller ones only, so each goes, in ascending order, into the first front that does not beat it:
+    found by bisection, as what beats one of a front is beaten by one of each front before (efficient non-dominated
+    sort, Zhang et al. 2015).
+    """
+    fronts: list[list[tuple[float, ...]]] = []
+    for costs in sorted(distinct):
+
+        def beaten_by(front: Sequence[tuple[float, ...]], costs: tuple[float, ...] = costs) -> bool:
+            # Of two costs the second falls along a front: the last one is the least.
+            return any(beats(other, costs) for other in (front[-1:] if len(costs) <= 2 else reversed(front)))
+
+        place = bisect_left(fronts, True, key=lambda front: not beaten_by(front))
+        if place == len(fronts):
+            fronts.append([])
+        fronts[place].append(costs)
+    return fronts
 
 
 def beats(one: Sequence[float], other: Sequence[float]) -> bool:
