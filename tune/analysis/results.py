@@ -6,7 +6,6 @@ A *line* is the base model or one trial. A *group* is one setting with all its s
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
@@ -16,27 +15,37 @@ from pathlib import Path
 from typing import Any
 
 from tune.analysis.display_names import arm_name, setting_label
+from tune.analysis.settings import setting_text, varied
 from tune.config.parse import flatten
 from tune.config.recorded import asked_for, block_of, models_of
 from tune.config.run_spec import CELL_KEYS, slug
 from tune.config.sections import Arm
 from tune.config.train.data_keys import weights_of
-from tune.evaluation.score_names import EVAL_LOSS, Cell, Column, Known, add_means, place, primary_columns
+from tune.evaluation.score_names import (
+    EVAL_LOSS,
+    Cell,
+    Column,
+    Known,
+    add_means,
+    place,
+    primary_columns,
+    scoring_seconds,
+)
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.states import Stage, TaskState
 from tune.zoo.catalog import is_planted
 
-MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
-NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
-"""Keys that do not affect training; trials that differ only in these are the same setting."""
 ARM_ORDER = (BASE, "plain", "macdrop")
 """Order of arms in tables; placebos follow."""
 
 
 @dataclass
 class Line:
-    """The base model, or one trial; `settings` are the effective spec with dotted keys, `group` the setting's id."""
+    """The base model, or one trial; `settings` are the effective spec with dotted keys, `group` the setting's id.
+
+    `scoring_s` are the seconds that its benchmarks took.
+    """
 
     label: str
     trial: str
@@ -50,6 +59,7 @@ class Line:
     settings: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     scores: dict[Column, Cell] = field(default_factory=dict)
+    scoring_s: float = 0.0
 
     def setting(self, key: str) -> Any:
         """A setting's value; None for MacDrop's keys in the base and plain arms."""
@@ -191,6 +201,9 @@ def _model(
         columns[column] = None
         if row["trial"] in by_trial and row["value"] is not None:
             by_trial[row["trial"]].scores[column] = known.cell(row)
+    for trial, seconds in scoring_seconds(rows).items():
+        if trial in by_trial:
+            by_trial[trial].scoring_s = seconds
     asked = asked_for(config)
     means = add_means([line.scores for line in lines], primary_columns(columns, asked))
     tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
@@ -213,7 +226,9 @@ def _model(
         groups=_groups(lines, finalists or {}),
         columns=eval_loss + sorted([*columns, *means], key=place),
         shown=eval_loss + sorted([*tested, *(mean for mean in means if mean.split == "test")], key=place),
-        keys=_varied(lines, list(block_of(block_of(config, "sweep"), "parameters"))),
+        keys=varied(
+            [line.settings for line in lines if line.arm != BASE], block_of(block_of(config, "sweep"), "parameters")
+        ),
         objectives=objectives,
         best=best,
     )
@@ -229,7 +244,7 @@ def _line(trial: TrialRecord) -> Line:
         reason=trial.reason,
         seed=trial.seed,
         stage=trial.stage,
-        group=trial.setting or _setting_text(settings, trial.arm),
+        group=trial.setting or setting_text(settings, trial.arm),
         cell=trial.cell or {key: settings[key] for key in CELL_KEYS if settings.get(key)},
         settings=settings,
         info=trial.model_dump(exclude_unset=True),
@@ -306,38 +321,6 @@ def _staged(lines: list[Line]) -> bool:
 
 def _tested(line: Line) -> bool:
     return any(column.split == "test" and column != EVAL_LOSS for column in line.scores)
-
-
-def _varied(lines: list[Line], searched: list[str]) -> list[str]:
-    """Settings to show in tables: MacDrop's, the searched ones, and all that differ between trials."""
-    own = [f"macdrop.{key}" for key in MACDROP_KEYS]
-    trials = [line for line in lines if line.arm != BASE]
-    every = dict.fromkeys(key for line in trials for key in line.settings)
-    differing = [
-        key
-        for key in every
-        if not key.startswith("macdrop.")
-        and key.partition(".")[0] not in (*NOT_SETTINGS, "seed", "slimadam_rules")  # rules follow from the optimizer
-        and _differs(trials, key)
-    ]
-    return [key for key in dict.fromkeys([*own, *searched, *differing]) if key != "seed"]
-
-
-def _differs(trials: list[Line], key: str) -> bool:
-    """Return whether two trials differ in a setting."""
-    values = [line.settings.get(key) for line in trials]
-    try:
-        return len({(type(value), value) for value in values}) > 1
-    except TypeError:  # lists and mappings
-        return len({json.dumps(value, default=str) for value in values}) > 1
-
-
-def _setting_text(settings: Mapping[str, Any], arm: str) -> str:
-    """An id of a setting without its seed, for older runs whose trials have no `setting`."""
-    kept = {key: value for key, value in settings.items() if key not in ("seed", *NOT_SETTINGS)}
-    if arm == Arm.PLAIN:
-        kept = {key: value for key, value in kept.items() if not key.startswith("macdrop.")}
-    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _objectives(config: Mapping[str, Any]) -> list[tuple[str, str]]:

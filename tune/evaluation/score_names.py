@@ -76,6 +76,9 @@ class Cell:
         return cls(row["value"], row.get("stderr"), row.get("n"), how)
 
 
+_names: Callable[[Mapping[str, Any]], tuple[Any, ...]] = itemgetter(*Column.__dataclass_fields__)
+
+
 class Known:
     """Columns and cells of many rows of scores.jsonl: those of equal names, and equal conditions, are one object."""
 
@@ -86,7 +89,7 @@ class Known:
     def column(self, row: Mapping[str, Any]) -> Column:
         """Return `Column.of` a row."""
         try:
-            key = _NAMES(row)
+            key = _names(row)
         except KeyError:  # of an earlier version
             return Column.of(row)
         if key not in self._columns:
@@ -95,19 +98,23 @@ class Known:
 
     def cell(self, row: Mapping[str, Any]) -> Cell:
         """Return `Cell.of` a row."""
-        try:
-            values = _HOW(row)
-        except KeyError:
-            return Cell.of(row)
+        values = tuple(map(row.get, HOW))
         key = (*values, *map(type, values))  # 1 is equal to True
         if key not in self._how:
             self._how[key] = Cell.of(row).how
         return Cell(row["value"], row.get("stderr"), row.get("n"), self._how[key])
 
 
-_Values = Callable[[Mapping[str, Any]], tuple[Any, ...]]
-_NAMES: _Values = itemgetter(*Column.__dataclass_fields__)
-_HOW: _Values = itemgetter(*HOW)
+def scoring_seconds(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return seconds of the benchmarks of each trial; all rows of one benchmark and attack carry the same time."""
+    spent: dict[str, dict[tuple[Any, ...], float]] = {}
+    for row in rows:
+        seconds = row.get("seconds")
+        if seconds is not None:
+            entry = row.get("entry") or row["task"].partition("/")[0]
+            job = (row["split"], row["benchmark"], row.get("attack"), row.get("attack_on"), entry)
+            spent.setdefault(row["trial"], {})[job] = seconds
+    return {trial: sum(jobs.values()) for trial, jobs in spent.items()}
 
 
 def primary_columns(columns: Iterable[Column], asked: Mapping[str, str | None] | None = None) -> list[Column]:

@@ -136,7 +136,7 @@ def _row(report: Report, model: ModelResults, verdict: Verdict | None) -> Row:
     settings = group.lines[0].settings if group else model.best.settings if model.best else {}
     adapter = adapter_name(settings) if settings else ""
     ratio = _perplexity_ratio(verdict)
-    hours = sum(spent(report.run_folder, model)) / 3600
+    hours = sum(spent(model)) / 3600
     proof = (model.proof or {}).get("verdict")
     values = {
         "model": model.display,

@@ -83,6 +83,14 @@ class LoggedQueue:
             self._write(row)
         return answer
 
+    def record_all(self, ended: Sequence[Sequence[Any]]) -> None:
+        """Call `TaskQueue.record` with each of these arguments, and log them in one write."""
+        rows = [plain({"method": "record", "arguments": [_written(each) for each in arguments]}) for arguments in ended]
+        for row in rows:
+            self._apply(row)
+        self._calls += 1
+        self._write(*rows)
+
     # --- what a caller may wait for: None if there is nothing yet ---
 
     def next_task(self, lane: str, engine_key: str | None) -> TrainTask | Word | None:
@@ -108,9 +116,9 @@ class LoggedQueue:
     def _apply(self, row: dict[str, Any]) -> Any:
         return getattr(self.queue, row["method"])(*map(_read, row["arguments"]))
 
-    def _write(self, row: dict[str, Any]) -> None:
-        """Append a line. While the disk is full or gone the lines wait in their order: no run must end for its log."""
-        self._unwritten.append(row)
+    def _write(self, *rows: dict[str, Any]) -> None:
+        """Append lines. While the disk is full or gone they wait in their order: no run must end for its log."""
+        self._unwritten += rows
         with suppress(ResourceError):
             if self._file.exists():
                 append_jsonl(self._file, self._unwritten)

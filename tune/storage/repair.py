@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def repair_run(run_dir: Path) -> list[str]:
         if UNFINISHED.fullmatch(file.name):
             file.unlink(missing_ok=True)
     notes = _run_files(run_dir)
-    redone = [note for folder in sorted((run_dir / "trials").glob("*/")) for note in _trial(folder)]
+    found = {folder.name: _trial(folder) for folder in sorted((run_dir / "trials").glob("*/"))}
+    redone = [note for repairs, _ in found.values() for note in repairs]
     notes += redone
     for folder in sorted((run_dir / "models").glob("*/")):
         notes += _finding(folder / "massive_weights.json", _massive_weights, "found again")
@@ -91,8 +92,8 @@ def repair_run(run_dir: Path) -> list[str]:
     notes += _finding(run_dir / ENVIRONMENT_FILE, read_mapping, "versions before this resume are unknown")
     lost = [note for file in sorted(run_dir.glob("*/*/answers/*.jsonl")) for note in _answers(run_dir, file)]
     notes += _lines(run_dir / TIMES_FILE, _time, "the timeline has a gap")
-    notes += _lines(run_dir / SCORES_FILE, _score, "what is missing is scored again")
-    return notes + lost + _scores_of_lost_trials(run_dir)
+    trained = {name for name, (_, is_trained) in found.items() if is_trained}
+    return notes + _scores(run_dir / SCORES_FILE, trained) + lost
 
 
 # --- the run ---
@@ -164,21 +165,21 @@ def _is_whole(copy: Any) -> bool:
 # --- trials ---
 
 
-def _trial(folder: Path) -> list[str]:
-    """Repair one trial's folder."""
+def _trial(folder: Path) -> tuple[list[str], bool]:
+    """Repair one trial's folder; return what was done, and whether it is trained, or has ended without an adapter."""
     remedy = f"{folder.name} is trained again"
     file, config = folder / "trial.json", folder / "config.yaml"
     notes = _lines(folder / "metrics.jsonl", _metrics, "its curve has a gap")
     notes += _finding(folder / "trackers.json", read_mapping, "trackers see the trial as a new one")
     if not file.exists():
-        return notes
+        return notes, False
     record = _believed(file, _record)
     if record is None:
-        return [*notes, f"{_aside(file)}: {remedy}"]
+        return [*notes, f"{_aside(file)}: {remedy}"], False
     if _believed(config, lambda path: _named(path, folder.name)) is None:
         aside = _aside(config)
         _aside(file)
-        return [*notes, f"{aside}: {remedy}"]
+        return [*notes, f"{aside}: {remedy}"], False
     adapter = folder / "adapter"
     tidy(folder)
     if (record["status"] == TaskState.DONE or record.get("trained")) and adapter.exists():
@@ -189,8 +190,8 @@ def _trial(folder: Path) -> list[str]:
             reason = str(error).splitlines()[0]
             kept = {key: value for key, value in record.items() if key not in ("trained", "finished")}
             atomic_write_json(file, {**kept, "status": TaskState.RUNNING, "reason": None})
-            return [*notes, f"{reason} {remedy}"]
-    return notes
+            return [*notes, f"{reason} {remedy}"], False
+    return notes, record.get("trained") is not None or TaskState(record["status"]).is_final
 
 
 def _record(file: Path) -> dict[str, Any]:
@@ -240,19 +241,21 @@ def _number(value: Any) -> bool:
     return value is None or type(value) in (int, float)
 
 
-def _scores_of_lost_trials(run_dir: Path) -> list[str]:
-    """Drop scores of adapters that are trained again: their folder is gone, or what was in it could not be kept."""
-    run_folder = RunFolder(run_dir)
-    scored = dict.fromkeys(row["trial"] for row in run_folder.score_rows() if row["trial"] != BASE)
-    lost = [trial for trial in scored if not _was_trained(run_folder.trial(trial).folder)]
+def _scores(file: Path, trained: Collection[str]) -> list[str]:
+    """Repair the scores, and drop those of adapters that are trained again: nothing in their folder could be kept."""
+    scored: dict[str, None] = {}
+
+    def fits(row: dict[str, Any]) -> bool:
+        whole = _score(row)
+        if whole:
+            scored[row["trial"]] = None
+        return whole
+
+    notes = _lines(file, fits, "what is missing is scored again")
+    lost = dict.fromkeys(trial for trial in scored if trial != BASE and trial not in trained)
     if lost:
-        _rewrite(run_folder.scores_file, lambda row: row["trial"] not in lost)
-    return [f"{trial} is trained again: its scores are made again" for trial in lost]
-
-
-def _was_trained(folder: Path) -> bool:
-    record = _believed(folder / "trial.json", _record)
-    return record is not None and (record.get("trained") is not None or TaskState(record["status"]).is_final)
+        _rewrite(file, lambda row: row["trial"] not in lost)
+    return notes + [f"{trial} is trained again: its scores are made again" for trial in lost]
 
 
 def _answers(run_dir: Path, file: Path) -> list[str]:

@@ -74,6 +74,11 @@ class Dispatcher:
             self._wake(method, arguments)
         return answer
 
+    async def record_all(self, ended: Sequence[Sequence[Any]]) -> None:
+        """Call `LoggedQueue.record_all`, at the start of a study: nobody waits for its tasks yet."""
+        self.queue.record_all(ended)
+        self._wake("record", [""])
+
     async def wait(self, seconds: float, about: str, method: str, *arguments: Any) -> Any:
         """Return what a method of `LoggedQueue` returns as soon as that is not None; None if it stays so for long.
 

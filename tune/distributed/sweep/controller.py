@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ from tune.config.recorded import asked_for
 from tune.config.run_spec import TrainSpec
 from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Opening
-from tune.distributed.lanes.dispatcher import Watch, answer, ask, call
+from tune.distributed.lanes.dispatcher import Watch, answer, call
 from tune.distributed.lanes.lane_pools import LanePools
+from tune.distributed.sweep.earlier_run import EndedTask, ended_tasks, missing_jobs
 from tune.distributed.sweep.events import Observer
 from tune.distributed.sweep.scoring import Scoring
-from tune.distributed.sweep.trial import recorded_task
 from tune.evaluation.score_names import named_scores
-from tune.scheduling.history import resume_state
 from tune.scheduling.queue_log import Changes
 from tune.scheduling.sharing import Phase
 from tune.scheduling.study import Study
@@ -31,11 +30,13 @@ from tune.storage.atomic import now
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
-from tune.training.finetune import Outcome, slow_paths, unmoved_text
+from tune.training.finetune import slow_paths, unmoved_text
 from tune.training.proving.layer_proofs import copy_layers
 
 #: Short compared with a benchmark of a tiny model: an actor that is done waits for the next tick.
 TICK_S = 0.1
+#: Tasks of an earlier run that enter the queue together.
+TOGETHER = 500
 
 
 class SweepController:
@@ -109,41 +110,18 @@ class SweepController:
             self.lanes.sharing.turn(study.name, Phase.ENDED)
             self._progress.study_ended(study)
 
-    def resume_finished(self, study: Study) -> dict[str, TaskState]:
-        """Enter the trials that an earlier run of this folder has finished into the queue.
+    def ended_tasks(self, study: Study) -> list[EndedTask]:
+        """Read what an earlier run of this folder has ended of a study; `resume` enters it."""
+        model, retry = study.spec.model_name_or_path, self._retry_failed
+        return ended_tasks(self._run_folder, model, study.name, self._jobs, self._named, retry_failed=retry)
 
-        Trials that are trained but not fully scored will get their missing scores.
-
-        Returns:
-            The states of the entered tasks, by trial.
-        """
+    def resume(self, ended: Sequence[EndedTask]) -> dict[str, TaskState]:
+        """Enter these tasks into the queue; return their states, by trial."""
         with self._lock:
-            return self._resume_finished(study)
-
-    def _resume_finished(self, study: Study) -> dict[str, TaskState]:
-        entered, answers = {}, []
-        for record in self._run_folder.trials():
-            if record.model != study.spec.model_name_or_path:
-                continue
-            trial = self._run_folder.trial(record.trial)
-            state = resume_state(
-                record,
-                adapter=trial.adapter_dir.is_dir(),
-                scored=not self._missing(record.model, record.trial, self._jobs[record.stage]),
-                retry_failed=self._retry_failed,
-            )
-            if state is None:
-                continue
-            entered[record.trial] = state
-            if state in (TaskState.FAILED, TaskState.DIVERGED):
-                self._failed.add(record.trial)
-            task = recorded_task(record, study.name, trial.folder)
-            outcome = record.model_dump(include=set(Outcome.__dataclass_fields__) - {"status"}, exclude_unset=True)
-            scores = self.validation_scores(record.trial)
-            answers.append(ask(self._dispatcher, "record", task, state, outcome, scores, record.reason))
-        for reference in answers:  # the dispatcher has worked meanwhile
-            answer(reference)
-        return entered
+            self._failed |= {each.task.id for each in ended if each.state in (TaskState.FAILED, TaskState.DIVERGED)}
+        for first in range(0, len(ended), TOGETHER):
+            answer(self._dispatcher.record_all.remote([each.arguments for each in ended[first : first + TOGETHER]]))
+        return {each.task.id: each.state for each in ended}
 
     def wait(self, study: Study) -> None:
         """Wait until every task and every score of the study is settled.
@@ -192,9 +170,10 @@ class SweepController:
 
     def validation_scores(self, trial: str) -> dict[str, float]:
         """Return a trial's search scores as `sweep.metric` names them: benchmark/task/metric[@attack]."""
-        with self._lock:
-            rows = [row for row in self._run_folder.trial_scores(trial) if row["split"] == VALIDATION]
-        return named_scores(rows, self._asked)
+        return self._named(self._run_folder.trial_scores(trial))
+
+    def _named(self, rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+        return named_scores([row for row in rows if row["split"] == VALIDATION], self._asked)
 
     def study_failed(self, name: str, reason: str) -> None:
         """Record that a model cannot be used at all."""
@@ -298,7 +277,7 @@ class SweepController:
 
     def _score(self, study: str, name: str, tag: dict[str, Any], adapter: str | None, jobs: list[EvalJob]) -> None:
         """Submit the benchmarks of an adapter, or of the base, that have no score yet."""
-        missing = self._missing(tag["model"], tag["trial"], jobs)
+        missing = missing_jobs(tag["model"], self._run_folder.trial_scores(tag["trial"]), jobs)
         self._pending[name] = {"study": study, "left": len(missing), "errors": []}
         for job in missing:
             file = self._run_folder.answers_file(tag["model"], tag["trial"], job)
@@ -306,15 +285,6 @@ class SweepController:
             self._scoring.submit(study, task)
         if not missing:
             self._settle(name)
-
-    def _missing(self, model: str, trial: str, jobs: list[EvalJob]) -> list[EvalJob]:
-        """Return the benchmarks among `jobs` without a score in the run folder."""
-        known = {
-            EvalJob(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
-            for row in self._run_folder.trial_scores(trial)
-            if row["model"] == model
-        }
-        return [job for job in jobs if job not in known]
 
     def _scored(self, result: Result) -> None:
         tag = dict(result.task.tag)

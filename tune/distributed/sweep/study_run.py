@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +68,10 @@ class StudyRun:
         time_budget_s: for the search, including earlier runs of the same folder. The selection and the final stage
         follow, however the search ended.
         """
-        context = self._open()
-        self.standing = self.controller.resume_finished(self.study)
+        with ThreadPoolExecutor(1) as aside:  # reading goes on while the evaluators start
+            ended = aside.submit(self.controller.ended_tasks, self.study)
+            context = self._open()
+        self.standing = self.controller.resume(ended.result())
         if self.standing:  # how much is to be queued is not known
             self.controller.lanes.sharing.turn(self.study.name, Phase.RUNNING)
         searched = SearchTime(self.run_folder.search_time_file(self.study.name), self.run_folder.run_dir)
@@ -169,12 +172,13 @@ class StudyRun:
 
     def _tune(self, context: TrialContext, time_budget_s: float | None) -> None:
         """Run the rest of the search; trials that ended in an earlier run are known to it, but not run again."""
-        sweep, records = self.spec.sweep, {record.trial: record for record in self._searched()}
-        draws = self.run_folder.draws_file(self.study.name)
+        sweep, draws = self.spec.sweep, self.run_folder.draws_file(self.study.name)
         listed = points(self.study, sweep)
-        drawn = search_state.draws(draws, records.values()) if listed is None else listed
-        reports = self._reports(drawn, records)
-        searcher = None
+        searcher, reports = None, {}
+        if listed is None or self.cuts:
+            records = {record.trial: record for record in self._searched()}
+            drawn = search_state.draws(draws, records.values()) if listed is None else listed
+            reports = self._reports(drawn, records)
         if listed is None:
             known = [self._past(values, records, reports) for values in drawn]
             samples = sweep.num_samples - sum(each.state != past.OPEN for each in known)

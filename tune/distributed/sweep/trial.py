@@ -18,7 +18,6 @@ from tune.distributed.sweep.searcher import FINISHED, values
 from tune.scheduling.history import FAILED
 from tune.scheduling.study import Study
 from tune.scheduling.tasks import TrainTask
-from tune.storage.records import TrialRecord
 from tune.storage.states import Stage, TaskState
 from tune.storage.trial_folder import TrialFolder
 
@@ -57,24 +56,6 @@ class TrialContext:
             cell=self.study.cell(spec),
             drawn=drawn,
         )
-
-
-def recorded_task(record: TrialRecord, study: str, folder: Path) -> TrainTask:
-    """Return the task of a trial that will not be trained (again), from its record."""
-    spec = TrainSpec.model_validate(record.config)
-    return TrainTask(
-        id=record.trial,
-        study=study,
-        spec=dump(spec),
-        folder=str(folder),
-        data="",
-        weights=None,
-        engine_key=spec.engine_key(),
-        pool="",
-        stage=record.stage,
-        cell=record.cell or {},
-        drawn=record.drawn,
-    )
 
 
 def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:

@@ -25,7 +25,6 @@ from tune.training.trial_setup import SETUP, reproduce_command
 def cost(subject: Subject) -> Part:
     """Time by arm and stage, speed, and steps saved by early stopping."""
     model, run_folder = subject.model, subject.run_folder
-    scoring = scoring_seconds(run_folder.model_scores(model.name))
     trained = [line for line in model.lines if line.arm != BASE]
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in model.lines:
@@ -34,14 +33,14 @@ def cost(subject: Subject) -> Part:
     for (stage, arm), lines in groups.items():
         known = [line.info["seconds"] for line in lines if line.info.get("seconds") is not None]
         speeds = list(filter(None, (_speed(subject, line) for line in lines if line.arm != BASE)))
-        scored = sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in lines)
+        scored = sum(line.scoring_s for line in lines)
         row = [arm_name(arm), stage, str(len(known) or ""), hours(sum(known)) if known else ""]
         row += [hours(scored) if scored else "", number(statistics.median(speeds)) if speeds else ""]
         rows.append(row)
     head = ["", "stage", "trials", "training", "scoring", "tokens per\nsecond"]
     if not any(row[3] or row[4] for row in rows):
         return Part("Cost")
-    training, total = spent(run_folder, model)
+    training, total = spent(model)
     ray = run_folder.config().get("ray") or {}
     on_workers = _on_workers(trained, run_folder.workers_at_start(model.display))
     devices = _devices(
@@ -64,23 +63,10 @@ def other_workers(trained: Iterable[Line], begun: int) -> list[str]:
     return [f"Trial{'s' if len(trials) > 1 else ''} {', '.join(trials)}: {words}." for words, trials in found.items()]
 
 
-def scoring_seconds(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """(model, trial) -> seconds of its benchmarks; all rows of one benchmark and attack carry the same time."""
-    spent: dict[tuple[str, str], dict[tuple, float]] = {}
-    for row in rows:
-        seconds = row.get("seconds")
-        if seconds is not None:
-            entry = row.get("entry") or row["task"].partition("/")[0]
-            job = (row["split"], row["benchmark"], row.get("attack"), row.get("attack_on"), entry)
-            spent.setdefault((row["model"], row["trial"]), {})[job] = seconds
-    return {key: sum(jobs.values()) for key, jobs in spent.items()}
-
-
-def spent(run_folder: RunFolder, model: ModelResults) -> tuple[float, float]:
+def spent(model: ModelResults) -> tuple[float, float]:
     """Total seconds of training and of scoring of a model's trials."""
-    scoring = scoring_seconds(run_folder.model_scores(model.name))
     training = sum(line.info.get("seconds") or 0.0 for line in model.lines)
-    return training, sum(scoring.get((line.info.get("model", model.display), line.trial), 0.0) for line in model.lines)
+    return training, sum(line.scoring_s for line in model.lines)
 
 
 def unpacking(run_folder: RunFolder) -> list[str]:

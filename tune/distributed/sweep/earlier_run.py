@@ -1,0 +1,94 @@
+"""What an earlier run of a folder has ended: read from the folder, to be entered into the queue of a resumed run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tune.config.eval_spec import EvalJob
+from tune.config.run_spec import TrainSpec, dump
+from tune.scheduling.history import resume_state
+from tune.scheduling.tasks import TrainTask
+from tune.storage.records import TrialRecord
+from tune.storage.run_folder import RunFolder
+from tune.storage.states import TaskState
+from tune.training.finetune import Outcome
+
+
+@dataclass(frozen=True)
+class EndedTask:
+    """A task that will not be trained (again), as `TaskQueue.record` takes it."""
+
+    task: TrainTask
+    state: TaskState
+    outcome: dict[str, Any]
+    scores: dict[str, float]
+    reason: str | None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of `TaskQueue.record`."""
+        return self.task, self.state, self.outcome, self.scores, self.reason
+
+
+def ended_tasks(
+    run_folder: RunFolder,
+    model: str,
+    study: str,
+    jobs: Mapping[str, list[EvalJob]],
+    named: Callable[[list[dict[str, Any]]], dict[str, float]],
+    *,
+    retry_failed: bool,
+) -> list[EndedTask]:
+    """Read the ended tasks of a model.
+
+    Those that are trained but not fully scored come as trained: they will get their missing scores.
+
+    Args:
+        jobs: what the trials of each stage are scored on.
+        named: the validation scores among a trial's rows, by their names in `sweep.metric`.
+        retry_failed: leave out trials that failed or diverged.
+    """
+    found = []
+    for record in run_folder.trials():
+        if record.model != model:
+            continue
+        trial, rows = run_folder.trial(record.trial), run_folder.trial_scores(record.trial)
+        scored = not missing_jobs(model, rows, jobs[record.stage])
+        adapter = trial.adapter_dir.is_dir()
+        state = resume_state(record, adapter=adapter, scored=scored, retry_failed=retry_failed)
+        if state is not None:
+            outcome = record.model_dump(include=set(Outcome.__dataclass_fields__) - {"status"}, exclude_unset=True)
+            task = _task(record, study, trial.folder)
+            found.append(EndedTask(task, state, outcome, named(rows), record.reason))
+    return found
+
+
+def missing_jobs(model: str, rows: Iterable[dict[str, Any]], jobs: list[EvalJob]) -> list[EvalJob]:
+    """Return the benchmarks among `jobs` without a score among the rows of a trial, or of base models."""
+    known = {
+        EvalJob(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
+        for row in rows
+        if row["model"] == model
+    }
+    return [job for job in jobs if job not in known]
+
+
+def _task(record: TrialRecord, study: str, folder: Path) -> TrainTask:
+    """Return the task of a trial that will not be trained (again), from its record."""
+    spec = TrainSpec.model_validate(record.config)
+    return TrainTask(
+        id=record.trial,
+        study=study,
+        spec=dump(spec),
+        folder=str(folder),
+        data="",
+        weights=None,
+        engine_key=spec.engine_key(),
+        pool="",
+        stage=record.stage,
+        cell=record.cell or {},
+        drawn=record.drawn,
+    )
