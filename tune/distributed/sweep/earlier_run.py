@@ -61,7 +61,7 @@ def ended_tasks(
         state = resume_state(record, adapter=adapter, scored=scored, retry_failed=retry_failed)
         if state is not None:
             outcome = record.model_dump(include=set(Outcome.__dataclass_fields__) - {"status"}, exclude_unset=True)
-            task = _task(record, study, trial.folder)
+            task = _task(record, study, trial.folder, state)
             found.append(EndedTask(task, state, outcome, named(rows), record.reason))
     return found
 
@@ -76,17 +76,17 @@ def missing_jobs(model: str, rows: Iterable[dict[str, Any]], jobs: list[EvalJob]
     return [job for job in jobs if job not in known]
 
 
-def _task(record: TrialRecord, study: str, folder: Path) -> TrainTask:
-    """Return the task of a trial that will not be trained (again), from its record."""
-    spec = TrainSpec.model_validate(record.config)
+def _task(record: TrialRecord, study: str, folder: Path, state: TaskState) -> TrainTask:
+    """Return the task of a trial; where nothing is left to be done, without what it would take to do it."""
+    spec = TrainSpec.model_validate(record.config) if state == TaskState.TRAINED else None
     return TrainTask(
         id=record.trial,
         study=study,
-        spec=dump(spec),
+        spec=dump(spec) if spec else {},
         folder=str(folder),
         data="",
         weights=None,
-        engine_key=spec.engine_key(),
+        engine_key=spec.engine_key() if spec else "",
         pool="",
         stage=record.stage,
         cell=record.cell or {},

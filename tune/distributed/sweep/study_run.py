@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from tune.distributed.actors.evaluators import Opening
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.sweep.controller import SweepController
+from tune.distributed.sweep.earlier_run import EndedTask
 from tune.distributed.sweep.searcher import optuna_searcher, param_space, points, scheduler
 from tune.distributed.sweep.trial import RESTARTS, CancelStopped, TrialContext, run_trial
 from tune.evaluation.own.travel import own_files
@@ -61,6 +63,8 @@ class StudyRun:
     dispatcher: ActorHandle
     #: Trials of an earlier run of the same folder that will not be retrained -> the states of their tasks.
     standing: dict[str, TaskState] = field(default_factory=dict)
+    #: Points of the search space -> the names of their fine-tunings.
+    _names: dict[str, str] = field(default_factory=dict)
 
     def run(self, time_budget_s: float | None) -> float:
         """Run what is not done yet of the study; return the seconds spent searching.
@@ -68,10 +72,7 @@ class StudyRun:
         time_budget_s: for the search, including earlier runs of the same folder. The selection and the final stage
         follow, however the search ended.
         """
-        with ThreadPoolExecutor(1) as aside:  # reading goes on while the evaluators start
-            ended = aside.submit(self.controller.ended_tasks, self.study)
-            context = self._open()
-        self.standing = self.controller.resume(ended.result())
+        context = self._begin()
         if self.standing:  # how much is to be queued is not known
             self.controller.lanes.sharing.turn(self.study.name, Phase.RUNNING)
         searched = SearchTime(self.run_folder.search_time_file(self.study.name), self.run_folder.run_dir)
@@ -91,6 +92,21 @@ class StudyRun:
         self.controller.lanes.sharing.turn(self.study.name, Phase.LAST)
         self.controller.wait(self.study)
         return searched.seconds
+
+    def _begin(self) -> TrialContext:
+        """Open the study, and enter what an earlier run has ended: that is read while the evaluators start."""
+        with ThreadPoolExecutor(1) as aside:
+            ended = aside.submit(self._read)
+            context = self._open()
+        self.standing = self.controller.resume(ended.result())
+        return context
+
+    def _read(self) -> list[EndedTask]:
+        ended = self.controller.ended_tasks(self.study)
+        if not self.study.unruled:  # rules that are yet to be measured change the names
+            for values in points(self.study, self.spec.sweep) or ():
+                self._name(values)
+        return ended
 
     def _open(self) -> TrialContext:
         """Make the model resident in the evaluators, score the base, find the massive weights, measure rules."""
@@ -218,7 +234,11 @@ class StudyRun:
         ).fit()
 
     def _name(self, values: dict[str, Any]) -> str:
-        return self.study.searched(values).trial_id()
+        """Return the name of the fine-tuning with searched values; a third of a millisecond, so each is found once."""
+        point = json.dumps(values, sort_keys=True, default=str)
+        if point not in self._names:
+            self._names[point] = self.study.searched(values).trial_id()
+        return self._names[point]
 
     def _reports(
         self, drawn: list[dict[str, Any]], records: dict[str, TrialRecord]
