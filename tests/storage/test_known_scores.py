@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from macdrop.errors import ConfigError
-from tune.storage import known_scores
+from tune.storage import json_lines, known_scores
 from tune.storage.json_lines import GrowingFile, append_jsonl
 from tune.storage.known_scores import KnownScores
 from tune.storage.records import SCORE_KEY, check_score
@@ -109,11 +109,42 @@ def test_a_pickled_run_folder_carries_no_scores(tmp_path):
     assert len(pickle.loads(pickle.dumps(run_folder)).score_rows()) == 500
 
 
+def taken(reader: GrowingFile) -> tuple[bool, list]:
+    whole, rows = reader.read()
+    return whole, list(rows)
+
+
 def test_a_missing_file_has_no_rows_and_then_some(tmp_path):
     reader = GrowingFile(tmp_path / "x.jsonl")
-    assert reader.read() == (True, [])
+    assert taken(reader) == (True, [])
     append_jsonl(tmp_path / "x.jsonl", [{"a": 1}])
-    assert reader.read() == (True, [{"a": 1}])
-    assert reader.read() == (False, [])
+    assert taken(reader) == (True, [{"a": 1}])
+    assert taken(reader) == (False, [])
     append_jsonl(tmp_path / "x.jsonl", [{"a": 2}])
-    assert reader.read() == (False, [{"a": 2}])
+    assert taken(reader) == (False, [{"a": 2}])
+
+
+def test_after_an_error_in_the_middle_all_rows_are_read_again(tmp_path):
+    file = tmp_path / "x.jsonl"
+    reader = GrowingFile(file)
+    append_jsonl(file, [{"a": 1}])
+    assert taken(reader) == (True, [{"a": 1}])
+    good = file.read_text()
+    file.write_text(good + '{"a": 2}\nnonsense\n')
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="line 3"):
+            taken(reader)
+    file.write_text(good + '{"a": 2}\n')
+    assert taken(reader) == (True, [{"a": 1}, {"a": 2}])
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 22])
+def test_blocks_of_any_size_give_the_same_rows(block, tmp_path, monkeypatch):
+    file = tmp_path / "x.jsonl"
+    groups = [[{"a": "ü" * size, "b": number} for number in range(size)] for size in (1, 3, 2)]
+    for group in groups:
+        append_jsonl(file, group)
+    with file.open("ab") as torn:
+        torn.write(b'{"a": 1} \n{"a"')
+    monkeypatch.setattr(json_lines, "_BLOCK", block)
+    assert taken(GrowingFile(file)) == (True, [row for group in groups for row in group])

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ Check = Callable[[dict[str, Any]], object]
 #: At the end of a line that is not the last of its `append_jsonl`; and all of a text up to the last that is.
 MORE = " "
 _WHOLE = re.compile(rb".*[^ ]\n", re.DOTALL)
+_MORE = MORE.encode()
+#: Bytes that are read at once.
+_BLOCK = 1 << 22
 #: Bytes before the end of what was read that must still be there for the rest to be all that is new.
 _SEAM = 64
 
@@ -81,7 +84,7 @@ def read_jsonl(
     Raises:
         ConfigError: a complete line is no JSON object, or lacks a key; the message has file and line.
     """
-    return GrowingFile(path, problems, needs, within, check).read()[1]
+    return list(GrowingFile(path, problems, needs, within, check).read()[1])
 
 
 class GrowingFile:
@@ -96,70 +99,91 @@ class GrowingFile:
         check: Check | None = None,
     ) -> None:
         self._path, self._problems, self._needs, self._within, self._check = Path(path), problems, needs, within, check
-        self._stamp: tuple[int, int, int] | None = None
         self._forget()
 
     def _forget(self) -> None:
+        self._stamp: tuple[int, int, int] | None = None
         #: Size in bytes and number of the lines that were read, and their last bytes.
         self._end, self._lines, self._seam = 0, 0, b""
 
-    def read(self) -> tuple[bool, list[dict[str, Any]]]:
-        """Return whether the rows are all there are, and the rows: else those since the last call.
+    def read(self) -> tuple[bool, Iterator[dict[str, Any]]]:
+        """Return whether the rows are all there are, and the rows, to be taken to their end: else those since then.
 
         They are all there are on the first call, and where the file was replaced, shortened or changed further up.
 
         Raises:
-            ConfigError: as `read_jsonl`.
+            ConfigError: as `read_jsonl`, while they are taken.
         """
         state = stat(self._path, self._within)
         if state is None:
-            self._stamp = None
             self._forget()
-            return True, []
+            return True, iter(())
         stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
         if stamp == self._stamp:
-            return False, []
+            return False, iter(())
         before = self._stamp
         grown = self._end > 0 and before is not None and before[0] == stamp[0] and before[1] < stamp[1]
-        text = lasting(lambda: self._bytes(self._end - len(self._seam) if grown else 0), self._within)
-        if grown and not text.startswith(self._seam):
-            grown, text = False, lasting(lambda: self._bytes(0), self._within)
-        seam = self._seam if grown else b""
-        if not grown:
+        if not grown or self._bytes(self._end - len(self._seam), len(self._seam)) != self._seam:
+            grown = False
             self._forget()
-        rows = self._parse(text[len(seam) :])
-        self._stamp = stamp
-        return not grown, rows
+        return not grown, self._rows(stamp)
 
-    def _bytes(self, start: int) -> bytes:
-        with open(self._path, "rb") as file:
-            file.seek(start)
-            return file.read()
+    def _bytes(self, start: int, size: int) -> bytes:
+        def look() -> bytes:
+            with open(self._path, "rb") as file:
+                file.seek(start)
+                return file.read(size)
 
-    def _parse(self, text: bytes) -> list[dict[str, Any]]:
-        whole = text[: text.rfind(b"\n") + 1]  # what follows the last newline is torn, or empty
-        lines = whole.split(b"\n")[:-1]
-        while lines and lines[-1].endswith(MORE.encode()):
-            whole = whole[: -len(lines.pop()) - 1]
-        rows = []
-        for number, line in enumerate(lines, self._lines + 1):
-            try:
-                row = json_value(line)
-                if type(row) is not dict or self._needs:
-                    check_mapping(row, self._needs)
-                if self._check is not None:
-                    self._check(row)
-                rows.append(row)
-            except (ValueError, RecursionError) as error:
-                kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
-                problem = f"{self._path}, line {number}: {kind}({error}). The file was changed by hand?"
-                if self._problems is None:
-                    raise ConfigError(problem) from error
-                self._problems += [problem] if problem not in self._problems else []
-        self._end += len(whole)
-        self._lines += len(lines)
-        self._seam = (self._seam + whole)[-_SEAM:]
-        return rows
+        return lasting(look, self._within)
+
+    def _rows(self, stamp: tuple[int, int, int]) -> Iterator[dict[str, Any]]:
+        """Parse what is new, and move on to its end: that of the last whole call."""
+        try:
+            for group in whole_groups(self._bytes, self._end):
+                for line in group:
+                    self._lines += 1
+                    if (row := self._row(line)) is not None:
+                        yield row
+                text = b"".join(line + b"\n" for line in group)
+                self._end += len(text)
+                self._seam = (self._seam + text)[-_SEAM:]
+            self._stamp = stamp
+        except BaseException:
+            self._forget()  # the next call reads all of it
+            raise
+
+    def _row(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            row = json_value(line)
+            if type(row) is not dict or self._needs:
+                check_mapping(row, self._needs)
+            if self._check is not None:
+                self._check(row)
+            return row
+        except (ValueError, RecursionError) as error:
+            kind = "not JSON " if isinstance(error, json.JSONDecodeError) else ""
+            problem = f"{self._path}, line {self._lines}: {kind}({error}). The file was changed by hand?"
+            if self._problems is None:
+                raise ConfigError(problem) from error
+            self._problems += [problem] if problem not in self._problems else []
+            return None
+
+
+def whole_groups(read: Callable[[int, int], bytes], start: int = 0) -> Iterator[list[bytes]]:
+    """Yield the lines of each whole call of `append_jsonl` from an offset on, without what a crash tore at the end.
+
+    read: returns the bytes at an offset, at most so many. The file is read block by block: it may be large.
+    """
+    group: list[bytes] = []
+    left = b""
+    while block := read(start, _BLOCK):
+        start += len(block)
+        *lines, left = (left + block).split(b"\n")
+        for line in lines:
+            group.append(line)
+            if not line.endswith(_MORE):
+                yield group
+                group = []
 
 
 def json_value(line: bytes) -> Any:

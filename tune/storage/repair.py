@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from tune.config.parse import flatten
 from tune.config.run_spec import RunSpec, TrainSpec, dump, load
 from tune.config.syntax.yaml_core import parse_blocks
 from tune.errors import CheckpointError
-from tune.storage.atomic import atomic_write_json, atomic_write_text, atomic_write_yaml, now, read_mapping
+from tune.storage.atomic import atomic_write_bytes, atomic_write_json, atomic_write_yaml, now, read_mapping
 from tune.storage.environment import ENVIRONMENT_FILE, version
-from tune.storage.json_lines import MORE, json_value
+from tune.storage.json_lines import json_value, whole_groups
 from tune.storage.records import (
     FINALISTS_FILE,
     SCORES_FILE,
@@ -286,22 +286,20 @@ def _finding(file: Path, read: Callable[[Path], Any], remedy: str) -> list[str]:
     return [f"{_aside(file)}: {remedy}"]
 
 
-def _groups(file: Path) -> Iterable[list[str]]:
-    """Lines of a file of `append_jsonl`, those of one call together; the last may be torn."""
-    group: list[str] = []
-    text = file.read_text(encoding="utf-8", errors="replace")
-    for line in text.split("\n"):
-        group.append(line)
-        if not line.endswith(MORE):
-            yield group
-            group = []
-    if group:
-        yield group
+def _groups(file: Path) -> Iterator[list[bytes]]:
+    """Lines of a file of `append_jsonl`, those of one call together, without what a crash tore."""
+    with file.open("rb") as opened:
+
+        def read(start: int, size: int) -> bytes:
+            opened.seek(start)
+            return opened.read(size)
+
+        yield from whole_groups(read)
 
 
-def _sound(group: list[str], fits: Callable[[dict[str, Any]], bool]) -> bool:
+def _sound(group: list[bytes], fits: Callable[[dict[str, Any]], bool]) -> bool:
     try:
-        rows = [json_value(line.encode()) for line in group]
+        rows = [json_value(line) for line in group]
         return all(isinstance(row, dict) and fits(row) for row in rows)
     except UNREADABLE:
         return False
@@ -309,16 +307,17 @@ def _sound(group: list[str], fits: Callable[[dict[str, Any]], bool]) -> bool:
 
 def _whole(file: Path, fits: Callable[[dict[str, Any]], bool]) -> bool:
     """Return whether every line of a file that is written at once fits and the last one is complete."""
-    *groups, end = _groups(file)
-    return end == [""] and bool(groups) and all(_sound(group, fits) for group in groups)
+    groups = list(_groups(file))
+    size = sum(len(line) + 1 for group in groups for line in group)
+    return bool(groups) and size == file.stat().st_size and all(_sound(group, fits) for group in groups)
 
 
 def _lines(file: Path, fits: Callable[[dict[str, Any]], bool], remedy: str) -> list[str]:
-    """Take lines that do not fit out of a file, with all that was written together with them."""
-    if not file.exists():
-        return []
-    *groups, _torn = _groups(file)  # the next append cuts off what a crash tore
-    if all(_sound(group, fits) for group in groups):
+    """Take lines that do not fit out of a file, with all that was written together with them.
+
+    What a crash tore is no damage: the next append cuts it off.
+    """
+    if not file.exists() or all(_sound(group, fits) for group in _groups(file)):
         return []
     aside = _aside(file, keep=True)
     _rewrite(file, fits)
@@ -326,11 +325,9 @@ def _lines(file: Path, fits: Callable[[dict[str, Any]], bool], remedy: str) -> l
 
 
 def _rewrite(file: Path, fits: Callable[[dict[str, Any]], bool]) -> None:
-    if not file.exists():
-        return
-    *groups, _torn = _groups(file)
-    kept = [line for group in groups if _sound(group, fits) for line in group]
-    atomic_write_text(file, "".join(f"{line}\n" for line in kept))
+    if file.exists():
+        kept = [line + b"\n" for group in _groups(file) if _sound(group, fits) for line in group]
+        atomic_write_bytes(file, b"".join(kept))
 
 
 def _aside(path: Path, *, keep: bool = False) -> str:
