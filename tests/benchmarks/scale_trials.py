@@ -330,6 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines.append(verdict("driver", max(each.driver_mb for each in found.samples), DRIVER_MB, unit=" MB"))
         if asked.finished or asked.kill:
             lines.append(verdict("first fine-tuning after resume", found.first_task_s or 0.0, RESUME_S, unit=" s"))
+        else:
+            lines.append(f"first fine-tuning of a new run after {found.first_task_s or 0.0:.1f} s")
         records = RunFolder(run).trials()
         done = sum(record.status == TaskState.DONE for record in records)
         lines.append(f"{done} of {len(records)} trials done, {found.failures} failures")

@@ -95,7 +95,7 @@ class TrialRecord(BaseModel):
     plain and MacDrop are compared. `drawn` are the searched values, None for a trial that no search asked for.
     `trained` is when the adapter was complete. `judged` is the last step that the search saw of a trial it pruned.
     `kind` is the kind of failure (`tune.scheduling.failures`). `segments` say on how many workers it was trained, from
-    which step on (`tune.storage.segments`).
+    which step on (`tune.storage.segments`). `config_sha256` is the checksum of config.yaml.
     """
 
     model_config = _STRICT
@@ -122,6 +122,7 @@ class TrialRecord(BaseModel):
     eval_loss: Number | None = None
     seconds: Number | None = None
     segments: list[dict[str, Any]] | None = None
+    config_sha256: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -220,8 +221,8 @@ def read_record(
         return None
 
 
-def read_trial(folder: Path, problems: list[str] | None = None) -> TrialRecord | None:
-    """Read a trial's record with its config.yaml.
+def read_trial(folder: Path, problems: list[str] | None = None, *, config: bool = True) -> TrialRecord | None:
+    """Read a trial's record, with its config.yaml unless without `config`.
 
     Args:
         problems: where damage is noted, and None returned, instead of raising.
@@ -235,8 +236,9 @@ def read_trial(folder: Path, problems: list[str] | None = None) -> TrialRecord |
     if record.trial != folder.name:
         report_damage(folder / "trial.json", ValueError(f"it is the record of trial {record.trial!r}"), problems)
         return None
-    config = folder / "config.yaml"
-    record.config = (read_mapping(config, problems, parse=parse_blocks) if config.exists() else None) or {}
+    file = folder / "config.yaml"
+    if config and file.exists():
+        record.config = read_mapping(file, problems, parse=parse_blocks) or {}
     return record
 
 

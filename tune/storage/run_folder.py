@@ -194,10 +194,10 @@ class RunFolder:
         """Return the folder of a trial; nothing is written before its `start`."""
         return TrialFolder(self.run_dir / "trials" / check_name(trial_id), self.problems, within=self.run_dir)
 
-    def trials(self) -> list[TrialRecord]:
-        """Return the records of all trials, by start."""
+    def trials(self, *, config: bool = True) -> list[TrialRecord]:
+        """Return the records of all trials, by start; without `config` their config.yaml is not read."""
         files = (self.run_dir / "trials").glob("*/trial.json")
-        records = filter(None, (read_trial(file.parent, self.problems) for file in files))
+        records = filter(None, (read_trial(file.parent, self.problems, config=config) for file in files))
         return sorted(records, key=lambda record: (record.started or "", record.trial))
 
     def answers_dir(self, model: str, trial: str) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 from tune.storage.atomic import atomic_write_json, atomic_write_text, atomic_write_yaml, now, plain, read_mapping, stat
 from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.records import TrialRecord, read_record
+from tune.storage.sealed_folder import sha256
 from tune.storage.states import Stage, TaskState
 
 
@@ -56,7 +57,7 @@ class TrialFolder:
         drawn: the searched values behind the trial; None for one that no search asked for.
         """
         before = self._content()
-        atomic_write_yaml(self.folder / "config.yaml", config, within=self._within)
+        file = atomic_write_yaml(self.folder / "config.yaml", config, within=self._within)
         self._write(
             trial=self.id,
             model=model,
@@ -70,6 +71,7 @@ class TrialFolder:
             reason=None,
             started=before.get("started") or now(),
             attempts=before.get("attempts", 0) + 1,
+            config_sha256=sha256(file),
         )
 
     def log(self, step_metrics: Iterable[Mapping[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,8 @@ LANES, CHANGES = "lanes", "changes"
 OF_ANY_TASK = frozenset({"abandon", "close", "drain", "lane_down", "lane_up"})
 #: How long the answers to those that wait are waited for at the end.
 END_S = 2.0
-#: How long a `Watch` waits at a time.
-CHANGES_S = 5.0
+#: How long a `Watch` waits at a time, and how long it rests where changes come one after the other.
+CHANGES_S, REST_S = 5.0, 0.2
 #: Callers that may wait at the same time.
 WAITING_MOST = 10_000
 
@@ -77,6 +78,7 @@ class Dispatcher:
     async def record_all(self, ended: Sequence[Sequence[Any]]) -> None:
         """Call `LoggedQueue.record_all`, at the start of a study: nobody waits for its tasks yet."""
         self.queue.record_all(ended)
+        gc.freeze()  # they stay: the collector need not look at them again and again
         self._wake("record", [""])
 
     async def wait(self, seconds: float, about: str, method: str, *arguments: Any) -> Any:
@@ -152,6 +154,7 @@ class Watch:
         self._dispatcher = dispatcher
         self._place: Place | None = None
         self._asked: tuple[float, ray.ObjectRef] | None = None
+        self._taken_at = 0.0
 
     def news(self) -> Changes | None:
         """Return what has come since the last call, if the answer is there; None otherwise.
@@ -160,6 +163,8 @@ class Watch:
             DispatcherLost: as `answer`.
         """
         if self._asked is None:
+            if time.monotonic() < self._taken_at + REST_S:
+                return None
             reference = wait_for(self._dispatcher, CHANGES_S, CHANGES, "since", self._place)
             self._asked = time.monotonic() + PATIENCE_S, reference
         until, reference = self._asked
@@ -174,6 +179,7 @@ class Watch:
         return self._taken(answer(wait_for(self._dispatcher, 0.0, CHANGES, "since", self._place)))
 
     def _taken(self, changes: Changes | None) -> Changes | None:
+        self._taken_at = time.monotonic()
         if changes is not None:
             self._place = changes.place
         return changes

@@ -18,7 +18,7 @@ from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Opening
 from tune.distributed.lanes.dispatcher import Watch, answer, call
 from tune.distributed.lanes.lane_pools import LanePools
-from tune.distributed.sweep.earlier_run import EndedTask, ended_tasks, missing_jobs
+from tune.distributed.sweep.earlier_run import EndedTask, Resumed, ended_tasks, missing_jobs
 from tune.distributed.sweep.events import Observer
 from tune.distributed.sweep.scoring import Scoring
 from tune.evaluation.score_names import named_scores
@@ -74,6 +74,8 @@ class SweepController:
         self._waits = False
         self._failed: set[str] = set()
         self._given_up: set[str] = set()
+        #: Trials that have begun -> their arm and setting.
+        self._settings: dict[str, tuple[str, str]] = {}
         #: Models, with a note that is shown once for each.
         self._noted: set[tuple[str, str]] = set()
         self._end = threading.Event()
@@ -110,18 +112,32 @@ class SweepController:
             self.lanes.sharing.turn(study.name, Phase.ENDED)
             self._progress.study_ended(study)
 
-    def ended_tasks(self, study: Study) -> list[EndedTask]:
-        """Read what an earlier run of this folder has ended of a study; `resume` enters it."""
-        model, retry = study.spec.model_name_or_path, self._retry_failed
-        return ended_tasks(self._run_folder, model, study.name, self._jobs, self._named, retry_failed=retry)
+    def resume(self, study: Study) -> Resumed:
+        """Read what an earlier run of this folder has ended of a study, and enter it into the queue as it comes.
 
-    def resume(self, ended: Sequence[EndedTask]) -> dict[str, TaskState]:
-        """Enter these tasks into the queue; return their states, by trial."""
-        with self._lock:
-            self._failed |= {each.task.id for each in ended if each.state in (TaskState.FAILED, TaskState.DIVERGED)}
-        for first in range(0, len(ended), TOGETHER):
-            answer(self._dispatcher.record_all.remote([each.arguments for each in ended[first : first + TOGETHER]]))
-        return {each.task.id: each.state for each in ended}
+        Trials that are trained but not fully scored wait for `resume_scoring`, which needs the evaluators.
+        """
+        found = Resumed()
+        model, retry = study.spec.model_name_or_path, self._retry_failed
+        together: list[EndedTask] = []
+        for task in ended_tasks(self._run_folder, model, study.name, self._jobs, self._named, retry_failed=retry):
+            found.states[task.task.id] = task.state
+            if task.state in (TaskState.FAILED, TaskState.DIVERGED):
+                with self._lock:
+                    self._failed.add(task.task.id)
+            (found.unscored if task.state == TaskState.TRAINED else together).append(task)
+            if len(together) == TOGETHER:
+                self._record(together)
+                together = []
+        self._record(together)
+        return found
+
+    def resume_scoring(self, unscored: Sequence[EndedTask]) -> None:
+        """Enter trained tasks; their missing benchmarks follow."""
+        self._record(unscored)
+
+    def _record(self, ended: Sequence[EndedTask]) -> None:
+        answer(self._dispatcher.record_all.remote([each.arguments for each in ended]))
 
     def wait(self, study: Study) -> None:
         """Wait until every task and every score of the study is settled.
@@ -237,14 +253,11 @@ class SweepController:
             return
         trial = self._run_folder.trial(task.id)
         model, seed = task.spec["model_name_or_path"], task.spec["seed"]
-        spec = TrainSpec.model_validate(task.spec)
-        arm = spec.arm
-        about: dict[str, Any] = {
-            "stage": task.stage,
-            "setting": spec.setting_id(),
-            "cell": task.cell,
-            "drawn": task.drawn,
-        }
+        if task.id not in self._settings:
+            spec = TrainSpec.model_validate(task.spec)
+            self._settings[task.id] = spec.arm, spec.setting_id()
+        arm, setting = self._settings[task.id]
+        about: dict[str, Any] = {"stage": task.stage, "setting": setting, "cell": task.cell, "drawn": task.drawn}
         record = trial.record()
         if entry.state == TaskState.RUNNING or record is None:  # a short one may have ended between two polls
             trial.start(task.spec, model=model, arm=arm, seed=seed, **about)
@@ -258,6 +271,7 @@ class SweepController:
             tag = {"model": model, "arm": arm, "trial": task.id, "seed": seed}
             self._score(task.study, task.id, tag, str(trial.adapter_dir), self._jobs[task.stage])
         elif entry.state.is_final:
+            del self._settings[task.id]
             if entry.state in (TaskState.FAILED, TaskState.DIVERGED):
                 self._failed.add(task.id)
             outcome = {key: value for key, value in entry.outcome.items() if key != "status"}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tune.config.eval_spec import EvalJob
 from tune.config.run_spec import TrainSpec, dump
+from tune.config.syntax.yaml_core import parse_blocks
 from tune.scheduling.history import resume_state
 from tune.scheduling.tasks import TrainTask
+from tune.storage.atomic import read_mapping
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
@@ -33,6 +35,14 @@ class EndedTask:
         return self.task, self.state, self.outcome, self.scores, self.reason
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The states of ended tasks by trial, and the tasks among them that lack scores."""
+
+    states: dict[str, TaskState] = field(default_factory=dict)
+    unscored: list[EndedTask] = field(default_factory=list)
+
+
 def ended_tasks(
     run_folder: RunFolder,
     model: str,
@@ -41,8 +51,8 @@ def ended_tasks(
     named: Callable[[list[dict[str, Any]]], dict[str, float]],
     *,
     retry_failed: bool,
-) -> list[EndedTask]:
-    """Read the ended tasks of a model.
+) -> Iterator[EndedTask]:
+    """Yield the ended tasks of a model.
 
     Those that are trained but not fully scored come as trained: they will get their missing scores.
 
@@ -51,8 +61,7 @@ def ended_tasks(
         named: the validation scores among a trial's rows, by their names in `sweep.metric`.
         retry_failed: leave out trials that failed or diverged.
     """
-    found = []
-    for record in run_folder.trials():
+    for record in run_folder.trials(config=False):
         if record.model != model:
             continue
         trial, rows = run_folder.trial(record.trial), run_folder.trial_scores(record.trial)
@@ -62,8 +71,7 @@ def ended_tasks(
         if state is not None:
             outcome = record.model_dump(include=set(Outcome.__dataclass_fields__) - {"status"}, exclude_unset=True)
             task = _task(record, study, trial.folder, state)
-            found.append(EndedTask(task, state, outcome, named(rows), record.reason))
-    return found
+            yield EndedTask(task, state, outcome, named(rows), record.reason)
 
 
 def missing_jobs(model: str, rows: Iterable[dict[str, Any]], jobs: list[EvalJob]) -> list[EvalJob]:
@@ -78,7 +86,9 @@ def missing_jobs(model: str, rows: Iterable[dict[str, Any]], jobs: list[EvalJob]
 
 def _task(record: TrialRecord, study: str, folder: Path, state: TaskState) -> TrainTask:
     """Return the task of a trial; where nothing is left to be done, without what it would take to do it."""
-    spec = TrainSpec.model_validate(record.config) if state == TaskState.TRAINED else None
+    spec = None
+    if state == TaskState.TRAINED:
+        spec = TrainSpec.model_validate(read_mapping(folder / "config.yaml", parse=parse_blocks))
     return TrainTask(
         id=record.trial,
         study=study,

@@ -23,7 +23,7 @@ class Finished:
 
     @staticmethod
     def _done(run_folder: RunFolder) -> tuple:
-        trials = [(record.trial, record.status, record.finished) for record in run_folder.trials()]
+        trials = [(record.trial, record.status, record.finished) for record in run_folder.trials(config=False)]
         return trials, run_folder.score_rows()
 
 

@@ -21,7 +21,7 @@ from tune.distributed.actors.evaluators import Opening
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.sweep.controller import SweepController
-from tune.distributed.sweep.earlier_run import EndedTask
+from tune.distributed.sweep.earlier_run import Resumed
 from tune.distributed.sweep.searcher import optuna_searcher, param_space, points, scheduler
 from tune.distributed.sweep.trial import RESTARTS, CancelStopped, TrialContext, run_trial
 from tune.evaluation.own.travel import own_files
@@ -96,17 +96,19 @@ class StudyRun:
     def _begin(self) -> TrialContext:
         """Open the study, and enter what an earlier run has ended: that is read while the evaluators start."""
         with ThreadPoolExecutor(1) as aside:
-            ended = aside.submit(self._read)
+            reading = aside.submit(self._read)
             context = self._open()
-        self.standing = self.controller.resume(ended.result())
+        resumed = reading.result()
+        self.controller.resume_scoring(resumed.unscored)
+        self.standing = resumed.states
         return context
 
-    def _read(self) -> list[EndedTask]:
-        ended = self.controller.ended_tasks(self.study)
+    def _read(self) -> Resumed:
+        resumed = self.controller.resume(self.study)
         if not self.study.unruled:  # rules that are yet to be measured change the names
             for values in points(self.study, self.spec.sweep) or ():
                 self._name(values)
-        return ended
+        return resumed
 
     def _open(self) -> TrialContext:
         """Make the model resident in the evaluators, score the base, find the massive weights, measure rules."""
