@@ -132,6 +132,10 @@ def main() -> None:
         wall, cpu = in_a_process("compare(Path(sys.argv[1]))", run)
         rows.append([f"compare, 1 x {trials:,}", f"{wall:.1f}", f"{cpu:.1f}", f"{wall:.2f}", ""])
         lines.append(verdict(f"compare of {trials:,} trials", wall, COMPARED_S, unit=" s"))
+        for engine in ("ujson", "pyarrow"):
+            read = "pandas.read_json(Path(sys.argv[1]) / 'scores.jsonl', lines=True, engine=sys.argv[2])"
+            wall, cpu = in_a_process(f"import pandas; {read}", run, engine)
+            rows.append([f"pandas, {engine}, {trials:,}", f"{wall:.1f}", f"{cpu:.1f}", "", ""])
     print(table(["", "wall s", "CPU s", "s per model", "overview MiB"], rows), *lines, machine(), sep="\n")
     if not options.keep:
         shutil.rmtree(place)

@@ -20,6 +20,7 @@ from tune.scheduling.queue import TaskQueue
 from tune.scheduling.queue_log import LoggedQueue
 from tune.scheduling.tasks import TrainTask
 from tune.storage.states import Stage, TaskState
+from tune.training.observer import Word
 
 NAMES, LANES, NODES, FOLLOWERS = ("a", "b", "c"), ("l", "m"), ("n1", "n2"), ("tom", "ann")
 
@@ -212,3 +213,60 @@ def test_an_order_is_read_as_it_was_written(tmp_path):
     LoggedQueue(file).call("place", task("a"), "tom")
     (entry,) = LoggedQueue(file).queue.entries.values()
     assert entry.task == task("a") and asdict(entry.task) == asdict(task("a"))
+
+
+def test_tasks_recorded_together_are_those_recorded_one_by_one(tmp_path):
+    ended = [(task(name), TaskState.DONE, steps("done"), {"qa/acc": 0.5}, None) for name in NAMES]
+    together, alone = LoggedQueue(fresh(tmp_path)), TaskQueue()
+    together.record_all(ended)
+    for arguments in ended:
+        alone.record(*arguments)
+    assert together.queue == alone == LoggedQueue(tmp_path / "orders.jsonl").queue
+    together.record_all(ended)
+    assert together.queue == alone, "known ones are left as they are"
+
+
+def test_a_lane_gets_a_task_or_is_told_to_leave_and_waits_otherwise(tmp_path):
+    queue = LoggedQueue(fresh(tmp_path))
+    assert queue.next_task("l", None) is Word.LEAVE, "it is not known"
+    replay(queue, BEGUN)
+    assert queue.next_task("l", None) == task("a") == queue.next_task("l", None), "its answer may have been lost"
+    assert queue.next_task("m", None) == task("b")
+    queue.call("trained", "a", steps("done"), "l")
+    size = (tmp_path / "orders.jsonl").stat().st_size
+    assert queue.next_task("l", None) is None and (tmp_path / "orders.jsonl").stat().st_size == size
+    queue.call("close", "l")
+    assert queue.next_task("l", None) is Word.LEAVE
+
+
+def test_news_are_of_validations_that_were_not_seen_and_of_the_end(tmp_path):
+    queue = LoggedQueue(fresh(tmp_path))
+    replay(queue, BEGUN)
+    queue.next_task("l", None)
+    queue.call("progress", "a", metrics(1, None), "l")
+    assert queue.news("a", -1) is None
+    queue.call("progress", "a", metrics(2, 1.5), "l")
+    assert queue.news("a", -1) == queue.call("poll", "a", -1) and queue.news("a", 2) is None
+    queue.call("trained", "a", steps("done"), "l")
+    assert queue.news("a", 2) is None
+    queue.call("scored", "a", {"qa/acc": 0.5}, None)
+    assert queue.news("a", 2)["scores"] == {"qa/acc": 0.5}
+
+
+@settings(deadline=None)
+@given(calls=SEQUENCES)
+def test_changes_since_a_place_are_all_of_them_each_once(folder, calls):
+    queue = LoggedQueue(fresh(folder))
+    place, changed, rows = None, [], {}
+    for one in calls:
+        replay(queue, [one])
+        if (news := queue.since(place)) is not None:
+            place = news.place
+            changed += [entry.task.id for entry in news.changed]
+            rows |= {row["id"]: row for row in news.snapshot["tasks"]}
+        assert queue.since(place) is None
+    seen, _ = queue.call("changes", 0)
+    assert place is None or place.seen == seen and set(changed) == set(queue.queue._changes)
+    assert list(rows.values()) == [] or rows == {row["id"]: row for row in queue.call("snapshot")["tasks"]}
+    again = LoggedQueue(folder / "orders.jsonl").since(place)
+    assert again is not None and len(again.snapshot["tasks"]) == len(queue.queue.entries), "another process: all rows"
