@@ -129,3 +129,20 @@ def test_lines_above_the_table_wait_a_second_at_most_and_none_is_lost(tmp_path):
     progress.note("last")
     progress.finished()
     assert "last" in out.getvalue()
+
+
+def test_the_table_is_drawn_anew_also_where_lines_come_all_the_time(tmp_path):
+    now, out = [0.0], io.StringIO()
+    progress = Progress(Console(file=out, width=200, force_terminal=True), clock=lambda: now[0])
+    queue = TaskQueue()
+    queue.lane_up("lane", "p", "host")
+    queue.place(task("one"), "trial")
+    queue.take("lane", None)
+    progress.started(tmp_path, "", "")
+    for step in range(1, 5):
+        now[0] += 1.1
+        queue.progress("one", {"step": 1000 + step})
+        progress.note(f"line {step}")
+        progress.show(queue.snapshot(), scoring={})
+        assert str(1000 + step) in out.getvalue() and f"line {step}" in out.getvalue()
+    progress.finished()

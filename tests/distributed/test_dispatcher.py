@@ -1,4 +1,4 @@
-"""The dispatcher's class without Ray: who waits is answered by the change that concerns it, and at the end."""
+"""The dispatcher's class without Ray: waiters are woken by the changes that affect them, and at the end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_each_is_answered_by_what_it_waits_for(dispatcher):
         await dispatcher.call("lane_up", "lane", "p", "host")
         lane, changes = await begun(
             dispatcher.wait(LONG_S, LANES, "next_task", "lane", None),
-            dispatcher.wait(LONG_S, CHANGES, "since", dispatcher.queue.since(None).place),
+            dispatcher.wait(LONG_S, CHANGES, "since", dispatcher.queue.since(None).cursor),
         )
         await dispatcher.call("place", task("a"), "tom")
         assert await done(lane, changes) == [True, True] and lane.result() == task("a")
@@ -51,7 +51,7 @@ def test_each_is_answered_by_what_it_waits_for(dispatcher):
         mine, other, changes = await begun(
             dispatcher.wait(LONG_S, "a", "news", "a", -1),
             dispatcher.wait(LONG_S, "b", "news", "b", -1),
-            dispatcher.wait(LONG_S, CHANGES, "since", dispatcher.queue.since(None).place),
+            dispatcher.wait(LONG_S, CHANGES, "since", dispatcher.queue.since(None).cursor),
         )
         await dispatcher.call("progress", "a", {"step": 1}, "lane")
         assert await done(mine, other, changes) == [False, False, True]

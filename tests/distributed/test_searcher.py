@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec, load
@@ -36,7 +36,7 @@ def test_the_scheduler_cuts_the_worse_of_what_is_comparable():
         "sweep.reduction_factor=2",
     )
     asha = scheduler(study, spec.sweep, cuts(study, spec.sweep, 100, 100))
-    assert scheduler(study, spec.sweep, None) is None
+    assert isinstance(scheduler(study, spec.sweep, None), FIFOScheduler)
     cut = {}
     for name, loss in (("step", 1.0), ("constant", 9.0), ("step", 2.0), ("step", 0.5)):
         config = {"macdrop.schedule": name, "macdrop.p0": 0.5 + loss / 100}

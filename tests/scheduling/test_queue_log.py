@@ -255,18 +255,30 @@ def test_news_are_of_validations_that_were_not_seen_and_of_the_end(tmp_path):
 
 @settings(deadline=None)
 @given(calls=SEQUENCES)
-def test_changes_since_a_place_are_all_of_them_each_once(folder, calls):
+def test_changes_since_a_cursor_are_all_of_them_each_once(folder, calls):
     queue = LoggedQueue(fresh(folder))
-    place, changed, rows = None, [], {}
+    cursor, changed, rows = None, [], {}
     for one in calls:
         replay(queue, [one])
-        if (news := queue.since(place)) is not None:
-            place = news.place
+        if (news := queue.since(cursor)) is not None:
+            cursor = news.cursor
             changed += [entry.task.id for entry in news.changed]
             rows |= {row["id"]: row for row in news.snapshot["tasks"]}
-        assert queue.since(place) is None
+        assert queue.since(cursor) is None
     seen, _ = queue.call("changes", 0)
-    assert place is None or place.seen == seen and set(changed) == set(queue.queue._changes)
+    assert cursor is None or cursor.seen == seen and set(changed) == set(queue.queue._changes)
     assert list(rows.values()) == [] or rows == {row["id"]: row for row in queue.call("snapshot")["tasks"]}
-    again = LoggedQueue(folder / "orders.jsonl").since(place)
+    again = LoggedQueue(folder / "orders.jsonl").since(cursor)
     assert again is not None and len(again.snapshot["tasks"]) == len(queue.queue.entries), "another process: all rows"
+
+
+def test_an_answer_stays_as_it_was_given(tmp_path):
+    """Ray pickles it in another thread, so a later change would otherwise reach the caller twice."""
+    queue = LoggedQueue(fresh(tmp_path))
+    replay(queue, BEGUN)
+    (entry, _) = queue.since(None).changed
+    before = copy.deepcopy(entry)
+    queue.next_task("l", None)
+    queue.call("progress", "a", metrics(1, 2.0), "l")
+    queue.call("place", task("a"), "ann")
+    assert entry == before and entry.state == TaskState.QUEUED

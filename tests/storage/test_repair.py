@@ -14,6 +14,8 @@ from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec
 from tune.scheduling.history import resume_state
 from tune.scheduling.selection import final_specs
+from tune.storage import records
+from tune.storage.records import config_seal
 from tune.storage.repair import check_run, repair_run
 from tune.storage.run_folder import RunFolder
 from tune.storage.sealed_folder import newest
@@ -217,3 +219,19 @@ def test_what_killed_writers_left_is_deleted(folder):
         file.write_text("{")
     assert repair_run(folder) == []
     assert not any(file.exists() for file in left) and mine.exists()
+
+
+def test_a_config_is_believed_by_its_seal_unless_this_version_would_read_it_otherwise(folder, monkeypatch):
+    """A sealed one need not be validated again; by another version it is, and refused if it says something else."""
+    file = FILES["trial's config.yaml"][0](folder)
+    text = file.read_text()
+    record = json.loads((file.parent / "trial.json").read_text())
+    spec = RunFolder(folder).trial(file.parent.name).record()
+    assert record["config_seal"] == config_seal(text) == spec.config_seal
+    other = text.replace("learning_rate: ", "learning_rate: 1")
+    assert other != text
+    file.write_text(other)
+    (file.parent / "trial.json").write_text(json.dumps({**record, "config_seal": config_seal(other)}))
+    assert repair_run(folder) == [], "the seal is believed"
+    monkeypatch.setattr(records, "_meaning", lambda: "another version")
+    assert any("trained again" in note for note in repair_run(folder))

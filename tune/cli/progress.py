@@ -46,7 +46,7 @@ WORDS = {TaskState.TRAINED: "scoring"}
 MAX_ROWS = 24
 #: Seconds between two lines of a log on the state of the whole run, and between two estimates of the time left.
 LINE_EVERY_S, ESTIMATE_EVERY_S = 60.0, 1.0
-#: Seconds between two drawings of the live table, with the lines that are printed above it.
+#: Seconds between two drawings of the live table, and between two prints above it.
 DRAW_EVERY_S = 1.0
 
 
@@ -67,7 +67,7 @@ class Progress:
         self._lines: list[Text] = []
         self._lock = threading.Lock()  # copies and trackers have notes of their own threads
         self._clock = clock
-        self._begun = self._said = self._drawn = clock()
+        self._begun = self._said = self._drawn = self._printed = clock()
         self._tasks: dict[str, dict[str, Any]] = {}
         #: What the live table shows: trials that have not ended, the newest that have, and base models.
         self._open: dict[str, None] = {}
@@ -132,7 +132,8 @@ class Progress:
         self._say((text, "red"))
 
     def show(self, snapshot: dict[str, Any], scoring: Mapping[str, int]) -> None:
-        """Redraw the table with the tasks that changed; in a log, print which have started, and a line a minute."""
+        """Draw the table, once a second, with the tasks that changed; in a log print which have started, and a line a
+        minute on the whole run."""
         for row in snapshot["tasks"]:
             self._see(row)
         lanes = snapshot["lanes"].values()
@@ -145,8 +146,11 @@ class Progress:
             if not self._live and self._clock() - self._said >= LINE_EVERY_S:
                 self._said = self._clock()
                 self._say(self._whole(estimate))
-        if self._clock() - self._drawn >= DRAW_EVERY_S:
-            self._draw()
+        if self._live and self._clock() - self._drawn >= DRAW_EVERY_S:
+            self._drawn = self._clock()
+            self._live.update(self._table(), refresh=True)  # a print draws again what was drawn last
+        if self._clock() - self._printed >= DRAW_EVERY_S:
+            self._print_lines()
 
     def _see(self, row: dict[str, Any]) -> None:
         """Take a task's row, and say in a log that it has started or is trained."""
@@ -255,23 +259,15 @@ class Progress:
         with self._lock:
             self._lines.append(rich_text(*parts))
         # No table is shown any more while answers are judged: lines must not wait for the next one.
-        if not self._live or self._clock() - self._drawn >= DRAW_EVERY_S:
-            self._draw()
+        if not self._live or self._clock() - self._printed >= DRAW_EVERY_S:
+            self._print_lines()
 
-    def _draw(self) -> None:
-        self._drawn = self._clock()
-        if self._live:
-            self._live.update(self._table())
-        if not self._print_lines() and self._live:
-            self._live.refresh()
-
-    def _print_lines(self) -> bool:
-        """Print the lines that are waiting, with the live table below them; return whether there were any."""
+    def _print_lines(self) -> None:
+        self._printed = self._clock()
         with self._lock:
             lines, self._lines = self._lines, []
         if lines:
             self.console.print(Text("\n").join(lines), soft_wrap=True, highlight=False)
-        return bool(lines)
 
     def _table(self) -> Table:
         title = rich_text(self._line) if self._line else None

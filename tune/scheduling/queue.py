@@ -26,7 +26,7 @@ Mark = tuple[str, int]
 
 @dataclass
 class TaskQueue:
-    """Queue of training tasks and the lanes that run them. Every method is quick; callers poll."""
+    """Queue of training tasks and the lanes that run them. Every method is quick."""
 
     entries: dict[str, QueuedTask] = field(default_factory=dict)
     lanes: dict[str, dict[str, Any]] = field(default_factory=dict)

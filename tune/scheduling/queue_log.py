@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,8 +29,8 @@ TASK = "order"
 
 
 @dataclass(frozen=True)
-class Place:
-    """A place in the history of a queue: its process and the calls that it had, its changes and its snapshot then."""
+class Cursor:
+    """A position in the history of a queue: its process, and how many calls and state changes came before."""
 
     process: str
     calls: int
@@ -40,9 +40,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Changes:
-    """What came after a place: entries whose state changed, and a snapshot that has the rows of changed tasks only."""
+    """Changes after a cursor: entries with a new state, and a snapshot that has the rows of changed tasks only."""
 
-    place: Place
+    cursor: Cursor
     changed: list[QueuedTask]
     snapshot: dict[str, Any]
 
@@ -103,13 +103,15 @@ class LoggedQueue:
         found = self.queue.poll(task_id, after)
         return found if found["metrics"] or found["state"].is_final else None
 
-    def since(self, place: Place | None) -> Changes | None:
-        """Return what came after a place, all of it without one."""
-        if place is not None and (place.process, place.calls) == (self._process, self._calls):
+    def since(self, cursor: Cursor | None) -> Changes | None:
+        """Return what came after a cursor; all changes if it is None."""
+        if cursor is not None and (cursor.process, cursor.calls) == (self._process, self._calls):
             return None
-        seen, changed = self.queue.changes(place.seen if place else 0)
-        snapshot = self.queue.snapshot(place.mark if place else None)
-        return Changes(Place(self._process, self._calls, seen, snapshot["mark"]), changed, snapshot)
+        seen, changed = self.queue.changes(cursor.seen if cursor else 0)
+        snapshot = self.queue.snapshot(cursor.mark if cursor else None)
+        # Copies: Ray pickles the answer of an asynchronous actor in another thread, after further calls perhaps.
+        entries = [replace(entry, evaluated=[*entry.evaluated], followers={*entry.followers}) for entry in changed]
+        return Changes(Cursor(self._process, self._calls, seen, snapshot["mark"]), entries, snapshot)
 
     # --- details ---
 

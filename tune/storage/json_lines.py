@@ -176,7 +176,9 @@ def whole_groups(read: Callable[[int, int], bytes], start: int = 0) -> Iterator[
     """
     group: list[bytes] = []
     left = b""
-    while block := read(start, _BLOCK):
+    block = None
+    while block is None or len(block) == _BLOCK:
+        block = read(start, _BLOCK)
         start += len(block)
         *lines, left = (left + block).split(b"\n")
         for line in lines:

@@ -5,7 +5,9 @@ Keys that a model does not name are kept. Values are never converted, except for
 
 from __future__ import annotations
 
-from functools import lru_cache
+import hashlib
+import json
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,6 +18,7 @@ from tune.config.eval_spec import TEST
 from tune.config.run_spec import TrainSpec
 from tune.config.syntax.yaml_core import parse_blocks
 from tune.storage.atomic import read_mapping, report_damage
+from tune.storage.environment import version
 from tune.storage.states import RunStatus, Stage, TaskState
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -95,7 +98,7 @@ class TrialRecord(BaseModel):
     plain and MacDrop are compared. `drawn` are the searched values, None for a trial that no search asked for.
     `trained` is when the adapter was complete. `judged` is the last step that the search saw of a trial it pruned.
     `kind` is the kind of failure (`tune.scheduling.failures`). `segments` say on how many workers it was trained, from
-    which step on (`tune.storage.segments`). `config_sha256` is the checksum of config.yaml.
+    which step on (`tune.storage.segments`). `config_seal` is that of config.yaml.
     """
 
     model_config = _STRICT
@@ -122,7 +125,7 @@ class TrialRecord(BaseModel):
     eval_loss: Number | None = None
     seconds: Number | None = None
     segments: list[dict[str, Any]] | None = None
-    config_sha256: str | None = None
+    config_seal: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -240,6 +243,19 @@ def read_trial(folder: Path, problems: list[str] | None = None, *, config: bool 
     if config and file.exists():
         record.config = read_mapping(file, problems, parse=parse_blocks) or {}
     return record
+
+
+def config_seal(text: str) -> str:
+    """Return a checksum of a config.yaml and of what a fine-tuning is in this version of macdrop.
+
+    A file with the seal that it was written with has not changed, and neither has what its content means.
+    """
+    return hashlib.sha256(f"{_meaning()}\n{text}".encode()).hexdigest()
+
+
+@cache
+def _meaning() -> str:
+    return f"{version('macdrop')} " + json.dumps(TrainSpec.model_json_schema(), sort_keys=True)
 
 
 def check_score(row: dict[str, Any]) -> None:

@@ -32,12 +32,13 @@ from tune.storage.records import (
     RunRecord,
     TrialRecord,
     check_score,
+    config_seal,
     parse,
     read_record,
 )
 from tune.storage.remote.restore import is_restoring
 from tune.storage.run_folder import BASE, LAYOUT, RunFolder
-from tune.storage.sealed_folder import sha256, tidy, verify
+from tune.storage.sealed_folder import tidy, verify
 from tune.storage.search_state import search_time
 from tune.storage.states import RunStatus, TaskState
 
@@ -176,7 +177,8 @@ def _trial(folder: Path) -> tuple[list[str], bool]:
     record = _believed(file, _record)
     if record is None:
         return [*notes, f"{_aside(file)}: {remedy}"], False
-    if not _is_written(config, record) and _believed(config, lambda path: _named(path, folder.name)) is None:
+    sealed = config.is_file() and record.get("config_seal") == config_seal(config.read_text(errors="replace"))
+    if not sealed and _believed(config, lambda path: _named(path, folder.name)) is None:
         aside = _aside(config)
         _aside(file)
         return [*notes, f"{aside}: {remedy}"], False
@@ -200,11 +202,6 @@ def _record(file: Path) -> dict[str, Any]:
     if parse(TrialRecord, record).trial != file.parent.name:
         raise ValueError(f"{file} is the record of another trial")
     return record
-
-
-def _is_written(file: Path, record: dict[str, Any]) -> bool:
-    """Return whether a file is as the record says that it was written; what it says need not be looked at then."""
-    return record.get("config_sha256") is not None and file.is_file() and sha256(file) == record["config_sha256"]
 
 
 def _named(file: Path, name: str) -> TrainSpec:

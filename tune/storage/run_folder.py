@@ -67,7 +67,8 @@ class RunFolder:
         self.run_dir = Path(run_dir)
         self.problems = problems
         self.archive: Path | None = None
-        self._scores: KnownScores | GivenScores | None = None
+        #: Kept, and read on where it grew: asked once per benchmark and trial.
+        self._scores: KnownScores | GivenScores = self._known_scores()
         self._config: tuple[Stamp, dict[str, Any]] | None = None
         self._times: tuple[Stamp, list[dict[str, Any]]] | None = None
 
@@ -249,19 +250,19 @@ class RunFolder:
 
     def score_rows(self) -> list[dict[str, Any]]:
         """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""
-        return self._table().rows()
+        return self._scores.rows()
 
     def trial_scores(self, trial: str) -> list[dict[str, Any]]:
         """`score_rows` of one trial; those of `BASE` are of all models."""
-        return self._table().rows(trial)
+        return self._scores.rows(trial)
 
     def has_scores(self) -> bool:
         """Return whether there is a score at all."""
-        return self._table().has_rows()
+        return self._scores.has_rows()
 
     def model_scores(self, model: str) -> list[dict[str, Any]]:
         """`score_rows` of one model; takes the full name or the slug of it (`tune.config.run_spec.slug`)."""
-        return self._table().of_model(slug(model))
+        return self._scores.of_model(slug(model))
 
     def with_scores_of(self, model: str) -> RunFolder:
         """Return a copy that has the scores of one model, as they are, and may be sent to another process."""
@@ -270,14 +271,15 @@ class RunFolder:
         other.problems = None if self.problems is None else []
         return other
 
-    def _table(self) -> KnownScores | GivenScores:
-        # Kept: asked once per benchmark and trial, by which the file grows.
-        if self._scores is None:
-            self._scores = KnownScores(self.scores_file, self.problems, within=self.run_dir)
-        return self._scores
+    def _known_scores(self) -> KnownScores:
+        return KnownScores(self.scores_file, self.problems, within=self.run_dir)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_scores": self._scores if isinstance(self._scores, GivenScores) else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._scores = state["_scores"] or self._known_scores()
 
     def scores(self) -> pandas.DataFrame:
         """`score_rows` as a table that has all of `SCORE_COLUMNS`, also when it is empty."""

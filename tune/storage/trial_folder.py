@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tune.storage.atomic import atomic_write_json, atomic_write_text, atomic_write_yaml, now, plain, read_mapping, stat
+from tune.config.syntax.yaml_core import write_blocks
+from tune.storage.atomic import atomic_write_json, atomic_write_text, now, plain, read_mapping, stat
 from tune.storage.json_lines import append_jsonl, read_jsonl
-from tune.storage.records import TrialRecord, read_record
-from tune.storage.sealed_folder import sha256
+from tune.storage.records import TrialRecord, config_seal, read_record
 from tune.storage.states import Stage, TaskState
 
 
@@ -57,7 +57,8 @@ class TrialFolder:
         drawn: the searched values behind the trial; None for one that no search asked for.
         """
         before = self._content()
-        file = atomic_write_yaml(self.folder / "config.yaml", config, within=self._within)
+        text = write_blocks(plain(config))
+        atomic_write_text(self.folder / "config.yaml", text, within=self._within)
         self._write(
             trial=self.id,
             model=model,
@@ -71,7 +72,7 @@ class TrialFolder:
             reason=None,
             started=before.get("started") or now(),
             attempts=before.get("attempts", 0) + 1,
-            config_sha256=sha256(file),
+            config_seal=config_seal(text),
         )
 
     def log(self, step_metrics: Iterable[Mapping[str, Any]]) -> None:

@@ -180,6 +180,16 @@ def ready(actor: ActorHandle) -> ray.ObjectRef:
     return actor.__ray_ready__.remote()
 
 
+def keep_idle_actors(controller: Any, trial: Any, most: int) -> None:
+    """Have Tune keep up to `most` actors whose trials have ended for the trials that follow.
+
+    controller: what Tune passes to a scheduler. trial: one of those whose actors are alike.
+    """
+    # Ray 2.60, `TuneController._maybe_cache_trial_actor`: `reuse_actors` alone keeps one, and more only while trials
+    # wait for theirs. Trials that end together would lose their processes, and each new one costs seconds of a CPU.
+    controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, most)
+
+
 def without_cleaner(callbacks: Iterable[Any]) -> list[Any]:
     """Return a Train run's callbacks without the one that starts the `PlacementGroupCleaner`."""
     # Ray 2.60: no setting turns it off. Imported here, as it loads Ray Train, which node checks do without.

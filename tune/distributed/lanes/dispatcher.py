@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.errors import ResourceError
-from tune.scheduling.queue_log import LOOKS, Changes, LoggedQueue, Place
+from tune.scheduling.queue_log import LOOKS, Changes, Cursor, LoggedQueue
 from tune.scheduling.tasks import TrainTask
 from tune.storage.atomic import atomic_write_text
 
@@ -27,12 +27,12 @@ PATIENCE_S = 180.0
 LANES, CHANGES = "lanes", "changes"
 #: Methods of the queue whose first argument is not the task that they change.
 OF_ANY_TASK = frozenset({"abandon", "close", "drain", "lane_down", "lane_up"})
-#: How long the answers to those that wait are waited for at the end.
+#: Seconds that pending waits get to return before the actor is killed.
 END_S = 2.0
 #: How long a `Watch` waits at a time, and how long it rests where changes come one after the other.
 CHANGES_S, REST_S = 5.0, 0.2
 #: Callers that may wait at the same time.
-WAITING_MOST = 10_000
+MAX_WAITERS = 10_000
 
 
 class DispatcherLost(ResourceError):
@@ -47,7 +47,7 @@ def dispatching(folder: Path) -> Iterator[ActorHandle]:
     """
     log = atomic_write_text(folder / f"queue-{uuid.uuid4().hex[:8]}.jsonl", "")
     actor: Any = ray.remote(Dispatcher).options(
-        num_cpus=0, resources={HEAD: 0.001}, max_concurrency=WAITING_MOST, max_restarts=-1, max_task_retries=-1
+        num_cpus=0, resources={HEAD: 0.001}, max_concurrency=MAX_WAITERS, max_restarts=-1, max_task_retries=-1
     )
     dispatcher: ActorHandle = actor.remote(log)
     try:
@@ -61,7 +61,11 @@ def dispatching(folder: Path) -> Iterator[ActorHandle]:
 
 
 class Dispatcher:
-    """The actor's class: a queue that logs its calls. They run one at a time, as none of them awaits anything."""
+    """The actor's class: a queue that logs its calls.
+
+    Each call of the queue runs to its end before the next: all are made in the actor's event loop, and none awaits
+    anything. Answers are pickled later, in another thread. Calls may come in another order than they were sent in.
+    """
 
     def __init__(self, log: Path) -> None:
         self.queue = LoggedQueue(log)
@@ -82,7 +86,9 @@ class Dispatcher:
         self._wake("record", [""])
 
     async def wait(self, seconds: float, about: str, method: str, *arguments: Any) -> Any:
-        """Return what a method of `LoggedQueue` returns as soon as that is not None; None if it stays so for long.
+        """Return what a method of `LoggedQueue` returns as soon as that is not None.
+
+        None after `seconds`, or at the actor's end.
 
         about: the task that it depends on, `LANES` or `CHANGES`.
         """
@@ -104,7 +110,7 @@ class Dispatcher:
             changed.set()
 
     def _wake(self, method: str, arguments: Sequence[Any]) -> None:
-        """Have those look again whom a call may concern."""
+        """Wake the waiters that a call may affect."""
         if method in OF_ANY_TASK:
             about = set(self._waiting)
         else:
@@ -121,14 +127,14 @@ def ask(dispatcher: ActorHandle, method: str, *arguments: Any) -> ray.ObjectRef:
     return dispatcher.call.remote(method, *arguments)
 
 
-def answer(reference: ray.ObjectRef) -> Any:
+def answer(reference: ray.ObjectRef, seconds: float = PATIENCE_S) -> Any:
     """Wait for an answer, also while the actor restarts.
 
     Raises:
-        DispatcherLost: there was none within `PATIENCE_S`, or Ray gave up on the actor.
+        DispatcherLost: there was none within so many seconds, or Ray gave up on the actor.
     """
     try:
-        return ray.get(reference, timeout=PATIENCE_S)
+        return ray.get(reference, timeout=seconds)
     except (GetTimeoutError, RayActorError) as error:
         raise DispatcherLost(
             f"The actor that hands out the fine-tunings of this run does not answer ({type(error).__name__}).\n"
@@ -152,7 +158,7 @@ class Watch:
 
     def __init__(self, dispatcher: ActorHandle) -> None:
         self._dispatcher = dispatcher
-        self._place: Place | None = None
+        self._cursor: Cursor | None = None
         self._asked: tuple[float, ray.ObjectRef] | None = None
         self._taken_at = 0.0
 
@@ -165,21 +171,25 @@ class Watch:
         if self._asked is None:
             if time.monotonic() < self._taken_at + REST_S:
                 return None
-            reference = wait_for(self._dispatcher, CHANGES_S, CHANGES, "since", self._place)
+            reference = wait_for(self._dispatcher, CHANGES_S, CHANGES, "since", self._cursor)
             self._asked = time.monotonic() + PATIENCE_S, reference
         until, reference = self._asked
         if time.monotonic() < until and not ray.wait([reference], timeout=0)[0]:
             return None
         self._asked = None
-        return self._taken(answer(reference))
+        return self._taken(answer(reference, 1.0))
 
     def now(self) -> Changes | None:
-        """Return what has come since the last call, this moment's included; None for nothing. Raises as `news`."""
+        """Return what has come since the last call, this moment's included; None for nothing.
+
+        Raises:
+            DispatcherLost: as `answer`.
+        """
         self._asked = None
-        return self._taken(answer(wait_for(self._dispatcher, 0.0, CHANGES, "since", self._place)))
+        return self._taken(answer(wait_for(self._dispatcher, 0.0, CHANGES, "since", self._cursor)))
 
     def _taken(self, changes: Changes | None) -> Changes | None:
         self._taken_at = time.monotonic()
         if changes is not None:
-            self._place = changes.place
+            self._cursor = changes.cursor
         return changes

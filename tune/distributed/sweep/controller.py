@@ -18,7 +18,7 @@ from tune.distributed.actors.eval_task import EvalTask, Result
 from tune.distributed.actors.evaluators import Opening
 from tune.distributed.lanes.dispatcher import Watch, answer, call
 from tune.distributed.lanes.lane_pools import LanePools
-from tune.distributed.sweep.earlier_run import EndedTask, Resumed, ended_tasks, missing_jobs
+from tune.distributed.sweep.earlier_run import RecordedTask, Resumed, missing_jobs, recorded_tasks
 from tune.distributed.sweep.events import Observer
 from tune.distributed.sweep.scoring import Scoring
 from tune.evaluation.score_names import named_scores
@@ -35,8 +35,8 @@ from tune.training.proving.layer_proofs import copy_layers
 
 #: Short compared with a benchmark of a tiny model: an actor that is done waits for the next tick.
 TICK_S = 0.1
-#: Tasks of an earlier run that enter the queue together.
-TOGETHER = 500
+#: Tasks of an earlier run that enter the queue in one call.
+BATCH = 500
 
 
 class SweepController:
@@ -112,35 +112,41 @@ class SweepController:
             self.lanes.sharing.turn(study.name, Phase.ENDED)
             self._progress.study_ended(study)
 
-    def resume(self, study: Study) -> Resumed:
-        """Read what an earlier run of this folder has ended of a study, and enter it into the queue as it comes.
+    def resume(self, study: Study, given_up: threading.Event) -> Resumed:
+        """Read which trials of a study an earlier run of this folder has trained, and enter them into the queue.
 
-        Trials that are trained but not fully scored wait for `resume_scoring`, which needs the evaluators.
+        Those that lack scores wait for `resume_scoring`, which needs the evaluators. given_up: set to end the reading.
+
+        Raises:
+            as `check`.
         """
         found = Resumed()
         model, retry = study.spec.model_name_or_path, self._retry_failed
-        together: list[EndedTask] = []
-        for task in ended_tasks(self._run_folder, model, study.name, self._jobs, self._named, retry_failed=retry):
+        together: list[RecordedTask] = []
+        for task in recorded_tasks(self._run_folder, model, study.name, self._jobs, self._named, retry_failed=retry):
+            self.check(study)
+            if given_up.is_set():
+                break
             found.states[task.task.id] = task.state
             if task.state in (TaskState.FAILED, TaskState.DIVERGED):
                 with self._lock:
                     self._failed.add(task.task.id)
             (found.unscored if task.state == TaskState.TRAINED else together).append(task)
-            if len(together) == TOGETHER:
+            if len(together) == BATCH:
                 self._record(together)
                 together = []
         self._record(together)
         return found
 
-    def resume_scoring(self, unscored: Sequence[EndedTask]) -> None:
+    def resume_scoring(self, unscored: Sequence[RecordedTask]) -> None:
         """Enter trained tasks; their missing benchmarks follow."""
         self._record(unscored)
 
-    def _record(self, ended: Sequence[EndedTask]) -> None:
-        answer(self._dispatcher.record_all.remote([each.arguments for each in ended]))
+    def _record(self, tasks: Sequence[RecordedTask]) -> None:
+        answer(self._dispatcher.record_all.remote([each.arguments for each in tasks]))
 
-    def wait(self, study: Study) -> None:
-        """Wait until every task and every score of the study is settled.
+    def wait(self, study: Study, *, last: bool = False) -> None:
+        """Wait until every task and every score of the study is settled; `last`: it will queue no others.
 
         Raises:
             the error that ended the loop.
@@ -148,6 +154,9 @@ class SweepController:
         self.check(study)
         with self._lock:
             self._take_changes(self._changes.now())  # with what the study has placed
+            self.lanes.sharing.look(self._snapshot)
+            if last:
+                self.lanes.sharing.turn(study.name, Phase.LAST)
         while True:
             self.check(study)
             with self._lock:
@@ -259,7 +268,7 @@ class SweepController:
         arm, setting = self._settings[task.id]
         about: dict[str, Any] = {"stage": task.stage, "setting": setting, "cell": task.cell, "drawn": task.drawn}
         record = trial.record()
-        if entry.state == TaskState.RUNNING or record is None:  # a short one may have ended between two polls
+        if entry.state == TaskState.RUNNING or record is None:  # a short one may end before its start is seen
             trial.start(task.spec, model=model, arm=arm, seed=seed, **about)
         if entry.state == TaskState.TRAINED:
             # Otherwise it comes from an earlier run, or was placed for another stage.

@@ -1,4 +1,4 @@
-"""What an earlier run of a folder has ended: read from the folder, to be entered into the queue of a resumed run."""
+"""Trials that an earlier run of a folder has trained or given up: read, to be entered into a resumed run's queue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tune.training.finetune import Outcome
 
 
 @dataclass(frozen=True)
-class EndedTask:
+class RecordedTask:
     """A task that will not be trained (again), as `TaskQueue.record` takes it."""
 
     task: TrainTask
@@ -37,13 +37,13 @@ class EndedTask:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The states of ended tasks by trial, and the tasks among them that lack scores."""
+    """The states of recorded tasks by trial, and the tasks among them that lack scores."""
 
     states: dict[str, TaskState] = field(default_factory=dict)
-    unscored: list[EndedTask] = field(default_factory=list)
+    unscored: list[RecordedTask] = field(default_factory=list)
 
 
-def ended_tasks(
+def recorded_tasks(
     run_folder: RunFolder,
     model: str,
     study: str,
@@ -51,8 +51,8 @@ def ended_tasks(
     named: Callable[[list[dict[str, Any]]], dict[str, float]],
     *,
     retry_failed: bool,
-) -> Iterator[EndedTask]:
-    """Yield the ended tasks of a model.
+) -> Iterator[RecordedTask]:
+    """Yield the tasks of a model that will not be trained (again).
 
     Those that are trained but not fully scored come as trained: they will get their missing scores.
 
@@ -71,7 +71,7 @@ def ended_tasks(
         if state is not None:
             outcome = record.model_dump(include=set(Outcome.__dataclass_fields__) - {"status"}, exclude_unset=True)
             task = _task(record, study, trial.folder, state)
-            yield EndedTask(task, state, outcome, named(rows), record.reason)
+            yield RecordedTask(task, state, outcome, named(rows), record.reason)
 
 
 def missing_jobs(model: str, rows: Iterable[dict[str, Any]], jobs: list[EvalJob]) -> list[EvalJob]:

@@ -15,12 +15,13 @@ from typing import Any, cast
 import numpy as np
 from ray.tune import choice as one_of
 from ray.tune import grid_search, loguniform, randint, uniform
-from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from tune.config.run_spec import Space, SweepSpec
 from tune.config.sections import EVAL_LOSS
+from tune.distributed.cluster import ray_internals
 from tune.scheduling.early_stopping import MEDIAN_OF, Cuts
 from tune.scheduling.history import COMPLETE, FAILED, OPEN, PRUNED, PastTrial
 from tune.scheduling.study import Study
@@ -174,13 +175,13 @@ class _Optuna(OptunaSearch):
 
 def scheduler(
     study: Study, sweep: SweepSpec, cuts: Cuts | None, known: Mapping[str, Sequence[tuple[int, float]]] | None = None
-) -> TrialScheduler | None:
-    """Return the scheduler on our own `step` and `eval_loss`, or None without `cuts`; a finished trial is not cut.
+) -> TrialScheduler:
+    """Return the scheduler on our own `step` and `eval_loss`; without `cuts` none is cut, and no finished one ever is.
 
     known: trials of an earlier run by name, with the steps and losses on which they were judged.
     """
     if cuts is None:
-        return None
+        return _Uncut(sweep)
     made: _Halving | _Median = (_Median if sweep.scheduler == "median" else _Halving)(study, sweep, cuts)
     for name, reports in (known or {}).items():
         made.know(name, reports)
@@ -192,6 +193,28 @@ class _StandIn:
     """A trial with nothing but a name, which is all that the schedulers look at."""
 
     trial_id: str
+
+
+class _KeepsActors:
+    """Has Tune keep the actors of trials that end for those that follow, as many as run at the same time."""
+
+    #: Trials at the same time; 0 once Tune knows it.
+    _at_once: int
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        """Tell Tune, with the first trial; there is no controller where a trial is entered without Tune."""
+        if self._at_once and controller is not None:
+            ray_internals.keep_idle_actors(controller, trial, self._at_once)
+            self._at_once = 0
+        super().on_trial_add(controller, trial)  # type: ignore[misc]  # of the scheduler that this is mixed into
+
+
+class _Uncut(_KeepsActors, FIFOScheduler):
+    """Stops no trial."""
+
+    def __init__(self, sweep: SweepSpec) -> None:
+        super().__init__()
+        self._at_once = sweep.max_concurrent_trials
 
 
 class _Guard:
@@ -247,7 +270,7 @@ class _Guard:
         raise NotImplementedError
 
 
-class _Halving(_Guard, AsyncHyperBandScheduler):
+class _Halving(_KeepsActors, _Guard, AsyncHyperBandScheduler):
     """ASHA, or asynchronous HyperBand with several brackets. No trial is ever paused, which a lane could not do."""
 
     def __init__(self, study: Study, sweep: SweepSpec, cuts: Cuts) -> None:
@@ -262,6 +285,7 @@ class _Halving(_Guard, AsyncHyperBandScheduler):
             stop_last_trials=False,
         )
         self._study, self._cuts, self._seed = study, cuts, sweep.search_seed
+        self._at_once = sweep.max_concurrent_trials
 
     def _enter(self, controller: Any, named: _StandIn) -> None:
         """Put a trial into the bracket that follows from its name, and not from the order in which trials come."""
@@ -275,7 +299,7 @@ class _Halving(_Guard, AsyncHyperBandScheduler):
         return AsyncHyperBandScheduler.on_trial_result(self, controller, cast(Any, named), result)
 
 
-class _Median(_Guard, MedianStoppingRule):
+class _Median(_KeepsActors, _Guard, MedianStoppingRule):
     """Stops a trial whose best loss is above the median of the other trials' means, each from the first cut on."""
 
     def __init__(self, study: Study, sweep: SweepSpec, cuts: Cuts) -> None:
@@ -288,6 +312,7 @@ class _Median(_Guard, MedianStoppingRule):
             hard_stop=True,
         )
         self._study, self._cuts = study, cuts
+        self._at_once = sweep.max_concurrent_trials
         self._taken: set[tuple[str, int]] = set()
 
     def _enter(self, controller: Any, named: _StandIn) -> None:

@@ -89,24 +89,30 @@ class StudyRun:
             specs = finalists.final_specs(chosen)
             self.controller.stage(self.study, Stage.FINAL, len(specs))
             self._place(context, specs, Stage.FINAL)
-        self.controller.lanes.sharing.turn(self.study.name, Phase.LAST)
-        self.controller.wait(self.study)
+        self.controller.wait(self.study, last=True)
         return searched.seconds
 
     def _begin(self) -> TrialContext:
-        """Open the study, and enter what an earlier run has ended: that is read while the evaluators start."""
+        """Open the study, and enter the trials of an earlier run: these are read while the evaluators start."""
+        given_up = threading.Event()
         with ThreadPoolExecutor(1) as aside:
-            reading = aside.submit(self._read)
-            context = self._open()
+            reading = aside.submit(self._read, given_up)
+            try:
+                context = self._open()
+            except BaseException:
+                given_up.set()
+                raise
         resumed = reading.result()
         self.controller.resume_scoring(resumed.unscored)
         self.standing = resumed.states
         return context
 
-    def _read(self) -> Resumed:
-        resumed = self.controller.resume(self.study)
+    def _read(self, given_up: threading.Event) -> Resumed:
+        resumed = self.controller.resume(self.study, given_up)
         if not self.study.unruled:  # rules that are yet to be measured change the names
             for values in points(self.study, self.spec.sweep) or ():
+                if given_up.is_set():
+                    break
                 self._name(values)
         return resumed
 
