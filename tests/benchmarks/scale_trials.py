@@ -198,8 +198,9 @@ class Meter:
                 times, name = process.cpu_times(), " ".join(process.cmdline()[:2])
             except psutil.Error:
                 continue
-            # A process that ends takes its times with it.
-            self._most[process.pid] = (_part(name), times.user + times.system)
+            # A process that ends takes its times with it, and one without a call has the name of an idle one.
+            part, before = _part(name), self._most.get(process.pid)
+            self._most[process.pid] = (before[0] if before and part == "ray" else part, times.user + times.system)
         self._mine += time.thread_time() - began
         cpu = {"controller": time.thread_time() - self._mine, "driver": time.process_time() - self._mine}
         for part, spent in self._most.values():
