@@ -86,16 +86,49 @@ def settle(model: nn.Module) -> None:
     In eval mode bitsandbytes repacks NF4 weights for CPUs with AVX-512 in bf16: into a layout that has no gradient, and
     whose rows cannot be read. The scales of int8 get lost where PEFT replaces a weight by itself (DoRA on CPUs), and
     stay behind where the model moves to another device.
+
+    Raises `ConfigError` where bitsandbytes misreads 4-bit weights.
     """
     modules: Iterator[Any] = model.modules()
     for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            _check_rows(module)
         if type(getattr(module, "weight", None)).__name__ == "Int8Params":
             _follow_weight(module)
             module.register_forward_pre_hook(_follow_weight)
             # Or the weight that PEFT puts in its own place would be an empty one while an adapter is loaded lazily.
             module.register_parameter = partial(_assign, module)
+
+
+def _check_rows(module: Any) -> None:
+    """Refuse 4-bit weights that come out wrong: rows that are no multiple of a block, on CPUs with AVX-512.
+
+    bitsandbytes 0.50 takes such rows to begin with a block of their own there.
+    """
+    state = getattr(module.weight, "quant_state", None)
+    inputs = weight_shape(module)[1]
+    if state is None or module.weight.device.type != "cpu" or inputs % state.blocksize == 0:
+        return
+    if not torch.allclose(dequantised(module).float(), _by_definition(module), rtol=1e-2, atol=1e-6):
+        raise ConfigError(
+            f"bitsandbytes misreads 4-bit weights with rows of {inputs} entries on this CPU: on some, that must be a "
+            f"multiple of {state.blocksize}.\nUse quantization_bit: 8, or none, or a GPU."
+        )
+
+
+@torch.no_grad()
+def _by_definition(module: Any) -> torch.Tensor:
+    """The weight (out, in) of a 4-bit layer in fp32, from its codes and scales."""
+    import bitsandbytes.functional as F
+
+    state = module.weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        scales = F.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    codes = module.weight.data.view(torch.uint8).flatten()
+    entries = state.code[torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()][: state.shape.numel()]
+    return (entries * scales.float().repeat_interleave(state.blocksize)[: len(entries)]).view(state.shape)
 
 
 def _assign(module: Any, name: str, parameter: torch.Tensor | None) -> None:

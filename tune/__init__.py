@@ -22,7 +22,11 @@ For notebooks and scripts, `sweep` and `Run` are loaded on first use, so that `i
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
+
+# Where it is imported, bitsandbytes advises to install a kernel for some CPUs, which `macdrop.quantised` does not use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOME = {"Run": "cli.python_sweep", "sweep": "cli.python_sweep"}
 __all__ = sorted(_HOME)

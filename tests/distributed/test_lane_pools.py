@@ -151,6 +151,7 @@ class Controller:
 
     error: BaseException | None = None
     broken = False
+    notes: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     over: list[tuple[str, bool, bool]] = field(default_factory=list)
 
@@ -161,12 +162,17 @@ class Controller:
     def ended(self, study: Any, *, well: bool, more: bool) -> None:
         self.over.append((study.name, well, more))
 
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
     def study_failed(self, name: str, reason: str) -> None:
         self.failed.append(f"{name}: {reason}")
 
 
-def threads(run, most: int | None, *names: str, gaps=lambda name: False, budget: float | None = None) -> StudyThreads:
-    lanes = SimpleNamespace(has_gap=gaps, sharing=SimpleNamespace(turn=lambda *_: None))
+def threads(
+    run, most: int | None, *names: str, gaps=lambda name: False, room=lambda name: True, budget: float | None = None
+) -> StudyThreads:
+    lanes = SimpleNamespace(has_gap=gaps, leaves_a_lane=room, sharing=SimpleNamespace(turn=lambda *_: None))
     studies: Any = [SimpleNamespace(name=name) for name in names]
     return StudyThreads(studies, run, Controller(), lanes, most, budget)  # type: ignore[arg-type]
 
@@ -188,6 +194,39 @@ def test_as_many_studies_as_asked_for_run_at_once(most, together):
     found.run_all()
     assert max(seen) == together and [name for name, *_ in found.controller.over[:1]] == ["a"]
     assert [more for *_, more in found.controller.over][-1] is False
+
+
+def test_a_study_whose_actors_would_take_the_room_of_every_lane_begins_later():
+    order, going = [], []
+
+    def run(study, share):
+        order.append(study.name)
+        going.append(study.name)
+        time.sleep(0.5)
+        going.remove(study.name)
+        return 0.0
+
+    found = threads(run, 3, "a", "large", "b", room=lambda name: name != "large" or not going)
+    found.run_all()
+    assert order == ["a", "b", "large"]
+    assert found.controller.notes == ["large begins later: its evaluation actors would leave no room for a lane"]
+
+
+def test_the_room_for_a_lane_of_each_begun_study_is_kept(make):
+    actors = Room(0, 2)
+    sharing = make(
+        8,
+        a=StudyNeeds(ONE, actors, 3),
+        b=StudyNeeds(LaneKind(1, 4, Room(1, 1)), actors, 1),
+        c=StudyNeeds(ONE, actors, 1),
+    ).sharing
+    assert sharing.leaves_a_lane("a", Room(100, 8))
+    sharing.turn("a", Phase.OPENING)
+    assert sharing.leaves_a_lane("b", Room(100, 8)) and not sharing.leaves_a_lane("b", Room(100, 7))
+    sharing.turn("b", Phase.OPENING)
+    assert not sharing.leaves_a_lane("c", Room(100, 8)), "two would be left, and b's lanes need four"
+    sharing.turn("b", Phase.ENDED)
+    assert sharing.leaves_a_lane("c", Room(100, 8))
 
 
 def test_one_model_that_cannot_be_used_stops_no_other_and_a_lone_one_ends_the_run():

@@ -65,6 +65,26 @@ def test_any_run_ends_with_all_work_done_once_within_its_room(parts, most):
     assert found == Simulation(studies, ROOM, most=most, start_s=2.0).run()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 2), st.sampled_from([0.5, 1.0])), max_size=6),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([None, 1, 2, 3]),
+)
+def test_models_that_fit_one_by_one_all_end_however_many_may_run_at_once(parts, gpus, most):
+    """Actors of several models must not take the room that any of their lanes needs."""
+    studies = [
+        replace(
+            study(f"m{n}", workers=workers, trials=2, most=int((gpus - actors * each) // workers), actors=actors),
+            evaluator=Room(0, each),
+        )
+        for n, (workers, actors, each) in enumerate(parts)
+        if workers + actors * each <= gpus
+    ]
+    found = Simulation(studies, Room(1000, gpus), most=most, start_s=2.0).run()
+    assert found.studies.keys() == {each.name for each in studies}
+
+
 def test_studies_overlap_where_one_leaves_lanes_idle_and_a_large_one_is_not_starved():
     small = [study(f"small-{n}", trials=20, seconds=50.0) for n in range(6)]
     found = Simulation([*small, study("large", workers=8, trials=1)], ROOM).run()

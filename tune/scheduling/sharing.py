@@ -70,6 +70,12 @@ class LaneSharing:
         needs = self._needs[study]
         return has_gap(self.demands(now), self.room(there), needs.kind, needs.evaluators)
 
+    def leaves_a_lane(self, study: str, there: Room) -> bool:
+        """Return whether the actors of a study that waits would leave room for any lane of it and of those begun."""
+        mine = self._needs[study]
+        kinds = {mine.kind, *(needs.kind for needs in self._needs.values() if needs.begun)}
+        return all((self.room(there) - mine.evaluators).holds(kind.room) for kind in kinds)
+
     def lanes(self, demands: Mapping[LaneKind, Demand], there: Room) -> dict[LaneKind, int]:
         """Return how many lanes each pool may have; there: what the cluster has."""
         room = self.room(there)

@@ -163,7 +163,7 @@ class Simulation:
         if not self._active:
             return True
         if self._most is not None:
-            return len(self._active) < self._most
+            return len(self._active) < self._most and self._sharing.leaves_a_lane(study.name, self._room)
         return self._sharing.has_gap(study.name, self._room, self._now)
 
     # --- lanes ---

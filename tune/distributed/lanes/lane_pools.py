@@ -52,6 +52,10 @@ class LanePools:
         """Return whether a study that waits could use a lane that no begun study wants."""
         return self.sharing.has_gap(study, _there(), time.monotonic())
 
+    def leaves_a_lane(self, study: str) -> bool:
+        """Return whether the actors of a study that waits would leave room for any lane of it and of those begun."""
+        return self.sharing.leaves_a_lane(study, _there())
+
     def check(self, snapshot: dict[str, Any], *, scoring: bool = False, working: bool = False) -> None:
         """Share the room and check each pool, as `LanePool.check` does."""
         if self._closed:

@@ -33,6 +33,8 @@ class StudyThreads:
     budget_s: float | None
     _threads: dict[str, threading.Thread] = field(default_factory=dict)
     _errors: dict[str, BaseException] = field(default_factory=dict)
+    #: Studies that wait for room though fewer than `most` are running.
+    _late: set[str] = field(default_factory=set)
     #: Seconds of the budget that begun studies may take, or took.
     _shares: dict[str, float] = field(default_factory=dict)
 
@@ -64,9 +66,18 @@ class StudyThreads:
 
     def _may_begin(self, study: Study) -> bool:
         running = self._running()
-        if not running or self.most is not None:
-            return running < (self.most or 1)
-        return self.lanes.has_gap(study.name)
+        if not running:
+            return True
+        if self.most is None:
+            return self.lanes.has_gap(study.name)
+        if running >= self.most:
+            return False
+        if not self.lanes.leaves_a_lane(study.name):
+            if study.name not in self._late:
+                self._late.add(study.name)
+                self.controller.note(f"{study.name} begins later: its evaluation actors would leave no room for a lane")
+            return False
+        return True
 
     def _begin(self, study: Study, left: int) -> None:
         share = None
