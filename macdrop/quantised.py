@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from ctypes import c_longlong
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -102,19 +103,48 @@ def settle(model: nn.Module) -> None:
 
 
 def _check_rows(module: Any) -> None:
-    """Refuse 4-bit weights that come out wrong: rows that are no multiple of a block, on CPUs with AVX-512.
+    """Mend 4-bit weights that come out wrong, or refuse them: rows that are no multiple of a block.
 
-    bitsandbytes 0.50 takes such rows to begin with a block of their own there.
+    On CPUs with AVX-512, bitsandbytes 0.50 takes each such row to begin with a block of its own.
     """
     state = getattr(module.weight, "quant_state", None)
     inputs = weight_shape(module)[1]
-    if state is None or module.weight.device.type != "cpu" or inputs % state.blocksize == 0:
+    if state is None or module.weight.device.type != "cpu" or inputs % state.blocksize == 0 or _reads_well(module):
         return
-    if not torch.allclose(dequantised(module).float(), _by_definition(module), rtol=1e-2, atol=1e-6):
+    _read_as_one_row()
+    if not _reads_well(module):
         raise ConfigError(
             f"bitsandbytes misreads 4-bit weights with rows of {inputs} entries on this CPU: on some, that must be a "
             f"multiple of {state.blocksize}.\nUse quantization_bit: 8, or none, or a GPU."
         )
+
+
+def _reads_well(module: Any) -> bool:
+    return torch.allclose(dequantised(module).float(), _by_definition(module), rtol=1e-2, atol=1e-6)
+
+
+def _read_as_one_row() -> None:
+    """Have bitsandbytes read a matrix as one long row, whose blocks are where they were made."""
+    from bitsandbytes.backends.cpu import ops
+
+    if not isinstance(ops.lib, _OneRow):
+        ops.lib = _OneRow(ops.lib)  # type: ignore[assignment]  # it has all that the library has
+
+
+class _OneRow:
+    """The compiled library of bitsandbytes; its NF4 kernels get (codes, scales, out, block size, rows, entries)."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._library, name)
+        return partial(self._read, function) if name.startswith("cdequantize_blockwise_cpu_nf4_") else function
+
+    @staticmethod
+    def _read(function: Any, *arguments: Any) -> None:
+        *given, rows, entries = arguments
+        function(*given, c_longlong(1), c_longlong(rows.value * entries.value))
 
 
 @torch.no_grad()

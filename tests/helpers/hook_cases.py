@@ -62,7 +62,7 @@ def by_macdrop(model, drop, p=P):
 
 def by_reference(model, family, p=P):
     def step(batch, index):
-        mask = keep_mask(SEED, index, p, (K, tiny.HIDDEN))
+        mask = keep_mask(SEED, index, p, SHAPE)
         expert = tiny.massive_weights(family).expert
         return reference.training_step(model, batch, family, tiny.ROWS, mask, expert=expert, divide=ACCUMULATION)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn import functional as F
 
-from helpers import tiny
+from helpers.tiny import FFN
 
 _ALL = slice(None)
 
@@ -21,12 +21,12 @@ def stored_rows(family: str, rows: torch.Tensor, expert: int | None) -> list[tup
     """(parameter name in its layer, index of the rows, whether they are stored as columns) of W_gate and W_up."""
     return {
         "llama": [("mlp.gate_proj.weight", (rows,), False), ("mlp.up_proj.weight", (rows,), False)],
-        "phi3": [("mlp.gate_up_proj.weight", (rows,), False), ("mlp.gate_up_proj.weight", (rows + tiny.FFN,), False)],
+        "phi3": [("mlp.gate_up_proj.weight", (rows,), False), ("mlp.gate_up_proj.weight", (rows + FFN,), False)],
         "opt": [("fc1.weight", (rows,), False)],
         "gpt2": [("mlp.c_fc.weight", (_ALL, rows), True)],
         "mixtral": [
             ("mlp.experts.gate_up_proj", (expert, rows), False),
-            ("mlp.experts.gate_up_proj", (expert, rows + tiny.FFN), False),
+            ("mlp.experts.gate_up_proj", (expert, rows + FFN), False),
         ],
         "gpt_oss": [
             ("mlp.experts.gate_up_proj", (expert, _ALL, 2 * rows), True),

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from helpers import reference, tiny
-from helpers.hook_cases import SEED, K, P, gradients
+from helpers.hook_cases import SEED, SHAPE, P, gradients
 from macdrop.hooks import keep_mask
 from macdrop.masking.layout import Span
 
@@ -72,6 +72,6 @@ def one_by_one(model, family: str, p: float = P):
     losses = []
     for number, (_, mask, _) in enumerate(EXAMPLES):
         batch = {"input_ids": tokens(number)[None], "labels": tokens(number)[None]}
-        keep = keep_mask(SEED, mask, p, (K, tiny.HIDDEN))
+        keep = keep_mask(SEED, mask, p, SHAPE)
         losses.append(reference.training_step(model, batch, family, tiny.ROWS, keep, divide=len(EXAMPLES)))
     return losses, gradients(model)

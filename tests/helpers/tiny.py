@@ -5,9 +5,7 @@ All have hidden size 32, 3 layers, FFN size 48 and 64 tokens; id 1 is bos, 2 is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from unittest import mock
+from collections.abc import Sequence
 
 import torch
 import transformers
@@ -72,21 +70,6 @@ FAMILIES = {
         "model.layers.1.mlp.experts",
     ),
 }
-
-
-#: Keys of a configuration that are the length of a row of some weight.
-_WIDTHS = ("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim", "n_embd", "n_inner")
-
-
-@contextmanager
-def widened(width: int) -> Iterator[None]:
-    """Within the block hidden states and FFNs have this size."""
-    wide = {
-        name: (kind, {key: width if key in _WIDTHS else value for key, value in arguments.items()}, path)
-        for name, (kind, arguments, path) in FAMILIES.items()
-    }
-    with mock.patch.multiple(__name__, FAMILIES=wide, HIDDEN=width, FFN=width):
-        yield
 
 
 def build(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
