@@ -196,15 +196,17 @@ class _StandIn:
 
 
 class _KeepsActors:
-    """Has Tune keep the actors of trials that end for those that follow, as many as run at the same time."""
+    """Has Tune keep the actors of trials that end for those that follow, as many as run at the same time.
 
-    #: Trials at the same time; 0 once Tune knows it.
+    `_at_once`: trials at the same time; 0 once Tune knows it.
+    """
+
     _at_once: int
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """Tell Tune, with the first trial; there is no controller where a trial is entered without Tune."""
         if self._at_once and controller is not None:
-            ray_internals.keep_idle_actors(controller, trial, self._at_once)
+            ray_internals.keep_actors(controller, trial, self._at_once)
             self._at_once = 0
         super().on_trial_add(controller, trial)  # type: ignore[misc]  # of the scheduler that this is mixed into
 
