@@ -132,6 +132,9 @@ class SimulatedLanes:
     def has_gap(self, study: str) -> bool:
         return False
 
+    def leaves_a_lane(self, study: str) -> bool:
+        return True
+
     def close(self) -> None:
         if ray.is_initialized():
             ray.kill(self._lanes)
