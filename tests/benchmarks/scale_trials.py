@@ -6,7 +6,8 @@ Controller, dispatcher, Tune and run folder are those of a real run. Lanes and e
 load no model, end a fine-tuning within a second or two and a benchmark at once. A trial has 40 scores of 4 benchmarks.
 
 What goes by the clock whether or not a trial ends (the control loop, the live table) is measured by the second, while
-the two fine-tunings of the final stage last, and is not part of what a trial costs.
+the two fine-tunings of the final stage last, and is not part of what a trial costs (with several models it is: others
+search meanwhile).
 
 --finished N writes a run folder of N finished trials first and resumes it: what a trial costs with so many behind it,
 and how long the resume takes before it trains. --kill has the driver killed half-way and resumes. --no-reuse gives each
@@ -151,10 +152,12 @@ def spec_of(run: Path, trials: int, models: int) -> RunSpec:
 class Meter:
     """What each part of the run has spent, around the live table: the controller's thread calls it."""
 
-    def __init__(self, started: float, die_after: int | None) -> None:
+    def __init__(self, started: float, die_after: int | None, models: int) -> None:
+        """Measure what goes by the clock only of one model: of several, others search during a final stage."""
         self.measured, self._started, self._die_after, self._ended = Measured(), started, die_after, 0
         self._most: dict[int, tuple[str, float]] = {}
         self._final: float | None = None
+        self._alone = models == 1
         self._mine = 0.0
         self._progress = Progress(Console(file=open(os.devnull, "w"), force_terminal=True, width=160))
 
@@ -179,7 +182,7 @@ class Meter:
     def stage(self, study: Any, stage: str, trials: int) -> None:
         """Note when the final stage begins."""
         self._progress.stage(study, stage, trials)
-        if stage == Stage.FINAL:
+        if stage == Stage.FINAL and self._alone:
             self._final = time.time()
 
     def ended(self, entry: Any) -> None:
@@ -223,7 +226,7 @@ def drive(run: str, trials: int, models: int, resume: bool, reuse: bool, die_aft
     def tune_config(**settings: Any) -> ray.tune.TuneConfig:
         return ray.tune.TuneConfig(**{**settings, "reuse_actors": reuse})
 
-    meter = Meter(psutil.Process().create_time(), die_after)
+    meter = Meter(psutil.Process().create_time(), die_after, models)
     spec = spec_of(Path(run), trials, models)
     with (
         mock.patch.object(runtime, "LanePools", SimulatedLanes),
