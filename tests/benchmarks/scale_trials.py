@@ -171,13 +171,9 @@ class Meter:
             self.measured.first_task_s = time.time() - self._started
         if self._ended >= len(self.measured.samples) * EVERY:
             self.measured.samples.append(self._sample())
-        training = self._final is not None and time.time() - self._final < FINAL_S - SETTLING_S / 2
-        if training and time.time() - self._final > SETTLING_S and len(self.measured.quiet) < 2:
+        since = time.time() - self._final if self._final else 0.0
+        if len(self.measured.quiet) < 2 and since > (FINAL_S - SETTLING_S if self.measured.quiet else SETTLING_S):
             self.measured.quiet.append(self._sample())
-        elif (
-            training and len(self.measured.quiet) == 2 and time.time() - self._started > self.measured.quiet[1].wall + 1
-        ):
-            self.measured.quiet[1] = self._sample()
 
     def stage(self, study: Any, stage: str, trials: int) -> None:
         """Note when the final stage begins."""
@@ -186,7 +182,7 @@ class Meter:
             self._final = time.time()
 
     def ended(self, entry: Any) -> None:
-        """Take a sample now and then."""
+        """Count the trials that ended, and die where that is asked for."""
         self._progress.ended(entry)
         self._ended += 1
         if self._ended == self._die_after:
