@@ -24,12 +24,14 @@ def score(number: int, trial: str = "t-1", value: float = 0.5) -> dict[str, obje
 
 
 def reference(file) -> list[dict]:
-    """The file read from its beginning: the last row of each key, in the order the keys first came."""
+    """The file read from its beginning: the last row of each key, trial by trial in the order they first came."""
     lines = file.read_text().split("\n")[:-1]
     while lines and lines[-1].endswith(" "):
         lines.pop()
     rows = [{"split": "test", **json.loads(line)} for line in lines]
-    return list({tuple(row.get(name) for name in SCORE_KEY): row for row in rows}.values())
+    trials = list(dict.fromkeys(row["trial"] for row in rows))
+    last = {tuple(row.get(name) for name in SCORE_KEY): row for row in rows}.values()
+    return sorted(last, key=lambda row: trials.index(row["trial"]))
 
 
 @pytest.mark.parametrize("seed", range(8))

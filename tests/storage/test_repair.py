@@ -170,7 +170,7 @@ def test_rows_written_together_are_taken_out_together(folder):
         )
         for m in ("acc", "acc_norm")
     ]
-    before = len(RunFolder(folder).score_rows())
+    before = RunFolder(folder).score_rows()
     RunFolder(folder).add_scores(rows)
     RunFolder(folder).add_scores([{**rows[0], "task": "other"}])
     scores.write_text(
@@ -178,7 +178,7 @@ def test_rows_written_together_are_taken_out_together(folder):
     )
     (note,) = repair_run(folder)
     assert "scored again" in note
-    assert [row["task"] for row in RunFolder(folder).score_rows()[before:]] == ["other"]
+    assert [row["task"] for row in RunFolder(folder).score_rows() if row not in before] == ["other"]
 
 
 @pytest.mark.parametrize("lost", ["", "trial.json", "adapter/MANIFEST.json"])

@@ -9,12 +9,12 @@ import hashlib
 import json
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Required, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from typing_extensions import TypedDict
 
 from macdrop.errors import ConfigError
-from tune.config.eval_spec import TEST
 from tune.config.run_spec import TrainSpec
 from tune.config.syntax.yaml_core import parse_blocks
 from tune.storage.atomic import read_mapping, report_damage
@@ -163,31 +163,31 @@ class Finalists(BaseModel):
         return self
 
 
-class ScoreRow(BaseModel):
+class ScoreRow(TypedDict, total=False):
     """A row of scores.jsonl. Readers validate rows and keep the mappings: pandas reads the same file."""
 
-    model_config = ConfigDict(strict=True)
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
 
-    model: str
-    trial: Name
-    benchmark: str
-    task: str
-    metric: str
-    value: Number | None
-    arm: str | None = None
-    split: str = TEST
-    attack: str | None = None
-    attack_on: str | None = None
-    entry: str | None = None
-    judgements: Inside | None = None
-    settings: str | None = None
-    stderr: Number | None = None
-    n: Number | None = None
-    seed: Number | None = None
-    seconds: Number | None = None
+    model: Required[str]
+    trial: Required[Name]
+    benchmark: Required[str]
+    task: Required[str]
+    metric: Required[str]
+    value: Required[Number | None]
+    arm: str | None
+    split: str
+    attack: str | None
+    attack_on: str | None
+    entry: str | None
+    judgements: Inside | None
+    settings: str | None
+    stderr: Number | None
+    n: Number | None
+    seed: Number | None
+    seconds: Number | None
 
 
-#: Without the model's own method around it: a file has hundreds of thousands of rows.
+#: A file has hundreds of thousands of rows: a typed dictionary takes a third of the time of a model.
 _is_score = TypeAdapter(ScoreRow).validator.validate_python
 
 

@@ -72,13 +72,17 @@ def repair_run(run_dir: Path) -> list[str]:
         ConfigError: neither run.json nor config.yaml is whole.
         ResourceError: the folder cannot be written.
     """
-    for file in run_dir.rglob(".*.tmp"):
-        if UNFINISHED.fullmatch(file.name):
-            file.unlink(missing_ok=True)
-    notes = _run_files(run_dir)
+    return repair_spec(run_dir) + repair_contents(run_dir)
+
+
+def repair_contents(run_dir: Path) -> list[str]:
+    """Repair everything else; returns and raises as `repair_run`."""
+    for place, _, files in os.walk(run_dir):
+        for name in filter(UNFINISHED.fullmatch, files):
+            Path(place, name).unlink(missing_ok=True)
     found = {folder.name: _trial(folder) for folder in sorted((run_dir / "trials").glob("*/"))}
     redone = [note for repairs, _ in found.values() for note in repairs]
-    notes += redone
+    notes = list(redone)
     for folder in sorted((run_dir / "models").glob("*/")):
         notes += _finding(folder / "massive_weights.json", _massive_weights, "found again")
         notes += _finding(folder / "proof.json", lambda file: read_mapping(file, needs=("verdict",)), "made again")
@@ -100,7 +104,8 @@ def repair_run(run_dir: Path) -> list[str]:
 # --- the run ---
 
 
-def _run_files(run_dir: Path) -> list[str]:
+def repair_spec(run_dir: Path) -> list[str]:
+    """Repair run.json and config.yaml, each from the other; returns and raises as `repair_run`."""
     about, spec = run_dir / "run.json", run_dir / "config.yaml"
     run = _believed(about, _run)
     config = _believed(spec, lambda file: _config(file, (run or {}).get("spec")))

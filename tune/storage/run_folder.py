@@ -249,7 +249,7 @@ class RunFolder:
         return self._times[1]
 
     def score_rows(self) -> list[dict[str, Any]]:
-        """All scores, one for each `SCORE_KEY` (the last), in the order they first came."""
+        """All scores, one for each `SCORE_KEY` (the last), trial by trial in the order they first came."""
         return self._scores.rows()
 
     def trial_scores(self, trial: str) -> list[dict[str, Any]]:

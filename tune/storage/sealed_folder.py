@@ -66,13 +66,16 @@ def commit(staging: Path, folder: Path) -> None:
 
 def tidy(root: Path) -> None:
     """Remove what a killed writer left under `root`; a whole folder that it had moved aside only goes back."""
-    for older in root.glob(f"{ASIDE}*"):
+    if not root.is_dir():
+        return
+    left = [root / name for name in os.listdir(root) if name.startswith((STAGING, ASIDE))]
+    for older in left:
         folder = root / older.name.removeprefix(ASIDE)
-        if _whole(older) and not _whole(folder):
+        if older.name.startswith(ASIDE) and _whole(older) and not _whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(older, folder)
-    for left in [*root.glob(f"{STAGING}*"), *root.glob(f"{ASIDE}*")]:
-        shutil.rmtree(left, ignore_errors=True)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def verify(folder: Path) -> None:
@@ -91,7 +94,8 @@ def verify(folder: Path) -> None:
         whole = False
     if not whole:
         raise CheckpointError(f"{manifest} is damaged. Use an older checkpoint of the trial, or restart it.")
-    there = {path.name for path in folder.iterdir() if path.is_file()}
+    with os.scandir(folder) as entries:
+        there = {entry.name for entry in entries if entry.is_file()}
     for name, digest in digests.items():
         path = folder / name
         if name not in there:

@@ -143,14 +143,14 @@ def resolve(
 
 
 def _recorded_config(overrides: list[str], *, trust: bool) -> Path:
-    """Return the effective config of the run to resume, after repairing what an interrupted write left.
+    """Return the effective config of the run to resume, repaired where an interrupted write damaged it.
 
     What it asks for and the command line does not is refused before anything is touched.
     """
     from tune.config.parse import read_override
     from tune.config.syntax.user_paths import expand_path
     from tune.storage.atomic import read_mapping
-    from tune.storage.repair import check_run, repair_run
+    from tune.storage.repair import check_run, repair_spec
     from tune.storage.run_lock import locked
 
     named = dict(read_override(override) for override in overrides).get("output_dir")
@@ -161,7 +161,7 @@ def _recorded_config(overrides: list[str], *, trust: bool) -> Path:
     config = folder / "config.yaml"
     check_recorded(config, read_mapping(config, []) or {}, overrides, trust=trust)
     with locked(folder):
-        for note in repair_run(folder):
+        for note in repair_spec(folder):
             line("repaired", note)
     return config
 

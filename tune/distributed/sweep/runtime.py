@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +40,7 @@ from tune.scheduling.time_left import work_of
 from tune.storage.environment import record_environment
 from tune.storage.remote.background import RemoteSync
 from tune.storage.remote.copier import check_place
-from tune.storage.repair import check_run, repair_run
+from tune.storage.repair import check_run, repair_contents, repair_spec
 from tune.storage.run_folder import RunFolder
 from tune.storage.run_lock import locked
 from tune.storage.segments import check_run_shared
@@ -128,13 +129,13 @@ class SweepRuntime:
         if self._resume:
             check_run(self._run_dir)
             self._enter("lock", locked(self._run_dir))
-            begun = _repair(self._run_dir, self.spec, self.progress)
+            begun = _begun(self._run_dir, self.spec, self.progress)
         self.checked = check_inputs(self.spec, self.planned, begun)
         if self.spec.sync_to is not None:
             lost = check_place(self.spec.sync_to, self._run_dir, resume=self._resume)
             if lost is not None:
                 self.progress.note(f"sync_to {self.spec.sync_to} cannot be reached ({lost}); the run resumes.")
-        address = self._connect()
+        address = self._connect_and_repair() if self._resume else self._connect()
         # The folder comes last, after everything that may refuse the run.
         if not self._resume:
             self._enter("lock", locked(self._run_dir))
@@ -184,6 +185,15 @@ class SweepRuntime:
         )
 
     # --- opening ---
+
+    def _connect_and_repair(self) -> str:
+        """Connect, and meanwhile repair what an earlier run left; return the dashboard's address."""
+        with ThreadPoolExecutor(1) as aside:
+            repairing = aside.submit(repair_contents, self._run_dir)
+            address = self._connect()
+            for note in repairing.result():
+                self.progress.note(note)
+        return address
 
     def _connect(self) -> str:
         """Join or start Ray and check the cluster; return the dashboard's address."""
@@ -302,9 +312,9 @@ def run(
     return failures
 
 
-def _repair(run_dir: Path, spec: RunSpec, progress: Observer) -> dict[str, int]:
-    """Repair an earlier run's folder, refuse it to the spec of another run; return the workers of each model then."""
-    for note in repair_run(run_dir):
+def _begun(run_dir: Path, spec: RunSpec, progress: Observer) -> dict[str, int]:
+    """Refuse an earlier run's folder to the spec of another run; return the workers that each model began with."""
+    for note in repair_spec(run_dir):
         progress.note(note)
     started = RunSpec.model_validate(RunFolder.open(run_dir).config())
     check_same(run_dir, dump(started), dump(spec))
