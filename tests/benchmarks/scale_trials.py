@@ -37,7 +37,7 @@ import ray
 import ray.tune
 from measure import machine, table, verdict
 from rich.console import Console
-from simulated import BENCHMARKS, FINAL_S, STEPS, SimulatedEvaluator, SimulatedLanes, finished
+from without_models import BENCHMARKS, FINAL_S, STEPS, SimulatedEvaluator, SimulatedLanes, finished
 
 from tune.cli.progress import Progress
 from tune.config.run_spec import RunSpec, load

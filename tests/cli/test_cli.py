@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from helpers.run_folders import contents, make_resumable_run
 
 from macdrop import errors
 from tune import errors as tune_errors
@@ -250,3 +252,25 @@ def test_a_dry_run_shows_the_keys_for_local_files(shell):
         ["eval.zero_shot.piqa=off", "leaves", "this", "benchmark", "out"],
     ]
     assert "from the Hub" not in shell("sweep", "demo", "--dry-run").out
+
+
+def test_a_dry_run_of_a_resume_shows_what_has_ended_and_changes_nothing(shell):
+    run = make_resumable_run(shell.folder / "run")
+    scores = run / "scores.jsonl"
+    scores.write_bytes(scores.read_bytes()[:-20])
+    (next(run.glob("trials/*")) / "trial.json").write_text("damaged")
+    before = contents(run)
+    ended = shell("sweep", "--resume", "--dry-run", "output_dir=run")
+    assert ended.code == 0 and re.search(r"earlier run +fine-tunings that have ended: \d+ done", ended.out), ended.err
+    message = shell.refused("sweep", "--resume", "--dry-run", "output_dir=run", "learning_rate=0.5")
+    assert "learning_rate: " in message and "when it was started" in message
+    assert contents(run) == before
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_is(shell):
+    run = make_resumable_run(shell.folder / "run")
+    (next(run.glob("trials/*")) / "trial.json").write_text("damaged")
+    (run / ".in_use.lock").touch()
+    before = contents(run)
+    assert "when it was started" in shell.refused("sweep", "--resume", "output_dir=run", "learning_rate=0.5")
+    assert contents(run) == before

@@ -18,6 +18,7 @@ from tune.distributed.sweep.controller import Closed
 from tune.distributed.sweep.scoring import Scoring
 from tune.distributed.sweep.studies import StudyThreads
 from tune.distributed.sweep.study_run import StopOnError
+from tune.errors import ResourceError
 from tune.scheduling.allocation import LaneKind, Room
 from tune.scheduling.sharing import Phase, StudyNeeds
 
@@ -322,3 +323,15 @@ def test_times_of_actors_are_recorded_as_they_end():
 def test_a_run_of_models_of_two_kinds_loads():
     models = "sweep.models=[zoo:planted-llama,{model_name_or_path: zoo:planted-phi3, ray: {lanes: 2}}]"
     assert [ray.lanes for ray in load(None, [models, "ray.lanes=1"]).rays()] == [1, 2]
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b")])
+def test_a_control_loop_that_fails_ends_the_run_with_its_error(names):
+    def run(study, share):
+        found.controller.error, found.controller.broken = ResourceError("the disk is full"), True
+        found.controller.check(study)
+        return 0.0
+
+    found = threads(run, 2, *names, gaps=lambda name: True)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        found.run_all()

@@ -408,3 +408,8 @@ if __name__ == "__main__":
     given = parser.parse_args()
     both = [{"use_dora": False}, {"use_dora": True}] if given.cells else None
     print(make_run(given.out, model=given.models, judge=given.judge, cells=both).run_dir)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files below a folder, by their relative paths."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

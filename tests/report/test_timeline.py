@@ -50,3 +50,14 @@ def test_a_damaged_line_is_left_out_and_said(tmp_path):
     file.write_text("{]\n" + file.read_text())
     report = make_report(run.run_dir)
     assert report.parts(report.models[0])["timeline"].tables and any("times" in line for line in report.about)
+
+
+def test_a_worker_of_a_killed_run_was_held_while_it_worked(tmp_path):
+    run = make_run(tmp_path / "run", tried=2, items=8, attacks=("none",))
+    killed = [{"role": LANE, "name": "lane-1", "study": "planted-llama", "trial": "trial"}]
+    run.add_times([{**row, "begin": begin, "end": begin + 20} for row in killed for begin in (-100, -60)])
+    run.add_times(rows())
+    report = make_report(run.run_dir)
+    made = report.parts(report.models[0])["timeline"]
+    assert made.lines[1] == "This model trained from 0.0 s to 2.3 min after the first worker was up, beside other."
+    assert made.tables[0].rows[0][:3] == ["lane-1", "2.3 min", "86%"]

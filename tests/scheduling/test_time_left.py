@@ -169,6 +169,14 @@ def test_steps_that_a_lost_lane_repeats_do_not_count_twice():
     assert meter.estimate({}, 900.0).seconds == 0.0
 
 
+def test_trials_of_an_earlier_run_do_not_count_twice_in_a_stage_to_come():
+    meter = Meter(Sweep(3, 1).work())
+    row = {"study": "model", "stage": "final", "state": TaskState.DONE, "last": {"step": 40}, "total_steps": 40}
+    meter.see([{**row, "id": f"t{number}"} for number in range(2)], 0.0)
+    found = meter.estimate({}, 0.0)
+    assert (found.trials, found.steps) == ((2, 3), (80, 120))
+
+
 def test_a_model_that_has_not_begun_is_taken_to_be_as_fast_as_the_others():
     parts = (StageWork("final", 2, 1),)
     two = Work((StudyWork("one", 10, parts), StudyWork("two", 20, parts)), 1, 1, 1, 4, None, Metric())

@@ -92,6 +92,24 @@ def test_machinery_may_change_and_nothing_else(tmp_path):
     assert "ray.lanes: " not in told and "ray.num_workers: " not in told and f"output_dir={tmp_path}" in told
 
 
+def test_the_workers_of_a_model_may_change_and_what_its_results_depend_on_may_not(tmp_path):
+    def models(*entries: object) -> dict:
+        return dump(load({"sweep.models": list(entries)}))
+
+    started = models("a", {"model_name_or_path": "b", "ray.num_workers": 8, "ray.lanes": 2})
+    for now in ({"model_name_or_path": "b", "ray.num_workers": 2}, {"model_name_or_path": "b"}, "b"):
+        check_same(tmp_path, started, models("a", now))
+    for other in (
+        "c",
+        {"model_name_or_path": "b", "ray.threads_per_worker": 4},
+        {"model_name_or_path": "b", "seed": 7},
+    ):
+        with pytest.raises(ConfigError, match=r"sweep\.models: "):
+            check_same(tmp_path, started, models("a", other))
+    with pytest.raises(ConfigError, match=r"sweep\.models: "):
+        check_same(tmp_path, started, models("a"))
+
+
 def test_the_command_that_goes_on_can_be_typed_as_it_is(tmp_path):
     words = ["ray.address=auto", "learning_rate=1", "output_dir=x", "report_to=[wandb]"]
     folder = "runs/my run"

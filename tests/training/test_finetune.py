@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.run_folders import contents
 from helpers.small import SMALL
 
 from macdrop.errors import ConfigError, TrainingInvariantError
@@ -217,10 +218,6 @@ def test_dora_on_weights_without_a_direction_is_refused(tmp_path):
     """One column of the planted model's embeddings is zero, and PEFT would compute 0 / 0."""
     with pytest.raises(ConfigError, match="DoRA cannot be trained on model.embed_tokens: 1 of its 64"):
         train(tmp_path, lora_target=["embed_tokens"], use_dora=True)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_refused_resume_names_the_keys_and_changes_nothing(tmp_path):

@@ -14,7 +14,7 @@ from tune.analysis.stats import linearised
 from tune.config.eval_spec import TEST
 from tune.config.recorded import asked_for
 from tune.evaluation.item_values import RATIOS
-from tune.evaluation.score_names import Column, Known, is_part, primary_columns
+from tune.evaluation.score_names import Column, is_part, primary_columns
 from tune.storage.run_folder import RunFolder
 
 DESCRIPTIVE = ("repeated_4grams", "empty_share", "judge_unparsed")
@@ -32,10 +32,9 @@ class Samples:
         self._asked = asked_for(run_folder.config())
         self._scores: dict[tuple[str, Column], float | None] = {}
         self._columns: dict[Column, None] = {}
-        known = Known()
         for row in run_folder.model_scores(model):
             if row["split"] == TEST:
-                column = known.column(row)
+                column = Column.of(row)
                 self._columns[column] = None
                 self._scores[row["trial"], column] = row["value"]
 

@@ -25,7 +25,7 @@ from tune.evaluation.score_names import (
     EVAL_LOSS,
     Cell,
     Column,
-    Known,
+    KnownCells,
     add_means,
     place,
     primary_columns,
@@ -108,7 +108,8 @@ class ModelResults:
     `lines` come in the order base, plain, MacDrop (best first), placebos; `groups` are those of the final stage. Of all
     `columns` those in `shown` belong in tables; `keys` are the settings that vary; `layers` is layers.json, a
     proof of every layer, if one was made; `objectives` are (name, goal); `finalists` is finalists.json, empty if
-    missing; `best` is the best MacDrop line by the objective; `trouble` says which damage prevents statistics.
+    missing; `best` is the best MacDrop line by the objective; `trouble` says which damage prevents statistics, and
+    `failure` why the sweep gave the model up.
     """
 
     name: str
@@ -126,6 +127,7 @@ class ModelResults:
     objectives: list[tuple[str, str]]
     best: Line | None
     trouble: str | None = None
+    failure: str | None = None
 
     def trials(self, *arms: str, stage: str | None = None) -> list[Line]:
         """The trials of the given arms (default: all) in a stage (default: any)."""
@@ -195,12 +197,12 @@ def _model(
     lines = base + [_line(trial) for trial in trials]
     by_trial = {line.trial: line for line in lines}
     columns: dict[Column, None] = {}
-    known = Known()
+    cells = KnownCells()
     for row in rows:
-        column = known.column(row)
+        column = Column.of(row)
         columns[column] = None
         if row["trial"] in by_trial and row["value"] is not None:
-            by_trial[row["trial"]].scores[column] = known.cell(row)
+            by_trial[row["trial"]].scores[column] = cells.cell(row)
     for trial, seconds in scoring_seconds(rows).items():
         if trial in by_trial:
             by_trial[trial].scoring_s = seconds
@@ -208,9 +210,9 @@ def _model(
     means = add_means([line.scores for line in lines], primary_columns(columns, asked))
     tested = [column for column in primary_columns(columns, asked) if column.split == "test"]
     eval_loss = [EVAL_LOSS] if any(EVAL_LOSS in line.scores for line in lines) else []
-    weights, proof, layers, finalists = (
+    weights, proof, layers, finalists, failure = (
         run_folder.finding(run_folder.model_dir(name) / f"{file}.json")
-        for file in ("massive_weights", "proof", "layers", "finalists")
+        for file in ("massive_weights", "proof", "layers", "finalists", "failure")
     )
     objectives = _objectives(config)
     best = _order(lines, objectives, [*columns, *means, EVAL_LOSS])
@@ -231,6 +233,7 @@ def _model(
         ),
         objectives=objectives,
         best=best,
+        failure=str(failure["reason"]) if failure and "reason" in failure else None,
     )
 
 

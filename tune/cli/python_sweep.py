@@ -132,7 +132,7 @@ def sweep(
     spec, folder = resolve(plain_values(config), list(overrides), resume, trust_remote_code)
     check_local_lanes(studies(spec), skip=skip_unplaceable)
     quiet_libraries()
-    again = resume_call(folder, orders_of(dump(spec)))
+    again = resume_call(folder, [*orders_of(dump(spec)), *(["--skip-unplaceable"] if skip_unplaceable else [])])
     check_folder(folder, resume=resume, remedy=again)
     # Not as rich would print in a notebook, an HTML block for each line.
     console = PlainConsole(file=file, width=PIPED_WIDTH, force_jupyter=False, force_terminal=False)

@@ -84,7 +84,7 @@ def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         ConfigError: names each changed key, its value then and now, and the remedy.
     """
-    lines = changes(started, wanted, MACHINERY)
+    lines = changes(_without_machinery(started), _without_machinery(wanted), MACHINERY)
     if not lines:
         return
     changed = "\n".join(lines.values())
@@ -92,6 +92,20 @@ def check_same(folder: Path, started: Mapping[str, Any], wanted: Mapping[str, An
         f"The run in {folder} was started with other settings:\n{changed}\nResume it with its own settings:\n"
         f"  {resume_command(folder)}\nor choose another output_dir for these."
     )
+
+
+def _without_machinery(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run file without what may change in the `ray` of its models."""
+    sweep = dict(config.get("sweep") or {})
+    sweep["models"] = [_bare(entry) for entry in sweep.get("models") or ()]
+    return {**config, "sweep": sweep}
+
+
+def _bare(entry: Any) -> Any:
+    if not isinstance(entry, Mapping):
+        return entry
+    kept = {key: value for key, value in flatten(entry).items() if not key.startswith("ray.") or key in RESULTS}
+    return kept["model_name_or_path"] if kept.keys() == {"model_name_or_path"} else kept
 
 
 def changes(started: Mapping[str, Any], wanted: Mapping[str, Any], without: Iterable[str]) -> dict[str, str]:

@@ -6,9 +6,9 @@ A *column* is one metric of one task under one attack.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
+from functools import cached_property, lru_cache
 from typing import Any
 
 from tune.config.eval_entries import MEAN, NO_ATTACK
@@ -36,22 +36,27 @@ class Column:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Column:
-        """Return the column of a row of scores.jsonl; rows without a split are of test benchmarks."""
-        found = {key: row[key] for key in cls.__dataclass_fields__ if row.get(key) is not None}
-        return cls(**found)
+        """Return the column of a row of scores.jsonl, one object for equal ones; rows without a split are tests."""
+        return _column(*map(row.get, cls.__dataclass_fields__))
 
     @property
     def is_mean(self) -> bool:
         """Return whether this is a mean over tasks; see `mean_columns`."""
         return self.task.startswith(f"{MEAN} ")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The name as a search metric: benchmark/task/metric[@attack], where a mean's task is `mean`; or eval_loss."""
         if self == EVAL_LOSS:
             return self.metric
         task = self.task.partition(" of ")[0] if self.is_mean else self.task
         return f"{self.benchmark}/{task}/{self.metric}" + ("" if self.attack == NO_ATTACK else f"@{self.attack}")
+
+
+@lru_cache(maxsize=65536)
+def _column(*values: Any) -> Column:
+    found = zip(Column.__dataclass_fields__, values, strict=True)
+    return Column(**{key: value for key, value in found if value is not None})
 
 
 EVAL_LOSS = Column("validation", "", "eval_loss", higher_is_better=False)
@@ -76,25 +81,11 @@ class Cell:
         return cls(row["value"], row.get("stderr"), row.get("n"), how)
 
 
-_names: Callable[[Mapping[str, Any]], tuple[Any, ...]] = itemgetter(*Column.__dataclass_fields__)
-
-
-class Known:
-    """Columns and cells of many rows of scores.jsonl: those of equal names, and equal conditions, are one object."""
+class KnownCells:
+    """Cells of many rows of scores.jsonl: equal conditions are one object."""
 
     def __init__(self) -> None:
-        self._columns: dict[tuple[Any, ...], Column] = {}
         self._how: dict[tuple[Any, ...], tuple[tuple[str, Any], ...]] = {}
-
-    def column(self, row: Mapping[str, Any]) -> Column:
-        """Return `Column.of` a row."""
-        try:
-            key = _names(row)
-        except KeyError:  # of an earlier version
-            return Column.of(row)
-        if key not in self._columns:
-            self._columns[key] = Column.of(row)
-        return self._columns[key]
 
     def cell(self, row: Mapping[str, Any]) -> Cell:
         """Return `Cell.of` a row."""
@@ -168,25 +159,35 @@ def add_means(scores: Iterable[dict[Column, Cell]], columns: Iterable[Column]) -
     """Add the `mean_columns` to the scores that have all members; the tasks' errors are assumed independent."""
     means = mean_columns(columns)
     for cells in scores:
-        for mean, members in means.items():
-            found = [cells[column] for column in members if column in cells]
-            if len(found) == len(members):
-                errors = [cell.stderr for cell in found if cell.stderr is not None]
-                stderr = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
-                value = math.fsum(cell.value for cell in found) / len(found)
-                how = tuple(dict.fromkeys(pair for cell in found for pair in cell.how))
-                cells[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in found) or None, how)
+        _add(means, cells)
     return list(means)
+
+
+def _add(means: Mapping[Column, list[Column]], cells: dict[Column, Cell]) -> None:
+    for mean, members in means.items():
+        found = [cells[column] for column in members if column in cells]
+        if len(found) == len(members):
+            errors = [cell.stderr for cell in found if cell.stderr is not None]
+            stderr = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
+            value = math.fsum(cell.value for cell in found) / len(found)
+            how = tuple(dict.fromkeys(pair for cell in found for pair in cell.how))
+            cells[mean] = Cell(value, stderr, sum(cell.n or 0 for cell in found) or None, how)
 
 
 def named_scores(rows: Iterable[Mapping[str, Any]], asked: Mapping[str, str | None]) -> dict[str, float]:
     """Return one adapter's scores and means by `Column.name`; an attack on base rows goes before one on merged rows."""
     scores = {Column.of(row): Cell.of(row) for row in rows if row["value"] is not None}
-    add_means([scores], primary_columns(scores, asked))
+    _add(_means(tuple(scores), tuple(asked.items())), scores)
     found: dict[str, float] = {}
     for column in sorted(scores, key=lambda column: column.attack_on or ""):
         found.setdefault(column.name, scores[column].value)
     return found
+
+
+@lru_cache(maxsize=64)
+def _means(columns: tuple[Column, ...], asked: tuple[tuple[str, str | None], ...]) -> dict[Column, list[Column]]:
+    """Return the means of one adapter's columns: adapters of a run mostly have the same."""
+    return mean_columns(primary_columns(columns, dict(asked)))
 
 
 def is_part(column: Column, columns: Collection[Column]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,7 +29,8 @@ from tune.report.text import count, one_line
 from tune.storage.environment import differences
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import BASE, RunFolder
-from tune.storage.states import TaskState
+from tune.storage.run_lock import in_use
+from tune.storage.states import RunStatus, TaskState
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -186,12 +187,19 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _status(run_folder: RunFolder, run: Mapping[str, Any]) -> str:
+    status = str(run.get("status", "status unknown"))
+    if status == RunStatus.RUNNING and run_folder.archive is None and not in_use(run_folder.run_dir):
+        return "interrupted (its process is gone)"
+    return status
+
+
 def _about(run_folder: RunFolder, models: list[ModelResults]) -> list[str]:
     run, environments = run_folder.run(), run_folder.environments()
     trials = [line for model in models for line in model.lines if line.arm != BASE]
     ended = f", ended {run['finished'][:19]} UTC" if run.get("finished") else ""
     created = f"started {str(run.get('created', 'at an unknown time'))[:19]} UTC{ended}"
-    about = [f"Run {run.get('name')}: {run.get('status', 'status unknown')}, {created}."]
+    about = [f"Run {run.get('name')}: {_status(run_folder, run)}, {created}."]
     counts = count(line.status for line in trials) or "none yet"
     about.append(f"{len(models)} model(s), {len(trials)} trial(s): {counts}.")
     about += [_machine(each) for each in environments if each]

@@ -247,12 +247,15 @@ class Meter:
         step = pace.step or 0.0
         trial_s = pace.start + study.steps * step
         current, announced = self._stages.get(study.name, ("", 0))
+        tally = self._tallies.get((study.name, part.stage), _Tally())
         if current != part.stage:
+            # A resumed run has trials of stages that it has not come to.
+            waiting = max(0, part.trials - tally.ended - tally.trained)
             base = self._of(study.name).benchmarks if part is study.stages[0] else 0
-            runs = part.trials * part.benchmarks + max(0, part.others - base)
-            left = StageLeft(part.stage, (), part.trials, trial_s, runs, part.benchmarks, pace.benchmark or 0.0)
-            return left, part.trials * study.steps
-        marks, tally = self._of(study.name).live, self._tallies.get((study.name, part.stage), _Tally())
+            runs = waiting * part.benchmarks + max(0, part.others - base)
+            left = StageLeft(part.stage, (), waiting, trial_s, runs, part.benchmarks, pace.benchmark or 0.0)
+            return left, waiting * study.steps
+        marks = self._of(study.name).live
         running = [row for row in (self._rows[name] for name in marks) if row["stage"] == part.stage]
         waiting = max(announced, tally.trials) - tally.ended - tally.trained - len(running)
         runs = scoring + (len(running) + waiting) * part.benchmarks

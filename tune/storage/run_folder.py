@@ -5,7 +5,8 @@
     environment.json     versions, host, CPUs, GPUs; `resumed`: the same of later environments
     scores.jsonl         one line per score, long form (`SCORE_COLUMNS`); of base models the trial is "base"
     models/<slug>/       massive_weights.json, proof.json, layers.json (a proof of every layer, if made), snr.json (for
-                         slimadam_rules: auto), draws.jsonl (of Optuna), search_time.json, finalists.json
+                         slimadam_rules: auto), draws.jsonl (of Optuna), search_time.json, finalists.json, failure.json
+                         (why the model was given up)
     trials/<trial_id>/   config.yaml (effective), trial.json (model, arm, seed, stage, setting, cell, status, reason,
                          times, summary), metrics.jsonl (one line per logged step), adapter/, answers/*.jsonl
 
@@ -185,6 +186,10 @@ class RunFolder:
 
     def search_time_file(self, model: str) -> Path:
         return self.model_dir(model) / "search_time.json"
+
+    def failure_file(self, model: str) -> Path:
+        """The file that says why a run has given a model up: with its `reason`, until it is opened again."""
+        return self.model_dir(model) / "failure.json"
 
     def finalists_file(self, model: str) -> Path:
         return self.model_dir(model) / FINALISTS_FILE

@@ -65,7 +65,8 @@ def sweep(
     planned = studies(spec)
     check_local_lanes(planned, skip=skip_unplaceable)
     quiet_libraries()
-    again = resume_command(folder, overrides, orders_of(dump(spec)))
+    allowed = [*orders_of(dump(spec)), *(["--skip-unplaceable"] if skip_unplaceable else [])]
+    again = resume_command(folder, overrides, allowed)
     check_folder(folder, resume=resume, remedy=again)
     if dry_run:
         _dry_run(spec, planned, folder if resume else None)
@@ -132,7 +133,7 @@ def resolve(
     if resume:
         find_run(source, overrides, required=True, dry_run=dry_run)
     if recorded:
-        source = _recorded_config(overrides, trust=trust)
+        source = _recorded_config(overrides, trust=trust, repair=not dry_run)
     spec = load_run_file(source, overrides, trust=trust)
     if spec.output_dir is None:
         if resume:
@@ -142,8 +143,8 @@ def resolve(
     return spec, Path(str(spec.output_dir))
 
 
-def _recorded_config(overrides: list[str], *, trust: bool) -> Path:
-    """Return the effective config of the run to resume, repaired where an interrupted write damaged it.
+def _recorded_config(overrides: list[str], *, trust: bool, repair: bool) -> Path:
+    """Return the effective config of the run to resume; with `repair`, repaired where an interrupted write damaged it.
 
     What it asks for and the command line does not is refused before anything is touched.
     """
@@ -160,17 +161,35 @@ def _recorded_config(overrides: list[str], *, trust: bool) -> Path:
     check_run(folder)
     config = folder / "config.yaml"
     check_recorded(config, read_mapping(config, []) or {}, overrides, trust=trust)
-    with locked(folder):
-        for note in repair_spec(folder):
-            line("repaired", note)
+    if repair:
+        with locked(folder):
+            for note in repair_spec(folder):
+                line("repaired", note)
     return config
 
 
 def _dry_run(spec: RunSpec, planned: list[Study], resumed: Path | None) -> None:
-    """Print what a run would do, or the rest of the run in the folder `resumed`."""
+    """Print what a run would do, or that in the folder `resumed` with what has ended of it, and check its inputs."""
     _show_plan(spec, planned)
     _show_overrides(spec)
-    _check(spec, planned, resumed)
+    _check(spec, planned, {} if resumed is None else _check_resumed(spec, resumed))
+
+
+def _check_resumed(spec: RunSpec, folder: Path) -> dict[str, int]:
+    """Print what has ended of an earlier run, which may be one of `spec` only; return the workers of its models."""
+    from collections import Counter
+
+    from tune.distributed.sweep.earlier_run import check_earlier_run
+    from tune.storage.run_folder import RunFolder
+
+    begun, notes = check_earlier_run(folder, spec)
+    records = RunFolder.open(folder, lenient=True).trials(config=False)
+    ended = Counter(record.status.value for record in records if record.status.is_final)
+    words = ", ".join(f"{count} {status}" for status, count in ended.items()) or "none"
+    line("earlier run", f"fine-tunings that have ended: {words}")
+    for note in notes:
+        line("note", note)
+    return begun
 
 
 def _show_plan(spec: RunSpec, planned: list[Study]) -> None:
@@ -211,19 +230,16 @@ def _show_overrides(spec: RunSpec) -> None:
         console.print(f"  {f'{benchmark}=off':<{width}}  leaves this benchmark out", soft_wrap=True)
 
 
-def _check(spec: RunSpec, planned: list[Study], resumed: Path | None) -> None:
+def _check(spec: RunSpec, planned: list[Study], begun: Mapping[str, int]) -> None:
     """Check models, data and benchmark files, and print what was found.
+
+    begun: the workers that the models of a resumed run began with.
 
     Raises:
         ConfigError: something cannot be used.
     """
     from tune.preflight.inputs import check_inputs
-    from tune.storage.run_folder import RunFolder
 
-    begun: dict[str, int] = {}
-    if resumed is not None:
-        models = [study.spec.model_name_or_path for study in planned]
-        begun = {model: RunFolder.open(resumed).workers_at_start(model) for model in models}
     with console.status("Reading model settings, data and benchmark files"):
         found = check_inputs(spec, planned, begun)
     for name, checked in found.items():

@@ -26,7 +26,7 @@ from tune.scheduling.queue_log import Changes
 from tune.scheduling.sharing import Phase
 from tune.scheduling.study import Study
 from tune.scheduling.tasks import QueuedTask
-from tune.storage.atomic import now
+from tune.storage.atomic import atomic_write_json, now
 from tune.storage.run_folder import BASE, RunFolder
 from tune.storage.search_state import SearchTime
 from tune.storage.states import Stage, TaskState
@@ -87,6 +87,7 @@ class SweepController:
     def open(self, study: Study, opening: Opening) -> str | None:
         """Make the study's model resident in the evaluators and score the base; return its massive weights' file."""
         self.check(study)
+        self._run_folder.failure_file(study.name).unlink(missing_ok=True)
         with self._lock:
             self._progress.study(study)
         weights = self._scoring.open(study.name, opening, study.ray)
@@ -201,7 +202,9 @@ class SweepController:
         return named_scores([row for row in rows if row["split"] == VALIDATION], self._asked)
 
     def study_failed(self, name: str, reason: str) -> None:
-        """Record that a model cannot be used at all."""
+        """Record that a model is given up, and why."""
+        file = self._run_folder.failure_file(name)
+        atomic_write_json(file, {"reason": reason, "time": now()}, within=self._run_folder.run_dir)
         with self._lock:
             self._failed.add(name)
             self._progress.note(f"{name}: {reason}")

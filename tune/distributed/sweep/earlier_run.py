@@ -1,22 +1,28 @@
-"""Trials that an earlier run of a folder has trained or given up: read, to be entered into a resumed run's queue."""
+"""The earlier run of a folder that is resumed: what must be as it was, and the trials that enter the queue as ended."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from tune.config.eval_spec import EvalJob
-from tune.config.run_spec import TrainSpec, dump
+from tune.config.resume import check_same
+from tune.config.run_spec import RunSpec, TrainSpec, dump
 from tune.config.syntax.yaml_core import parse_blocks
 from tune.scheduling.history import resume_state
 from tune.scheduling.tasks import TrainTask
 from tune.storage.atomic import read_mapping
 from tune.storage.records import TrialRecord
 from tune.storage.run_folder import RunFolder
+from tune.storage.segments import check_run_shared
 from tune.storage.states import TaskState
 from tune.training.finetune import Outcome
+
+#: The fields of an `EvalJob`.
+_JOB = itemgetter("benchmark", "entry", "attack", "attack_on", "split")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,37 @@ class Resumed:
 
     states: dict[str, TaskState] = field(default_factory=dict)
     unscored: list[RecordedTask] = field(default_factory=list)
+
+
+def check_earlier_run(run_dir: Path, spec: RunSpec) -> tuple[dict[str, int], list[str]]:
+    """Refuse to resume a run with the spec of another one.
+
+    Returns:
+        The workers that each model's trials began with, and a note on each number of them that is another one now.
+
+    Raises:
+        ConfigError: settings that results depend on have changed, or workers cannot share the batches.
+    """
+    started = RunSpec.model_validate(RunFolder.open(run_dir).config())
+    check_same(run_dir, dump(started), dump(spec))
+    check_run_shared(started, [ray.num_workers for ray in spec.rays()])
+    models = [study.model_name_or_path for study in started.studies()]
+    begun = dict(zip(models, (ray.num_workers for ray in started.rays()), strict=True))
+    changed: dict[tuple[int, int], list[str]] = {}
+    for model, ray in zip(models, spec.rays(), strict=True):
+        if ray.num_workers != begun[model]:
+            changed.setdefault((ray.num_workers, begun[model]), []).append(model)
+    notes = [
+        f"ray.num_workers is {workers} and was {before} when the run began{'' if of == models else _of(of)}: batches "
+        "and masks stay the same, and bits may differ from here on (the report says for which trials, and from which "
+        "step)"
+        for (workers, before), of in changed.items()
+    ]
+    return begun, notes
+
+
+def _of(models: list[str]) -> str:
+    return f" (for {', '.join(models)})"
 
 
 def recorded_tasks(
@@ -76,11 +113,8 @@ def recorded_tasks(
 
 def missing_jobs(model: str, rows: Iterable[dict[str, Any]], jobs: list[EvalJob]) -> list[EvalJob]:
     """Return the benchmarks among `jobs` without a score among the rows of a trial, or of base models."""
-    known = {
-        EvalJob(row["benchmark"], row["entry"], row["attack"], row["attack_on"], row["split"])
-        for row in rows
-        if row["model"] == model
-    }
+    found = {_JOB(row) for row in rows if row["model"] == model}  # fewer than rows, which have a metric each
+    known = {EvalJob(*each) for each in found}
     return [job for job in jobs if job not in known]
 
 

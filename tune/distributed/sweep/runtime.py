@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from tune.config.resume import check_same
 from tune.config.run_spec import RunSpec, dump
 from tune.distributed.actors.evaluators import Evaluator
 from tune.distributed.actors.judges import judge_sweep
@@ -24,6 +23,7 @@ from tune.distributed.cluster.ray_cluster import check_models, connect
 from tune.distributed.lanes.dispatcher import dispatching
 from tune.distributed.lanes.lane_pools import LanePools
 from tune.distributed.sweep.controller import SweepController
+from tune.distributed.sweep.earlier_run import check_earlier_run
 from tune.distributed.sweep.events import Observer, unfailing
 from tune.distributed.sweep.run_end import Finished, record_end
 from tune.distributed.sweep.scoring import Scoring
@@ -43,7 +43,6 @@ from tune.storage.remote.copier import check_place
 from tune.storage.repair import check_run, repair_contents, repair_spec
 from tune.storage.run_folder import RunFolder
 from tune.storage.run_lock import locked
-from tune.storage.segments import check_run_shared
 from tune.storage.states import RunStatus
 from tune.trackers.sync import TrackerSync, trials_of_run
 
@@ -129,7 +128,10 @@ class SweepRuntime:
         if self._resume:
             check_run(self._run_dir)
             self._enter("lock", locked(self._run_dir))
-            begun = _begun(self._run_dir, self.spec, self.progress)
+            notes = repair_spec(self._run_dir)
+            begun, changed = check_earlier_run(self._run_dir, self.spec)
+            for note in (*notes, *changed):
+                self.progress.note(note)
         self.checked = check_inputs(self.spec, self.planned, begun)
         if self.spec.sync_to is not None:
             lost = check_place(self.spec.sync_to, self._run_dir, resume=self._resume)
@@ -310,25 +312,6 @@ def run(
         failures += runtime.judge()
         runtime.progress.finished()
     return failures
-
-
-def _begun(run_dir: Path, spec: RunSpec, progress: Observer) -> dict[str, int]:
-    """Refuse an earlier run's folder to the spec of another run; return the workers that each model began with."""
-    for note in repair_spec(run_dir):
-        progress.note(note)
-    started = RunSpec.model_validate(RunFolder.open(run_dir).config())
-    check_same(run_dir, dump(started), dump(spec))
-    begun = {
-        study.model_name_or_path: ray.num_workers for study, ray in zip(started.studies(), started.rays(), strict=True)
-    }
-    check_run_shared(started, [ray.num_workers for ray in spec.rays()])
-    before, workers = started.ray.num_workers, spec.ray.num_workers
-    if workers != before:
-        progress.note(
-            f"ray.num_workers is {workers} and was {before} when the run began: batches and masks stay the same, and "
-            "bits may differ from here on (the report says for which trials, and from which step)"
-        )
-    return begun
 
 
 def _disconnect(stop: Stop | None) -> None:

@@ -53,6 +53,8 @@ class StudyThreads:
                 waiting.remove(study)
                 self._begin(study, len(waiting) + 1)
             time.sleep(TICK_S)
+        # Threads end without a word when the control loop has failed: they have nothing to say about it.
+        self.controller.check()
         self._report()
 
     def close(self) -> None:

@@ -38,6 +38,8 @@ def no_verdict(model: ModelResults) -> list[str]:
     """The reason why there is no verdict on this model, and the best trial so far."""
     if model.trouble:
         return [f"No verdict: {model.trouble}"]
+    if model.failure:
+        return [f"No verdict: {one_line(model.failure)}"]
     if not model.lines:
         return ["No verdict: nothing has been trained or scored yet."]
     if not model.trials("macdrop"):

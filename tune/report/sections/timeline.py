@@ -21,7 +21,11 @@ MOST = 24
 
 @dataclass
 class _Times:
-    """The rows of workers of one role: times held, and times worked by workers of which the time held is known."""
+    """The rows of workers of one role: times held, and times worked.
+
+    A worker is recorded when it ends: one that still is there, or of a run that was killed, counts as held from the
+    first to the last time that it worked.
+    """
 
     held: list[dict[str, Any]]
     worked: list[dict[str, Any]]
@@ -29,9 +33,16 @@ class _Times:
     @classmethod
     def of(cls, rows: Sequence[dict[str, Any]], role: str) -> _Times:
         mine = [row for row in rows if row["role"] == role]
-        held = [row for row in mine if row["trial"] is None]
-        known = {row["name"] for row in held}  # a worker is recorded when it ends
-        return cls(held, [row for row in mine if row["trial"] is not None and row["name"] in known])
+        held, worked = ([row for row in mine if (row["trial"] is None) == is_held] for is_held in (True, False))
+        times: dict[str, list[tuple[float, float]]] = {}
+        for row in held:
+            times.setdefault(row["name"], []).append((row["begin"], row["end"]))
+        unknown: dict[str, dict[str, Any]] = {}
+        for row in worked:
+            if not any(begin <= row["begin"] <= end for begin, end in times.get(row["name"], ())):
+                span = unknown.setdefault(row["name"], {**row, "study": None, "trial": None})
+                span |= {"begin": min(span["begin"], row["begin"]), "end": max(span["end"], row["end"])}
+        return cls([*held, *unknown.values()], worked)
 
     @property
     def busy(self) -> str:
