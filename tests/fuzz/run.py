@@ -210,13 +210,13 @@ def data(folder: Path) -> Callable[[Any], str]:
 
 def runs(folder: Path) -> Callable[[Any], str]:
     """Read as a report reads it, then repaired and read as a resumed sweep does; a whole report now and then."""
-    from helpers.run_folders import make_resumable_run
+    from helpers.run_folders import make_resumable_run, repair_run
 
     from tune.analysis.results import collect
     from tune.config.run_spec import load
     from tune.report.report import make_report
     from tune.scheduling.study import studies
-    from tune.storage.repair import check_run, repair_run
+    from tune.storage.repair import check_run
     from tune.storage.run_folder import RunFolder
 
     run = make_resumable_run(folder / "run")

@@ -413,3 +413,10 @@ if __name__ == "__main__":
 def contents(folder: Path) -> dict[str, bytes]:
     """The files below a folder, by their relative paths."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def repair_run(folder: Path) -> list[str]:
+    """Repair a run folder as a resume does; return what was done."""
+    from tune.storage.repair import repair_contents, repair_spec
+
+    return repair_spec(folder) + repair_contents(folder)

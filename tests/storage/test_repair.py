@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.run_folders import make_resumable_run
+from helpers.run_folders import make_resumable_run, repair_run
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec
@@ -16,7 +16,7 @@ from tune.scheduling.history import resume_state
 from tune.scheduling.selection import final_specs
 from tune.storage import records
 from tune.storage.records import config_seal
-from tune.storage.repair import check_run, repair_run
+from tune.storage.repair import check_run
 from tune.storage.run_folder import RunFolder
 from tune.storage.sealed_folder import newest
 

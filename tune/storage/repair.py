@@ -65,18 +65,12 @@ def check_run(run_dir: Path) -> None:
         raise ConfigError(f"{str(run_dir)!r} is not a run folder: it has no run.json.\nGive the output_dir of a sweep.")
 
 
-def repair_run(run_dir: Path) -> list[str]:
-    """Repair a run folder that no sweep works in; return what was done, one sentence per repair.
+def repair_contents(run_dir: Path) -> list[str]:
+    """Repair all but run.json and config.yaml (`repair_spec`); return what was done, one sentence per repair.
 
     Raises:
-        ConfigError: neither run.json nor config.yaml is whole.
         ResourceError: the folder cannot be written.
     """
-    return repair_spec(run_dir) + repair_contents(run_dir)
-
-
-def repair_contents(run_dir: Path) -> list[str]:
-    """Repair everything else; returns and raises as `repair_run`."""
     for place, _, files in os.walk(run_dir):
         for name in filter(UNFINISHED.fullmatch, files):
             Path(place, name).unlink(missing_ok=True)
@@ -105,7 +99,12 @@ def repair_contents(run_dir: Path) -> list[str]:
 
 
 def repair_spec(run_dir: Path) -> list[str]:
-    """Repair run.json and config.yaml, each from the other; returns and raises as `repair_run`."""
+    """Repair run.json and config.yaml, each from the other; return what was done, one sentence per repair.
+
+    Raises:
+        ConfigError: neither is whole.
+        ResourceError: the folder cannot be written.
+    """
     about, spec = run_dir / "run.json", run_dir / "config.yaml"
     run = _believed(about, _run)
     config = _believed(spec, lambda file: _config(file, (run or {}).get("spec")))
