@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from tune.distributed.lanes.dispatcher import CHANGES, LANES, Dispatcher
+from tune.distributed.lanes.dispatcher import CHANGES, END_S, LANES, Dispatcher
 from tune.scheduling.tasks import TrainTask
 from tune.storage.states import Stage, TaskState
 from tune.training.observer import Word
@@ -84,8 +85,10 @@ def test_a_wait_that_is_over_and_the_end_answer_with_nothing(dispatcher):
         assert await dispatcher.wait(0.02, LANES, "next_task", "lane", None) is None
         waiting = await begun(*(dispatcher.wait(LONG_S, LANES, "next_task", "lane", None) for _ in range(3)))
         await dispatcher.end()
-        assert await done(*waiting) == [True] * 3 and {each.result() for each in waiting} == {None}
-        assert await dispatcher.wait(LONG_S, LANES, "next_task", "lane", None) is None
+        assert all(each.done() for each in waiting) and {each.result() for each in waiting} == {None}
+        with mock.patch.object(asyncio, "sleep") as rest:
+            assert await dispatcher.wait(LONG_S, LANES, "next_task", "lane", None) is None
+        rest.assert_awaited_once_with(END_S)
 
     asyncio.run(scene())
 

@@ -271,6 +271,19 @@ def test_shares_of_a_time_budget_add_up_to_it():
     assert shares == pytest.approx({"a": 20.0, "b": 25.0, "c": 37.5})
 
 
+def test_a_model_that_fails_leaves_its_share_of_the_time_to_the_others():
+    shares = {}
+
+    def run(study, share):
+        shares[study.name] = share
+        if study.name == "a":
+            raise MacDropError("no such layer")
+        return share
+
+    threads(run, 1, "a", "b", budget=60.0).run_all()
+    assert shares["b"] == pytest.approx(60.0, abs=5.0)
+
+
 # --- actors that are gone ---
 
 
@@ -303,6 +316,15 @@ def test_actors_are_handed_on_unless_another_study_waits_for_their_room(opening,
     scoring._open = {"a": ended, "b": other}
     scoring.hand_on("a", keep=True)
     assert (scoring._free == [ended], closed == []) == (kept, kept) and "a" not in scoring._open
+
+
+def test_actors_that_no_study_has_go_first_where_room_is_needed():
+    scoring, closed = Scoring(0.0), []
+    pool = SimpleNamespace(close=lambda: closed.append("free"))
+    free: Any = SimpleNamespace(pool=pool, size=SimpleNamespace(actors=2))
+    idle: Any = SimpleNamespace(pool=SimpleNamespace(busy=0, release=lambda: 1), opening=None)
+    scoring._free, scoring._open = [free], {"a": idle}
+    assert scoring.release() == 3 and closed == ["free"] and scoring._free == []
 
 
 def test_times_of_actors_are_recorded_as_they_end():

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tune.scheduling.allocation import LaneKind, Room
+from tune.scheduling.queue import TaskQueue
 from tune.scheduling.simulation import Simulation, Span, StageTimes, StudyTimes, Timeline
 
 ROOM = Room(1000, 16)
@@ -25,6 +26,19 @@ def test_one_study_takes_the_sum_of_its_parts():
     (found,) = [Simulation([study("a")], ROOM).run()]
     assert found.end == pytest.approx(5 + (3 + 100) + (100 + 10) + 10 + (3 + 100) + 4 * 20, abs=20)
     assert len(found.worked) == 8 + 8 + 1, "fine-tunings, their scores, the base model's"
+
+
+def test_an_event_looks_at_what_has_changed_only(monkeypatch):
+    rows, snapshot = [], TaskQueue.snapshot
+
+    def counted(queue, after=None):
+        found = snapshot(queue, after)
+        rows.append(len(found["tasks"]))
+        return found
+
+    monkeypatch.setattr(TaskQueue, "snapshot", counted)
+    Simulation([study("a", trials=200)], ROOM).run()
+    assert sum(rows) < 5 * 400, "a task is placed, taken, trained and scored"
 
 
 def held_at(spans: list[Span], when: float) -> float:

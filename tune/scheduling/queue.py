@@ -267,9 +267,9 @@ class TaskQueue:
 
         `queued` counts the queued tasks of each pool, `open` those of each study that have not ended.
         """
-        since = after[1] if after is not None and after[0] == self._process else 0
         changed: Iterable[str] = self.entries
-        if since:
+        if after is not None and after[0] == self._process:
+            since = after[1]
             changed = reversed(list(takewhile(lambda name: self._touched[name] > since, reversed(self._touched))))
         return {
             "mark": (self._process, self._number),

@@ -135,7 +135,9 @@ class Simulation:
         while (study := next(filter(self._may_begin, self._waiting), None)) is not None:
             self._waiting.remove(study)
             self._begin(study)
-        self._sharing.look(self._queue.snapshot(self._mark))
+        snapshot = self._queue.snapshot(self._mark)
+        self._mark = snapshot["mark"]
+        self._sharing.look(snapshot)
         demands = self._sharing.demands(self._now)
         for kind, target in self._sharing.lanes(demands, self._room).items():
             if demands[kind].tasks:

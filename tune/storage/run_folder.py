@@ -200,10 +200,14 @@ class RunFolder:
         """Return the folder of a trial; nothing is written before its `start`."""
         return TrialFolder(self.run_dir / "trials" / check_name(trial_id), self.problems, within=self.run_dir)
 
-    def trials(self, *, config: bool = True) -> list[TrialRecord]:
-        """Return the records of all trials, by start; without `config` their config.yaml is not read."""
-        files = (self.run_dir / "trials").glob("*/trial.json")
-        records = filter(None, (read_trial(file.parent, self.problems, config=config) for file in files))
+    def trials(self, model: str | None = None, *, config: bool = True) -> list[TrialRecord]:
+        """Return the records of all trials, or of a model's, by start; without `config` their config.yaml is not read.
+
+        Those of other models are not read: the names of a model's trials begin with the slug of its name.
+        """
+        files = (self.run_dir / "trials").glob("*/trial.json" if model is None else f"{slug(model)}-*/trial.json")
+        read = filter(None, (read_trial(file.parent, self.problems, config=config) for file in files))
+        records = (record for record in read if model in (None, record.model))
         return sorted(records, key=lambda record: (record.started or "", record.trial))
 
     def answers_dir(self, model: str, trial: str) -> Path:

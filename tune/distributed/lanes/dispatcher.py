@@ -27,7 +27,7 @@ PATIENCE_S = 180.0
 LANES, CHANGES = "lanes", "changes"
 #: Methods of the queue whose first argument is not the task that they change.
 OF_ANY_TASK = frozenset({"abandon", "close", "drain", "lane_down", "lane_up"})
-#: Seconds that pending waits get to return before the actor is killed.
+#: Seconds that waiting calls get to return before the actor is killed; a call that comes later rests for so long.
 END_S = 2.0
 #: How long a `Watch` waits at a time, and how long it rests where changes come one after the other.
 CHANGES_S, REST_S = 5.0, 0.2
@@ -70,6 +70,7 @@ class Dispatcher:
     def __init__(self, log: Path) -> None:
         self.queue = LoggedQueue(log)
         self._waiting: dict[str, asyncio.Event] = {}
+        self._waiters = 0
         self._ended = False
 
     async def call(self, method: str, *arguments: Any) -> Any:
@@ -92,22 +93,33 @@ class Dispatcher:
 
         about: the task that it depends on, `LANES` or `CHANGES`.
         """
-        end = time.monotonic() + seconds
+        if self._ended:  # its caller would call again and again
+            await asyncio.sleep(END_S)
+        self._waiters += 1
+        try:
+            found = await self._found(time.monotonic() + seconds, about, method, arguments)
+        finally:
+            self._waiters -= 1
+        if isinstance(found, TrainTask):
+            self._wake("take", (found,))
+        return found
+
+    async def _found(self, end: float, about: str, method: str, arguments: Sequence[Any]) -> Any:
         while (found := getattr(self.queue, method)(*arguments)) is None and (left := end - time.monotonic()) > 0:
             if self._ended:
                 break
             changed = self._waiting.setdefault(about, asyncio.Event())
             with suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), left)
-        if isinstance(found, TrainTask):
-            self._wake("take", (found,))
         return found
 
     async def end(self) -> None:
-        """Answer all that wait, before the actor's end."""
+        """Return when no call waits any more, at the actor's end."""
         self._ended = True
         for changed in self._waiting.values():
             changed.set()
+        while self._waiters:
+            await asyncio.sleep(0.01)
 
     def _wake(self, method: str, arguments: Sequence[Any]) -> None:
         """Wake the waiters that a call may affect."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ class SweepController:
             the error that ended the loop.
         """
         self.check(study)
-        with self._lock:
+        with self._changing():
             self._take_changes(self._changes.now())  # with what the study has placed
             self.lanes.sharing.look(self._snapshot)
             if last:
@@ -227,12 +227,20 @@ class SweepController:
     # --- loop ---
 
     def _loop(self) -> None:
-        try:
-            while not self._end.wait(TICK_S):
-                with self._lock:
+        with suppress(BaseException):  # kept
+            while self._error is None and not self._end.wait(TICK_S):
+                with self._changing():
                     self._tick()
-        except BaseException as error:
-            self._error = error
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock; an error ends the loop, and so the run: changes of the queue are given once only."""
+        with self._lock:
+            try:
+                yield
+            except BaseException as error:
+                self._error = error
+                raise
 
     def _tick(self) -> None:
         for searched in list(self._searched):

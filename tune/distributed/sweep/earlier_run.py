@@ -98,9 +98,7 @@ def recorded_tasks(
         named: the validation scores among a trial's rows, by their names in `sweep.metric`.
         retry_failed: leave out trials that failed or diverged.
     """
-    for record in run_folder.trials(config=False):
-        if record.model != model:
-            continue
+    for record in run_folder.trials(model, config=False):
         trial, rows = run_folder.trial(record.trial), run_folder.trial_scores(record.trial)
         scored = not missing_jobs(model, rows, jobs[record.stage])
         adapter = trial.adapter_dir.is_dir()

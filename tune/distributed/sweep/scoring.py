@@ -128,7 +128,12 @@ class Scoring:
 
     def release(self) -> int:
         """Release idle actors until something is to be scored; return how many there were."""
-        return sum(mine.pool.release() for mine in self._resident() if not mine.pool.busy)
+        with self._lock:
+            free, self._free = self._free, []
+        for each in free:
+            each.pool.close()
+        released = sum(mine.pool.release() for mine in self._resident() if not mine.pool.busy)
+        return released + sum(each.size.actors for each in free)
 
     @property
     def opening(self) -> bool:

@@ -91,7 +91,7 @@ class StudyThreads:
         thread.start()
 
     def _study(self, study: Study, share: float | None) -> None:
-        well = False
+        well, begun = False, time.monotonic()
         try:
             spent = self.run(study, share)
             if share is not None:
@@ -103,6 +103,8 @@ class StudyThreads:
             if self.controller.broken:  # its actors are gone because the run is being closed
                 return
             self._errors[study.name] = error
+            if share is not None:  # what it has not used is for the others
+                self._shares[study.name] = min(share, time.monotonic() - begun)
         try:
             more = any(each.name not in self._threads for each in self.studies)
             self.controller.ended(study, well=well, more=more)

@@ -187,12 +187,9 @@ class StudyRun:
 
     def _searched(self) -> list[TrialRecord]:
         """Return the records of the search's trials, including those that the final stage has taken over."""
-        same = (self.study.spec.model_name_or_path, self.study.spec.seed)
-        return [
-            record
-            for record in self.run_folder.trials()
-            if (record.model, record.seed) == same and record.arm in (Arm.PLAIN, Arm.MACDROP)
-        ]
+        spec = self.study.spec
+        found = self.run_folder.trials(spec.model_name_or_path)
+        return [record for record in found if record.seed == spec.seed and record.arm in (Arm.PLAIN, Arm.MACDROP)]
 
     def _tune(self, context: TrialContext, time_budget_s: float | None) -> None:
         """Run the rest of the search; trials that ended in an earlier run are known to it, but not run again."""
