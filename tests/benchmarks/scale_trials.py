@@ -5,9 +5,8 @@
 Controller, dispatcher, Tune and run folder are those of a real run. Lanes and evaluation actors are simulated: they
 load no model, end a fine-tuning within a second or two and a benchmark at once. A trial has 40 scores of 4 benchmarks.
 
-What goes by the clock whether or not a trial ends (the control loop, the live table) is measured by the second, while
-the two fine-tunings of the final stage last, and is not part of what a trial costs (with several models it is: others
-search meanwhile).
+The idle cost (CPU per second of the control loop and the live table) is measured during the final stage, and
+subtracted from the cost per trial. With several models it is not subtracted, because others are still searching.
 
 --finished N writes a run folder of N finished trials first and resumes it: what a trial costs with so many behind it,
 and how long the resume takes before it trains. --kill has the driver killed half-way and resumes. --no-reuse gives each
@@ -37,7 +36,7 @@ import ray
 import ray.tune
 from measure import machine, table, verdict
 from rich.console import Console
-from without_models import BENCHMARKS, FINAL_S, STEPS, SimulatedEvaluator, SimulatedLanes, finished
+from scale_actors import BENCHMARKS, FINAL_S, STEPS, SimulatedEvaluator, SimulatedLanes, finished
 
 from tune.cli.progress import Progress
 from tune.config.run_spec import RunSpec, load
@@ -79,7 +78,7 @@ class Measured:
 
     samples: list[Sample] = field(default_factory=list)
     #: The first and the last sample of the final stage while its first trials train.
-    quiet: list[Sample] = field(default_factory=list)
+    idle: list[Sample] = field(default_factory=list)
     #: Seconds from the start of the process to the first task on a lane.
     first_task_s: float | None = None
     failures: int = 0
@@ -87,25 +86,25 @@ class Measured:
     @classmethod
     def of(cls, text: str) -> Measured:
         content = json.loads(text)
-        return cls(**content | {name: [Sample(**each) for each in content[name]] for name in ("samples", "quiet")})
+        return cls(**content | {name: [Sample(**each) for each in content[name]] for name in ("samples", "idle")})
 
     def third(self, number: int) -> tuple[Sample, Sample]:
         """Return the samples between which a third of the trials (0 to 2) ended."""
         size = (len(self.samples) - 1) // 3
         return self.samples[number * size], self.samples[(number + 1) * size]
 
-    def by_the_clock(self, part: str) -> float:
-        """Return milliseconds of CPU per second without an end of a trial."""
-        if len(self.quiet) < 2:
+    def idle_ms_per_second(self, part: str) -> float:
+        """Return milliseconds of CPU per second while no trial ends."""
+        if len(self.idle) < 2:
             return 0.0
-        begin, end = self.quiet
+        begin, end = self.idle
         return 1000 * (end.cpu.get(part, 0.0) - begin.cpu.get(part, 0.0)) / (end.wall - begin.wall)
 
     def per_trial(self, number: int, part: str) -> float:
-        """Return milliseconds of CPU per trial of a third, without what goes by the clock."""
+        """Return milliseconds of CPU per trial of a third, without the idle cost."""
         begin, end = self.third(number)
-        by_the_clock = self.by_the_clock(part) * (end.wall - begin.wall) / max(1, end.ended - begin.ended)
-        return end.since(begin, part) - by_the_clock
+        idle = self.idle_ms_per_second(part) * (end.wall - begin.wall) / max(1, end.ended - begin.ended)
+        return end.since(begin, part) - idle
 
 
 # --- the run ---
@@ -150,10 +149,10 @@ def spec_of(run: Path, trials: int, models: int) -> RunSpec:
 
 
 class Meter:
-    """What each part of the run has spent, around the live table: the controller's thread calls it."""
+    """Samples the CPU time of each part of a run whenever the live table is drawn, in the controller's thread."""
 
     def __init__(self, started: float, die_after: int | None, models: int) -> None:
-        """Measure what goes by the clock only of one model: of several, others search during a final stage."""
+        """Measure the idle cost of one model only: of several, others search during a final stage."""
         self.measured, self._started, self._die_after, self._ended = Measured(), started, die_after, 0
         self._most: dict[int, tuple[str, float]] = {}
         self._final: float | None = None
@@ -172,8 +171,8 @@ class Meter:
         if self._ended >= len(self.measured.samples) * EVERY:
             self.measured.samples.append(self._sample())
         since = time.time() - self._final if self._final else 0.0
-        if len(self.measured.quiet) < 2 and since > (FINAL_S - SETTLING_S if self.measured.quiet else SETTLING_S):
-            self.measured.quiet.append(self._sample())
+        if len(self.measured.idle) < 2 and since > (FINAL_S - SETTLING_S if self.measured.idle else SETTLING_S):
+            self.measured.idle.append(self._sample())
 
     def stage(self, study: Any, stage: str, trials: int) -> None:
         """Note when the final stage begins."""
@@ -262,7 +261,7 @@ def in_a_process(run: Path, trials: int, models: int, **how: Any) -> Measured:
 # --- what is printed ---
 
 HEADS = ["run", "trials/s", "controller", "dispatcher", "growth", "Tune", "its actors", "Ray", "driver MB"]
-CLOCK = ("controller", "dispatcher", "Tune", "its actors", "Ray")
+IDLE_PARTS = ("controller", "dispatcher", "Tune", "its actors", "Ray")
 
 
 def line(what: str, found: Measured) -> list[str]:
@@ -281,9 +280,9 @@ def line(what: str, found: Measured) -> list[str]:
     ]
 
 
-def clock_line(what: str, found: Measured) -> list[str]:
+def idle_row(what: str, found: Measured) -> list[str]:
     """Return milliseconds of CPU per second."""
-    ms = {part: found.by_the_clock(part) for part in ("controller", "dispatcher", "driver", "trials", "ray")}
+    ms = {part: found.idle_ms_per_second(part) for part in ("controller", "dispatcher", "driver", "trials", "ray")}
     parts = ms["controller"], ms["dispatcher"], ms["driver"] - ms["controller"], ms["trials"], ms["ray"]
     return [what, *(f"{each:.1f}" for each in parts)]
 
@@ -308,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MACDROP_CACHE", str(place / "cache"))
     print(machine())
-    made, clock, lines = [], [], []
+    made, idle, lines = [], [], []
     for trials in asked.trials:
         run = place / f"trials-{trials}"
         how: dict[str, Any] = {"reuse": not asked.no_reuse}
@@ -322,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             in_a_process(run, whole, asked.models, **how, resume=bool(asked.finished), die_after=trials // 2)
         found = in_a_process(run, whole, asked.models, **how, resume=bool(asked.finished or asked.kill))
         made.append(line(what, found))
-        clock.append(clock_line(what, found))
+        idle.append(idle_row(what, found))
         if len(found.samples) > 3:
             lines.append(verdict(f"controller and dispatcher, {what}", cost(found, 2), TRIAL_MS, unit=" ms"))
         else:
@@ -337,8 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines.append(f"{done} of {len(records)} trials done, {found.failures} failures")
     print("ms of CPU per trial, in the last third of a run; growth against the first third")
     print(table(HEADS, made))
-    print("ms of CPU per second, whether or not a trial ends")
-    print(table(["run", *CLOCK], clock), *lines, machine(), sep="\n")
+    print("idle: ms of CPU per second")
+    print(table(["run", *IDLE_PARTS], idle), *lines, machine(), sep="\n")
     if not asked.keep:
         shutil.rmtree(place)
 

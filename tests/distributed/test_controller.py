@@ -48,7 +48,7 @@ def test_an_error_in_what_a_study_takes_from_the_queue_ends_the_run(tmp_path, qu
             cursor[0] = found.cursor
         return found
 
-    monkeypatch.setattr(controller, "Watch", lambda _: SimpleNamespace(now=changes, news=changes))
+    monkeypatch.setattr(controller, "Watch", lambda _: SimpleNamespace(fetch=changes, news=changes))
     monkeypatch.setattr(controller, "TICK_S", 1000.0)
     scoring = mock.MagicMock(broken={}, opening=False)
     jobs: dict = {Stage.SEARCH: [], Stage.FINAL: []}

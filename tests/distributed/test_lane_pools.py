@@ -210,7 +210,7 @@ def test_a_study_whose_actors_would_take_the_room_of_every_lane_begins_later():
     found = threads(run, 3, "a", "large", "b", room=lambda name: name != "large" or not going)
     found.run_all()
     assert order == ["a", "b", "large"]
-    assert found.controller.notes == ["large begins later: its evaluation actors would leave no room for a lane"]
+    assert found.controller.notes == ["large is waiting to start: its evaluation actors would leave no room for a lane"]
 
 
 def test_the_room_for_a_lane_of_each_begun_study_is_kept(make):

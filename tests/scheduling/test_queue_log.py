@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 from tune.errors import ResourceError
-from tune.scheduling import queue_log as order_log
+from tune.scheduling import queue_log
 from tune.scheduling.queue import TaskQueue
 from tune.scheduling.queue_log import LoggedQueue
 from tune.scheduling.tasks import TrainTask
@@ -97,14 +97,14 @@ def folder():
 
 
 def fresh(folder: Path) -> Path:
-    file = folder / "orders.jsonl"
+    file = folder / "queue.jsonl"
     file.write_text("")
     return file
 
 
 @settings(deadline=None)
 @given(calls=SEQUENCES)
-def test_a_book_made_again_equals_the_one_that_died(folder, calls):
+def test_a_replayed_queue_equals_the_one_that_died(folder, calls):
     file = fresh(folder)
     live = LoggedQueue(file)
     replay(live, calls)
@@ -150,12 +150,12 @@ def test_a_log_cut_at_any_byte_is_the_log_of_the_calls_before(folder, calls, cut
     # The same calls to a queue without a log, up to the cut.
     for line in lines[:count]:
         row = json.loads(line)
-        getattr(expected, row["method"])(*map(order_log._read, row["arguments"]))
+        getattr(expected, row["method"])(*map(queue_log._read, row["arguments"]))
     assert again.queue == expected
     # Whoever had no answer asks again: the file is whole from the cut on.
     for line in lines[count:]:
         row = json.loads(line)
-        again.call(row["method"], *map(order_log._read, row["arguments"]))
+        again.call(row["method"], *map(queue_log._read, row["arguments"]))
     assert file.read_bytes() == whole and again.queue == live.queue
 
 
@@ -186,7 +186,7 @@ def test_a_damaged_line_is_refused_with_its_place(tmp_path):
 
 def test_a_log_that_is_gone_is_not_taken_for_an_empty_one(tmp_path):
     with pytest.raises(FileNotFoundError):
-        LoggedQueue(tmp_path / "orders.jsonl")
+        LoggedQueue(tmp_path / "queue.jsonl")
 
 
 def test_a_full_disk_delays_the_log_and_nothing_else(tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_a_full_disk_delays_the_log_and_nothing_else(tmp_path, monkeypatch):
         raise ResourceError("The disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(order_log, "append_jsonl", full)
+        patch.setattr(queue_log, "append_jsonl", full)
         replay(queue, BEGUN[:2])
     file.rename(file.with_name("elsewhere"))  # and its storage goes, too
     replay(queue, BEGUN[2:3])
@@ -208,7 +208,7 @@ def test_a_full_disk_delays_the_log_and_nothing_else(tmp_path, monkeypatch):
     assert LoggedQueue(file).queue == queue.queue and len(file.read_text().splitlines()) == len(BEGUN)
 
 
-def test_an_order_is_read_as_it_was_written(tmp_path):
+def test_a_task_is_read_as_it_was_written(tmp_path):
     file = fresh(tmp_path)
     LoggedQueue(file).call("place", task("a"), "tom")
     (entry,) = LoggedQueue(file).queue.entries.values()
@@ -221,7 +221,7 @@ def test_tasks_recorded_together_are_those_recorded_one_by_one(tmp_path):
     together.record_all(ended)
     for arguments in ended:
         alone.record(*arguments)
-    assert together.queue == alone == LoggedQueue(tmp_path / "orders.jsonl").queue
+    assert together.queue == alone == LoggedQueue(tmp_path / "queue.jsonl").queue
     together.record_all(ended)
     assert together.queue == alone, "known ones are left as they are"
 
@@ -233,8 +233,8 @@ def test_a_lane_gets_a_task_or_is_told_to_leave_and_waits_otherwise(tmp_path):
     assert queue.next_task("l", None) == task("a") == queue.next_task("l", None), "its answer may have been lost"
     assert queue.next_task("m", None) == task("b")
     queue.call("trained", "a", steps("done"), "l")
-    size = (tmp_path / "orders.jsonl").stat().st_size
-    assert queue.next_task("l", None) is None and (tmp_path / "orders.jsonl").stat().st_size == size
+    size = (tmp_path / "queue.jsonl").stat().st_size
+    assert queue.next_task("l", None) is None and (tmp_path / "queue.jsonl").stat().st_size == size
     queue.call("close", "l")
     assert queue.next_task("l", None) is Word.LEAVE
 
@@ -268,7 +268,7 @@ def test_changes_since_a_cursor_are_all_of_them_each_once(folder, calls):
     seen, _ = queue.call("changes", 0)
     assert cursor is None or cursor.seen == seen and set(changed) == set(queue.queue._changes)
     assert list(rows.values()) == [] or rows == {row["id"]: row for row in queue.call("snapshot")["tasks"]}
-    again = LoggedQueue(folder / "orders.jsonl").since(cursor)
+    again = LoggedQueue(folder / "queue.jsonl").since(cursor)
     assert again is not None and len(again.snapshot["tasks"]) == len(queue.queue.entries), "another process: all rows"
 
 

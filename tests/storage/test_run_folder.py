@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from macdrop.errors import ConfigError
+from tune.config.run_spec import dump, load
 from tune.errors import ResourceError
 from tune.report.report import make_report
 from tune.storage import atomic as files
@@ -334,3 +335,18 @@ def test_the_run_folder_needs_neither_ray_nor_torch(run_folder):
         "bad = {'ray', 'torch', 'transformers', 'deepspeed', 'lm_eval'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_trials_of_a_model_are_found_without_those_of_others(tmp_path):
+    run_folder = RunFolder.create(tmp_path / "run", {})
+    spec = load(None, ["model=org/a"]).studies()[0]
+    for model in ("org/a", "org/a-b", "c"):
+        named = spec.model_copy(update={"model_name_or_path": model})
+        run_folder.trial(named.trial_id()).start(dump(named), model=model, arm="plain", seed=1)
+    for model in ("org/a", "org/a-b", "c", "d"):
+        assert run_folder.trials(model) == [record for record in run_folder.trials() if record.model == model]
+    (other,) = run_folder.trials("c")
+    (run_folder.trial(other.trial).folder / "trial.json").write_text("damaged")
+    assert run_folder.trials("org/a"), "the file of another model is not read"
+    with pytest.raises(ConfigError, match="damaged"):
+        run_folder.trials()

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tune.config.sections import Arm
+from tune.config.train_spec import WITHOUT_EFFECT
 
 MACDROP_KEYS = ("k", "p0", "schedule", "alpha")
-NOT_SETTINGS = ("logging_steps", "save_steps", "eval_steps", "output_dir")
+NOT_SETTINGS = (*WITHOUT_EFFECT, "eval_steps", "output_dir")
 """Keys that do not affect training; trials that differ only in these are the same setting."""
 
 

@@ -169,8 +169,8 @@ class SweepSpec(Strict):
     max_concurrent_models: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default=1,
         description=(
-            "Models under way at once, at most; `auto` begins the next one when those before it leave a lane idle and "
-            "there is room for its evaluation actors."
+            "Maximum number of models under way at once; `auto` starts the next one when a lane is idle and its "
+            "evaluation actors fit."
         ),
     )
     time_budget_s: float | None = Field(

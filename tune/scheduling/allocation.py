@@ -1,7 +1,8 @@
 """Room of a cluster shared among models: which study may begin, how many lanes each pool may hold. Pure; no Ray.
 
-Models with the same settings of lanes share a pool of them. The numbers here are targets: a lane that is to go ends its
-task first, and a lane that is to come waits for the room. So room is kept for a lane of many GPUs by not refilling it.
+Models with the same settings of lanes share a pool of them. The numbers here are targets: a surplus lane ends its
+task before it closes, and a new lane waits for free resources. So room is kept for a lane of many GPUs by not refilling
+it.
 """
 
 from __future__ import annotations

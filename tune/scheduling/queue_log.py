@@ -23,9 +23,9 @@ from tune.storage.states import Stage
 from tune.training.observer import Word
 
 #: Read-only methods.
-LOOKS = frozenset({"poll", "closing", "held", "snapshot", "changes"})
+READ_ONLY = frozenset({"poll", "closing", "held", "snapshot", "changes"})
 #: Marks an argument that is a task; no other mapping of the queue's methods has this key.
-TASK = "order"
+TASK = "task"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LoggedQueue:
     """A queue replayed from a log file, which logs every further call."""
 
     def __init__(self, file: Path) -> None:
-        """Make the queue again from its file, which may be empty.
+        """Replay the log, which may be empty.
 
         Raises:
             OSError: the file is missing, also after waiting for its storage. A missing log is an error, not an empty
@@ -68,9 +68,9 @@ class LoggedQueue:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run one method of the queue. Read-only calls are not logged."""
-        if method in LOOKS:
+        if method in READ_ONLY:
             return getattr(self.queue, method)(*arguments)
-        if _unvalidated(method, arguments):
+        if _without_validation_loss(method, arguments):
             self._calls += 1
             return getattr(self.queue, method)(*arguments)
         row = plain({"method": method, "arguments": [_written(each) for each in arguments]})
@@ -79,7 +79,7 @@ class LoggedQueue:
         if method == "take" and answer is None:
             return None
         self._calls += 1
-        if not _unvalidated(method, row["arguments"]):
+        if not _without_validation_loss(method, row["arguments"]):
             self._write(row)
         return answer
 
@@ -127,7 +127,7 @@ class LoggedQueue:
                 self._unwritten = []
 
 
-def _unvalidated(method: str, arguments: Sequence[Any]) -> bool:
+def _without_validation_loss(method: str, arguments: Sequence[Any]) -> bool:
     """Metrics of a step without a validation loss: they come with each step, and are not needed later."""
     return method == "progress" and arguments[1].get("eval_loss") is None
 

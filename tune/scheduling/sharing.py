@@ -1,4 +1,4 @@
-"""Room of a run shared by its studies: which may begin, how many lanes each pool has, by the queue's snapshots. Pure.
+"""Shares the cluster between the studies of a run: which may start, and how many lanes each pool gets. Pure.
 
 A real run and a simulated one ask the same questions; what differs is how lanes come and go, and the clock.
 """

@@ -1,4 +1,4 @@
-"""Times at which lanes and evaluation actors were held and worked, from repeated looks at them. Pure."""
+"""Times at which lanes and evaluation actors were held and worked, derived by sampling. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The actor between Tune's trials and the lanes: a `TaskQueue` behind Ray calls, which survives its process."""
+"""The actor between Tune's trials and the lanes: a `TaskQueue`, restored from its log when the actor restarts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from tune.distributed.cluster.ray_internals import HEAD
 from tune.errors import ResourceError
-from tune.scheduling.queue_log import LOOKS, Changes, Cursor, LoggedQueue
+from tune.scheduling.queue_log import READ_ONLY, Changes, Cursor, LoggedQueue
 from tune.scheduling.tasks import TrainTask
 from tune.storage.atomic import atomic_write_text
 
@@ -29,7 +29,7 @@ LANES, CHANGES = "lanes", "changes"
 OF_ANY_TASK = frozenset({"abandon", "close", "drain", "lane_down", "lane_up"})
 #: Seconds that waiting calls get to return before the actor is killed; a call that comes later rests for so long.
 END_S = 2.0
-#: How long a `Watch` waits at a time, and how long it rests where changes come one after the other.
+#: How long a `Watch` waits at a time, and the minimum pause between two of its requests.
 CHANGES_S, REST_S = 5.0, 0.2
 #: Callers that may wait at the same time.
 MAX_WAITERS = 10_000
@@ -76,7 +76,7 @@ class Dispatcher:
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call one method of the queue."""
         answer = self.queue.call(method, *arguments)
-        if method not in LOOKS:
+        if method not in READ_ONLY:
             self._wake(method, arguments)
         return answer
 
@@ -149,7 +149,7 @@ def answer(reference: ray.ObjectRef, seconds: float = PATIENCE_S) -> Any:
         return ray.get(reference, timeout=seconds)
     except (GetTimeoutError, RayActorError) as error:
         raise DispatcherLost(
-            f"The actor that hands out the fine-tunings of this run does not answer ({type(error).__name__}).\n"
+            f"The task dispatcher of this run is not responding ({type(error).__name__}).\n"
             "Is the head node overloaded? Resume the run with --resume."
         ) from error
 
@@ -166,7 +166,7 @@ def wait_for(dispatcher: ActorHandle, seconds: float, about: str, method: str, *
 
 
 class Watch:
-    """The changes of the queue, each once, for a caller that goes on while it waits for them."""
+    """A subscription to the changes of the queue that does not block; each change is returned once."""
 
     def __init__(self, dispatcher: ActorHandle) -> None:
         self._dispatcher = dispatcher
@@ -191,7 +191,7 @@ class Watch:
         self._asked = None
         return self._taken(answer(reference, 1.0))
 
-    def now(self) -> Changes | None:
+    def fetch(self) -> Changes | None:
         """Return what has come since the last call, this moment's included; None for nothing.
 
         Raises:

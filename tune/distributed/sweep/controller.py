@@ -154,7 +154,7 @@ class SweepController:
         """
         self.check(study)
         with self._changing():
-            self._take_changes(self._changes.now())  # with what the study has placed
+            self._take_changes(self._changes.fetch())  # with what the study has placed
             self.lanes.sharing.look(self._snapshot)
             if last:
                 self.lanes.sharing.turn(study.name, Phase.LAST)
@@ -252,7 +252,7 @@ class SweepController:
         self.lanes.check(self._snapshot, scoring=scoring, working=bool(self._scoring.at_work))
         self._scoring.drain(self.lanes.leaving)
         if self.lanes.starving and not self._waits:
-            self._progress.note("no lane has its workers; waiting for resources")
+            self._progress.note("no lane could start its workers yet; waiting for resources")
         self._waits = self.lanes.starving
         if self._waits and not self._scoring.opening and (released := self._scoring.release()):
             self._progress.note(f"{released} idle evaluation actor(s) released to make room for a lane")

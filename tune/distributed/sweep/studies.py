@@ -77,7 +77,8 @@ class StudyThreads:
         if not self.lanes.leaves_a_lane(study.name):
             if study.name not in self._late:
                 self._late.add(study.name)
-                self.controller.note(f"{study.name} begins later: its evaluation actors would leave no room for a lane")
+                why = "its evaluation actors would leave no room for a lane"
+                self.controller.note(f"{study.name} is waiting to start: {why}")
             return False
         return True
 
