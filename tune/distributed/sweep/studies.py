@@ -16,6 +16,8 @@ from tune.scheduling.study import Study
 
 #: How long threads of studies are waited for when a run is closed; they look at the controller between Ray calls.
 CLOSE_S = 20.0
+#: Seconds between two looks for a gap, which cost something for each study that waits.
+GAP_S = 1.0
 
 
 @dataclass
@@ -52,7 +54,7 @@ class StudyThreads:
             if (study := next(filter(self._may_begin, waiting), None)) is not None:
                 waiting.remove(study)
                 self._begin(study, len(waiting) + 1)
-            time.sleep(TICK_S)
+            time.sleep(GAP_S if waiting and self.most is None else TICK_S)
         # Threads end without a word when the control loop has failed: they have nothing to say about it.
         self.controller.check()
         self._report()
