@@ -184,6 +184,15 @@ def test_lower_is_better_for_a_perplexity():
     assert made.amount.startswith("-18.") and "%" in made.amount and made.words == "helps: lower in 3 of 3 seeds"
 
 
+def test_seeds_of_a_perplexity_are_on_the_scale_of_their_mean():
+    column = Column("perplexity", "text", "perplexity", higher_is_better=False)
+    plain, value = (900.0, 100.0, 200.0), (30.0, 25.0, 20.0)
+    made = compare([Sample(column, (1, 2, 3), plain, value, None)], column, **ABOUT)
+    ratios = [1 + seed / made.plain for seed in made.per_seed]
+    assert ratios == pytest.approx([after / before for after, before in zip(value, plain, strict=True)])
+    assert math.prod(ratios) ** (1 / 3) == pytest.approx(made.value / made.plain)
+
+
 def test_a_family_is_corrected_and_the_uncorrected_p_is_reported():
     draws = np.random.default_rng(3)
     strong = sample(0.5 + draws.normal(0, 0.3, (5, 100)))

@@ -52,7 +52,7 @@ class Comparison:
 
     plain, value: means over the seeds that both have (of perplexities the geometric ones); delta = value - plain in
     the column's own unit, with its 95 % interval; `mde` is the minimum detectable difference at 80 % power.
-    Perplexities are tested on the logarithm of their ratio; delta, low, high and mde are then converted at `plain`.
+    Perplexities are tested on the logarithm of their ratio; delta, low, high, mde and per_seed are then converted at `plain`.
     `p_holm` is Holm-corrected over the tasks of the column's family, clean or attacked. Unknown numbers are nan.
     """
 
@@ -121,13 +121,15 @@ def compare(
     if not (shared and np.isfinite(plain).all() and np.isfinite(value).all()):
         words = "a score is not finite" if shared else "no seed has all tasks"
         return unknown(column, words, arm=arm, label=label, against=against, seeds=tuple(shared))
-    level, per_seed = average(plain), value.mean(axis=0) - plain.mean(axis=0)
+    level = average(plain)
+    by_seed = (np.log(value) - np.log(plain) if relative else value - plain).mean(axis=0)
     found, low, high, p = _tested(samples, plain, value)
     known = len(shared) > 1
     mde = found.detectable(LEVEL / family) if known else math.nan
     numbers = [found.delta, low, high, mde]
     if relative:
         numbers = [level * math.expm1(min(x, 700.0)) for x in numbers]
+        by_seed = level * np.expm1(np.minimum(by_seed, 700.0))
     elif (scale := _scale(column, plain, value)) is not None:  # no difference is larger than the scale
         numbers[1:3] = [min(max(x, -scale), scale) for x in numbers[1:3]]
     items = sum(s.differences.shape[1] for s in samples if s.differences is not None)
@@ -147,7 +149,7 @@ def compare(
         p=1.0 if same else p,
         p_holm=math.nan,
         mde=numbers[3],
-        per_seed=tuple(per_seed.tolist()),
+        per_seed=tuple(by_seed.tolist()),
         verdict=CANNOT_TELL,
         words=SAME if same else "",
     )
@@ -253,6 +255,8 @@ def _formatted(found: Comparison, x: float) -> str:
         x = 100 * x / found.plain
     elif unit == "points" and found.column.metric != "chrf":
         x *= 100
+    if unit == "%" and abs(x) >= 1000:
+        return f"{x:+,.0f}"
     text = f"{x:+.1f}" if unit and abs(x) < 1000 else f"{x:+.3g}"
     return "0.0" if text in ("-0.0", "+0.0") else text
 

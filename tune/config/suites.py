@@ -193,6 +193,6 @@ def _with_local(base: Mapping[str, Any], own: dict[str, Any], files: Mapping[str
         raise DataError(
             f"local folder {folder!r} lacks {len(missing)} file(s) of the suite:{lines}\n{get}\n"
             "Put them there, give an entry its own data: FILE, or leave it out, for example "
-            f"{missing[0][0]}.{missing[0][1]}: off."
+            f"eval.{missing[0][0]}.{missing[0][1]}=off."
         )
     return own

@@ -153,7 +153,7 @@ def forest_plot(model: ModelResults, name: str, part: str, title: str, caption: 
 
     seeds = sorted({len(row.comparison.seeds) for row in rows})
     if any(math.isfinite(row.comparison.mde) for row in rows):
-        caption += " Differences within the grey band are too small for this run to detect."
+        caption += " Differences within the grey band are missed by such a run more than one time in five."
     caption += f" Seeds: {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}."
     table = [_numbers(row) for row in rows]
     svg = draw(f"{model.name}-{name}", sum(heights) + BELOW * len(panels), paint, says=f"{title}. {caption}")
