@@ -52,8 +52,9 @@ class Comparison:
 
     plain, value: means over the seeds that both have (of perplexities the geometric ones); delta = value - plain in
     the column's own unit, with its 95 % interval; `mde` is the minimum detectable difference at 80 % power.
-    Perplexities are tested on the logarithm of their ratio; delta, low, high, mde and per_seed are then converted at `plain`.
-    `p_holm` is Holm-corrected over the tasks of the column's family, clean or attacked. Unknown numbers are nan.
+    Perplexities are tested on the logarithm of their ratio; delta, low, high, mde and per_seed are then converted at
+    `plain`. `p_holm` is Holm-corrected over the tasks of the column's family, clean or attacked. Unknown numbers are
+    nan.
     """
 
     column: Column
