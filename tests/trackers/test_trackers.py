@@ -47,7 +47,7 @@ def end(run_folder: RunFolder, record, status: str = "done") -> None:
 def sync(run_folder: RunFolder, *names: str) -> list[str]:
     """Copy everything, as at the end of a run; return the warnings."""
     warnings: list[str] = []
-    made = TrackerSync(names, run_folder.run_dir, lambda: trials_of_run(run_folder), warnings.append)
+    made = TrackerSync(names, run_folder.run_dir, trials_of_run(run_folder), warnings.append)
     made.close()
     return warnings
 

@@ -26,6 +26,8 @@ from tune.storage.places import in_cache
 
 T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
+#: Inode, size and time of change of a file.
+Stamp = tuple[int, int, int]
 log = logging.getLogger(__name__)
 
 
@@ -102,6 +104,12 @@ def stat(path: AnyPath, within: AnyPath | None = None) -> os.stat_result | None:
             return None
 
     return lasting(look, within)
+
+
+def stamp_of(path: AnyPath, within: AnyPath | None = None) -> Stamp | None:
+    """Return what is another one once a file has changed; None if missing, as of `stat`."""
+    found = stat(path, within)
+    return None if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def make_folder(folder: AnyPath, within: AnyPath | None = None) -> None:

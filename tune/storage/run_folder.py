@@ -30,7 +30,7 @@ from tune.config.parse import undot
 from tune.config.resume import own_command, resume_command
 from tune.config.run_spec import RunSpec, slug
 from tune.config.sections import BASE
-from tune.storage.atomic import atomic_write_json, atomic_write_yaml, now, plain, read_mapping, stat
+from tune.storage.atomic import Stamp, atomic_write_json, atomic_write_yaml, now, plain, read_mapping, stamp_of
 from tune.storage.environment import environments, version
 from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.known_scores import GivenScores, KnownScores
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
     import pandas
 
 LAYOUT = 1
-#: Inode, size and time of change of a file.
-Stamp = tuple[int, int, int]
 
 
 class RunFolder:
@@ -70,8 +68,8 @@ class RunFolder:
         self.archive: Path | None = None
         #: Kept, and read on where it grew: asked once per benchmark and trial.
         self._scores: KnownScores | GivenScores = self._known_scores()
-        self._config: tuple[Stamp, dict[str, Any]] | None = None
-        self._times: tuple[Stamp, list[dict[str, Any]]] | None = None
+        self._config: tuple[Stamp | None, dict[str, Any]] | None = None
+        self._times: tuple[Stamp | None, list[dict[str, Any]]] | None = None
 
     @classmethod
     def create(cls, run_dir: str | os.PathLike, spec: Mapping[str, Any], *, command: str | None = None) -> RunFolder:
@@ -134,17 +132,12 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The effective spec; opened leniently, without invalid values."""
         file = self.run_dir / "config.yaml"
-        stamp = self._stamp(file)
+        stamp = stamp_of(file, self.run_dir)
         if self._config is None or self._config[0] != stamp:
             content = read_mapping(file, within=self.run_dir)
             kept = content if self.problems is None else believable(RunSpec, content, "config.yaml", self.problems)
             self._config = stamp, kept
         return copy.deepcopy(self._config[1])
-
-    def _stamp(self, file: Path) -> Stamp:
-        """Return what is another one once a file has changed."""
-        found = stat(file, self.run_dir)
-        return (found.st_ino, found.st_size, found.st_mtime_ns) if found else (0, 0, 0)
 
     def workers_at_start(self, model: str) -> int:
         """Return the workers per lane that a model's trials began with, which decide the batches of all of them."""
@@ -252,7 +245,7 @@ class RunFolder:
     def times(self) -> list[dict[str, Any]]:
         """Return these rows; none of a run that kept none."""
         file = self.run_dir / TIMES_FILE
-        stamp = self._stamp(file)
+        stamp = stamp_of(file, self.run_dir)
         if self._times is None or self._times[0] != stamp:
             self._times = stamp, read_jsonl(file, self.problems, TIME_KEYS, within=self.run_dir)
         return self._times[1]

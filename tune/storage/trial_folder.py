@@ -1,17 +1,20 @@
-"""The folder of one trial in a run folder."""
+"""The folder of one trial in a run folder, and the trial.json files of all of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tune.config.syntax.yaml_core import write_blocks
-from tune.storage.atomic import atomic_write_json, atomic_write_text, now, plain, read_mapping, stat
+from tune.storage.atomic import Stamp, atomic_write_json, atomic_write_text, now, plain, read_mapping, stamp_of, stat
 from tune.storage.json_lines import append_jsonl, read_jsonl
 from tune.storage.records import TrialRecord, config_seal, read_record
 from tune.storage.states import Stage, TaskState
+
+T = TypeVar("T")
 
 
 class TrialFolder:
@@ -109,3 +112,30 @@ class TrialFolder:
 
     def _write(self, **content: Any) -> None:
         atomic_write_json(self.folder / "trial.json", content, within=self._within)
+
+
+class TrialFiles(Generic[T]):
+    """The trial.json files of a run folder, and what `read` makes of each: called again once the file has changed."""
+
+    def __init__(self, run_dir: Path, read: Callable[[Path], T]) -> None:
+        self._folder, self._read = run_dir / "trials", read
+        self._known: dict[str, tuple[Stamp, T]] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, Stamp, T]]:
+        """Yield each trial by name, with the stamp of its file and what was read."""
+        for name in self._names():
+            file = self._folder / name / "trial.json"
+            stamp = stamp_of(file)  # first: what changes while it is read is read again
+            if stamp is None:
+                continue
+            known = self._known.get(name)
+            if known is None or known[0] != stamp:
+                known = self._known[name] = stamp, self._read(file)
+            yield name, *known
+
+    def _names(self) -> list[str]:
+        try:
+            with os.scandir(self._folder) as found:
+                return sorted(entry.name for entry in found if entry.is_dir())
+        except FileNotFoundError:
+            return []

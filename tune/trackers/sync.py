@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from tune.config.run_spec import TrainSpec
 from tune.storage.atomic import atomic_write_json, read_mapping
 from tune.storage.run_folder import RunFolder
 from tune.storage.states import TaskState
-from tune.storage.trial_folder import TrialFolder
+from tune.storage.trial_folder import TrialFiles, TrialFolder
 from tune.trackers.backends import TRACKERS, RunInfo, Tracker, TrackerRun
 
 EVERY_S = 2.0
@@ -116,7 +116,9 @@ class TrackerSync:
 
     def _copy(self, name: str, tracker: Tracker, trial: SyncedTrial, end: str) -> None:
         key = (name, trial.name)
-        copy = self._copies.setdefault(key, _recorded(trial.record, name))
+        if key not in self._copies:
+            self._copies[key] = _recorded(trial.record, name)
+        copy = self._copies[key]
         if copy.end and copy.end == end:
             return
         new = _new_rows(trial.record, copy)
@@ -185,13 +187,20 @@ def _records(record: TrialFolder) -> dict[str, Any]:
 # --- sources ---
 
 
-def trials_of_run(run_folder: RunFolder) -> Iterator[SyncedTrial]:
-    """Yield the trials of a sweep's run folder, with their scores once they have ended."""
-    for file in sorted((run_folder.run_dir / "trials").glob("*/trial.json")):
-        folder = TrialFolder(file.parent)
-        record = folder.record()
-        end = ENDS.get(record.status, "") if record else ""
-        yield SyncedTrial(folder.id, folder, end, partial(scores_of, run_folder, folder.id))
+def trials_of_run(run_folder: RunFolder) -> Callable[[], Iterable[SyncedTrial]]:
+    """Return a source of the trials of a sweep's run folder, with their scores once they have ended.
+
+    Each call lists the trials there are then, and reads the records that are new or have changed.
+    """
+    files = TrialFiles(run_folder.run_dir, partial(_synced, run_folder))
+    return lambda: (trial for _, _, trial in files)
+
+
+def _synced(run_folder: RunFolder, file: Path) -> SyncedTrial:
+    folder = TrialFolder(file.parent)
+    record = folder.record()
+    end = ENDS.get(record.status, "") if record else ""
+    return SyncedTrial(folder.id, folder, end, partial(scores_of, run_folder, folder.id))
 
 
 def scores_of(run_folder: RunFolder, trial: str) -> dict[str, float]:
@@ -200,8 +209,8 @@ def scores_of(run_folder: RunFolder, trial: str) -> dict[str, float]:
     Scores of the validation split are prefixed with `validation/`, those of attacks on merged weights end in `-merged`.
     """
     found = {}
-    for row in run_folder.score_rows():
-        if row["trial"] == trial and row["value"] is not None:
+    for row in run_folder.trial_scores(trial):
+        if row["value"] is not None:
             split = "validation/" if row.get("split") == "validation" else ""
             merged = "-merged" if row["attack_on"] == "merged" else ""
             suffix = "" if row["attack"] == NO_ATTACK else f"@{row['attack']}{merged}"

@@ -231,7 +231,7 @@ class SweepRuntime:
         self.scoring = Scoring(self.cluster_gpus, record=self._record_times)
         self._at_close("scoring", self.scoring.close)
         # A run folder of its own: the trackers read it from another thread.
-        followed = functools.partial(trials_of_run, RunFolder(self._run_dir))
+        followed = trials_of_run(RunFolder(self._run_dir))
         self.trackers = TrackerSync(spec.report_to, self._run_dir, followed, self.progress.note)
         self._at_close("trackers", self.trackers.close)
         self.remote = RemoteSync(spec.sync_to, self._run_dir, self.progress.note)
