@@ -73,13 +73,15 @@ class RemoteSync:
         while not self._end.wait(pause) and not self._gone:
             pause = EVERY_S if self._copy(copier) else min(RETRY_S * 2 ** (self._failures - 1), RETRY_MOST_S)
         until, pause = time.monotonic() + CLOSE_S, 1.0
-        while not self._gone and not self._copy(copier) and not self._refused and time.monotonic() + pause < until:
+        while not self._gone and not self._copy(copier, last=True) and not self._refused:
+            if time.monotonic() + pause >= until:
+                break
             time.sleep(pause)
             pause *= 2
 
-    def _copy(self, copier: Copier) -> bool:
+    def _copy(self, copier: Copier, *, last: bool = False) -> bool:
         try:
-            copier.copy()
+            copier.copy(last=last)
         except TakenOver as error:
             self._gone, self._error = True, str(error)
             self._note(f"The run is no longer copied: {error}. It continues here.")

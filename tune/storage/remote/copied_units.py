@@ -11,26 +11,32 @@ Objects have the names of the files, so that a copy can be read as it is. The ma
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict
 
-from tune.storage.atomic import read_mapping
+from tune.storage.atomic import Stamp, read_mapping
 from tune.storage.environment import ENVIRONMENT_FILE
+from tune.storage.json_lines import GrowingFile
 from tune.storage.records import SCORES_FILE, TIMES_FILE, Inside
 from tune.storage.states import TaskState
+from tune.storage.trial_folder import TrialFiles
 
 MANIFESTS = "sync"
 OWNER = f"{MANIFESTS}/owner.json"
 RUN, REPORT = "run", "report"
+_TRIALS = "trials/"
 RUN_FILES = ("config.yaml", ENVIRONMENT_FILE, TIMES_FILE, SCORES_FILE, "run.json")
 REPORTS = ("report.*", "figures/**/*", "pages/*.html")
 #: Folders of a trial or model that serve this machine alone.
 _LOCAL = frozenset({"checkpoints", "stacks", "reproduced"})
-Stamp = tuple[tuple[str, int, int], ...]
+#: Trials that are settled and are looked through again in a pass, in turn.
+LOOKS = 200
+UnitStamp = tuple[tuple[str, int, int], ...]
 
 
 class Content(BaseModel):
@@ -65,13 +71,22 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Unit:
-    """Files that are copied together. `settled`: they do not change while they are copied, unless all start again."""
+    """Files that are copied together.
+
+    `record`: the stamp of trial.json from before the files were listed, None of what is not an ended trial. The files
+    of an ended trial do not change while they are copied, unless all start again.
+    """
 
     name: str
     files: Mapping[str, Path]
-    settled: bool
+    record: Stamp | None = None
 
-    def stamp(self) -> Stamp:
+    @property
+    def ended(self) -> bool:
+        """True for an ended trial."""
+        return self.record is not None
+
+    def stamp(self) -> UnitStamp:
         """Return path, size and time of each file: what changes with them. Raises FileNotFoundError."""
         states = ((path, os.stat(file)) for path, file in self.files.items())
         return tuple((path, state.st_size, state.st_mtime_ns) for path, state in states)
@@ -105,34 +120,59 @@ def is_final(file: Path) -> bool:
 
 
 class Units:
-    """The units of a run folder as they are; a trial.json is read again only once it has changed."""
+    """The units of a run folder as they are; what is settled need not be looked through in each pass.
 
-    def __init__(self, run_dir: Path, final: Callable[[Path], bool] = is_final) -> None:
-        self._run_dir, self._final = run_dir, final
-        self._read: dict[Path, tuple[int, bool]] = {}
+    An ended trial is settled once it is copied. It no longer is when its trial.json changes (it is trained again, or
+    is promoted and has ended again), when scores of it come (its answers and judgements came before), or when its turn
+    comes: judgements, and the progress of trackers, are written with neither.
+    """
+
+    def __init__(self, run_dir: Path, only: frozenset[str] | None = None) -> None:
+        """Look at nothing yet. only: the names of the units that are yielded; None: all."""
+        self._run_dir, self._only = run_dir, only
+        self._trials = TrialFiles(run_dir, is_final)
+        self._scores = GrowingFile(run_dir / SCORES_FILE, [], needs=("trial",))
+        #: Settled trials, by the stamps of their trial.json; those looked through last come last.
+        self._settled: dict[str, Stamp] = {}
         self.unfinished: list[str] = []
 
     def __iter__(self) -> Iterator[Unit]:
         """Yield trials first: scores without a trial are dropped on a resume, a trial without scores is scored."""
-        self.unfinished = []
-        for file in sorted(self._run_dir.glob("trials/*/trial.json")):
-            if self._has_ended(file):
-                yield Unit(f"trials/{file.parent.name}", self._below(file.parent), settled=True)
-            else:
-                self.unfinished.append(file.parent.name)
-        for folder in sorted(self._run_dir.glob("models/*/")):
-            yield Unit(f"models/{folder.name}", self._below(folder), settled=False)
-        run = {name: self._run_dir / name for name in RUN_FILES}
-        yield Unit(RUN, {name: file for name, file in run.items() if file.is_file()}, settled=False)
-        found = {file for pattern in REPORTS for file in self._run_dir.glob(pattern) if file.is_file()}
-        yield Unit(REPORT, {self._path(file): file for file in sorted(found)}, settled=False)
+        return self._but({})
 
-    def _has_ended(self, file: Path) -> bool:
-        time = file.stat().st_mtime_ns
-        known = self._read.get(file)
-        if known is None or known[0] != time:
-            known = self._read[file] = (time, self._final(file))
-        return known[1]
+    def unsettled(self) -> Iterator[Unit]:
+        """Yield all but the trials that are settled; of these `LOOKS`, the others in later calls."""
+        if self._only is None:
+            for row in self._scores.read()[1]:
+                self._settled.pop(str(row["trial"]), None)
+        for name in list(itertools.islice(self._settled, LOOKS)):
+            del self._settled[name]
+        return self._but(self._settled)
+
+    def settle(self, unit: Unit) -> None:
+        """Note that a unit is copied as it was when it was yielded."""
+        if unit.record is not None:
+            self._settled[unit.name.removeprefix(_TRIALS)] = unit.record
+
+    def _but(self, settled: Mapping[str, Stamp]) -> Iterator[Unit]:
+        self.unfinished = []
+        for name, record, ended in self._trials:
+            if not ended:
+                self.unfinished.append(name)
+            elif settled.get(name) != record and self._wants(unit := f"{_TRIALS}{name}"):
+                yield Unit(unit, self._below(self._run_dir / unit), record)
+        for folder in sorted(self._run_dir.glob("models/*/")):
+            if self._wants(unit := f"models/{folder.name}"):
+                yield Unit(unit, self._below(folder))
+        if self._wants(RUN):
+            run = {name: self._run_dir / name for name in RUN_FILES}
+            yield Unit(RUN, {name: file for name, file in run.items() if file.is_file()})
+        if self._wants(REPORT):
+            found = {file for pattern in REPORTS for file in self._run_dir.glob(pattern) if file.is_file()}
+            yield Unit(REPORT, {self._path(file): file for file in sorted(found)})
+
+    def _wants(self, unit: str) -> bool:
+        return self._only is None or unit in self._only
 
     def _below(self, folder: Path) -> dict[str, Path]:
         found = {}

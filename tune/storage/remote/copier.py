@@ -7,7 +7,6 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from tune.storage.remote.copied_units import (
     Content,
     Manifest,
     Owner,
-    Stamp,
     Unit,
     Units,
+    UnitStamp,
     manifest_key,
 )
 from tune.storage.remote.object_store import ObjectStore, why
@@ -44,34 +43,39 @@ class Copier:
     """
 
     def __init__(self, run_dir: Path, store: ObjectStore, only: frozenset[str] | None = None) -> None:
-        self.store, self._run_dir, self._units, self._only = store, run_dir, Units(run_dir), only
+        self.store, self._run_dir, self._units, self._only = store, run_dir, Units(run_dir, only), only
         self.identity = identity(run_dir) or uuid.uuid4().hex
         self.moved = time.monotonic()
         self._session = uuid.uuid4().hex
         self._owned = False
         self._manifests: dict[str, Manifest | None] = {}
-        self._done: dict[str, Stamp] = {}
+        self._done: dict[str, UnitStamp] = {}
         self._failures: dict[str, int] = {}
 
-    def copy(self) -> None:
+    def copy(self, *, last: bool = False) -> None:
         """Copy each unit that has changed; those that failed before come last.
+
+        last: look through all units; otherwise trials that are settled have their turns (`Units.unsettled`).
 
         Raises:
             TakenOver: another process owns the address.
             Exception: whatever the store raises, at the first unit that cannot be copied.
         """
-        units = sorted(self._chosen(), key=lambda unit: self._failures.get(unit.name, 0))
+        looked = self._units if last else self._units.unsettled()
+        units = sorted(looked, key=lambda unit: self._failures.get(unit.name, 0))
         checked = False
         for unit in units:
             try:
                 stamp = unit.stamp()
                 if not unit.files or self._done.get(unit.name) == stamp:
+                    self._units.settle(unit)
                     continue
                 if not checked:
                     self._own()
                     checked = True
-                if self._copy_unit(unit) and (not unit.settled or unit.stamp() == stamp):
+                if self._copy_unit(unit) and (not unit.ended or unit.stamp() == stamp):
                     self._done[unit.name] = stamp
+                    self._units.settle(unit)
             except Exception as error:
                 if isinstance(error, FileNotFoundError) and not all(file.exists() for file in unit.files.values()):
                     continue  # a trial that starts again: it is copied once it has ended
@@ -81,7 +85,7 @@ class Copier:
     def pending(self) -> list[str]:
         """Return the names of units whose present state is not in the store."""
         found = []
-        for unit in self._chosen():
+        for unit in self._units:
             try:
                 if unit.files and self._done.get(unit.name) != unit.stamp():
                     found.append(unit.name)
@@ -102,9 +106,6 @@ class Copier:
         atomic_write_json(self._run_dir / STATE_FILE, state)
         return missing
 
-    def _chosen(self) -> Iterator[Unit]:
-        return (unit for unit in self._units if self._only is None or unit.name in self._only)
-
     # --- objects ---
 
     def _own(self) -> None:
@@ -120,7 +121,7 @@ class Copier:
 
     def _copy_unit(self, unit: Unit) -> bool:
         """Copy what has changed of a unit; return whether it is sealed."""
-        contents = {} if unit.settled else {path: file.read_bytes() for path, file in unit.files.items()}
+        contents = {} if unit.ended else {path: file.read_bytes() for path, file in unit.files.items()}
         files = {path: _content(file, contents.get(path)) for path, file in unit.files.items()}
         known = self._known(unit.name)
         whole = known is not None and known.before is None
@@ -139,7 +140,7 @@ class Copier:
             else:
                 self.store.upload(path, unit.files[path])
                 self.moved = time.monotonic()
-        if unit.settled and unit.stamp() != stamp:
+        if unit.ended and unit.stamp() != stamp:
             return False
         self._manifests[unit.name] = Manifest(files=files)
         self._write(manifest_key(unit.name), Manifest(files=files).encoded())
