@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +11,12 @@ from helpers.run_folders import make_run
 from helpers.small import SMALL
 
 from tune.config.run_spec import RunSpec
+from tune.config.sections import BASE
 from tune.distributed.sweep.run_end import Finished, record_end
 from tune.distributed.sweep.runtime import SweepRuntime
 from tune.errors import ResourceError
-from tune.storage.states import RunStatus
+from tune.storage.known_scores import KnownScores
+from tune.storage.states import RunStatus, TaskState
 
 
 class Recorded(SweepRuntime):
@@ -85,17 +89,42 @@ def test_an_exception_of_the_body_reaches_every_member_and_the_caller(tmp_path):
     assert runtime.closed == [("controller", KeyboardInterrupt), ("status", KeyboardInterrupt)]
 
 
-@pytest.mark.parametrize("work", ["nothing", "a score", "interrupted"])
+@pytest.mark.parametrize(
+    "work",
+    ["nothing", "the same scores", "a score", "a base score", "a trial", "a trial again", "interrupted"],
+)
 def test_a_finished_run_keeps_its_end_if_a_resume_finds_nothing_to_do(work, tmp_path):
     run_folder = make_run(tmp_path / "run", seeds=(1,), tried=1, items=2, attacks=("none",))
     run_folder.set_status(RunStatus.DONE, finished="2026-01-01T00:00:00")
     before = Finished(run_folder)
     run_folder.set_status(RunStatus.RUNNING)
     assert "finished" not in run_folder.run()
-    if work == "a score":
-        run_folder.add_scores([{**run_folder.score_rows()[0], "value": 0.25}])
+    rows = run_folder.score_rows()
+    if work == "the same scores":  # those of the judge come again
+        run_folder.add_scores(rows)
+    elif work == "a score":
+        run_folder.add_scores([{**next(row for row in rows if row["trial"] != BASE), "value": 0.25}])
+    elif work == "a base score":
+        run_folder.add_scores([{**next(row for row in rows if row["trial"] == BASE), "task": "another"}])
+    elif work == "a trial":
+        run_folder.trial("new").start({}, model="m", arm="plain", seed=1)
+        run_folder.trial("new").finish(TaskState.FAILED)
+    elif work == "a trial again":
+        run_folder.trial(run_folder.trials()[0].trial).finish(TaskState.DONE)
     record_end(run_folder, None, before, KeyboardInterrupt if work == "interrupted" else None, None, None)
-    assert (run_folder.run()["finished"] == "2026-01-01T00:00:00") == (work == "nothing")
+    assert (run_folder.run()["finished"] == "2026-01-01T00:00:00") == (work in ("nothing", "the same scores"))
+
+
+def test_the_end_of_a_finished_run_keeps_no_scores_and_makes_those_of_one_trial_at_a_time(tmp_path, monkeypatch):
+    run_folder = make_run(tmp_path / "run", seeds=(1, 2), tried=1, items=2, attacks=("none",))
+    run_folder.set_status(RunStatus.DONE, finished="2026-01-01T00:00:00")
+    most = max(Counter(row["trial"] for row in run_folder.score_rows()).values())
+    made, plain = [], KnownScores._made
+    monkeypatch.setattr(KnownScores, "_made", lambda *given: (rows := plain(*given), made.append(len(rows)))[0])
+    before = Finished(run_folder)
+    assert before.unless_changed(run_folder) == "2026-01-01T00:00:00"
+    assert max(made) == most < sum(made) / 2
+    assert len(pickle.dumps(before)) < 500
 
 
 def test_a_full_disk_costs_the_timeline_alone(tmp_path):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from types import TracebackType
 
+from tune.config.sections import BASE
 from tune.distributed.sweep.stop import Stop
 from tune.storage.run_folder import RunFolder
 from tune.storage.states import RunStatus
 
 
 class Finished:
-    """The end of a finished run that is resumed, which stays its end if nothing is left to do."""
+    """The end of a finished run that is resumed, which stays its end if nothing is left to do.
+
+    Of trials and scores it keeps a checksum alone: it lives as long as the run, which may have a million scores.
+    """
 
     def __init__(self, run_folder: RunFolder) -> None:
         run = run_folder.run()
@@ -22,9 +28,13 @@ class Finished:
         return self._time if self._time and self._work == self._done(run_folder) else None
 
     @staticmethod
-    def _done(run_folder: RunFolder) -> tuple:
+    def _done(run_folder: RunFolder) -> str:
+        """Return the checksum of all trials and scores, made trial by trial. Scores that came twice count once."""
         trials = [(record.trial, record.status, record.finished) for record in run_folder.trials(config=False)]
-        return trials, run_folder.score_rows()
+        found = hashlib.sha256(json.dumps(trials).encode())
+        for trial in (BASE, *(name for name, *_ in trials)):
+            found.update(json.dumps(run_folder.trial_scores(trial)).encode())
+        return found.hexdigest()
 
 
 def record_end(
