@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import pytest
 
 from macdrop.errors import MacDropError
 from tune.config.run_spec import RaySpec, load
+from tune.distributed.actors import actor_pool
+from tune.distributed.actors.actor_pool import ActorPool
 from tune.distributed.lanes import lane_pools
 from tune.distributed.lanes.lane_pools import LanePools
 from tune.distributed.sweep.controller import Closed
@@ -357,3 +360,15 @@ def test_a_control_loop_that_fails_ends_the_run_with_its_error(names):
     found = threads(run, 2, *names, gaps=lambda name: True)
     with pytest.raises(ResourceError, match="the disk is full"):
         found.run_all()
+
+
+def test_actors_of_two_sessions_of_a_run_have_names_of_their_own(monkeypatch):
+    names = []
+    for began in (1000.5, 2000.5):  # a resumed run is another process, which counts from 1 again
+        monkeypatch.setattr(actor_pool, "_COUNT", itertools.count(1))
+        monkeypatch.setattr(actor_pool, "time", SimpleNamespace(time=lambda began=began: began))
+        pool = ActorPool.__new__(ActorPool)
+        pool._busy, pool._nodes, pool._names = {}, {"one": "node", "two": "node"}, {}
+        assert list(pool.at()) == list(pool.at())
+        names += pool.at()
+    assert names == ["actor-1-1000", "actor-2-1000", "actor-1-2000", "actor-2-2000"]

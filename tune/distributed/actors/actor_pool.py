@@ -7,6 +7,7 @@ is retried is up to the owner.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class ActorPool:
         self._busy: dict[ray.ObjectRef, tuple[ActorHandle, Any]] = {}
         self._coming: dict[ray.ObjectRef, ActorHandle] = {}
         self._nodes: dict[ActorHandle, str] = {}
-        self._numbers: dict[ActorHandle, int] = {}
+        self._names: dict[ActorHandle, str] = {}
         self._leaving: set[str] = set()
         self._argument: Any = None
         self._opening: list[ActorHandle] = []
@@ -137,11 +138,15 @@ class ActorPool:
         """The tasks in flight."""
         return [work for _, work in self._busy.values()]
 
-    def at(self) -> dict[int, Any]:
-        """Return the tasks of initialised actors, None of idle ones, by numbers that no two pools share."""
+    def at(self) -> dict[str, Any]:
+        """Return the tasks of initialised actors, None of idle ones, by names that no two pools share.
+
+        Nor do two sessions of a run, whose times are recorded in one file.
+        """
         work, up = dict(self._busy.values()), list(self._nodes)
-        self._numbers |= {actor: next(_COUNT) for actor in up if actor not in self._numbers}
-        return {self._numbers[actor]: work.get(actor) for actor in up}
+        new = (actor for actor in up if actor not in self._names)
+        self._names |= {actor: f"actor-{next(_COUNT)}-{int(time.time())}" for actor in new}
+        return {self._names[actor]: work.get(actor) for actor in up}
 
     def ready(self, timeout: float | None = 0) -> list[Done]:
         """Collect finished tasks; wait up to `timeout` seconds for the first one (None: without limit).

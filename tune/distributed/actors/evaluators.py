@@ -182,7 +182,7 @@ class EvaluatorPool:
 
     def at(self) -> dict[str, str | None]:
         """Return the actors that are up, by name, each with the trial (or the study's base) that it scores, if any."""
-        return {f"actor {number}": work and work.tag["name"] for number, work in self._pool.at().items()}
+        return {name: work and work.tag["name"] for name, work in self._pool.at().items()}
 
     def step(self) -> list[Result]:
         """Collect finished tasks and hand out waiting ones, without blocking.
