@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -25,6 +26,16 @@ CLOSE_S = 5.0
 
 class Trainer(TorchTrainer):
     """A TorchTrainer without Train's own cleaner of placement groups; needs a running `Reaper`."""
+
+    def __init__(self, *arguments: Any, named: bool = False, **settings: Any) -> None:
+        """named: the actor that controls the run has the run's name, for `end_waiting_runs`; such a run is fit once."""
+        super().__init__(*arguments, **settings)
+        self._named = named
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        # Type checkers see the class of Train V1, which has no such method.
+        inner = super()._initialize_and_run_controller  # type: ignore[misc]
+        return ray_internals.run_train_controller(self.run_config.name, settings) if self._named else inner(**settings)
 
     def _create_default_callbacks(self) -> list[Any]:
         # Type checkers see the class of Train V1, which has no such method.
@@ -77,17 +88,16 @@ def end_runs() -> int:
     return _kill(actors(ray_internals.TRAIN_CONTROLLER))
 
 
-def end_waiting_runs(workers: int, each: dict[str, float]) -> int:
-    """Kill the runs of so many workers with these resources that wait for them; return how many there were.
+def end_waiting_runs(names: Sequence[str], most: int) -> list[str]:
+    """Kill up to `most` of the runs of these names that wait for their resources, in this order; return their names.
 
-    Nothing else ends a run that waits.
+    Nothing else ends a run that waits. Runs are found by name: those of another pool may ask for the same resources.
     """
-    waiting = {
-        group.creator
-        for group in groups()
-        if not group.placed and len(group.bundles) == workers and all(bundle == each for bundle in group.bundles)
-    }
-    return _kill([actor for actor in actors(ray_internals.TRAIN_CONTROLLER) if actor.id in waiting])
+    waiting = {group.creator for group in groups() if not group.placed}
+    found = {actor.name: actor for actor in actors(ray_internals.TRAIN_CONTROLLER) if actor.id in waiting}
+    ending = [name for name in names if name in found][:most]
+    _kill([found[name] for name in ending])
+    return ending
 
 
 def _kill(controllers: list[ray_internals.Actor]) -> int:

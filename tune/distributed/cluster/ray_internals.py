@@ -20,7 +20,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private import ray_constants
 from ray._private import state as ray_state
 from ray._private import worker as ray_worker
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
+from ray._raylet import RAY_NODE_ID_KEY, AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 from ray.actor import ActorHandle
 from ray.core.generated.gcs_pb2 import (  # type: ignore[attr-defined]  # protobuf makes them at run time
     ActorTableData,
@@ -223,6 +223,29 @@ def without_cleaner(callbacks: Iterable[Any]) -> list[Any]:
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def run_train_controller(name: str, settings: dict[str, Any]) -> Any:
+    """Run the controller of a Train run in an actor of this name; return the run's result."""
+    # Ray 2.60: `DataParallelTrainer._initialize_and_run_controller` does the same with an actor without a name, and
+    # nothing in the tables of actors and placement groups tells one run from another.
+    from ray.train.v2._internal import constants
+    from ray.train.v2._internal.execution.controller import TrainController
+
+    variables = constants.get_env_vars_to_propagate()
+    variables.setdefault(
+        constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
+        constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    )
+    actor: Any = ray.remote(
+        name=name,
+        num_cpus=0,
+        label_selector={RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
+        runtime_env={"env_vars": variables},
+    )(TrainController)
+    controller = actor.remote(**settings)
+    ray.get(controller.run.remote())
+    return ray.get(controller.get_result.remote())
 
 
 def table_name(kind: type) -> str:

@@ -73,7 +73,7 @@ def run_lane(name: str, dispatcher: ActorHandle, spec: RaySpec, kind: LaneKind, 
     }
     # A lane that waits for resources has not failed.
     run = run_config(name, storage, RESTARTS, -1, _ReportLoss(dispatcher, name, spec.step_timeout_s))
-    trainer(_work, config, spec, kind.each.gpus, run).fit()
+    trainer(_work, config, spec, kind.each.gpus, run, named=True).fit()
 
 
 def run_config(name: str, storage: Path, failures: int, controller_failures: int, callback: UserCallback) -> RunConfig:
@@ -85,9 +85,15 @@ def run_config(name: str, storage: Path, failures: int, controller_failures: int
 
 
 def trainer(
-    work: Callable[[dict[str, Any]], None], config: dict[str, Any], spec: RaySpec, gpus: float, run: RunConfig
+    work: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    spec: RaySpec,
+    gpus: float,
+    run: RunConfig,
+    *,
+    named: bool = False,
 ) -> Trainer:
-    """Return a Train run of `spec.num_workers` workers with `gpus` each."""
+    """Return a Train run of `spec.num_workers` workers with `gpus` each; named: see `Trainer`."""
     resources = {"CPU": spec.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     return Trainer(
         work,
@@ -96,6 +102,7 @@ def trainer(
         torch_config=TorchConfig(timeout_s=int(collective_timeout_s(spec.step_timeout_s))),
         scaling_config=ScalingConfig(num_workers=spec.num_workers, use_gpu=bool(gpus), resources_per_worker=resources),
         run_config=run,
+        named=named,
     )
 
 

@@ -165,7 +165,7 @@ class LanePool:
             self._starving_since = None
             self._wanted = max(0, len(up) - 1)
             # A lane that waits for resources would be the first to take them.
-            self._end_waiting()
+            self._end_waiting(len(self._threads))
             call(self._dispatcher, "close", idle[0])
 
     def _yield_to_others(self, up: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ class LanePool:
         if above <= 0:
             return
         if self._staying > len(up.keys() - self._yielding):
-            self._end_waiting()
+            self._end_waiting(above)
             return
         idle_first = sorted(up, key=lambda name: up[name]["task"] is not None)
         ending = [name for name in idle_first if name not in self._yielding][:above]
@@ -182,9 +182,9 @@ class LanePool:
             self._yielding.add(name)
             call(self._dispatcher, "close", name)
 
-    def _end_waiting(self) -> None:
-        each = {"CPU": float(self._kind.each.cpus), "GPU": float(self._gpus)}
-        end_waiting_runs(self._kind.workers, {name: amount for name, amount in each.items() if amount})
+    def _end_waiting(self, most: int) -> None:
+        """End up to `most` of the lanes that wait for resources, the newest first."""
+        end_waiting_runs(list(reversed(self._threads)), most)
 
     def _ended(self, name: str) -> None:
         error = self._errors.pop(name, None)
