@@ -1,4 +1,4 @@
-"""Lanes that wait for resources, without Ray: which of them are ended."""
+"""Lanes that wait for resources, without Ray: which of them are ended, and that their end is not a failure."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tune.distributed.cluster.placement_groups import Trainer, end_waiting_runs
 from tune.distributed.cluster.ray_internals import Actor, Group
 from tune.distributed.lanes import lane_pool
 from tune.distributed.lanes.lane_pool import LanePool
+from tune.errors import ResourceError
 from tune.scheduling.allocation import LaneKind, lane_kind
 
 JOB = b"job"
@@ -25,6 +26,7 @@ class Cluster:
     def __init__(self) -> None:
         self.runs: dict[str, bool] = {}  # name -> whether it has its resources
         self.killed: list[str] = []
+        self.slow = False  # killed runs stay for now
 
     def actors(self, class_name: str) -> list[Actor]:
         return [Actor(name.encode(), JOB, class_name, name, "", 1, False) for name in self.runs]
@@ -38,7 +40,8 @@ class Cluster:
 
     def kill(self, actor: Actor) -> None:
         self.killed.append(actor.name)
-        del self.runs[actor.name]
+        if not self.slow:
+            del self.runs[actor.name]
 
 
 @pytest.fixture
@@ -109,6 +112,63 @@ def test_a_pool_ends_no_lane_of_another_pool_of_the_same_shape(cluster, pools):
     first.allow(0)
     first.check(snapshot(first._kind), working=True)
     assert sorted(cluster.killed) == sorted(mine) and list(cluster.runs) == others
+
+
+def test_a_pool_whose_allowance_changes_ends_as_many_waiting_lanes_as_are_above_it(cluster, pools):
+    pool = pools(RaySpec(lanes=4))
+    pool.open(3)
+    oldest, *others = pool._threads
+    pool.allow(1)
+    pool.check(snapshot(pool._kind), working=True)
+    assert cluster.killed == others[::-1] and list(cluster.runs) == [oldest], "the newest first"
+    pool.check(snapshot(pool._kind), working=True)
+    assert len(cluster.killed) == 2 and list(pool._threads) == [oldest]
+
+
+def test_lanes_whose_end_takes_long_are_not_ended_again_nor_others_instead(cluster, pools):
+    pool = pools(RaySpec(lanes=4))
+    pool.open(3)
+    cluster.slow = True
+    pool.allow(2)
+    for _ in range(3):
+        pool.check(snapshot(pool._kind), working=True)
+    assert len(cluster.killed) == 1 and pool._staying == 2
+    del cluster.runs[cluster.killed[0]]
+    pool.check(snapshot(pool._kind), working=True)
+    assert pool._stillborn == 0 and len(pool._threads) == 2
+
+
+def test_lanes_that_a_pool_ends_itself_are_not_failures(cluster, pools):
+    pool = pools(RaySpec(lanes=4))
+    pool.open(3)
+    for turn in range(40):
+        pool.allow(3 if turn % 2 else 1)
+        pool.check(snapshot(pool._kind), working=True)
+    assert len(cluster.killed) > 3 * lane_pool.RELAUNCHES * 4, "so many failures would end the run"
+    assert pool._staying == len(cluster.runs) == 3
+
+
+def test_lanes_ended_for_evaluation_actors_are_not_failures_and_are_started_again(cluster, pools, monkeypatch):
+    monkeypatch.setattr(lane_pool, "without_resources", lambda _: True)
+    monkeypatch.setattr(lane_pool, "ROOM_AFTER_S", 0.0)
+    pool = pools(RaySpec(lanes=3))
+    pool.open()
+    up, *waiting = pool._threads
+    cluster.runs[up] = True
+    for _ in range(2):
+        pool.check({**snapshot(pool._kind, up), "queued": {}}, scoring=True)
+    assert cluster.killed == waiting[::-1] and list(cluster.runs) == [up]
+    pool.check(snapshot(pool._kind, up), scoring=True)
+    assert pool._stillborn == 0 and pool._staying == len(cluster.runs) == 3
+
+
+def test_lanes_that_die_before_they_take_a_task_end_the_run(cluster, pools):
+    pool = pools(RaySpec(lanes=2))
+    pool.open()
+    with pytest.raises(ResourceError, match="keep failing before they take a task"):
+        for _ in range(lane_pool.RELAUNCHES * 2 + 1):
+            cluster.runs.clear()
+            pool.check(snapshot(pool._kind), working=True)
 
 
 # --- our copy of a method of Ray ---

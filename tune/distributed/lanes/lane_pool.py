@@ -63,7 +63,7 @@ class LanePool:
         self._none_since: float | None = None
         self._starving_since: float | None = None
         self._looked = 0.0
-        self._yielding: set[str] = set()  # lanes that were asked to end for another pool
+        self._yielding: set[str] = set()  # lanes that this pool has ended, or asked to end, for others
         #: Nodes that will be taken away soon.
         self.leaving: list[str] = []
 
@@ -101,15 +101,15 @@ class LanePool:
         for name, thread in list(self._threads.items()):
             if not thread.is_alive():
                 del self._threads[name]
-                self._yielding.discard(name)
                 self._ended(name)
+                self._yielding.discard(name)
         while self._staying < self._wanted:
             self._launch()
         self._check_any(up, working)
 
     @property
     def _staying(self) -> int:
-        """The number of lanes, with those that are coming, without those that make room for another pool."""
+        """The number of lanes, with those that are coming, without those that make room for others."""
         return len(self._threads.keys() - self._yielding)
 
     @property
@@ -184,7 +184,8 @@ class LanePool:
 
     def _end_waiting(self, most: int) -> None:
         """End up to `most` of the lanes that wait for resources, the newest first."""
-        end_waiting_runs(list(reversed(self._threads)), most)
+        staying = [name for name in reversed(self._threads) if name not in self._yielding]
+        self._yielding.update(end_waiting_runs(staying, most))
 
     def _ended(self, name: str) -> None:
         error = self._errors.pop(name, None)
@@ -192,7 +193,7 @@ class LanePool:
             call(self._dispatcher, "lane_down", name, "the lane ended")
             return
         failure = of_run(error)
-        if report_loss(self._dispatcher, name, failure) or len(self._threads) >= self._wanted:
+        if report_loss(self._dispatcher, name, failure) or name in self._yielding or self._staying >= self._wanted:
             return
         self._stillborn += 1
         if self._stillborn > RELAUNCHES * self._kind.most:
