@@ -20,6 +20,7 @@ import hashlib
 import os
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,6 +118,7 @@ def in_a_lane(
     specs: list[TrainSpec], ray_spec: RaySpec, inputs: Inputs, root: Path
 ) -> tuple[float, float, list[Trained]]:
     """Train all in one lane; returns seconds in all, seconds until the first began, and the trials in their order."""
+    from tune.distributed.cluster.placement_groups import Reaper
     from tune.distributed.lanes.dispatcher import call, dispatching
     from tune.distributed.lanes.lane_pool import LanePool
     from tune.scheduling.allocation import lane_kind
@@ -125,7 +127,7 @@ def in_a_lane(
     started: dict[str, float] = {}
     ended: dict[str, float] = {}
     seen = 0
-    with dispatching(root / "ray") as dispatcher:
+    with dispatching(root / "ray") as dispatcher, closing(Reaper()):
         for task in tasks:
             call(dispatcher, "place", task, "benchmark")
         began = time.time()

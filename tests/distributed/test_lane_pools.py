@@ -35,7 +35,6 @@ class Pool:
 
     said: list[Any] = field(default_factory=list)
     starving = False
-    leaving: list[str] = field(default_factory=list)
 
     def open(self, lanes: int) -> None:
         self.said.append(("open", lanes))
@@ -57,7 +56,29 @@ class Pool:
 
 
 @pytest.fixture
-def make(monkeypatch):
+def cluster(monkeypatch) -> SimpleNamespace:
+    """What a run asks of its cluster and tells its queue beside sharing out lanes."""
+    found = SimpleNamespace(draining=[], asked=0, told=[], reapers=[])
+
+    class Reaper:
+        def __init__(self) -> None:
+            found.reapers.append("runs")
+
+        def close(self) -> None:
+            found.reapers[-1] = "closed"
+
+    def draining_nodes() -> list[str]:
+        found.asked += 1
+        return list(found.draining)
+
+    monkeypatch.setattr(lane_pools, "Reaper", Reaper)
+    monkeypatch.setattr(lane_pools.ray_internals, "draining_nodes", draining_nodes)
+    monkeypatch.setattr(lane_pools, "call", lambda _, *words: found.told.append(words))
+    return found
+
+
+@pytest.fixture
+def make(monkeypatch, cluster):
     """Pools over a cluster of so many GPUs."""
 
     def made(gpus: float, **needs: StudyNeeds) -> LanePools:
@@ -133,6 +154,26 @@ def test_all_pools_are_asked_before_any_is_waited_for(make):
         pool.said = SimpleNamespace(append=lambda word, name=name: order.append(f"{word} {name}"))
     pools.close()
     assert order == [f"{word} {name}" for word in ("ask_to_close", "join", "close") for name in "ab"]
+
+
+def test_one_reaper_serves_all_pools_until_the_last_is_closed(make, cluster):
+    pools = make(4, a=StudyNeeds(ONE, NONE, 3), big=StudyNeeds(EIGHT, NONE, 1))
+    assert cluster.reapers == ["runs"]
+    last = list(pools._pools.values())[-1]
+    last.close = lambda: last.said.append(list(cluster.reapers))
+    pools.close()
+    assert last.said[-1] == ["runs"] and cluster.reapers == ["closed"]
+
+
+def test_nodes_that_will_go_are_looked_for_and_reported_once_for_all_pools(make, cluster):
+    pools = make(4, a=StudyNeeds(ONE, NONE, 3), big=StudyNeeds(EIGHT, NONE, 1))
+    pools.sharing.turn("a", Phase.OPENING)
+    pools.sharing.turn("big", Phase.OPENING)
+    pools.check(snapshot())
+    cluster.draining = ["node"]
+    pools.check(snapshot())
+    pools.check(snapshot())
+    assert cluster.asked == 3 and cluster.told == [("drain", ["node"])] and pools.leaving == ["node"]
 
 
 def test_times_of_lanes_are_recorded_as_they_end(make):

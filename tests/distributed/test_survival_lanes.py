@@ -131,7 +131,7 @@ def storm(headless, second_ray) -> Scene:
         scene.wait(lambda snapshot: any(actor.pid for actor in actors(name)), scoring=True)
         scene.evaluator_lived = True
         del evaluator
-    scene.lanes.close()
+    scene.pools.close()
     assert second_ray.poll() is None
     scene.left = groups() + actors("TrainController") + actors("RayTrainWorker")
     print({name: f"{seconds:.1f} s" for name, seconds in scene.recovered.items()})
@@ -205,11 +205,11 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
     from tune.config.run_spec import RunSpec, dump
     from tune.distributed.actors.actor_pool import PoolActor
     from tune.distributed.actors.evaluators import Opening
-    from tune.distributed.lanes import lane_pool, lane_pools
+    from tune.distributed.lanes import lane_pool
     from tune.distributed.sweep import scoring
     from tune.distributed.sweep.controller import SweepController
     from tune.scheduling.allocation import Room, lane_kind
-    from tune.scheduling.sharing import StudyNeeds
+    from tune.scheduling.sharing import LaneSharing, StudyNeeds
     from tune.scheduling.study import studies
     from tune.storage.run_folder import RunFolder
 
@@ -223,15 +223,12 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
     run_folder = RunFolder.create(tmp_path / "run", dump(run))
     (study,) = studies(run)
     study = replace(study, ray=RAY.model_copy(update={"cpus_per_evaluator": WIDTH * RAY.cpus_per_worker}))
-    with scene_of(run_folder.run_dir, RAY.model_copy(update={"lanes": 1}), Renamed) as scene:
+    with scene_of(run_folder.run_dir, RAY, Renamed) as scene:
         scene.lanes.open()
         scene.wait(lambda snapshot: bool(snapshot["lanes"]))
         actors = scoring.Scoring(0.0, kind=Renamed)
-        kind = lane_kind(study.ray, 0.0)
-        needs = {study.name: StudyNeeds(kind, Room(0, 0), 0)}
-        lanes = lane_pools.LanePools(scene.dispatcher, {}, needs, run_folder.run_dir, evaluator=Renamed)
-        lanes._pools, lanes._opened = {kind: scene.lanes}, {kind}
-        controller = SweepController(run_folder, scene.dispatcher, lanes, actors, {}, Progress())
+        scene.pools.sharing = LaneSharing({study.name: StudyNeeds(lane_kind(study.ray, 0.0), Room(0, 0), 0)})
+        controller = SweepController(run_folder, scene.dispatcher, scene.pools, actors, {}, Progress())
         try:
             assert controller.open(study, Opening(run, {}, "weights", scan=False, k=1, threads=1)) == "weights"
             assert not scene.call("snapshot")["lanes"]

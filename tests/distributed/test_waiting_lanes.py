@@ -73,13 +73,11 @@ def pools(cluster, monkeypatch):
     """Pools whose lanes are the runs of the cluster; a lane that is gone had lost its controller."""
     monkeypatch.setattr(Thread, "runs", cluster.runs, raising=False)
     monkeypatch.setattr(lane_pool.threading, "Thread", Thread)
-    monkeypatch.setattr(lane_pool, "Reaper", lambda: None)
     monkeypatch.setattr(lane_pool, "LOOK_EVERY_S", -1.0)
     monkeypatch.setattr(lane_pool, "call", lambda *_: None)
     monkeypatch.setattr(lane_pool, "report_loss", lambda *_: False)
     monkeypatch.setattr(lane_pool, "resume_command", lambda _: "macdrop sweep --resume")
     monkeypatch.setattr(lane_pool, "without_resources", lambda _: False)
-    monkeypatch.setattr(lane_pool.ray_internals, "draining_nodes", list)
 
     class Pool(LanePool):
         def _ended(self, name: str, *rest: Any) -> None:

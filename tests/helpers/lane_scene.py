@@ -18,7 +18,9 @@ class Scene:
 
     folder: Path
     dispatcher: Any
+    #: Its only pool, and what checks and closes it.
     lanes: Any
+    pools: Any
     #: The name of its lanes.
     pool: str
     #: Disturbance -> seconds until the task was further than before; `start`: until the first step.
@@ -47,7 +49,7 @@ class Scene:
         deadline = time.monotonic() + 150
         while True:
             snapshot = self.call("snapshot")
-            self.lanes.check(snapshot, scoring=scoring)
+            self.pools.check(snapshot, scoring=scoring)
             self.most_up = max(self.most_up, len(snapshot["lanes"]))
             for row in snapshot["tasks"]:
                 if row["reason"] and row["reason"] not in self.reasons:
@@ -83,24 +85,21 @@ class Scene:
         self.recovered[name] = time.monotonic() - started
 
 
-def pool_of(spec: RaySpec, dispatcher: Any, storage: Path, evaluator: type) -> Any:
-    """Lanes as a spec says, on a cluster without GPUs."""
-    from tune.distributed.lanes.lane_pool import LanePool
-    from tune.scheduling.allocation import lane_kind
-
-    return LanePool(dispatcher, spec, lane_kind(spec, 0.0), storage, evaluator=evaluator)
-
-
 @contextmanager
 def scene_of(folder: Path, spec: RaySpec, evaluator: type = object) -> Iterator[Scene]:
+    """A scene with lanes as a spec says, on a cluster without GPUs."""
     from tune.distributed.lanes.dispatcher import dispatching
-    from tune.scheduling.allocation import lane_kind
+    from tune.distributed.lanes.lane_pools import LanePools
+    from tune.scheduling.allocation import Room, lane_kind
+    from tune.scheduling.sharing import StudyNeeds
 
+    kind = lane_kind(spec, 0.0)
     (folder / "ray").mkdir(parents=True)
     with dispatching(folder / "ray") as dispatcher:
-        pool = pool_of(spec, dispatcher, folder / "ray", evaluator)
-        scene = Scene(folder, dispatcher, pool, str(lane_kind(spec, 0.0)))
+        needs = {"study": StudyNeeds(kind, Room(0, 0), 0)}
+        pools = LanePools(dispatcher, {kind: spec}, needs, folder / "ray", evaluator=evaluator)
+        pools._opened.add(kind)  # a test opens its pool itself
         try:
-            yield scene
+            yield Scene(folder, dispatcher, pools._pools[kind], pools, str(kind))
         finally:
-            scene.lanes.close()
+            pools.close()

@@ -35,7 +35,8 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         # Type checkers see the class of Train V1, which has no such method.
         inner = super()._initialize_and_run_controller  # type: ignore[misc]
-        return ray_internals.run_train_controller(self.run_config.name, settings) if self._named else inner(**settings)
+        name = self.run_config.name if self._named else None
+        return inner(**settings) if name is None else ray_internals.run_train_controller(name, settings)
 
     def _create_default_callbacks(self) -> list[Any]:
         # Type checkers see the class of Train V1, which has no such method.

@@ -237,7 +237,8 @@ def run_train_controller(name: str, settings: dict[str, Any]) -> Any:
         constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
         constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
     )
-    actor: Any = ray.remote(
+    remote: Any = ray.remote  # type checkers see no `name`
+    actor = remote(
         name=name,
         num_cpus=0,
         label_selector={RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},

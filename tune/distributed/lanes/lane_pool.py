@@ -19,8 +19,7 @@ from ray.actor import ActorHandle
 
 from tune.config.resume import resume_command
 from tune.config.run_spec import RaySpec
-from tune.distributed.cluster import ray_internals
-from tune.distributed.cluster.placement_groups import Reaper, end_runs, end_waiting_runs, groups, without_resources
+from tune.distributed.cluster.placement_groups import end_runs, end_waiting_runs, groups, without_resources
 from tune.distributed.cluster.ray_cluster import holders
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane import report_loss, run_lane
@@ -32,7 +31,7 @@ from tune.scheduling.failures import of_run
 RELAUNCHES = 2
 #: How long closing lanes are waited for; then their processes are killed.
 CLOSE_S = 20.0
-#: How often nodes that will be taken away are looked for.
+#: How often it is looked at who lacks room.
 LOOK_EVERY_S = 1.0
 #: Evaluators that have work but no resources for this long get those of an idle lane.
 ROOM_AFTER_S = 10.0
@@ -41,7 +40,7 @@ STARVING_S = 60.0
 
 
 class LanePool:
-    """Starts the lanes, replaces dead ones, closes them."""
+    """Starts the lanes, replaces dead ones, closes them; needs a running `Reaper`."""
 
     #: Of the lanes of all pools.
     _numbers = itertools.count(1)
@@ -55,7 +54,6 @@ class LanePool:
         self._evaluator = evaluator
         self._threads: dict[str, threading.Thread] = {}
         self._errors: dict[str, Exception] = {}
-        self._reaper = Reaper()
         self._opened = False
         self._wanted = 0  # how many lanes there should be
         self._allowed = kind.most
@@ -64,8 +62,6 @@ class LanePool:
         self._starving_since: float | None = None
         self._looked = 0.0
         self._yielding: set[str] = set()  # lanes that this pool has ended, or asked to end, for others
-        #: Nodes that will be taken away soon.
-        self.leaving: list[str] = []
 
     def open(self, lanes: int | None = None) -> None:
         """Start so many lanes, all that there may be without a number, without waiting for them."""
@@ -80,7 +76,7 @@ class LanePool:
             self._allowed = self._wanted = lanes
 
     def check(self, snapshot: dict[str, Any], *, scoring: bool = False, working: bool = False) -> None:
-        """Replace lanes that ended, move those whose nodes will go, make room for evaluation actors.
+        """Replace lanes that ended, make room for evaluation actors and other pools.
 
         snapshot: the queue's. scoring: benchmarks are waiting or running. working: some are running, on resources that
         a lane may get next.
@@ -95,7 +91,6 @@ class LanePool:
         now = time.monotonic()
         if now > self._looked + LOOK_EVERY_S:
             self._looked = now
-            self._look_at_nodes()
             self._share(up, queued, scoring)
             self._yield_to_others(up)
         for name, thread in list(self._threads.items()):
@@ -134,7 +129,6 @@ class LanePool:
                 end_runs()
             self.join(CLOSE_S, waiting=True)
         self._threads = {}
-        self._reaper.close()
 
     def ask_to_close(self) -> None:
         """Have every lane save its state and end."""
@@ -146,13 +140,6 @@ class LanePool:
                 call(self._dispatcher, "close", name)
 
     # --- details ---
-
-    def _look_at_nodes(self) -> None:
-        """Report nodes that will be taken away to the queue."""
-        leaving = ray_internals.draining_nodes()
-        if leaving != self.leaving:
-            self.leaving = leaving
-            call(self._dispatcher, "drain", leaving)
 
     def _share(self, up: dict[str, Any], queued: bool, scoring: bool) -> None:
         """Give idle lanes' resources to evaluation actors that have none; restart lanes when tasks are queued."""

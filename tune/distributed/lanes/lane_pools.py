@@ -12,12 +12,15 @@ import ray
 from ray.actor import ActorHandle
 
 from tune.config.run_spec import RaySpec
+from tune.distributed.cluster import ray_internals
+from tune.distributed.cluster.placement_groups import Reaper
+from tune.distributed.lanes.dispatcher import call
 from tune.distributed.lanes.lane_pool import CLOSE_S, LanePool
 from tune.scheduling.allocation import LaneKind, Room
 from tune.scheduling.sharing import LaneSharing, StudyNeeds
 from tune.scheduling.time_watch import LANE, TimeWatch
 
-#: How often the room is shared out: it changes with tasks that end and nodes that come and go.
+#: How often the room is shared out, and nodes that will go are looked for: it changes with tasks that end and nodes.
 SHARE_EVERY_S = 1.0
 
 
@@ -44,6 +47,10 @@ class LanePools:
             kind: LanePool(dispatcher, spec, kind, storage, evaluator=evaluator) for kind, spec in specs.items()
         }
         self._times, self._record = TimeWatch(LANE), record
+        self._dispatcher = dispatcher
+        self._reaper = Reaper()
+        #: Nodes that will be taken away soon.
+        self.leaving: list[str] = []
         self._opened: set[LaneKind] = set()
         self._shared = 0.0
         self._closed = False
@@ -57,7 +64,7 @@ class LanePools:
         return self.sharing.leaves_a_lane(study, _there())
 
     def check(self, snapshot: dict[str, Any], *, scoring: bool = False, working: bool = False) -> None:
-        """Share the room and check each pool, as `LanePool.check` does."""
+        """Share the room, move lanes whose nodes will go, and check each pool, as `LanePool.check` does."""
         if self._closed:
             return
         lanes = snapshot["lanes"].items()
@@ -66,6 +73,7 @@ class LanePools:
         self.sharing.look(snapshot)
         if time.monotonic() > self._shared + SHARE_EVERY_S:
             self._shared = time.monotonic()
+            self._look_at_nodes()
             self._share()
         busy = {lane["pool"] for lane in snapshot["lanes"].values() if lane["task"]}
         for kind in self._opened:
@@ -76,11 +84,6 @@ class LanePools:
     def starving(self) -> bool:
         """True if a pool has had no lane for long, though there should be one."""
         return any(self._pools[kind].starving for kind in self._opened)
-
-    @property
-    def leaving(self) -> list[str]:
-        """Nodes that will be taken away soon."""
-        return sorted({node for pool in self._pools.values() for node in pool.leaving})
 
     def close(self) -> None:
         """Close every pool; safe to call twice."""
@@ -95,6 +98,14 @@ class LanePools:
                 pool.join(CLOSE_S, waiting=False)
         for pool in self._pools.values():
             pool.close()
+        self._reaper.close()
+
+    def _look_at_nodes(self) -> None:
+        """Report nodes that will be taken away to the queue."""
+        leaving = ray_internals.draining_nodes()
+        if leaving != self.leaving:
+            self.leaving = leaving
+            call(self._dispatcher, "drain", leaving)
 
     def _share(self) -> None:
         demands = self.sharing.demands(time.monotonic())
