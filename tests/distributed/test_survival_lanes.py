@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,6 +236,37 @@ def test_an_evaluator_that_waits_to_open_a_model_gets_an_idle_lanes_room(tmp_pat
         finally:
             controller.close()
             actors.close()
+
+
+def test_a_pool_ends_its_own_waiting_lane_beside_another_pool_of_the_same_shape(tmp_path):
+    import ray
+
+    from tune.distributed.lanes.lane_pool import LanePool
+    from tune.scheduling.allocation import lane_kind
+
+    class Holder:
+        """Holds all CPUs."""
+
+    def wait(until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not until():
+            assert time.monotonic() < deadline, (groups(), actors("TrainController"))
+            scene.lanes.check(scene.call("snapshot"), working=True)
+            time.sleep(0.05)
+
+    holder = ray.remote(num_cpus=cpus())(Holder).remote()
+    ray.get(ray_internals.ready(holder))
+    with scene_of(tmp_path, RAY) as scene:
+        kind = replace(lane_kind(RAY, 0.0), threads=2)
+        other = scene.pools._pools[kind] = LanePool(scene.dispatcher, RAY, kind, tmp_path / "ray", evaluator=object)
+        scene.lanes.open(2)
+        other.open(1)
+        wait(lambda: len(groups()) == 3)
+        scene.lanes.allow(1)
+        wait(lambda: len(scene.lanes._threads) == 1 and len(groups()) == 2)
+        left = sorted(actor.name for actor in actors("TrainController"))
+        assert left == sorted([*scene.lanes._threads, *other._threads]) and scene.lanes._stillborn == 0
+    ray.kill(holder)
 
 
 def test_private_ray_tables_still_answer():
