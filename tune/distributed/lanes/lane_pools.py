@@ -53,15 +53,17 @@ class LanePools:
         self.leaving: list[str] = []
         self._opened: set[LaneKind] = set()
         self._shared = 0.0
+        #: What the cluster had when the room was last shared out: asked for each study that waits.
+        self._room: Room | None = None
         self._closed = False
 
     def has_gap(self, study: str) -> bool:
         """Return whether a study that waits could use a lane that no begun study wants."""
-        return self.sharing.has_gap(study, _there(), time.monotonic())
+        return self.sharing.has_gap(study, self._room or _there(), time.monotonic())
 
     def leaves_a_lane(self, study: str) -> bool:
         """Return whether the actors of a study that waits would leave room for any lane of it and of those begun."""
-        return self.sharing.leaves_a_lane(study, _there())
+        return self.sharing.leaves_a_lane(study, self._room or _there())
 
     def check(self, snapshot: dict[str, Any], *, scoring: bool = False, working: bool = False) -> None:
         """Share the room, move lanes whose nodes will go, and check each pool, as `LanePool.check` does."""
@@ -108,8 +110,9 @@ class LanePools:
             call(self._dispatcher, "drain", leaving)
 
     def _share(self) -> None:
+        self._room = _there()
         demands = self.sharing.demands(time.monotonic())
-        for kind, lanes in self.sharing.lanes(demands, _there()).items():
+        for kind, lanes in self.sharing.lanes(demands, self._room).items():
             if demands[kind].tasks and kind not in self._opened:
                 self._opened.add(kind)
                 self._pools[kind].open(lanes)
