@@ -69,7 +69,8 @@ def search(spec: RunSpec, study: Study, kept: Kept, trials: int, die_at: int | N
     """
     from ray.tune.schedulers import TrialScheduler
 
-    from tune.distributed.sweep.searcher import FINISHED, optuna_searcher, param_space, scheduler
+    from tune.distributed.sweep.schedulers import scheduler
+    from tune.distributed.sweep.searcher import FINISHED, optuna_searcher, param_space
 
     def name(values: dict[str, Any]) -> str:
         return study.searched(values).trial_id()
@@ -167,7 +168,7 @@ def test_points_known_beforehand_are_those_of_the_seed():
 
 
 def test_a_trial_that_comes_again_counts_once_on_a_rung():
-    from tune.distributed.sweep.searcher import scheduler
+    from tune.distributed.sweep.schedulers import scheduler
 
     spec, study = planned("sweep.search_alg=random", "sweep.scheduler=asha", "sweep.reduction_factor=2")
     config = {"learning_rate": 1e-3, "macdrop.p0": 0.5, "lora_rank": 2}

@@ -10,7 +10,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from macdrop.errors import ConfigError
 from tune.config.run_spec import RunSpec, load
-from tune.distributed.sweep.searcher import optuna_searcher, param_space, scheduler
+from tune.distributed.sweep.schedulers import scheduler
+from tune.distributed.sweep.searcher import optuna_searcher, param_space
 from tune.scheduling.early_stopping import cuts
 from tune.scheduling.study import Study, studies
 

@@ -6,7 +6,7 @@ import pytest
 
 from tune.config.run_spec import load
 from tune.distributed.cluster.ray_internals import HEAD, keep_actors
-from tune.distributed.sweep.searcher import scheduler
+from tune.distributed.sweep.schedulers import scheduler
 from tune.scheduling.study import studies
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

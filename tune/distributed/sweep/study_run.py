@@ -22,7 +22,8 @@ from tune.distributed.cluster.ray_internals import HEAD
 from tune.distributed.lanes.dispatcher import call
 from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.earlier_run import Resumed
-from tune.distributed.sweep.searcher import optuna_searcher, param_space, points, scheduler
+from tune.distributed.sweep.schedulers import scheduler
+from tune.distributed.sweep.searcher import optuna_searcher, param_space, points
 from tune.distributed.sweep.trial import RESTARTS, CancelStopped, TrialContext, run_trial
 from tune.evaluation.own.travel import own_files
 from tune.scheduling import history as past
