@@ -1,8 +1,8 @@
 """Every use of Ray's private modules and tables in `tune/`, read from Ray 2.60.
 
 A function here says what the public API lacks. The private tables come back as the small records below, so that a
-change in Ray is repaired in this file; `tests/distributed/test_survival_lanes.py` finds such a change out. Subclasses
-that override protected methods of a public class (`placement_groups.Trainer`, `searcher`) stay where they are used.
+change in Ray is repaired in this file; `test_private_ray_tables_still_answer` finds such a change out. Subclasses that
+override protected methods (`placement_groups.Trainer`, `searcher`, `trial_actors`) stay where they are used.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
-from weakref import WeakSet
 
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
@@ -182,39 +180,11 @@ def ready(actor: ActorHandle) -> ray.ObjectRef:
     return actor.__ray_ready__.remote()
 
 
-def keep_actors(controller: Any, trial: Any, most: int) -> None:
-    """Have Tune keep up to `most` actors whose trials have ended, and those that are starting.
-
-    controller: what Tune passes to a scheduler. trial: one of those whose actors are alike.
-    """
-    # Ray 2.60, `TuneController`: `reuse_actors` alone keeps one idle actor, and more only while trials wait for theirs;
-    # a trial that waits takes an idle one, and its own, which is starting, is killed. Where trials end more often than
-    # processes start, none ever starts, and each attempt costs seconds of a CPU.
-    from ray.tune.execution.tune_controller import TuneController
-
-    _reuse()  # before it is replaced
-    inner = controller._tune_controller
-    inner._actor_cache.increase_max(trial.placement_group_factory, most)
-    _KEEPING.add(inner)
-    TuneController._maybe_reuse_cached_actor = _take_idle  # type: ignore[method-assign, assignment]
-
-
-#: Tune's controllers whose actors are kept.
-_KEEPING: WeakSet[Any] = WeakSet()
-
-
-def _take_idle(controller: Any, trial: Any) -> bool:
-    """Stand in for a method of `TuneController`: give a trial an idle actor, unless its own is starting."""
-    if controller in _KEEPING and trial in controller._trial_to_actor:
-        return False
-    return bool(_reuse()(controller, trial))
-
-
-@cache
-def _reuse() -> Any:
-    from ray.tune.execution.tune_controller import TuneController
-
-    return TuneController._maybe_reuse_cached_actor
+def alive(actor: ActorHandle) -> bool:
+    """Return whether an actor that had started still runs."""
+    # Ray 2.60: the actor itself answers only after what it has to do, and `ray.util.state` asks the dashboard.
+    row = _accessor().get_actor_info(actor._actor_id)
+    return row is not None and ActorTableData.FromString(row).state == ActorTableData.ALIVE
 
 
 def without_cleaner(callbacks: Iterable[Any]) -> list[Any]:

@@ -209,6 +209,12 @@ class SweepController:
             self._failed.add(name)
             self._progress.note(f"{name}: {reason}")
 
+    def trial_lost(self, trial: str, reason: str) -> None:
+        """Record that Tune gave up a trial of a search, and why; a task that failed is recorded by itself."""
+        with self._lock:
+            self._failed.add(trial)
+            self._progress.note(f"{trial}: its search process failed too often: {reason}")
+
     @property
     def broken(self) -> bool:
         """True once the loop has ended, with an error or as the run is being closed."""

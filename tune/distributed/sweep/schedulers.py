@@ -15,8 +15,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from tune.config.run_spec import SweepSpec
 from tune.config.sections import EVAL_LOSS
-from tune.distributed.cluster import ray_internals
 from tune.distributed.sweep.searcher import FINISHED, is_finite, values
+from tune.distributed.sweep.trial_actors import keep_idle_and_starting
 from tune.scheduling.early_stopping import MEDIAN_OF, Cuts
 from tune.scheduling.study import Study
 
@@ -54,7 +54,7 @@ class _KeepsActors:
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """Tell Tune, with the first trial; there is no controller where a trial is entered without Tune."""
         if self._at_once and controller is not None:
-            ray_internals.keep_actors(controller, trial, self._at_once)
+            keep_idle_and_starting(controller, trial, self._at_once)
             self._at_once = 0
         super().on_trial_add(controller, trial)  # type: ignore[misc]  # of the scheduler that this is mixed into
 

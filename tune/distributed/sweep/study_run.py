@@ -6,13 +6,14 @@ import functools
 import json
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray.tune
 from ray.actor import ActorHandle
-from ray.tune import FailureConfig, RunConfig, Stopper, TuneConfig, Tuner, register_trainable
+from ray.tune import FailureConfig, Result, RunConfig, Stopper, TuneConfig, Tuner, register_trainable
 
 from tune.config.eval_spec import NO_ATTACK, TEST, VALIDATION, EvalJob, jobs
 from tune.config.run_spec import MacDropSpec, RunSpec, TrainSpec
@@ -24,6 +25,7 @@ from tune.distributed.sweep.controller import SweepController
 from tune.distributed.sweep.earlier_run import Resumed
 from tune.distributed.sweep.schedulers import scheduler
 from tune.distributed.sweep.searcher import optuna_searcher, param_space, points
+from tune.distributed.sweep.searcher import values as point_of
 from tune.distributed.sweep.trial import RESTARTS, CancelStopped, TrialContext, run_trial
 from tune.evaluation.own.travel import own_files
 from tune.scheduling import history as past
@@ -158,9 +160,10 @@ class StudyRun:
         self.controller.stage(self.study, Stage.SEARCH, self.study.searched_count)
         self._place(context, self.study.plain, Stage.SEARCH)
         if self.study.samples:
-            self._tune(context, time_budget_s)
+            results = self._tune(context, time_budget_s)
             # If the run is being closed, lanes save checkpoints of tasks that were not cancelled.
             self.controller.check(self.study)
+            self._count_lost(results)
             # On timeout Tune stops trials without calling back.
             call(self.dispatcher, "abandon", self.study.name, BASELINE)
         self.controller.wait(self.study)
@@ -192,7 +195,7 @@ class StudyRun:
         found = self.run_folder.trials(spec.model_name_or_path)
         return [record for record in found if record.seed == spec.seed and record.arm in (Arm.PLAIN, Arm.MACDROP)]
 
-    def _tune(self, context: TrialContext, time_budget_s: float | None) -> None:
+    def _tune(self, context: TrialContext, time_budget_s: float | None) -> Sequence[Result]:
         """Run the rest of the search; trials that ended in an earlier run are known to it, but not run again."""
         sweep, draws = self.spec.sweep, self.run_folder.draws_file(self.study.name)
         listed = points(self.study, sweep)
@@ -210,14 +213,14 @@ class StudyRun:
             listed = [values for values, state in states if state in (None, TaskState.TRAINED)]
             samples = min(1, len(listed))
         if samples < 1:
-            return
+            return ()
         trainable = functools.partial(run_trial, context=context)
         # On the head, without a CPU, which the lanes need: a trial only waits.
         trainable = ray.tune.with_resources(trainable, {"CPU": 0, HEAD: 0.001})
         name = f"trial-{self.study.name}"
         with _REGISTERING:
             register_trainable(name, trainable)
-        Tuner(
+        results = Tuner(
             name,
             param_space=param_space(self.study, listed),
             # Searcher and scheduler know their own metrics: Tune accepts no more than one for both.
@@ -238,6 +241,14 @@ class StudyRun:
                 verbose=0,
             ),
         ).fit()
+        return [results[number] for number in range(len(results))]
+
+    def _count_lost(self, results: Sequence[Result]) -> None:
+        """Report trials that Tune gave up: their tasks are cancelled, which is no failure to the queue."""
+        for result in results:
+            if result.error is not None:
+                last = (str(result.error).strip() or type(result.error).__name__).splitlines()[-1]
+                self.controller.trial_lost(self._name(point_of(result.config or {})), last)
 
     def _name(self, values: dict[str, Any]) -> str:
         """Return the name of the fine-tuning with searched values; a third of a millisecond, so each is found once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tune.storage.trial_folder import TrialFolder
 
 #: How long a trial waits for news of its task before it asks again.
 NEWS_S = 30.0
+#: How long an actor waits for the thread of its last trial before it takes the next; that thread may wait for news.
+THREAD_S = 2 * NEWS_S
 #: How often Tune restarts a trial's actor after its process died; the task is not affected.
 RESTARTS = 5
 
@@ -63,6 +66,8 @@ def run_trial(config: dict[str, Any], *, context: TrialContext) -> None:
 
     The function returns however the task ended: Tune would retry what the lanes have retried already.
     """
+    # Read by this process when it is reused; Tune does not pass the variable on from the driver.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", f"{THREAD_S:.0f}")
     task = context.task(context.study.searched(values(config)), Stage.SEARCH, values(config))
     # The scheduler must know the validations of an earlier run of this folder: a resumed lane starts after them.
     record = TrialFolder(Path(task.folder), within=Path(context.run_dir))
