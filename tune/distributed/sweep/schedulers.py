@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from tune.config.run_spec import SweepSpec
 from tune.config.sections import EVAL_LOSS
 from tune.distributed.sweep.searcher import FINISHED, is_finite, values
 from tune.distributed.sweep.trial_actors import keep_idle_and_starting
 from tune.scheduling.early_stopping import MEDIAN_OF, Cuts
+from tune.scheduling.median_rule import MedianRule
 from tune.scheduling.study import Study
 
 
@@ -149,34 +150,27 @@ class _Halving(_KeepsActors, _Guard, AsyncHyperBandScheduler):
         return AsyncHyperBandScheduler.on_trial_result(self, controller, cast(Any, named), result)
 
 
-class _Median(_KeepsActors, _Guard, MedianStoppingRule):
+class _Median(_KeepsActors, _Guard, FIFOScheduler):
     """Stops a trial whose best loss is above the median of the other trials' means, each from the first cut on."""
 
     def __init__(self, study: Study, sweep: SweepSpec, cuts: Cuts) -> None:
-        super().__init__(
-            time_attr="step",
-            metric=EVAL_LOSS,
-            mode="min",
-            grace_period=cuts.first,
-            min_samples_required=MEDIAN_OF,
-            hard_stop=True,
-        )
+        super().__init__()
         self._study, self._cuts = study, cuts
         self._at_once = sweep.max_concurrent_trials
-        self._taken: set[tuple[str, int]] = set()
+        self._rule = MedianRule(MEDIAN_OF)
+        self._stopped: set[str] = set()
 
     def _enter(self, controller: Any, named: _StandIn) -> None:
         """Do nothing: a trial counts from its first report on."""
 
     def _decide(self, controller: Any, named: _StandIn, result: dict[str, Any]) -> str:
-        if named in self._stopped_trials:
-            return TrialScheduler.STOP
-        # Losses from before the first cut must not count, as the best of a trial or otherwise.
-        if result["step"] < self._cuts.first or (named.trial_id, result["step"]) in self._taken:
-            return TrialScheduler.CONTINUE
-        self._taken.add((named.trial_id, result["step"]))
-        return MedianStoppingRule.on_trial_result(self, controller, cast(Any, named), result)
-
-    def _on_insufficient_samples(self, controller: Any, trial: Any, time: float) -> str:
-        """Continue: the original would pause the trial, and a lane trains what it has begun."""
-        return TrialScheduler.CONTINUE
+        trial, step = named.trial_id, result["step"]
+        if trial not in self._stopped:
+            last = self._rule.last(trial)
+            # Losses from before the first cut must not count, as the best of a trial or otherwise.
+            if step < self._cuts.first or (last is not None and step <= last):
+                return TrialScheduler.CONTINUE
+            if not self._rule.stops(trial, step, result[EVAL_LOSS]):
+                return TrialScheduler.CONTINUE
+            self._stopped.add(trial)
+        return TrialScheduler.STOP
