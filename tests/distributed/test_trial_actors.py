@@ -227,3 +227,15 @@ def test_a_trial_that_tune_gave_up_is_a_failure_of_the_run():
     ]
     StudyRun._count_lost(run, results)
     assert lost == [("name {'p': 1}", "The actor died."), ("name {'p': 2}", "RuntimeError")]
+
+
+def test_an_actor_waits_for_its_last_thread_longer_than_that_waits_for_news(monkeypatch):
+    from tune.distributed.sweep import trial
+
+    name = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
+    monkeypatch.setenv(name, "")  # to be restored
+    monkeypatch.delenv(name)
+    context: Any = SimpleNamespace(study=None)
+    with pytest.raises(AttributeError):  # without a study it gets no further
+        trial.run_trial({}, context=context)
+    assert int(os.environ[name]) > trial.NEWS_S
