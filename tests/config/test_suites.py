@@ -161,7 +161,7 @@ def test_a_local_folder_gives_every_entry_its_file_or_all_missing_files_are_repo
         parse(suite="zero-shot", local=str(tmp_path))
     message = str(error.value)
     assert "lacks 2 file(s)" in message and "boolq/validation.jsonl" in message and "piqa/validation.jsonl" in message
-    assert "aps/super_glue" in message and "zero_shot.boolq: off" in message
+    assert "aps/super_glue" in message and "eval.zero_shot.boolq=off" in message
     kept = parse(suite="zero-shot", local=str(tmp_path), zero_shot={"boolq": False, "piqa": "mine.jsonl"})
     assert kept.zero_shot["piqa"].data == ["mine.jsonl"]
 

@@ -117,9 +117,7 @@ class SweepController:
         """Read which trials of a study an earlier run of this folder has trained, and enter them into the queue.
 
         Those that lack scores wait for `resume_scoring`, which needs the evaluators. given_up: set to end the reading.
-
-        Raises:
-            as `check`.
+        Raises as `check`.
         """
         found = Resumed()
         model, retry = study.spec.model_name_or_path, self._retry_failed
@@ -147,11 +145,7 @@ class SweepController:
         answer(self._dispatcher.record_all.remote([each.arguments for each in tasks]))
 
     def wait(self, study: Study, *, last: bool = False) -> None:
-        """Wait until every task and every score of the study is settled; `last`: it will queue no others.
-
-        Raises:
-            the error that ended the loop.
-        """
+        """Wait until all tasks and scores of the study are settled, and raise as `check`; last: it queues no others."""
         self.check(study)
         with self._changing():
             self._take_changes(self._changes.fetch())  # with what the study has placed
