@@ -204,7 +204,7 @@ def test_a_dispatcher_that_cannot_restart_raises(tmp_path):
     from tune.distributed.lanes.dispatcher import call, dispatching
     from tune.errors import ResourceError
 
-    with pytest.raises(ResourceError, match="does not answer"), dispatching(tmp_path) as dispatcher:
+    with pytest.raises(ResourceError, match="is not responding"), dispatching(tmp_path) as dispatcher:
         call(dispatcher, "lane_up", "lane", 1, "host")
         (log,) = tmp_path.glob("queue-*")
         log.write_text("{oops\n")
