@@ -274,3 +274,9 @@ def test_a_refused_resume_leaves_the_folder_as_it_is(shell):
     before = contents(run)
     assert "when it was started" in shell.refused("sweep", "--resume", "output_dir=run", "learning_rate=0.5")
     assert contents(run) == before
+
+
+def test_the_command_that_resumes_leaves_out_the_same_models(shell):
+    make_resumable_run(shell.folder / "run")
+    message = shell.refused("sweep", "demo", "output_dir=run", "--skip-unplaceable")
+    assert re.search(r"macdrop sweep --resume output_dir=\S*run --skip-unplaceable\n", message)

@@ -1,4 +1,4 @@
-"""The timeline of lanes and actors: bars, shares, and what trained beside, from rows easily added up by hand."""
+"""What became of a run and when: bars of lanes and actors, shares, what trained beside, whether it still runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from helpers.run_folders import make_run
 
 from tune.report.report import make_report
 from tune.scheduling.time_watch import EVALUATOR, LANE
+from tune.storage.run_lock import locked
+from tune.storage.states import RunStatus
 
 BUSY = [("lane-1", "planted-llama", 0, 40), ("lane-1", "other", 40, 80), ("lane-2", "other", 20, 60)]
 
@@ -61,3 +63,11 @@ def test_a_worker_of_a_killed_run_was_held_while_it_worked(tmp_path):
     made = report.parts(report.models[0])["timeline"]
     assert made.lines[1] == "This model trained from 0.0 s to 2.3 min after the first worker was up, beside other."
     assert made.tables[0].rows[0][:3] == ["lane-1", "2.3 min", "86%"]
+
+
+def test_a_run_whose_process_is_gone_is_not_running(tmp_path):
+    run = make_run(tmp_path / "run", tried=1, items=4, attacks=("none",))
+    run.set_status(RunStatus.RUNNING)
+    with locked(run.run_dir):
+        assert make_report(run.run_dir).about[0].startswith("Run run: running, ")
+    assert make_report(run.run_dir).about[0].startswith("Run run: interrupted (its process is gone), ")
